@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter-efficient fine-tuning of the Segment Anything Model, fast and light on memory.
+
+Everything is imported on first use: ``import samfast`` loads neither Triton nor
+segment_anything, torchvision or transformers.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Lora": "samfast.modules.methods",
+    "attach": "samfast.modules.attach",
+    "report": "samfast.modules.attach",
+    "merge": "samfast.modules.attach",
+    "unmerge": "samfast.modules.attach",
+    "trainable_parameters": "samfast.modules.attach",
+    "parameter_groups": "samfast.modules.attach",
+    "save_adapter": "samfast.modules.adapter_files",
+    "load_adapter": "samfast.modules.adapter_files",
+}
+_SUBMODULES = ("backends", "functional", "integrations", "models", "modules", "training")
+__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"samfast.{name}")
+    raise AttributeError(f"module 'samfast' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
