@@ -106,8 +106,10 @@ def extension(kind, cpp_extension):
 kind, reason, cpp_extension = plan()
 record = {"build": kind, "reason": reason}
 (ROOT / "samfast" / "_build.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-operations = {f"samfast.kernels.{p.parent.name}": str(p.parent.relative_to(ROOT))
-              for p in sorted((ROOT / "kernels").glob("*/__init__.py"))}
+operations = {
+    f"samfast.kernels.{p.parent.name}": str(p.parent.relative_to(ROOT))
+    for p in sorted((ROOT / "kernels").glob("*/__init__.py"))
+}
 native = {}
 if cpp_extension is not None:
     native["ext_modules"] = [extension(kind, cpp_extension)]

@@ -6,9 +6,7 @@ import torch.nn.functional as F
 from samfast.kernels._common.philox import keep_mask
 
 
-def lora_linear(
-    x, weight, bias, lora_a, lora_b, scaling, *, dropout=0.0, seed=None, slices=None
-):
+def lora_linear(x, weight, bias, lora_a, lora_b, scaling, *, dropout=0.0, seed=None, slices=None):
     """y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ; with ``slices`` only those output columns get an update.
 
     x: (..., D)   weight: (O, D)   lora_a: (R, D)   lora_b: (O, r)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The middle map f of y = x Wᵀ + b + s · f(x Aᵀ) Bᵀ.
+
+A map is a small frozen object without tensors. Operators take strings and tensors only, so a map
+travels through them by its key and is found again in the registry below.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class MiddleMap(Protocol):
+    """What the engine needs of a map. h is (tokens, r_in), z is (tokens, r_out).
+
+    geometry: (N, H, W) and whatever else the map needs to see tokens as images; empty when it does
+    not. Tensors in ``saved`` are fresh: neither z, nor an input, nor views of one another.
+    """
+
+    zero_preserving: bool  # rows of zeros stay zero, so padding may be skipped
+
+    def forward(
+        self, h: Tensor, geometry: Sequence[int], *params: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns z, aux (a scalar loss, or an empty tensor) and what the backward needs."""
+
+    def backward(
+        self,
+        dz: Tensor,
+        daux: Tensor | None,
+        saved: Sequence[Tensor],
+        params: Sequence[Tensor],
+        geometry: Sequence[int],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Returns dh and the gradients of params; needs says which of (h, *params) want one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """f(h) = h, plain LoRA."""
+
+    zero_preserving = True
+
+    def forward(self, h, geometry, *params):
+        return h, no_aux(h), []
+
+    def backward(self, dz, daux, saved, params, geometry, needs):
+        return dz, []
+
+
+def no_aux(h: Tensor) -> Tensor:
+    """The aux of a map that has none."""
+    return h.new_empty(0, dtype=torch.float32)
+
+
+_maps: dict[str, MiddleMap] = {}
+
+
+def register(middle: MiddleMap) -> str:
+    """The key under which operators find this map; equal maps have equal keys."""
+    key = repr(middle)
+    _maps.setdefault(key, middle)
+    return key
+
+
+def find(key: str) -> MiddleMap:
+    return _maps[key]
+
+
+IDENTITY = register(Identity())

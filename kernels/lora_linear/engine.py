@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = x Wᵀ + b + s · f(x Aᵀ) Bᵀ and its gradients, around the library's GEMM.
+
+A path (torch_path, cpu_path, triton_path) gives the four rank-r stages, a middle map gives f.
+Frozen weights of another dtype are cast to x's for the GEMM and never kept.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from samfast.kernels._common.middle import find
+
+
+class Slices:
+    """Which columns of y get an update: triples (columns, rows of lora_b, columns of z).
+
+    starts: first columns, empty for all of y; every slice is as long as its share of lora_b.
+    own: every slice has its own r columns of z; otherwise all share one z.
+    """
+
+    def __init__(self, starts, lora_b, own):
+        self.starts = tuple(starts) or (0,)
+        self.length, self.rank = lora_b.shape[0] // len(self.starts), lora_b.shape[1]
+        self.own = own and len(self.starts) > 1
+        self.width = self.rank * len(self.starts) if self.own else self.rank
+
+    def __iter__(self):
+        for i, start in enumerate(self.starts):
+            first = i * self.rank if self.own else 0
+            yield (
+                slice(start, start + self.length),
+                slice(i * self.length, (i + 1) * self.length),
+                slice(first, first + self.rank),
+            )
+
+
+def forward(path, x, weight, bias, lora_a, lora_b, params, seed, options):
+    """Returns y, z, aux and what the middle map saved."""
+    scaling, dropout, middle, geometry, starts, own = options
+    rows = x.reshape(-1, x.shape[-1])
+    h = path.down(rows, lora_a, dropout, seed)
+    z, aux, saved = find(middle).forward(h, geometry, *params)
+    y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    path.up_(y, z, lora_b, scaling, Slices(starts, lora_b, own))
+    return y.view(*x.shape[:-1], y.shape[-1]), z, aux, saved
+
+
+def backward(
+    path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, options, needs, bias_dtype
+):
+    """Gradients of (x, weight, bias, lora_a, lora_b, *params), None where not needed."""
+    scaling, dropout, middle, geometry, starts, own = options
+    need_x, need_weight, need_bias, need_a, need_b, *need_params = needs
+    shape, dtype = dy.shape, dy.dtype
+    dy = dy.reshape(-1, shape[-1])
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    need_h = need_x or need_a
+
+    dx = torch.mm(dy, weight.to(dtype)) if need_x else None
+    dweight = torch.mm(dy.t(), rows).to(weight.dtype) if need_weight else None
+    dbias = dy.sum(0, dtype=torch.promote_types(dtype, bias_dtype)) if need_bias else None
+    da = db = None
+    dparams = [None] * len(params)
+    if need_h or need_b or any(need_params):
+        slices = Slices(starts, lora_b, own)
+        dz, db = path.up_backward(dy, z if need_b else None, lora_b, scaling, slices)
+        needs_map = (need_h, *need_params)
+        dh, dparams = find(middle).backward(dz, daux, saved, params, geometry, needs_map)
+        if need_h:
+            da = path.down_backward_(dx, dh, rows if need_a else None, lora_a, dropout, seed)
+    if dx is not None:
+        dx = dx.view(*shape[:-1], dx.shape[-1])
+    return [dx, dweight, None if dbias is None else dbias.to(bias_dtype), da, db, *dparams]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which code runs an operation: reference, torch, cpu (C++), triton or cuda.
+
+Every operation has a ``supports(backend, ...)`` that answers None or a sentence. ``auto`` takes the
+first backend of the ladder that answers None; a backend asked for by name raises its sentence.
+The environment variable SAMFAST_BACKEND replaces ``auto``.
+"""
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NAMES = ("auto", "reference", "torch", "cpu", "triton", "cuda")
+LADDER_CUDA = ("cuda", "triton", "torch")
+LADDER_CPU = ("cpu", "torch")
+OLDEST_CUDA = (8, 0)
+
+
+def requested(backend: str) -> str:
+    """The backend asked for, with SAMFAST_BACKEND in place of ``auto``; checks the name."""
+    if backend == "auto":
+        backend = os.environ.get("SAMFAST_BACKEND", "auto")
+    if backend not in NAMES:
+        raise ValueError(f"unknown backend {backend!r}; known are {', '.join(NAMES)}")
+    return backend
+
+
+def resolve(operation: str, backend: str, device: torch.device, supports: Callable) -> str:
+    """The backend that runs: ``backend`` itself or, for auto, the first that can.
+
+    Raises RuntimeError with the sentence of ``supports`` when a named backend cannot run.
+    """
+    if backend != "auto":
+        sentence = supports(backend)
+        if sentence is not None:
+            raise RuntimeError(f"backend {backend!r} cannot run {operation}: {sentence}")
+        return backend
+    ladder = LADDER_CUDA if device.type == "cuda" else LADDER_CPU
+    sentences = []
+    for name in ladder:
+        sentence = supports(name)
+        if sentence is None:
+            if device.type == "cuda" and name == "torch":
+                _warn_once(f"{operation} runs on the torch backend: {'; '.join(sentences)}")
+            return name
+        sentences.append(f"{name}: {sentence}")
+    raise RuntimeError(f"no backend can run {operation}: {'; '.join(sentences)}")
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, RuntimeWarning, stacklevel=3)
+
+
+def build_record() -> dict:
+    """What setup.py built and why: {"build": "cuda" | "cpu" | "none", "reason": sentence}."""
+    path = Path(__file__).with_name("_build.json")
+    if not path.is_file():
+        return {"build": "none", "reason": "samfast runs from a source tree that was not installed"}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=None)
+def native_missing() -> str | None:
+    """Load the native extension once; None, or the sentence that says why it is not there."""
+    library = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
+    if library is None:
+        return f"the native extension was not built ({build_record()['reason']})"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the native extension does not load: {error}"
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _triton_absent() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= (3, 6) else f"triton {triton.__version__} is older than 3.6"
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """None when Triton kernels run on this device, or the sentence that says why they do not."""
+    if (absent := _triton_absent()) is not None:
+        return absent
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "x is on the CPU, where Triton runs only under TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"x is on {device.type}, but Triton needs a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CUDA:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def cpu_missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the C++ backend takes such a tensor, or the sentence that says why not."""
+    if device.type != "cpu":
+        return f"x is on {device.type}, but the cpu backend takes CPU tensors"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x is {dtype}, but the C++ code takes float32, float16 and bfloat16"
+    return native_missing()
