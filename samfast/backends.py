@@ -52,7 +52,7 @@ def resolve(operation: str, backend: str, device: torch.device, supports: Callab
     raise RuntimeError(f"no backend can run {operation}: {'; '.join(sentences)}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, RuntimeWarning, stacklevel=3)
 
@@ -65,7 +65,7 @@ def build_record() -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def native_missing() -> str | None:
     """Load the native extension once; None, or the sentence that says why it is not there."""
     library = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
@@ -78,7 +78,7 @@ def native_missing() -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton_absent() -> str | None:
     try:
         import triton

@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from samfast import backends
+from samfast.kernels._common.autocast import (
+    autocast_dtype,
+    autocast_input,
+    without_autocast,
+)
 from samfast.kernels._common.middle import IDENTITY
 from samfast.kernels.lora_linear import engine, reference, torch_path
 
@@ -15,7 +20,9 @@ MAX_TRITON_RANK = 128
 MAX_TRITON_SLICES = 3
 
 
-def supports(backend: str, x: Tensor, lora_b: Tensor, slices: int = 1) -> str | None:
+def supports(
+    backend: str, x: Tensor, lora_a: Tensor, lora_b: Tensor, slices: int = 1
+) -> str | None:
     """None when the backend takes this call, or the sentence that says why it does not."""
     if backend in ("reference", "torch"):
         return None
@@ -27,26 +34,27 @@ def supports(backend: str, x: Tensor, lora_b: Tensor, slices: int = 1) -> str | 
         return missing
     if x.dtype == torch.float64:
         return "x is torch.float64, but the kernels take float32, float16 and bfloat16"
-    if lora_b.shape[1] > MAX_TRITON_RANK:
-        return f"rank {lora_b.shape[1]} is above {MAX_TRITON_RANK}, the widest tile"
+    ranks = max(lora_a.shape[0], lora_b.shape[1])
+    if ranks > MAX_TRITON_RANK:
+        return f"rank {ranks} is above {MAX_TRITON_RANK}, the widest tile"
     if slices > MAX_TRITON_SLICES:
         return f"{slices} slices are more than the {MAX_TRITON_SLICES} the kernels take"
     return None
 
 
-def _path(backend: str, x: Tensor, lora_b: Tensor, starts: Sequence[int]):
+def _path(backend, x, lora_a, lora_b, starts):
     slices = max(len(starts), 1)
     name = backends.resolve(
-        "lora_linear", backend, x.device, lambda b: supports(b, x, lora_b, slices)
+        "lora_linear", backend, x.device, lambda b: supports(b, x, lora_a, lora_b, slices)
     )
     if name == "cpu":
         from samfast.kernels.lora_linear import cpu_path
 
         return cpu_path
     if name == "triton":
-        from samfast.kernels.lora_linear import triton_path
+        from samfast.kernels.lora_linear import triton_kernels
 
-        return triton_path
+        return triton_kernels
     return torch_path
 
 
@@ -68,22 +76,24 @@ torch.library.define(
 
 
 def _forward(path, x, weight, bias, lora_a, lora_b, params, seed, *options):
-    return engine.forward(path, x, weight, bias, lora_a, lora_b, params, seed, options)
+    with without_autocast(x.device.type):
+        return engine.forward(path, x, weight, bias, lora_a, lora_b, params, seed, options)
 
 
 def _backward(path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, *rest):
     *options, needs, bias_dtype = rest
-    grads = engine.backward(
-        path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, options, needs,
-        bias_dtype,
-    )  # fmt: skip
+    with without_autocast(dy.device.type):
+        grads = engine.backward(
+            path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, options, needs,
+            bias_dtype,
+        )  # fmt: skip
     return [g for g in grads if g is not None]
 
 
 @torch.library.impl("samfast::lora_linear_forward", "CompositeExplicitAutograd")
 def _forward_impl(x, weight, bias, lora_a, lora_b, params, seed, *rest):
     *options, backend = rest
-    path = _path(backend, x, lora_b, options[4])
+    path = _path(backend, x, lora_a, lora_b, options[4])
     return _forward(path, x, weight, bias, lora_a, lora_b, params, seed, *options)
 
 
@@ -95,7 +105,7 @@ def _forward_fake(*args):
 @torch.library.impl("samfast::lora_linear_backward", "CompositeExplicitAutograd")
 def _backward_impl(dy, daux, x, weight, lora_a, lora_b, *rest):
     *arguments, backend = rest
-    path = _path(backend, dy, lora_b, arguments[8])
+    path = _path(backend, dy, lora_a, lora_b, arguments[8])
     return _backward(path, dy, daux, x, weight, lora_a, lora_b, *arguments)
 
 
@@ -125,7 +135,7 @@ class LoraLinearFunction(torch.autograd.Function):
             y, z, aux, saved = torch.ops.samfast.lora_linear_forward(
                 x, weight, bias, lora_a, lora_b, params, seed, *options, backend
             )
-        need_x, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
+        _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_weight or need_a else None,
             weight,
@@ -189,7 +199,7 @@ def low_rank_linear(
     middle: key of a registered middle map; geometry and params are passed on to it.
     own: with slices, every slice has its own columns of z; otherwise they share one z.
     """
-    x = _autocast(x)
+    x = autocast_input(x)
     if dropout > 0.0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     starts = [] if slices is None else [start for start, _ in slices]
@@ -228,15 +238,16 @@ def lora_linear(
     The result has x's dtype, or the autocast dtype. lora_a and lora_b may be of another dtype than
     x (they are meant to stay float32); their gradients come in their own dtype.
     Saves x and h = drop(x) @ lora_a.T, nothing else: no mask, no cast weight.
-    Raises ValueError when shapes or dtypes do not fit, RuntimeError when a named backend cannot run.
+    Raises ValueError when shapes or dtypes do not fit, RuntimeError when a backend asked for by
+    name cannot run.
     """
     own = _check(x, weight, bias, lora_a, lora_b, dropout, seed, slices)
     if backends.requested(backend) == "reference":
-        x = _autocast(x)
+        x = autocast_input(x)
         if dropout > 0.0 and seed is None:
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
         bias = None if bias is None else bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return reference.lora_linear(
                 x, weight.to(x.dtype), bias, lora_a, lora_b, scaling,
                 dropout=dropout, seed=seed, slices=slices,
@@ -246,14 +257,6 @@ def lora_linear(
         dropout=dropout, seed=seed, slices=slices, own=own, backend=backend,
     )  # fmt: skip
     return y
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as a linear layer would take it: in the autocast dtype where autocast is on."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def _check(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> bool:
@@ -274,8 +277,7 @@ def _check(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> bool:
         raise ValueError(f"the rank is {rank}, but must be at least 1")
     if not x.dtype.is_floating_point:
         raise ValueError(f"x is {x.dtype}, but must be floating point")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and x.dtype != weight.dtype:
+    if autocast_dtype(x.device.type) is None and x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} but weight is {weight.dtype}; cast x or use autocast")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, but must be at least 0 and below 1")
@@ -299,7 +301,8 @@ def _check_slices(weight, lora_a, lora_b, slices) -> bool:
     for start, stop in slices:
         if not previous <= start < stop <= weight.shape[0]:
             raise ValueError(
-                f"slices {tuple(slices)} must ascend without overlap within {weight.shape[0]} columns"
+                f"slices {tuple(slices)} must ascend without overlap within the "
+                f"{weight.shape[0]} columns of weight"
             )
         previous = stop
     if len(lengths) != 1 or n * next(iter(lengths)) != lora_b.shape[0]:

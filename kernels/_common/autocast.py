@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autocast is decided once, in the public function; below it every cast is explicit."""
+
+import contextlib
+
+import torch
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this device, or None where it is off or unknown."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def without_autocast(device_type: str):
+    """A context in which no call casts its arguments behind our back."""
+    if autocast_dtype(device_type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """x as a linear layer would take it: in the autocast dtype where autocast is on."""
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four rank-r stages of the engine as Triton kernels; see torch_path for what each computes.
+
+Sums over rows are made per chunk of rows (or per block of columns), written as partials and added
+in a fixed order by a second launch: no atomics, the same bits every time. The chunks depend on the
+sizes alone. Derivations, bytes and launches are in this folder's README.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from samfast.kernels._common.philox import threshold as keep_threshold
+from samfast.kernels._common.triton_philox import dropout_tile
+
+MAX_CHUNKS = 32
+
+
+@triton.jit
+def down_kernel(
+    x_ptr,
+    a_ptr,
+    h_ptr,
+    seed_ptr,
+    tokens,
+    columns,
+    ranks,
+    stride_xm,
+    threshold,
+    scale,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """h = drop(x) Aᵀ; one program per BLOCK_M rows, x is read once."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first in range(0, columns, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        inside = (rows[:, None] < tokens) & (offs_k[None, :] < columns)
+        x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :], inside, other=0.0)
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
+            x = dropout_tile(x, seed, rows, first, columns, threshold, scale, BLOCK_M, BLOCK_K)
+        a_inside = (offs_k[:, None] < columns) & (offs_r[None, :] < ranks)
+        a = tl.load(a_ptr + offs_r[None, :] * columns + offs_k[:, None], a_inside, other=0.0)
+        acc += tl.dot(x, a.to(x.dtype), input_precision=PRECISION)  # (BLOCK_M, BLOCK_R)
+    out = (rows[:, None] < tokens) & (offs_r[None, :] < ranks)
+    tl.store(h_ptr + rows[:, None] * ranks + offs_r[None, :], acc.to(h_ptr.dtype.element_ty), out)
+
+
+@triton.jit
+def slice_start(index, start0, start1, start2):
+    return tl.where(index == 0, start0, tl.where(index == 1, start1, start2))
+
+
+@triton.jit
+def up_kernel(
+    y_ptr,
+    z_ptr,
+    b_ptr,
+    tokens,
+    length,
+    rank,
+    stride_ym,
+    stride_zm,
+    start0,
+    start1,
+    start2,
+    scaling,
+    OWN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y += s · z Bᵀ in place; one program per tile of y."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    blocks = tl.cdiv(length, BLOCK_N)
+    index = tl.program_id(1) // blocks
+    offs_n = (tl.program_id(1) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    z_column = index * rank if OWN else 0
+    z_inside = (rows[:, None] < tokens) & (offs_r[None, :] < rank)
+    z_at = rows[:, None] * stride_zm + z_column + offs_r[None, :]
+    z = tl.load(z_ptr + z_at, z_inside, other=0.0)  # (BLOCK_M, BLOCK_R)
+    b_inside = (offs_n[None, :] < length) & (offs_r[:, None] < rank)
+    b_at = (index * length + offs_n[None, :]) * rank + offs_r[:, None]
+    b = tl.load(b_ptr + b_at, b_inside, other=0.0)  # (BLOCK_R, BLOCK_N)
+    update = tl.dot(z, b.to(z.dtype), input_precision=PRECISION) * scaling
+    inside = (rows[:, None] < tokens) & (offs_n[None, :] < length)
+    start = slice_start(index, start0, start1, start2)
+    y_at = y_ptr + rows[:, None] * stride_ym + start + offs_n[None, :]
+    y = tl.load(y_at, inside, other=0.0)
+    tl.store(y_at, (y.to(tl.float32) + update).to(y.dtype), inside)
+
+
+@triton.jit
+def up_backward_kernel(
+    dy_ptr,
+    z_ptr,
+    b_ptr,
+    dz_part_ptr,
+    db_part_ptr,
+    tokens,
+    length,
+    rank,
+    chunk_rows,
+    b_rows,
+    stride_ym,
+    stride_zm,
+    start0,
+    start1,
+    start2,
+    scaling,
+    OWN: tl.constexpr,
+    NEED_DB: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Partials of dz = s · dy B (per column block) and dB = s · dyᵀ z (per row chunk).
+
+    dz_part (column blocks, tokens, rank); db_part (chunks, n·L, rank); dy is read once.
+    """
+    chunk, column_block = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(length, BLOCK_N)
+    index = column_block // blocks
+    offs_n = (column_block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    start = slice_start(index, start0, start1, start2)
+    z_column = index * rank if OWN else 0
+    b_inside = (offs_n[:, None] < length) & (offs_r[None, :] < rank)
+    b_at = (index * length + offs_n[:, None]) * rank + offs_r[None, :]
+    b = tl.load(b_ptr + b_at, b_inside, other=0.0)  # (BLOCK_N, BLOCK_R)
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for first in range(0, chunk_rows, BLOCK_M):
+        rows = chunk.to(tl.int64) * chunk_rows + first + tl.arange(0, BLOCK_M)
+        live = rows[:, None] < tokens
+        dy_at = rows[:, None] * stride_ym + start + offs_n[None, :]
+        dy = tl.load(dy_ptr + dy_at, live & (offs_n[None, :] < length), other=0.0)
+        dz = tl.dot(dy, b.to(dy.dtype), input_precision=PRECISION) * scaling
+        narrow = live & (offs_r[None, :] < rank)
+        dz_at = (column_block.to(tl.int64) * tokens + rows[:, None]) * rank + offs_r[None, :]
+        tl.store(dz_part_ptr + dz_at, dz, narrow)
+        if NEED_DB:
+            z_at = rows[:, None] * stride_zm + z_column + offs_r[None, :]
+            z = tl.load(z_ptr + z_at, narrow, other=0.0)  # (BLOCK_M, BLOCK_R)
+            acc += tl.dot(tl.trans(dy), z, input_precision=PRECISION)
+    if NEED_DB:
+        db_at = (chunk.to(tl.int64) * b_rows * rank) + b_at
+        tl.store(db_part_ptr + db_at, acc * scaling, b_inside)
+
+
+@triton.jit
+def sum_partials(part_ptr, base, n, parts, offs):
+    """Σ over parts, in order, of the elements offs of arrays of n floats. offs int64."""
+    total = tl.zeros(offs.shape, tl.float32)
+    at = base + offs
+    for _ in range(0, parts):
+        total += tl.load(part_ptr + at, offs < n, other=0.0)
+        at += n
+    return total
+
+
+@triton.jit
+def reduce_kernel(
+    dz_part_ptr,
+    dz_ptr,
+    dz_size,
+    dz_parts,
+    dz_blocks,
+    groups,
+    rank,
+    grad_part_ptr,
+    grad_ptr,
+    grad_size,
+    grad_parts,
+    HAS_DZ: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Both second stages in one launch: dz per group of column blocks, and a weight gradient."""
+    pid = tl.program_id(0)
+    if HAS_DZ:
+        if pid < groups * dz_blocks:
+            group = (pid // dz_blocks).to(tl.int64)
+            offs = (pid % dz_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            total = sum_partials(dz_part_ptr, group * dz_parts * dz_size, dz_size, dz_parts, offs)
+            at = (offs // rank) * (groups * rank) + group * rank + offs % rank
+            tl.store(dz_ptr + at, total.to(dz_ptr.dtype.element_ty), offs < dz_size)
+    if HAS_GRAD:
+        if pid >= groups * dz_blocks:
+            offs = (pid - groups * dz_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            total = sum_partials(grad_part_ptr, 0, grad_size, grad_parts, offs)
+            tl.store(grad_ptr + offs, total.to(grad_ptr.dtype.element_ty), offs < grad_size)
+
+
+@triton.jit
+def down_backward_kernel(
+    dx_ptr,
+    dh_ptr,
+    x_ptr,
+    a_ptr,
+    da_part_ptr,
+    seed_ptr,
+    tokens,
+    columns,
+    ranks,
+    chunk_rows,
+    stride_xm,
+    stride_hm,
+    threshold,
+    scale,
+    NEED_DX: tl.constexpr,
+    NEED_DA: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dx += drop'(dh A) in place, and partials (chunks, R, D) of dA = dhᵀ drop(x)."""
+    chunk = tl.program_id(0).to(tl.int64)
+    first_column = tl.program_id(1) * BLOCK_N
+    offs_n = first_column + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    a_inside = (offs_r[:, None] < ranks) & (offs_n[None, :] < columns)
+    a_at = offs_r[:, None] * columns + offs_n[None, :]
+    a = tl.load(a_ptr + a_at, a_inside, other=0.0)  # (BLOCK_R, BLOCK_N)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for first in range(0, chunk_rows, BLOCK_M):
+        rows = chunk * chunk_rows + first + tl.arange(0, BLOCK_M)
+        inside = (rows[:, None] < tokens) & (offs_n[None, :] < columns)
+        dh_at = rows[:, None] * stride_hm + offs_r[None, :]
+        dh_inside = (rows[:, None] < tokens) & (offs_r[None, :] < ranks)
+        dh = tl.load(dh_ptr + dh_at, dh_inside, other=0.0)  # (BLOCK_M, BLOCK_R)
+        if DROPOUT:
+            seed = tl.load(seed_ptr)
+        if NEED_DX:
+            update = tl.dot(dh, a.to(dh.dtype), input_precision=PRECISION)
+            if DROPOUT:
+                update = dropout_tile(
+                    update, seed, rows, first_column, columns, threshold, scale, BLOCK_M, BLOCK_N
+                )
+            dx_at = dx_ptr + rows[:, None] * columns + offs_n[None, :]
+            dx = tl.load(dx_at, inside, other=0.0)
+            tl.store(dx_at, (dx.to(tl.float32) + update).to(dx.dtype), inside)
+        if NEED_DA:
+            x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_n[None, :], inside, other=0.0)
+            if DROPOUT:
+                x = dropout_tile(
+                    x, seed, rows, first_column, columns, threshold, scale, BLOCK_M, BLOCK_N
+                )
+            acc += tl.dot(tl.trans(dh), x, input_precision=PRECISION)
+    if NEED_DA:
+        tl.store(da_part_ptr + chunk * ranks * columns + a_at, acc, a_inside)
+
+
+def tiles(ranks: int, dtype: torch.dtype) -> dict:
+    """Tile sizes for a rank: wide ranks and float32 take narrower tiles."""
+    block_r = max(16, triton.next_power_of_2(ranks))
+    wide = block_r > 32 or dtype == torch.float32
+    return {"BLOCK_M": 64, "BLOCK_N": 64 if wide else 128, "BLOCK_R": block_r}
+
+
+def chunk_rows(tokens: int, block_m: int) -> int:
+    """Rows a program sums before it writes a partial: at most MAX_CHUNKS partials."""
+    return block_m * triton.cdiv(max(tokens, 1), block_m * MAX_CHUNKS)
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def down(x, lora_a, dropout, seed):
+    x, lora_a = _rows(x), lora_a.contiguous()
+    tokens, columns = x.shape
+    ranks = lora_a.shape[0]
+    h = x.new_empty(tokens, ranks)
+    if tokens == 0:
+        return h
+    tile = tiles(ranks, x.dtype)
+    with _on(x):
+        down_kernel[(triton.cdiv(tokens, tile["BLOCK_M"]),)](
+            x, lora_a, h, seed, tokens, columns, ranks, x.stride(0),
+            *_drop(dropout), PRECISION=precision(x.dtype),
+            BLOCK_M=tile["BLOCK_M"], BLOCK_K=tile["BLOCK_N"], BLOCK_R=tile["BLOCK_R"],
+        )  # fmt: skip
+    return h
+
+
+def up_(y, z, lora_b, scaling, slices):
+    tokens, z, lora_b = y.shape[0], _rows(z), lora_b.contiguous()
+    if tokens == 0:
+        return
+    tile = tiles(slices.rank, y.dtype)
+    grid = (
+        triton.cdiv(tokens, tile["BLOCK_M"]),
+        len(slices.starts) * triton.cdiv(slices.length, tile["BLOCK_N"]),
+    )
+    with _on(y):
+        up_kernel[grid](
+            y, z, lora_b, tokens, slices.length, slices.rank, y.stride(0), z.stride(0),
+            *_starts(slices), scaling, OWN=slices.own, PRECISION=precision(y.dtype), **tile,
+        )  # fmt: skip
+
+
+def up_backward(dy, z, lora_b, scaling, slices):
+    dy, lora_b = _rows(dy), lora_b.contiguous()
+    z = None if z is None else _rows(z)
+    tokens, rank, n = dy.shape[0], slices.rank, len(slices.starts)
+    dz = dy.new_empty(tokens, slices.width)
+    db = None if z is None else torch.empty_like(lora_b)
+    if tokens == 0:
+        return dz, None if db is None else db.zero_()
+    tile = tiles(rank, dy.dtype)
+    rows = chunk_rows(tokens, tile["BLOCK_M"])
+    chunks, blocks = triton.cdiv(tokens, rows), n * triton.cdiv(slices.length, tile["BLOCK_N"])
+    dz_part = dy.new_empty(blocks, tokens, rank, dtype=torch.float32)
+    db_part = None if z is None else dy.new_empty(chunks, *lora_b.shape, dtype=torch.float32)
+    with _on(dy):
+        up_backward_kernel[(chunks, blocks)](
+            dy, z, lora_b, dz_part, db_part, tokens, slices.length, rank, rows, lora_b.shape[0],
+            dy.stride(0), 0 if z is None else z.stride(0), *_starts(slices), scaling,
+            OWN=slices.own, NEED_DB=z is not None, PRECISION=precision(dy.dtype), **tile,
+        )  # fmt: skip
+        _reduce(dz_part, dz, n if slices.own else 1, rank, db_part, db)
+    return dz, db
+
+
+def down_backward_(dx, dh, x, lora_a, dropout, seed):
+    lora_a, dh = lora_a.contiguous(), _rows(dh)
+    x = None if x is None else _rows(x)
+    tokens, (ranks, columns) = dh.shape[0], lora_a.shape
+    da = None if x is None else torch.empty_like(lora_a)
+    if tokens == 0:
+        return None if da is None else da.zero_()
+    tile = tiles(ranks, dh.dtype)
+    rows = chunk_rows(tokens, tile["BLOCK_M"])
+    chunks = triton.cdiv(tokens, rows)
+    part = None if x is None else dh.new_empty(chunks, ranks, columns, dtype=torch.float32)
+    threshold, scale, DROPOUT = _drop(dropout)
+    with _on(dh):
+        down_backward_kernel[(chunks, triton.cdiv(columns, tile["BLOCK_N"]))](
+            dx, dh, x, lora_a, part, seed, tokens, columns, ranks, rows,
+            0 if x is None else x.stride(0), dh.stride(0), threshold, scale,
+            NEED_DX=dx is not None, NEED_DA=x is not None, DROPOUT=DROPOUT,
+            PRECISION=precision(dh.dtype), **tile,
+        )  # fmt: skip
+        if da is not None:
+            _reduce(None, None, 0, 1, part, da)
+    return da
+
+
+def _reduce(dz_part, dz, groups, rank, grad_part, grad):
+    block = 1024
+    dz_size = 0 if dz is None else dz_part[0].numel()
+    grad_size = 0 if grad is None else grad.numel()
+    dz_blocks = triton.cdiv(dz_size, block)
+    grid = (groups * dz_blocks + triton.cdiv(grad_size, block),)
+    reduce_kernel[grid](
+        dz_part, dz, dz_size, 0 if dz is None else dz_part.shape[0] // groups, dz_blocks, groups,
+        rank, grad_part, grad, grad_size, 0 if grad is None else grad_part.shape[0],
+        HAS_DZ=dz is not None, HAS_GRAD=grad is not None, BLOCK=block,
+    )  # fmt: skip
+
+
+def _rows(x):
+    """A matrix whose rows are contiguous; what autograd saved stays as the caller laid it out."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _starts(slices):
+    return (*slices.starts, 0, 0, 0)[:3]
+
+
+def _drop(p):
+    return keep_threshold(p), 1.0 / (1.0 - p), p > 0.0
+
+
+def _on(x):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
