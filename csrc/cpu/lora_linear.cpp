@@ -54,22 +54,29 @@ Dropout make_dropout(double p, const std::optional<Tensor>& seed, int64_t thresh
   return d;
 }
 
-// Four rows as float pointers; rows past the end repeat the last one and are not written back.
+// Four rows as float pointers. Rows past the end are zeros: their coefficients are zero too, and
+// zero times an infinity of a neighbouring row would be NaN.
 template <typename T>
 struct RowBlock {
-  std::vector<float> scratch, factors;
+  std::vector<float> scratch, factors, zeros;
   const float* row[kRows];
   const float* factor[kRows];
 
   RowBlock(int64_t columns, bool dropout)
       : scratch(dropout || !std::is_same_v<T, float> ? kRows * columns : 0),
-        factors(dropout ? kRows * columns : 0) {}
+        factors(dropout ? kRows * columns : 0),
+        zeros(columns, 0.0f) {}
 
   void read(const T* data, const Matrix& m, int64_t first, int64_t last, const Dropout& d) {
     for (int64_t i = 0; i < kRows; ++i) {
-      const int64_t r = std::min(first + i, last - 1);
-      const T* source = data + r * m.stride;
+      const int64_t r = first + i;
       factor[i] = nullptr;
+      if (r >= last) {
+        row[i] = zeros.data();
+        if (d.active) factor[i] = zeros.data();
+        continue;
+      }
+      const T* source = data + r * m.stride;
       if (scratch.empty()) {
         row[i] = reinterpret_cast<const float*>(source);
         continue;

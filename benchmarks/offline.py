@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile Triton kernels for GPUs that are not here, and read what they cost from the binary.
+
+A launcher is run on meta tensors while ``recording`` stands in for the launch, so what is compiled
+is what a user's call would launch: the same types, constants and divisibility by sixteen.
+Kernels must be imported without TRITON_INTERPRET.
+"""
+
+import contextlib
+import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel, its grid and every argument by name."""
+
+    kernel: triton.JITFunction
+    grid: tuple
+    arguments: dict
+    options: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one target. shared in bytes, stack and local in bytes a thread."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    spills: int  # loads and stores of local memory in the machine code
+    tensor_core: str  # "WGMMA", "HMMA" or "" where the kernel makes no matrix product
+    atomics: int  # atomic instructions on floats
+
+    @property
+    def clean(self) -> bool:
+        """No spills, no float atomics, shared memory within the target's limit."""
+        fits = self.shared <= SHARED_LIMITS[self.arch]
+        return fits and not (self.spills or self.stack or self.local or self.atomics)
+
+
+@contextlib.contextmanager
+def recording():
+    """Collect launches instead of making them; yields the list."""
+    launches = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        names = self.arg_names
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        grid = grid(arguments) if callable(grid) else grid
+        launches.append(Launch(self, tuple(grid), {n: arguments[n] for n in names}, options))
+
+    original = triton.JITFunction.run
+    triton.JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        triton.JITFunction.run = original
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compile one recorded launch for compute capability arch / 10."""
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(launch.arguments.items()):
+        kind = _kind(value, launch.kernel.params[i].is_constexpr)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = value
+        elif _by_sixteen(value):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return _read(launch.kernel.__name__, arch, compiled)
+
+
+def _kind(value, is_constexpr):
+    if is_constexpr or value is None or (type(value) is int and value == 1):
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _by_sixteen(value):
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0 if value.device.type != "meta" else True
+    return isinstance(value, int) and value % 16 == 0
+
+
+def _tool(name):
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read(name, arch, compiled):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        run = dict(capture_output=True, text=True, check=True)
+        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", path], **run).stdout
+        sass = subprocess.run([_tool("nvdisasm"), path], **run).stdout
+    (line,) = (row for row in usage.splitlines() if "REG:" in row)
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+    core = "WGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else ""
+    return Resources(
+        kernel=name,
+        arch=arch,
+        registers=numbers["REG"],
+        stack=numbers["STACK"],
+        local=numbers["LOCAL"],
+        shared=compiled.metadata.shared,
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        tensor_core=core,
+        atomics=len(re.findall(r"\b(?:ATOM|ATOMG|RED|ATOMS)\.[^;\n]*(?:F32|F16|BF16|F64)", sass)),
+    )

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs before any test module is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+# Triton decides at import whether kernels are interpreted; without a GPU that is how they run.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from samfast.integrations.torchvision import declare_missing_schemas  # noqa: E402
+
+declare_missing_schemas()
+torch.set_num_threads(2)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs for lora_linear and the backends that run on this machine."""
+
+import dataclasses
+
+import torch
+
+from samfast import backends
+from samfast.functional import lora_linear
+
+NAMES = ("y", "dx", "dweight", "dbias", "dlora_a", "dlora_b")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call: sizes and options; tensors are drawn from a seed, in float64."""
+
+    shape: tuple[int, ...] = (3, 7, 33)
+    out: int = 48
+    rank: int = 4
+    slices: tuple | None = None
+    shared: bool = False
+    dropout: float = 0.0
+    bias: bool = True
+    scaling: float = 0.7
+
+    @property
+    def id(self):
+        name = f"{'x'.join(map(str, self.shape))}-to-{self.out}-r{self.rank}"
+        name += f"-{len(self.slices)}slices" if self.slices else ""
+        name += "-shared" if self.shared else ""
+        name += "-dropout" if self.dropout else ""
+        return name + ("" if self.bias else "-nobias")
+
+    def tensors(self, dtype, adapter_dtype=None, device=DEVICE):
+        """x, weight, bias, lora_a, lora_b as leaves that want gradients, and dy."""
+        generator = torch.Generator().manual_seed(5)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        n = len(self.slices) if self.slices else 1
+        length = self.slices[0][1] - self.slices[0][0] if self.slices else self.out
+        features = self.shape[-1]
+        x, weight = draw(*self.shape), draw(self.out, features) / features**0.5
+        bias = draw(self.out) if self.bias else None
+        a = draw(self.rank if self.shared else n * self.rank, features) / features**0.5
+        b, dy = draw(n * length, self.rank), draw(*self.shape[:-1], self.out)
+        adapter = adapter_dtype or dtype
+        base = [t if t is None else t.to(device, dtype) for t in (x, weight, bias)]
+        base += [t.to(device, adapter) for t in (a, b)]
+        return [t if t is None else t.requires_grad_() for t in base], dy.to(device, dtype)
+
+    def run(self, dtype, backend, adapter_dtype=None):
+        """[y, dx, dweight, dbias, dlora_a, dlora_b]; without a bias its gradient is empty."""
+        leaves, dy = self.tensors(dtype, adapter_dtype)
+        seed = torch.tensor([0x1234_5678_9ABC_DEF], device=DEVICE)
+        y = lora_linear(
+            *leaves,
+            self.scaling,
+            dropout=self.dropout,
+            seed=seed,
+            slices=self.slices,
+            backend=backend,
+        )
+        wanted = [t for t in leaves if t is not None]
+        grads = list(torch.autograd.grad(y, wanted, dy))
+        if not self.bias:
+            grads.insert(2, y.new_empty(0))
+        return [y, *grads]
+
+
+def runnable(backend: str) -> str | None:
+    """None when the backend runs on this machine's test device, else the sentence why not."""
+    if backend == "cpu":
+        return backends.cpu_missing(DEVICE, torch.float32)
+    if backend == "triton":
+        return backends.triton_missing(DEVICE)
+    return None
