@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes of the image encoders; prompt encoder and mask decoder are the same in all."""
+
+import difflib
+import operator
+from dataclasses import dataclass
+
+PATCH = 16
+CHANNELS = 256  # of the image embedding and of every prompt token
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An image encoder: `global_blocks` attend to the whole map, the others inside windows."""
+
+    width: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    window: int = 14
+    image_size: int = 1024
+
+
+ARCHITECTURES = {
+    "vit_tiny": Architecture(192, 6, 3, (2, 5), window=7, image_size=256),
+    "vit_b": Architecture(768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": Architecture(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": Architecture(1280, 32, 16, (7, 15, 23, 31)),
+}
+
+
+def architecture(name: str) -> Architecture:
+    """The sizes of model `name`; ValueError with the known names, nearest first."""
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+
+    def nearness(known):
+        return difflib.SequenceMatcher(None, str(name).lower(), known).ratio()
+
+    known = ", ".join(sorted(ARCHITECTURES, key=nearness, reverse=True))
+    raise ValueError(f"unknown model {name!r}; the models are {known}")
+
+
+def check_image_size(size) -> int:
+    """`size` as an int; ValueError unless it is a positive multiple of the patch, 16."""
+    try:
+        number = 0 if isinstance(size, bool) else operator.index(size)
+    except TypeError:
+        number = 0
+    if number <= 0 or number % PATCH:
+        raise ValueError(f"image size {size!r} is not a positive multiple of {PATCH}")
+    return number

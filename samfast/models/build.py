@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds segment_anything's Sam at any size, from a checkpoint or with random weights."""
+
+import contextlib
+import os
+from functools import partial
+
+import torch
+from torch import nn
+
+from samfast.integrations import segment_anything
+from samfast.models.architectures import (
+    CHANNELS,
+    PATCH,
+    Architecture,
+    architecture,
+    check_image_size,
+)
+from samfast.models.checkpoints import load_checkpoint
+
+INIT_STD = 0.02
+
+
+def build_sam(
+    name: str,
+    checkpoint: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    random_init: bool = False,
+    seed: int | None = None,
+):
+    """segment_anything's Sam `name` ("vit_tiny", "vit_b", "vit_l", "vit_h"), on the CPU.
+
+    checkpoint: SAM's ``.pth``, a ``.safetensors`` file, or a Hugging Face ``SamModel`` folder.
+    image_size: a multiple of 16; None is 1024, for vit_tiny 256. A checkpoint of another size has
+    its positions interpolated.
+    random_init: random weights instead of a checkpoint; vit_tiny without a checkpoint always has
+    them. `seed` fixes them without touching the global generator; without it they come from there.
+
+    ``sam.samfast_base`` records name, image_size, checkpoint (its file name) and seed (both None
+    where they do not apply). Raises ValueError or FileNotFoundError with one sentence.
+    """
+    sizes = architecture(name)
+    size = check_image_size(sizes.image_size if image_size is None else image_size)
+    if checkpoint is not None and random_init:
+        raise ValueError(f"{name} is either random or from checkpoint {checkpoint}, not both")
+    if checkpoint is None and not random_init and name != "vit_tiny":
+        raise ValueError(
+            f"{name} needs a checkpoint (checkpoint=, --checkpoint), "
+            "or random weights must be asked for (random_init=True, --random-init)"
+        )
+    if checkpoint is None:
+        with torch.device("cpu"), _generator(seed):
+            sam = _construct(sizes, size)
+            _randomise(sam.image_encoder)
+    else:
+        seed = None
+        with torch.device("meta"):
+            sam = _construct(sizes, size)
+        load_checkpoint(sam, name, checkpoint)
+    sam.samfast_base = {
+        "name": name,
+        "image_size": size,
+        "checkpoint": None if checkpoint is None else os.path.basename(os.path.abspath(checkpoint)),
+        "seed": seed,
+    }
+    return sam.eval()
+
+
+def image_size(sam: nn.Module) -> int:
+    """The side in pixels of the square that `sam` sees."""
+    return sam.image_encoder.img_size
+
+
+def _construct(sizes: Architecture, size: int):
+    """Sam as segment_anything's own builders make it, at any size."""
+    modeling = segment_anything.load().modeling
+    grid = size // PATCH
+    return modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(
+            img_size=size,
+            patch_size=PATCH,
+            embed_dim=sizes.width,
+            depth=sizes.depth,
+            num_heads=sizes.heads,
+            mlp_ratio=4,
+            out_chans=CHANNELS,
+            qkv_bias=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=sizes.window,
+            global_attn_indexes=sizes.global_blocks,
+        ),
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=CHANNELS,
+            image_embedding_size=(grid, grid),
+            input_image_size=(size, size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=modeling.TwoWayTransformer(
+                depth=2, embedding_dim=CHANNELS, mlp_dim=2048, num_heads=8
+            ),
+            transformer_dim=CHANNELS,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )
+
+
+@contextlib.contextmanager
+def _generator(seed: int | None):
+    """The CPU generator at `seed`, put back afterwards; as it is when seed is None."""
+    if seed is None:
+        yield
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+
+
+def _randomise(encoder: nn.Module) -> None:
+    """The usual start of a vision transformer: linear weights and positions N(0, 0.02²), no biases.
+
+    With segment_anything's zeros for the positions, the tokens of a random encoder would know no
+    place, and adapters that leave the tables frozen could never learn one.
+    """
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=INIT_STD)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(encoder.pos_embed, std=INIT_STD)
+    for block in encoder.blocks:
+        nn.init.normal_(block.attn.rel_pos_h, std=INIT_STD)
+        nn.init.normal_(block.attn.rel_pos_w, std=INIT_STD)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads SAM's weights from files, and fits them to a model or says why they do not fit.
+
+Read are PyTorch files (``.pth``, weights only), safetensors, both with segment_anything's names or
+Hugging Face's, and folders of a Hugging Face ``SamModel``. Nothing in a file is executed.
+"""
+
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samfast.models import hf_names
+from samfast.models.architectures import ARCHITECTURES
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.", "sam.", "model.")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a Hugging Face folder, best first
+
+# What torch.load raises at damaged bytes: its unpickler runs into whatever the damage spells.
+_DAMAGE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by segment_anything's names, on the CPU, as they were stored.
+
+    They may be mapped from the file: copy what is to be kept. Raises FileNotFoundError when `path`
+    or a part of it does not exist, ValueError when it holds something else than SAM's weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        content = _read_folder(path)
+    elif path.is_file():
+        content = _read_file(path)
+    elif path.exists():
+        raise ValueError(f"checkpoint {path} is neither a file nor a folder")
+    else:
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    state = _plain_names(_unwrap(content), path)
+    return hf_names.to_segment_anything(state) if hf_names.is_hugging_face(state) else state
+
+
+def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike) -> None:
+    """Gives `sam`, built as model `name` on any device (meta too), the weights in `path`.
+
+    sam's tensors are replaced by copies on the CPU in the dtype they had. Positions stored for
+    another image size are interpolated. Raises as read_checkpoint does, and ValueError when the
+    checkpoint is of another model or lacks or adds a tensor.
+    """
+    state = read_checkpoint(path)
+    wanted = sam.state_dict()
+    _check_encoder(state, wanted, name, path)
+    _resize_positions(state, sam)
+    _check_tensors(state, wanted, name, path)
+    copies = {
+        key: state[key].to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, tensor in wanted.items()
+    }
+    sam.load_state_dict(copies, assign=True)
+
+
+def _read_file(path: Path):
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {path} is not a whole safetensors file: {error}"
+            ) from None
+    try:
+        # Only PyTorch's zip format can be mapped; the older one is read into memory.
+        return torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except _DAMAGE as error:
+        unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if unsafe:
+            raise ValueError(
+                f"checkpoint {path} names {unsafe[1]!r}, which no tensor needs: "
+                "it is damaged or meant to run code"
+            ) from None
+        raise ValueError(f"checkpoint {path} is damaged or not a PyTorch checkpoint") from error
+
+
+def _read_folder(folder: Path) -> dict:
+    config = _read_json(folder / "config.json", "a folder of a Hugging Face SamModel")
+    if config.get("model_type") != "sam":
+        raise ValueError(
+            f"checkpoint folder {folder} holds a model of type {config.get('model_type')!r}, "
+            "not SAM ('sam')"
+        )
+    for weights in _WEIGHTS:
+        if (folder / weights).is_file():
+            return _read_file(folder / weights)
+        index = folder / f"{weights}.index.json"
+        if index.is_file():
+            return _read_shards(index)
+    raise FileNotFoundError(f"checkpoint folder {folder} has neither {' nor '.join(_WEIGHTS)}")
+
+
+def _read_shards(index: Path) -> dict:
+    files = _read_json(index, "a sharded checkpoint").get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index} has no weight_map from names to files")
+    state = {}
+    for file in sorted(set(files.values())):
+        shard = index.parent / file
+        if Path(file).name != file:
+            raise ValueError(f"{index} names the file {file!r}, which is not in its own folder")
+        if not shard.is_file():
+            raise FileNotFoundError(f"{index} names the file {file!r}, which does not exist")
+        content = _unwrap(_read_file(shard))
+        if not isinstance(content, Mapping):
+            raise ValueError(f"checkpoint {shard} holds a {type(content).__name__}, not tensors")
+        state.update(content)
+    absent = sorted(set(files) - set(state))
+    if absent:
+        raise ValueError(f"{index} lists {_some(absent)}, which its files do not hold")
+    return state
+
+
+def _read_json(path: Path, owner: str) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, but {owner} has it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _unwrap(content):
+    """The state dict inside the dicts that training scripts put around it."""
+    for _ in range(3):
+        if not isinstance(content, Mapping):
+            break
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    return content
+
+
+def _plain_names(content, path: Path) -> dict[str, Tensor]:
+    """`content` checked to be tensors by name, without the prefixes that wrapping modules add."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not tensors by name")
+    state = {}
+    for key, tensor in content.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise ValueError(f"checkpoint {path} holds a {kind} under {key!r}, not a tensor")
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not dense or not tensor.is_floating_point():
+            raise ValueError(
+                f"checkpoint {path} holds {key} as {tensor.dtype} ({tensor.layout} on "
+                f"{tensor.device}), but SAM's weights are dense floating-point numbers"
+            )
+        name = key.replace("._orig_mod.", ".")  # a compiled submodule
+        while name.startswith(_PREFIXES):
+            name = name.split(".", 1)[1]
+        if name in state:
+            raise ValueError(f"checkpoint {path} holds {name} twice, once under {key}")
+        state[name] = tensor
+    return state
+
+
+def _encoder_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(width, blocks) of the image encoder in a state dict, None when there is none."""
+    patches = state.get("image_encoder.patch_embed.proj.weight")
+    if patches is None or patches.ndim != 4:
+        return None
+    blocks = {key.split(".")[2] for key in state if key.startswith("image_encoder.blocks.")}
+    return patches.shape[0], len(blocks)
+
+
+def _check_encoder(state, wanted, name: str, path) -> None:
+    found, needed = _encoder_size(state), _encoder_size(wanted)
+    if found is None:
+        raise ValueError(
+            f"checkpoint {path} holds no SAM image encoder, its tensors are {_some(list(state))}"
+        )
+    if found != needed:
+        sizes = {(known.width, known.depth): key for key, known in ARCHITECTURES.items()}
+        raise ValueError(
+            f"checkpoint {path} is of {sizes.get(found, 'an unknown model')} "
+            f"(width {found[0]}, {found[1]} blocks), "
+            f"but the model is {name} (width {needed[0]}, {needed[1]} blocks)"
+        )
+
+
+def _check_tensors(state, wanted, name: str, path) -> None:
+    differences = []
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        differences.append(f"lacks {_some(missing)}")
+    unexpected = [key for key in state if key not in wanted]
+    if unexpected:
+        differences.append(f"has the unknown {_some(unexpected)}")
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if shapes:
+        differences.append(f"has {_some(shapes)}")
+    if differences:
+        raise ValueError(f"checkpoint {path} does not fit {name}: it {', '.join(differences)}")
+
+
+def _some(items: list[str], limit: int = 3) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return (", ".join(items[:limit]) or "none") + more
+
+
+def _resize_positions(state: dict[str, Tensor], sam: nn.Module) -> None:
+    """Interpolates the positions in `state` to sam's image size, in place.
+
+    The positional embedding [1, n, n, width] bilinearly and the relative positions [2 n - 1,
+    head_dim] of global blocks linearly, half-pixel centres, no antialiasing: what fine-tuning of
+    SAM at other sizes commonly does. Windows keep their size, so their tables stay.
+    """
+    pos_embed = state.get("image_encoder.pos_embed")
+    size = sam.image_encoder.pos_embed.shape[1]
+    if pos_embed is None or pos_embed.ndim != 4 or pos_embed.shape[1] == size:
+        return
+    stored = pos_embed.shape[1]
+    if stored == 0 or pos_embed.shape[2] != stored:
+        return
+    maps = pos_embed.permute(0, 3, 1, 2).float()  # [1, width, stored, stored]
+    maps = F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
+    state["image_encoder.pos_embed"] = maps.permute(0, 2, 3, 1)
+    for i, block in enumerate(sam.image_encoder.blocks):
+        for axis in "hw" if block.window_size == 0 else "":
+            key = f"image_encoder.blocks.{i}.attn.rel_pos_{axis}"
+            if key in state and state[key].ndim == 2 and len(state[key]) == 2 * stored - 1:
+                table = state[key].t()[None].float()  # [1, head_dim, 2 stored - 1]
+                table = F.interpolate(table, 2 * size - 1, mode="linear", align_corners=False)
+                state[key] = table[0].t()

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and prompts to mask logits: batched, differentiable, without waiting for the device.
+
+``Sam.forward`` runs without gradients, one image at a time, and its mask decoder repeats one
+image's embedding for all prompts. Here every prompt carries its own image, so a batch is one call.
+The numbers are those of segment_anything's loop over images with ``multimask_output=False``.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Points = tuple[Tensor, Tensor]
+
+
+def segment(
+    sam: nn.Module, images: Tensor, boxes: Tensor | None = None, points: Points | None = None
+) -> Tensor:
+    """Mask logits of N objects per image.
+
+    images: [B, 3, H, W] RGB values 0..255, uint8 or float, H and W at most sam's image size
+    boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`
+    points: (coords [B, N, P, 2], labels [B, N, P]), or without N for N = 1; coords x, y in pixels,
+        labels 1 foreground, 0 background, -1 padding that is no point
+    out: [B, N, H, W], float32 (float64 where sam is); N = 1 without prompts
+
+    The same bits at every run: nothing here adds atomically, forwards or backwards. Label values
+    are checked on the CPU only, for reading them elsewhere would wait for the device. Raises
+    ValueError, or TypeError for a dtype, when an input does not fit.
+    """
+    size = _check_images(sam, images)
+    _count_objects(images, boxes, points)  # before the work of the encoder
+    return decode(sam, encode(sam, images), size, boxes, points)
+
+
+def encode(sam: nn.Module, images: Tensor) -> Tensor:
+    """Image embeddings [B, 256, n, n] of images [B, 3, H, W], n = sam's image size / 16.
+
+    Normalised in at least float32, padded with zeros right and below, then in the dtype of the
+    encoder's patch embedding.
+    """
+    height, width = _check_images(sam, images)
+    mean, std = sam.pixel_mean, sam.pixel_std
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    pixels = (images.to(dtype) - mean.to(dtype)) / std.to(dtype)
+    size = sam.image_encoder.img_size
+    pixels = F.pad(pixels, (0, size - width, 0, size - height))
+    pixels = pixels.to(sam.image_encoder.patch_embed.proj.weight.dtype)
+    if len(pixels) == 0:  # segment_anything's windows refuse an empty batch
+        return pixels.new_zeros((0, *_embedding_shape(sam)))
+    return sam.image_encoder(pixels)
+
+
+def decode(
+    sam: nn.Module,
+    embeddings: Tensor,
+    size: tuple[int, int],
+    boxes: Tensor | None = None,
+    points: Points | None = None,
+) -> Tensor:
+    """Mask logits [B, N, H, W] from embeddings [B, 256, n, n] of images of `size` (H, W).
+
+    Prompts and result as in segment.
+    """
+    shape = tuple(embeddings.shape)
+    if len(shape) != 4 or shape[1:] != _embedding_shape(sam):
+        wanted = ", ".join(map(str, _embedding_shape(sam)))
+        raise ValueError(f"image embeddings have shape {shape}, not (batch, {wanted})")
+    _check_size(sam, size)
+    count = _count_objects(embeddings, boxes, points)
+    tokens = _prompt_tokens(sam.prompt_encoder, shape[0] * count, boxes, points)
+    masks = _predict_masks(sam, embeddings, tokens, count)  # [B*N, 4n, 4n]
+    masks = _upscale(masks, size, sam.image_encoder.img_size)
+    return masks.view(shape[0], count, *size)
+
+
+def unused_by_segment(sam: nn.Module) -> list[str]:
+    """Names of sam's parameters that segment never reads, so that training leaves them alone.
+
+    They predict the quality of masks, the three masks of an ambiguous prompt, and embed mask
+    prompts.
+    """
+    return [
+        name
+        for name, _ in sam.named_parameters()
+        if "mask_decoder.iou_prediction_head." in name
+        or "prompt_encoder.mask_downscaling." in name
+        or (
+            "mask_decoder.output_hypernetworks_mlps." in name
+            and "mask_decoder.output_hypernetworks_mlps.0." not in name
+        )
+    ]
+
+
+def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
+    return (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
+
+
+def _check_images(sam: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Height and width of `images` after checking them."""
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[1] != 3:
+        raise ValueError(f"images have shape {shape}, not (batch, 3, height, width)")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}, not uint8 or floating point")
+    _check_size(sam, shape[2:])
+    if images.device != sam.pixel_mean.device:
+        raise ValueError(f"images are on {images.device}, the model on {sam.pixel_mean.device}")
+    return shape[2:]
+
+
+def _check_size(sam: nn.Module, size: tuple[int, int]) -> None:
+    limit = sam.image_encoder.img_size
+    if not all(0 < side <= limit for side in size):
+        raise ValueError(
+            f"images are {size[0]} x {size[1]} pixels, but the model takes 1 to {limit}"
+        )
+
+
+def _count_objects(images: Tensor, boxes: Tensor | None, points: Points | None) -> int:
+    """N, the number of objects per image, after checking the prompts of [B, ...] images."""
+    batch, counts = len(images), {}
+    if boxes is not None:
+        shape = tuple(boxes.shape)
+        if len(shape) not in (2, 3) or shape[0] != batch or shape[-1] != 4:
+            raise ValueError(f"boxes have shape {shape}, not ({batch}, 4) or ({batch}, N, 4)")
+        _check_prompt("boxes", boxes, images.device)
+        counts["boxes"] = shape[1] if len(shape) == 3 else 1
+    if points is not None:
+        if not isinstance(points, (tuple, list)) or len(points) != 2:
+            raise TypeError("points are not a pair (coordinates, labels)")
+        coords, labels = points
+        shape = tuple(coords.shape)
+        if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != 2:
+            raise ValueError(
+                f"point coordinates have shape {shape}, not ({batch}, P, 2) or ({batch}, N, P, 2)"
+            )
+        if tuple(labels.shape) != shape[:-1]:
+            raise ValueError(
+                f"point labels have shape {tuple(labels.shape)}, but the coordinates {shape}"
+            )
+        _check_prompt("point coordinates", coords, images.device)
+        _check_prompt("point labels", labels, images.device)
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            odd = labels[(labels != 0) & (labels.abs() != 1)]
+            if len(odd):
+                raise ValueError(f"point label {odd[0].item()} is not 1, 0 or -1")
+        counts["points"] = shape[1] if len(shape) == 4 else 1
+    if len(set(counts.values())) == 2:
+        raise ValueError(
+            f"boxes are of {counts['boxes']} objects per image, points of {counts['points']}"
+        )
+    return next(iter(counts.values()), 1)
+
+
+def _check_prompt(name: str, values: Tensor, device: torch.device) -> None:
+    if values.dtype == torch.bool or values.is_complex():
+        raise TypeError(f"{name} are {values.dtype}, not real numbers")
+    if values.device != device:
+        raise ValueError(f"{name} are on {values.device}, the images on {device}")
+
+
+def _encode_positions(encoder: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Random Fourier features [..., 256] of x and y [...], fractions of the side.
+
+    In float32 at least, also under autocast: a bfloat16 product of the coordinates would misplace
+    a point by pixels.
+    """
+    matrix = encoder.pe_layer.positional_encoding_gaussian_matrix
+    dtype = _position_dtype(encoder)
+    with torch.autocast(matrix.device.type, enabled=False):
+        angles = (2 * torch.pi) * ((2 * torch.stack([x, y], dim=-1) - 1) @ matrix.to(dtype))
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _position_dtype(encoder: nn.Module) -> torch.dtype:
+    matrix = encoder.pe_layer.positional_encoding_gaussian_matrix
+    return torch.promote_types(matrix.dtype, torch.float32)
+
+
+def _encode_pixels(encoder: nn.Module, coords: Tensor) -> Tensor:
+    """Features [..., 256] of the centres of pixels x, y [..., 2]."""
+    x, y = (coords.to(_position_dtype(encoder)) + 0.5).unbind(-1)
+    height, width = encoder.input_image_size
+    return _encode_positions(encoder, x / width, y / height)
+
+
+def _encode_grid(encoder: nn.Module) -> Tensor:
+    """Features [1, 256, n, n] of the centres of the embedding's cells."""
+    height, width = encoder.image_embedding_size
+    options = {"device": encoder.no_mask_embed.weight.device, "dtype": _position_dtype(encoder)}
+    y = (torch.arange(height, **options) + 0.5) / height
+    x = (torch.arange(width, **options) + 0.5) / width
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return _encode_positions(encoder, x, y).permute(2, 0, 1)[None]
+
+
+def _prompt_tokens(
+    encoder: nn.Module, total: int, boxes: Tensor | None, points: Points | None
+) -> Tensor:
+    """Prompt tokens [B*N, T, 256]: the points, a padding point if there is no box, two corners."""
+    background, foreground, first, second = (e.weight for e in encoder.point_embeddings)
+    nothing = encoder.not_a_point_embed.weight  # each [1, 256]
+    tokens = [nothing.new_empty((total, 0, nothing.shape[1]))]
+    if points is not None:
+        coords, labels = points
+        features = _encode_pixels(encoder, coords.reshape(total, coords.shape[-2], 2))
+        labels = labels.reshape(total, labels.shape[-1], 1)
+        kind = torch.where(labels == 1, foreground, background)
+        tokens.append(torch.where(labels == -1, nothing, features + kind))
+        if boxes is None:
+            tokens.append(nothing.expand(total, 1, -1))
+    if boxes is not None:
+        corners = _encode_pixels(encoder, boxes.reshape(total, 2, 2))
+        tokens.append(corners + torch.cat([first, second]))
+    return torch.cat(tokens, dim=1)
+
+
+def _predict_masks(sam: nn.Module, embeddings: Tensor, prompts: Tensor, count: int) -> Tensor:
+    """Logits [B*N, 4n, 4n] of the decoder's first mask token, which serves a single mask.
+
+    embeddings: [B, 256, n, n]   prompts: [B*N, T, 256], the N objects of an image in sequence
+    """
+    encoder, decoder = sam.prompt_encoder, sam.mask_decoder
+    dtype = decoder.mask_tokens.weight.dtype
+    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [5, 256]
+    tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(dtype)], dim=1)
+
+    no_mask = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).to(dtype)
+    source = embeddings.to(dtype) + no_mask
+    source = source[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)  # [B*N, 256, n, n]
+    positions = _encode_grid(encoder).to(dtype).expand(len(source), -1, -1, -1)
+
+    tokens, source = decoder.transformer(source, positions, tokens)
+    source = source.transpose(1, 2).unflatten(2, embeddings.shape[2:])  # [B*N, 256, n, n]
+    features = decoder.output_upscaling(source)  # [B*N, 32, 4n, 4n]
+    weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # [B*N, 32]
+    masks = weights[:, None] @ features.flatten(2)
+    return masks.view(len(masks), *features.shape[2:])
+
+
+def _upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
+    """Masks [M, m, m] resized bilinearly to full x full, of which the first `size` is kept.
+
+    Two matrix products: unlike interpolate's, their backward adds in a fixed order on a GPU.
+    """
+    dtype = torch.promote_types(masks.dtype, torch.float32)
+    rows = _bilinear(masks.shape[1], full, masks.device, dtype)[: size[0]]
+    columns = _bilinear(masks.shape[2], full, masks.device, dtype)[: size[1]]
+    with torch.autocast(masks.device.type, enabled=False):
+        return rows @ masks.to(dtype) @ columns.t()
+
+
+def _bilinear(source: int, target: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights [target, source] of linear interpolation between pixel centres, clamped at edges."""
+    centres = (torch.arange(target, device=device, dtype=dtype) + 0.5) * (source / target) - 0.5
+    distance = centres.clamp(0, source - 1)[:, None] - torch.arange(source, device=device)
+    return (1 - distance.abs()).clamp(min=0)
