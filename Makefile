@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUILT := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+CHECKED := samfast kernels benchmarks tests setup.py
+
+.PHONY: demo test test-slow test-gpu bench bench-gpu lint clean
+
+demo: $(VENV)/.train
+	$(BIN)/python -m samfast.training.demo --output runs/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
+test-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -q -m "not slow" tests/kernels tests/modules
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.run --op lora_linear
+
+bench-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks.run --op lora_linear --device cuda
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info samfast/_build.json samfast/_C*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# torch comes first: the extension is built against it, without build isolation.
+$(VENV)/.base: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "samfast needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0 setuptools wheel ninja numpy
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.base $(BUILT)
+	$(PIP) --no-build-isolation -e ".[train]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base $(BUILT)
+	$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sizes SAM's encoders give to every operation at 1024² input."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """One ViT of segment_anything."""
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    tokens: int = 64 * 64
+    window_tokens: int = 25 * 14 * 14  # 64×64 padded to 70×70, in windows of 14×14
+
+
+ENCODERS = {
+    "vit_b": Encoder("vit_b", 768, 12, 12),
+    "vit_l": Encoder("vit_l", 1024, 24, 16),
+    "vit_h": Encoder("vit_h", 1280, 32, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearShape:
+    """One linear layer of a block: (tokens, features) -> (tokens, out)."""
+
+    layer: str
+    tokens: int
+    features: int
+    out: int
+
+    @property
+    def flops(self) -> int:
+        """Forward and gradient of the input, weight frozen; two operations a multiply-add."""
+        return 4 * self.tokens * self.features * self.out
+
+
+def linears(model: str, batch: int = 1) -> list[LinearShape]:
+    """The linear layers of one windowed block: qkv and proj see the padded windows."""
+    encoder = ENCODERS[model]
+    d = encoder.width
+    windows, tokens = batch * encoder.window_tokens, batch * encoder.tokens
+    return [
+        LinearShape("qkv", windows, d, 3 * d),
+        LinearShape("proj", windows, d, d),
+        LinearShape("lin1", tokens, d, 4 * d),
+        LinearShape("lin2", tokens, 4 * d, d),
+    ]

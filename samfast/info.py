@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``samfast info``: what is installed, which backend each operation takes, and a self-check."""
+
+import importlib
+import importlib.metadata
+import json as json_format
+import platform
+
+import torch
+
+from samfast import __version__, backends
+from samfast.kernels._common.budget import over_budget
+
+OPERATIONS = ("lora_linear",)
+_OTHERS = ("triton", "segment-anything", "torchvision", "peft", "transformers", "accelerate")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def main(check: bool = False, json: bool = False) -> int:
+    """Print the summary; with check run every operation and backend. Returns the exit code."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    record = summary(device)
+    if check:
+        record["check"] = self_check(device)
+    if json:
+        print(json_format.dumps(record, indent=2))
+    else:
+        print(_as_text(record))
+    failed = any(row["error"] for row in record.get("check", []))
+    return 1 if failed else 0
+
+
+def summary(device: torch.device) -> dict:
+    """Versions, the build, and for every operation the chosen backend and the sentences."""
+    versions = {"samfast": __version__, "python": platform.python_version()}
+    versions["torch"] = torch.__version__
+    for name in _OTHERS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    build = backends.build_record()
+    native = backends.native_missing()
+    return {
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "build": build["build"],
+        "build_reason": build["reason"],
+        "native": "loaded" if native is None else native,
+        "operations": {name: _choices(name, device) for name in OPERATIONS},
+    }
+
+
+def self_check(device: torch.device) -> list[dict]:
+    """Every operation, backend and dtype against float64 under the error budget."""
+    rows = []
+    for name in OPERATIONS:
+        example = _example(name)
+        exact = [t.detach() for t in example.run("reference", device, torch.float64)]
+        for dtype in _DTYPES:
+            stock = example.run("reference", device, dtype)
+            for backend in backends.NAMES[1:]:
+                row = {"operation": name, "backend": backend, "dtype": str(dtype)[6:]}
+                row["skipped"] = _missing(example, backend, device, dtype)
+                row["error"] = None
+                if row["skipped"] is None:
+                    ours = example.run(backend, device, dtype)
+                    row["error"] = _first_problem(example.RESULTS, ours, stock, exact, dtype)
+                rows.append(row)
+    return rows
+
+
+def _example(operation):
+    return importlib.import_module(f"samfast.kernels.{operation}.example")
+
+
+def _missing(example, backend, device, dtype):
+    interpreted = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
+    if interpreted and example.missing(backend, device, dtype) is None:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    return example.missing(backend, device, dtype)
+
+
+def _first_problem(names, ours, stock, exact, dtype):
+    for name, mine, theirs, truth in zip(names, ours, stock, exact, strict=True):
+        problem = over_budget(mine.detach(), theirs.detach(), truth, dtype)
+        if problem is not None:
+            return f"{name}: {problem}"
+    return None
+
+
+def _choices(operation, device):
+    example = _example(operation)
+
+    def supports(backend):
+        return example.missing(backend, device, torch.float32)
+
+    sentences = {name: supports(name) for name in backends.NAMES[1:]}
+    requested = backends.requested("auto")
+    if requested != "auto" and sentences[requested] is not None:
+        choice = f"none: SAMFAST_BACKEND={requested}, but {sentences[requested]}"
+    else:
+        choice = backends.resolve(operation, requested, device, supports)
+    return {
+        "backend": choice,
+        "cannot": {name: sentence for name, sentence in sentences.items() if sentence},
+    }
+
+
+def _as_text(record):
+    lines = [f"samfast {record['versions']['samfast']} on {record['device']}"]
+    lines += [f"  {name} {version}" for name, version in list(record["versions"].items())[1:]]
+    lines.append(f"build: {record['build']} ({record['build_reason']})")
+    lines.append(f"native extension: {record['native']}")
+    for name, choice in record["operations"].items():
+        lines.append(f"{name}: {choice['backend']}")
+        lines += [f"  not {backend}: {why}" for backend, why in choice["cannot"].items()]
+    for row in record.get("check", []):
+        verdict = f"skipped, {row['skipped']}" if row["skipped"] else row["error"] or "ok"
+        lines.append(f"check {row['operation']} {row['backend']} {row['dtype']}: {verdict}")
+    return "\n".join(lines)
