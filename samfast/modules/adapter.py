@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every adapted module has in common, and how a model remembers what was attached to it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from samfast.modules.methods import Method
+
+_ATTRIBUTE = "samfast_attachment"
+
+
+class Adapter:
+    """Mixin of every module that adds trainable tensors to a module it replaces."""
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name inside this module, parameter) of the tensors that the adapter adds."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the weight at the moment."""
+        return False
+
+    def backends(self) -> dict[str, str]:
+        """What runs each of this module's operations here, by the operation's name."""
+        return {}
+
+
+@dataclass
+class Attachment:
+    """What ``attach`` did to a model. The model carries it, so copies and pickles do too.
+
+    layers: full names of the adapted modules
+    trained: full names of the tensors outside the adapters that ``train`` un-froze
+    base_dtype: what the frozen encoder was cast to, None when it was left as it was
+    fingerprints: of tensors whose cast changed their fingerprint, as they were before it
+    """
+
+    method: "Method"
+    layers: tuple[str, ...]
+    trained: tuple[str, ...]
+    base_dtype: torch.dtype | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and data-parallel wrappers, whose names have no prefix."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's
+            model = model._orig_mod
+        else:
+            return model
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def remember(model: nn.Module, record: Attachment) -> None:
+    setattr(model, _ATTRIBUTE, record)
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """Every adapted module of the model by its full name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
+
+
+def adapter_parameter_names(model: nn.Module) -> set[str]:
+    """Full names of every tensor that adapters added."""
+    return {
+        f"{layer}.{name}" if layer else name
+        for layer, module in adapters(model).items()
+        for name, _ in module.adapter_parameters()
+    }

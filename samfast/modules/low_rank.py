@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layer under every mergeable low-rank adapter: shared weight, merging, state dict."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from samfast.backends import requested, resolve
+from samfast.kernels.lora_linear.op import supports
+from samfast.modules.adapter import Adapter
+
+
+def check_rank(rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
+
+
+def check_dropout(dropout: float) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; it must be at least 0 and below 1")
+
+
+def check_alpha(alpha: float | None) -> None:
+    if alpha is None:
+        return
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha is {alpha!r}; it must be a finite number above 0")
+
+
+class LowRankLinear(Adapter, nn.Linear):
+    """nn.Linear plus trainable tensors of low rank that can be folded into the weight and out.
+
+    A subclass adds lora_A and lora_B with ``add_adapter``, fills them in ``reset_adapter``, gives
+    what they add to the weight in ``delta_weight`` and its forward in ``forward_adapted``.
+
+    The state dict always holds the weight without the adapter, merged or not, and loading one
+    while merged merges again: a merged model and an unmerged one save the same tensors.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        # The weight's own storage while another one with the adapter folded in stands in for it.
+        self.register_buffer("unmerged_weight", None, persistent=False)
+
+    def add_adapter(self, **shapes: tuple[int, ...]) -> None:
+        """Add one uninitialised parameter per name: float32 unless the weight is float64."""
+        wide = self.weight.dtype == torch.float64
+        options = {
+            "dtype": torch.float64 if wide else torch.float32,
+            "device": self.weight.device,
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
+
+    @classmethod
+    def _from_linear(cls, linear: nn.Linear, **options):
+        """One of these around the Parameters of ``linear``; no other weight is made."""
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"expected a plain nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            **options,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        module.weight, module.bias = weight, linear.bias
+        module.add_adapter(**{name: p.shape for name, p in module.adapter_parameters()})
+        module.reset_adapter()
+        return module.train(linear.training)
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.named_parameters():
+            if name not in ("weight", "bias"):
+                yield name, parameter
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "lora_A" in self._parameters:  # nn.Linear calls this before the adapter exists
+            self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        raise NotImplementedError
+
+    def delta_weight(self) -> torch.Tensor:
+        """(out_features, in_features), at least float32: what the adapter adds to the weight."""
+        raise NotImplementedError
+
+    def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.unmerged_weight is None:
+            return self.forward_adapted(x)
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a merged adapter cannot be trained; call unmerge() first, or eval() to predict"
+            )
+        return super().forward(x)
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged_weight is not None
+
+    def backends(self) -> dict[str, str]:
+        weight, count = self.weight, len(getattr(self, "slices", ())) or 1
+        try:
+            name = resolve(
+                "lora_linear",
+                requested("auto"),
+                weight.device,
+                lambda backend: supports(backend, weight, self.lora_A, self.lora_B, count),
+            )
+        except RuntimeError as error:
+            return {"lora_linear": str(error)}
+        return {"lora_linear": name}
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the adapter into the weight. Merging again folds the present adapter anew."""
+        kept = self.weight.data if self.unmerged_weight is None else self.unmerged_weight
+        wide = torch.promote_types(kept.dtype, torch.float32)
+        merged = (kept.to(wide) + self.delta_weight().to(wide)).to(kept.dtype)
+        self.unmerged_weight = kept
+        self.weight.data = merged
+
+    def unmerge(self) -> None:
+        """Put the weight's own storage back, bit for bit. Does nothing when it is not merged."""
+        if self.unmerged_weight is not None:
+            self.weight.data = self.unmerged_weight
+            self.unmerged_weight = None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.unmerged_weight is not None:
+            destination[f"{prefix}weight"] = self.unmerged_weight
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+        if merged:
+            self.merge()

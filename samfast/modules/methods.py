@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fine-tuning methods as frozen dataclasses: their options, checks and JSON form.
+
+A new method is one dataclass here, registered in ``METHODS``, and one module class. ``attach``
+finds the layers, freezes and replaces; the method says which class of layer it replaces, checks a
+layer before anything is changed, and builds the module that takes its place.
+"""
+
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+from torch import nn
+
+from samfast.modules.lora import LoraLinear
+from samfast.modules.low_rank import check_alpha, check_dropout, check_rank
+from samfast.modules.qkv_lora import QkvLora, checked_slices
+
+
+class Method:
+    """What ``attach`` asks of a method.
+
+    name: how files and the command line call it
+    target: which layers, see ``attach``
+    replaces: the class of the layers it takes the place of
+    """
+
+    name: ClassVar[str]
+    replaces: ClassVar[type[nn.Module]] = nn.Linear
+    target: str | tuple[str, ...]
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise ValueError when this layer cannot be adapted; changes nothing."""
+
+    def wrap(self, layer: nn.Module) -> nn.Module:
+        """The adapted module that takes the place of one layer, sharing its Parameters."""
+        raise NotImplementedError
+
+    def build(self, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """The adapted modules of all layers by full name; override it to share tensors."""
+        return {name: self.wrap(layer) for name, layer in layers.items()}
+
+    def same_update(self, other: "Method") -> bool:
+        """Whether tensors of the other method mean the same here, wherever they are placed."""
+        return type(self) is type(other) and self == dataclasses.replace(other, target=self.target)
+
+    def config(self) -> dict[str, Any]:
+        """Name and options as JSON values."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        return {"name": self.name, **plain}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Method):
+    """LoRA (Hu et al. 2021) on linear layers.
+
+    rank: rank of the update
+    alpha: the update is scaled by alpha / rank; None means alpha = rank
+    dropout: on the adapter's input, in training
+    target: a layer's leaf name ("qkv", "proj", "lin1", "lin2"), a regular expression over full
+        names, or a tuple of those
+    slices: of ("q", "k", "v"), an own unscaled update on each of these parts of a packed qkv layer
+        instead of one on the whole layer
+    """
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = 4
+    alpha: float | None = None
+    dropout: float = 0.0
+    target: str | tuple[str, ...] = "qkv"
+    slices: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        check_dropout(self.dropout)
+        object.__setattr__(self, "target", _checked_target(self.target))
+        if self.slices is None:
+            return
+        object.__setattr__(self, "slices", checked_slices(self.slices))
+        if self.target != "qkv":
+            raise ValueError(f"slices are parts of qkv layers, but target is {self.target!r}")
+        if self.alpha is not None:
+            raise ValueError(f"sliced LoRA is unscaled, so alpha must be None, not {self.alpha!r}")
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not Lora:
+            return False
+        scale, theirs = ((m.alpha or m.rank) / m.rank for m in (self, other))
+        return (self.rank, self.slices, scale) == (other.rank, other.slices, theirs)
+
+    def check(self, layer: nn.Linear) -> None:
+        kind = LoraLinear if self.slices is None else QkvLora
+        kind.check_sizes(layer.in_features, layer.out_features, self.rank)
+
+    def wrap(self, layer: nn.Linear) -> nn.Module:
+        if self.slices is None:
+            return LoraLinear.from_linear(layer, self.rank, self.alpha, self.dropout)
+        return QkvLora.from_linear(layer, self.rank, self.slices, self.dropout)
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora,)}
+
+
+def method_from_config(config: Any) -> Method:
+    """The method that ``Method.config`` describes; ValueError when it describes none."""
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        raise ValueError(f"{config!r} does not describe a method")
+    options = {key: value for key, value in config.items() if key != "name"}
+    kind = METHODS.get(config["name"])
+    if kind is None:
+        raise ValueError(f"unknown method {config['name']!r}; known are {', '.join(METHODS)}")
+    unknown = sorted(set(options) - {f.name for f in dataclasses.fields(kind)})
+    if unknown:
+        raise ValueError(f"method {kind.name!r} has no option {unknown[0]!r}")
+    return kind(**options)
+
+
+def _checked_target(target) -> str | tuple[str, ...]:
+    entries = (target,) if isinstance(target, str) else target
+    entries = tuple(entries) if isinstance(entries, list) else entries
+    if not isinstance(entries, tuple) or not entries:
+        raise ValueError(f"target is {target!r}; it must name at least one layer")
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise ValueError(f"target has {entry!r}, which is not a layer's name")
+        try:
+            re.compile(entry)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"target {entry!r} is neither a layer's name nor a regular expression: {error}"
+            ) from None
+    return target if isinstance(target, str) else entries

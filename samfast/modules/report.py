@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained in a model, what is frozen, and what runs the adapters."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from samfast.modules.adapter import (
+    Adapter,
+    adapter_parameter_names,
+    adapters,
+    attachment,
+    unwrapped,
+)
+from samfast.modules.methods import Method
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report`` found. ``str()`` of it is a table.
+
+    method: what was attached, None for a model without attachment
+    layers: class of every adapted layer by full name
+    adapter_parameters, other_trained_parameters, frozen_parameters: numbers of elements
+    trained_tensors: number of tensors that require a gradient
+    trained_by_part: elements that require a gradient by the top-level part of the model
+    trained_dtypes, frozen_dtypes: elements by dtype
+    merged: number of layers whose adapter is folded into the weight
+    backends: by operation, the sorted choices that its layers make on their devices
+    """
+
+    method: Method | None
+    layers: dict[str, str]
+    adapter_parameters: int
+    other_trained_parameters: int
+    trained_tensors: int
+    trained_by_part: dict[str, int]
+    frozen_parameters: int
+    trained_dtypes: dict[torch.dtype, int]
+    frozen_dtypes: dict[torch.dtype, int]
+    merged: int
+    backends: dict[str, tuple[str, ...]]
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(self.trained_by_part.values())
+
+    def __str__(self) -> str:
+        total = self.trained_parameters + self.frozen_parameters
+        share = 100 * self.trained_parameters / total if total else 0.0
+        kinds = Counter(self.layers.values())
+        adapted = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none"
+        rows = [
+            ("method", "none" if self.method is None else repr(self.method)),
+            ("adapted layers", adapted + (f" ({self.merged} merged)" if self.merged else "")),
+            *((f"  {op}", " | ".join(choices)) for op, choices in self.backends.items()),
+            ("adapter parameters", f"{self.adapter_parameters:,}"),
+            ("other trained", f"{self.other_trained_parameters:,}"),
+            (
+                "requires gradient",
+                f"{self.trained_parameters:,} in {self.trained_tensors:,} tensors "
+                f"({share:.2f} % of {total:,}){_dtypes(self.trained_dtypes)}",
+            ),
+            *((f"  {part}", f"{count:,}") for part, count in self.trained_by_part.items()),
+            ("frozen", f"{self.frozen_parameters:,}{_dtypes(self.frozen_dtypes)}"),
+        ]
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def report(model: nn.Module) -> Report:
+    """Count what is trained, what is frozen and what is adapted; works on any model."""
+    model = unwrapped(model)
+    layers = adapters(model)
+    own = adapter_parameter_names(model)
+    parts: Counter = Counter()
+    trained: Counter = Counter()
+    frozen: Counter = Counter()
+    tensors = adapter_count = other = 0
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        if name in own:
+            adapter_count += count
+        elif parameter.requires_grad:
+            other += count
+        if parameter.requires_grad:
+            tensors += 1
+            parts[name.partition(".")[0]] += count
+            trained[parameter.dtype] += count
+        else:
+            frozen[parameter.dtype] += count
+    record = attachment(model)
+    return Report(
+        method=None if record is None else record.method,
+        layers={name: type(layer).__name__ for name, layer in layers.items()},
+        adapter_parameters=adapter_count,
+        other_trained_parameters=other,
+        trained_tensors=tensors,
+        trained_by_part=dict(parts),
+        frozen_parameters=sum(frozen.values()),
+        trained_dtypes=dict(trained),
+        frozen_dtypes=dict(frozen),
+        merged=sum(layer.merged for layer in layers.values()),
+        backends=_choices(list(layers.values())),
+    )
+
+
+def _choices(layers: list[Adapter]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    for layer in layers:
+        for operation, choice in layer.backends().items():
+            found.setdefault(operation, set()).add(choice)
+    return {operation: tuple(sorted(choices)) for operation, choices in sorted(found.items())}
+
+
+def _dtypes(counts: dict[torch.dtype, int]) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in counts]
+    return f", {' and '.join(names)}" if names else ""
