@@ -12,13 +12,15 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Lora": "samfast.modules.methods",
     "attach": "samfast.modules.attach",
-    "report": "samfast.modules.attach",
     "merge": "samfast.modules.attach",
     "unmerge": "samfast.modules.attach",
+    "merged_state_dict": "samfast.modules.attach",
     "trainable_parameters": "samfast.modules.attach",
     "parameter_groups": "samfast.modules.attach",
+    "report": "samfast.modules.report",
     "save_adapter": "samfast.modules.adapter_files",
     "load_adapter": "samfast.modules.adapter_files",
+    "read_adapter_config": "samfast.modules.adapter_files",
 }
 _SUBMODULES = ("backends", "functional", "integrations", "models", "modules", "training")
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter folders: what was trained, in a form that PEFT reads where it can.
+
+adapter_model.safetensors  every trained tensor, shared ones once; its header carries the record
+adapter_config.json        PEFT's configuration with the record inside, or the record alone
+
+The record says what the tensors belong to: method, layers, base model, image size, head, classes.
+The copy in the tensors' file counts, because one rename puts both in place: a folder is as it was
+or as it should be, whenever a write is killed. Digests of tensors and record are part of it.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import nn
+
+import samfast
+from samfast.integrations import peft
+from samfast.modules.adapter import (
+    Attachment,
+    adapter_parameter_names,
+    adapters,
+    attachment,
+    unwrapped,
+)
+from samfast.modules.attach import attach_to, check_attachable, check_layer
+from samfast.modules.base_digest import base_digest
+from samfast.modules.methods import Method, method_from_config
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder, read and checked in itself. tensors: by the model's full names."""
+
+    folder: Path
+    record: dict[str, Any]
+    method: Method
+    layers: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    head: str = "sam",
+    classes: Any = None,
+    image_size: int | None = None,
+    **extra: Any,
+) -> Path:
+    """Write every trained tensor of the model to a folder; ``load_adapter`` reads it.
+
+    Plain LoRA beside modules that are trained whole is in PEFT's format. An adapter that is there
+    already is replaced in one step.
+
+    head, classes: what the decoder predicts   image_size: default is the image encoder's
+    extra: JSON values that are kept under "extra" in the configuration
+
+    Raises ValueError when nothing was attached or an extra is no JSON value, OSError when the
+    folder cannot be written.
+    """
+    model = unwrapped(model)
+    attached = attachment(model)
+    if attached is None:
+        raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
+    tensors = trained_tensors(model)
+    own = adapter_parameter_names(model)
+    beside = {name for name, _ in model.named_parameters() if name in tensors and name not in own}
+    config = peft.lora_config(model, attached.method, attached.layers, beside)
+    base = getattr(model, "samfast_base", None)
+    if image_size is None:
+        image_size = getattr(getattr(model, "image_encoder", None), "img_size", None)
+    record = {
+        "format": VERSION,
+        "samfast": samfast.__version__,
+        "method": attached.method.config(),
+        "layers": list(attached.layers),
+        "base": dict(base) if isinstance(base, dict) else {"name": base},
+        "base_digest": base_digest(model, tensors.keys()),
+        "base_dtype": _dtype_name(attached.base_dtype),
+        "image_size": image_size,
+        "head": head,
+        "classes": classes,
+        "extra": extra,
+    }
+    try:
+        record = json.loads(json.dumps(record, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the adapter's configuration must be JSON values: {error}") from None
+    if config is None:
+        config = record
+    else:
+        config["auto_mapping"]["samfast"] = record
+        tensors = {peft.to_key(name): value for name, value in tensors.items()}
+    # One entry only: safetensors writes several in any order, and equal adapters are equal files.
+    header = {"samfast": json.dumps({"record": record, "sha256": _digest(record, tensors)})}
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder for an adapter")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _write(folder, {CONFIG: text.encode(), TENSORS: save(tensors, metadata=header)})
+    return folder
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+    base_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Put a saved adapter on a model, in place, and return the model.
+
+    A stock model gets the adapters attached (and everything frozen, as ``attach`` does); a model
+    with the same method on the same layers gets the tensors alone. The folder may be of
+    ``save_adapter`` or LoRA saved by PEFT.
+
+    trainable: whether the loaded tensors require a gradient
+    check_base: refuse an adapter that was trained on another base model
+    base_dtype: as in ``attach``, for a stock model
+
+    Raises FileNotFoundError or ValueError with one sentence, and then has changed nothing.
+    """
+    model = unwrapped(model)
+    adapter = read_adapter(folder)
+    attached = attachment(model)
+    if attached is None:
+        check_attachable(model, base_dtype)
+        layers = _find_layers(model, adapter)
+        adapted = adapter.method.build(layers)
+    else:
+        _check_same(attached, adapter)
+        if base_dtype not in (None, attached.base_dtype):
+            raise ValueError(
+                f"base_dtype is {_dtype_name(base_dtype)}, but the model was attached with "
+                f"{_dtype_name(attached.base_dtype)}"
+            )
+        adapted = adapters(model)
+    _check_tensors(model, adapter, adapted)
+    if check_base:
+        _check_base(model, adapter)
+    beside = tuple(name for name, _ in model.named_parameters() if name in adapter.tensors)
+    if attached is None:
+        attach_to(model, adapter.method, layers, adapted, set(beside), base_dtype)
+    else:
+        own = adapter_parameter_names(model)
+        attached.trained = tuple(name for name in beside if name not in own)
+    model.load_state_dict(adapter.tensors, strict=False)
+    for name, parameter in model.named_parameters():
+        if name in adapter.tensors:
+            parameter.requires_grad_(trainable)
+    return model
+
+
+def read_adapter(folder: str | os.PathLike) -> AdapterFile:
+    """Read an adapter folder and check it in itself; no model is needed.
+
+    Raises FileNotFoundError for what is not there and ValueError for what is broken.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"adapter folder {folder} does not exist")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not an adapter folder")
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).exists():
+            pickled = name == TENSORS and (folder / "adapter_model.bin").exists()
+            hint = "; adapter_model.bin is a pickle, which samfast does not read" if pickled else ""
+            raise FileNotFoundError(f"adapter folder {folder} has no {name}{hint}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is no regular file")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds {type(config).__name__}, not an object")
+    tensors, header = _read_tensors(folder / TENSORS)
+    try:
+        return _parse(folder, config, tensors, header)
+    except ValueError as error:
+        raise ValueError(f"adapter {folder} cannot be used: {error}") from None
+
+
+def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The record of an adapter folder: method, layers, base, image_size, head, classes, extra."""
+    return read_adapter(folder).record
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of all that training moves, by full name, shared tensors once.
+
+    These are the adapters, what ``train`` un-froze, what requires a gradient now, and the
+    persistent buffers of modules that are trained whole. Weights are given without the adapter,
+    whether it is merged or not.
+    """
+    own = adapter_parameter_names(model)
+    attached = attachment(model)
+    chosen = own | set(attached.trained if attached is not None else ())
+    names = [n for n, p in model.named_parameters() if p.requires_grad or n in chosen]
+    names += _trained_buffers(model, set(names) - own)
+    state = model.state_dict()
+    return {name: state[name].detach().cpu().contiguous().clone() for name in names}
+
+
+def _trained_buffers(model: nn.Module, trained: set[str]) -> list[str]:
+    """Persistent buffers in modules all of whose parameters are trained."""
+    found: dict[str, None] = {}
+    for path, module in model.named_modules():
+        inside = f"{path}." if path else ""
+        parameters = [inside + name for name, _ in module.named_parameters()]
+        if parameters and trained.issuperset(parameters):
+            kept = module.state_dict(keep_vars=True)
+            buffers = [name for name, _ in module.named_buffers() if name in kept]
+            found.update(dict.fromkeys(inside + name for name in buffers))
+    return list(found)
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _digest(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of the record and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Put files in place, the last one as the commit; removes what killed writes left behind."""
+    for name in files:
+        for orphan in folder.glob(f".{name}.*.tmp"):
+            orphan.unlink(missing_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, data in files.items():
+            with open(temporary[name], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(temporary[name], folder / name)
+        _sync(folder)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _parse(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    header: dict[str, str],
+) -> AdapterFile:
+    """Method, layers and tensors from what the files hold; ValueError with the reason alone."""
+    if "samfast" not in header:
+        mapping = config.get("auto_mapping")
+        ours = isinstance(mapping, dict) and "samfast" in mapping
+        if ours or "peft_type" not in config:
+            raise ValueError(f"{TENSORS} has lost its record, or {CONFIG} belongs to another file")
+        method, layers, tensors = peft.read_lora(config, tensors)
+        record = {
+            "method": method.config(),
+            "layers": list(layers),
+            "base": {"name": config.get("base_model_name_or_path")},
+            "base_digest": None,
+            "base_dtype": None,
+            "image_size": None,
+            "head": "sam",
+            "classes": None,
+            "extra": {},
+        }
+        return AdapterFile(folder, record, method, layers, tensors)
+    record = _record(header["samfast"], tensors)
+    if any(key.startswith(peft.PREFIX) for key in tensors):
+        tensors = {peft.from_key(key): value for key, value in tensors.items()}
+    method = method_from_config(record["method"])
+    return AdapterFile(folder, record, method, tuple(record["layers"]), tensors)
+
+
+_TYPES = {"layers": list, "base": dict, "base_digest": str, "extra": dict}
+
+
+def _record(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The record of samfast's own file, checked against its tensors."""
+    try:
+        content = json.loads(text)
+        record, stored, version = content["record"], content["sha256"], content["record"]["format"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"the record in {TENSORS} is broken") from None
+    if version != VERSION:
+        raise ValueError(f"its format is {version!r}, and this samfast reads {VERSION}")
+    if _digest(record, tensors) != stored:
+        raise ValueError(f"{TENSORS} is damaged: its content does not have its digest")
+    for key, kind in _TYPES.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"its record has {key} {record.get(key)!r}, not a {kind.__name__}")
+    if not all(isinstance(name, str) for name in record["layers"]):
+        raise ValueError("its record has layers that are no names")
+    return record
+
+
+def _find_layers(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Module]:
+    """The stock model's layers that the adapter belongs on, each checked."""
+    modules = dict(model.named_modules())
+    layers = {}
+    for name in adapter.layers:
+        layer = modules.get(name)
+        if not isinstance(layer, adapter.method.replaces):
+            kind = adapter.method.replaces.__name__
+            found = "nothing of that name" if layer is None else f"a {type(layer).__name__}"
+            raise ValueError(
+                f"adapter {adapter.folder} belongs on a {kind} {name}, but the model has {found}"
+            )
+        check_layer(adapter.method, name, layer)
+        layers[name] = layer
+    return layers
+
+
+def _check_same(attached: Attachment, adapter: AdapterFile) -> None:
+    if not attached.method.same_update(adapter.method):
+        raise ValueError(
+            f"adapter {adapter.folder} is {adapter.method!r}, but the model has {attached.method!r}"
+        )
+    different = set(attached.layers) ^ set(adapter.layers)
+    if different:
+        name = sorted(different)[0]
+        has, lacks = "the model", f"adapter {adapter.folder}"
+        if name in adapter.layers:
+            has, lacks = lacks, has
+        raise ValueError(f"{has} has {name} adapted, but {lacks} has not")
+
+
+def _check_tensors(model: nn.Module, adapter: AdapterFile, adapted: dict[str, nn.Module]) -> None:
+    """Every tensor of the file has a place of its shape, and every adapter finds its tensors."""
+    wanted = {
+        f"{layer}.{name}": parameter
+        for layer, module in adapted.items()
+        for name, parameter in module.adapter_parameters()
+    }
+    for name in wanted:
+        if name not in adapter.tensors:
+            raise ValueError(f"adapter {adapter.folder} has no tensor {name}")
+    places = {**model.state_dict(keep_vars=True), **wanted}
+    for name, tensor in adapter.tensors.items():
+        if name not in places:
+            raise ValueError(
+                f"adapter {adapter.folder} has a tensor {name}, which the model has not"
+            )
+        if tensor.shape != places[name].shape:
+            raise ValueError(
+                f"adapter {adapter.folder} has {name} of shape {tuple(tensor.shape)}, but in the "
+                f"model it is {tuple(places[name].shape)}"
+            )
+
+
+def _check_base(model: nn.Module, adapter: AdapterFile) -> None:
+    stored = adapter.record["base_digest"]
+    if stored is None:
+        return
+    digest = base_digest(model, adapter.tensors.keys())
+    if digest != stored:
+        base = getattr(model, "samfast_base", None)
+        mine = base.get("name") if isinstance(base, dict) else base
+        theirs = adapter.record["base"].get("name")
+        raise ValueError(
+            f"adapter {adapter.folder} was trained on another base: {theirs or 'unnamed'} with "
+            f"digest {stored[:12]}, while this model is {mine or 'unnamed'} with digest "
+            f"{digest[:12]} (check_base=False loads it all the same)"
+        )

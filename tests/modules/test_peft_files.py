@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT reads plain LoRA folders of samfast, and samfast reads those of PEFT."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from budgets import within_budget
+
+import samfast
+from samfast.integrations import peft as files
+from samfast.models import segment
+from samfast.modules.adapter import adapters
+
+peft = pytest.importorskip("peft")
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(8)
+    return torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8, generator=generator)
+
+
+def by_peft(model, folder):
+    """PEFT's model around a stock one; any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+@pytest.mark.parametrize(
+    "method, train",
+    [
+        (samfast.Lora(rank=4), ("mask_decoder",)),
+        (samfast.Lora(rank=3, alpha=7.5, target=("qkv", "lin2")), ()),
+        (
+            samfast.Lora(rank=2, alpha=1, dropout=0.2, target="proj"),
+            ("mask_decoder.output_hypernetworks_mlps", "image_encoder.neck", "prompt_encoder"),
+        ),
+    ],
+    ids=["decoder", "alone", "parts"],
+)
+def test_peft_loads_our_folder(tiny_sam, move, images, tmp_path, method, train):
+    sam = move(samfast.attach(tiny_sam(), method, train=train), std=0.03)
+    folder = samfast.save_adapter(sam, tmp_path / "adapter")
+    wrapped = by_peft(tiny_sam(), folder)
+    with torch.no_grad():
+        ours, theirs = segment(sam, images), segment(wrapped.base_model.model, images)
+        exact = segment(copy.deepcopy(sam).double(), images)
+        plain = segment(tiny_sam(), images)
+    within_budget(ours, theirs, exact, torch.float32)
+    assert (ours - plain).abs().max() > 100 * (ours - theirs).abs().max()
+    stored = safetensors.torch.load_file(folder / TENSORS)
+    written = wrapped.state_dict()
+    assert set(files.to_key(name) for name in dict(sam.named_parameters())) >= set(stored) - {
+        files.to_key(name) for name, _ in sam.named_buffers()
+    }
+    matched = 0
+    for name, layer in adapters(sam).items():
+        for factor in ("lora_A", "lora_B"):
+            key = f"base_model.model.{name}.{factor}.default.weight"
+            assert torch.equal(written[key], getattr(layer, factor))
+            matched += 1
+    assert matched == sum(".lora_" in key for key in stored)
+    found = {key for key in written if ".modules_to_save.default." in key}
+    for key in found:
+        assert torch.equal(written[key], stored[key.replace("modules_to_save.default.", "")])
+    assert len(found) + matched == len(stored)
+
+
+@pytest.mark.parametrize("whole", [None, ["mask_decoder"]], ids=["alone", "decoder"])
+@pytest.mark.parametrize("targets", [["qkv"], r".*blocks\.[02]\.mlp\.lin\d"], ids=["list", "regex"])
+def test_we_load_a_folder_of_peft(tiny_sam, images, tmp_path, whole, targets):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, modules_to_save=whole)
+    wrapped = peft.get_peft_model(tiny_sam(), config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(tmp_path)
+    sam = samfast.load_adapter(tiny_sam(), tmp_path)
+    with torch.no_grad():
+        ours, theirs = segment(sam, images), segment(wrapped.base_model.model, images)
+        exact = segment(copy.deepcopy(sam).double(), images)
+    within_budget(ours, theirs, exact, torch.float32)
+    stored = safetensors.torch.load_file(tmp_path / TENSORS)
+    names = dict(sam.named_parameters())
+    assert all(torch.equal(names[files.from_key(key)], value) for key, value in stored.items())
+    method = samfast.report(sam).method
+    assert (method.rank, method.alpha) == (4, 6)
+    record = samfast.read_adapter_config(tmp_path)
+    assert record["base_digest"] is None and set(record["layers"]) == set(adapters(sam))
+
+
+def test_both_directions_give_the_same_tensors(tiny_sam, move, tmp_path):
+    sam = move(samfast.attach(tiny_sam(), samfast.Lora(rank=2, alpha=3)))
+    first = samfast.save_adapter(sam, tmp_path / "ours")
+    by_peft(tiny_sam(), first).save_pretrained(tmp_path / "theirs")
+    again = samfast.load_adapter(tiny_sam(), tmp_path / "theirs")
+    attached = samfast.attach(tiny_sam(), samfast.Lora(rank=2, alpha=3))
+    samfast.load_adapter(attached, tmp_path / "theirs")
+    for model in (again, attached):
+        for (name, value), (other, expected) in zip(
+            model.state_dict().items(), sam.state_dict().items(), strict=True
+        ):
+            assert name == other and torch.equal(value, expected)
+
+
+@pytest.mark.parametrize(
+    "method, train",
+    [
+        ({"slices": ("q", "v")}, ()),
+        ({}, ("image_encoder.pos_embed",)),  # a parameter that is no module
+        ({}, ("image_encoder.blocks.0.attn.qkv",)),  # the adapted layer's own weight
+        ({}, ("image_encoder.blocks.0",)),  # a module with adapters inside
+        ({}, ("mask_decoder.norm.weight",)),  # half a module
+    ],
+    ids=str,
+)
+def test_what_peft_cannot_express_has_no_peft_type(toy, tmp_path, method, train):
+    model = samfast.attach(toy(), samfast.Lora(rank=2, **method), train=train)
+    folder = samfast.save_adapter(model, tmp_path / "adapter")
+    assert "peft_type" not in json.loads((folder / CONFIG).read_text())
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        by_peft(toy(), folder)
+    samfast.load_adapter(toy(), folder)
+
+
+def test_modules_to_save_covers_exactly_what_is_trained(toy):
+    model = toy()
+    names = {name for name, _ in model.named_parameters()}
+    inside = {name for name in names if name.startswith("image_encoder.")}
+    assert files.modules_to_save(model, set()) == []
+    assert files.modules_to_save(model, names - inside) == ["mask_decoder"]
+    assert files.modules_to_save(model, inside) == ["image_encoder"]
+    blocks = {name for name in names if ".blocks." in name}
+    assert files.modules_to_save(model, blocks) == [f"image_encoder.blocks.{i}" for i in (0, 1)]
+    assert files.modules_to_save(model, {"mask_decoder.lin1.bias"}) is None
+    model.other = torch.nn.Sequential()
+    model.other.mask_decoder = torch.nn.Linear(2, 2)  # PEFT would take it for mask_decoder
+    assert files.modules_to_save(model, names - inside) == [
+        "mask_decoder.norm",
+        "mask_decoder.lin1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"peft_type": "LOHA"}, "its peft_type is 'LOHA', and of PEFT's methods samfast reads"),
+        ({"use_dora": True}, "its option use_dora is True, which samfast does not read"),
+        ({"use_rslora": True}, "its option use_rslora is True"),
+        ({"bias": "all"}, "its option bias is 'all'"),
+        ({"rank_pattern": {"a": 2}}, "its option rank_pattern is"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
+        ({"r": None}, "rank is None"),
+        ({"lora_alpha": "x"}, "alpha is 'x'"),
+        ({"r": 3}, r"lora_A of shape \(2, 12\), but in the model it is \(3, 12\)"),
+    ],
+    ids=str,
+)
+def test_other_folders_of_peft_end_in_a_sentence(toy, tmp_path, change, message):
+    wrapped = peft.get_peft_model(toy(), peft.LoraConfig(r=2, target_modules=["qkv"]))
+    wrapped.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **change}))
+    model = toy()
+    with pytest.raises(ValueError, match=message):
+        samfast.load_adapter(model, tmp_path)
+    assert not adapters(model)
+
+
+def test_a_convolution_that_peft_adapted_is_refused(toy, tmp_path):
+    targets = ["patch_embed.proj"]
+    wrapped = peft.get_peft_model(toy(), peft.LoraConfig(r=2, target_modules=targets))
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="proj, but the model has a Conv2d"):
+        samfast.load_adapter(toy(), tmp_path)
+
+
+def test_an_empty_folder_of_peft_is_refused(toy, tmp_path):
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "r": 2}')
+    safetensors.torch.save_file({"mask_decoder.lin1.bias": torch.zeros(1)}, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match="it holds no lora_A and lora_B"):
+        samfast.load_adapter(toy(), tmp_path)
