@@ -10,6 +10,7 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "DecoderOnly": "samfast.modules.methods",
     "Lora": "samfast.modules.methods",
     "attach": "samfast.modules.attach",
     "merge": "samfast.modules.attach",

@@ -12,6 +12,7 @@ from samfast.modules.adapter import (
     Attachment,
     adapter_parameter_names,
     adapters,
+    attachment,
     remember,
     unwrapped,
 )
@@ -65,6 +66,8 @@ def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
         raise ValueError(f"base_dtype is {base_dtype!r}; it must be one of {known}")
     for name, module in adapters(model).items():
         raise ValueError(f"{name or 'the model'} already has an adapter, {type(module).__name__}")
+    if (attached := attachment(model)) is not None:
+        raise ValueError(f"{attached.method!r} is already attached to the model")
 
 
 def find_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:

@@ -42,7 +42,8 @@ class Method:
 
     def same_update(self, other: "Method") -> bool:
         """Whether tensors of the other method mean the same here, wherever they are placed."""
-        return type(self) is type(other) and self == dataclasses.replace(other, target=self.target)
+        mine, theirs = ({**method.config(), "target": None} for method in (self, other))
+        return mine == theirs
 
     def config(self) -> dict[str, Any]:
         """Name and options as JSON values."""
@@ -101,14 +102,28 @@ class Lora(Method):
         return QkvLora.from_linear(layer, self.rank, self.slices, self.dropout)
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora,)}
+@dataclasses.dataclass(frozen=True)
+class DecoderOnly(Method):
+    """No adapter at all: what ``attach`` is told to train is all that is trained."""
+
+    name: ClassVar[str] = "decoder"
+
+    target: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.target != ():
+            raise ValueError(f"target is {self.target!r}, but without adapters it must be ()")
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora, DecoderOnly)}
 
 
 def method_from_config(config: Any) -> Method:
     """The method that ``Method.config`` describes; ValueError when it describes none."""
     if not isinstance(config, dict) or not isinstance(config.get("name"), str):
         raise ValueError(f"{config!r} does not describe a method")
-    options = {key: value for key, value in config.items() if key != "name"}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    options = {key: value for key, value in values.items() if key != "name"}
     kind = METHODS.get(config["name"])
     if kind is None:
         raise ValueError(f"unknown method {config['name']!r}; known are {', '.join(METHODS)}")

@@ -22,8 +22,12 @@ from samfast.modules.base_digest import SAMPLE, base_digest, fingerprint
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = pytest.mark.parametrize(
     "method",
-    [samfast.Lora(rank=2, alpha=4, dropout=0.1), samfast.Lora(rank=2, slices=("q", "v"))],
-    ids=["lora", "sliced"],
+    [
+        samfast.Lora(rank=2, alpha=4, dropout=0.1),
+        samfast.Lora(rank=2, slices=("q", "v")),
+        samfast.DecoderOnly(),
+    ],
+    ids=["lora", "sliced", "decoder"],
 )
 
 
@@ -371,7 +375,7 @@ LORA = samfast.Lora(rank=2).config()
         (
             lambda f: rewrite(f, record={"method": {"name": "dora"}}),
             ValueError,
-            "unknown method 'dora'; known are lora",
+            "unknown method 'dora'; known are lora, decoder",
         ),
         (
             lambda f: rewrite(f, record={"method": {"name": "lora", "depth": 1}}),

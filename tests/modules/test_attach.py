@@ -215,6 +215,17 @@ def test_attaching_twice_is_refused(toy):
     assert_unchanged(model, before)
 
 
+def test_decoder_only(toy):
+    model = samfast.attach(toy(), samfast.DecoderOnly(), base_dtype=torch.bfloat16)
+    trained = dict(samfast.trainable_parameters(model))
+    assert trained and all(name.startswith("mask_decoder.") for name in trained)
+    assert adapters(model) == {} and model.image_encoder.pos_embed.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"DecoderOnly\(.* is already attached to the model"):
+        samfast.attach(model, samfast.Lora())
+    with pytest.raises(ValueError, match="without adapters it must be"):
+        samfast.DecoderOnly(target=("qkv",))
+
+
 def test_wrong_kinds_of_argument(toy):
     with pytest.raises(TypeError, match="method is 'lora', which is not one of samfast's methods"):
         samfast.attach(toy(), "lora")

@@ -41,8 +41,18 @@ def by_peft(model, folder):
             samfast.Lora(rank=2, alpha=1, dropout=0.2, target="proj"),
             ("mask_decoder.output_hypernetworks_mlps", "image_encoder.neck", "prompt_encoder"),
         ),
+        (
+            samfast.Lora(rank=4),
+            (
+                "mask_decoder.transformer",
+                "mask_decoder.iou_token",
+                "mask_decoder.mask_tokens",
+                "mask_decoder.output_upscaling",
+                "mask_decoder.output_hypernetworks_mlps.0",
+            ),
+        ),
     ],
-    ids=["decoder", "alone", "parts"],
+    ids=["decoder", "alone", "parts", "used"],
 )
 def test_peft_loads_our_folder(tiny_sam, move, images, tmp_path, method, train):
     sam = move(samfast.attach(tiny_sam(), method, train=train), std=0.03)
