@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs of files as batches for SAM: resizing, flips, padding.
+
+SAM's geometry: the longest side becomes the model's image size (bilinear for images, nearest for
+masks), the rest of the square, right and below, is padding that no loss and no metric sees.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from samfast.training.folders import Pair
+from samfast.training.images import read_image, read_mask
+
+
+def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """(height, width) after scaling the longest side to ``image_size``; at least one pixel."""
+    scale = image_size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_image(image: np.ndarray, image_size: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 (h, w, 3), longest side ``image_size``, PIL's bilinear filter."""
+    height, width = model_size(*image.shape[:2], image_size)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
+    """bool (H, W) -> bool (h, w), longest side ``image_size``, nearest neighbour."""
+    height, width = model_size(*mask.shape, image_size)
+    resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized)
+
+
+def binary_mask(values: np.ndarray, foreground: Sequence[int] | None = None) -> np.ndarray:
+    """Mask values (H, W) -> bool (H, W): value > 0, or value in ``foreground``."""
+    return values > 0 if foreground is None else np.isin(values, foreground)
+
+
+class Sample(NamedTuple):
+    """One pair at the model's size, and the truth at the file's own size."""
+
+    image: np.ndarray  # uint8 (h, w, 3)
+    mask: np.ndarray  # bool (h, w)
+    truth: np.ndarray  # bool (H, W)
+
+
+class Batch(NamedTuple):
+    """A batch as the loop takes it. S is the model's image size."""
+
+    images: Tensor  # uint8 (B, 3, S, S), 0 in the padding
+    masks: Tensor  # bool (B, S, S)
+    sizes: Tensor  # int64 (B, 2), the valid height and width
+    truths: list[Tensor]  # B times bool (H, W), the files' own sizes; empty in training
+
+
+class EpochSampler(Sampler):
+    """A fresh order for each epoch, a function of (seed, epoch): yields (index, epoch) keys.
+
+    The epoch travels with the index, so that the dataset's flips need no state in any worker.
+    """
+
+    def __init__(self, length: int, seed: int):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return ((index, self.epoch) for index in order.tolist())
+
+
+class PairDataset(Dataset):
+    """The pairs of a split as samples; a key is an index or (index, epoch).
+
+    With ``flips``, each sample is mirrored left-right and top-bottom with probability 1/2 each, a
+    function of (seed, epoch, index): the same in every run and for any number of workers.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        image_size: int,
+        *,
+        foreground: Sequence[int] | None = None,
+        flips: bool = False,
+        seed: int = 0,
+    ):
+        self.pairs = tuple(pairs)
+        self.image_size = image_size
+        self.foreground = foreground
+        self.flips = flips
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        truth = binary_mask(read_mask(pair.mask), self.foreground)
+        if self.flips:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            for axis in np.flatnonzero(rng.random(2) < 0.5):
+                image, truth = np.flip(image, axis), np.flip(truth, axis)
+        image, truth = np.ascontiguousarray(image), np.ascontiguousarray(truth)
+        return Sample(
+            resize_image(image, self.image_size), resize_mask(truth, self.image_size), truth
+        )
+
+
+class Collate:
+    """Pad samples to the square and stack them; ``truths`` keeps the full-size masks."""
+
+    def __init__(self, image_size: int, *, truths: bool):
+        self.image_size = image_size
+        self.truths = truths
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        side = self.image_size
+        images = np.zeros((len(samples), 3, side, side), np.uint8)
+        masks = np.zeros((len(samples), side, side), bool)
+        sizes = np.zeros((len(samples), 2), np.int64)
+        for i, sample in enumerate(samples):
+            height, width = sizes[i] = sample.mask.shape
+            images[i, :, :height, :width] = sample.image.transpose(2, 0, 1)
+            masks[i, :height, :width] = sample.mask
+        truths = [torch.from_numpy(sample.truth) for sample in samples] if self.truths else []
+        return Batch(*(torch.from_numpy(a) for a in (images, masks, sizes)), truths)
+
+
+def valid_region(sizes: Tensor, image_size: int) -> Tensor:
+    """sizes int64 (B, 2) -> bool (B, S, S), True on real pixels."""
+    index = torch.arange(image_size, device=sizes.device)
+    rows, columns = index < sizes[:, :1], index < sizes[:, 1:]  # (B, S) each
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def padded_images(images: Tensor, valid: Tensor, pixel_mean: Tensor) -> Tensor:
+    """images (B, 3, S, S) -> float32 with ``pixel_mean`` (3, 1, 1) in the padding.
+
+    SAM pads after normalising, with 0: that is the mean before normalising.
+    """
+    return torch.where(valid[:, None], images.float(), pixel_mean)
