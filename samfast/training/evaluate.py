@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks at the files' own size, and their scores against the truth."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from samfast.training.data import Batch, Collate, PairDataset
+from samfast.training.folders import Pair
+from samfast.training.metrics import ForegroundScores
+
+
+def full_size_mask(logits: Tensor, height: int, width: int, shape: Sequence[int]) -> Tensor:
+    """logits (S, S), of which (height, width) are real -> bool of ``shape`` (H, W).
+
+    The logits, not the mask, are resized (bilinear), so that edges stay smooth.
+    """
+    real = logits[None, None, :height, :width]
+    size = tuple(shape)
+    return F.interpolate(real, size=size, mode="bilinear", align_corners=False)[0, 0] > 0
+
+
+def validation_loader(
+    pairs: Sequence[Pair],
+    image_size: int,
+    batch_size: int,
+    foreground: Sequence[int] | None = None,
+    workers: int = 0,
+) -> DataLoader:
+    """Batches in the pairs' order, without flips, with the truths at their own size."""
+    return DataLoader(
+        PairDataset(pairs, image_size, foreground=foreground),
+        batch_size=batch_size,
+        collate_fn=Collate(image_size, truths=True),
+        num_workers=workers,
+    )
+
+
+@torch.no_grad()
+def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """(prediction, truth) of every image, bool (H, W), on the model's device; in eval mode."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        for batch in loader:
+            yield from _masks_of(model, batch, device)
+    finally:
+        model.train(training)
+
+
+def _masks_of(model: nn.Module, batch: Batch, device: torch.device):
+    logits, _ = model(batch.images.to(device), batch.sizes.to(device))
+    for one, (height, width), truth in zip(logits, batch.sizes.tolist(), batch.truths, strict=True):
+        yield full_size_mask(one, height, width, truth.shape), truth.to(device)
+
+
+def evaluate(model: nn.Module, loader: DataLoader) -> tuple[float, float]:
+    """(Dice, IoU) of the foreground over a validation loader, in every process."""
+    scores = ForegroundScores(next(model.parameters()).device)
+    for predicted, truth in predicted_masks(model, loader):
+        scores.update(predicted, truth)
+    return scores.compute()
