@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``samfast {finetune,predict,info}``, also ``python -m samfast``.
+
+What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
+and exit code 2; an interrupt in exit code 130. SAMFAST_TRACEBACK=1 shows where it arose.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+_EXTRA = 'pip install "samfast[train]"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoSettings:
+    """Show what is installed and which kernels run here."""
+
+    check: bool = False
+    """Run every operation on every backend against float64."""
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--version"]:
+        import samfast
+
+        print(f"samfast {samfast.__version__}")
+        return 0
+    try:
+        return _run(_parsed(argv))
+    except SystemExit as stop:  # how tyro ends: 0 after --help, 2 after a wrong option
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt as stop:
+        return _stop(stop, str(stop) or "interrupted", 130)
+    except ModuleNotFoundError as error:
+        missing = error.name is not None and error.name.partition(".")[0] != "samfast"
+        return _stop(error, f"{error}: {_EXTRA}" if missing else str(error))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        return _stop(error, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        advice = "a smaller --batch-size (with --accumulate) or --image-size needs less"
+        return _stop(error, f"out of memory ({str(error).partition('. ')[0]}); {advice}")
+
+
+def _parsed(argv: list[str]):
+    import tyro
+
+    from samfast.training.settings import FinetuneSettings, PredictSettings
+
+    command = (
+        Annotated[FinetuneSettings, tyro.conf.subcommand("finetune")]
+        | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
+        | Annotated[InfoSettings, tyro.conf.subcommand("info")]
+    )
+    return tyro.cli(
+        command,
+        prog="samfast",
+        description="Parameter-efficient fine-tuning of the Segment Anything Model.",
+        args=argv,
+    )
+
+
+def _run(settings) -> int:
+    from samfast.training.settings import PredictSettings
+
+    if isinstance(settings, InfoSettings):
+        from samfast import info
+
+        return info.main(check=settings.check, json=settings.json)
+    if isinstance(settings, PredictSettings):
+        from samfast.training.predict import predict
+
+        result = predict(settings)
+        closing = f"{len(result['images'])} masks and overlays are in {result['output']}"
+    else:
+        from samfast.training.loop import finetune
+
+        result = finetune(settings)
+        closing = None
+    if settings.json:
+        print(json.dumps(result, indent=2))
+    elif closing is not None:
+        print(closing)
+    return 0
+
+
+def _stop(error: BaseException, sentence: str, code: int = 2) -> int:
+    if os.environ.get("SAMFAST_TRACEBACK") == "1":
+        raise error
+    print(f"samfast: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    import torch
+
+    # torch's CPU allocator raises a plain RuntimeError.
+    cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return cpu or isinstance(error, torch.OutOfMemoryError)

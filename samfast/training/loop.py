@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning on a data folder, from checks to saved adapters; runs on accelerate."""
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import samfast
+from samfast.integrations.torchvision import declare_missing_schemas
+from samfast.models import image_size
+from samfast.training import pictures, start
+from samfast.training.data import Batch, Collate, EpochSampler, PairDataset, binary_mask
+from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
+from samfast.training.folders import Pair, Split, check_pairs, find_split
+from samfast.training.images import read_image, read_mask
+from samfast.training.losses import bce_dice_loss
+from samfast.training.metrics import all_foreground_scores
+from samfast.training.records import RunFolder
+from samfast.training.settings import FinetuneSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Say = Callable[[str], None]
+
+
+def finetune(settings: FinetuneSettings) -> dict:
+    """Fine-tune a SAM as the settings say; returns the summary that ``summary.json`` holds.
+
+    Everything that can be wrong with the settings, the data and the model is found before
+    training begins and before anything is written: ValueError or FileNotFoundError with one
+    sentence. A loss that is not finite ends in FloatingPointError and keeps the last good adapter.
+    """
+    start.check_settings(settings)
+    output = start.output_folder(settings)
+    split = find_split(settings.data, val_fraction=settings.val_fraction, seed=settings.seed)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
+    accelerator, dtype = _accelerator(settings)
+    try:
+        with start.backend_asked_for(settings.backend, accelerator.device, dtype):
+            return _finetune(settings, split, output, accelerator, dtype)
+    finally:
+        _release(accelerator)
+
+
+def _finetune(
+    settings: FinetuneSettings,
+    split: Split,
+    output: Path,
+    accelerator: "Accelerator",
+    dtype: torch.dtype,
+) -> dict:
+    say = _speaker(settings, accelerator)
+    sam = start.build_base(settings)
+    seed_everything(settings.seed)
+    start.attach_method(sam, settings, start.base_dtype(dtype, accelerator.device))
+    check_pairs((*split.train, *split.val), settings.foreground)
+    truths = (binary_mask(read_mask(pair.mask), settings.foreground) for pair in split.val)
+    all_foreground = all_foreground_scores(torch.from_numpy(truth) for truth in truths)
+    trainable = sum(parameter.numel() for _, parameter in samfast.trainable_parameters(sam))
+    say(
+        f"{settings.model} at {image_size(sam)} pixels, {settings.method}, {trainable:,} trained "
+        f"parameters, {str(dtype).removeprefix('torch.')} on {accelerator.device.type}"
+    )
+    say(
+        f"{len(split.train)} training and {len(split.val)} validation images; calling everything "
+        f"foreground scores Dice {all_foreground[0]:.4f}, IoU {all_foreground[1]:.4f}"
+    )
+    saved = {
+        **dataclasses.asdict(settings),
+        "train": [pair.stem for pair in split.train],
+        "val": [pair.stem for pair in split.val],
+    }
+    run = Run(settings, accelerator, sam, dtype, split, say)
+    folder = RunFolder(output, saved, all_foreground)
+    try:
+        return run.train(folder)
+    except KeyboardInterrupt:
+        kept = f"{output} keeps epoch {len(folder.rows)}" if folder.rows else "nothing was saved"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
+    finally:
+        folder.close()
+
+
+class Run:
+    """One fine-tuning run: model, optimizer, loaders and the best score so far."""
+
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        accelerator: "Accelerator",
+        sam: nn.Module,
+        dtype: torch.dtype,
+        split: Split,
+        say: Say,
+    ):
+        self.settings = settings
+        self.accelerator = accelerator
+        self.say = say
+        self.sam = sam
+        self.dtype = dtype
+        self.split = split
+        side = image_size(sam)
+        lr = settings.lr
+        if lr is None:
+            lr = 1e-3 if settings.checkpoint is None else 2e-4
+        self.parameters = [parameter for _, parameter in samfast.trainable_parameters(sam)]
+        groups = samfast.parameter_groups(sam, lr, settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+        workers = _workers(settings, accelerator.device)
+        data = PairDataset(
+            split.train,
+            side,
+            foreground=settings.foreground,
+            flips=settings.flips,
+            seed=settings.seed,
+        )
+        loader = DataLoader(
+            data,
+            batch_size=settings.batch_size,
+            sampler=EpochSampler(len(data), settings.seed),
+            collate_fn=Collate(side, truths=False),
+            num_workers=workers,
+            pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+        self.plain_model = start.PromptFree(sam, dtype)
+        self.model, self.optimizer, self.loader = accelerator.prepare(
+            self.plain_model, optimizer, loader
+        )
+        steps = settings.epochs * math.ceil(len(self.loader) / settings.accumulate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, _schedule(settings.schedule, steps)
+        )
+        # Not prepared: a loader evened out over processes would repeat images and falsify scores.
+        mine = split.val[accelerator.process_index :: accelerator.num_processes]
+        self.val_loader = validation_loader(
+            mine, side, settings.batch_size, settings.foreground, workers
+        )
+        self.step = 0
+        self.best: dict | None = None
+
+    def train(self, folder: RunFolder) -> dict:
+        settings, main = self.settings, self.accelerator.is_main_process
+        began = time.perf_counter()
+        for epoch in range(1, settings.epochs + 1):
+            row = self.train_epoch(epoch)
+            row["val_dice"], row["val_iou"] = evaluate(self.plain_model, self.val_loader)
+            improved = self.best is None or row["val_dice"] > self.best["val_dice"]
+            if improved:
+                self.best = row
+            if main:
+                folder.add_epoch(row)
+                self.save(folder.folder / "adapter" / "last", row)
+                if improved:
+                    self.save(folder.folder / "adapter" / "best", row)
+                    self.draw_overlays(folder)
+            self.accelerator.wait_for_everyone()
+            self.say(
+                f"epoch {epoch}/{settings.epochs}  loss {row['train_loss']:.4f}  "
+                f"val Dice {row['val_dice']:.4f} (all foreground "
+                f"{folder.all_foreground[0]:.4f})  IoU {row['val_iou']:.4f}  "
+                f"{row['images_per_second']:.1f} images/s{'  best' if improved else ''}"
+            )
+        summary = {
+            "output": str(folder.folder),
+            "best_epoch": self.best["epoch"],
+            "val_dice": self.best["val_dice"],
+            "val_iou": self.best["val_iou"],
+            "all_foreground_dice": folder.all_foreground[0],
+            "all_foreground_iou": folder.all_foreground[1],
+            "epochs": settings.epochs,
+            "steps": self.step,
+            "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
+            "images_per_second": row["images_per_second"],
+            "peak_memory_mib": row["peak_memory_mib"],
+            "seconds": round(time.perf_counter() - began, 2),
+            "device": str(self.accelerator.device),
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+        if main:
+            folder.write_json("summary.json", summary)
+        self.say(
+            f"best validation Dice {self.best['val_dice']:.4f} in epoch {self.best['epoch']} (all "
+            f"foreground {folder.all_foreground[0]:.4f}); results are in {folder.folder}"
+        )
+        return summary
+
+    def train_epoch(self, epoch: int) -> dict:
+        """One pass over the training images; returns its row of the table, without scores."""
+        accelerator, settings = self.accelerator, self.settings
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        self.loader.set_epoch(epoch)
+        self.model.train()
+        progress = _Progress(epoch, settings, accelerator)
+        losses = _Losses(self.step)
+        lr = self.schedule.get_last_lr()[0]
+        with progress:
+            for batch in self.loader:
+                with accelerator.accumulate(self.model):
+                    loss = self.loss(batch)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and settings.clip > 0:
+                        accelerator.clip_grad_norm_(self.parameters, settings.clip)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    self.step += 1
+                    lr = self.schedule.get_last_lr()[0]
+                    if not accelerator.optimizer_step_was_skipped:
+                        self.schedule.step()
+                losses.add(loss, len(batch.images))
+                if progress.advance(len(batch.images)):
+                    progress.show(losses.mean())
+            mean = losses.mean()  # waits for the device, so the clock below is right
+            rate = progress.images_per_second()
+        totals = accelerator.reduce(
+            torch.tensor([mean * losses.images, losses.images, rate], device=accelerator.device),
+            reduction="sum",
+        ).tolist()
+        for name, parameter in samfast.trainable_parameters(self.sam):
+            if not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is no longer finite after epoch {epoch}; a smaller --lr may help"
+                )
+        return {
+            "epoch": epoch,
+            "step": self.step,
+            "train_loss": totals[0] / totals[1],
+            "images_per_second": round(totals[2], 3),
+            "peak_memory_mib": _peak_memory_mib(accelerator.device),
+            "lr": lr,
+        }
+
+    def loss(self, batch: Batch) -> Tensor:
+        logits, valid = self.model(batch.images, batch.sizes)
+        return bce_dice_loss(logits, batch.masks, valid)
+
+    def save(self, folder: Path, row: dict) -> None:
+        foreground = self.settings.foreground
+        samfast.save_adapter(
+            self.sam,
+            folder,
+            epoch=row["epoch"],
+            val_dice=row["val_dice"],
+            val_iou=row["val_iou"],
+            foreground=None if foreground is None else list(foreground),
+        )
+
+    def draw_overlays(self, folder: RunFolder) -> None:
+        """image | truth | prediction of a few validation images, spread over the set."""
+        count = min(self.settings.overlays, len(self.split.val))
+        if count == 0:
+            return
+        chosen = [self.split.val[i * len(self.split.val) // count] for i in range(count)]
+        for pair, panel in overlay_panels(self.plain_model, chosen, self.settings.foreground):
+            folder.add_overlay(pair.stem, panel)
+
+
+def overlay_panels(model: start.PromptFree, pairs: list[Pair], foreground=None):
+    """(pair, image | truth | prediction at the image's size) for each pair."""
+    loader = validation_loader(pairs, image_size(model.sam), 1, foreground)
+    for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
+        image = read_image(pair.image)
+        panel = pictures.overlay_panel(image, truth.cpu().numpy(), predicted.cpu().numpy())
+        yield pair, panel
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what draws the adapters' first values and their dropout."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed)
+
+
+class _Losses:
+    """The losses of an epoch, left on the device until someone asks."""
+
+    def __init__(self, step: int):
+        self.first_step = step
+        self.values: list[Tensor] = []
+        self.counts: list[int] = []
+
+    @property
+    def images(self) -> int:
+        return sum(self.counts)
+
+    def add(self, loss: Tensor, count: int) -> None:
+        self.values.append(loss.detach().float())
+        self.counts.append(count)
+
+    def mean(self) -> float:
+        """Mean over images so far; FloatingPointError when one of the losses is not finite."""
+        values = torch.stack(self.values).tolist()
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss is {value} in batch {i + 1} after step {self.first_step}; the "
+                    "adapters of the last full epoch are kept, a smaller --lr may help"
+                )
+        weighted = sum(value * n for value, n in zip(values, self.counts, strict=True))
+        return weighted / self.images
+
+
+class _Progress:
+    """The bar of one epoch (on a terminal only), and its clock."""
+
+    _INTERVAL = 0.5  # seconds; showing the loss waits for the device
+
+    def __init__(self, epoch: int, settings: FinetuneSettings, accelerator: "Accelerator"):
+        self.title = f"epoch {epoch}/{settings.epochs}"
+        self.hidden = True if not accelerator.is_main_process else None
+
+    def __enter__(self):
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=self.title, unit=" images", leave=False, disable=self.hidden)
+        self.images = 0
+        self.began = self.shown = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def advance(self, images: int) -> bool:
+        """Count images; whether it is time to show the loss."""
+        self.images += images
+        self.bar.update(images)
+        now = time.perf_counter()
+        due = not self.bar.disable and now - self.shown >= self._INTERVAL
+        self.shown = now if due else self.shown
+        return due
+
+    def show(self, loss: float) -> None:
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+    def images_per_second(self) -> float:
+        return self.images / (time.perf_counter() - self.began)
+
+
+def _accelerator(settings: FinetuneSettings) -> tuple["Accelerator", torch.dtype]:
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import is_initialized
+
+    if is_initialized():
+        raise RuntimeError(
+            "accelerate is already initialised in this process; finetune starts its own"
+        )
+    dtype = start.autocast_dtype(settings.precision, PartialState().device)
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+    accelerator = Accelerator(
+        mixed_precision=names[dtype], gradient_accumulation_steps=settings.accumulate
+    )
+    return accelerator, dtype
+
+
+def _release(accelerator: "Accelerator") -> None:
+    """Leave accelerate as if it had not been used, so that another run may choose otherwise."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    accelerator.free_memory()
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def _schedule(name: str, steps: int) -> Callable[[int], float]:
+    """The learning rate's factor at an optimizer step: linear warm-up over 5 % (at most 50)."""
+    warmup = max(1, min(50, steps // 20))
+
+    def factor(step: int) -> float:
+        if step < warmup or name == "constant":
+            return min(1.0, (step + 1) / warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return factor
+
+
+def _workers(settings: FinetuneSettings, device: torch.device) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    return 0 if device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
+
+
+def _speaker(settings: FinetuneSettings, accelerator: "Accelerator") -> Say:
+    def say(sentence: str) -> None:
+        if accelerator.is_main_process:
+            print(sentence, file=sys.stderr if settings.json else sys.stdout, flush=True)
+
+    return say
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Peak of the epoch's GPU allocations, or of the process's resident memory so far."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of fine-tuning and prediction; their docstrings are the command line's help.
+
+Importing this does not load torch, so ``--help`` is quick.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+METHODS = ("lora", "decoder")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """Fine-tune a SAM on a folder of images and masks.
+
+    The data folder holds images/ and masks/, files of one stem belong together; or train/ and
+    val/, each with both. Foreground is mask value > 0. Results go to the output folder: adapter/
+    best and adapter/last, metrics.csv, curves.png, overlays/, tensorboard/, settings.json.
+    """
+
+    data: Path
+    """Folder with images/ and masks/, or with train/ and val/ that hold them."""
+    model: str = "vit_b"
+    """vit_b, vit_l, vit_h (these need --checkpoint or --random-init) or vit_tiny."""
+    checkpoint: Path | None = None
+    """SAM weights: a .pth or .safetensors file or a Hugging Face SamModel folder."""
+    random_init: bool = False
+    """Start from random weights (drawn from --seed) instead of a checkpoint."""
+    image_size: int | None = None
+    """Longest side of the images as the model sees them; 1024, for vit_tiny 256, if not given."""
+    method: str = "lora"
+    """lora: adapters and mask decoder are trained; decoder: the mask decoder alone."""
+    rank: int = 4
+    """LoRA's rank."""
+    alpha: float | None = None
+    """LoRA's scaling is alpha / rank; alpha = rank if not given."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    target: tuple[str, ...] = ("qkv",)
+    """The encoder's linear layers that get an adapter: qkv, proj, lin1, lin2."""
+    slices: tuple[str, ...] | None = None
+    """Adapt only these parts of qkv (q, k, v), each with its own factors and no scaling."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 4
+    """Images in one forward pass."""
+    accumulate: int = 1
+    """Batches summed into one optimizer step."""
+    lr: float | None = None
+    """Peak learning rate of AdamW; 1e-3 from random weights, 2e-4 from a checkpoint, if not
+    given."""
+    schedule: str = "cosine"
+    """cosine: short warm-up, then a half cosine towards 0; constant: warm-up, then --lr."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    flips: bool = True
+    """Mirror training images at random, left-right and top-bottom."""
+    precision: str = "auto"
+    """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on a CPU; or bf16, fp16, fp32."""
+    seed: int = 0
+    """Seed of the split, the order, the flips and the random weights."""
+    val_fraction: float = 0.2
+    """Share of the images that validates; ignored when the data has train/ and val/."""
+    foreground: tuple[int, ...] | None = None
+    """Mask values that are foreground, for masks with more than two values."""
+    output: Path | None = None
+    """Folder for the results; runs/DATA-MODEL-METHOD if not given."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in the output folder."""
+    overlays: int = 4
+    """Validation images drawn beside truth and prediction."""
+    backend: str = "auto"
+    """Which kernels run: auto, reference, torch, cpu, triton or cuda."""
+    workers: int | None = None
+    """Processes that load images; 0 on a CPU and up to 8 with a GPU, if not given."""
+    threads: int | None = None
+    """CPU threads torch uses; torch's own choice if not given."""
+    json: bool = False
+    """Print a summary as JSON on stdout; the running text goes to stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSettings:
+    """Segment images with a fine-tuned adapter: one mask (0 and 255) and one overlay each."""
+
+    images: Positional[tuple[Path, ...]]
+    """Image files, or folders of them."""
+    adapter: Path
+    """Adapter folder that finetune wrote, such as runs/NAME/adapter/best."""
+    output: Path = Path("predictions")
+    """Folder for NAME_mask.png and NAME_overlay.png; existing files of these names are replaced."""
+    checkpoint: Path | None = None
+    """The SAM weights the adapter was trained on; not needed where these were random."""
+    batch_size: int = 4
+    """Images in one forward pass."""
+    precision: str = "auto"
+    """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on a CPU; or bf16, fp16, fp32."""
+    backend: str = "auto"
+    """Which kernels run: auto, reference, torch, cpu, triton or cuda."""
+    threads: int | None = None
+    """CPU threads torch uses; torch's own choice if not given."""
+    json: bool = False
+    """Print a summary as JSON on stdout."""
