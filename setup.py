@@ -34,29 +34,27 @@ def find_nvcc():
 
 
 def plan():
-    """What to build, and why in one sentence: (kind, reason, torch.utils.cpp_extension or None)."""
+    """What to build, why in one sentence, and torch's builder or None."""
     wanted = os.environ.get("SAMFAST_BUILD", "auto")
     if wanted not in ("auto", "cuda", "cpu", "none"):
         raise SystemExit(f"SAMFAST_BUILD is {wanted!r}; it must be auto, cuda, cpu or none")
     if wanted == "none":
         return "none", "SAMFAST_BUILD=none", None
+    cpp_extension, problem = None, None
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        reason = f"torch cannot be imported while building ({error}); install it first and use "
-        reason += "--no-build-isolation"
-        cpp_extension = None
-    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
-    if cpp_extension is not None and compiler is None:
-        reason = "no C++ compiler was found"
-    missing = cpp_extension is None or compiler is None
-    if missing and wanted != "auto":
-        raise SystemExit(f"SAMFAST_BUILD={wanted} cannot be built: {reason}")
-    if missing:
-        return "none", reason, None
+        problem = f"torch must be installed first, then use --no-build-isolation ({error})"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if problem is None and shutil.which(compiler) is None:
+        problem = f"there is no C++ compiler {compiler!r} on PATH"
     nvcc = find_nvcc()
-    if wanted == "cuda" and nvcc is None:
-        raise SystemExit("SAMFAST_BUILD=cuda cannot be built: no nvcc in CUDA_HOME or on PATH")
+    if problem is None and wanted == "cuda" and nvcc is None:
+        problem = "there is no nvcc in CUDA_HOME or on PATH"
+    if problem is not None and wanted != "auto":
+        raise SystemExit(f"SAMFAST_BUILD={wanted} cannot be built: {problem}")
+    if problem is not None:
+        return "none", problem, None
     if wanted == "cpu" or nvcc is None:
         return "cpu", "SAMFAST_BUILD=cpu" if wanted == "cpu" else "no nvcc was found", cpp_extension
     return "cuda", f"nvcc is {nvcc}", cpp_extension
@@ -71,53 +69,51 @@ def nvcc_objects(include_dirs):
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    objects = []
+    Path("build").mkdir(exist_ok=True)
+    objects = {source: f"build/{Path(source).stem}.cuda.o" for source in sources("cuda", ".cu")}
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        for source in sources("cuda", ".cu"):
-            objects.append(f"build/{Path(source).stem}.cuda.o")
-            Path("build").mkdir(exist_ok=True)
-            command = [find_nvcc(), *flags, "-c", source, "-o", objects[-1]]
-            pool.submit(subprocess.check_call, command).add_done_callback(lambda f: f.result())
-    return objects
+        commands = ([find_nvcc(), *flags, "-c", s, "-o", o] for s, o in objects.items())
+        list(pool.map(subprocess.check_call, commands))
+    says = subprocess.run([find_nvcc(), "-dryrun", "x.cu"], capture_output=True, text=True).stderr
+    (top,) = (row.removeprefix("#$ TOP=") for row in says.splitlines() if row.startswith("#$ TOP="))
+    runtime = sorted(str(p) for p in Path(top).glob("lib*/libcudart_static.a"))
+    return [*objects.values(), *runtime[:1]]
 
 
-def extension(kind, cpp_extension):
-    include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths()]
+def native_build(kind, cpp_extension):
+    """The extension and the command that builds it, as arguments of setup()."""
+    define = ["-DUSE_CUDA"] if kind == "cuda" and sources("cuda", ".cu") else []
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", STABLE_ABI, "-DPy_LIMITED_API=0x030A0000"]
-    libraries = ["c10", "torch", "torch_cpu"]
-    objects = []
-    if kind == "cuda" and sources("cuda", ".cu"):
-        flags.append("-DUSE_CUDA")
-        objects = nvcc_objects(include_dirs)
-        libraries.append("cudart")
-    return Extension(
+    extension = Extension(
         "samfast._C",
         sources=sources(".", ".cpp") + sources("cpu", ".cpp"),
-        include_dirs=include_dirs,
+        include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
-        libraries=libraries,
-        extra_compile_args=flags,
-        extra_objects=objects,
+        libraries=["c10", "torch", "torch_cpu"],
+        extra_compile_args=flags + define,
         py_limited_api=True,
         language="c++",
     )
 
+    class BuildExt(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            if define:
+                extension.extra_objects = nvcc_objects(extension.include_dirs)
+            super().build_extensions()
 
-kind, reason, cpp_extension = plan()
-record = {"build": kind, "reason": reason}
-(ROOT / "samfast" / "_build.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-operations = {
-    f"samfast.kernels.{p.parent.name}": str(p.parent.relative_to(ROOT))
-    for p in sorted((ROOT / "kernels").glob("*/__init__.py"))
-}
-native = {}
-if cpp_extension is not None:
-    native["ext_modules"] = [extension(kind, cpp_extension)]
-    native["cmdclass"] = {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}
-    native["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    build_ext = BuildExt.with_options(use_ninja=shutil.which("ninja") is not None)
+    limited = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext}, "options": limited}
+
+
+kind, reason, builder = plan()
+record = json.dumps({"build": kind, "reason": reason})
+(ROOT / "samfast" / "_build.json").write_text(record + "\n", encoding="utf-8")
+operations = {f"samfast.kernels.{p.parent.name}": f"kernels/{p.parent.name}"
+              for p in (ROOT / "kernels").glob("*/__init__.py")}  # fmt: skip
 setup(
-    packages=[*find_packages(include=["samfast", "samfast.*"]), *operations],
+    packages=[*find_packages(include=["samfast", "samfast.*"]), *sorted(operations)],
     package_dir={"": ".", **operations},
     package_data={"samfast": ["_build.json"], **{name: ["*.json"] for name in operations}},
-    **native,
+    **(native_build(kind, builder) if builder else {}),
 )

@@ -6,6 +6,7 @@ is what a user's call would launch: the same types, constants and divisibility b
 Kernels must be imported without TRITON_INTERPRET.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -137,3 +139,82 @@ def _read(name, arch, compiled):
         tensor_core=core,
         atomics=len(re.findall(r"\b(?:ATOM|ATOMG|RED|ATOMS)\.[^;\n]*(?:F32|F16|BF16|F64)", sass)),
     )
+
+
+def lora_linear_launches(rank, dtype, dropout, slices):
+    """Every launch of a forward and backward at ViT-H's qkv, batch 4."""
+    from samfast.kernels.lora_linear import triton_kernels as kernels
+    from samfast.kernels.lora_linear.engine import Slices
+
+    tokens, features, out = 4 * 4096, 1280, 3840
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    starts = (0, 2 * features) if slices else ()
+    n = max(len(starts), 1)
+    a = meta(n * rank, features, dtype=torch.float32)
+    b = meta(n * features if slices else out, rank, dtype=torch.float32)
+    x, y, layout = meta(tokens, features), meta(tokens, out), Slices(starts, b, slices)
+    seed = meta(1, dtype=torch.int64) if dropout else None
+    with recording() as launches:
+        h = kernels.down(x, a, dropout, seed)
+        kernels.up_(y, h, b, 2.0, layout)
+        kernels.up_backward(y, h, b, 2.0, layout)
+        kernels.down_backward_(x, h, x, a, dropout, seed)
+    return launches
+
+
+def registered(quick: bool):
+    """(name, launches) of everything that must compile cleanly."""
+    if quick:
+        yield "bfloat16 r4", lora_linear_launches(4, torch.bfloat16, 0.0, False)
+        yield "float32 r16 dropout qv", lora_linear_launches(16, torch.float32, 0.1, True)
+        return
+    for dtype, ranks in ((torch.bfloat16, (4, 16, 32, 64, 128)), (torch.float32, (4, 16, 32, 64))):
+        for rank in ranks:
+            for dropout in (0.0, 0.1):
+                name = f"{str(dtype)[6:]} r{rank}{' dropout' if dropout else ''}"
+                yield name, lora_linear_launches(rank, dtype, dropout, False)
+    yield "float16 r4 qv", lora_linear_launches(4, torch.float16, 0.0, True)
+
+
+@triton.jit
+def spilling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """A product too wide for one warp: what the report must catch."""
+    offs = tl.arange(0, BLOCK)
+    at = offs[:, None] * BLOCK + offs[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, tl.dot(x, x).to(tl.bfloat16))
+
+
+def _self_test():
+    x = torch.empty(128, 128, device="meta", dtype=torch.bfloat16)
+    with recording() as launches:
+        spilling_kernel[(1,)](x, x, BLOCK=128, num_warps=1)
+    yield "self-test", launches
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compile every Triton kernel offline")
+    parser.add_argument("--archs", nargs="+", type=int, default=sorted(SHARED_LIMITS))
+    parser.add_argument("--quick", action="store_true", help="two configurations only")
+    parser.add_argument("--self-test", action="store_true", help="a kernel that must fail")
+    options = parser.parse_args()
+    failed = False
+    for name, launches in _self_test() if options.self_test else registered(options.quick):
+        for arch in options.archs:
+            for launch in launches:
+                r = compile_launch(launch, arch)
+                failed |= not r.clean
+                print(
+                    f"lora_linear {name:24} sm_{arch:<4}{r.kernel:22} registers {r.registers:3} "
+                    f"stack {r.stack:3} spills {r.spills:3} shared {r.shared:6} "
+                    f"atomics {r.atomics} {r.tensor_core:5} {'clean' if r.clean else 'NOT CLEAN'}",
+                    flush=True,
+                )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -74,7 +74,7 @@ def native_missing() -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"the native extension does not load: {error}"
+        return f"the native extension does not load: {error.__cause__ or error}"
     return None
 
 

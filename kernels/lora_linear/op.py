@@ -16,7 +16,7 @@ from samfast.kernels._common.autocast import (
 from samfast.kernels._common.middle import IDENTITY
 from samfast.kernels.lora_linear import engine, reference, torch_path
 
-MAX_TRITON_RANK = 128
+MAX_TRITON_RANK = {2: 128, 4: 64}  # by bytes per element; wider tiles spill registers
 MAX_TRITON_SLICES = 3
 
 
@@ -34,9 +34,9 @@ def supports(
         return missing
     if x.dtype == torch.float64:
         return "x is torch.float64, but the kernels take float32, float16 and bfloat16"
-    ranks = max(lora_a.shape[0], lora_b.shape[1])
-    if ranks > MAX_TRITON_RANK:
-        return f"rank {ranks} is above {MAX_TRITON_RANK}, the widest tile"
+    ranks, widest = max(lora_a.shape[0], lora_b.shape[1]), MAX_TRITON_RANK[x.element_size()]
+    if ranks > widest:
+        return f"rank {ranks} is above {widest}, the widest tile for {x.dtype}"
     if slices > MAX_TRITON_SLICES:
         return f"{slices} slices are more than the {MAX_TRITON_SLICES} the kernels take"
     return None

@@ -7,15 +7,18 @@ sizes alone. Derivations, bytes and launches are in this folder's README.
 """
 
 import contextlib
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
 from samfast.kernels._common.philox import threshold as keep_threshold
+from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
 
 MAX_CHUNKS = 32
+TILES = Path(__file__).with_name("tiles.json")
 
 
 @triton.jit
@@ -263,13 +266,6 @@ def down_backward_kernel(
         tl.store(da_part_ptr + chunk * ranks * columns + a_at, acc, a_inside)
 
 
-def tiles(ranks: int, dtype: torch.dtype) -> dict:
-    """Tile sizes for a rank: wide ranks and float32 take narrower tiles."""
-    block_r = max(16, triton.next_power_of_2(ranks))
-    wide = block_r > 32 or dtype == torch.float32
-    return {"BLOCK_M": 64, "BLOCK_N": 64 if wide else 128, "BLOCK_R": block_r}
-
-
 def chunk_rows(tokens: int, block_m: int) -> int:
     """Rows a program sums before it writes a partial: at most MAX_CHUNKS partials."""
     return block_m * triton.cdiv(max(tokens, 1), block_m * MAX_CHUNKS)
@@ -286,12 +282,12 @@ def down(x, lora_a, dropout, seed):
     h = x.new_empty(tokens, ranks)
     if tokens == 0:
         return h
-    tile = tiles(ranks, x.dtype)
+    block = tile(TILES, "down_dropout" if dropout > 0.0 else "down", ranks, x)
+    block["BLOCK_K"] = block.pop("BLOCK_N")
     with _on(x):
-        down_kernel[(triton.cdiv(tokens, tile["BLOCK_M"]),)](
+        down_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
             x, lora_a, h, seed, tokens, columns, ranks, x.stride(0),
-            *_drop(dropout), PRECISION=precision(x.dtype),
-            BLOCK_M=tile["BLOCK_M"], BLOCK_K=tile["BLOCK_N"], BLOCK_R=tile["BLOCK_R"],
+            *_drop(dropout), PRECISION=precision(x.dtype), **block,
         )  # fmt: skip
     return h
 
@@ -300,15 +296,15 @@ def up_(y, z, lora_b, scaling, slices):
     tokens, z, lora_b = y.shape[0], _rows(z), lora_b.contiguous()
     if tokens == 0:
         return
-    tile = tiles(slices.rank, y.dtype)
+    block = tile(TILES, "up", slices.rank, y)
     grid = (
-        triton.cdiv(tokens, tile["BLOCK_M"]),
-        len(slices.starts) * triton.cdiv(slices.length, tile["BLOCK_N"]),
+        triton.cdiv(tokens, block["BLOCK_M"]),
+        len(slices.starts) * triton.cdiv(slices.length, block["BLOCK_N"]),
     )
     with _on(y):
         up_kernel[grid](
             y, z, lora_b, tokens, slices.length, slices.rank, y.stride(0), z.stride(0),
-            *_starts(slices), scaling, OWN=slices.own, PRECISION=precision(y.dtype), **tile,
+            *_starts(slices), scaling, OWN=slices.own, PRECISION=precision(y.dtype), **block,
         )  # fmt: skip
 
 
@@ -320,16 +316,16 @@ def up_backward(dy, z, lora_b, scaling, slices):
     db = None if z is None else torch.empty_like(lora_b)
     if tokens == 0:
         return dz, None if db is None else db.zero_()
-    tile = tiles(rank, dy.dtype)
-    rows = chunk_rows(tokens, tile["BLOCK_M"])
-    chunks, blocks = triton.cdiv(tokens, rows), n * triton.cdiv(slices.length, tile["BLOCK_N"])
+    block = tile(TILES, "up_backward", rank, dy)
+    rows = chunk_rows(tokens, block["BLOCK_M"])
+    chunks, blocks = triton.cdiv(tokens, rows), n * triton.cdiv(slices.length, block["BLOCK_N"])
     dz_part = dy.new_empty(blocks, tokens, rank, dtype=torch.float32)
     db_part = None if z is None else dy.new_empty(chunks, *lora_b.shape, dtype=torch.float32)
     with _on(dy):
         up_backward_kernel[(chunks, blocks)](
             dy, z, lora_b, dz_part, db_part, tokens, slices.length, rank, rows, lora_b.shape[0],
             dy.stride(0), 0 if z is None else z.stride(0), *_starts(slices), scaling,
-            OWN=slices.own, NEED_DB=z is not None, PRECISION=precision(dy.dtype), **tile,
+            OWN=slices.own, NEED_DB=z is not None, PRECISION=precision(dy.dtype), **block,
         )  # fmt: skip
         _reduce(dz_part, dz, n if slices.own else 1, rank, db_part, db)
     return dz, db
@@ -342,17 +338,18 @@ def down_backward_(dx, dh, x, lora_a, dropout, seed):
     da = None if x is None else torch.empty_like(lora_a)
     if tokens == 0:
         return None if da is None else da.zero_()
-    tile = tiles(ranks, dh.dtype)
-    rows = chunk_rows(tokens, tile["BLOCK_M"])
+    stage = "down_backward_dropout" if dropout > 0.0 else "down_backward"
+    block = tile(TILES, stage, ranks, dh)
+    rows = chunk_rows(tokens, block["BLOCK_M"])
     chunks = triton.cdiv(tokens, rows)
     part = None if x is None else dh.new_empty(chunks, ranks, columns, dtype=torch.float32)
     threshold, scale, DROPOUT = _drop(dropout)
     with _on(dh):
-        down_backward_kernel[(chunks, triton.cdiv(columns, tile["BLOCK_N"]))](
+        down_backward_kernel[(chunks, triton.cdiv(columns, block["BLOCK_N"]))](
             dx, dh, x, lora_a, part, seed, tokens, columns, ranks, rows,
             0 if x is None else x.stride(0), dh.stride(0), threshold, scale,
             NEED_DX=dx is not None, NEED_DA=x is not None, DROPOUT=DROPOUT,
-            PRECISION=precision(dh.dtype), **tile,
+            PRECISION=precision(dh.dtype), **block,
         )  # fmt: skip
         if da is not None:
             _reduce(None, None, 0, 1, part, da)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels compile for GPUs that are not here: no spills, no float atomics, memory fits.
+
+Kernels imported under TRITON_INTERPRET cannot be compiled, so each check has its own process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+ROOT = Path(__file__).parents[3]
+QUICK = ["86", "90"]
+ALL = ["80", "86", "89", "90", "100", "120"]
+
+
+def compile_all(archs, *options):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.offline", "--archs", *archs, *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_quick():
+    done = compile_all(QUICK, "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("clean") == 2 * 2 * 6
+
+
+@pytest.mark.slow
+def test_every_target_dtype_and_rank():
+    done = compile_all(ALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_kernel_that_spills_is_reported():
+    done = compile_all(["86"], "--self-test")
+    assert done.returncode == 1
+    assert "spilling_kernel" in done.stdout and "NOT CLEAN" in done.stdout
