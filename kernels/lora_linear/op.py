@@ -148,6 +148,7 @@ class LoraLinearFunction(torch.autograd.Function):
         )
         ctx.options, ctx.backend, ctx.count = options, backend, len(params)
         ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
+        ctx.shape, ctx.dtype = y.shape, y.dtype
         ctx.set_materialize_grads(False)
         return y, aux
 
@@ -157,8 +158,8 @@ class LoraLinearFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, z, seed, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.count], rest[ctx.count :]
         needs = [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:]]
-        if dy is None:
-            return (None,) * (8 + ctx.count)
+        if dy is None:  # only aux was used
+            dy = daux.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
         with torch._C._AutoDispatchBelowAutograd():
             grads = torch.ops.samfast.lora_linear_backward(
                 dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, *ctx.options, needs,

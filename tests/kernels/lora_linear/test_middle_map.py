@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's middle-map protocol: a map with parameters, an aux loss and r_in ≠ r_out."""
+
+import dataclasses
+
+import pytest
+import torch
+from budgets import all_within_budget
+
+from samfast.kernels._common import middle
+from samfast.kernels.lora_linear.op import low_rank_linear
+
+from .cases import runnable
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixMap:
+    """f(h) = h K with aux = power · mean(h²); geometry is (tokens,), checked."""
+
+    power: float
+    zero_preserving = True
+
+    def forward(self, h, geometry, matrix):
+        assert list(geometry) == [h.shape[0]]
+        return h @ matrix.to(h.dtype), self.power * h.float().square().mean(), [h.clone()]
+
+    def backward(self, dz, daux, saved, params, geometry, needs):
+        (h,), (matrix,) = saved, params
+        dh = dz @ matrix.t().to(dz.dtype) if needs[0] else None
+        if daux is not None and needs[0]:
+            dh = dh + (daux * 2.0 * self.power / h.numel() * h.float()).to(dh.dtype)
+        return dh, [(h.t() @ dz).to(matrix.dtype) if needs[1] else None]
+
+
+def literal(x, weight, bias, a, b, matrix, power):
+    h = x @ a.t()
+    y = x @ weight.t() + bias + 0.5 * (h @ matrix) @ b.t()
+    return y, power * h.square().mean()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_a_map_with_parameters_and_an_aux_loss(backend):
+    if reason := runnable(backend):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(11, 20), (30, 20), (30,), (3, 20), (30, 5), (3, 5)]
+    exact = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in sizes]
+    dy = torch.randn(11, 30, generator=generator, dtype=torch.float64)
+    key = middle.register(MatrixMap(0.3))
+    results = {}
+    for name, dtype in (
+        ("exact", torch.float64),
+        ("stock", torch.float32),
+        ("ours", torch.float32),
+    ):
+        leaves = [t.to(dtype).requires_grad_() for t in exact]
+        if name == "ours":
+            y, aux = low_rank_linear(
+                *leaves[:5], 0.5, middle=key, geometry=[11], params=leaves[5:], backend=backend
+            )
+        else:
+            y, aux = literal(*leaves, 0.3)
+        grads = torch.autograd.grad((y * dy.to(dtype)).sum() + aux, leaves)
+        results[name] = [y, aux, *grads]
+    names = ["y", "aux", "dx", "dweight", "dbias", "dlora_a", "dlora_b", "dmatrix"]
+    all_within_budget(results["ours"], results["stock"], results["exact"], torch.float32, names)
+
+
+def test_a_backward_through_aux_alone():
+    x = torch.randn(11, 20, requires_grad=True)
+    a, b, matrix = torch.randn(3, 20, requires_grad=True), torch.randn(30, 5), torch.randn(3, 5)
+    key = middle.register(MatrixMap(0.3))
+    _, aux = low_rank_linear(
+        x, torch.randn(30, 20), None, a, b, 0.5, middle=key, geometry=[11], params=[matrix]
+    )
+    grads = torch.autograd.grad(aux, [x, a])
+    stock = torch.autograd.grad(0.3 * (x @ a.t()).square().mean(), [x, a])
+    x64, a64 = (t.detach().double().requires_grad_() for t in (x, a))
+    exact = torch.autograd.grad(0.3 * (x64 @ a64.t()).square().mean(), [x64, a64])
+    all_within_budget(grads, stock, exact, torch.float32, ["dx", "dlora_a"])
+
+
+def test_equal_maps_share_a_key():
+    assert middle.register(MatrixMap(0.5)) == middle.register(MatrixMap(0.5))
+    assert middle.register(MatrixMap(0.5)) != middle.register(MatrixMap(0.25))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What gets installed, what `import samfast` loads, and what SAMFAST_BUILD decides."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("triton", "transformers", "torchvision", "segment_anything", "peft", "accelerate")
+
+
+def python(code, cwd, **environment):
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    """A copy of the sources, so that building leaves this checkout alone."""
+    tree = tmp_path_factory.mktemp("source")
+    for name in ("samfast", "kernels", "csrc"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(source_tree, tmp_path_factory):
+    """A wheel built with SAMFAST_BUILD=none, and the folder it is unpacked to."""
+    out = tmp_path_factory.mktemp("wheel")
+    done = run_setup(source_tree, "none", "bdist_wheel", "--dist-dir", str(out))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(out / "site")
+    return wheel, out / "site"
+
+
+def run_setup(tree, build, *arguments, **environment):
+    environment = {**os.environ, "SAMFAST_BUILD": build, **environment}
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def test_wheel_content(pure_wheel):
+    names = zipfile.ZipFile(pure_wheel[0]).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"samfast"}
+    for expected in (
+        "samfast/__init__.py",
+        "samfast/_build.json",
+        "samfast/kernels/__init__.py",
+        "samfast/kernels/lora_linear/op.py",
+        "samfast/kernels/lora_linear/tiles.json",
+        "samfast/kernels/_common/philox.py",
+    ):
+        assert expected in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_a_wheel_works_elsewhere_without_an_extension(pure_wheel, tmp_path):
+    code = """
+import torch, samfast.kernels.lora_linear.op as op
+from samfast import backends
+from samfast.functional import lora_linear
+x = torch.randn(5, 8, requires_grad=True)
+lora_linear(x, torch.randn(6, 8), None, torch.randn(2, 8), torch.randn(6, 2), 1.0).sum().backward()
+print(op.__file__)
+print(backends.native_missing())
+"""
+    where, why = python(code, tmp_path, PYTHONPATH=str(pure_wheel[1])).splitlines()
+    assert where.startswith(str(pure_wheel[1]))
+    assert why == "the native extension was not built (SAMFAST_BUILD=none)"
+
+
+@pytest.mark.parametrize("where", ["checkout", "elsewhere"])
+def test_imports_of_this_installation(where, tmp_path):
+    cwd = ROOT if where == "checkout" else tmp_path
+    path = {} if where == "checkout" else {"PYTHONPATH": str(ROOT)}
+    code = "import samfast.kernels.lora_linear.op as op; print(op.__file__)"
+    assert python(code, cwd, **path) == str(ROOT / "kernels" / "lora_linear" / "op.py")
+
+
+def test_import_is_light():
+    code = f"""
+import sys, samfast, samfast.functional, samfast.modules
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    assert python(code, ROOT) == "[]"
+
+
+def test_transformers_imports_from_the_checkout_root():
+    code = """
+from samfast.integrations.torchvision import declare_missing_schemas
+declare_missing_schemas()
+from transformers import SamModel
+print(SamModel.__name__)
+"""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert python(code, ROOT) == "SamModel"
+
+
+def test_every_public_name_resolves():
+    import samfast
+
+    missing = [name for name in samfast.__all__ if getattr(samfast, name, None) is None]
+    assert missing == []
+
+
+def test_an_unknown_build_is_refused(source_tree):
+    done = run_setup(source_tree, "metal", "--version")
+    assert done.returncode != 0
+    assert "SAMFAST_BUILD is 'metal'; it must be auto, cuda, cpu or none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("build", "environment", "sentence"),
+    [
+        ("cuda", {"CUDA_HOME": "/nowhere"}, "there is no nvcc in CUDA_HOME or on PATH"),
+        ("cpu", {"CXX": "no-such-compiler"}, "there is no C++ compiler 'no-such-compiler' on PATH"),
+    ],
+)
+def test_a_build_asked_for_by_name_must_be_possible(source_tree, build, environment, sentence):
+    if build == "cuda" and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler, which is refused before nvcc is looked for")
+    done = run_setup(source_tree, build, "--version", **environment)
+    assert done.returncode != 0
+    assert f"SAMFAST_BUILD={build} cannot be built: {sentence}" in done.stderr
+
+
+def test_auto_without_a_compiler_builds_pure_python_and_says_so(source_tree):
+    done = run_setup(source_tree, "auto", "--version", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    record = (source_tree / "samfast" / "_build.json").read_text()
+    assert '"build": "none"' in record and "no-such-compiler" in record
