@@ -107,12 +107,7 @@ class DecoderOnly(Method):
     """No adapter at all: what ``attach`` is told to train is all that is trained."""
 
     name: ClassVar[str] = "decoder"
-
-    target: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if self.target != ():
-            raise ValueError(f"target is {self.target!r}, but without adapters it must be ()")
+    target: ClassVar[tuple[str, ...]] = ()
 
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora, DecoderOnly)}

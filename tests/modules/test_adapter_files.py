@@ -237,6 +237,9 @@ def test_fingerprint_samples_spread_over_the_tensor():
         for i in range(0, len(big), 97)
     )
     assert 0 < seen <= SAMPLE
+    big[6 * 850] = 1  # the step is 6
+    assert fingerprint(big) != plain
+    big[6 * 850] = 0
     assert fingerprint(big.view(1, -1)) != plain
     last = torch.zeros(SAMPLE)
     last[-1] = 1
@@ -278,6 +281,7 @@ def test_a_kill_during_saving_leaves_the_old_adapter_or_the_new(
             samfast.save_adapter(model, folder)
     assert torch.equal(samfast.load_adapter(toy(), folder)(images), old)
     assert len(list(folder.iterdir())) > 2
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # another program
     samfast.save_adapter(model, folder)
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, TENSORS]
     assert torch.equal(samfast.load_adapter(toy(), folder)(images), model(images))

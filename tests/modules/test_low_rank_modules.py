@@ -10,6 +10,7 @@ import torch
 from budgets import within_budget
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from samfast.modules import LoraLinear, QkvLora
 
@@ -126,6 +127,8 @@ def test_merged_equals_unmerged(kind, linear):
         stock = literal(module, x)
         module.merge()
         assert module.merged and module.weight is parameter
+        # Rounded once, from a float32 sum.
+        assert torch.equal(module.weight, (before.float() + module.delta_weight()).to(dtype))
         assert not torch.equal(module.weight, before)
         within_budget(module(x), stock, reference, dtype)
         assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
@@ -230,6 +233,41 @@ def test_dropout_acts_in_training_only(kind, linear):
     assert torch.equal(module(x), first)
     module.dropout = 0.0
     assert torch.equal(module(x), plain)
+
+
+@KINDS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same_dropout(kind, reentrant, linear):
+    module = kind(linear, dropout=0.5).train()
+    x = torch.randn(9, 20, requires_grad=True)
+    leaves = [x, module.lora_A, module.lora_B]
+
+    def gradients(function):
+        torch.manual_seed(4)
+        for leaf in leaves:
+            leaf.grad = None
+        function(x).square().sum().backward()
+        return [leaf.grad.clone() for leaf in leaves]
+
+    expected = gradients(module)
+    got = gradients(lambda x: checkpoint(module, x, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@KINDS
+def test_autocast_and_empty_batches_as_the_linear(kind, linear):
+    module = kind(linear)
+    x = torch.randn(4, 20)
+    for merged in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(x).dtype == linear(x).dtype == torch.bfloat16
+        assert module(x[:0]).shape == (0, 36)
+        assert module(x[0]).shape == (36,)
+        if not merged:
+            module.eval().merge()
+    module.unmerge()
+    module.train()(x[:0]).square().sum().backward()
+    assert not module.lora_B.grad.any()
 
 
 @KINDS
