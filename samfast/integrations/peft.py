@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from samfast.modules.adapter import Adapter
 from samfast.modules.methods import Lora, Method
 
 PREFIX = "base_model.model."
@@ -58,7 +57,8 @@ def from_key(key: str) -> str:
 def modules_to_save(model: nn.Module, trained: Collection[str]) -> list[str] | None:
     """Names of the modules whose tensors are exactly ``trained``; None when PEFT has no such list.
 
-    ``trained``: full names of the parameters that are trained beside the adapters.
+    ``trained``: full names of the parameters that are trained beside the adapters. A module that
+    holds an adapter has parameters that are not among them, so it is never in the list.
     """
     names = [name for name, _ in model.named_modules()]
 
@@ -68,10 +68,9 @@ def modules_to_save(model: nn.Module, trained: Collection[str]) -> list[str] | N
         count = sum(inside + p in trained for p in own)
         if count == 0:
             return []
-        holds_adapter = any(isinstance(m, Adapter) for m in module.modules())
         callable_alone = name != "" and not isinstance(module, _CONTAINERS)
         alone = sum(other.endswith(name) for other in names) == 1  # PEFT compares endings
-        if count == len(own) and not holds_adapter and callable_alone and alone:
+        if count == len(own) and callable_alone and alone:
             return [name]
         if any(inside + p in trained for p, _ in module.named_parameters(recurse=False)):
             return None

@@ -44,7 +44,7 @@ def architecture(name: str) -> Architecture:
 def check_image_size(size) -> int:
     """`size` as an int; ValueError unless it is a positive multiple of the patch, 16."""
     try:
-        number = 0 if isinstance(size, bool) else operator.index(size)
+        number = operator.index(size)
     except TypeError:
         number = 0
     if number <= 0 or number % PATCH:

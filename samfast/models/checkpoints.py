@@ -174,7 +174,7 @@ def _plain_names(content, path: Path) -> dict[str, Tensor]:
     for key, tensor in content.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
-            raise ValueError(f"checkpoint {path} holds a {kind} under {key!r}, not a tensor")
+            raise ValueError(f"checkpoint {path} holds {key!r} as {kind}, not as a tensor")
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not dense or not tensor.is_floating_point():
             raise ValueError(
@@ -252,13 +252,13 @@ def _resize_positions(state: dict[str, Tensor], sam: nn.Module) -> None:
     stored = pos_embed.shape[1]
     if stored == 0 or pos_embed.shape[2] != stored:
         return
-    maps = pos_embed.permute(0, 3, 1, 2).float()  # [1, width, stored, stored]
+    maps = pos_embed.permute(0, 3, 1, 2).double()  # [1, width, stored, stored]
     maps = F.interpolate(maps, (size, size), mode="bilinear", align_corners=False)
     state["image_encoder.pos_embed"] = maps.permute(0, 2, 3, 1)
     for i, block in enumerate(sam.image_encoder.blocks):
         for axis in "hw" if block.window_size == 0 else "":
             key = f"image_encoder.blocks.{i}.attn.rel_pos_{axis}"
             if key in state and state[key].ndim == 2 and len(state[key]) == 2 * stored - 1:
-                table = state[key].t()[None].float()  # [1, head_dim, 2 stored - 1]
+                table = state[key].t()[None].double()  # [1, head_dim, 2 stored - 1]
                 table = F.interpolate(table, 2 * size - 1, mode="linear", align_corners=False)
                 state[key] = table[0].t()

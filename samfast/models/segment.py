@@ -45,7 +45,7 @@ def encode(sam: nn.Module, images: Tensor) -> Tensor:
     pixels = (images.to(dtype) - mean.to(dtype)) / std.to(dtype)
     size = sam.image_encoder.img_size
     pixels = F.pad(pixels, (0, size - width, 0, size - height))
-    pixels = pixels.to(sam.image_encoder.patch_embed.proj.weight.dtype)
+    pixels = pixels.to(sam.image_encoder.patch_embed.proj.weight.dtype).contiguous()
     if len(pixels) == 0:  # segment_anything's windows refuse an empty batch
         return pixels.new_zeros((0, *_embedding_shape(sam)))
     return sam.image_encoder(pixels)

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""segment against segment_anything's own loop over images."""
+
+import copy
+
+import pytest
+import torch
+from budgets import all_within_budget, within_budget
+
+from samfast.models import build_sam, decode, encode, segment, unused_by_segment
+
+SIDE = 96  # a grid of 6: its windows of 7 are padded
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A Sam of two blocks, one with windows and one without."""
+    sam = build_sam("vit_tiny", image_size=SIDE, seed=3)
+    sam.image_encoder.blocks = sam.image_encoder.blocks[1:3]
+    return sam
+
+
+@pytest.fixture(scope="module")
+def small_double(small):
+    return double(small)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        yield
+
+
+def double(sam):
+    """A float64 copy; segment_anything's position encoding is fixed to float32, so freed here."""
+    sam = copy.deepcopy(sam).double()
+
+    class Positions(type(sam.prompt_encoder.pe_layer)):
+        def forward(self, size):
+            height, width = size
+            y, x = (torch.arange(n, dtype=torch.float64).add(0.5) / n for n in (height, width))
+            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+            return self._pe_encoding(grid).permute(2, 0, 1)
+
+        def forward_with_coords(self, coords, image_size):
+            return self._pe_encoding(coords.double() / coords.new_tensor(image_size[::-1]))
+
+    sam.prompt_encoder.pe_layer.__class__ = Positions
+    return sam
+
+
+def stock(sam, images, boxes=None, points=None):
+    """Logits by segment_anything's modules, one image after the other."""
+    results = []
+    for i, image in enumerate(images):
+        pixels = sam.preprocess(image)[None].to(sam.image_encoder.patch_embed.proj.weight.dtype)
+        embedding = sam.image_encoder(pixels).to(sam.mask_decoder.mask_tokens.weight.dtype)
+        sparse, dense = sam.prompt_encoder(
+            points=None if points is None else (points[0][i], points[1][i]),
+            boxes=None if boxes is None else boxes[i],
+            masks=None,
+        )
+        masks, _ = sam.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        size = image.shape[-2:]
+        results.append(sam.postprocess_masks(masks, size, size)[:, 0])
+    return torch.stack(results)
+
+
+def random_coordinates(shape, size):
+    """x, y [*shape, 2] in pixels and eighths of them, so that half a pixel more is exact."""
+    return (torch.rand(*shape, 2) * torch.tensor(size[::-1]) * 8).floor() / 8
+
+
+def random_boxes(batch, count, size):
+    return random_coordinates((batch, count, 2), size).sort(dim=2).values.flatten(2)
+
+
+def random_points(batch, count, number, size):
+    coords = random_coordinates((batch, count, number), size)
+    return coords, torch.randint(0, 2, (batch, count, number))
+
+
+def prompts(kind, batch, size):
+    """Prompts with N = 1 or 3 objects; with "points, ragged" some points are padding."""
+    if kind == "none":
+        return {}
+    if kind == "one box":
+        return {"boxes": random_boxes(batch, 1, size)}
+    if kind == "three boxes":
+        return {"boxes": random_boxes(batch, 3, size)}
+    if kind == "one point":
+        return {"points": random_points(batch, 1, 1, size)}
+    if kind == "points, ragged":
+        coords, labels = random_points(batch, 3, 4, size)
+        labels[:, 1, 2:] = -1
+        return {"points": (coords, labels)}
+    assert kind == "boxes and points"
+    return {"boxes": random_boxes(batch, 3, size), "points": random_points(batch, 3, 2, size)}
+
+
+KINDS = ("none", "one box", "three boxes", "one point", "points, ragged", "boxes and points")
+
+
+def run(function, sam, images, arguments, weights):
+    """Logits and the gradients of every parameter that has one."""
+    sam.zero_grad()
+    logits = function(sam, images, **arguments)
+    (logits * weights.to(logits.dtype)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in sam.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **gradients}
+
+
+def pooled(results):
+    """Gradients joined per module: alone, those that nearly cancel consist of rounding only."""
+    groups = {}
+    for name, values in results.items():
+        groups.setdefault(name.rsplit(".", 2)[0], []).append(values.flatten())
+    return {name: torch.cat(values) for name, values in groups.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [*((kind, (50, 95)) for kind in KINDS), ("none", (SIDE, SIDE)), ("three boxes", (95, 1))],
+)
+def test_equals_the_stock_loop(small, small_double, kind, size):
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    arguments = prompts(kind, 2, size)
+    weights = torch.randn(*size)
+    exact = run(stock, small_double, images, arguments, weights)
+    theirs = run(stock, small, images, arguments, weights)
+    ours = run(segment, small, images, arguments, weights)
+    ours_exact = run(segment, small_double, images, arguments, weights)
+
+    def moved(results):
+        return {name for name, values in results.items() if values.any()}
+
+    assert moved(ours) == moved(exact)
+
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    exact, theirs, ours, ours_exact = map(pooled, (exact, theirs, ours, ours_exact))
+    for name, mine in ours.items():
+        within_budget(mine, theirs[name], exact[name], torch.float32, name)
+        # float64 has no finer reference: both sides' float32 errors, scaled, stand for theirs
+        errors = [(result[name] - exact[name]).abs() * ratio for result in (theirs, ours)]
+        stand_in = exact[name] + sum(errors)
+        within_budget(ours_exact[name], stand_in, exact[name], torch.float64, f"{name}, float64")
+
+
+def test_unused_parameters_are_those_without_a_gradient(small):
+    size = (SIDE, 40)
+    images = torch.rand(1, 3, *size) * 255
+    used = set()
+    for kind in KINDS:
+        used |= set(run(segment, small, images, prompts(kind, 1, size), torch.ones(size)))
+    names = {name for name, _ in small.named_parameters()}
+    assert set(unused_by_segment(small)) == names - used
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("how", ["autocast", "base"])
+def test_low_precision(small, small_double, how, dtype):
+    size = (70, SIDE)
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    arguments = prompts("boxes and points", 2, size)
+    exact = stock(small_double, images, **arguments)
+    model = small
+    if how == "base":
+        model = copy.deepcopy(small)
+        model.image_encoder.to(dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
+        theirs = stock(model, images, **arguments)
+        ours = segment(model, images, **arguments)
+    assert ours.dtype == torch.float32
+    all_within_budget([ours], [theirs], [exact], dtype, ["logits"])
+
+
+def test_a_model_cast_as_a_whole_runs(small, small_double):
+    model = copy.deepcopy(small).to(torch.bfloat16)
+    images = torch.randint(0, 256, (2, 3, 70, SIDE), dtype=torch.uint8)
+    arguments = prompts("boxes and points", 2, (70, SIDE))
+    logits = segment(model, images, **arguments)
+    assert logits.dtype == torch.float32
+    exact = stock(small_double, images, **arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = stock(small, images, **arguments)
+    # weights, pixel statistics and residuals are rounded too, so this is no budget: only sanity
+    assert (logits - exact).norm() < 10 * (theirs - exact).norm()
+
+
+def test_prompts_without_an_object_axis_are_of_one_object(small):
+    images = torch.rand(2, 3, 40, 60) * 255
+    boxes = random_boxes(2, 1, (40, 60))
+    coords, labels = random_points(2, 1, 3, (40, 60))
+    long = segment(small, images, boxes, (coords, labels))
+    short = segment(small, images, boxes[:, 0], (coords[:, 0], labels[:, 0]))
+    assert torch.equal(long, short)
+    assert long.shape == (2, 1, 40, 60)
+
+
+def test_images_of_any_memory_and_dtype_give_the_same_bits(small):
+    images = torch.randint(0, 256, (2, 3, 40, 60), dtype=torch.uint8)
+    expected = segment(small, images)
+    before = images.clone()
+    padded = torch.full((2, 40, 61, 4), 255, dtype=torch.uint8)
+    padded[:, :, :60, :3] = images.permute(0, 2, 3, 1)
+    view = padded[:, :, :60, :3].permute(0, 3, 1, 2)
+    for same in (images, view, images.float(), images.double(), images.half()):
+        assert torch.equal(segment(small, same), expected)
+    assert torch.equal(images, before)
+
+
+def test_every_run_gives_the_same_bits(small):
+    images = torch.randint(0, 256, (2, 3, 60, SIDE), dtype=torch.uint8)
+    arguments = prompts("boxes and points", 2, (60, SIDE))
+    first, *others = (
+        run(segment, small, images, arguments, torch.linspace(-1, 1, SIDE)) for _ in range(3)
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        others.append(run(segment, small, images, arguments, torch.linspace(-1, 1, SIDE)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+def test_the_halves_make_the_whole(small):
+    images = torch.randint(0, 256, (2, 3, 60, SIDE), dtype=torch.uint8)
+    embeddings = encode(small, images)
+    assert embeddings.shape == (2, 256, SIDE // 16, SIDE // 16)
+    boxes = random_boxes(2, 2, (60, SIDE))
+    assert torch.equal(decode(small, embeddings, (60, SIDE), boxes), segment(small, images, boxes))
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("count", [0, 2])
+def test_empty_batches_and_no_objects(small, batch, count):
+    images = torch.zeros(batch, 3, 30, 40)
+    small.zero_grad()
+    for arguments in (
+        {"boxes": torch.zeros(batch, count, 4)},
+        {"points": (torch.zeros(batch, count, 1, 2), torch.ones(batch, count, 1))},
+    ):
+        logits = segment(small, images, **arguments)
+        assert logits.shape == (batch, count, 30, 40)
+        logits.sum().backward()
+    assert segment(small, images).shape == (batch, 1, 30, 40)
+
+
+def test_compiles_without_a_graph_break(small):
+    images = torch.randint(0, 256, (1, 3, 30, SIDE), dtype=torch.uint8)
+    arguments = prompts("boxes and points", 1, (30, SIDE))
+    compiled = torch.compile(segment, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(small, images, **arguments), segment(small, images, **arguments))
+    torch.compiler.reset()
+
+
+IMAGE = torch.zeros(2, 3, 30, 40)
+LABELS = torch.ones(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "kind", "sentence"),
+    [
+        (IMAGE[0], {}, ValueError, r"images have shape \(3, 30, 40\), not \(batch, 3, "),
+        (IMAGE[:, :1], {}, ValueError, r"images have shape \(2, 1, 30, 40\)"),
+        (IMAGE.long(), {}, TypeError, "images are torch.int64, not uint8 or floating point"),
+        (torch.zeros(1, 3, 97, 40), {}, ValueError, "97 x 40 pixels, but the model takes 1 to 96"),
+        (torch.zeros(1, 3, 0, 40), {}, ValueError, "0 x 40 pixels, but the model takes 1 to 96"),
+        (IMAGE.to("meta"), {}, ValueError, "images are on meta, the model on cpu"),
+        (IMAGE, {"boxes": torch.zeros(3, 4)}, ValueError, r"boxes have shape \(3, 4\), not \(2, 4"),
+        (IMAGE, {"boxes": torch.zeros(2, 5)}, ValueError, r"boxes have shape \(2, 5\)"),
+        (IMAGE, {"boxes": torch.zeros(2, 1, 4).bool()}, TypeError, "boxes are torch.bool"),
+        (IMAGE, {"boxes": torch.zeros(2, 4, device="meta")}, ValueError, "boxes are on meta"),
+        (IMAGE, {"points": torch.zeros(2, 5, 2)}, TypeError, "points are not a pair"),
+        (
+            IMAGE,
+            {"points": (torch.zeros(2, 5, 3), LABELS)},
+            ValueError,
+            r"point coordinates have shape \(2, 5, 3\), not \(2, P, 2\) or \(2, N, P, 2\)",
+        ),
+        (
+            IMAGE,
+            {"points": (torch.zeros(2, 4, 2), LABELS)},
+            ValueError,
+            r"point labels have shape \(2, 5\), but the coordinates \(2, 4, 2\)",
+        ),
+        (
+            IMAGE,
+            {"points": (torch.zeros(2, 5, 2), LABELS * 3)},
+            ValueError,
+            "point label 3.0 is not 1, 0 or -1",
+        ),
+        (
+            IMAGE,
+            {"boxes": torch.zeros(2, 3, 4), "points": (torch.zeros(2, 5, 2), LABELS)},
+            ValueError,
+            "boxes are of 3 objects per image, points of 1",
+        ),
+    ],
+)
+def test_bad_inputs(small, images, arguments, kind, sentence):
+    with pytest.raises(kind, match=sentence):
+        segment(small, images, **arguments)
+
+
+def test_decode_refuses_foreign_embeddings(small):
+    with pytest.raises(ValueError, match=r"\(1, 256, 5, 6\), not \(batch, 256, 6, 6\)"):
+        decode(small, torch.zeros(1, 256, 5, 6), (30, 40))
+    with pytest.raises(ValueError, match="97 x 40 pixels"):
+        decode(small, torch.zeros(1, 256, 6, 6), (97, 40))
