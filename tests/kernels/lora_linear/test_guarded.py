@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lora_linear's Triton kernels under the guarded interpreter, in three program orders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from budgets import all_within_budget
+
+from .cases import NAMES, Case, runnable
+
+if runnable("triton") or torch.cuda.is_available():
+    reason = runnable("triton") or "kernels are compiled, not interpreted, beside a GPU"
+    pytest.skip(reason, allow_module_level=True)
+
+from guarded import ORDERS, guarded
+
+CASES = [
+    Case(shape=(150, 33), out=140, rank=3),
+    Case(shape=(3, 70, 20), out=48, rank=5, slices=((0, 16), (32, 48)), dropout=0.3),
+    Case(shape=(70, 24), out=30, rank=4, slices=((0, 10), (10, 20)), shared=True, bias=False),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_kernels_under_guard(case, dtype, order):
+    exact, stock = case.run(torch.float64, "reference"), case.run(dtype, "reference")
+    with guarded(order) as guard:
+        ours = case.run(dtype, "triton")
+    assert guard.launches == 6  # beside the two matrix products
+    all_within_budget(ours, stock, exact, dtype, NAMES)
+
+
+FAR_ROWS = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from guarded import guarded
+from samfast.kernels.lora_linear import triton_kernels as kernels
+from samfast.kernels.lora_linear.engine import Slices
+
+far = 2**30 + 16  # elements between rows: the third row starts beyond 2**31
+store = torch.empty(2 * far + 64, dtype=torch.float16)  # virtual until touched
+
+def spread(t):
+    wide = store.as_strided(t.shape, (far, 1))
+    wide.copy_(t)
+    return wide
+
+def draw(*shape, dtype=torch.float16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+x, a, b = draw(3, 48), draw(2, 48, dtype=torch.float32), draw(64, 2, dtype=torch.float32)
+y, dh, layout = draw(3, 64), draw(3, 2), Slices((), b, False)
+with guarded(poison=False):
+    assert torch.equal(kernels.down(spread(x), a, 0.0, None), kernels.down(x, a, 0.0, None))
+    near = y.clone()
+    kernels.up_(near, dh, b, 0.5, layout)
+    wide = spread(y)
+    kernels.up_(wide, dh, b, 0.5, layout)
+    assert torch.equal(wide, near)
+    pairs = zip(
+        kernels.up_backward(spread(y), dh, b, 0.5, layout),
+        kernels.up_backward(y, dh, b, 0.5, layout),
+        strict=True,
+    )
+    assert all(torch.equal(far_one, near_one) for far_one, near_one in pairs)
+    da = kernels.down_backward_(None, dh, spread(x), a, 0.0, None)
+    assert torch.equal(da, kernels.down_backward_(None, dh, x, a, 0.0, None))
+print("equal")
+"""
+
+
+def test_offsets_beyond_two_to_the_31():
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", FAR_ROWS]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
