@@ -16,4 +16,3 @@ sys.path.insert(0, str(Path(__file__).parent))
 from samfast.integrations.torchvision import declare_missing_schemas  # noqa: E402
 
 declare_missing_schemas()
-torch.set_num_threads(2)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every drop-in module must keep, checked from outside against the stock module.
+
+A test builds a ``Subject`` and runs each function of ``CHECKS`` on it. The two modules have the
+same state-dict keys; the stock one is plain PyTorch and states the literal method.
+"""
+
+import copy
+import dataclasses
+import pickle
+
+import torch
+from budgets import within_budget
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclasses.dataclass
+class Subject:
+    """A drop-in and its stock module, both float64, with equal parameters, and an input.
+
+    x: (batch, ...) float64   low: narrow dtypes to try   loss of a module: sum(y · dy)
+    """
+
+    ours: nn.Module
+    stock: nn.Module
+    x: torch.Tensor
+    low: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    autocast: torch.dtype = torch.bfloat16
+
+    def __post_init__(self):
+        ours, stock = self.ours.state_dict(), self.stock.state_dict()
+        assert set(ours) == set(stock), set(ours) ^ set(stock)
+        self.stock.load_state_dict(ours)
+        for name, parameter in self.stock.named_parameters():
+            parameter.requires_grad_(self.ours.get_parameter(name).requires_grad)
+        generator = torch.Generator().manual_seed(11)
+        y = self.stock(self.x)
+        self.dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device)
+
+    def module(self, which: str, dtype: torch.dtype) -> nn.Module:
+        return copy.deepcopy(getattr(self, which)).to(dtype)
+
+    def run(self, which, dtype, x=None, dy=None, module=None, call=None):
+        """{"y", "dx", every trained parameter}: the result and all gradients."""
+        module = module or self.module(which, dtype)
+        x = self.x.to(dtype) if x is None else x
+        x = x.detach().requires_grad_() if x.is_leaf and not x.requires_grad else x
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        y = (module if call is None else call)(x)
+        dy = self.dy.to(y.dtype) if dy is None else dy
+        grads = torch.autograd.grad(y, [x, *trained.values()], dy)
+        return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
+
+
+def _compare(subject, ours, stock, exact, dtype):
+    assert set(ours) == set(exact), f"gradients of {set(ours) ^ set(exact)}"
+    for name, value in ours.items():
+        within_budget(value, stock[name], exact[name], dtype, name)
+
+
+def _equal(first, second):
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs in its bits"
+
+
+def error_budget(subject):
+    """Result and every gradient, in float32 and the narrow dtypes."""
+    exact = subject.run("stock", torch.float64)
+    for dtype in (torch.float32, *subject.low):
+        ours, stock = subject.run("ours", dtype), subject.run("stock", dtype)
+        assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in stock.items()}
+        _compare(subject, ours, stock, exact, dtype)
+
+
+def autocast(subject):
+    """Under autocast: as accurate as the stock module, the same dtypes."""
+    exact = subject.run("stock", torch.float64)
+    results = {}
+    for which in ("ours", "stock"):
+        module, x = subject.module(which, torch.float32), subject.x.float().requires_grad_()
+        with torch.autocast(x.device.type, subject.autocast):
+            y = module(x)
+        names = [n for n, p in module.named_parameters() if p.requires_grad]
+        leaves = [module.get_parameter(n) for n in names]
+        grads = torch.autograd.grad(y, [x, *leaves], subject.dy.to(y.dtype))
+        results[which] = dict(zip(["y", "dx", *names], [y, *grads], strict=True))
+    ours, stock = results["ours"], results["stock"]
+    assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in stock.items()}
+    _compare(subject, ours, stock, exact, subject.autocast)
+
+
+def _layouts(t):
+    """The same values as slices with NaN in the gaps, permuted, and at an odd storage offset."""
+    gaps = t.new_full((*t.shape[:-1], t.shape[-1] + 6), float("nan"))
+    gaps[..., 2:-4] = t
+    permuted = t.movedim(-1, 0).contiguous().movedim(0, -1)
+    odd = t.new_full((t.numel() + 1,), float("nan"))
+    odd[1:] = t.flatten()
+    return {"gaps": gaps[..., 2:-4], "permuted": permuted, "odd": odd[1:].view(t.shape)}
+
+
+def odd_inputs(subject):
+    """Inputs and incoming gradients of any layout give the numbers of contiguous ones."""
+    exact = subject.run("stock", torch.float64)
+    stock = subject.run("stock", torch.float32)
+    for name, x in _layouts(subject.x.float()).items():
+        leaf = x.detach().requires_grad_()
+        assert leaf.stride() == x.stride(), name
+        _compare(subject, subject.run("ours", torch.float32, x=leaf), stock, exact, torch.float32)
+    for dy in _layouts(subject.dy.float()).values():
+        _compare(subject, subject.run("ours", torch.float32, dy=dy), stock, exact, torch.float32)
+
+
+def expanded(subject):
+    """Stride zero, in the input and in the incoming gradient."""
+    x, dy = subject.x[:1].expand_as(subject.x), subject.dy[:1].expand_as(subject.dy)
+    pairs = [(x, subject.dy), (subject.x, dy), (subject.x, dy.new_ones(()).expand_as(dy))]
+    for left, right in pairs:
+        runs = [
+            subject.run(which, dtype, x=left.to(dtype).detach(), dy=right.to(dtype))
+            for which, dtype in (("ours", torch.float32), ("stock", torch.float32),
+                                 ("stock", torch.float64))
+        ]  # fmt: skip
+        _compare(subject, *runs, torch.float32)
+
+
+def nothing_mutated(subject):
+    """Inputs, incoming gradients, parameters and buffers keep their bits and their version."""
+    module = subject.module("ours", torch.float32)
+    x, dy = subject.x.float().requires_grad_(), subject.dy.float()
+    everything = {
+        "x": x,
+        "dy": dy,
+        **dict(module.named_parameters()),
+        **dict(module.named_buffers()),
+    }
+    before = {name: (t.detach().clone(), t._version) for name, t in everything.items()}
+    subject.run("ours", torch.float32, x=x, dy=dy, module=module)
+    for name, t in everything.items():
+        assert torch.equal(t, before[name][0]), f"{name} was written to"
+        assert t._version == before[name][1], f"{name} was written to in place"
+
+
+def backward_twice(subject):
+    """With the graph retained the second backward gives the same bits; without it, an error."""
+    module, x = subject.module("ours", torch.float32), subject.x.float().requires_grad_()
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+    y, dy = module(x), subject.dy.float()
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    try:
+        torch.autograd.grad(y, leaves, dy)
+    except RuntimeError:
+        return
+    raise AssertionError("a third backward through a freed graph did not raise")
+
+
+def bits_repeat(subject):
+    """Three runs, and three under deterministic mode, which poisons uninitialised memory."""
+    first = subject.run("ours", torch.float32)
+    before = torch.are_deterministic_algorithms_enabled()
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            for _ in range(3):
+                _equal(first, subject.run("ours", torch.float32))
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def checkpointing(subject):
+    """Both modes give the bits of a run without checkpoints."""
+    expected = subject.run("ours", torch.float32)
+    for reentrant in (False, True):
+        module = subject.module("ours", torch.float32)
+        x = subject.x.float().requires_grad_()
+        y = checkpoint(module, x, use_reentrant=reentrant)
+        y.backward(subject.dy.float())
+        actual = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+        _equal(expected, {"y": y.detach(), "dx": x.grad, **actual})
+
+
+def accumulation(subject):
+    """Two backwards add up to twice the gradient."""
+    once = subject.run("ours", torch.float32)
+    module = subject.module("ours", torch.float32)
+    for _ in range(2):
+        module(subject.x.float()).backward(subject.dy.float())
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, 2 * once[name]), name
+
+
+def without_gradients(subject):
+    """no_grad and inference mode give the same bits and no graph."""
+    module, x = subject.module("ours", torch.float32), subject.x.float()
+    expected = module(x).detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            y = module(x)
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+
+
+def frozen(subject):
+    """Frozen parameters get no gradient; with everything frozen, x still does, unless it asks
+    for none."""
+    expected = subject.run("ours", torch.float32)
+    module, x = subject.module("ours", torch.float32), subject.x.float().requires_grad_()
+    module(x).backward(subject.dy.float())
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    module, x = subject.module("ours", torch.float32), subject.x.float().requires_grad_()
+    module.requires_grad_(False)
+    module(x).backward(subject.dy.float())
+    assert all(p.grad is None for p in module.parameters())
+    within_budget(x.grad, expected["dx"], expected["dx"].double(), torch.float32, "dx")
+    assert not module(subject.x.float()).requires_grad
+
+
+def input_without_gradient(subject):
+    """Parameters train when x asks for no gradient."""
+    expected = subject.run("ours", torch.float32)
+    module = subject.module("ours", torch.float32)
+    module(subject.x.float()).backward(subject.dy.float())
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            exact = expected[name]
+            within_budget(parameter.grad, exact, exact.double(), torch.float32, name)
+
+
+def infinities(subject):
+    """NaN and Inf in one sample of x or dy reach exactly what they reach in the stock module."""
+    for bad in (float("nan"), float("inf")):
+        for where in ("x", "dy"):
+            tensors = {"x": subject.x.float().clone(), "dy": subject.dy.float().clone()}
+            tensors[where].view(-1)[-1] = bad
+            ours = subject.run("ours", torch.float32, **tensors)
+            stock = subject.run("stock", torch.float32, **tensors)
+            for name, value in ours.items():
+                assert torch.equal(value.isfinite(), stock[name].isfinite()), (bad, where, name)
+
+
+def copies(subject):
+    """deepcopy, after a forward too, pickle, and a state-dict round trip give equal modules."""
+    expected = subject.run("ours", torch.float32)
+    module = subject.module("ours", torch.float32)
+    y = module(subject.x.float().requires_grad_())
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    loaded = subject.module("ours", torch.float32)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.fill_(0.5)
+    loaded.load_state_dict(module.state_dict(), strict=True)
+    for twin in (*twins, loaded):
+        _equal(expected, subject.run("ours", torch.float32, module=twin))
+    del y
+
+
+def compiled(subject):
+    """torch.compile(fullgraph=True) keeps the numbers."""
+    exact, stock = subject.run("stock", torch.float64), subject.run("stock", torch.float32)
+    module = subject.module("ours", torch.float32)
+    call = torch.compile(module, fullgraph=True)
+    ours = subject.run("ours", torch.float32, module=module, call=call)
+    _compare(subject, ours, stock, exact, torch.float32)
+
+
+def empty_batch(subject):
+    """A batch of no samples: an empty result, gradients of zero."""
+    x, dy = subject.x[:0].float(), subject.dy[:0].float()
+    ours = subject.run("ours", torch.float32, x=x, dy=dy)
+    assert ours["y"].shape == subject.dy[:0].shape
+    for name, value in ours.items():
+        assert not value.any(), name
+
+
+CHECKS = (
+    error_budget,
+    autocast,
+    odd_inputs,
+    expanded,
+    nothing_mutated,
+    backward_twice,
+    bits_repeat,
+    checkpointing,
+    accumulation,
+    without_gradients,
+    frozen,
+    input_without_gradient,
+    infinities,
+    copies,
+    compiled,
+    empty_batch,
+)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each planted bug is caught by the check that names it; a right module passes all."""
+
+import black_box
+import pytest
+import torch
+import torch.nn.functional as F
+from black_box import Subject
+from torch import nn
+
+
+class Literal(nn.Linear):
+    """A frozen linear layer with a low-rank update, in plain PyTorch."""
+
+    def __init__(self, features, out, rank):
+        super().__init__(features, out, dtype=torch.float64)
+        self.weight.requires_grad_(False)
+        self.bias.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.randn(rank, features, dtype=torch.float64))
+        self.lora_B = nn.Parameter(torch.randn(out, rank, dtype=torch.float64))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+class Right(Literal):
+    """The same, once more."""
+
+
+class AssumesContiguity(Literal):
+    def forward(self, x):
+        dense = torch.as_strided(x, x.shape, x.new_empty(x.shape).stride())
+        return super().forward(dense)
+
+
+class MissingTerm(Literal):
+    def forward(self, x):
+        update = F.linear(F.linear(x.detach(), self.lora_A), self.lora_B)
+        return nn.Linear.forward(self, x) + update
+
+
+class WritesInput(Literal):
+    def forward(self, x):
+        y = super().forward(x)
+        x.data.mul_(1.0 + 1e-3)
+        return y
+
+
+class WrongScale(Literal):
+    def forward(self, x):
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return nn.Linear.forward(self, x) + 1.02 * update
+
+
+class Nondeterministic(Literal):
+    def forward(self, x):
+        order = torch.randperm(x.shape[-1])
+        weight, a = self.weight[:, order], self.lora_A[:, order]
+        update = F.linear(F.linear(x[..., order], a), self.lora_B)
+        return F.linear(x[..., order], weight, self.bias) + update
+
+
+class TrainsFrozenWeight(Literal):
+    def forward(self, x):
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(self.leak)
+        return y
+
+    def leak(self, dy):
+        self.weight.grad = torch.zeros_like(self.weight)
+
+
+class ForgetsEmptyBatch(Literal):
+    def forward(self, x):
+        return super().forward(x) / max(len(x), 1) * x.shape[0] if len(x) else x
+
+
+class KeepsGraph(Literal):
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+PLANTED = [
+    (AssumesContiguity, "odd_inputs"),
+    (MissingTerm, "error_budget"),
+    (WritesInput, "nothing_mutated"),
+    (WrongScale, "error_budget"),
+    (Nondeterministic, "bits_repeat"),
+    (TrainsFrozenWeight, "frozen"),
+    (ForgetsEmptyBatch, "empty_batch"),
+    (KeepsGraph, "copies"),
+]
+
+
+def subject(kind):
+    torch.manual_seed(0)
+    return Subject(kind(24, 40, 3), Literal(24, 40, 3), torch.randn(3, 5, 24, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
+def test_a_right_module_passes(check):
+    check(subject(Right))
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"), PLANTED, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_a_planted_bug_is_caught(kind, check):
+    planted = subject(kind)
+    with pytest.raises((AssertionError, RuntimeError)):
+        getattr(black_box, check)(planted)
