@@ -271,10 +271,11 @@ def compiled(subject):
 def empty_batch(subject):
     """A batch of no samples: an empty result, gradients of zero."""
     x, dy = subject.x[:0].float(), subject.dy[:0].float()
-    ours = subject.run("ours", torch.float32, x=x, dy=dy)
-    assert ours["y"].shape == subject.dy[:0].shape
-    for name, value in ours.items():
-        assert not value.any(), name
+    for gradient in (dy, dy.new_ones(()).expand_as(dy)):
+        ours = subject.run("ours", torch.float32, x=x, dy=gradient)
+        assert ours["y"].shape == dy.shape
+        for name, value in ours.items():
+            assert not value.any(), name
 
 
 CHECKS = (

@@ -13,6 +13,6 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from samfast.integrations.torchvision import declare_missing_schemas  # noqa: E402
+from samfast.integrations.torchvision import declare_missing_schemas
 
 declare_missing_schemas()

@@ -48,7 +48,9 @@ def down_backward_(dx, dh, x, lora_a, dropout, seed):
 
 def _rows(x):
     """A matrix whose rows are contiguous; what autograd saved stays as the caller laid it out."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    if x.stride(1) == 1 or x.shape[1] <= 1:
+        return x
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)  # contiguous() keeps empty strides
 
 
 def _small(factor):

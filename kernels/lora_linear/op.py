@@ -13,6 +13,7 @@ from samfast.kernels._common.autocast import (
     autocast_input,
     without_autocast,
 )
+from samfast.kernels._common.implementation import implement
 from samfast.kernels._common.middle import IDENTITY
 from samfast.kernels.lora_linear import engine, reference, torch_path
 
@@ -90,7 +91,7 @@ def _backward(path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed,
     return [g for g in grads if g is not None]
 
 
-@torch.library.impl("samfast::lora_linear_forward", "CompositeExplicitAutograd")
+@implement("samfast::lora_linear_forward")
 def _forward_impl(x, weight, bias, lora_a, lora_b, params, seed, *rest):
     *options, backend = rest
     path = _path(backend, x, lora_a, lora_b, options[4])
@@ -102,7 +103,7 @@ def _forward_fake(*args):
     return _forward(torch_path, *args[:-1])
 
 
-@torch.library.impl("samfast::lora_linear_backward", "CompositeExplicitAutograd")
+@implement("samfast::lora_linear_backward")
 def _backward_impl(dy, daux, x, weight, lora_a, lora_b, *rest):
     *arguments, backend = rest
     path = _path(backend, dy, lora_a, lora_b, arguments[8])
@@ -114,7 +115,7 @@ def _backward_fake(*args):
     return _backward(torch_path, *args[:-1])
 
 
-@torch.library.impl("samfast::lora_linear", "CompositeExplicitAutograd")
+@implement("samfast::lora_linear")
 def _impl(*args):
     y, _, aux, _ = torch.ops.samfast.lora_linear_forward(*args)
     return y, aux

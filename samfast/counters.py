@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs, counted rather than timed: launches, host syncs, bytes, FLOP, saved bytes.
+
+The counts are those of the GPU path: on a CPU they are taken from the torch backend, or from the
+Triton backend under its interpreter, which make the calls that a GPU would.
+
+A launch is one Triton kernel or one aten call that is neither a view nor an allocation; casts and
+fills count, what a library launches inside one call does not. Bytes are those of every tensor a
+launch takes and gives, so a tensor updated in place counts twice for aten and once for a Triton
+kernel, whose arguments do not say what is written.
+"""
+
+import contextlib
+import dataclasses
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from samfast.kernels._common.implementation import IMPLEMENTATIONS
+
+_ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+_FREE = (*_ALLOCATIONS, "_unsafe_view", "detach", "lift_fresh", "alias", "set_", "sym_size")
+_SYNCS = (
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "unique_dim",
+    "_unique2",
+)
+
+
+@dataclasses.dataclass
+class Counts:
+    """launches and syncs by name; bytes and flops in total; the largest tensor made, in bytes."""
+
+    launches: Counter = dataclasses.field(default_factory=Counter)
+    syncs: Counter = dataclasses.field(default_factory=Counter)
+    bytes: int = 0
+    flops: int = 0
+    largest: int = 0
+
+    @property
+    def total_launches(self) -> int:
+        return self.launches.total()
+
+    @property
+    def total_syncs(self) -> int:
+        return self.syncs.total()
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, counts: Counts):
+        super().__init__()
+        self.counts, self.created = counts, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        body = IMPLEMENTATIONS.get(func._schema.name)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        with self:  # an operator that is only a name for others, such as linear
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        name = func._schema.name.partition("::")[2]
+        if _is_sync(func, name, tensors, made):
+            self.counts.syncs[name] += 1
+        if not _is_view(func) and name not in _FREE and any(t.numel() for t in made):
+            self.counts.launches[name] += 1
+            self.counts.bytes += sum(_nbytes(t) for t in (*tensors, *made))
+            self.counts.flops += _flops(func, name, args, kwargs, out)
+        if not _is_view(func):
+            self.counts.largest = max([self.counts.largest, *map(_nbytes, made)])
+            self.created += [(StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes())
+                             for t in made]  # fmt: skip
+        return out
+
+
+@contextlib.contextmanager
+def counting():
+    """Count everything inside; yields the Counts."""
+    counts = Counts()
+    with _triton_launches(counts), _Counting(counts):
+        yield counts
+
+
+def count(call: Callable) -> Counts:
+    """Counts of one call, after one that is not counted (first calls import and cache)."""
+    call()
+    with counting() as counts:
+        call()
+    return counts
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedBytes:
+    """What autograd keeps after a forward, seen two ways; known tensors and results excluded.
+
+    hooks: storages passed to save_for_backward, each once
+    living: storages made by the forward that are still alive, minus those of the result. A tensor
+        kept aside on a context or module shows here only.
+    """
+
+    hooks: int
+    living: int
+
+
+def saved_bytes(call: Callable, known: Iterable[Tensor]) -> SavedBytes:
+    """Bytes kept for the backward of ``call()``. known: parameters and inputs, not counted.
+
+    Pass x among the known tensors, or not, according to what is asked: it is alive either way.
+    """
+    known = {t.untyped_storage()._cdata for t in known}
+    packed = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        packed[storage._cdata] = storage.nbytes()
+        return t
+
+    counts = Counts()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, _triton_launches(counts), _Counting(counts) as mode:
+        result = call()
+    gc.collect()
+    given = {t.untyped_storage()._cdata for t in tree_leaves(result) if isinstance(t, Tensor)}
+    alive = {ref.cdata: size for ref, size in mode.created if not ref.expired()}
+    hooks = sum(size for key, size in packed.items() if key not in known)
+    living = sum(size for key, size in alive.items() if key not in known | given)
+    return SavedBytes(hooks, living)
+
+
+def _nbytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _flops(func, name, args, kwargs, out) -> int:
+    """By torch's own formulas; an in-place product costs what the other one does."""
+    packet = func._overloadpacket
+    if packet not in flop_registry and name.endswith("_"):
+        packet = getattr(torch.ops.aten, name[:-1], None)
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def _is_view(func) -> bool:
+    """Whether the result shares memory with an argument that is not written."""
+    infos = [r.alias_info for r in func._schema.returns]
+    return any(info is not None and not info.is_write for info in infos)
+
+
+def _is_sync(func, name, tensors, made) -> bool:
+    if name in _SYNCS:
+        return True
+    if name in ("index", "index_put", "index_put_"):
+        return any(t.dtype == torch.bool for t in tensors[1:])
+    devices = {t.device.type for t in tensors}
+    return name in ("_to_copy", "copy_") and "cuda" in devices and any(t.is_cpu for t in made)
+
+
+@contextlib.contextmanager
+def _triton_launches(counts: Counts):
+    """Count Triton launches, compiled or interpreted; what the interpreter does is not counted."""
+    try:
+        from triton.runtime.interpreter import GridExecutor
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        yield
+        return
+    originals = {GridExecutor: GridExecutor.__call__, JITFunction: JITFunction.run}
+
+    def note(name, arguments):
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
+        counts.launches[name] += 1
+        counts.bytes += sum(_nbytes(t) for t in tensors)
+
+    def interpreted(self, *args, **kwargs):
+        note(self.fn.__name__, [*args, *kwargs.values()])
+        with _disable_current_modes():
+            return originals[GridExecutor](self, *args, **kwargs)
+
+    def compiled(self, *args, **kwargs):
+        note(self.fn.__name__, [*args, *kwargs.values()])
+        return originals[JITFunction](self, *args, **kwargs)
+
+    GridExecutor.__call__, JITFunction.run = interpreted, compiled
+    try:
+        yield
+    finally:
+        GridExecutor.__call__, JITFunction.run = originals[GridExecutor], originals[JITFunction]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The counters count what they say, and see what hides from simpler ones."""
+
+import torch
+import torch.nn.functional as F
+
+from samfast.counters import count, saved_bytes
+
+
+def test_views_and_allocations_are_no_launches():
+    x = torch.randn(4, 6)
+    assert count(lambda: x.t().reshape(3, 8).new_empty(5)).launches == {"clone": 1}
+    assert count(lambda: x.view(6, 4)[1:].unsqueeze(0).expand(2, -1, -1)).total_launches == 0
+
+
+def test_launches_bytes_and_flops():
+    x, weight = torch.randn(10, 6), torch.randn(8, 6)
+    counts = count(lambda: F.linear(x, weight).relu_())
+    assert counts.launches == {"mm": 1, "relu_": 1}
+    assert counts.flops == 2 * 10 * 6 * 8
+    assert counts.bytes == 4 * (10 * 6 + 8 * 6 + 10 * 8) + 4 * 2 * 10 * 8
+    assert counts.largest == 4 * 10 * 8
+
+
+def test_casts_and_fills_count():
+    x = torch.randn(4)
+    assert count(lambda: x.half().zero_()).launches == {"_to_copy": 1, "zero_": 1}
+
+
+def test_host_syncs():
+    x = torch.randn(4)
+    assert count(lambda: x.sum().item()).syncs == {"_local_scalar_dense": 1}
+    assert count(lambda: x[x > 0]).total_syncs == 1
+    assert count(lambda: torch.nonzero(x)).syncs == {"nonzero": 1}
+    assert count(lambda: x.sum()).total_syncs == 0
+
+
+def test_saved_bytes_by_hooks_and_by_living_storages():
+    x = torch.randn(16, 4)
+    weight = torch.randn(4, 4, requires_grad=True)
+    saved = saved_bytes(lambda: (x @ weight).sigmoid(), [weight])
+    # the product's input by its hook; sigmoid keeps its own result, which the caller holds anyway
+    assert saved.hooks == 4 * (16 * 4 + 16 * 4)
+    assert saved.living == 0
+
+
+class Hides(torch.autograd.Function):
+    """Keeps a tensor aside where the hooks cannot see it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.aside = x * 2
+        return x + 1
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.aside
+
+
+def test_a_tensor_kept_aside_shows_as_a_living_storage():
+    x = torch.randn(32, requires_grad=True)
+    saved = saved_bytes(lambda: Hides.apply(x), [x])
+    assert saved.hooks == 0
+    assert saved.living == 4 * 32
