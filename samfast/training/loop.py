@@ -390,7 +390,7 @@ def _schedule(name: str, steps: int) -> Callable[[int], float]:
 def _workers(settings: FinetuneSettings, device: torch.device) -> int:
     if settings.workers is not None:
         return settings.workers
-    return 0 if device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def _speaker(settings: FinetuneSettings, accelerator: "Accelerator") -> Say:

@@ -4,10 +4,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +14,6 @@ import samfast
 from samfast import backends, functional
 from samfast.models import build_sam, image_size, segment
 from samfast.models.architectures import architecture
-from samfast.modules.attach import attach_to, check_attachable, find_trained
-from samfast.modules.methods import METHODS as KNOWN_METHODS
-from samfast.modules.methods import Method
 from samfast.training.data import padded_images, valid_region
 from samfast.training.settings import (
     METHODS,
@@ -36,18 +31,6 @@ TRAINED_DECODER = (
     "mask_decoder.output_upscaling",
     "mask_decoder.output_hypernetworks_mlps.0",
 )
-
-
-@dataclass(frozen=True)
-class DecoderOnly(Method):
-    """No adapter: the encoder stays as it is, and what ``train`` names is all that is trained."""
-
-    name: ClassVar[str] = "decoder"
-
-    target: tuple[str, ...] = ()
-
-
-KNOWN_METHODS.setdefault(DecoderOnly.name, DecoderOnly)
 
 
 class PromptFree(nn.Module):
@@ -125,16 +108,15 @@ def attach_method(
 ) -> nn.Module:
     """Freeze the model, add the settings' adapters, leave the mask decoder to be trained."""
     if settings.method == "decoder":
-        check_attachable(sam, base_dtype)
-        trained = find_trained(sam, TRAINED_DECODER)
-        return attach_to(sam, DecoderOnly(), {}, {}, trained, base_dtype)
-    method = samfast.Lora(
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        target=settings.target[0] if len(settings.target) == 1 else settings.target,
-        slices=settings.slices,
-    )
+        method = samfast.DecoderOnly()
+    else:
+        method = samfast.Lora(
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            target=settings.target[0] if len(settings.target) == 1 else settings.target,
+            slices=settings.slices,
+        )
     return samfast.attach(sam, method, train=TRAINED_DECODER, base_dtype=base_dtype)
 
 
