@@ -195,12 +195,12 @@ def _self_test():
     yield "self-test", launches
 
 
-def main() -> int:
+def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="compile every Triton kernel offline")
     parser.add_argument("--archs", nargs="+", type=int, default=sorted(SHARED_LIMITS))
     parser.add_argument("--quick", action="store_true", help="two configurations only")
     parser.add_argument("--self-test", action="store_true", help="a kernel that must fail")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     failed = False
     for name, launches in _self_test() if options.self_test else registered(options.quick):
         for arch in options.archs:

@@ -2,12 +2,12 @@
 """Time an operation against its peers, side by side in one process.
 
 python -m benchmarks.run --op lora_linear
+python -m benchmarks.run --op offline        every Triton kernel compiled for every target
 """
 
 import csv
 import datetime
-import platform
-import statistics
+import importlib.metadata
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +17,32 @@ import torch
 import tyro
 
 import samfast
-from benchmarks.registry import OPERATIONS
+from benchmarks import machine
+from benchmarks.registry import OPERATIONS, Workload
 from benchmarks.shapes import ENCODERS
-from benchmarks.verify import problems
+from benchmarks.verify import verify
+from samfast.counters import saved_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLUMNS = (
+    "operation provider mode shape dtype p20_ms p50_ms p80_ms ratio predicted_ms peak_mib "
+    "saved_mib gb_s tflop_s note machine torch triton samfast date"
+).split()
 
 
 @dataclass
 class Settings:
-    """Times are medians over interleaved repeats after one warm-up; ratios are to the baseline."""
+    """Medians over interleaved repeats after one warm-up; ratios are to the baseline."""
 
-    op: Literal[tuple(OPERATIONS)] = "lora_linear"
+    op: Literal["lora_linear", "offline"] = "lora_linear"
     model: Literal[tuple(ENCODERS)] = "vit_b"
     batch: int = 1
     rank: int = 4
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal[tuple(DTYPES)] = "float32"
     repeats: int = 9
+    compiled: bool = False
+    """Also time the peers under torch.compile."""
     threads: int = 0
     """CPU threads; 0 keeps torch's choice."""
     csv: Path | None = None
@@ -42,34 +50,74 @@ class Settings:
 
 
 def main(settings: Settings) -> int:
+    if settings.op == "offline":
+        from benchmarks import offline
+
+        return offline.main([])
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dtype, device = DTYPES[settings.dtype], settings.device
-    print(f"{machine(device)}, torch {torch.__version__}, {settings.dtype}, forward and backward")
-    workloads = OPERATIONS[settings.op](
-        settings.model, settings.batch, settings.rank, device, dtype
-    )
+    device, dtype = settings.device, DTYPES[settings.dtype]
+    rates = machine.rates(device, dtype)
+    print(f"{machine.name(device)}, torch {torch.__version__}, {settings.dtype}, fwd + bwd")
+    print(f"measured here: {rates[0] / 1e12:.2f} TFLOP/s in products, {rates[1] / 1e9:.1f} GB/s")
+    make = OPERATIONS[settings.op]
     rows, failed = [], False
+    workloads = make(
+        settings.model, settings.batch, settings.rank, device, dtype, settings.compiled
+    )
     for workload in workloads:
-        wrong = problems(workload, dtype)
-        failed |= bool(wrong)
-        calls = {name: call for name, call in workload.providers.items() if name not in wrong}
-        times = interleaved(calls, settings.repeats, device)
-        base = statistics.median(times[workload.baseline])
-        print(f"\n{workload.name}  ({workload.flops / 1e9:.1f} GFLOP in the frozen layer)")
-        for name, samples in times.items():
-            p20, p50, p80 = (_quantile(samples, q) for q in (0.2, 0.5, 0.8))
-            print(
-                f"  {name:15} {p50 * 1e3:8.2f} ms  [{p20 * 1e3:.2f}, {p80 * 1e3:.2f}]"
-                f"  ratio {p50 / base:5.2f}"
-            )
-            rows.append([settings.op, name, "fwd+bwd", workload.name, settings.dtype])
-            rows[-1] += [f"{t * 1e3:.4f}" for t in (p20, p50, p80)] + [f"{p50 / base:.3f}"]
+        wrong = verify(workload, dtype)
+        failed |= any(name.startswith("samfast") for name in wrong)
+        print(f"\n{workload.name}")
+        for mode in ("eager", "graph") if device == "cuda" else ("eager",):
+            rows += measure(workload, wrong, mode, settings, rates)
         for name, sentence in {**wrong, **workload.skipped}.items():
-            print(f"  {name:15} no time: {sentence}")
+            print(f"  {name:20} no time: {sentence}")
+            rows.append({"provider": name, "shape": workload.name, "note": sentence})
     if settings.csv is not None:
-        append(settings.csv, rows, device)
+        common = {
+            "operation": settings.op,
+            "dtype": settings.dtype,
+            "machine": machine.name(device),
+            "torch": torch.__version__,
+            "triton": _triton_version(),
+            "samfast": samfast.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        append(settings.csv, [{**common, **row} for row in rows])
     return 1 if failed else 0
+
+
+def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
+    """Time every right provider of a workload and print its rows."""
+    device = settings.device
+    names = [name for name in workload.providers if name not in wrong]
+    calls = {name: lambda name=name: workload.run(name) for name in names}
+    if mode == "graph":
+        calls = {name: captured(call) for name, call in calls.items()}
+    times = interleaved(calls, settings.repeats, device)
+    base = quantile(times[workload.baseline], 0.5)
+    rows = []
+    for name in names:
+        provider, (p20, p50, p80) = (
+            workload.providers[name],
+            (quantile(times[name], q) for q in (0.2, 0.5, 0.8)),
+        )
+        row = {"provider": name, "mode": mode, "shape": workload.name}
+        row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": p50 / base}
+        row["saved_mib"] = saved_bytes(provider.forward, workload.known).hooks / 2**20
+        row["peak_mib"] = peak(lambda name=name: workload.run(name), device)
+        if provider.stages:
+            row["predicted_ms"] = machine.predict(provider.stages, device, *rates) * 1e3
+            row["gb_s"] = sum(s.bytes for s in provider.stages) / p50 / 1e9
+            row["tflop_s"] = sum(s.flops for s in provider.stages) / p50 / 1e12
+        predicted = f"  predicted {row['predicted_ms']:.2f}" if provider.stages else ""
+        print(
+            f"  {name:20} {mode:5} {p50 * 1e3:9.3f} ms  [{p20 * 1e3:.3f}, {p80 * 1e3:.3f}]"
+            f"  ratio {p50 / base:5.2f}  saved {row['saved_mib']:7.2f} MiB beside x{predicted}"
+        )
+        rows.append(row)
+    return rows
 
 
 def interleaved(calls, repeats, device):
@@ -77,46 +125,72 @@ def interleaved(calls, repeats, device):
     times = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            start = _now(device)
-            call()
+            if device == "cuda":
+                seconds = _cuda_seconds(call)
+            else:
+                start = time.perf_counter()
+                call()
+                seconds = time.perf_counter() - start
             if turn:
-                times[name].append(_now(device) - start)
+                times[name].append(seconds)
     return times
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [row for row in info.read_text().splitlines() if row.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
+def captured(call):
+    """The call as a CUDA graph's replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
-def append(path: Path, rows, device) -> None:
-    head = ["operation", "provider", "mode", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms"]
-    head += ["ratio", "machine", "torch", "samfast", "date"]
-    tail = [machine(device), torch.__version__, samfast.__version__]
-    tail.append(datetime.date.today().isoformat())
-    new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(head)
-        writer.writerows([*row, *tail] for row in rows)
+def peak(call, device):
+    """MiB allocated at most during a call beyond what was there; empty on a CPU."""
+    if device != "cuda":
+        return ""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _now(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _quantile(samples, q):
+def quantile(samples, q):
     ordered = sorted(samples)
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    new = not path.is_file()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(short)
+
+
+def _cuda_seconds(call):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _triton_version():
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 if __name__ == "__main__":

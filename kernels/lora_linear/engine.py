@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from samfast.kernels._common.middle import find
 
+MAX_CHUNKS = 32  # partial sums over rows that a weight gradient is added up from
+
 
 class Slices:
     """Which columns of y get an update: triples (columns, rows of lora_b, columns of z).

@@ -16,8 +16,8 @@ import triton.language as tl
 from samfast.kernels._common.philox import threshold as keep_threshold
 from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
+from samfast.kernels.lora_linear.engine import MAX_CHUNKS
 
-MAX_CHUNKS = 32
 TILES = Path(__file__).with_name("tiles.json")
 
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the stages of lora_linear cost by their design: FLOP, bytes and launches of the GPU path."""
+
+import dataclasses
+
+from samfast.kernels.lora_linear.engine import MAX_CHUNKS
+
+_COLUMN_BLOCK = 128  # the usual BLOCK_N of up_backward: one float32 partial of dz for each
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    name: str
+    flops: int
+    bytes: int
+    launches: int
+    product: bool = False  # a GEMM of the library
+
+
+def frozen(tokens: int, features: int, out: int, itemsize: int) -> list[Stage]:
+    """Forward and input gradient of the frozen layer alone."""
+    flops = 2 * tokens * features * out
+    moved = itemsize * (tokens * features + features * out + tokens * out)
+    return [Stage("y = x Wᵀ + b", flops, moved, 1, True), Stage("dx = dy W", flops, moved, 1, True)]
+
+
+def stages(tokens: int, features: int, out: int, rank: int, itemsize: int) -> list[Stage]:
+    """Forward and backward with an adapter on all of the layer's output."""
+    x, y, r = itemsize * tokens * features, itemsize * tokens * out, rank
+    dz = 2 * 4 * tokens * r * -(-out // _COLUMN_BLOCK)
+    db, da = 2 * 4 * MAX_CHUNKS * r * out, 2 * 4 * MAX_CHUNKS * r * features
+    return [
+        *frozen(tokens, features, out, itemsize),
+        Stage("down", 2 * tokens * features * r, x, 1),
+        Stage("up", 2 * tokens * out * r, 2 * y, 1),
+        Stage("up_backward", 4 * tokens * out * r, y + (dz + db) // 2, 1),
+        Stage("reduce dz, dB", 0, (dz + db) // 2, 1),
+        Stage("down_backward", 4 * tokens * features * r, 3 * x + da // 2, 1),
+        Stage("reduce dA", 0, da // 2, 1),
+    ]
