@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile Triton kernels for GPUs that are not here, and read what they cost from the binary.
+"""Compile kernels for GPUs that are not here, and read what they cost from the binary.
 
 A launcher is run on meta tensors while ``recording`` stands in for the launch, so what is compiled
 is what a user's call would launch: the same types, constants and divisibility by sixteen.
@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 _POINTERS = {
@@ -122,23 +123,49 @@ def _read(name, arch, compiled):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        run = dict(capture_output=True, text=True, check=True)
-        usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", path], **run).stdout
-        sass = subprocess.run([_tool("nvdisasm"), path], **run).stdout
-    (line,) = (row for row in usage.splitlines() if "REG:" in row)
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
-    core = "WGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else ""
+        (resources,) = read_cubin(path, arch)
+    return dataclasses.replace(resources, kernel=name, shared=compiled.metadata.shared)
+
+
+def read_cubin(path: Path, arch: int) -> list[Resources]:
+    """Resources of every kernel in a cubin."""
+    run = dict(capture_output=True, text=True, check=True)
+    usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", path], **run).stdout
+    sass = subprocess.run([_tool("nvdisasm"), path], **run).stdout
+    bodies = dict(
+        re.findall(r"^\.text\.(\S+):$(.*?)(?=^\.text\.|\Z)", sass, re.MULTILINE | re.DOTALL)
+    )
+    found = re.findall(r"Function (\S+?):\s*(REG:.*)", usage)
+    return [_resources(name, arch, row, bodies[name]) for name, row in found]
+
+
+def _resources(name, arch, usage, sass):
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    atomics = r"\b(?:ATOM|ATOMG|RED|REDG|ATOMS)\.[^;\n]*(?:F32|F16|BF16|F64)"
     return Resources(
         kernel=name,
         arch=arch,
         registers=numbers["REG"],
         stack=numbers["STACK"],
         local=numbers["LOCAL"],
-        shared=compiled.metadata.shared,
+        shared=numbers["SHARED"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        tensor_core=core,
-        atomics=len(re.findall(r"\b(?:ATOM|ATOMG|RED|ATOMS)\.[^;\n]*(?:F32|F16|BF16|F64)", sass)),
+        tensor_core="WGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else "",
+        atomics=len(re.findall(atomics, sass)),
     )
+
+
+def compile_cuda(source: Path, arch: int) -> list[Resources]:
+    """Compile one CUDA source for one target with nvcc and read every kernel in it."""
+    from torch.utils.cpp_extension import include_paths
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "source.cubin"
+        command = ["nvcc", "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-cubin"]
+        command += [f"-arch=sm_{arch}", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        command += [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+        subprocess.run([*command, str(source), "-o", str(cubin)], check=True)
+        return read_cubin(cubin, arch)
 
 
 def lora_linear_launches(rank, dtype, dropout, slices):
@@ -168,15 +195,18 @@ def lora_linear_launches(rank, dtype, dropout, slices):
 def registered(quick: bool):
     """(name, launches) of everything that must compile cleanly."""
     if quick:
-        yield "bfloat16 r4", lora_linear_launches(4, torch.bfloat16, 0.0, False)
-        yield "float32 r16 dropout qv", lora_linear_launches(16, torch.float32, 0.1, True)
+        yield "lora_linear bfloat16 r4", lora_linear_launches(4, torch.bfloat16, 0.0, False)
+        yield (
+            "lora_linear float32 r16 dropout qv",
+            lora_linear_launches(16, torch.float32, 0.1, True),
+        )
         return
     for dtype, ranks in ((torch.bfloat16, (4, 16, 32, 64, 128)), (torch.float32, (4, 16, 32, 64))):
         for rank in ranks:
             for dropout in (0.0, 0.1):
-                name = f"{str(dtype)[6:]} r{rank}{' dropout' if dropout else ''}"
+                name = f"lora_linear {str(dtype)[6:]} r{rank}{' dropout' if dropout else ''}"
                 yield name, lora_linear_launches(rank, dtype, dropout, False)
-    yield "float16 r4 qv", lora_linear_launches(4, torch.float16, 0.0, True)
+    yield "lora_linear float16 r4 qv", lora_linear_launches(4, torch.float16, 0.0, True)
 
 
 @triton.jit
@@ -188,32 +218,53 @@ def spilling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.dot(x, x).to(tl.bfloat16))
 
 
+@triton.jit
+def atomic_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """A sum in no fixed order: what the report must catch too."""
+    tl.atomic_add(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), 0))
+
+
 def _self_test():
     x = torch.empty(128, 128, device="meta", dtype=torch.bfloat16)
+    y = torch.empty(128, device="meta")
     with recording() as launches:
         spilling_kernel[(1,)](x, x, BLOCK=128, num_warps=1)
+        atomic_kernel[(1,)](y, y, BLOCK=128)
     yield "self-test", launches
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description="compile every Triton kernel offline")
+    parser = argparse.ArgumentParser(description="compile every kernel for GPUs that are not here")
     parser.add_argument("--archs", nargs="+", type=int, default=sorted(SHARED_LIMITS))
     parser.add_argument("--quick", action="store_true", help="two configurations only")
     parser.add_argument("--self-test", action="store_true", help="a kernel that must fail")
+    parser.add_argument("--cuda", nargs="*", type=Path, help="CUDA sources; all of csrc/cuda")
     options = parser.parse_args(arguments)
+    print(f"triton {triton.__version__}")
     failed = False
+    if options.cuda is not None:
+        for source in options.cuda or sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            for arch in options.archs:
+                failed |= _show(source.name, compile_cuda(source, arch))
+        return 1 if failed else 0
     for name, launches in _self_test() if options.self_test else registered(options.quick):
         for arch in options.archs:
-            for launch in launches:
-                r = compile_launch(launch, arch)
-                failed |= not r.clean
-                print(
-                    f"lora_linear {name:24} sm_{arch:<4}{r.kernel:22} registers {r.registers:3} "
-                    f"stack {r.stack:3} spills {r.spills:3} shared {r.shared:6} "
-                    f"atomics {r.atomics} {r.tensor_core:5} {'clean' if r.clean else 'NOT CLEAN'}",
-                    flush=True,
-                )
+            failed |= _show(name, (compile_launch(launch, arch) for launch in launches))
     return 1 if failed else 0
+
+
+def _show(name, reports) -> bool:
+    """Print a row for each kernel; True when one of them is not clean."""
+    failed = False
+    for r in reports:
+        failed |= not r.clean
+        print(
+            f"{name:34} sm_{r.arch:<4}{r.kernel:22} registers {r.registers:3} stack {r.stack:3} "
+            f"spills {r.spills:3} shared {r.shared:6} atomics {r.atomics} {r.tensor_core:5} "
+            f"{'clean' if r.clean else 'NOT CLEAN'}",
+            flush=True,
+        )
+    return failed
 
 
 if __name__ == "__main__":

@@ -184,17 +184,27 @@ def guarded(order: str = "forward", poison: bool = True):
         # CPU tensors are their own host copies; writing them back would touch virtual memory.
         "_restore_args_dev": lambda self, *args: None,
     }
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(
+            tensor, scope
+        )  # Triton 3.6 cannot turn an array into an index beside NumPy 2.4
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     options = interpreter.interpreter_builder.options
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         for owner, name in originals:
             setattr(owner, name, replacements[name])
+        interpreter._patch_lang_tensor = patch_lang_tensor
         interpreter.interpreter_builder.options = dataclasses.replace(options, debug=True)
         torch.use_deterministic_algorithms(poison or deterministic)  # fills empty memory with NaN
         yield guard
     finally:
         torch.use_deterministic_algorithms(deterministic)
         interpreter.interpreter_builder.options = options
+        interpreter._patch_lang_tensor = patch_tensor
         for (owner, name), original in originals.items():
             setattr(owner, name, original)
 

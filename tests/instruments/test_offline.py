@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The offline gate reports what it must: spills and float atomics, in Triton and in CUDA."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+ROOT = Path(__file__).parents[2]
+
+CUDA = """
+__global__ void clean(const float* x, float* y) { y[threadIdx.x] = 2 * x[threadIdx.x]; }
+__global__ void adds(float* y) { atomicAdd(y, 1.0f); }
+__global__ void spills(const float* x, float* y, int n) {
+  float kept[64];
+  for (int i = 0; i < 64; ++i) kept[i] = x[i * n];
+  for (int i = 0; i < n; ++i) y[i] = kept[(i * 7) % 64];  // a run-time index needs memory
+}
+"""
+
+
+def gate(*options):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.offline", "--archs", "86", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_triton_kernel_that_spills():
+    code, text = gate("--self-test")
+    rows = {row.split()[2]: row for row in text.splitlines() if "sm_86" in row}
+    assert code == 1
+    assert "NOT CLEAN" in rows["spilling_kernel"]
+    assert "atomics 0" not in rows["atomic_kernel"] and "NOT CLEAN" in rows["atomic_kernel"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_cuda_sources(tmp_path):
+    source = tmp_path / "planted.cu"
+    source.write_text(CUDA)
+    code, text = gate("--cuda", str(source))
+    assert code == 1, text
+    rows = {name: row for row in text.splitlines() for name in ("clean", "adds", "spills")
+            if f"{len(name)}{name}" in row}  # fmt: skip
+    assert not rows["clean"].endswith("NOT CLEAN")
+    assert rows["adds"].endswith("NOT CLEAN") and "atomics 0" not in rows["adds"]
+    assert rows["spills"].endswith("NOT CLEAN") and "spills   0" not in rows["spills"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_other_versions_of_triton(version, tmp_path):
+    """Kernels compile and run guarded under the oldest and the newest Triton too."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    install += ["--target", str(tmp_path), f"triton=={version}"]
+    if subprocess.run(install, capture_output=True).returncode:
+        pytest.skip(f"triton {version} cannot be downloaded")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    quick = [sys.executable, "-m", "benchmarks.offline", "--quick"]
+    tests = [sys.executable, "-m", "pytest", "-q", "tests/instruments/test_guarded.py"]
+    tests += ["tests/kernels/lora_linear/test_guarded.py"]
+    for command in (quick, tests):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert command is tests or f"triton {version}" in done.stdout
