@@ -159,6 +159,8 @@ class LoraLinearFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, z, seed, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.count], rest[ctx.count :]
         needs = [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:]]
+        if dy is None and daux is None:
+            return (None,) * (8 + ctx.count)
         if dy is None:  # only aux was used
             dy = daux.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
         with torch._C._AutoDispatchBelowAutograd():
