@@ -61,32 +61,36 @@ class Batch(NamedTuple):
 
 
 class EpochSampler(Sampler):
-    """A fresh order for each epoch, a function of (seed, epoch): yields (index, epoch) keys.
+    """``repeats`` passes over all indices for each epoch, each in an order of its own.
 
-    The epoch travels with the index, so that the dataset's flips need no state in any worker.
+    Yields (index, pass) keys; pass numbers never return in later epochs. Order is a function of
+    (seed, pass), which travels with the index so that flips need no state in any worker.
     """
 
-    def __init__(self, length: int, seed: int):
+    def __init__(self, length: int, seed: int, repeats: int = 1):
         self.length = length
         self.seed = seed
+        self.repeats = repeats
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to draw next (accelerate's loaders call it by this name too)."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.length * self.repeats
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        return ((index, self.epoch) for index in order.tolist())
+        for number in range(self.epoch * self.repeats, (self.epoch + 1) * self.repeats):
+            order = np.random.default_rng((self.seed, number)).permutation(self.length)
+            yield from ((index, number) for index in order.tolist())
 
 
 class PairDataset(Dataset):
-    """The pairs of a split as samples; a key is an index or (index, epoch).
+    """The pairs of a split as samples; a key is an index or (index, pass).
 
     With ``flips``, each sample is mirrored left-right and top-bottom with probability 1/2 each, a
-    function of (seed, epoch, index): the same in every run and for any number of workers.
+    function of (seed, pass, index): the same in every run and for any number of workers.
     """
 
     def __init__(
@@ -108,12 +112,12 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        index, number = key if isinstance(key, tuple) else (key, 0)
         pair = self.pairs[index]
         image = read_image(pair.image)
         truth = binary_mask(read_mask(pair.mask), self.foreground)
         if self.flips:
-            rng = np.random.default_rng((self.seed, epoch, index))
+            rng = np.random.default_rng((self.seed, number, index))
             for axis in np.flatnonzero(rng.random(2) < 0.5):
                 image, truth = np.flip(image, axis), np.flip(truth, axis)
         image, truth = np.ascontiguousarray(image), np.ascontiguousarray(truth)

@@ -25,7 +25,7 @@ from samfast.training.predict import load_adapted
 from samfast.training.settings import FinetuneSettings
 
 WANTED = 0.95
-EPOCHS = 10
+TRAINING = {"model": "vit_tiny", "epochs": 10, "repeats": 1, "batch_size": 4}
 # A random encoder has more to learn than a trained one: adapters everywhere, and a large scaling.
 LORA = {"rank": 16, "alpha": 64.0, "target": ("qkv", "proj", "lin1", "lin2")}
 
@@ -36,9 +36,7 @@ def main(output: Path = Path("runs/demo"), seed: int = 0) -> bool:
     declare_missing_schemas()
     data = write_coins(output / "data")
     print(f"photographs of coins with their truth are in {data}")
-    lora = FinetuneSettings(
-        data=data, model="vit_tiny", epochs=EPOCHS, seed=seed, output=output, overwrite=True, **LORA
-    )
+    lora = FinetuneSettings(data=data, output=output, overwrite=True, seed=seed, **TRAINING, **LORA)
     decoder = replace(lora, method="decoder", output=output / "decoder_only")
 
     start_model = _untrained(lora)

@@ -25,7 +25,7 @@ from samfast.training.images import read_image, read_mask
 from samfast.training.losses import bce_dice_loss
 from samfast.training.metrics import all_foreground_scores
 from samfast.training.records import RunFolder
-from samfast.training.settings import FinetuneSettings
+from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,7 +129,9 @@ class Run:
         loader = DataLoader(
             data,
             batch_size=settings.batch_size,
-            sampler=EpochSampler(len(data), settings.seed),
+            sampler=EpochSampler(
+                len(data), settings.seed, _repeats(settings, len(data), accelerator.num_processes)
+            ),
             collate_fn=Collate(side, truths=False),
             num_workers=workers,
             pin_memory=accelerator.device.type == "cuda",
@@ -204,7 +206,8 @@ class Run:
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         self.loader.set_epoch(epoch)
         self.model.train()
-        progress = _Progress(epoch, settings, accelerator)
+        total = len(self.loader) * settings.batch_size
+        progress = _Progress(f"epoch {epoch}/{settings.epochs}", total, accelerator)
         losses = _Losses(self.step)
         lr = self.schedule.get_last_lr()[0]
         with progress:
@@ -319,14 +322,17 @@ class _Progress:
 
     _INTERVAL = 0.5  # seconds; showing the loss waits for the device
 
-    def __init__(self, epoch: int, settings: FinetuneSettings, accelerator: "Accelerator"):
-        self.title = f"epoch {epoch}/{settings.epochs}"
+    def __init__(self, title: str, images: int, accelerator: "Accelerator"):
+        self.title = title
+        self.total = images
         self.hidden = True if not accelerator.is_main_process else None
 
     def __enter__(self):
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=self.title, unit=" images", leave=False, disable=self.hidden)
+        self.bar = tqdm(
+            desc=self.title, total=self.total, unit=" images", leave=False, disable=self.hidden
+        )
         self.images = 0
         self.began = self.shown = time.perf_counter()
         return self
@@ -385,6 +391,13 @@ def _schedule(name: str, steps: int) -> Callable[[int], float]:
         return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return factor
+
+
+def _repeats(settings: FinetuneSettings, images: int, processes: int) -> int:
+    if settings.repeats is not None:
+        return settings.repeats
+    step = settings.batch_size * settings.accumulate * processes
+    return math.ceil(STEPS_PER_EPOCH * step / images)
 
 
 def _workers(settings: FinetuneSettings, device: torch.device) -> int:

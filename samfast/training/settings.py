@@ -12,6 +12,7 @@ from tyro.conf import Positional
 METHODS = ("lora", "decoder")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "constant")
+STEPS_PER_EPOCH = 50  # the least, where the settings leave the number of repeats open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,11 @@ class FinetuneSettings:
     slices: tuple[str, ...] | None = None
     """Adapt only these parts of qkv (q, k, v), each with its own factors and no scaling."""
     epochs: int = 20
-    """Passes over the training images."""
-    batch_size: int = 4
+    """Epochs; the model is validated and saved after each."""
+    repeats: int | None = None
+    """How often an epoch shows each training image, mirrored anew each time; if not given, once,
+    or as often as 50 optimizer steps take when the images are few."""
+    batch_size: int = 2
     """Images in one forward pass."""
     accumulate: int = 1
     """Batches summed into one optimizer step."""

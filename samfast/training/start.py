@@ -84,7 +84,7 @@ def check_settings(settings: FinetuneSettings) -> None:
         schedule=SCHEDULES,
         backend=backends.NAMES,
     )
-    _check_smallest(settings, 1, "epochs", "batch_size", "accumulate", "threads")
+    _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")
     _check_smallest(settings, 0, "workers", "overlays", "weight_decay", "clip", "seed")
     if settings.lr is not None and not (settings.lr > 0 and isfinite(settings.lr)):
         raise ValueError(f"lr is {settings.lr}; it must be above 0")

@@ -65,7 +65,7 @@ def test_padding_is_zero_after_sams_normalisation(shared_data):
     assert batch.truths == []
 
 
-def test_flips_are_a_function_of_seed_epoch_and_index(shared_data):
+def test_flips_are_a_function_of_seed_pass_and_index(shared_data):
     pairs = load_split(shared_data).train  # 64 pixels wide, so nothing is resized here
     plain = PairDataset(pairs, 64)[0]
     ways = {
@@ -74,8 +74,8 @@ def test_flips_are_a_function_of_seed_epoch_and_index(shared_data):
     }
     data = PairDataset(pairs, 64, flips=True, seed=5)
     seen = set()
-    for epoch in range(24):
-        sample, again = data[0, epoch], PairDataset(pairs, 64, flips=True, seed=5)[0, epoch]
+    for number in range(24):
+        sample, again = data[0, number], PairDataset(pairs, 64, flips=True, seed=5)[0, number]
         assert np.array_equal(sample.image, again.image)
         key = sample.image.tobytes()
         assert np.array_equal(ways[key], sample.mask)
@@ -86,7 +86,7 @@ def test_flips_are_a_function_of_seed_epoch_and_index(shared_data):
 def test_order_and_flips_do_not_depend_on_workers(shared_data):
     def epochs(workers):
         data = PairDataset(load_split(shared_data).train, 64, flips=True, seed=1)
-        sampler = EpochSampler(len(data), seed=1)
+        sampler = EpochSampler(len(data), seed=1, repeats=2)
         loader = DataLoader(
             data,
             2,
@@ -99,6 +99,9 @@ def test_order_and_flips_do_not_depend_on_workers(shared_data):
             sampler.set_epoch(epoch)
             yield torch.cat([batch.images for batch in loader])
 
+    keys = EpochSampler(5, seed=1, repeats=2)
+    keys.set_epoch(3)
+    assert len(keys) == 10 and sorted(keys) == [(i, n) for i in range(5) for n in (6, 7)]
     alone, together = list(epochs(0)), list(epochs(2))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert not torch.equal(alone[0], alone[1])

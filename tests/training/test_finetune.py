@@ -30,7 +30,7 @@ VAL_FRACTION = 0.34  # two of six
 
 
 def settings_for(data: Path, output: Path, **options) -> FinetuneSettings:
-    defaults = {"model": "vit_tiny", "image_size": 64, "epochs": 2, "batch_size": 2, "lr": 3e-3}
+    defaults = {"model": "vit_tiny", "image_size": 64, "epochs": 2, "repeats": 1, "lr": 3e-3}
     return FinetuneSettings(data=data, output=output, **{**defaults, **options})
 
 
@@ -175,7 +175,7 @@ def test_trained_decoder_is_all_that_a_single_mask_uses():
 def test_options_reach_the_model(shared_data, tmp_path, capsys):
     arguments = ["finetune", "--data", str(shared_data), "--model", "vit_tiny", "--epochs", "1"]
     arguments += ["--image-size", "64", "--rank", "2", "--slices", "q", "v", "--no-flips"]
-    arguments += ["--accumulate", "2", "--batch-size", "2", "--precision", "bf16", "--json"]
+    arguments += ["--accumulate", "2", "--repeats", "2", "--precision", "bf16", "--json"]
     arguments += ["--output", str(tmp_path / "out"), "--overlays", "0", "--foreground", "255"]
     arguments += ["--backend", "torch", "--lr", "5e-4", "--schedule", "constant", "--clip", "0"]
     assert cli.main(arguments) == 0
@@ -183,7 +183,7 @@ def test_options_reach_the_model(shared_data, tmp_path, capsys):
     summary = json.loads(out)
     assert "all foreground" in err
     assert summary["precision"] == "bfloat16"
-    assert summary["steps"] == 2  # five images: three batches in two steps
+    assert summary["steps"] == 3  # ten images: five batches, the last step takes one
     assert float(rows_of(tmp_path / "out")[0]["lr"]) == 5e-4
     assert not (tmp_path / "out" / "overlays").exists()
     record = read_adapter_config(tmp_path / "out" / "adapter" / "best")
@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(
     poisoned(monkeypatch, 5, lambda loss: loss * float("nan"))
     output = tmp_path / "out"
     arguments = ["finetune", "--data", str(shared_data), "--model", "vit_tiny", "--image-size"]
-    arguments += ["64", "--batch-size", "2", "--epochs", "2", "--output", str(output)]
+    arguments += ["64", "--repeats", "1", "--epochs", "2", "--output", str(output)]
     assert cli.main(arguments) == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and "the loss is nan in batch 2 after step 3" in err
@@ -275,10 +275,21 @@ def test_an_interrupt_keeps_what_was_saved(shared_data, tmp_path, monkeypatch, c
     poisoned(monkeypatch, 4, interrupt)
     output = tmp_path / "out"
     arguments = ["finetune", "--data", str(shared_data), "--model", "vit_tiny", "--image-size"]
-    arguments += ["64", "--batch-size", "2", "--epochs", "2", "--output", str(output)]
+    arguments += ["64", "--repeats", "1", "--epochs", "2", "--output", str(output)]
     assert cli.main(arguments) == 130
     assert capfd.readouterr().err == f"samfast: interrupted; {output} keeps epoch 1\n"
     load_adapted(output / "adapter" / "last")
+
+
+def test_few_images_are_repeated_until_an_epoch_has_fifty_steps():
+    def repeats(images, processes=1, **options):
+        return loop._repeats(settings_for(Path("x"), Path("y"), **options), images, processes)
+
+    assert repeats(20, repeats=None, batch_size=2) == 5
+    assert repeats(30, repeats=None, batch_size=2) == 4
+    assert repeats(20, repeats=None, batch_size=4, accumulate=2, processes=2) == 40
+    assert repeats(100_000, repeats=None) == 1
+    assert repeats(3, repeats=7) == 7
 
 
 def test_the_learning_rate_warms_up_and_falls():
