@@ -27,9 +27,23 @@ struct Matrix {  // rows of contiguous elements
 };
 
 Matrix matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1), name,
-                  " must be a matrix with contiguous rows");
+  const bool rows = t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1 || t.numel() == 0);
+  STD_TORCH_CHECK(rows, name, " must be a matrix with contiguous rows");
   return {t.size(0), t.size(1), t.stride(0)};
+}
+
+// A matrix of known size whose elements are of one type.
+void check(const Tensor& t, const char* name, ScalarType type, int64_t rows, int64_t columns) {
+  matrix(t, name);
+  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns, name, " is ", t.size(0), " x ",
+                  t.size(1), ", not ", rows, " x ", columns);
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has another element type than expected");
+}
+
+// A small factor, dense and in float.
+void check_factor(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  check(t, name, ScalarType::Float, rows, columns);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
 int64_t chunks_of(int64_t rows) {
@@ -241,6 +255,9 @@ void lora_down(const Tensor& x, const Tensor& a, Tensor h, double p, std::option
                int64_t threshold) {
   const Matrix m = matrix(x, "x");
   const int64_t ranks = a.size(0), width = padded(ranks), n = m.columns;
+  check_factor(a, "a", ranks, n);
+  check(h, "h", x.scalar_type(), m.rows, ranks);
+  STD_TORCH_CHECK(h.is_contiguous(), "h must be contiguous");
   const std::vector<float> factor = padded_rows(a);
   const Dropout d = make_dropout(p, seed, threshold);
   dispatch(x, "lora_down", [&](auto type) {
@@ -266,6 +283,8 @@ void lora_down(const Tensor& x, const Tensor& a, Tensor h, double p, std::option
 void lora_up_(Tensor y, const Tensor& z, const Tensor& b, double scaling) {
   const Matrix m = matrix(y, "y");
   const int64_t ranks = b.size(1), width = padded(ranks), n = m.columns;
+  check_factor(b, "b", n, ranks);
+  check(z, "z", y.scalar_type(), m.rows, ranks);
   const std::vector<float> factor =
       padded_transpose(static_cast<const float*>(b.data_ptr()), n, ranks);
   dispatch(y, "lora_up_", [&](auto type) {
@@ -290,6 +309,8 @@ std::tuple<Tensor, Tensor> lora_up_backward(const Tensor& dy, const Tensor& z, c
                                             double scaling) {
   const Matrix m = matrix(dy, "dy");
   const int64_t ranks = b.size(1), width = padded(ranks), n = m.columns;
+  check_factor(b, "b", n, ranks);
+  check(z, "z", dy.scalar_type(), m.rows, ranks);
   const std::vector<float> factor =
       padded_transpose(static_cast<const float*>(b.data_ptr()), n, ranks);
   Tensor dz = torch::stable::empty({m.rows, ranks}, dy.scalar_type());
@@ -339,6 +360,10 @@ Tensor lora_down_backward_(std::optional<Tensor> dx, const Tensor& dh, std::opti
   STD_TORCH_CHECK(dx.has_value() || x.has_value(), "neither dx nor dA is wanted");
   const Matrix m = x.has_value() ? matrix(*x, "x") : matrix(*dx, "dx");
   const int64_t ranks = a.size(0), width = padded(ranks), n = a.size(1);
+  check_factor(a, "a", ranks, n);
+  check(dh, "dh", dh.scalar_type(), m.rows, ranks);
+  if (x.has_value()) check(*x, "x", dh.scalar_type(), m.rows, n);
+  if (dx.has_value()) check(*dx, "dx", dh.scalar_type(), m.rows, n);
   const std::vector<float> factor = padded_rows(a);
   const Dropout d = make_dropout(p, seed, threshold);
   const int64_t chunks = x.has_value() ? chunks_of(m.rows) : 0;

@@ -23,7 +23,7 @@ def up_backward(dy, z, lora_b, scaling, slices):
     dy = _rows(dy)
     shared = slices.width == lora_b.shape[1]
     dz = None if shared else dy.new_empty(dy.shape[0], slices.width)
-    db = None if z is None else torch.empty_like(lora_b)
+    db = None if z is None else lora_b.new_empty(lora_b.shape)
     for columns, b_rows, ranks in slices:
         b = _small(lora_b[b_rows])
         if z is None:

@@ -39,9 +39,10 @@ class Slices:
 def forward(path, x, weight, bias, lora_a, lora_b, params, seed, options):
     """Returns y, z, aux and what the middle map saved."""
     scaling, dropout, middle, geometry, starts, own = options
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _flat(x)
     h = path.down(rows, lora_a, dropout, seed)
     z, aux, saved = find(middle).forward(h, geometry, *params)
+    z = _as_rows(z, rows.dtype)
     y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     path.up_(y, z, lora_b, scaling, Slices(starts, lora_b, own))
     return y.view(*x.shape[:-1], y.shape[-1]), z, aux, saved
@@ -54,8 +55,8 @@ def backward(
     scaling, dropout, middle, geometry, starts, own = options
     need_x, need_weight, need_bias, need_a, need_b, *need_params = needs
     shape, dtype = dy.shape, dy.dtype
-    dy = dy.reshape(-1, shape[-1])
-    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    dy = _flat(dy)
+    rows = None if x is None else _flat(x)
     need_h = need_x or need_a
 
     dx = torch.mm(dy, weight.to(dtype)) if need_x else None
@@ -69,7 +70,18 @@ def backward(
         needs_map = (need_h, *need_params)
         dh, dparams = find(middle).backward(dz, daux, saved, params, geometry, needs_map)
         if need_h:
+            dh = _as_rows(dh, dtype)
             da = path.down_backward_(dx, dh, rows if need_a else None, lora_a, dropout, seed)
     if dx is not None:
         dx = dx.view(*shape[:-1], dx.shape[-1])
     return [dx, dweight, None if dbias is None else dbias.to(bias_dtype), da, db, *dparams]
+
+
+def _flat(t):
+    """(tokens, features); the number of rows is spelt out for tensors without elements."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def _as_rows(t, dtype):
+    """What a map returned, as the stages take it: of x's dtype and contiguous."""
+    return t.to(dtype).contiguous()

@@ -17,6 +17,7 @@ from samfast.kernels._common.implementation import implement
 from samfast.kernels._common.middle import IDENTITY
 from samfast.kernels.lora_linear import engine, reference, torch_path
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_TRITON_RANK = {2: 128, 4: 64}  # by bytes per element; wider tiles spill registers
 MAX_TRITON_SLICES = 3
 
@@ -37,7 +38,7 @@ def supports(
         return "x is torch.float64, but the kernels take float32, float16 and bfloat16"
     ranks, widest = max(lora_a.shape[0], lora_b.shape[1]), MAX_TRITON_RANK[x.element_size()]
     if ranks > widest:
-        return f"rank {ranks} is above {widest}, the widest tile for {x.dtype}"
+        return f"rank {ranks}, over all slices, is above {widest}, the widest tile for {x.dtype}"
     if slices > MAX_TRITON_SLICES:
         return f"{slices} slices are more than the {MAX_TRITON_SLICES} the kernels take"
     return None
@@ -48,6 +49,8 @@ def _path(backend, x, lora_a, lora_b, starts):
     name = backends.resolve(
         "lora_linear", backend, x.device, lambda b: supports(b, x, lora_a, lora_b, slices)
     )
+    if name == "reference":
+        raise RuntimeError("backend 'reference' is plain autograd; call lora_linear for it")
     if name == "cpu":
         from samfast.kernels.lora_linear import cpu_path
 
@@ -268,8 +271,17 @@ def _check(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> bool:
     for name, t in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if t.dim() != 2:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, but must be a matrix")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)} but weight takes {weight.shape[1]} inputs")
+    named = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    named |= {name: t for name, t in (("bias", bias), ("seed", seed)) if t is not None}
+    for name, t in named.items():
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device} but x is on {x.device}")
+        if name != "seed" and t.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} is {t.dtype}, but must be float16, bfloat16, float32 or float64"
+            )
     if lora_a.shape[1] != x.shape[-1]:
         raise ValueError(f"lora_a has {lora_a.shape[1]} input features but x has {x.shape[-1]}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
@@ -279,8 +291,6 @@ def _check(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> bool:
     rank = lora_b.shape[1]
     if rank == 0 or lora_a.shape[0] == 0:
         raise ValueError(f"the rank is {rank}, but must be at least 1")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x is {x.dtype}, but must be floating point")
     if autocast_dtype(x.device.type) is None and x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} but weight is {weight.dtype}; cast x or use autocast")
     if not 0.0 <= dropout < 1.0:

@@ -25,7 +25,7 @@ def up_(y, z, lora_b, scaling, slices):
 def up_backward(dy, z, lora_b, scaling, slices):
     """dz = s · dy B and, where z is given, dB = s · dyᵀ z."""
     dz = dy.new_zeros(dy.shape[0], slices.width)
-    db = None if z is None else torch.empty_like(lora_b)
+    db = None if z is None else lora_b.new_empty(lora_b.shape)
     for columns, b_rows, ranks in slices:
         part = dy[:, columns]
         dz[:, ranks].addmm_(part, lora_b[b_rows].to(dy.dtype), alpha=scaling)
@@ -48,6 +48,7 @@ def down_backward_(dx, dh, x, lora_a, dropout, seed):
 
 
 def _dropped(x, dropout, seed):
+    """drop(x); the mask is drawn in int64, many times x's size for a moment and then gone."""
     if dropout == 0.0:
         return x
     return x * keep_mask(seed, *x.shape, dropout) / (1.0 - dropout)

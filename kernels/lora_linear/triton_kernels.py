@@ -272,7 +272,10 @@ def chunk_rows(tokens: int, block_m: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """float32 products in TF32 where the user allowed it for matrix products, else exactly."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def down(x, lora_a, dropout, seed):
@@ -313,7 +316,7 @@ def up_backward(dy, z, lora_b, scaling, slices):
     z = None if z is None else _rows(z)
     tokens, rank, n = dy.shape[0], slices.rank, len(slices.starts)
     dz = dy.new_empty(tokens, slices.width)
-    db = None if z is None else torch.empty_like(lora_b)
+    db = None if z is None else lora_b.new_empty(lora_b.shape)
     if tokens == 0:
         return dz, None if db is None else db.zero_()
     block = tile(TILES, "up_backward", rank, dy)
@@ -335,7 +338,7 @@ def down_backward_(dx, dh, x, lora_a, dropout, seed):
     lora_a, dh = lora_a.contiguous(), _rows(dh)
     x = None if x is None else _rows(x)
     tokens, (ranks, columns) = dh.shape[0], lora_a.shape
-    da = None if x is None else torch.empty_like(lora_a)
+    da = None if x is None else lora_a.new_empty(lora_a.shape)
     if tokens == 0:
         return None if da is None else da.zero_()
     stage = "down_backward_dropout" if dropout > 0.0 else "down_backward"
