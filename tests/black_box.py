@@ -103,26 +103,48 @@ def _layouts(t):
 def odd_inputs(subject):
     """Inputs and incoming gradients of any layout give the numbers of contiguous ones."""
     exact = subject.run("stock", torch.float64)
-    stock = subject.run("stock", torch.float32)
-    for name, x in _layouts(subject.x.float()).items():
-        leaf = x.detach().requires_grad_()
-        assert leaf.stride() == x.stride(), name
-        _compare(subject, subject.run("ours", torch.float32, x=leaf), stock, exact, torch.float32)
-    for dy in _layouts(subject.dy.float()).values():
-        _compare(subject, subject.run("ours", torch.float32, dy=dy), stock, exact, torch.float32)
+    for dtype in (torch.float32, *subject.low):
+        stock = subject.run("stock", dtype)
+        for name, x in _layouts(subject.x.to(dtype)).items():
+            leaf = x.detach().requires_grad_()
+            assert leaf.stride() == x.stride(), name
+            _compare(subject, subject.run("ours", dtype, x=leaf), stock, exact, dtype)
+        for dy in _layouts(subject.dy.to(dtype)).values():
+            _compare(subject, subject.run("ours", dtype, dy=dy), stock, exact, dtype)
 
 
 def expanded(subject):
     """Stride zero, in the input and in the incoming gradient."""
-    x, dy = subject.x[:1].expand_as(subject.x), subject.dy[:1].expand_as(subject.dy)
-    pairs = [(x, subject.dy), (subject.x, dy), (subject.x, dy.new_ones(()).expand_as(dy))]
-    for left, right in pairs:
-        runs = [
-            subject.run(which, dtype, x=left.to(dtype).detach(), dy=right.to(dtype))
-            for which, dtype in (("ours", torch.float32), ("stock", torch.float32),
-                                 ("stock", torch.float64))
-        ]  # fmt: skip
-        _compare(subject, *runs, torch.float32)
+
+    def once(t, dtype):  # a cast would make it dense
+        return t.to(dtype)[:1].expand_as(t)
+
+    def ones(t, dtype):
+        return t.new_ones((), dtype=dtype).expand_as(t)
+
+    def same(t, dtype):
+        return t.to(dtype)
+
+    for low in (torch.float32, *subject.low):
+        for of_x, of_dy in ((once, same), (same, once), (same, ones)):
+            runs = [
+                subject.run(which, dtype, x=of_x(subject.x, dtype), dy=of_dy(subject.dy, dtype))
+                for which, dtype in (("ours", low), ("stock", low), ("stock", torch.float64))
+            ]
+            _compare(subject, *runs, low)
+
+
+def evaluation(subject):
+    """eval() as the stock module's."""
+    runs = [
+        subject.run(which, dtype, module=subject.module(which, dtype).eval())
+        for which, dtype in (
+            ("ours", torch.float32),
+            ("stock", torch.float32),
+            ("stock", torch.float64),
+        )
+    ]
+    _compare(subject, *runs, torch.float32)
 
 
 def nothing_mutated(subject):
@@ -283,6 +305,7 @@ CHECKS = (
     autocast,
     odd_inputs,
     expanded,
+    evaluation,
     nothing_mutated,
     backward_twice,
     bits_repeat,

@@ -73,7 +73,19 @@ class TrainsFrozenWeight(Literal):
 
 class ForgetsEmptyBatch(Literal):
     def forward(self, x):
-        return super().forward(x) / max(len(x), 1) * x.shape[0] if len(x) else x
+        return super().forward(x if len(x) else x.new_ones(1, *x.shape[1:]))
+
+
+class WrongInEval(Literal):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.training else 1.5 * y
+
+
+class NarrowAssumesContiguity(AssumesContiguity):
+    def forward(self, x):
+        narrow = x.dtype in (torch.float16, torch.bfloat16)
+        return super().forward(x) if narrow else Literal.forward(self, x)
 
 
 class KeepsGraph(Literal):
@@ -83,14 +95,17 @@ class KeepsGraph(Literal):
 
 
 PLANTED = [
-    (AssumesContiguity, "odd_inputs"),
-    (MissingTerm, "error_budget"),
-    (WritesInput, "nothing_mutated"),
-    (WrongScale, "error_budget"),
-    (Nondeterministic, "bits_repeat"),
-    (TrainsFrozenWeight, "frozen"),
-    (ForgetsEmptyBatch, "empty_batch"),
-    (KeepsGraph, "copies"),
+    (AssumesContiguity, "odd_inputs", "error .* is above the budget|error nan"),
+    (NarrowAssumesContiguity, "odd_inputs", "error .* is above the budget|error nan"),
+    (AssumesContiguity, "expanded", "is above the budget|out of bounds"),
+    (MissingTerm, "error_budget", "dx: .* is above the budget"),
+    (WritesInput, "nothing_mutated", "x was written to"),
+    (WrongScale, "error_budget", "y: .* is above the budget"),
+    (WrongInEval, "evaluation", "y: .* is above the budget"),
+    (Nondeterministic, "bits_repeat", "differs in its bits"),
+    (TrainsFrozenWeight, "frozen", "weight"),
+    (ForgetsEmptyBatch, "empty_batch", "shape"),
+    (KeepsGraph, "copies", "deepcopy"),
 ]
 
 
@@ -105,9 +120,9 @@ def test_a_right_module_passes(check):
 
 
 @pytest.mark.parametrize(
-    ("kind", "check"), PLANTED, ids=lambda value: getattr(value, "__name__", value)
+    ("kind", "check", "sentence"), PLANTED, ids=lambda value: getattr(value, "__name__", value)
 )
-def test_a_planted_bug_is_caught(kind, check):
+def test_a_planted_bug_is_caught(kind, check, sentence):
     planted = subject(kind)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError), match=sentence):
         getattr(black_box, check)(planted)

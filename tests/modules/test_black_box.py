@@ -11,6 +11,8 @@ from torch import nn
 from samfast.backends import triton_missing
 from samfast.modules import LoraLinear, QkvLora
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 class LiteralLora(nn.Linear):
     """LoRA as the paper writes it, in plain PyTorch; ``slices`` as in QkvLora."""
@@ -49,7 +51,7 @@ def qkv():
 @pytest.mark.parametrize("make", [lora, qkv], ids=["LoraLinear", "QkvLora"])
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_black_box(make, check, backend, monkeypatch):
-    if backend == "triton" and (reason := triton_missing(torch.device("cpu"))):
+    if backend == "triton" and (reason := triton_missing(DEVICE)):
         pytest.skip(reason)
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
     torch.manual_seed(0)
@@ -57,7 +59,8 @@ def test_black_box(make, check, backend, monkeypatch):
     nn.init.normal_(ours.lora_B)
     ours.weight.requires_grad_(False)
     ours.bias.requires_grad_(False)
-    subject = Subject(ours, stock, torch.randn(3, 5, 7, 40, dtype=torch.float64))
-    if backend == "triton":  # the interpreter's bfloat16 product is wrong
+    x = torch.randn(3, 5, 7, 40, dtype=torch.float64).to(DEVICE)
+    subject = Subject(ours.to(DEVICE), stock.to(DEVICE), x)
+    if backend == "triton" and DEVICE.type == "cpu":  # the interpreter's bfloat16 product is wrong
         subject.low, subject.autocast = (torch.float16,), torch.float16
     check(subject)

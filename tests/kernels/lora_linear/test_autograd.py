@@ -5,18 +5,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from samfast.functional import lora_linear
 from samfast.kernels._common.middle import IDENTITY
 
-from .cases import NAMES, Case, runnable
+from .cases import DEVICE, NAMES, Case, runnable
 
 BACKENDS = ["torch", "cpu", "triton"]
 
 
 def leaves(requires_grad=True, dtype=torch.float32):
-    tensors, dy = Case(shape=(3, 5, 12), out=18, rank=2).tensors(dtype, device="cpu")
+    tensors, dy = Case(shape=(3, 5, 12), out=18, rank=2).tensors(dtype)
     return [t.detach().requires_grad_(requires_grad) for t in tensors], dy
 
 
@@ -30,8 +31,8 @@ def leaves(requires_grad=True, dtype=torch.float32):
     ids=lambda case: case.id,
 )
 def test_gradcheck(case):
-    tensors, _ = case.tensors(torch.float64, device="cpu")
-    seed = torch.tensor([5])
+    tensors, _ = case.tensors(torch.float64)
+    seed = torch.tensor([5], device=DEVICE)
 
     def call(*inputs):
         options = dict(dropout=case.dropout, seed=seed, slices=case.slices, backend="torch")
@@ -46,15 +47,38 @@ def test_opcheck(requires_grad, backend):
     (x, weight, bias, a, b), _ = leaves(requires_grad)
     arguments = (x, weight, bias, a, b, [], None, 0.5, 0.0, IDENTITY, [], [], False, backend)
     torch.library.opcheck(torch.ops.samfast.lora_linear, arguments)
-    arguments = (*arguments[:6], torch.tensor([7]), 0.5, 0.3, *arguments[9:])
+    arguments = (*arguments[:6], torch.tensor([7], device=DEVICE), 0.5, 0.3, *arguments[9:])
     torch.library.opcheck(torch.ops.samfast.lora_linear, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_two_halves(backend):
+    """With factors in a transposed layout: what the fakes promise is what the bodies return."""
+    if reason := runnable(backend):
+        pytest.skip(reason)
+    (x, weight, bias, a, b), dy = leaves(requires_grad=False)
+    a, b = (t.t().contiguous().t() for t in (a, b))
+    options = (0.5, 0.0, IDENTITY, [], [], False)
+    forward = (x, weight, bias, a, b, [], None, *options, backend)
+    y, z, _, _ = torch.ops.samfast.lora_linear_forward(*forward)
+    backward = (dy, None, x, weight, a, b, z, [], [], None, *options, [True] * 5, torch.float32)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.samfast.lora_linear_forward, forward, test_utils=checks)
+    backward = (*backward, backend)
+    torch.library.opcheck(torch.ops.samfast.lora_linear_backward, backward, test_utils=checks)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in backward]
+        promised = torch.ops.samfast.lora_linear_backward(*fakes)
+    made = torch.ops.samfast.lora_linear_backward(*backward)
+    assert [t.stride() for t in promised] == [t.stride() for t in made]
+    assert y.shape == dy.shape
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_compile_fullgraph(autocast):
     (x, weight, bias, a, b), dy = leaves()
     compiled = torch.compile(lora_linear, fullgraph=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
         eager = lora_linear(x, weight, bias, a, b, 0.5)
         traced = compiled(x, weight, bias, a, b, 0.5)
     dy = dy.to(eager.dtype)
@@ -70,16 +94,16 @@ def test_autocast_is_as_good_as_a_stock_linear_layer(backend):
         pytest.skip(reason)
     dtype = torch.float16 if backend == "triton" else torch.bfloat16
     case = Case(shape=(4, 30, 40), out=64, rank=4, scaling=2.0)
-    (x, weight, bias, a, b), dy = case.tensors(torch.float32, device="cpu")
+    (x, weight, bias, a, b), dy = case.tensors(torch.float32)
     dy = dy.to(dtype)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         ours = lora_linear(x, weight, bias, a, b, case.scaling, backend=backend)
         stock = F.linear(x, weight, bias) + case.scaling * F.linear(F.linear(x, a), b)
     wanted = [x, weight, bias, a, b]
     assert ours.dtype == dtype
     grads = torch.autograd.grad(ours, wanted, dy)
     assert [g.dtype for g in grads] == [torch.float32] * 5
-    exact_leaves, _ = case.tensors(torch.float64, device="cpu")
+    exact_leaves, _ = case.tensors(torch.float64)
     exact = lora_linear(*exact_leaves, case.scaling, backend="reference")
     all_within_budget(
         [ours, *grads],
@@ -94,7 +118,7 @@ def test_a_backward_inside_autocast_changes_nothing():
     (x, weight, bias, a, b), dy = leaves()
     expected = torch.autograd.grad(lora_linear(x, weight, bias, a, b, 0.5), [x, a, b], dy)
     y = lora_linear(x, weight, bias, a, b, 0.5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         actual = torch.autograd.grad(y, [x, a, b], dy)
     assert all(torch.equal(e, t) for e, t in zip(expected, actual, strict=True))
 
@@ -174,7 +198,7 @@ def test_odd_memory(backend):
         y = lora_linear(x, weight, bias, a, b, 0.5, backend=name)
         return [y, *torch.autograd.grad(y, [x, a, b], dy)]
 
-    gaps = torch.full((*x.shape[:-1], 40), float("nan"))
+    gaps = torch.full((*x.shape[:-1], 40), float("nan"), device=DEVICE)
     gaps[..., 3:15] = x.detach()
     gaps = gaps[..., 3:15].requires_grad_()
     permuted = x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()

@@ -10,7 +10,7 @@ from budgets import all_within_budget
 from samfast.kernels._common import middle
 from samfast.kernels.lora_linear.op import low_rank_linear
 
-from .cases import runnable
+from .cases import DEVICE, runnable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,38 +32,58 @@ class MatrixMap:
         return dh, [(h.t() @ dz).to(matrix.dtype) if needs[1] else None]
 
 
+@dataclasses.dataclass(frozen=True)
+class AwkwardMap(MatrixMap):
+    """The same numbers in another layout, or in float32 whatever h is."""
+
+    wide: bool = False
+
+    def _awkward(self, t):
+        return t.float() if self.wide else t.t().contiguous().t()
+
+    def forward(self, h, geometry, matrix):
+        z, aux, saved = super().forward(h, geometry, matrix)
+        return self._awkward(z), aux, saved
+
+    def backward(self, dz, *rest):
+        dh, grads = super().backward(dz, *rest)
+        return self._awkward(dh), grads
+
+
 def literal(x, weight, bias, a, b, matrix, power):
     h = x @ a.t()
     y = x @ weight.t() + bias + 0.5 * (h @ matrix) @ b.t()
     return y, power * h.square().mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    "kind",
+    [MatrixMap(0.3), AwkwardMap(0.3), AwkwardMap(0.3, wide=True)],
+    ids=["plain", "transposed", "wide"],
+)
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
-def test_a_map_with_parameters_and_an_aux_loss(backend):
+def test_a_map_with_parameters_and_an_aux_loss(backend, kind, dtype):
     if reason := runnable(backend):
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)
     sizes = [(11, 20), (30, 20), (30,), (3, 20), (30, 5), (3, 5)]
-    exact = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in sizes]
-    dy = torch.randn(11, 30, generator=generator, dtype=torch.float64)
-    key = middle.register(MatrixMap(0.3))
+    exact = [torch.randn(*s, generator=generator, dtype=torch.float64).to(DEVICE) for s in sizes]
+    dy = torch.randn(11, 30, generator=generator, dtype=torch.float64).to(DEVICE)
+    key = middle.register(kind)
     results = {}
-    for name, dtype in (
-        ("exact", torch.float64),
-        ("stock", torch.float32),
-        ("ours", torch.float32),
-    ):
-        leaves = [t.to(dtype).requires_grad_() for t in exact]
+    for name, kept in (("exact", torch.float64), ("stock", dtype), ("ours", dtype)):
+        leaves = [t.to(kept).requires_grad_() for t in exact]
         if name == "ours":
             y, aux = low_rank_linear(
                 *leaves[:5], 0.5, middle=key, geometry=[11], params=leaves[5:], backend=backend
             )
         else:
             y, aux = literal(*leaves, 0.3)
-        grads = torch.autograd.grad((y * dy.to(dtype)).sum() + aux, leaves)
+        grads = torch.autograd.grad([y, aux], leaves, [dy.to(kept), torch.ones_like(aux)])
         results[name] = [y, aux, *grads]
     names = ["y", "aux", "dx", "dweight", "dbias", "dlora_a", "dlora_b", "dmatrix"]
-    all_within_budget(results["ours"], results["stock"], results["exact"], torch.float32, names)
+    all_within_budget(results["ours"], results["stock"], results["exact"], dtype, names)
 
 
 def test_a_backward_through_aux_alone():
