@@ -20,14 +20,16 @@ test-slow: $(VENV)/.dev
 # On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
 test-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -q -m "not slow" tests/kernels tests/modules
+	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/kernels tests/test_counters.py \
+	  tests/instruments tests/modules/test_black_box.py
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.run --op lora_linear
+	$(BIN)/python -m benchmarks.run --op lora_linear --record
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m benchmarks.run --op lora_linear --device cuda
+	$(PYTHON) -m benchmarks.run --op lora_linear --device cuda --dtype bfloat16 --model vit_h \
+	  --batch 4 --repeats 50 --compiled --record
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only build logic: package layout and the optional native extension.
 
-SAMFAST_BUILD=auto  CUDA where nvcc is found, C++ where a compiler is, else pure Python (default)
-SAMFAST_BUILD=cuda | cpu | none  exactly that; what cannot be built is an error
+SAMFAST_BUILD=auto (default): CUDA where nvcc is found, C++ where a compiler is, else pure Python;
+cuda, cpu or none: exactly that, and what cannot be built is an error.
 
-The extension uses LibTorch's stable ABI only, so one binary serves every torch >= 2.10 and
-Python >= 3.10, and CUDA sources build beside a CPU-only torch. TORCH_CUDA_ARCH_LIST and MAX_JOBS
-are honoured.
+LibTorch's stable ABI only: one binary for every torch >= 2.10 and Python >= 3.10, CUDA sources
+beside a CPU-only torch too. TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,12 +35,12 @@ def find_nvcc():
 
 def plan():
     """What to build, why in one sentence, and torch's builder or None."""
-    wanted = os.environ.get("SAMFAST_BUILD", "auto")
+    wanted, nvcc = os.environ.get("SAMFAST_BUILD", "auto"), find_nvcc()
     if wanted not in ("auto", "cuda", "cpu", "none"):
         raise SystemExit(f"SAMFAST_BUILD is {wanted!r}; it must be auto, cuda, cpu or none")
     if wanted == "none":
         return "none", "SAMFAST_BUILD=none", None
-    cpp_extension, problem = None, None
+    problem = None
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
@@ -48,16 +48,16 @@ def plan():
     compiler = os.environ.get("CXX", "c++").split()[0]
     if problem is None and shutil.which(compiler) is None:
         problem = f"there is no C++ compiler {compiler!r} on PATH"
-    nvcc = find_nvcc()
     if problem is None and wanted == "cuda" and nvcc is None:
         problem = "there is no nvcc in CUDA_HOME or on PATH"
-    if problem is not None and wanted != "auto":
-        raise SystemExit(f"SAMFAST_BUILD={wanted} cannot be built: {problem}")
     if problem is not None:
+        if wanted != "auto":
+            raise SystemExit(f"SAMFAST_BUILD={wanted} cannot be built: {problem}")
         return "none", problem, None
-    if wanted == "cpu" or nvcc is None:
-        return "cpu", "SAMFAST_BUILD=cpu" if wanted == "cpu" else "no nvcc was found", cpp_extension
-    return "cuda", f"nvcc is {nvcc}", cpp_extension
+    if not sources("cuda", ".cu"):
+        return "cpu", "no operation of this version has a CUDA source", cpp_extension
+    with_cuda = wanted != "cpu" and nvcc is not None
+    return "cuda" if with_cuda else "cpu", f"{wanted} was asked, nvcc is {nvcc}", cpp_extension
 
 
 def nvcc_objects(include_dirs):
@@ -71,8 +71,8 @@ def nvcc_objects(include_dirs):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     Path("build").mkdir(exist_ok=True)
     objects = {source: f"build/{Path(source).stem}.cuda.o" for source in sources("cuda", ".cu")}
+    commands = [[find_nvcc(), *flags, "-c", s, "-o", o] for s, o in objects.items()]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        commands = ([find_nvcc(), *flags, "-c", s, "-o", o] for s, o in objects.items())
         list(pool.map(subprocess.check_call, commands))
     says = subprocess.run([find_nvcc(), "-dryrun", "x.cu"], capture_output=True, text=True).stderr
     (top,) = (row.removeprefix("#$ TOP=") for row in says.splitlines() if row.startswith("#$ TOP="))
@@ -82,7 +82,7 @@ def nvcc_objects(include_dirs):
 
 def native_build(kind, cpp_extension):
     """The extension and the command that builds it, as arguments of setup()."""
-    define = ["-DUSE_CUDA"] if kind == "cuda" and sources("cuda", ".cu") else []
+    define = ["-DUSE_CUDA"] if kind == "cuda" else []
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", STABLE_ABI, "-DPy_LIMITED_API=0x030A0000"]
     extension = Extension(
         "samfast._C",
@@ -92,7 +92,6 @@ def native_build(kind, cpp_extension):
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args=flags + define,
         py_limited_api=True,
-        language="c++",
     )
 
     class BuildExt(cpp_extension.BuildExtension):
@@ -101,18 +100,19 @@ def native_build(kind, cpp_extension):
                 extension.extra_objects = nvcc_objects(extension.include_dirs)
             super().build_extensions()
 
-    build_ext = BuildExt.with_options(use_ninja=shutil.which("ninja") is not None)
-    limited = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext}, "options": limited}
+    cmdclass = {"build_ext": BuildExt.with_options(use_ninja=bool(shutil.which("ninja")))}
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return {"ext_modules": [extension], "cmdclass": cmdclass, "options": options}
 
 
 kind, reason, builder = plan()
-record = json.dumps({"build": kind, "reason": reason})
-(ROOT / "samfast" / "_build.json").write_text(record + "\n", encoding="utf-8")
-operations = {f"samfast.kernels.{p.parent.name}": f"kernels/{p.parent.name}"
-              for p in (ROOT / "kernels").glob("*/__init__.py")}  # fmt: skip
+if {"build_ext", "build_py", "bdist_wheel", "editable_wheel"} & set(sys.argv):  # for samfast info
+    record = json.dumps({"build": kind, "reason": reason})
+    (ROOT / "samfast" / "_build.json").write_text(record + "\n", encoding="utf-8")
+folders = [p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py")]
+operations = {f"samfast.kernels.{name}": f"kernels/{name}" for name in sorted(folders)}
 setup(
-    packages=[*find_packages(include=["samfast", "samfast.*"]), *sorted(operations)],
+    packages=[*find_packages(include=["samfast", "samfast.*"]), *operations],
     package_dir={"": ".", **operations},
     package_data={"samfast": ["_build.json"], **{name: ["*.json"] for name in operations}},
     **(native_build(kind, builder) if builder else {}),

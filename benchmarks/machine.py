@@ -2,6 +2,7 @@
 """The machine a number belongs to: its name, and the two rates that bound every operation."""
 
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -19,6 +20,11 @@ def name(device: str) -> str:
         names = [row for row in info.read_text().splitlines() if row.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def slug(device: str) -> str:
+    """The name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name(device).lower()).strip("-")
 
 
 def now(device: str) -> float:

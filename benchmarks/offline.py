@@ -168,45 +168,57 @@ def compile_cuda(source: Path, arch: int) -> list[Resources]:
         return read_cubin(cubin, arch)
 
 
-def lora_linear_launches(rank, dtype, dropout, slices):
-    """Every launch of a forward and backward at ViT-H's qkv, batch 4."""
+def lora_linear_launches(
+    rank, dtype, dropout=0.0, slices=False, shared=False, tokens=4 * 4900, width=1280
+):
+    """Every launch of a forward and backward of a windowed qkv, ViT-H's at batch 4 unless told;
+    also the backwards that make fewer gradients."""
     from samfast.kernels.lora_linear import triton_kernels as kernels
     from samfast.kernels.lora_linear.engine import Slices
 
-    tokens, features, out = 4 * 4096, 1280, 3840
+    features, out = width, 3 * width
 
     def meta(*shape, dtype=dtype):
         return torch.empty(*shape, device="meta", dtype=dtype)
 
     starts = (0, 2 * features) if slices else ()
     n = max(len(starts), 1)
-    a = meta(n * rank, features, dtype=torch.float32)
+    own = slices and not shared
+    a = meta((n if own else 1) * rank, features, dtype=torch.float32)
     b = meta(n * features if slices else out, rank, dtype=torch.float32)
-    x, y, layout = meta(tokens, features), meta(tokens, out), Slices(starts, b, slices)
+    x, y, layout = meta(tokens, features), meta(tokens, out), Slices(starts, b, own)
     seed = meta(1, dtype=torch.int64) if dropout else None
     with recording() as launches:
         h = kernels.down(x, a, dropout, seed)
         kernels.up_(y, h, b, 2.0, layout)
         kernels.up_backward(y, h, b, 2.0, layout)
         kernels.down_backward_(x, h, x, a, dropout, seed)
-    return launches
+        full = len(launches)
+        kernels.up_backward(y, None, b, 2.0, layout)
+        kernels.down_backward_(None, h, x, a, dropout, seed)
+        kernels.down_backward_(x, h, None, a, dropout, seed)
+    return full, launches
 
 
 def registered(quick: bool):
     """(name, launches) of everything that must compile cleanly."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     if quick:
-        yield "lora_linear bfloat16 r4", lora_linear_launches(4, torch.bfloat16, 0.0, False)
-        yield (
-            "lora_linear float32 r16 dropout qv",
-            lora_linear_launches(16, torch.float32, 0.1, True),
-        )
+        for rank, dtype, dropout, slices in ((4, bf16, 0.0, False), (16, fp32, 0.1, True)):
+            full, launches = lora_linear_launches(rank, dtype, dropout, slices)
+            yield f"lora_linear {str(dtype)[6:]} r{rank}", launches[:full]
         return
-    for dtype, ranks in ((torch.bfloat16, (4, 16, 32, 64, 128)), (torch.float32, (4, 16, 32, 64))):
+    for dtype, ranks in ((bf16, (1, 3, 4, 8, 16, 32, 64, 128)), (fp32, (1, 4, 16, 32, 64))):
         for rank in ranks:
             for dropout in (0.0, 0.1):
                 name = f"lora_linear {str(dtype)[6:]} r{rank}{' dropout' if dropout else ''}"
-                yield name, lora_linear_launches(rank, dtype, dropout, False)
-    yield "lora_linear float16 r4 qv", lora_linear_launches(4, torch.float16, 0.0, True)
+                yield name, lora_linear_launches(rank, dtype, dropout)[1]
+    yield "lora_linear float16 r4 qv", lora_linear_launches(4, fp16, slices=True)[1]
+    yield "lora_linear float16 r128 dropout", lora_linear_launches(128, fp16, 0.1)[1]
+    yield "lora_linear bfloat16 r32 shared", lora_linear_launches(32, bf16, 0.1, True, True)[1]
+    for width in (768, 1024):
+        launches = lora_linear_launches(4, bf16, tokens=4900, width=width)[1]
+        yield f"lora_linear bfloat16 r4 width {width}", launches
 
 
 @triton.jit

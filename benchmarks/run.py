@@ -8,6 +8,7 @@ python -m benchmarks.run --op offline        every Triton kernel compiled for ev
 import csv
 import datetime
 import importlib.metadata
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +48,15 @@ class Settings:
     """CPU threads; 0 keeps torch's choice."""
     csv: Path | None = None
     """Append the rows to this file."""
+    record: bool = False
+    """Append the rows to benchmarks/results/<machine>.csv."""
 
 
 def main(settings: Settings) -> int:
     if settings.op == "offline":
         from benchmarks import offline
 
-        return offline.main([])
+        return offline.main([]) or (offline.main(["--cuda"]) if shutil.which("nvcc") else 0)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device, dtype = settings.device, DTYPES[settings.dtype]
@@ -74,7 +77,10 @@ def main(settings: Settings) -> int:
         for name, sentence in {**wrong, **workload.skipped}.items():
             print(f"  {name:20} no time: {sentence}")
             rows.append({"provider": name, "shape": workload.name, "note": sentence})
-    if settings.csv is not None:
+    files = [settings.csv] if settings.csv else []
+    if settings.record:
+        files.append(Path(__file__).with_name("results") / f"{machine.slug(device)}.csv")
+    for file in files:
         common = {
             "operation": settings.op,
             "dtype": settings.dtype,
@@ -84,7 +90,7 @@ def main(settings: Settings) -> int:
             "samfast": samfast.__version__,
             "date": datetime.date.today().isoformat(),
         }
-        append(settings.csv, [{**common, **row} for row in rows])
+        append(file, [{**common, **row} for row in rows])
     return 1 if failed else 0
 
 
@@ -167,6 +173,7 @@ def quantile(samples, q):
 
 
 def append(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.is_file()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")

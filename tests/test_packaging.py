@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What gets installed, what `import samfast` loads, and what SAMFAST_BUILD decides."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -91,6 +92,55 @@ def test_imports_of_this_installation(where, tmp_path):
     assert python(code, cwd, **path) == str(ROOT / "kernels" / "lora_linear" / "op.py")
 
 
+def test_an_editable_installation_works_elsewhere(tmp_path):
+    try:
+        installed = importlib.metadata.distribution("samfast")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("samfast is not installed here, the tests run from the sources")
+    if '"editable": true' not in (installed.read_text("direct_url.json") or ""):
+        pytest.skip("samfast is installed, but not as an editable checkout")
+    code = "import samfast.kernels.lora_linear.op as op; print(op.__file__)"
+    assert python(code, tmp_path) == str(ROOT / "kernels" / "lora_linear" / "op.py")
+
+
+def test_a_wheel_from_the_checkout_root(pure_wheel):
+    """The sources win there, as for every package that stands in the current folder."""
+    code = "import samfast.kernels.lora_linear.op as op, transformers; print(op.__file__)"
+    code = f"import samfast.integrations.torchvision as t; t.declare_missing_schemas(); {code}"
+    expected = str(ROOT / "kernels" / "lora_linear" / "op.py")
+    assert python(code, ROOT, PYTHONPATH=str(pure_wheel[1])) == expected
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_a_wheel_with_the_extension(source_tree, tmp_path):
+    """One binary for every Python from 3.10: the wheel's tag says so, and it loads."""
+    done = run_setup(source_tree, "cpu", "bdist_wheel", "--dist-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from samfast import backends; print(backends.native_missing())"
+    assert python(code, tmp_path, PYTHONPATH=str(tmp_path / "site")) == "None"
+
+
+@pytest.mark.slow
+def test_the_suite_without_the_extension(source_tree, tmp_path):
+    """What needs no extension passes from a tree where none was built."""
+    tree = tmp_path / "tree"
+    shutil.copytree(
+        source_tree, tree, ignore=shutil.ignore_patterns("build", "*.so", "_build.json")
+    )
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "benchmarks", tree / "benchmarks")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/kernels"]
+    command += ["tests/modules", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "the native extension was not built" in done.stdout
+
+
 def test_import_is_light():
     code = f"""
 import sys, samfast, samfast.functional, samfast.modules
@@ -139,7 +189,11 @@ def test_a_build_asked_for_by_name_must_be_possible(source_tree, build, environm
 
 
 def test_auto_without_a_compiler_builds_pure_python_and_says_so(source_tree):
+    record = source_tree / "samfast" / "_build.json"
+    before = record.read_text() if record.exists() else None
     done = run_setup(source_tree, "auto", "--version", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
-    record = (source_tree / "samfast" / "_build.json").read_text()
-    assert '"build": "none"' in record and "no-such-compiler" in record
+    assert before == (record.read_text() if record.exists() else None)  # nothing was built
+    done = run_setup(source_tree, "auto", "build_py", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert '"build": "none"' in record.read_text() and "no-such-compiler" in record.read_text()

@@ -144,6 +144,7 @@ def backend_asked_for(backend: str, device: torch.device, dtype: torch.dtype) ->
 
     It is tried on a tiny adapter, so that it fails before the data is read.
     """
+    backend = backends.requested(backend)  # SAMFAST_BACKEND in place of auto
     if backend == "auto":
         yield
         return

@@ -57,21 +57,26 @@ def draw(*shape, dtype=torch.float16):
 
 x, a, b = draw(3, 48), draw(2, 48, dtype=torch.float32), draw(64, 2, dtype=torch.float32)
 y, dh, layout = draw(3, 64), draw(3, 2), Slices((), b, False)
+other = torch.empty(2 * far + 64, dtype=torch.float16)
+dh_far = other.as_strided(dh.shape, (far, 1))
+dh_far.copy_(dh)
+seed = torch.tensor([5])
 with guarded(poison=False):
     assert torch.equal(kernels.down(spread(x), a, 0.0, None), kernels.down(x, a, 0.0, None))
     near = y.clone()
     kernels.up_(near, dh, b, 0.5, layout)
     wide = spread(y)
-    kernels.up_(wide, dh, b, 0.5, layout)
+    kernels.up_(wide, dh_far, b, 0.5, layout)
     assert torch.equal(wide, near)
     pairs = zip(
-        kernels.up_backward(spread(y), dh, b, 0.5, layout),
+        kernels.up_backward(spread(y), dh_far, b, 0.5, layout),
         kernels.up_backward(y, dh, b, 0.5, layout),
         strict=True,
     )
     assert all(torch.equal(far_one, near_one) for far_one, near_one in pairs)
-    da = kernels.down_backward_(None, dh, spread(x), a, 0.0, None)
-    assert torch.equal(da, kernels.down_backward_(None, dh, x, a, 0.0, None))
+    for p in (0.0, 0.3):
+        da = kernels.down_backward_(None, dh_far, spread(x), a, p, seed)
+        assert torch.equal(da, kernels.down_backward_(None, dh, x, a, p, seed))
 print("equal")
 """
 
