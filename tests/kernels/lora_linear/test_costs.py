@@ -47,6 +47,24 @@ def test_eight_launches_and_no_sync(dtype, dropout):
     assert counts.total_syncs == 0
 
 
+@pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
+def test_casts_under_autocast_are_five_more():
+    """x, W in the forward and again in the backward, b, dx: a float32 base under autocast."""
+    (x, weight, bias, a, b), dy = CASE.tensors(torch.float32)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    dy = dy.half()
+
+    def both():
+        with torch.autocast(DEVICE.type, torch.float16):
+            y = lora_linear(x, weight, bias, a, b, 0.5, backend="triton")
+        return torch.autograd.grad(y, [x, a, b], dy)
+
+    counts = count(both)
+    assert counts.launches["_to_copy"] == 5
+    assert counts.total_launches == 13
+
+
 def test_no_mask_and_no_bias_of_full_size():
     """Nothing larger than y is ever made, with dropout neither."""
     seed = torch.tensor([3], device=DEVICE)
