@@ -7,7 +7,7 @@ right part others for validation, and no coin lies in both.
 
 The truth comes from a classical segmentation that no network takes part in: a watershed on the
 edge strength (Sobel), flooded from pixels that are surely background (darker than 30) and surely
-coin (brighter than 150); notches and holes are closed, threads and specks below 500 pixels removed.
+coin (brighter than 150); notches and holes are closed, threads and specks removed.
 """
 
 from itertools import pairwise
@@ -20,13 +20,12 @@ TRAIN_COLUMNS = (0, 218)
 VAL_COLUMNS = (244, 384)  # the coin cut by column 244 begins at 220, right of all training tiles
 TILE = 140
 _BACKGROUND_BELOW, _COIN_ABOVE = 30, 150
-_SMALLEST_COIN = 500
 
 
 def coins_and_truth() -> tuple[np.ndarray, np.ndarray]:
     """The photograph, uint8 (303, 384), and its coins, bool of the same shape."""
     from scipy import ndimage
-    from skimage import data, filters, measure, morphology, segmentation
+    from skimage import data, filters, morphology, segmentation
 
     photograph = data.coins()
     markers = np.zeros(photograph.shape, np.int32)
@@ -35,11 +34,7 @@ def coins_and_truth() -> tuple[np.ndarray, np.ndarray]:
     coins = segmentation.watershed(filters.sobel(photograph), markers) == 2
     coins = ndimage.binary_closing(coins, morphology.disk(3))
     coins = ndimage.binary_opening(ndimage.binary_fill_holes(coins), morphology.disk(3))
-    labels = measure.label(coins)
-    sizes = np.bincount(labels.ravel())
-    keep = sizes >= _SMALLEST_COIN
-    keep[0] = False
-    return photograph, keep[labels]
+    return photograph, coins
 
 
 def write_coins(folder: Path | str, *, columns: int = 4, rows: int = 6) -> Path:

@@ -148,7 +148,7 @@ def _check_pair(pair: Pair) -> list[float]:
 
 
 def _check_binary(pair: Pair, values: list[float], seen: dict[float, Path]) -> None:
-    advice = "name the foreground's values with foreground"
+    advice = "name the foreground's values with --foreground (foreground=)"
     if len(values) > 2:
         raise ValueError(
             f"mask {pair.mask} holds {len(values)} values ({_listed(values)}) where two are "

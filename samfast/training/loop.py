@@ -24,6 +24,7 @@ from samfast.training.folders import Pair, Split, check_pairs, find_split
 from samfast.training.images import read_image, read_mask
 from samfast.training.losses import bce_dice_loss
 from samfast.training.metrics import all_foreground_scores
+from samfast.training.progress import Losses, Progress, peak_memory_mib
 from samfast.training.records import RunFolder
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
 
@@ -207,8 +208,10 @@ class Run:
         self.loader.set_epoch(epoch)
         self.model.train()
         total = len(self.loader) * settings.batch_size
-        progress = _Progress(f"epoch {epoch}/{settings.epochs}", total, accelerator)
-        losses = _Losses(self.step)
+        progress = Progress(
+            f"epoch {epoch}/{settings.epochs}", total, main=accelerator.is_main_process
+        )
+        losses = Losses(self.step)
         lr = self.schedule.get_last_lr()[0]
         with progress:
             for batch in self.loader:
@@ -243,7 +246,7 @@ class Run:
             "step": self.step,
             "train_loss": totals[0] / totals[1],
             "images_per_second": round(totals[2], 3),
-            "peak_memory_mib": _peak_memory_mib(accelerator.device),
+            "peak_memory_mib": peak_memory_mib(accelerator.device),
             "lr": lr,
         }
 
@@ -286,74 +289,6 @@ def seed_everything(seed: int) -> None:
     from accelerate.utils import set_seed
 
     set_seed(seed)
-
-
-class _Losses:
-    """The losses of an epoch, left on the device until someone asks."""
-
-    def __init__(self, step: int):
-        self.first_step = step
-        self.values: list[Tensor] = []
-        self.counts: list[int] = []
-
-    @property
-    def images(self) -> int:
-        return sum(self.counts)
-
-    def add(self, loss: Tensor, count: int) -> None:
-        self.values.append(loss.detach().float())
-        self.counts.append(count)
-
-    def mean(self) -> float:
-        """Mean over images so far; FloatingPointError when one of the losses is not finite."""
-        values = torch.stack(self.values).tolist()
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss is {value} in batch {i + 1} after step {self.first_step}; the "
-                    "adapters of the last full epoch are kept, a smaller --lr may help"
-                )
-        weighted = sum(value * n for value, n in zip(values, self.counts, strict=True))
-        return weighted / self.images
-
-
-class _Progress:
-    """The bar of one epoch (on a terminal only), and its clock."""
-
-    _INTERVAL = 0.5  # seconds; showing the loss waits for the device
-
-    def __init__(self, title: str, images: int, accelerator: "Accelerator"):
-        self.title = title
-        self.total = images
-        self.hidden = True if not accelerator.is_main_process else None
-
-    def __enter__(self):
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            desc=self.title, total=self.total, unit=" images", leave=False, disable=self.hidden
-        )
-        self.images = 0
-        self.began = self.shown = time.perf_counter()
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def advance(self, images: int) -> bool:
-        """Count images; whether it is time to show the loss."""
-        self.images += images
-        self.bar.update(images)
-        now = time.perf_counter()
-        due = not self.bar.disable and now - self.shown >= self._INTERVAL
-        self.shown = now if due else self.shown
-        return due
-
-    def show(self, loss: float) -> None:
-        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-    def images_per_second(self) -> float:
-        return self.images / (time.perf_counter() - self.began)
 
 
 def _accelerator(settings: FinetuneSettings) -> tuple["Accelerator", torch.dtype]:
@@ -412,13 +347,3 @@ def _speaker(settings: FinetuneSettings, accelerator: "Accelerator") -> Say:
             print(sentence, file=sys.stderr if settings.json else sys.stdout, flush=True)
 
     return say
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    """Peak of the epoch's GPU allocations, or of the process's resident memory so far."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an epoch shows while it runs: losses, the bar, memory."""
+
+import math
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+
+class Losses:
+    """The losses of an epoch, left on the device until someone asks."""
+
+    def __init__(self, step: int):
+        self.first_step = step
+        self.values: list[Tensor] = []
+        self.counts: list[int] = []
+
+    @property
+    def images(self) -> int:
+        return sum(self.counts)
+
+    def add(self, loss: Tensor, count: int) -> None:
+        self.values.append(loss.detach().float())
+        self.counts.append(count)
+
+    def mean(self) -> float:
+        """Mean over images so far; FloatingPointError when one of the losses is not finite."""
+        values = torch.stack(self.values).tolist()
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss is {value} in batch {i + 1} after step {self.first_step}; the "
+                    "results of earlier epochs are kept, a smaller --lr may help"
+                )
+        weighted = sum(value * n for value, n in zip(values, self.counts, strict=True))
+        return weighted / self.images
+
+
+class Progress:
+    """The bar of one epoch (on a terminal only), and its clock."""
+
+    _INTERVAL = 0.5  # seconds; showing the loss waits for the device
+
+    def __init__(self, title: str, images: int, *, main: bool):
+        self.title = title
+        self.total = images
+        self.hidden = None if main else True  # None: tqdm decides by the terminal
+
+    def __enter__(self):
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            desc=self.title, total=self.total, unit=" images", leave=False, disable=self.hidden
+        )
+        self.images = 0
+        self.began = self.shown = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def advance(self, images: int) -> bool:
+        """Count images; whether it is time to show the loss."""
+        self.images += images
+        self.bar.update(images)
+        now = time.perf_counter()
+        due = not self.bar.disable and now - self.shown >= self._INTERVAL
+        self.shown = now if due else self.shown
+        return due
+
+    def show(self, loss: float) -> None:
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+    def images_per_second(self) -> float:
+        return self.images / (time.perf_counter() - self.began)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak of the epoch's GPU allocations, or of the process's resident memory so far."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
