@@ -27,6 +27,7 @@ class InfoSettings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    let_waiting_threads_sleep()
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv == ["--version"]:
         import samfast
@@ -49,6 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         advice = "a smaller --batch-size (with --accumulate) or --image-size needs less"
         return _stop(error, f"out of memory ({str(error).partition('. ')[0]}); {advice}")
+
+
+def let_waiting_threads_sleep() -> None:
+    """Ask OpenMP, before torch loads it, not to spin while threads wait for each other.
+
+    Where other processes want the same cores, spinning makes training on a CPU many times slower;
+    on idle cores sleeping costs little. A choice made in the environment stands.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _parsed(argv: list[str]):

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration: a tiny SAM learns to find coins, ``python -m samfast.training.demo``.
+"""The demonstration's run, which ``samfast.training.demo`` starts: a tiny SAM learns to find coins.
 
 It compares three states on photographs no training tile touches: untrained, mask decoder trained
 alone, and LoRA adapters trained with it for as many steps; then it looks inside the adapter.
 """
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ TRAINING = {"model": "vit_tiny", "epochs": 10, "repeats": 1, "batch_size": 4}
 LORA = {"rank": 16, "alpha": 64.0, "target": ("qkv", "proj", "lin1", "lin2")}
 
 
-def main(output: Path = Path("runs/demo"), seed: int = 0) -> bool:
+def run(output: Path, seed: int = 0) -> bool:
     """Run it all; whether the adapter reached WANTED. Results of an earlier run are replaced."""
     began = time.perf_counter()
     declare_missing_schemas()
@@ -106,10 +105,3 @@ def _look_inside(adapted: nn.Module, untrained: nn.Module, loader) -> None:
 
 def _adapter_tensors(sam: nn.Module) -> dict[str, Tensor]:
     return {n: p.data for n, p in sam.named_parameters() if "lora_" in n}
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m samfast.training.demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--seed", type=int, default=0)
-    raise SystemExit(0 if main(**vars(parser.parse_args())) else 1)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from samfast.training import demo
+from samfast.training import demo_run
 from samfast.training.demo_data import TRAIN_COLUMNS, VAL_COLUMNS, coins_and_truth, write_coins
 from samfast.training.folders import load_split
 
@@ -45,4 +45,4 @@ def test_tiles_are_a_sound_data_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_demonstration_reaches_its_dice(tmp_path, seed):
-    assert demo.main(tmp_path / "demo", seed)
+    assert demo_run.run(tmp_path / "demo", seed)
