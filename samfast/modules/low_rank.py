@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear layer under every mergeable low-rank adapter: shared weight, merging, state dict."""
 
-from collections.abc import Iterator
-
 import torch
-from torch import nn
 
 from samfast.backends import requested, resolve
 from samfast.kernels.lora_linear.op import supports
-from samfast.modules.adapter import Adapter
+from samfast.modules.adapted_linear import AdaptedLinear
 
 
 def check_rank(rank: int) -> None:
@@ -29,7 +26,7 @@ def check_alpha(alpha: float | None) -> None:
         raise ValueError(f"alpha is {alpha!r}; it must be a finite number above 0")
 
 
-class LowRankLinear(Adapter, nn.Linear):
+class LowRankLinear(AdaptedLinear):
     """nn.Linear plus trainable tensors of low rank that can be folded into the weight and out.
 
     A subclass adds lora_A and lora_B with ``add_adapter``, fills them in ``reset_adapter``, gives
@@ -43,48 +40,6 @@ class LowRankLinear(Adapter, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         # The weight's own storage while another one with the adapter folded in stands in for it.
         self.register_buffer("unmerged_weight", None, persistent=False)
-
-    def add_adapter(self, **shapes: tuple[int, ...]) -> None:
-        """Add one uninitialised parameter per name: float32 unless the weight is float64."""
-        wide = self.weight.dtype == torch.float64
-        options = {
-            "dtype": torch.float64 if wide else torch.float32,
-            "device": self.weight.device,
-        }
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
-
-    @classmethod
-    def _from_linear(cls, linear: nn.Linear, **options):
-        """One of these around the Parameters of ``linear``; no other weight is made."""
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"expected a plain nn.Linear, got {type(linear).__name__}")
-        weight = linear.weight
-        module = cls(
-            linear.in_features,
-            linear.out_features,
-            **options,
-            bias=linear.bias is not None,
-            device="meta",
-            dtype=weight.dtype,
-        )
-        module.weight, module.bias = weight, linear.bias
-        module.add_adapter(**{name: p.shape for name, p in module.adapter_parameters()})
-        module.reset_adapter()
-        return module.train(linear.training)
-
-    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.named_parameters():
-            if name not in ("weight", "bias"):
-                yield name, parameter
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if "lora_A" in self._parameters:  # nn.Linear calls this before the adapter exists
-            self.reset_adapter()
-
-    def reset_adapter(self) -> None:
-        raise NotImplementedError
 
     def delta_weight(self) -> torch.Tensor:
         """(out_features, in_features), at least float32: what the adapter adds to the weight."""
