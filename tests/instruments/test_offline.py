@@ -30,12 +30,20 @@ def gate(*options):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_triton_kernel_that_spills():
-    code, text = gate("--self-test")
-    rows = {row.split()[2]: row for row in text.splitlines() if "sm_86" in row}
+def test_planted_kernels():
+    code, text = gate("--launches", "tests.instruments.planted_kernels")
+    rows = {
+        row.split(" sm_86 ")[1].split()[0]: row for row in text.splitlines() if " sm_86 " in row
+    }
     assert code == 1
-    assert "NOT CLEAN" in rows["spilling_kernel"]
-    assert "atomics 0" not in rows["atomic_kernel"] and "NOT CLEAN" in rows["atomic_kernel"]
+    assert "NOT CLEAN" in rows["spilling_kernel"] and "spills   0" not in rows["spilling_kernel"]
+    assert "atomics 1" in rows["atomic_kernel"] and "NOT CLEAN" in rows["atomic_kernel"]
+    assert "spills   0" in rows["crowded_kernel"] and "NOT CLEAN" in rows["crowded_kernel"]
+    assert "NOT COMPILED: arange's range must be a power of 2" in rows["refused_kernel"]
+    clean = [row for row in text.splitlines() if " clean_kernel" in row]
+    assert len(clean) == 3 and clean[0].startswith("sound +1 ")  # one compile for the same code
+    assert not any("NOT CLEAN" in row for row in clean)
+    assert "7 compiles of 8 launches, 4 wrong" in text
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

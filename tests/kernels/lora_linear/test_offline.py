@@ -26,7 +26,7 @@ def compile_all(archs, *options):
 def test_quick():
     done = compile_all(QUICK, "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("clean") == 2 * 2 * 6
+    assert "22 compiles of 24 launches, 0 wrong" in done.stdout
 
 
 @pytest.mark.slow
