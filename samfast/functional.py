@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operation as a function: ``backend="auto"`` and autograd throughout."""
 
+from samfast.kernels.conv_experts import conv_experts
+from samfast.kernels.conv_experts.conv_lora import conv_lora_linear
+from samfast.kernels.expert_gate import expert_gate
 from samfast.kernels.lora_linear import lora_linear
 
-__all__ = ["lora_linear"]
+__all__ = ["conv_experts", "conv_lora_linear", "expert_gate", "lora_linear"]
