@@ -24,6 +24,7 @@ class Case:
     dropout: float = 0.0
     bias: bool = True
     scaling: float = 0.7
+    whole: bool = False  # whole numbers from -8 to 8 in place of normal ones
 
     @property
     def id(self):
@@ -37,15 +38,18 @@ class Case:
         """x, weight, bias, lora_a, lora_b as leaves that want gradients, and dy."""
         generator = torch.Generator().manual_seed(5)
 
-        def draw(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        def draw(*shape, divisor=1.0):
+            if self.whole:
+                return torch.randint(-8, 9, shape, generator=generator).double()
+            return torch.randn(*shape, generator=generator, dtype=torch.float64) / divisor
 
         n = len(self.slices) if self.slices else 1
         length = self.slices[0][1] - self.slices[0][0] if self.slices else self.out
         features = self.shape[-1]
-        x, weight = draw(*self.shape), draw(self.out, features) / features**0.5
+        root = features**0.5
+        x, weight = draw(*self.shape), draw(self.out, features, divisor=root)
         bias = draw(self.out) if self.bias else None
-        a = draw(self.rank if self.shared else n * self.rank, features) / features**0.5
+        a = draw(self.rank if self.shared else n * self.rank, features, divisor=root)
         b, dy = draw(n * length, self.rank), draw(*self.shape[:-1], self.out)
         adapter = adapter_dtype or dtype
         base = [t if t is None else t.to(device, dtype) for t in (x, weight, bias)]

@@ -45,7 +45,7 @@ from samfast.kernels.lora_linear import triton_kernels as kernels
 from samfast.kernels.lora_linear.engine import Slices
 
 far = 2**30 + 16  # elements between rows: the third row starts beyond 2**31
-store = torch.empty(2 * far + 64, dtype=torch.float16)  # virtual until touched
+store = torch.empty(2 * far + 1024, dtype=torch.float16)  # virtual until touched
 
 def spread(t):
     wide = store.as_strided(t.shape, (far, 1))
@@ -77,6 +77,47 @@ with guarded(poison=False):
     for p in (0.0, 0.3):
         da = kernels.down_backward_(None, dh_far, spread(x), a, p, seed)
         assert torch.equal(da, kernels.down_backward_(None, dh, x, a, p, seed))
+
+# What the launchers make or take contiguous is reached by launches of a few programs out of many.
+tiles = dict(PRECISION="ieee", BLOCK_M=32, BLOCK_N=32, BLOCK_R=16)
+
+def dz_partials(part, tokens):
+    # two blocks of columns; the second one's partials start tokens * rank elements further on
+    kernels.up_backward_kernel[(1, 2)](
+        y, None, b, part, None, tokens, 64, 2, 32, 64, y.stride(0), 0, 0, 0, 0, 0.5,
+        OWN=False, NEED_DB=False, **tiles,
+    )
+    return part.clone()
+
+def dz_sum(part, tokens):
+    # one block of 1024 elements, of three parts
+    dz = torch.empty(1024)
+    kernels.reduce_kernel[(1,)](
+        part, dz, tokens, 3, 1 if tokens == 1024 else far, 1, 1, None, None, 0, 0,
+        HAS_DZ=True, HAS_GRAD=False, BLOCK=1024,
+    )
+    return dz
+
+def dx_update(dx, columns):
+    # the first block of columns of 17 rows
+    kernels.down_backward_kernel[(1, 1)](
+        dx, rows, None, row, None, None, 17, columns, 1, 32, 0, 1, 0, 1.0,
+        NEED_DX=True, NEED_DA=False, DROPOUT=False, **tiles,
+    )
+    return dx.clone()
+
+rows, row, start, parts = draw(17, 1), draw(1, 32), draw(17, 32), draw(3, 1024)
+y = draw(32, 64)
+with guarded(poison=False):
+    near = dz_partials(torch.zeros(2, 32, 2, dtype=torch.float16), 32)
+    wide = store.as_strided((2, 32, 2), (2 * far, 2, 1)).zero_()
+    assert torch.equal(dz_partials(wide, far), near)
+    assert near.count_nonzero() == near.numel()
+    wide = store.as_strided((3, 1024), (far, 1)).copy_(parts)
+    assert torch.equal(dz_sum(wide, far), dz_sum(parts, 1024))
+    columns = 2**27 + 16  # the last of 17 rows starts beyond 2**31
+    wide = store.as_strided((17, 32), (columns, 1)).copy_(start)
+    assert torch.equal(dx_update(wide, columns), dx_update(start.clone(), 32))
 print("equal")
 """
 
