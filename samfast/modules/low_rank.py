@@ -4,6 +4,7 @@
 import torch
 
 from samfast.backends import requested, resolve
+from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels.lora_linear.op import supports
 from samfast.modules.adapted_linear import AdaptedLinear
 
@@ -62,13 +63,14 @@ class LowRankLinear(AdaptedLinear):
         return self.unmerged_weight is not None
 
     def backends(self) -> dict[str, str]:
-        weight, count = self.weight, len(getattr(self, "slices", ())) or 1
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        x, count = autocast_input(self.weight.detach()[:0]), len(getattr(self, "slices", ())) or 1
         try:
             name = resolve(
                 "lora_linear",
                 requested("auto"),
-                weight.device,
-                lambda backend: supports(backend, weight, self.lora_A, self.lora_B, count),
+                x.device,
+                lambda backend: supports(backend, x, self.lora_A, self.lora_B, count),
             )
         except RuntimeError as error:
             return {"lora_linear": str(error)}

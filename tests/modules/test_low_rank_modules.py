@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from samfast.backends import triton_missing
 from samfast.modules import LoraLinear, QkvLora
 
 RANGES = {"q": 0, "k": 1, "v": 2}
@@ -327,3 +328,19 @@ def test_repr_names_the_options(linear):
     module.merge()
     assert repr(module).endswith("merged)")
     assert "slices=q,v" in repr(qkv(nn.Linear(20, 36)))
+
+
+@pytest.mark.skipif(triton_missing(torch.device("cpu")) is not None, reason="Triton cannot run")
+def test_the_backend_named_is_the_one_a_forward_takes_under_autocast(monkeypatch):
+    monkeypatch.setenv("SAMFAST_BACKEND", "triton")
+    module = LoraLinear(160, 120, rank=100)
+    (refused,) = module.backends().values()
+    assert "above 64, the widest tile for torch.float32" in refused
+    with pytest.raises(RuntimeError, match="above 64, the widest tile for torch.float32"):
+        module(torch.ones(2, 160))
+    with torch.autocast("cpu", torch.float16):
+        assert module.backends() == {"lora_linear": "triton"}
+        module(torch.ones(2, 160))
+    wide = LoraLinear(160, 120, rank=100, dtype=torch.float64)
+    with torch.autocast("cpu", torch.float16):
+        assert "x is torch.float64" in wide.backends()["lora_linear"]
