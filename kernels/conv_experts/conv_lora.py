@@ -35,6 +35,9 @@ class RoutedExperts:
     backend: str
     zero_preserving = False
 
+    def __repr__(self):  # the map's key; torch.compile cannot trace the one of dataclasses
+        return f"RoutedExperts({self.ratios}, {self.coefficient}, {self.backend!r})"
+
     def forward(self, h, geometry, weight, bias, w_gate, w_noise, *given):
         windows, (has_noise, has_index) = list(geometry[:5]), geometry[5:]
         noise = given[0] if has_noise else None
