@@ -10,6 +10,7 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "ConvLora": "samfast.modules.methods",
     "DecoderOnly": "samfast.modules.methods",
     "Lora": "samfast.modules.methods",
     "attach": "samfast.modules.attach",
@@ -18,6 +19,7 @@ _EXPORTS = {
     "merged_state_dict": "samfast.modules.attach",
     "trainable_parameters": "samfast.modules.attach",
     "parameter_groups": "samfast.modules.attach",
+    "aux_loss": "samfast.modules.aux_loss",
     "report": "samfast.modules.report",
     "save_adapter": "samfast.modules.adapter_files",
     "load_adapter": "samfast.modules.adapter_files",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every adapted module has in common, and how a model remembers what was attached to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from samfast.modules.aux_loss import LatestLoss
     from samfast.modules.methods import Method
 
 _ATTRIBUTE = "samfast_attachment"
@@ -20,6 +21,22 @@ class Adapter:
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name inside this module, parameter) of the tensors that the adapter adds."""
         raise NotImplementedError
+
+    def adapter_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in this module's state dict, tensor) of all that the adapter adds there."""
+        return self.adapter_parameters()
+
+    def state_problem(self, state: Mapping[str, torch.Tensor]) -> str | None:
+        """Why these tensors, by their names in the state dict, mean something else here."""
+        return None
+
+    def biases(self) -> Iterator[nn.Parameter]:
+        """The adapter's parameters that are biases whatever their number of dimensions."""
+        return iter(())
+
+    def latest_loss(self) -> "LatestLoss | None":
+        """Holder of this layer's own term of the loss, None for a method that has none."""
+        return None
 
     @property
     def merged(self) -> bool:

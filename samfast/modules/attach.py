@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from samfast.models.heads import stock_state_dict
 from samfast.modules.adapter import (
     Adapter,
     Attachment,
@@ -33,7 +34,7 @@ def attach(
     """Freeze a model, put adapters on its target layers, and un-freeze what ``train`` names.
 
     Works in place and returns the model. Adapted layers share the weights they had; outputs stay
-    the same until training moves the adapters (LoRA starts at zero).
+    the same until training moves the adapters (LoRA and Conv-LoRA start at zero).
 
     method: for example ``samfast.Lora(rank=4)``. Its ``target`` is a leaf name, matched in
         ``model.image_encoder`` where there is one and anywhere else otherwise, or a regular
@@ -207,9 +208,11 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     Biases, norms and other one-dimensional parameters get no decay, as users expect; adapters
     are matrices and get it. Groups without parameters are left out.
     """
+    biases = {id(bias) for layer in adapters(model).values() for bias in layer.biases()}
     matrices, vectors = [], []
     for _, parameter in trainable_parameters(model):
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
+        matrix = parameter.ndim >= 2 and id(parameter) not in biases
+        (matrices if matrix else vectors).append(parameter)
     groups = [
         {"params": matrices, "lr": lr, "weight_decay": weight_decay},
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
@@ -250,7 +253,8 @@ def _mergeable(model: nn.Module) -> list[Adapter]:
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of the plain model with all adapters folded in; the model stays as it is.
 
-    Its names are those of the model before ``attach``, so a stock model loads it.
+    Its names are those of the model before ``attach``, so a stock model loads it; a binary head
+    is written back into SAM's decoder as ``samfast.models.stock_state_dict`` does.
     """
     model = unwrapped(model)
     layers = _mergeable(model)
@@ -263,4 +267,4 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     for layer, merged in zip(layers, was_merged, strict=True):
         if not merged:
             layer.unmerge()
-    return state
+    return stock_state_dict(model, state)

@@ -12,6 +12,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from samfast.modules.conv_lora import (
+    ConvLoraLinear,
+    check_choice,
+    check_depthwise,
+    check_experts,
+)
 from samfast.modules.lora import LoraLinear
 from samfast.modules.low_rank import check_alpha, check_dropout, check_rank
 from samfast.modules.qkv_lora import QkvLora, checked_slices
@@ -103,6 +109,64 @@ class Lora(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvLora(Method):
+    """Conv-LoRA (ICLR 2024) on linear layers that see maps of tokens.
+
+    rank, alpha: the update is scaled by alpha / rank; alpha None means alpha = rank
+    experts: number of convolutions, the i-th on the map enlarged i times
+    depthwise: each channel of the bottleneck has a convolution of its own
+    dropout: on the adapter's input, in training
+    target: as in ``Lora``
+    top_k: experts that a map passes   formula: "code", what the authors run, or "paper", what
+        their article writes; other choices than 1 and "code" are slow
+    """
+
+    name: ClassVar[str] = "conv-lora"
+
+    rank: int = 3
+    alpha: float | None = 32
+    experts: int = 8
+    depthwise: bool = False
+    dropout: float = 0.0
+    target: str | tuple[str, ...] = "qkv"
+    top_k: int = 1
+    formula: str = "code"
+
+    def __post_init__(self):
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        check_experts(self.experts)
+        check_depthwise(self.depthwise)
+        check_dropout(self.dropout)
+        check_choice(self.top_k, self.experts, self.formula)
+        object.__setattr__(self, "target", _checked_target(self.target))
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not ConvLora:
+            return False
+        mine, theirs = (
+            (m.rank, (m.alpha or m.rank) / m.rank, m.experts, m.depthwise, m.top_k, m.formula)
+            for m in (self, other)
+        )
+        return mine == theirs
+
+    def check(self, layer: nn.Linear) -> None:
+        ConvLoraLinear.check_sizes(layer.in_features, layer.out_features, self.rank)
+
+    def wrap(self, layer: nn.Linear) -> nn.Module:
+        return ConvLoraLinear.from_linear(
+            layer,
+            self.rank,
+            self.alpha,
+            self.experts,
+            depthwise=self.depthwise,
+            dropout=self.dropout,
+            top_k=self.top_k,
+            formula=self.formula,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderOnly(Method):
     """No adapter at all: what ``attach`` is told to train is all that is trained."""
 
@@ -110,7 +174,7 @@ class DecoderOnly(Method):
     target: ClassVar[tuple[str, ...]] = ()
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora, DecoderOnly)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora, ConvLora, DecoderOnly)}
 
 
 def method_from_config(config: Any) -> Method:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The term that adapters add to the loss of a step, taken from their latest forward.
+
+A layer's term is part of the graph of its forward, so its gradient comes by itself, except under
+reentrant checkpointing: there the forward runs without a graph, and a later recomputation has one.
+``aux_loss`` then hands the term out under a node of its own. That node was made after the model's,
+so autograd runs it before them; it leaves the incoming gradient with the layers, and each layer's
+recomputation sends the gradient on into its own graph.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from samfast.modules.adapter import adapters, attachment, unwrapped
+
+
+class LatestLoss:
+    """A layer's term of its latest forward. Copies and pickles are empty.
+
+    value: scalar, None before the first forward
+    blind: the forward was one of training, but without a graph, so a recomputation may follow
+    gradient: d loss / d value, for that recomputation
+    """
+
+    def __init__(self):
+        self.value: Tensor | None = None
+        self.blind = False
+        self.gradient: Tensor | None = None
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+    def keep(self, value: Tensor, y: Tensor, training: bool, trained: bool) -> Tensor:
+        """Take the term of a forward whose result is y; returns y, which the caller gives back.
+
+        training: False when the term is constant   trained: whether it reaches a parameter
+        """
+        if recomputing():
+            if self.gradient is None or not torch.is_grad_enabled():
+                return y
+            gradient, self.gradient = self.gradient, None
+            return _SendOn.apply(y, value, gradient)
+        self.value = value if training else value.detach()
+        self.blind = training and trained and not torch.is_grad_enabled()
+        self.gradient = None
+        return y
+
+
+def recomputing() -> bool:
+    """Whether this forward is a checkpoint's second one, in the middle of a backward."""
+    if torch.compiler.is_compiling():  # checkpoints inside a compiled graph recompute no Python
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+class _SendOn(torch.autograd.Function):
+    """y, unchanged; its backward also gives ``value`` a gradient that came another way."""
+
+    @staticmethod
+    def forward(ctx, y, value, gradient):
+        # Not through save_for_backward: a checkpoint inside a checkpoint counts what is saved, and
+        # only one of its two forwards comes by here. The gradient has no graph that could leak.
+        ctx.gradient = gradient.to(value.device)
+        ctx.set_materialize_grads(False)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy, ctx.gradient, None
+
+
+class _Leave(torch.autograd.Function):
+    """Sum of the terms of layers that will be recomputed; its gradient is left with them.
+
+    anchor: any tensor that requires a gradient, so that autograd makes a node; it gets none.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, latest):
+        ctx.latest = latest
+        return _sum([term.value for term in latest])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        latest = ctx.latest
+        for term in latest:
+            term.gradient = gradient
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: _check_all_taken(latest))
+        return None, None
+
+
+def _check_all_taken(latest: list[LatestLoss]) -> None:
+    """At the end of a backward: no layer was recomputed before the gradient came, or not at all."""
+    left = [term for term in latest if term.gradient is not None]
+    for term in left:
+        term.gradient = None
+    if left:
+        raise RuntimeError(
+            f"the gradient of aux_loss did not reach {len(left)} of {len(latest)} layers, whose "
+            "forward ran without a graph and which this backward did not recompute after it; under "
+            "reentrant checkpointing call aux_loss after the forward, add it to the loss of the "
+            "same backward and let the checkpoint's input require a gradient, or use "
+            "use_reentrant=False"
+        )
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    device = values[0].device
+    return torch.stack([value.to(device) for value in values]).sum()
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """What the adapters add to the loss: the sum over layers of their latest forward's term.
+
+    Conv-LoRA's is the gates' balancing loss, its coefficient included; add it to the task's loss
+    with weight 1. Zero for methods that have none. Call it after every forward of training, before
+    the backward; any checkpointing, accumulation and data-parallel wrapper will do.
+
+    Raises ValueError when the model has no adapter and RuntimeError when there was no forward yet.
+    """
+    model = unwrapped(model)
+    layers = adapters(model)
+    if not layers and attachment(model) is None:
+        raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
+    terms = [t for layer in layers.values() if (t := layer.latest_loss()) is not None]
+    if not terms:
+        parameter = next(model.parameters(), None)
+        return torch.zeros((), device=None if parameter is None else parameter.device)
+    terms = [term for term in terms if term.value is not None]
+    if not terms:
+        raise RuntimeError(
+            f"aux_loss belongs to a forward, and this {type(model).__name__} had none yet"
+        )
+    if not torch.is_grad_enabled():
+        return _sum([term.value for term in terms])
+    blind = [term for term in terms if term.blind]
+    others = [term.value for term in terms if not term.blind]
+    if blind:
+        anchor = torch.zeros((), device=blind[0].value.device, requires_grad=True)
+        others.append(_Leave.apply(anchor, blind))
+    return _sum(others) if len(others) > 1 or not blind else others[0]

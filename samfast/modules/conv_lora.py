@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conv-LoRA on a whole linear layer."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from samfast.backends import requested, resolve
+from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.conv_experts.conv_lora import (
+    _GATE_BACKEND,
+    FORMULAS,
+    conv_lora_linear,
+)
+from samfast.kernels.conv_experts.op import supports as experts_supports
+from samfast.kernels.expert_gate.op import draw_noise
+from samfast.kernels.expert_gate.op import supports as gate_supports
+from samfast.kernels.lora_linear.op import supports as lora_supports
+from samfast.modules.adapted_linear import AdaptedLinear
+from samfast.modules.aux_loss import LatestLoss
+from samfast.modules.low_rank import check_alpha, check_dropout, check_rank
+
+_GATE = "lora_moe_gating."
+_CONSTANTS = {f"{_GATE}mean": 0.0, f"{_GATE}std": 1.0}  # of the gate's noise
+_RENAMED = {"w_gate": f"{_GATE}w_gate", "w_noise": f"{_GATE}w_noise"}
+_PACKED = {"expert_weight": "weight", "expert_bias": "bias"}
+
+
+def check_experts(experts: int) -> None:
+    if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
+        raise ValueError(f"experts is {experts!r}; it must be a whole number of at least 1")
+
+
+def check_depthwise(depthwise: bool) -> None:
+    if not isinstance(depthwise, bool):
+        raise ValueError(f"depthwise is {depthwise!r}; it must be True or False")
+
+
+def check_choice(top_k: int, experts: int, formula: str) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
+        raise ValueError(
+            f"top_k is {top_k!r}; it must be a whole number from 1 to {experts}, the number of "
+            "experts"
+        )
+    if formula not in FORMULAS:
+        raise ValueError(f"formula is {formula!r}; it must be one of {', '.join(FORMULAS)}")
+
+
+def checked_ratios(ratios: Sequence[int] | None, experts: int) -> tuple[int, ...]:
+    """The experts' enlargements, 1, 2, … when None; ValueError when they do not fit."""
+    if ratios is None:
+        return tuple(range(1, experts + 1))
+    if not isinstance(ratios, (tuple, list)) or len(ratios) != experts:
+        raise ValueError(f"ratios is {ratios!r}; it must have one entry for each of {experts}")
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
+            raise ValueError(f"ratios has {ratio!r}; each must be a whole number of at least 1")
+    return tuple(ratios)
+
+
+class ConvLoraLinear(AdaptedLinear):
+    """Linear layer whose low-rank update passes a routed convolution (Conv-LoRA, ICLR 2024).
+
+    x: (N, H, W, in_features), or (N, H·W, in_features) -> (…, out_features)
+    y = x Wᵀ + b + alpha/rank · (h + E(h)) Bᵀ with h = drop(x) Aᵀ seen as N maps of H × W. A gate
+    picks one expert for each map: E enlarges the map by the expert's ratio, convolves it 3 × 3,
+    applies GELU and shrinks it back.
+
+    lora_A: (rank, in_features), Kaiming uniform   lora_B: (out_features, rank), zeros
+    expert_weight: (experts, rank, rank, 3, 3), or (experts, rank, 1, 3, 3) when depthwise, each
+        expert as nn.Conv2d starts   expert_bias: (experts, rank), zeros
+    w_gate, w_noise: (rank, experts), zeros
+
+    All are float32 (float64 beside a float64 weight). The state dict has the published names:
+    lora_moe_experts.{i}.0.weight and .bias, lora_moe_gating.w_gate, w_noise, mean and std.
+
+    ratios: of the experts, 1, 2, … by default   top_k, formula: what is not the default runs on
+    plain autograd: several experts by their gate values, or "paper", the article's
+    Σ gate · conv without skip and GELU.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 3,
+        alpha: float | None = 32,
+        experts: int = 8,
+        *,
+        ratios: Sequence[int] | None = None,
+        depthwise: bool = False,
+        dropout: float = 0.0,
+        top_k: int = 1,
+        formula: str = "code",
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        self.check_sizes(in_features, out_features, rank)
+        check_alpha(alpha)
+        check_experts(experts)
+        ratios = checked_ratios(ratios, experts)
+        check_depthwise(depthwise)
+        check_dropout(dropout)
+        check_choice(top_k, experts, formula)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.rank = rank
+        self.alpha = rank if alpha is None else alpha
+        self.experts = experts
+        self.ratios = ratios
+        self.depthwise = depthwise
+        self.dropout = dropout
+        self.top_k = top_k
+        self.formula = formula
+        self.add_adapter(
+            lora_A=(rank, in_features),
+            lora_B=(out_features, rank),
+            expert_weight=(experts, rank, 1 if depthwise else rank, 3, 3),
+            expert_bias=(experts, rank),
+            w_gate=(rank, experts),
+            w_noise=(rank, experts),
+        )
+        self._latest = LatestLoss()
+        self.reset_adapter()
+
+    @staticmethod
+    def check_sizes(in_features: int, out_features: int, rank: int) -> None:
+        check_rank(rank)
+        if rank > min(in_features, out_features):
+            raise ValueError(
+                f"rank {rank} is above {min(in_features, out_features)}, the smaller side of a "
+                f"linear layer with {in_features} inputs and {out_features} outputs"
+            )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 3,
+        alpha: float | None = 32,
+        experts: int = 8,
+        *,
+        ratios: Sequence[int] | None = None,
+        depthwise: bool = False,
+        dropout: float = 0.0,
+        top_k: int = 1,
+        formula: str = "code",
+    ) -> "ConvLoraLinear":
+        """Conv-LoRA around ``linear``, with the same weight and bias Parameters."""
+        return cls._from_linear(
+            linear,
+            rank=rank,
+            alpha=alpha,
+            experts=experts,
+            ratios=ratios,
+            depthwise=depthwise,
+            dropout=dropout,
+            top_k=top_k,
+            formula=formula,
+        )
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def reset_adapter(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        for kernel in self.expert_weight:
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        for zeros in (self.expert_bias, self.w_gate, self.w_noise):
+            nn.init.zeros_(zeros)
+
+    def forward(
+        self,
+        x: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        expert_index: Tensor | None = None,
+        return_aux: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y, or (y, balancing loss) with ``return_aux``; ``samfast.aux_loss`` has the loss too.
+
+        size: (H, W) of the maps when x is (N, H·W, in_features) and they are not square
+        noise: (N, experts), the gate's standard normal draw in training; drawn on x's
+            device, with ``generator`` where there is one, when it is not given
+        expert_index: (N,) int64, a choice that replaces the gate's
+
+        Raises ValueError when x is not of that shape or noise is given outside training.
+        """
+        windows = self._windows(x, size)
+        if self.training and noise is None:
+            noise = draw_noise(x, windows.samples, self.experts, generator)
+        elif noise is not None and not self.training:
+            raise ValueError("noise is given, but the gate draws none outside training")
+        y, aux = conv_lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.expert_weight,
+            self.expert_bias,
+            self.w_gate,
+            self.w_noise,
+            self.scaling,
+            self.ratios,
+            windows=windows,
+            noise=noise,
+            expert_index=expert_index,
+            dropout=self.dropout if self.training else 0.0,
+            top_k=self.top_k,
+            formula=self.formula,
+        )
+        trained = (self.lora_A, self.w_gate, self.w_noise)
+        y = self._latest.keep(aux, y, self.training, any(p.requires_grad for p in trained))
+        return (y, aux) if return_aux else y
+
+    def _windows(self, x: Tensor, size: tuple[int, int] | None) -> Windows:
+        shape = tuple(x.shape)
+        if x.dim() == 4:
+            if size is not None and tuple(size) != shape[1:3]:
+                raise ValueError(f"x has shape {shape}, whose maps are not {tuple(size)}")
+            return Windows.whole(*shape[:3])
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {shape}, but must be (N, H, W, D) or (N, L, D)")
+        length = shape[1]
+        if size is None:
+            side = math.isqrt(length)
+            if side * side != length:
+                raise ValueError(
+                    f"x has shape {shape}, and {length} tokens are no square map; give its size"
+                )
+            return Windows.whole(shape[0], side, side)
+        height, width = size
+        if height < 1 or width < 1 or height * width != length:
+            raise ValueError(f"x has {length} tokens, which are no map of {height} × {width}")
+        return Windows.whole(shape[0], height, width)
+
+    def latest_loss(self) -> LatestLoss:
+        return self._latest
+
+    def biases(self) -> Iterator[nn.Parameter]:
+        yield self.expert_bias
+
+    def adapter_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.state_dict(keep_vars=True).items():
+            if name not in ("weight", "bias"):
+                yield name, value
+
+    def state_problem(self, state: Mapping[str, Tensor]) -> str | None:
+        for name, value in _CONSTANTS.items():
+            given = state.get(name)
+            if given is not None and not given.is_meta and not bool((given == value).all()):
+                return f"{name} is {given.tolist()}, but the gate's noise is standard normal"
+        return None
+
+    def _published(self, name: str) -> list[str]:
+        """The published names of what this module calls ``name``: one for each packed part."""
+        if name in _PACKED:
+            return [f"lora_moe_experts.{i}.0.{_PACKED[name]}" for i in range(self.experts)]
+        return [_RENAMED[name]]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        own = {}
+        super()._save_to_state_dict(own, "", keep_vars)
+        for name, value in own.items():
+            if name in _PACKED:
+                for key, part in zip(self._published(name), value, strict=True):
+                    destination[prefix + key] = part
+            else:
+                destination[prefix + _RENAMED.get(name, name)] = value
+        for name, value in _CONSTANTS.items():
+            destination[prefix + name] = self.w_gate.new_full((1,), value)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        given = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
+        problem = self.state_problem(given)
+        missing, unexpected, errors = [], [], [] if problem is None else [problem]
+        missing += [name for name in _CONSTANTS if given.pop(name, None) is None]
+        for name in (*_RENAMED, *_PACKED):
+            if given.pop(name, None) is not None:
+                unexpected.append(name)
+        for name in (*_RENAMED, *_PACKED):
+            published = self._published(name)
+            parts = {key: given.pop(key) for key in published if key in given}
+            missing += [key for key in published if key not in parts]
+            wrong = self._wrong_shapes(name, parts)
+            errors += wrong
+            if not parts or wrong:
+                continue
+            if name in _PACKED and len(parts) < len(published):
+                present = self.get_parameter(name).detach()
+                if present.is_meta:  # nothing to keep where the state has nothing
+                    continue
+                device = next(iter(parts.values())).device
+                parts = dict(zip(published, present.to(device), strict=True)) | parts
+            values = [parts[key] for key in published]
+            given[name] = torch.stack(values) if name in _PACKED else values[0]
+        absent = []
+        super()._load_from_state_dict(
+            {prefix + name: value for name, value in given.items()},
+            prefix,
+            local_metadata,
+            strict,
+            absent,
+            unexpected_keys,
+            error_msgs,
+        )
+        translated = {prefix + name for name in (*_RENAMED, *_PACKED)}
+        missing_keys += [key for key in absent if key not in translated]
+        if strict:
+            missing_keys += [prefix + key for key in missing]
+            unexpected_keys += [prefix + key for key in unexpected]
+        error_msgs += errors
+
+    def _wrong_shapes(self, name: str, parts: dict[str, Tensor]) -> list[str]:
+        place = self.get_parameter(name)
+        shape = place.shape[1:] if name in _PACKED else place.shape
+        return [
+            f"{key} has shape {tuple(part.shape)}, but here it is {tuple(shape)}"
+            for key, part in parts.items()
+            if part.shape != shape
+        ]
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        operations = ("lora_linear", "conv_experts", "expert_gate")
+        asked = requested("auto")
+        if self.top_k > 1 or self.formula != "code":
+            if asked in ("auto", "reference"):
+                return dict.fromkeys(operations, "reference")
+            only = f"top_k={self.top_k} with formula={self.formula!r} runs on the reference alone"
+            return dict.fromkeys(operations, only)
+        x = autocast_input(self.weight.detach()[:0])
+        h = x.new_empty(0, self.rank)
+        supported = {
+            "lora_linear": lambda b: lora_supports(b, x, self.lora_A, self.lora_B),
+            "conv_experts": lambda b: experts_supports(b, h, self.expert_weight),
+            "expert_gate": lambda b: gate_supports(b, h, self.w_gate),
+        }
+        found = {}
+        for name, supports in supported.items():
+            backend = _GATE_BACKEND.get(asked, asked) if name == "expert_gate" else asked
+            try:
+                found[name] = resolve(name, backend, x.device, supports)
+            except RuntimeError as error:
+                found[name] = str(error)
+        return found
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"
+        text += f", experts={self.experts}"
+        if self.ratios != checked_ratios(None, self.experts):
+            text += f", ratios={self.ratios}"
+        for name, default in (
+            ("depthwise", False),
+            ("dropout", 0.0),
+            ("top_k", 1),
+            ("formula", "code"),
+        ):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text
