@@ -19,6 +19,7 @@ import tyro
 
 import samfast
 from benchmarks import machine
+from benchmarks.graph import captured
 from benchmarks.registry import OPERATIONS, Workload
 from benchmarks.shapes import ENCODERS
 from benchmarks.verify import verify
@@ -140,20 +141,6 @@ def interleaved(calls, repeats, device):
             if turn:
                 times[name].append(seconds)
     return times
-
-
-def captured(call):
-    """The call as a CUDA graph's replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def peak(call, device):

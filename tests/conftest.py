@@ -5,14 +5,31 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 # Triton decides at import whether kernels are interpreted; without a GPU that is how they run.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from samfast.integrations.torchvision import declare_missing_schemas
 
 declare_missing_schemas()
+
+SMALL_MODELS = ("models", "modules", "training")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(request):
+    """Tests of models run on one thread: models this small gain nothing from more, and lose much
+    where cores are shared. Tests of kernels keep the threads that users have."""
+    if request.path.parent.name not in SMALL_MODELS:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.graph import captured
 from samfast.backends import triton_missing
 from samfast.counters import count, saved_bytes
 from samfast.functional import lora_linear
@@ -57,22 +58,6 @@ def test_the_same_bits_every_time(dtype, deterministic, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def replayed(step):
-    """The step as a CUDA graph, or the step itself where there is no GPU."""
-    if not CUDA:
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def test_twenty_optimizer_steps_under_graph_replay_equal_eager():
     """Factors updated between replays must be seen: nothing of them may be frozen in the graph."""
     losses = {}
@@ -94,7 +79,7 @@ def test_twenty_optimizer_steps_under_graph_replay_equal_eager():
                     parameter.sub_(parameter.grad, alpha=0.05)
             loss.copy_(value.detach())
 
-        run = replayed(step) if mode == "graph" else step
+        run = captured(step) if mode == "graph" and CUDA else step
         with torch.no_grad():  # warm-up and capture moved the factors
             for parameter, value in zip(factors, start, strict=True):
                 parameter.copy_(value)

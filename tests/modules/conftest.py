@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models for the tests of modules, and the one thread they run on."""
+"""Models for the tests of modules."""
 
 import copy
 
@@ -8,15 +8,6 @@ import torch
 from toy_sam import ToySam
 
 from samfast.models import build_sam
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Models this small gain nothing from more, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -33,15 +33,6 @@ def fill_folder(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A data folder of six pairs of different sizes, p0 .. p5."""
