@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ConvLoraLinear gives the numbers of the authors' own module, on every backend that runs here."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from literal_conv_lora import LiteralConvLora
+
+from samfast.backends import NAMES
+from samfast.kernels._common.budget import over_budget
+from samfast.modules import ConvLoraLinear
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = sorted((Path(__file__).parents[1] / "golden").glob("conv_lora_*.safetensors"))
+# The interpreter is slow, and these have every ratio, both gates, a rectangle and a 3-D input.
+INTERPRETED = ("scale", "rect_eval", "tokens_train", "windows_train")
+AGREE = 5e-6  # float32 files and a float64 evaluation, so that the latter is no wrong reference
+EXPERT = "expert.{}.{}"
+# The authors' full state-dict names of what the files abbreviate.
+FULL = {
+    "w_gate": "lora_moe_gating.w_gate",
+    "w_noise": "lora_moe_gating.w_noise",
+    **{
+        EXPERT.format(i, kind): f"lora_moe_experts.{i}.0.{kind}"
+        for i in range(8)
+        for kind in ("weight", "bias")
+    },
+}
+
+
+def read(path):
+    with safetensors.safe_open(path, framework="pt") as file:
+        options = file.metadata()
+        tensors = {name: file.get_tensor(name).to(DEVICE) for name in file.keys()}  # noqa: SIM118
+    return tensors, options
+
+
+def build(tensors, options):
+    module = ConvLoraLinear(
+        int(options["D"]),
+        int(options["O"]),
+        int(options["r"]),
+        float(options["alpha"]),
+        int(options["experts"]),
+    )
+    state = {"lora_moe_gating.mean": torch.zeros(1), "lora_moe_gating.std": torch.ones(1)}
+    for name in ("weight", "bias", "lora_A", "lora_B", *FULL):
+        if name in tensors:
+            state[FULL.get(name, name)] = tensors[name]
+    module.load_state_dict(state, strict=True)
+    return module.to(DEVICE).train(options["train"] == "True")
+
+
+def run(module, tensors, call):
+    """Results and all gradients of sum(y · grad_y) + moe_loss, by the files' names."""
+    x = tensors["x"].to(module.weight.dtype).requires_grad_()
+    y, loss = call(x)
+    trained = {n: p for n, p in module.named_parameters() if n not in ("weight", "bias")}
+    objective = (y * tensors["grad_y"]).sum() + loss
+    grads = torch.autograd.grad(objective, [x, *trained.values()], materialize_grads=True)
+    found = {"y": y, "moe_loss": loss}
+    for name, grad in zip(["x", *trained], grads, strict=True):
+        if name.startswith("expert_"):
+            kind = name.removeprefix("expert_")
+            found |= {f"grad.{EXPERT.format(i, kind)}": part for i, part in enumerate(grad)}
+        else:
+            found[f"grad.{name}"] = grad
+    return found
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize(
+    "path", CASES, ids=[path.stem.removeprefix("conv_lora_") for path in CASES]
+)
+def test_golden(path, backend, monkeypatch):
+    tensors, options = read(path)
+    module = build(tensors, options)
+    monkeypatch.setenv("SAMFAST_BACKEND", backend)
+    for choice in module.backends().values():
+        if choice not in NAMES:
+            pytest.skip(choice)
+    interpreted = backend == "triton" and DEVICE.type == "cpu"
+    if interpreted and not any(name in path.stem for name in INTERPRETED):
+        pytest.skip("too slow in the interpreter")
+    index, noise = tensors["expert_index"], tensors.get("noise")
+    ours = run(module, tensors, lambda x: module(x, noise=noise, return_aux=True))
+    forced = module(tensors["x"], noise=noise, expert_index=index)
+    assert torch.equal(ours["y"], forced), "other experts were chosen"
+
+    literal = LiteralConvLora(copy.deepcopy(module)).double().train(module.training)
+    exact = run(literal, tensors, lambda x: literal(x, noise, index))
+    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
+    plain = run(module, tensors, lambda x: module(x, noise=noise, return_aux=True))
+    for name, value in ours.items():
+        golden = tensors.get(name)
+        if golden is None:  # the authors give no gradient where it is zero
+            assert not value.any(), name
+            continue
+        stock, largest = (golden, plain[name]), exact[name].abs().max()
+        for run_of_theirs in stock:
+            assert (run_of_theirs - exact[name]).abs().max() <= AGREE * largest, name
+        # Two float32 runs of one method, either as good as the other.
+        problems = [over_budget(value, other, exact[name], torch.float32) for other in stock]
+        assert None in problems, f"{name}: {problems}"
+
+
+def test_all_golden_cases_are_here():
+    assert len(CASES) == 13
