@@ -5,9 +5,31 @@ build_sam       segment_anything's Sam from a checkpoint or with random weights
 segment         images (and prompts) to logits; encode and decode are its two halves
 image_size      the side of the square that a model sees
 unused_by_segment   the parameters that segment never reads
+binary_head     one mask token and one hypernetwork; restore_head undoes it, head_of names the head
+stock_state_dict    the state dict as a stock SAM loads it, whatever the head
+TRAINED_DECODER     what ``attach`` trains of the mask decoder for a single mask
 """
 
 from samfast.models.build import build_sam, image_size
+from samfast.models.heads import (
+    TRAINED_DECODER,
+    binary_head,
+    head_of,
+    restore_head,
+    stock_state_dict,
+)
 from samfast.models.segment import decode, encode, segment, unused_by_segment
 
-__all__ = ["build_sam", "decode", "encode", "image_size", "segment", "unused_by_segment"]
+__all__ = [
+    "TRAINED_DECODER",
+    "binary_head",
+    "build_sam",
+    "decode",
+    "encode",
+    "head_of",
+    "image_size",
+    "restore_head",
+    "segment",
+    "stock_state_dict",
+    "unused_by_segment",
+]

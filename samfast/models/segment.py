@@ -223,7 +223,7 @@ def _predict_masks(sam: nn.Module, embeddings: Tensor, prompts: Tensor, count: i
     """
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     dtype = decoder.mask_tokens.weight.dtype
-    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [5, 256]
+    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]
     tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(dtype)], dim=1)
 
     no_mask = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).to(dtype)

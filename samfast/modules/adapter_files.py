@@ -23,6 +23,7 @@ from torch import nn
 
 import samfast
 from samfast.integrations import peft
+from samfast.models.heads import HEADS, given_head, head_of
 from samfast.modules.adapter import (
     Attachment,
     adapter_parameter_names,
@@ -54,7 +55,7 @@ def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike,
     *,
-    head: str = "sam",
+    head: str | None = None,
     classes: Any = None,
     image_size: int | None = None,
     **extra: Any,
@@ -64,16 +65,19 @@ def save_adapter(
     Plain LoRA beside modules that are trained whole is in PEFT's format. An adapter that is there
     already is replaced in one step.
 
-    head, classes: what the decoder predicts   image_size: default is the image encoder's
+    head, classes: what the decoder predicts; the head that the model has, if not given
+    image_size: default is the image encoder's
     extra: JSON values that are kept under "extra" in the configuration
 
-    Raises ValueError when nothing was attached or an extra is no JSON value, OSError when the
-    folder cannot be written.
+    Raises ValueError when nothing was attached, the head is not the model's or an extra is no
+    JSON value, OSError when the folder cannot be written.
     """
     model = unwrapped(model)
     attached = attachment(model)
     if attached is None:
         raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
+    if head in tuple(HEADS) and head != head_of(model):
+        raise ValueError(f"head is {head!r}, but the model's is {head_of(model)!r}")
     tensors = trained_tensors(model)
     own = adapter_parameter_names(model)
     beside = {name for name, _ in model.named_parameters() if name in tensors and name not in own}
@@ -90,7 +94,7 @@ def save_adapter(
         "base_digest": base_digest(model, tensors.keys()),
         "base_dtype": _dtype_name(attached.base_dtype),
         "image_size": image_size,
-        "head": head,
+        "head": head_of(model) if head is None else head,
         "classes": classes,
         "extra": extra,
     }
@@ -124,9 +128,9 @@ def load_adapter(
 ) -> nn.Module:
     """Put a saved adapter on a model, in place, and return the model.
 
-    A stock model gets the adapters attached (and everything frozen, as ``attach`` does); a model
-    with the same method on the same layers gets the tensors alone. The folder may be of
-    ``save_adapter`` or LoRA saved by PEFT.
+    A stock model gets head and adapters (and everything frozen, as ``attach`` does); a model with
+    the same head and the same method on the same layers gets the tensors alone. The folder may be
+    of ``save_adapter`` or LoRA saved by PEFT.
 
     trainable: whether the loaded tensors require a gradient
     check_base: refuse an adapter that was trained on another base model
@@ -137,30 +141,32 @@ def load_adapter(
     model = unwrapped(model)
     adapter = read_adapter(folder)
     attached = attachment(model)
+    with given_head(model, _head_for(model, adapter)):
+        if attached is None:
+            check_attachable(model, base_dtype)
+            layers = _find_layers(model, adapter)
+            adapted = adapter.method.build(layers)
+        else:
+            _check_same(attached, adapter)
+            if base_dtype not in (None, attached.base_dtype):
+                raise ValueError(
+                    f"base_dtype is {_dtype_name(base_dtype)}, but the model was attached with "
+                    f"{_dtype_name(attached.base_dtype)}"
+                )
+            adapted = adapters(model)
+        _check_tensors(model, adapter, adapted)
+        if check_base:
+            _check_base(model, adapter)
+    own = adapter_parameter_names(model)
+    beside = {name for name, _ in model.named_parameters() if name in adapter.tensors} - own
     if attached is None:
-        check_attachable(model, base_dtype)
-        layers = _find_layers(model, adapter)
-        adapted = adapter.method.build(layers)
-    else:
-        _check_same(attached, adapter)
-        if base_dtype not in (None, attached.base_dtype):
-            raise ValueError(
-                f"base_dtype is {_dtype_name(base_dtype)}, but the model was attached with "
-                f"{_dtype_name(attached.base_dtype)}"
-            )
-        adapted = adapters(model)
-    _check_tensors(model, adapter, adapted)
-    if check_base:
-        _check_base(model, adapter)
-    beside = tuple(name for name, _ in model.named_parameters() if name in adapter.tensors)
-    if attached is None:
-        attach_to(model, adapter.method, layers, adapted, set(beside), base_dtype)
-    else:
+        attach_to(model, adapter.method, layers, adapted, beside, base_dtype)
         own = adapter_parameter_names(model)
-        attached.trained = tuple(name for name in beside if name not in own)
+    else:
+        attached.trained = tuple(name for name, _ in model.named_parameters() if name in beside)
     model.load_state_dict(adapter.tensors, strict=False)
     for name, parameter in model.named_parameters():
-        if name in adapter.tensors:
+        if name in own or name in adapter.tensors:
             parameter.requires_grad_(trainable)
     return model
 
@@ -212,8 +218,23 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     chosen = own | set(attached.trained if attached is not None else ())
     names = [n for n, p in model.named_parameters() if p.requires_grad or n in chosen]
     names += _trained_buffers(model, set(names) - own)
+    names = [name for name in names if name not in own]
+    names += _adapter_state(adapters(model))
     state = model.state_dict()
     return {name: state[name].detach().cpu().contiguous().clone() for name in names}
+
+
+def _adapter_state(adapted: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """What adapters add to the model's state dict, by full name, shared Parameters once."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for layer, module in adapted.items():
+        for name, value in module.adapter_state():
+            if id(value) not in seen:
+                found[f"{layer}.{name}" if layer else name] = value
+            if isinstance(value, nn.Parameter):
+                seen.add(id(value))
+    return found
 
 
 def _trained_buffers(model: nn.Module, trained: set[str]) -> list[str]:
@@ -300,7 +321,7 @@ def _parse(
             "base_digest": None,
             "base_dtype": None,
             "image_size": None,
-            "head": "sam",
+            "head": None,
             "classes": None,
             "extra": {},
         }
@@ -351,6 +372,18 @@ def _find_layers(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Module]
     return layers
 
 
+def _head_for(model: nn.Module, adapter: AdapterFile) -> str:
+    """The head that the model must have for this adapter; adapters of PEFT know of none."""
+    mine, wanted = head_of(model), adapter.record.get("head")
+    if wanted not in tuple(HEADS) or wanted == mine:
+        return mine
+    if mine != "sam" or attachment(model) is not None:
+        raise ValueError(
+            f"adapter {adapter.folder} was trained with head {wanted!r}, but the model has {mine!r}"
+        )
+    return wanted
+
+
 def _check_same(attached: Attachment, adapter: AdapterFile) -> None:
     if not attached.method.same_update(adapter.method):
         raise ValueError(
@@ -367,14 +400,15 @@ def _check_same(attached: Attachment, adapter: AdapterFile) -> None:
 
 def _check_tensors(model: nn.Module, adapter: AdapterFile, adapted: dict[str, nn.Module]) -> None:
     """Every tensor of the file has a place of its shape, and every adapter finds its tensors."""
-    wanted = {
-        f"{layer}.{name}": parameter
-        for layer, module in adapted.items()
-        for name, parameter in module.adapter_parameters()
-    }
+    wanted = _adapter_state(adapted)
     for name in wanted:
         if name not in adapter.tensors:
             raise ValueError(f"adapter {adapter.folder} has no tensor {name}")
+    for layer, module in adapted.items():
+        inside = f"{layer}." if layer else ""
+        state = {n[len(inside) :]: t for n, t in adapter.tensors.items() if n.startswith(inside)}
+        if (problem := module.state_problem(state)) is not None:
+            raise ValueError(f"adapter {adapter.folder} cannot be used in {layer}: {problem}")
     places = {**model.state_dict(keep_vars=True), **wanted}
     for name, tensor in adapter.tensors.items():
         if name not in places:

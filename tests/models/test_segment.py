@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from budgets import all_within_budget, within_budget
+from stock_loop import KINDS, double, pooled, prompts, random_boxes, random_points, run, stock
 
 from samfast.models import build_sam, decode, encode, segment, unused_by_segment
 
@@ -30,99 +31,6 @@ def seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         yield
-
-
-def double(sam):
-    """A float64 copy; segment_anything's position encoding is fixed to float32, so freed here."""
-    sam = copy.deepcopy(sam).double()
-
-    class Positions(type(sam.prompt_encoder.pe_layer)):
-        def forward(self, size):
-            height, width = size
-            y, x = (torch.arange(n, dtype=torch.float64).add(0.5) / n for n in (height, width))
-            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-            return self._pe_encoding(grid).permute(2, 0, 1)
-
-        def forward_with_coords(self, coords, image_size):
-            return self._pe_encoding(coords.double() / coords.new_tensor(image_size[::-1]))
-
-    sam.prompt_encoder.pe_layer.__class__ = Positions
-    return sam
-
-
-def stock(sam, images, boxes=None, points=None):
-    """Logits by segment_anything's modules, one image after the other."""
-    results = []
-    for i, image in enumerate(images):
-        pixels = sam.preprocess(image)[None].to(sam.image_encoder.patch_embed.proj.weight.dtype)
-        embedding = sam.image_encoder(pixels).to(sam.mask_decoder.mask_tokens.weight.dtype)
-        sparse, dense = sam.prompt_encoder(
-            points=None if points is None else (points[0][i], points[1][i]),
-            boxes=None if boxes is None else boxes[i],
-            masks=None,
-        )
-        masks, _ = sam.mask_decoder(
-            image_embeddings=embedding,
-            image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
-        size = image.shape[-2:]
-        results.append(sam.postprocess_masks(masks, size, size)[:, 0])
-    return torch.stack(results)
-
-
-def random_coordinates(shape, size):
-    """x, y [*shape, 2] in pixels and eighths of them, so that half a pixel more is exact."""
-    return (torch.rand(*shape, 2) * torch.tensor(size[::-1]) * 8).floor() / 8
-
-
-def random_boxes(batch, count, size):
-    return random_coordinates((batch, count, 2), size).sort(dim=2).values.flatten(2)
-
-
-def random_points(batch, count, number, size):
-    coords = random_coordinates((batch, count, number), size)
-    return coords, torch.randint(0, 2, (batch, count, number))
-
-
-def prompts(kind, batch, size):
-    """Prompts with N = 1 or 3 objects; with "points, ragged" some points are padding."""
-    if kind == "none":
-        return {}
-    if kind == "one box":
-        return {"boxes": random_boxes(batch, 1, size)}
-    if kind == "three boxes":
-        return {"boxes": random_boxes(batch, 3, size)}
-    if kind == "one point":
-        return {"points": random_points(batch, 1, 1, size)}
-    if kind == "points, ragged":
-        coords, labels = random_points(batch, 3, 4, size)
-        labels[:, 1, 2:] = -1
-        return {"points": (coords, labels)}
-    assert kind == "boxes and points"
-    return {"boxes": random_boxes(batch, 3, size), "points": random_points(batch, 3, 2, size)}
-
-
-KINDS = ("none", "one box", "three boxes", "one point", "points, ragged", "boxes and points")
-
-
-def run(function, sam, images, arguments, weights):
-    """Logits and the gradients of every parameter that has one."""
-    sam.zero_grad()
-    logits = function(sam, images, **arguments)
-    (logits * weights.to(logits.dtype)).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in sam.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **gradients}
-
-
-def pooled(results):
-    """Gradients joined per module: alone, those that nearly cancel consist of rounding only."""
-    groups = {}
-    for name, values in results.items():
-        groups.setdefault(name.rsplit(".", 2)[0], []).append(values.flatten())
-    return {name: torch.cat(values) for name, values in groups.items()}
 
 
 @pytest.mark.parametrize(

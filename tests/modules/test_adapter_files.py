@@ -170,11 +170,11 @@ def test_the_configuration(toy, saved, tmp_path):
     config = json.loads((folder / CONFIG).read_text())
     assert config["peft_type"] == "LORA" and config["auto_mapping"]["samfast"] == record
     sliced = samfast.attach(toy(), samfast.Lora(rank=2, slices=("k",)))
-    other = samfast.save_adapter(sliced, tmp_path / "sliced", head="binary", image_size=32)
+    other = samfast.save_adapter(sliced, tmp_path / "sliced", head="parts", image_size=32)
     config = json.loads((other / CONFIG).read_text())
     assert config == samfast.read_adapter_config(other) and "peft_type" not in config
     assert config["method"]["slices"] == ["k"] and config["image_size"] == 32
-    assert config["head"] == "binary" and config["base"] == {"name": None}
+    assert config["head"] == "parts" and config["base"] == {"name": None}
 
 
 def test_vit_tiny_round_trip(tiny_sam, move, tmp_path):
@@ -379,7 +379,7 @@ LORA = samfast.Lora(rank=2).config()
         (
             lambda f: rewrite(f, record={"method": {"name": "dora"}}),
             ValueError,
-            "unknown method 'dora'; known are lora, decoder",
+            "unknown method 'dora'; known are lora, conv-lora, decoder",
         ),
         (
             lambda f: rewrite(f, record={"method": {"name": "lora", "depth": 1}}),
