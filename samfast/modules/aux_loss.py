@@ -20,13 +20,13 @@ class LatestLoss:
 
     value: scalar, None before the first forward
     blind: the forward was one of training, but without a graph, so a recomputation may follow
-    gradient: d loss / d value, for that recomputation
+    gradient: [d loss / d value], for that recomputation, which takes it out of the list
     """
 
     def __init__(self):
         self.value: Tensor | None = None
         self.blind = False
-        self.gradient: Tensor | None = None
+        self.gradient: list[Tensor] = []
 
     def __deepcopy__(self, memo):
         return type(self)()
@@ -40,13 +40,12 @@ class LatestLoss:
         training: False when the term is constant   trained: whether it reaches a parameter
         """
         if recomputing():
-            if self.gradient is None or not torch.is_grad_enabled():
+            if not self.gradient or not torch.is_grad_enabled():
                 return y
-            gradient, self.gradient = self.gradient, None
-            return _SendOn.apply(y, value, gradient)
+            return _SendOn.apply(y, value, self.gradient.pop())
         self.value = value if training else value.detach()
         self.blind = training and trained and not torch.is_grad_enabled()
-        self.gradient = None
+        self.gradient = []
         return y
 
 
@@ -88,23 +87,25 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        latest = ctx.latest
-        for term in latest:
-            term.gradient = gradient
+        left = []
+        for term in ctx.latest:
+            term.gradient = [gradient]
+            left.append(term.gradient)
         engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: _check_all_taken(latest))
+        engine.queue_callback(lambda: _check_all_taken(left))
         return None, None
 
 
-def _check_all_taken(latest: list[LatestLoss]) -> None:
-    """At the end of a backward: no layer was recomputed before the gradient came, or not at all."""
-    left = [term for term in latest if term.gradient is not None]
-    for term in left:
-        term.gradient = None
-    if left:
+def _check_all_taken(left: list[list[Tensor]]) -> None:
+    """At the end of a backward: every layer was recomputed, and after its gradient came."""
+    lost = 0
+    for gradient in left:
+        lost += len(gradient)
+        gradient.clear()
+    if lost:
         raise RuntimeError(
-            f"the gradient of aux_loss did not reach {len(left)} of {len(latest)} layers, whose "
-            "forward ran without a graph and which this backward did not recompute after it; under "
+            f"the gradient of aux_loss did not reach {lost} of {len(left)} layers, whose forward "
+            "ran without a graph and which this backward did not recompute after it; under "
             "reentrant checkpointing call aux_loss after the forward, add it to the loss of the "
             "same backward and let the checkpoint's input require a gradient, or use "
             "use_reentrant=False"
