@@ -19,7 +19,7 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import op, reference
 from samfast.kernels.expert_gate import reference as gate_reference
 from samfast.kernels.expert_gate.op import check_gate
-from samfast.kernels.lora_linear.op import low_rank_linear
+from samfast.kernels.lora_linear.op import check_arguments, low_rank_linear
 
 FORMULAS = ("code", "paper")
 _GATE_BACKEND = {"cpu": "torch", "cuda": "triton"}  # the gate has no native source
@@ -108,6 +108,7 @@ def conv_lora_linear(
     activation) are computed by the reference path alone.
     Saves x, h, the update's z, one choice and r numbers a sample and 2·r·M numbers.
     """
+    check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, None)
     rank = lora_a.shape[0]
     groups = rank if expert_weight.dim() == 5 and expert_weight.shape[2] == 1 else 1
     op.check_experts(rank, expert_weight, expert_bias, ratios, groups)

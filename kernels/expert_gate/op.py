@@ -49,7 +49,7 @@ def _path(backend, h, w_gate):
 
 _INPUTS = "Tensor h, Tensor w_gate, Tensor w_noise, Tensor? noise, Tensor? index, int[] windows"
 _INPUTS += ", float coefficient, str backend"
-torch.library.define("samfast::expert_gate", f"({_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define("samfast::expert_gate", f"({_INPUTS}) -> (Tensor loss, Tensor index)")
 torch.library.define(
     "samfast::expert_gate_forward", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -77,12 +77,13 @@ def _forward_fake(h, w_gate, w_noise, noise, index, windows, coefficient, backen
 @implement("samfast::expert_gate")
 def _impl(*args):
     index, aux, _, _ = torch.ops.samfast.expert_gate_forward(*args)
-    return index, aux
+    return aux, index
 
 
 @torch.library.register_fake("samfast::expert_gate")
 def _fake(*args):
-    return _forward_fake(*args)[:2]
+    index, aux, _, _ = _forward_fake(*args)
+    return aux, index
 
 
 class ExpertGateFunction(torch.autograd.Function):
@@ -97,11 +98,11 @@ class ExpertGateFunction(torch.autograd.Function):
         ctx.save_for_backward(dpool, dgate)
         ctx.windows, ctx.dtypes = Windows(*windows), (h.dtype, w_gate.dtype, w_noise.dtype)
         ctx.mark_non_differentiable(index)
-        return index, aux
+        return aux, index
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, daux):
+    def backward(ctx, daux, _):
         dpool, dgate = ctx.saved_tensors
         h_dtype, *weight_dtypes = ctx.dtypes
         need_h, *need_weights = ctx.needs_input_grad[:3]
@@ -161,10 +162,11 @@ def expert_gate(
             index, _, loss = reference.expert_gate(h, w_gate, w_noise, noise, forced, coefficient)
         return index.squeeze(1), loss
     windows = Windows.whole(*h.shape[:3])
-    return torch.ops.samfast.expert_gate(
+    loss, index = torch.ops.samfast.expert_gate(
         h.reshape(windows.tokens, h.shape[3]), w_gate, w_noise, noise, expert_index,
         list(windows), float(coefficient), backends.requested(backend),
     )  # fmt: skip
+    return index, loss
 
 
 def draw_noise(like: Tensor, samples: int, experts: int, generator=None) -> Tensor:

@@ -248,7 +248,7 @@ def lora_linear(
     Raises ValueError when shapes or dtypes do not fit, RuntimeError when a backend asked for by
     name cannot run.
     """
-    own = _check(x, weight, bias, lora_a, lora_b, dropout, seed, slices)
+    own = check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices)
     if backends.requested(backend) == "reference":
         x = autocast_input(x)
         if dropout > 0.0 and seed is None:
@@ -266,7 +266,7 @@ def lora_linear(
     return y
 
 
-def _check(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> bool:
+def check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> bool:
     """Raise one sentence when the arguments do not chain; True when slices have their own A."""
     for name, t in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if t.dim() != 2:

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Conv-LoRA layer: the published numbers, its options, and what it launches and keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from budgets import all_within_budget
+from safetensors import safe_open
+
+from samfast.counters import count, saved_bytes
+from samfast.functional import conv_lora_linear
+from samfast.kernels._common.windows import Windows
+
+from ..expert_gate import cases as gate
+from . import cases as experts
+from .cases import DEVICE
+
+GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("conv_lora_*.safetensors"))
+NAMES = ("x", "lora_A", "lora_B", "w_gate", "w_noise")
+BACKENDS = ("torch", "cpu", "triton")
+
+
+def runnable(backend):
+    """None when all of the layer's operations run on this backend, else the sentence why not."""
+    return experts.runnable(backend) or (gate.runnable(backend) if backend == "triton" else None)
+
+
+def golden(path, dtype):
+    """The tensors of one file, floating ones in dtype, and its sizes as integers."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).to(DEVICE) for name in file.keys()}  # noqa: SIM118
+        meta = file.metadata()
+    cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+    return cast, {k: int(meta[k]) for k in ("N", "H", "W", "experts")} | {
+        "scaling": float(meta["scaling"])
+    }
+
+
+def run(path, dtype, backend):
+    """[y, loss, gradients of NAMES, of every expert's weight and bias]."""
+    t, size = golden(path, dtype)
+    experts = [
+        torch.stack([t[f"expert.{i}.{kind}"] for i in range(size["experts"])])
+        for kind in ("weight", "bias")
+    ]
+    leaves = [t[name].requires_grad_() for name in NAMES] + [e.requires_grad_() for e in experts]
+    x, a, b, w_gate, w_noise, weight, bias = leaves
+    y, loss = conv_lora_linear(
+        x, t["weight"], t["bias"], a, b, weight, bias, w_gate, w_noise, size["scaling"],
+        range(1, size["experts"] + 1), windows=Windows.whole(size["N"], size["H"], size["W"]),
+        noise=t.get("noise"), backend=backend,
+    )  # fmt: skip
+    objective = (y * t["grad_y"]).sum() + loss
+    grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    return [y, loss, *grads]
+
+
+def published(path):
+    """The same list from the file; an expert that was not chosen has no gradient there."""
+    t, size = golden(path, torch.float32)
+
+    def gradient(name):
+        return t.get(f"grad.{name}", torch.zeros_like(t[name]))
+
+    experts = [
+        torch.stack([gradient(f"expert.{i}.{kind}") for i in range(size["experts"])])
+        for kind in ("weight", "bias")
+    ]
+    return [t["y"], t["moe_loss"], *(gradient(name) for name in NAMES), *experts]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem[10:])
+def test_published_numbers(path, backend):
+    """The published module is the stock one of the budget; float64 of the same formula is exact,
+    and published numbers are as near to it as that formula in float32."""
+    if backend != "reference" and (reason := runnable(backend)):
+        pytest.skip(reason)
+    names = ("y", "loss", *NAMES, "expert_weight", "expert_bias")
+    exact = run(path, torch.float64, "reference")
+    ours, stock = run(path, torch.float32, backend), published(path)
+    if backend == "reference":
+        ours, stock = stock, ours
+    all_within_budget(ours, stock, exact, torch.float32, names)
+
+
+def test_all_published_files_are_here():
+    assert len(GOLDEN) == 13
+
+
+class Layer:
+    """A frozen linear layer with Conv-LoRA; windows are samples."""
+
+    def __init__(self, samples=3, size=14, features=24, rank=3, experts=8, depthwise=False):
+        generator = torch.Generator().manual_seed(6)
+
+        def draw(*shape, scale=1.0):
+            return (scale * torch.randn(*shape, generator=generator)).to(DEVICE)
+
+        out = 3 * features
+        self.x = draw(samples, size, size, features).requires_grad_()
+        self.weight, self.bias = draw(out, features, scale=features**-0.5), draw(out)
+        self.dy = draw(samples, size, size, out)
+        self.windows = Windows.whole(samples, size, size)
+        self.ratios = tuple(range(1, experts + 1))
+        self.noise = draw(samples, experts)
+        shapes = [(rank, features), (out, rank), (experts, rank, 1 if depthwise else rank, 3, 3)]
+        shapes += [(experts, rank), (rank, experts), (rank, experts)]
+        self.factors = [draw(*shape, scale=0.3).requires_grad_() for shape in shapes]
+
+    def forward(self, backend="auto", **options):
+        options = {"noise": self.noise} | options
+        return conv_lora_linear(
+            self.x, self.weight, self.bias, *self.factors, 2.0, self.ratios, windows=self.windows,
+            backend=backend, **options,
+        )  # fmt: skip
+
+    def both(self, backend="auto", **options):
+        y, loss = self.forward(backend, **options)
+        return torch.autograd.grad([y, loss], [self.x, *self.factors], [self.dy, loss.new_ones(())])
+
+
+def fresh_noise(layer, backend):
+    """Forward and backward as a module makes them, the draw of the noise included."""
+    return layer.both(backend, noise=torch.randn_like(layer.noise))
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_fourteen_launches_and_no_sync(depthwise, capsys):
+    if reason := runnable("triton"):
+        pytest.skip(reason)
+    layer = Layer(samples=2, depthwise=depthwise)
+    counts = count(lambda: fresh_noise(layer, "triton"))
+    literal = count(lambda: fresh_noise(layer, "reference"))
+    with capsys.disabled():
+        print(
+            f"\n  Conv-LoRA layer, forward and backward: {counts.total_launches} launches, "
+            f"{counts.total_syncs} syncs; literally {literal.total_launches} launches, "
+            f"{literal.total_syncs} syncs"
+        )
+    assert counts.total_launches <= 14, counts.launches
+    assert counts.total_syncs == 0
+    assert literal.total_launches > 100 and literal.total_syncs > 0
+
+
+@pytest.mark.parametrize("size", [14, 64])
+def test_no_large_allocation(size):
+    """Nothing much larger than h beside the layer's own x, y and their partial sums."""
+    if reason := runnable("triton"):
+        pytest.skip(reason)
+    layer = Layer(samples=1, size=size, features=3, rank=3)
+    windows, (_, _, weight, bias, _, _) = layer.windows, layer.factors
+    h = torch.randn(windows.tokens, 3, device=DEVICE)
+    options = (list(windows), list(layer.ratios), True, "gelu")
+    index = torch.full((1,), 7, dtype=torch.int64, device=DEVICE)
+    dz = torch.randn_like(h)
+
+    def call():
+        torch.ops.samfast.conv_experts_forward(h, weight, bias, index, *options, "triton")
+        torch.ops.samfast.conv_experts_backward(
+            dz, None, h, weight, bias, index, *options, None, None, None, [True, True], "triton"
+        )
+
+    weights = 8 * (weight.numel() + bias.numel()) * 4
+    assert count(call).largest <= max(6 * h.numel() * 4, weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_bytes(backend):
+    """x, h, z, a choice and r numbers a sample, 2·r·M numbers; the noise is an input."""
+    if reason := runnable(backend):
+        pytest.skip(reason)
+    layer = Layer()
+    known = [layer.x, layer.weight, layer.bias, layer.noise, *layer.factors]
+    saved = saved_bytes(lambda: layer.forward(backend), known)
+    tokens, samples, rank, experts = layer.windows.tokens, layer.windows.samples, 3, 8
+    assert saved.hooks == 2 * tokens * rank * 4 + samples * (8 + rank * 4) + 2 * rank * experts * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_that_is_not_used_gives_the_gate_zeros(backend):
+    if reason := runnable(backend):
+        pytest.skip(reason)
+    layer = Layer()
+    y, _ = layer.forward(backend)
+    *_, dgate, dnoise = torch.autograd.grad(y, layer.factors, layer.dy)
+    assert not dgate.any() and not dnoise.any()
+    _, loss = layer.forward(backend)
+    da, _, dweight, _, dgate, dnoise = torch.autograd.grad(loss, layer.factors, allow_unused=True)
+    assert da.any() and dgate.any() and dnoise.any() and not dweight.any()
+
+
+def test_options_of_the_reference():
+    """Top-2 sums two experts by their gates; the paper's formula has no skip and no GELU."""
+    layer = Layer(experts=4)
+    plain, _ = layer.forward("reference", noise=None)
+    paper, _ = layer.forward(formula="paper", noise=None)
+    both, _ = layer.forward(top_k=2, noise=None)
+    a, b, weight, bias, w_gate, _ = (t.detach() for t in layer.factors)
+    h = torch.nn.functional.linear(layer.x.detach(), a)
+    top, order = (h.mean((1, 2)) @ w_gate).topk(2)
+    gates = top.softmax(1)
+    base = torch.nn.functional.linear(layer.x.detach(), layer.weight, layer.bias)
+
+    def expert(k, activation):
+        from samfast.functional import conv_experts
+
+        return conv_experts(
+            h, weight, bias, order[:, k], layer.ratios, residual=False, activation=activation,
+            backend="reference",
+        )  # fmt: skip
+
+    def within(ours, z):
+        expected = base + 2.0 * torch.nn.functional.linear(z, b)
+        all_within_budget([ours], [expected], [expected.double()], torch.float32, ["y"])
+
+    within(plain, h + expert(0, "gelu"))
+    within(paper, expert(0, "none"))
+    mixed = sum(gates[:, k, None, None, None] * expert(k, "gelu") for k in range(2))
+    within(both, h + mixed)
+
+
+def test_compile_fullgraph():
+    layer = Layer(samples=2, size=4, experts=4)
+    compiled = torch.compile(layer.forward, fullgraph=True)
+    wanted = [layer.x, *layer.factors]
+    results = []
+    for call in (layer.forward, compiled):
+        y, loss = call()
+        one = loss.new_ones(())
+        results.append([y, loss, *torch.autograd.grad([y, loss], wanted, [layer.dy, one])])
+    assert all(torch.equal(e, t) for e, t in zip(*results, strict=True))

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate against its specification: choice, loss and the loss's gradient made with it."""
+
+import pytest
+import torch
+from budgets import all_within_budget
+
+from samfast.functional import expert_gate
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.expert_gate import reference
+
+from .cases import BACKENDS, DEVICE, runnable
+
+NAMES = ("loss", "dh", "dw_gate", "dw_noise")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if reason := runnable(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def tensors(samples, height=3, width=4, rank=3, experts=4, dtype=torch.float64, seed=2):
+    """h, w_gate, w_noise as leaves, and the noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    h, noise = draw(samples, height, width, rank), draw(samples, experts)
+    leaves = [h, draw(rank, experts), draw(rank, experts)]
+    small = torch.promote_types(dtype, torch.float32)
+    leaves = [leaves[0].to(DEVICE, dtype), *(t.to(DEVICE, small) for t in leaves[1:])]
+    return [t.requires_grad_() for t in leaves], noise.to(DEVICE, small)
+
+
+def run(leaves, noise, backend, **options):
+    index, loss = expert_gate(*leaves, noise=noise, backend=backend, **options)
+    if noise is None and backend == "reference":
+        return index, [loss, *(torch.zeros_like(t) for t in leaves)]
+    return index, [loss, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 3, 4, 3, 4), (25, 14, 14, 3, 8), (6, 1, 1, 1, 2), (70, 2, 3, 5, 3), (4, 5, 7, 16, 8)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_values(sizes, training, dtype, backend):
+    leaves, noise = tensors(*sizes, dtype=dtype)
+    noise = noise if training else None
+    index, ours = run(leaves, noise, backend)
+    _, stock = run(leaves, noise, "reference")
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    truth, exact = run(wide, None if noise is None else noise.double(), "reference")
+    assert torch.equal(index, truth)
+    assert [t.dtype for t in ours] == [t.dtype for t in stock]
+    all_within_budget(ours, stock, exact, dtype, NAMES)
+
+
+def test_gradcheck():
+    """The loss by finite differences, for draws whose two best logits are well apart."""
+    (h, w_gate, w_noise), noise = tensors(5, 2, 2, 2, 3)
+
+    def loss(*leaves):
+        return expert_gate(*leaves, noise=noise, backend="torch")[1]
+
+    assert torch.autograd.gradcheck(loss, [h, w_gate, w_noise])
+
+
+def test_a_forced_choice_is_what_importance_counts(backend):
+    leaves, noise = tensors(6, dtype=torch.float32)
+    forced = torch.tensor([0, 0, 0, 3, 3, 1], device=DEVICE)
+    index, ours = run(leaves, noise, backend, expert_index=forced)
+    assert torch.equal(index, forced) and index.data_ptr() != forced.data_ptr()
+    _, stock = run(leaves, noise, "reference", expert_index=forced)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    _, exact = run(wide, noise.double(), "reference", expert_index=forced)
+    all_within_budget(ours, stock, exact, torch.float32, NAMES)
+    free = run(leaves, noise, backend)[1][0]
+    assert not torch.equal(free, ours[0])
+
+
+def test_one_expert_and_no_sample_lose_nothing(backend):
+    for sizes in ((4, 3, 4, 3, 1), (0, 3, 4, 3, 4)):
+        leaves, noise = tensors(*sizes, dtype=torch.float32)
+        for given in (noise, None):
+            index, results = run(leaves, given, backend)
+            assert index.shape == (sizes[0],) and not index.any()
+            assert not any(t.any() for t in results)
+
+
+def test_a_tie_goes_to_the_first_and_nan_to_some_expert(backend):
+    (h, w_gate, w_noise), _ = tensors(3, dtype=torch.float32)
+    zeros = torch.zeros_like(w_gate)
+    assert not expert_gate(h, zeros, zeros, backend=backend)[0].any()
+    with torch.no_grad():
+        h[1, 0, 0, 0] = torch.nan
+    index, _ = expert_gate(h, w_gate, w_noise, backend=backend)
+    assert set(index.tolist()) <= {0, 1, 2, 3}
+
+
+def test_pads_count_as_zeros(backend):
+    windows = Windows(1, 5, 6, 4, 4)
+    generator = torch.Generator().manual_seed(8)
+    h = torch.randn(windows.tokens, 3, generator=generator).to(DEVICE)
+    (_, w_gate, w_noise), noise = tensors(windows.samples, dtype=torch.float32)
+    index, loss, dpool, dgate = torch.ops.samfast.expert_gate_forward(
+        h, w_gate, w_noise, noise, None, list(windows), 0.01, backend
+    )
+
+    def literal(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (h, w_gate, w_noise)]
+        chosen, _, value = reference.expert_gate(
+            windows.cut(leaves[0]), *leaves[1:], noise.to(dtype), coefficient=0.01
+        )
+        dh, *dgates = torch.autograd.grad(value, leaves)
+        per_sample = windows.cut(dh)[:, 0, 0]  # the first pixel of every window is in the image
+        return chosen.squeeze(1), [value, per_sample, torch.stack(dgates)]
+
+    truth, exact = literal(torch.float64)
+    assert torch.equal(index, truth)
+    stock = literal(torch.float32)[1]
+    all_within_budget([loss, dpool, dgate], stock, exact, torch.float32, ("loss", "dh", "dgate"))
+
+
+def test_a_seed_draws_what_the_published_module_draws():
+    leaves, _ = tensors(5, dtype=torch.float32)
+    torch.manual_seed(4)
+    noise = torch.randn(5, 4).to(DEVICE)
+    torch.manual_seed(4)
+    if DEVICE.type == "cpu":
+        _, drawn = expert_gate(*leaves, training=True)
+        assert torch.equal(drawn, expert_gate(*leaves, noise=noise)[1])
+    first, second = (
+        expert_gate(*leaves, training=True, generator=torch.Generator(DEVICE).manual_seed(1))[1]
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_opcheck():
+    (h, w_gate, w_noise), noise = tensors(4, dtype=torch.float32)
+    h = h.detach().reshape(-1, 3).requires_grad_()
+    for given in (noise, None):
+        arguments = (h, w_gate, w_noise, given, None, [4, 3, 4, 3, 4], 0.01, "torch")
+        torch.library.opcheck(torch.ops.samfast.expert_gate, arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"h": torch.zeros(2, 12, 3)}, r"h has shape \(2, 12, 3\), but must be"),
+        ({"w_gate": torch.zeros(2, 4)}, r"w_gate has shape \(2, 4\), but h of rank 3 needs"),
+        ({"w_noise": torch.zeros(3, 5)}, r"w_noise has shape \(3, 5\), but h of rank 3 needs"),
+        ({"noise": torch.zeros(2, 3)}, r"noise has shape \(2, 3\), but 2 samples and 4 experts"),
+        ({"expert_index": torch.zeros(2)}, r"but is torch.float32 \(2,\)"),
+        ({"noise": torch.zeros(2, 4, device="meta")}, "noise is on meta but h is on cpu"),
+    ],
+)
+def test_one_sentence(changes, sentence):
+    good = {"h": torch.zeros(2, 3, 4, 3), "w_gate": torch.zeros(3, 4), "w_noise": torch.zeros(3, 4)}
+    with pytest.raises(ValueError, match=sentence):
+        expert_gate(**{**good, **changes})
