@@ -128,6 +128,18 @@ def test_noise_is_one_draw_of_the_global_stream(module):
         module(x, noise=noise)
 
 
+def test_dropout_acts_in_training_only(linear):
+    module = filled(ConvLoraLinear.from_linear(linear, dropout=0.5))
+    x, noise = torch.randn(3, 4, 4, 12), torch.randn(3, 8)
+    torch.manual_seed(5)
+    first = module(x, noise=noise)
+    assert not torch.equal(module(x, noise=noise), first)
+    torch.manual_seed(5)
+    assert torch.equal(module(x, noise=noise), first)
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
 def test_a_forced_choice_is_kept(module):
     x = torch.randn(EXPERTS, 4, 4, 12)
     index = torch.arange(EXPERTS)
@@ -244,6 +256,26 @@ def test_missing_and_unexpected_keys_have_the_published_names(module):
         assert torch.equal(value, before[name] if name in result.missing_keys else state[name])
     with pytest.raises(RuntimeError, match=r"Missing key.*qkv.lora_moe_experts.2.0.weight"):
         other.load_state_dict(state)
+
+
+def test_the_parameters_names_are_no_names_of_the_state(module):
+    other = filled(ConvLoraLinear(12, 18, experts=EXPERTS), seed=8)
+    before = copy.deepcopy(other.state_dict())
+    result = other.load_state_dict(dict(module.named_parameters()), strict=False)
+    packed = {"expert_weight", "expert_bias", "w_gate", "w_noise"}
+    assert set(result.unexpected_keys) == packed
+    assert set(result.missing_keys) == {name for name in PUBLISHED if "moe" in name}
+    for name in result.missing_keys:
+        assert torch.equal(other.state_dict()[name], before[name])
+
+
+def test_half_of_the_experts_cannot_make_a_meta_module_real(module):
+    state = module.state_dict()
+    del state["lora_moe_experts.2.0.weight"]
+    other = ConvLoraLinear(12, 18, experts=EXPERTS, device="meta")
+    result = other.load_state_dict(state, strict=False, assign=True)
+    assert result.missing_keys == ["lora_moe_experts.2.0.weight"]
+    assert other.expert_weight.is_meta and not other.expert_bias.is_meta
 
 
 def test_state_of_other_sizes_is_refused(module):
