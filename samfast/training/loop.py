@@ -22,7 +22,7 @@ from samfast.training.data import Batch, Collate, EpochSampler, PairDataset, bin
 from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
 from samfast.training.folders import Pair, Split, check_pairs, find_split
 from samfast.training.images import read_image, read_mask
-from samfast.training.losses import bce_dice_loss
+from samfast.training.losses import LOSSES
 from samfast.training.metrics import all_foreground_scores
 from samfast.training.progress import Losses, Progress, peak_memory_mib
 from samfast.training.records import RunFolder
@@ -42,6 +42,7 @@ def finetune(settings: FinetuneSettings) -> dict:
     sentence. A loss that is not finite ends in FloatingPointError and keeps the last good adapter.
     """
     start.check_settings(settings)
+    settings = start.with_recipe(settings)
     output = start.output_folder(settings)
     split = find_split(settings.data, val_fraction=settings.val_fraction, seed=settings.seed)
     if settings.threads is not None:
@@ -49,7 +50,8 @@ def finetune(settings: FinetuneSettings) -> dict:
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     accelerator, dtype = _accelerator(settings)
     try:
-        with start.backend_asked_for(settings.backend, accelerator.device, dtype):
+        method = start.method_of(settings)
+        with start.backend_asked_for(settings.backend, method, accelerator.device, dtype):
             return _finetune(settings, split, output, accelerator, dtype)
     finally:
         _release(accelerator)
@@ -113,12 +115,9 @@ class Run:
         self.dtype = dtype
         self.split = split
         side = image_size(sam)
-        lr = settings.lr
-        if lr is None:
-            lr = 1e-3 if settings.checkpoint is None else 2e-4
         self.parameters = [parameter for _, parameter in samfast.trainable_parameters(sam)]
-        groups = samfast.parameter_groups(sam, lr, settings.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+        groups = samfast.parameter_groups(sam, settings.lr, settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
         workers = _workers(settings, accelerator.device)
         data = PairDataset(
             split.train,
@@ -251,8 +250,10 @@ class Run:
         }
 
     def loss(self, batch: Batch) -> Tensor:
+        """The settings' loss, and what the adapters add to it."""
         logits, valid = self.model(batch.images, batch.sizes)
-        return bce_dice_loss(logits, batch.masks, valid)
+        loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
+        return loss + samfast.aux_loss(self.sam)
 
     def save(self, folder: Path, row: dict) -> None:
         foreground = self.settings.foreground
@@ -317,10 +318,16 @@ def _release(accelerator: "Accelerator") -> None:
 
 
 def _schedule(name: str, steps: int) -> Callable[[int], float]:
-    """The learning rate's factor at an optimizer step: linear warm-up over 5 % (at most 50)."""
+    """The learning rate's factor as a function of the optimizer step alone.
+
+    cosine and constant begin with a linear warm-up over 5 % of the steps (at most 50). polynomial
+    is that of Conv-LoRA's authors: no warm-up, power 1, end 0.
+    """
     warmup = max(1, min(50, steps // 20))
 
     def factor(step: int) -> float:
+        if name == "polynomial":
+            return max(0.0, 1.0 - step / max(1, steps))
         if step < warmup or name == "constant":
             return min(1.0, (step + 1) / warmup)
         return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -52,8 +52,8 @@ def png_bytes(image: Image.Image | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def curves_png(rows: Sequence[dict], all_foreground: float) -> bytes:
-    """Training loss, and validation Dice and IoU, over the epochs of metrics.csv."""
+def curves_png(rows: Sequence[dict], all_foreground: float, loss: str) -> bytes:
+    """Training loss (``loss`` is its name), validation Dice and IoU, over metrics.csv's epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -64,7 +64,7 @@ def curves_png(rows: Sequence[dict], all_foreground: float) -> bytes:
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
     left.plot(epochs, [row["train_loss"] for row in rows], marker="o", color="C0")
-    left.set(xlabel="epoch", ylabel="training loss (BCE + Dice)")
+    left.set(xlabel="epoch", ylabel=f"training loss ({loss})")
     right.plot(epochs, [row["val_dice"] for row in rows], marker="o", color="C1", label="Dice")
     right.plot(epochs, [row["val_iou"] for row in rows], marker="s", color="C2", label="IoU")
     right.axhline(all_foreground, color="grey", ls="--", label="Dice of all foreground")

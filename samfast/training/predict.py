@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import samfast
 from samfast.models import build_sam, image_size
-from samfast.modules.adapter_files import read_adapter_config
+from samfast.modules.adapter_files import read_adapter
 from samfast.training import start
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
@@ -39,7 +39,8 @@ def predict(settings: PredictSettings) -> dict:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = start.autocast_dtype(settings.precision, device)
-    with start.backend_asked_for(settings.backend, device, dtype):
+    method = read_adapter(_adapter_folder(settings.adapter)).method
+    with start.backend_asked_for(settings.backend, method, device, dtype):
         sam = load_adapted(settings.adapter, settings.checkpoint, start.base_dtype(dtype, device))
         model = start.PromptFree(sam, dtype).to(device)
         loader = DataLoader(
@@ -85,9 +86,8 @@ def load_adapted(
     adapter may also be a folder with ``best/`` in it. Random bases are drawn again from the
     recorded seed; others need ``checkpoint``, and a wrong one is noticed by its digest.
     """
-    if not (adapter / "adapter_config.json").exists() and (adapter / "best").is_dir():
-        adapter = adapter / "best"
-    base = read_adapter_config(adapter)["base"]
+    adapter = _adapter_folder(adapter)
+    base = read_adapter(adapter).record["base"]
     if base.get("name") is None:
         raise ValueError(f"adapter {adapter} does not say which model it was trained on")
     if base.get("checkpoint") is not None and checkpoint is None:
@@ -113,6 +113,11 @@ def load_adapted(
         seed=base.get("seed"),
     )
     return samfast.load_adapter(sam, adapter, base_dtype=base_dtype).eval()
+
+
+def _adapter_folder(given: Path) -> Path:
+    inside = given / "best"
+    return inside if not (given / "adapter_config.json").exists() and inside.is_dir() else given
 
 
 class _Photographs(Dataset):

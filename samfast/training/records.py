@@ -97,4 +97,5 @@ class RunFolder:
 
     def _draw(self) -> None:
         self._drawn = time.perf_counter()
-        write_whole(self.folder / "curves.png", curves_png(self.rows, self.all_foreground[0]))
+        curves = curves_png(self.rows, self.all_foreground[0], self.settings["loss"])
+        write_whole(self.folder / "curves.png", curves)

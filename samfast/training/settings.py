@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-METHODS = ("lora", "decoder")
+METHODS = ("lora", "conv-lora", "decoder")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "polynomial", "constant")
+LOSSES = ("bce-dice", "structure", "structure-weighted", "balanced-bce")
 STEPS_PER_EPOCH = 50  # the least, where the settings leave the number of repeats open
 
 
@@ -35,11 +36,16 @@ class FinetuneSettings:
     image_size: int | None = None
     """Longest side of the images as the model sees them; 1024, for vit_tiny 256, if not given."""
     method: str = "lora"
-    """lora: adapters and mask decoder are trained; decoder: the mask decoder alone."""
-    rank: int = 4
-    """LoRA's rank."""
+    """lora, conv-lora: adapters and mask decoder are trained (conv-lora: with one mask token, as
+    published); decoder: the mask decoder alone."""
+    rank: int | None = None
+    """The adapters' rank; 4, for conv-lora 3, if not given."""
     alpha: float | None = None
-    """LoRA's scaling is alpha / rank; alpha = rank if not given."""
+    """The adapters' scaling is alpha / rank; alpha = rank, for conv-lora 32, if not given."""
+    experts: int | None = None
+    """Of conv-lora: number of convolutions that the gate chooses from; 8 if not given."""
+    depthwise: bool = False
+    """Of conv-lora: each channel has a convolution of its own."""
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     target: tuple[str, ...] = ("qkv",)
@@ -56,10 +62,16 @@ class FinetuneSettings:
     accumulate: int = 1
     """Batches summed into one optimizer step."""
     lr: float | None = None
-    """Peak learning rate of AdamW; 1e-3 from random weights, 2e-4 from a checkpoint, if not
+    """Peak learning rate of AdamW; 1e-3 from random weights, 2e-4 (conv-lora 1e-4) from a
+    checkpoint, if not given."""
+    schedule: str | None = None
+    """cosine: short warm-up, then a half cosine towards 0; constant: warm-up, then --lr;
+    polynomial: from --lr in a straight line to 0. polynomial for conv-lora, else cosine, if not
     given."""
-    schedule: str = "cosine"
-    """cosine: short warm-up, then a half cosine towards 0; constant: warm-up, then --lr."""
+    loss: str | None = None
+    """bce-dice; structure: cross-entropy and IoU, pixels near edges count more
+    (structure-weighted: in the cross-entropy too); balanced-bce: rare foreground counts more.
+    structure for conv-lora, else bce-dice, if not given."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     clip: float = 1.0

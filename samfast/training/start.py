@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From settings to a model that can be trained: checks, base model, method, precision."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import samfast
-from samfast import backends, functional
-from samfast.models import build_sam, image_size, segment
+from samfast import backends
+from samfast.models import TRAINED_DECODER, binary_head, build_sam, image_size, segment
 from samfast.models.architectures import architecture
+from samfast.modules.methods import Method
 from samfast.training.data import padded_images, valid_region
 from samfast.training.settings import (
+    LOSSES,
     METHODS,
     PRECISIONS,
     SCHEDULES,
@@ -23,14 +26,20 @@ from samfast.training.settings import (
     PredictSettings,
 )
 
-# The mask decoder without what a single mask never uses: the quality head and the other masks.
-TRAINED_DECODER = (
-    "mask_decoder.transformer",
-    "mask_decoder.iou_token",
-    "mask_decoder.mask_tokens",
-    "mask_decoder.output_upscaling",
-    "mask_decoder.output_hypernetworks_mlps.0",
-)
+# What each method takes where the settings leave it open. Conv-LoRA's are the authors'.
+_COMMON = {"rank": 4, "schedule": "cosine", "loss": "bce-dice"}
+_RECIPES = {
+    "lora": _COMMON,
+    "conv-lora": {
+        "rank": 3,
+        "alpha": 32.0,
+        "experts": 8,
+        "schedule": "polynomial",
+        "loss": "structure",
+    },
+    "decoder": _COMMON,
+}
+_CONV_LORA = {"experts": None, "depthwise": False}  # its own options, as they are if not given
 
 
 class PromptFree(nn.Module):
@@ -77,19 +86,32 @@ def check_prediction(settings: PredictSettings) -> None:
 def check_settings(settings: FinetuneSettings) -> None:
     """Raise ValueError for an option that no data or model can make right."""
     architecture(settings.model)
-    _check_known(
-        settings,
-        method=METHODS,
-        precision=PRECISIONS,
-        schedule=SCHEDULES,
-        backend=backends.NAMES,
-    )
+    _check_known(settings, method=METHODS, precision=PRECISIONS, backend=backends.NAMES)
+    for name, known in (("schedule", SCHEDULES), ("loss", LOSSES)):
+        if getattr(settings, name) is not None:
+            _check_known(settings, **{name: known})
+    if settings.method != "conv-lora":
+        for name, absent in _CONV_LORA.items():
+            if (value := getattr(settings, name)) != absent:
+                raise ValueError(f"{name} is {value}, but method {settings.method} has none")
+    elif settings.slices is not None:
+        named = ", ".join(settings.slices)
+        raise ValueError(f"slices are {named}, but method conv-lora adapts whole layers")
     _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")
     _check_smallest(settings, 0, "workers", "overlays", "weight_decay", "clip", "seed")
     if settings.lr is not None and not (settings.lr > 0 and isfinite(settings.lr)):
         raise ValueError(f"lr is {settings.lr}; it must be above 0")
     if not 0.0 < settings.val_fraction < 1.0:
         raise ValueError(f"val_fraction is {settings.val_fraction}; it must lie between 0 and 1")
+
+
+def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
+    """The settings with what they leave open as their method's recipe has it."""
+    recipe = dict(_RECIPES[settings.method])
+    trained = settings.checkpoint is not None
+    recipe["lr"] = (1e-4 if settings.method == "conv-lora" else 2e-4) if trained else 1e-3
+    open_ = {name: value for name, value in recipe.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **open_)
 
 
 def build_base(settings: FinetuneSettings) -> nn.Module:
@@ -107,17 +129,26 @@ def attach_method(
     sam: nn.Module, settings: FinetuneSettings, base_dtype: torch.dtype | None = None
 ) -> nn.Module:
     """Freeze the model, add the settings' adapters, leave the mask decoder to be trained."""
-    if settings.method == "decoder":
-        method = samfast.DecoderOnly()
-    else:
-        method = samfast.Lora(
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            target=settings.target[0] if len(settings.target) == 1 else settings.target,
-            slices=settings.slices,
-        )
+    method = method_of(settings)
+    if settings.method == "conv-lora":
+        binary_head(sam)
     return samfast.attach(sam, method, train=TRAINED_DECODER, base_dtype=base_dtype)
+
+
+def method_of(settings: FinetuneSettings) -> Method:
+    """What the settings attach; ValueError when an option of it is wrong."""
+    settings = with_recipe(settings)
+    if settings.method == "decoder":
+        return samfast.DecoderOnly()
+    common = {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "dropout": settings.dropout,
+        "target": settings.target[0] if len(settings.target) == 1 else settings.target,
+    }
+    if settings.method == "conv-lora":
+        return samfast.ConvLora(experts=settings.experts, depthwise=settings.depthwise, **common)
+    return samfast.Lora(slices=settings.slices, **common)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -139,24 +170,24 @@ def base_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 
 @contextmanager
-def backend_asked_for(backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Every operation inside runs on ``backend``; ValueError at once when it cannot.
+def backend_asked_for(
+    backend: str, method: Method, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Every operation inside runs on ``backend``; ValueError at once when the method cannot.
 
-    It is tried on a tiny adapter, so that it fails before the data is read.
+    It is tried on a tiny layer, so that it fails before the data is read.
     """
     backend = backends.requested(backend)  # SAMFAST_BACKEND in place of auto
     if backend == "auto":
         yield
         return
-    x, a, b = (torch.zeros(shape, device=device) for shape in ((1, 16), (4, 16), (16, 4)))
-    try:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            functional.lora_linear(x, b @ a, None, a, b, 1.0, backend=backend)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
     before = os.environ.get("SAMFAST_BACKEND")
     os.environ["SAMFAST_BACKEND"] = backend
     try:
+        try:
+            _try_out(method, device, dtype)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
         yield
     finally:
         if before is None:
@@ -165,9 +196,21 @@ def backend_asked_for(backend: str, device: torch.device, dtype: torch.dtype) ->
             os.environ["SAMFAST_BACKEND"] = before
 
 
+def _try_out(method: Method, device: torch.device, dtype: torch.dtype) -> None:
+    """One forward and backward of the smallest layer that the method's options fit."""
+    if isinstance(method, samfast.DecoderOnly):
+        return
+    width = max(16, method.rank)
+    layer = method.wrap(nn.Linear(width, 3 * width, device=device))
+    x = torch.zeros(1, 2, 2, width, device=device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        layer(x).sum().backward()
+
+
 def output_folder(settings: FinetuneSettings) -> Path:
     """Where the results go; ValueError when something is there already."""
-    name = f"{settings.data.resolve().name}-{settings.model}-{settings.method}"
+    method = f"{settings.method}-depthwise" if settings.depthwise else settings.method
+    name = f"{settings.data.resolve().name}-{settings.model}-{method}"
     output = settings.output if settings.output is not None else Path("runs") / name
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file, not a folder")

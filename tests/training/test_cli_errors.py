@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from samfast import cli
-from samfast.training import loop
+from samfast.training.losses import LOSSES
 
 
 def tiny(data, *more):
@@ -54,7 +54,10 @@ def test_unknown_model(refused, shared_data):
 
 
 def test_unknown_method(refused, shared_data):
-    refused(*tiny(shared_data, "--method", "lroa"), pattern="unknown method 'lroa'.*lora, decoder")
+    refused(
+        *tiny(shared_data, "--method", "lroa"),
+        pattern="unknown method 'lroa'.*lora, conv-lora, decoder",
+    )
 
 
 def test_large_model_needs_weights(refused, shared_data):
@@ -106,17 +109,40 @@ def test_target_that_matches_no_layer(refused, shared_data):
         ("--seed", "-1", "seed is -1"),
         ("--val-fraction", "1.5", r"val_fraction is 1\.5"),
         ("--image-size", "100", "image size 100 is not a positive multiple of 16"),
-        ("--schedule", "linear", "unknown schedule 'linear'; known are cosine, constant"),
+        ("--schedule", "linear", "unknown schedule 'linear'; known are cosine, polynomial"),
         ("--precision", "fp8", "unknown precision 'fp8'; known are auto, bf16, fp16, fp32"),
         ("--backend", "cudnn", "unknown backend 'cudnn'; known are auto"),
         ("--backend", "cuda", "backend 'cuda' cannot run lora_linear"),
         ("--foreground", "9", "foreground 9 occurs in no mask"),
         ("--slices", "x", "'x'"),
         ("--dropout", "1.5", r"dropout is 1\.5"),
+        ("--loss", "dice", "unknown loss 'dice'; known are bce-dice, structure, "),
+        ("--experts", "4", "experts is 4, but method lora has none"),
     ],
 )
 def test_option_out_of_range(refused, shared_data, option, value, pattern):
     refused(*tiny(shared_data), option, value, pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    "arguments,pattern",
+    [
+        (("--rank", 0), "rank is 0"),
+        (("--rank", 193), "rank 193 is above 192"),
+        (("--experts", 0), "experts is 0"),
+        (("--alpha", "nan"), "alpha is nan"),
+        (("--slices", "q"), "slices are q, but method conv-lora adapts whole layers"),
+        (("--backend", "cuda"), "backend 'cuda' cannot run "),
+    ],
+)
+def test_options_of_conv_lora(refused, shared_data, arguments, pattern):
+    refused(*tiny(shared_data, "--method", "conv-lora"), *arguments, pattern=pattern)
+
+
+def test_depthwise_belongs_to_conv_lora(refused, shared_data):
+    for method in ("lora", "decoder"):
+        arguments = tiny(shared_data, "--method", method, "--depthwise")
+        refused(*arguments, pattern=f"depthwise is True, but method {method} has none")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is right on a GPU")
@@ -128,7 +154,7 @@ def test_out_of_memory_comes_with_advice(refused, shared_data, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(loop, "bce_dice_loss", full)
+    monkeypatch.setitem(LOSSES, "bce-dice", full)
     refused(*tiny(shared_data), pattern=r"out of memory \(CUDA out of memory\).*--batch-size")
 
 
@@ -136,7 +162,7 @@ def test_our_own_mistakes_keep_their_traceback(shared_data, monkeypatch, tmp_pat
     def wrong(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(loop, "bce_dice_loss", wrong)
+    monkeypatch.setitem(LOSSES, "bce-dice", wrong)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main([str(a) for a in tiny(shared_data, "--output", tmp_path / "out")])
 

@@ -21,6 +21,7 @@ from samfast.training.evaluate import evaluate, validation_loader
 from samfast.training.folders import load_split
 from samfast.training.images import read_image, read_mask
 from samfast.training.loop import finetune
+from samfast.training.losses import LOSSES
 from samfast.training.metrics import ForegroundScores, all_foreground_scores
 from samfast.training.predict import load_adapted
 from samfast.training.records import COLUMNS
@@ -164,12 +165,15 @@ def test_decoder_alone_trains_no_adapter(shared_data, tmp_path):
     assert all(torch.equal(v, encoder[k]) for k, v in before.image_encoder.state_dict().items())
 
 
-def test_trained_decoder_is_all_that_a_single_mask_uses():
-    sam = start.build_base(settings_for(Path("x"), Path("y")))
+@pytest.mark.parametrize("method", ["decoder", "lora", "conv-lora"])
+def test_trained_decoder_is_all_that_a_single_mask_uses(method):
+    settings = settings_for(Path("x"), Path("y"), method=method)
+    sam = start.attach_method(start.build_base(settings), settings)
     unused = set(samfast.models.unused_by_segment(sam))
     decoder = {n for n, _ in sam.named_parameters() if n.startswith("mask_decoder.")}
-    start.attach_method(sam, settings_for(Path("x"), Path("y"), method="decoder"))
-    assert {n for n, _ in samfast.trainable_parameters(sam)} == decoder - unused
+    trained = {n for n, _ in samfast.trainable_parameters(sam)}
+    assert {n for n in trained if n.startswith("mask_decoder.")} == decoder - unused
+    assert samfast.models.head_of(sam) == ("binary" if method == "conv-lora" else "sam")
 
 
 def test_options_reach_the_model(shared_data, tmp_path, capsys):
@@ -218,14 +222,14 @@ def test_output_is_protected_and_overwriting_keeps_foreign_files(run, shared_dat
 def poisoned(monkeypatch, batch: int, effect):
     """Let ``effect`` change the loss of one batch, counted from 1 over the whole run."""
     count = 0
-    whole = loop.bce_dice_loss
+    whole = LOSSES["bce-dice"]
 
     def loss(*args):
         nonlocal count
         count += 1
         return effect(whole(*args)) if count == batch else whole(*args)
 
-    monkeypatch.setattr(loop, "bce_dice_loss", loss)
+    monkeypatch.setitem(LOSSES, "bce-dice", loss)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(
@@ -299,4 +303,6 @@ def test_the_learning_rate_warms_up_and_falls():
     assert all(a > b for a, b in pairwise(values[10:]))
     assert 0 < values[-1] < 0.001
     assert loop._schedule("constant", 200)(199) == 1.0
+    polynomial = loop._schedule("polynomial", 200)
+    assert [polynomial(step) for step in (0, 50, 100, 150, 200, 201)] == [1, 0.75, 0.5, 0.25, 0, 0]
     assert loop._schedule("cosine", 1)(0) == 1.0
