@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from benchmarks.shapes import linears
-from samfast.functional import lora_linear
+from benchmarks.shapes import ENCODERS, linears
+from samfast.functional import conv_lora_linear, lora_linear
 from samfast.integrations.torchvision import declare_missing_schemas
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.conv_experts import costs as experts_costs
 from samfast.kernels.lora_linear import costs
 
 
 @dataclasses.dataclass
 class Provider:
-    """forward() makes y; leaves are what gradients are taken of, x first."""
+    """forward() makes y, or y and a loss; leaves are what gradients are taken of, x first."""
 
-    forward: Callable[[], torch.Tensor]
+    forward: Callable[[], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
     leaves: list[torch.Tensor]
     stages: list = dataclasses.field(default_factory=list)  # cost by design, where known
     checked: bool = True  # against float64; the baseline computes something else
@@ -42,10 +44,16 @@ class Workload:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def run(self, name: str) -> list[torch.Tensor]:
-        """Forward and backward of one provider: y and the gradients of its leaves."""
-        provider = self.providers[name]
-        y = provider.forward()
-        return [y.detach(), *torch.autograd.grad(y, provider.leaves, self.dy)]
+        """Forward and backward of one provider: y, its loss, and the gradients of its leaves."""
+        return forward_backward(self.providers[name], self.dy)
+
+
+def forward_backward(provider: Provider, dy: torch.Tensor) -> list[torch.Tensor]:
+    made = provider.forward()
+    outputs = made if isinstance(made, tuple) else (made,)
+    incoming = [dy.to(outputs[0].dtype), *(torch.ones_like(loss) for loss in outputs[1:])]
+    grads = torch.autograd.grad(outputs, provider.leaves, incoming)
+    return [*(t.detach() for t in outputs), *grads]
 
 
 def lora_linear_workloads(model, batch, rank, device, dtype, compiled=False) -> Iterator[Workload]:
@@ -137,4 +145,80 @@ def _peft_layer(weight, bias, a, b, scaling):
     return layer
 
 
-OPERATIONS = {"lora_linear": lora_linear_workloads}
+def conv_lora_workloads(model, batch, rank, device, dtype, compiled=False) -> Iterator[Workload]:
+    """Conv-LoRA with eight experts on packed qkv: a block's windows, each expert in turn, and a
+    global block's map, whose expert enlarges it eight times."""
+    side, window = 64, 14
+    windows = batch * (-(-side // window)) ** 2
+    for layout, index in (
+        (Windows.whole(windows, window, window), [n % 8 for n in range(windows)]),
+        (Windows.whole(batch, side, side), [7] * batch),
+    ):
+        for depthwise in (False, True):
+            yield conv_lora_workload(
+                ENCODERS[model].width, layout, index, rank, depthwise, device, dtype
+            )
+
+
+def conv_lora_workload(width, windows, index, rank, depthwise, device, dtype) -> Workload:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size, dtype=dtype, scale=1.0):
+        return (scale * torch.randn(*size, generator=generator)).to(device, dtype)
+
+    single, scale, experts = torch.float32, width**-0.5, 8
+    shape = (windows.samples, windows.height, windows.width)
+    x = draw(*shape, width).requires_grad_()
+    weight, bias = draw(3 * width, width, scale=scale), draw(3 * width)
+    dy = draw(*shape, 3 * width)
+    factors = [
+        draw(rank, width, dtype=single, scale=scale),
+        draw(3 * width, rank, dtype=single),
+        draw(experts, rank, 1 if depthwise else rank, 3, 3, dtype=single, scale=0.3),
+        draw(experts, rank, dtype=single),
+        draw(rank, experts, dtype=single),
+        draw(rank, experts, dtype=single),
+    ]
+    leaves = [x, *(t.requires_grad_() for t in factors)]
+    noise = draw(windows.samples, experts, dtype=single)
+    chosen = torch.tensor(index, device=device)
+    ratios = tuple(range(1, experts + 1))
+
+    def call(tensors, backend, dtype=None):
+        x, *factors = tensors
+        frozen = (t if dtype is None else t.to(dtype) for t in (weight, bias))
+        return conv_lora_linear(
+            x, *frozen, *factors, 32 / rank, ratios, windows=windows,
+            noise=noise if dtype is None else noise.to(dtype), expert_index=chosen,
+            backend=backend,
+        )  # fmt: skip
+
+    def exact():
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        provider = Provider(lambda: call(wide, "reference", torch.float64), wide)
+        return forward_backward(provider, dy.double())
+
+    sizes = (windows.tokens, width, 3 * width)
+    frozen = costs.frozen(*sizes, dtype.itemsize)
+    design = costs.stages(*sizes, rank, dtype.itemsize)
+    design += experts_costs.stages(windows, index, ratios, rank, depthwise, dtype.itemsize)
+    providers = {
+        "frozen linear": Provider(lambda: F.linear(x, weight, bias), [x], frozen, checked=False),
+        "literal Conv-LoRA": Provider(lambda: call(leaves, "reference"), leaves),
+        "samfast": Provider(lambda: call(leaves, "auto"), leaves, design),
+        "samfast torch": Provider(lambda: call(leaves, "torch"), leaves),
+    }
+    kind = "depthwise" if depthwise else "full"
+    return Workload(
+        f"qkv {'x'.join(map(str, shape))}x{width}->{3 * width} r{rank} {kind}",
+        ("y", "loss", "dx", "dlora_a", "dlora_b", "dweight", "dbias", "dw_gate", "dw_noise"),
+        "frozen linear",
+        "literal Conv-LoRA",
+        providers,
+        exact,
+        dy,
+        [weight, bias, noise, chosen, *leaves],
+    )
+
+
+OPERATIONS = {"lora_linear": lora_linear_workloads, "conv_lora": conv_lora_workloads}

@@ -5,9 +5,12 @@ python -m benchmarks.run --op lora_linear
 python -m benchmarks.run --op offline        every Triton kernel compiled for every target
 """
 
+import contextlib
 import csv
 import datetime
 import importlib.metadata
+import itertools
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -36,10 +39,11 @@ COLUMNS = (
 class Settings:
     """Medians over interleaved repeats after one warm-up; ratios are to the baseline."""
 
-    op: Literal["lora_linear", "offline"] = "lora_linear"
+    op: Literal["lora_linear", "conv_lora", "offline"] = "lora_linear"
     model: Literal[tuple(ENCODERS)] = "vit_b"
     batch: int = 1
-    rank: int = 4
+    rank: int | None = None
+    """None: 4 for lora_linear, 3 for conv_lora."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal[tuple(DTYPES)] = "float32"
     repeats: int = 9
@@ -66,9 +70,8 @@ def main(settings: Settings) -> int:
     print(f"measured here: {rates[0] / 1e12:.2f} TFLOP/s in products, {rates[1] / 1e9:.1f} GB/s")
     make = OPERATIONS[settings.op]
     rows, failed = [], False
-    workloads = make(
-        settings.model, settings.batch, settings.rank, device, dtype, settings.compiled
-    )
+    rank = settings.rank or {"conv_lora": 3}.get(settings.op, 4)
+    workloads = make(settings.model, settings.batch, rank, device, dtype, settings.compiled)
     for workload in workloads:
         wrong = verify(workload, dtype)
         failed |= any(name.startswith("samfast") for name in wrong)
@@ -121,7 +124,8 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
         predicted = f"  predicted {row['predicted_ms']:.2f}" if provider.stages else ""
         print(
             f"  {name:20} {mode:5} {p50 * 1e3:9.3f} ms  [{p20 * 1e3:.3f}, {p80 * 1e3:.3f}]"
-            f"  ratio {p50 / base:5.2f}  saved {row['saved_mib']:7.2f} MiB beside x{predicted}"
+            f"  ratio {p50 / base:5.2f}  saved {row['saved_mib']:7.2f} MiB beside x, peak "
+            f"{row['peak_mib']:7.1f} MiB{predicted}"
         )
         rows.append(row)
     return rows
@@ -144,14 +148,32 @@ def interleaved(calls, repeats, device):
 
 
 def peak(call, device):
-    """MiB allocated at most during a call beyond what was there; empty on a CPU."""
-    if device != "cuda":
-        return ""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    """MiB that tensors take at most during a call beyond what was there."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with _no_stderr(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(itertools.accumulate((size for _, size in sorted(memory)), initial=0)) / 2**20
+
+
+@contextlib.contextmanager
+def _no_stderr():
+    """The profiler writes its comings and goings there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def quantile(samples, q):
