@@ -12,6 +12,8 @@ from samfast.kernels.conv_experts.op import supports
 NAMES = ("z", "dh", "dweight", "dbias")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("torch", "cpu", "triton", "cuda")
+# Those that are fast enough for every case; the interpreter has cases of its own.
+WHOLE = ("torch", "triton", "cuda") if DEVICE.type == "cuda" else ("torch", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from budgets import all_within_budget
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import reference
 
-from .cases import DEVICE, NAMES, Case, runnable
+from .cases import DEVICE, NAMES, WHOLE, Case, runnable
 
 FORCED = [
     Case(samples=1, height=height, width=width, depthwise=depthwise, index=(e,))
@@ -52,13 +52,13 @@ def check(case, dtype, backend):
     all_within_budget(ours, stock, exact, dtype, NAMES)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", WHOLE)
 @pytest.mark.parametrize("case", [*FORCED, *GLOBAL, *RANKS, *OTHERS], ids=lambda case: case.id)
 def test_float32(case, backend):
     check(case, torch.float32, backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", WHOLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_other_dtypes(dtype, depthwise, backend):
@@ -75,7 +75,7 @@ def test_float64():
     all_within_budget(ours, stock, exact, torch.float64, NAMES)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", WHOLE)
 def test_experts_without_a_sample_get_zero(backend):
     if reason := runnable(backend):
         pytest.skip(reason)
@@ -86,7 +86,7 @@ def test_experts_without_a_sample_get_zero(backend):
     assert dweight[[1, 6]].all() and dbias[[1, 6]].all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", WHOLE)
 @pytest.mark.parametrize("height,width", [(14, 14), (20, 17), (64, 64), (5, 30)])
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_windows_of_images(height, width, depthwise, backend):
@@ -130,7 +130,7 @@ def test_windows_of_images(height, width, depthwise, backend):
     all_within_budget(ours, literal(torch.float32), literal(torch.float64), torch.float32, names)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", WHOLE)
 def test_huge_values_stay_finite(backend):
     """The published combination of experts overflows above 88.7."""
     if reason := runnable(backend):
