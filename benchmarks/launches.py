@@ -9,32 +9,53 @@ each tile of its tiles.json, each option, and the largest size that ``supports()
 Launches that lead to the same code cost nothing: they are compiled once.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
 
 from benchmarks.offline import Launch, recording
+from samfast.kernels._common.windows import Windows
 
 
 def lora_linear(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
-    """A windowed qkv of ViT-H at batch 4: every padded rank, and ranks divisible by 16 and not."""
+    """A windowed qkv of ViT-H at batch 4; every padded rank, divisible by sixteen and not."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     if quick:
         for rank, dtype, dropout, slices in ((4, bf16, 0.0, False), (16, fp32, 0.1, True)):
             full, launches = _lora_linear(rank, dtype, dropout, slices)
             yield f"lora_linear {str(dtype)[6:]} r{rank}", launches[:full]
         return
-    for dtype, ranks in ((bf16, (1, 3, 4, 8, 16, 32, 64, 128)), (fp32, (1, 4, 16, 32, 64))):
+    for dtype, ranks in ((bf16, (1, 4, 16, 32, 64, 128)), (fp32, (4, 16, 32, 64))):
         for rank in ranks:
-            for dropout in (0.0, 0.1):
+            for dropout in (0.0, 0.1) if rank > 1 else (0.0,):
                 name = f"lora_linear {str(dtype)[6:]} r{rank}{' dropout' if dropout else ''}"
                 yield name, _lora_linear(rank, dtype, dropout)[1]
-    yield "lora_linear float16 r4 qv", _lora_linear(4, fp16, slices=True)[1]
-    yield "lora_linear float16 r128 dropout", _lora_linear(128, fp16, 0.1)[1]
-    yield "lora_linear bfloat16 r32 shared", _lora_linear(32, bf16, 0.1, True, True)[1]
-    for width in (768, 1024):
-        launches = _lora_linear(4, bf16, tokens=4900, width=width)[1]
-        yield f"lora_linear bfloat16 r4 width {width}", launches
+    others = {
+        "bfloat16 r100 dropout": (100, bf16, 0.1),
+        "float32 r60 dropout": (60, fp32, 0.1),
+        "float16 r4 qv": (4, fp16, 0.0, True),
+        "bfloat16 r32 dropout qv shared": (32, bf16, 0.1, True, True),
+        "bfloat16 r4 vit_b": (4, bf16, 0.0, False, False, 4900, 768),
+    }
+    for name, arguments in others.items():
+        full, launches = _lora_linear(*arguments)
+        yield f"lora_linear {name}", launches[:full]
+    with _tf32():
+        for rank, dropout in ((4, 0.0), (64, 0.1)):
+            full, launches = _lora_linear(rank, fp32, dropout)
+            yield f"lora_linear tf32 r{rank}{' dropout' if dropout else ''}", launches[:full]
+
+
+@contextlib.contextmanager
+def _tf32():
+    """As where the user lets float32 products run in TF32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _lora_linear(
@@ -69,7 +90,76 @@ def _lora_linear(
     return full, launches
 
 
-OPERATIONS = (lora_linear,)
+def conv_experts(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """ViT-H's windows and global maps at batch 4 with eight experts, full and depthwise."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    windows, whole = Windows(4, 64, 64, 14, 14), Windows.whole(4, 64, 64)
+    yield "conv_experts bfloat16 r3 windows", _conv_experts(windows, 3, bf16)
+    if quick:
+        return
+    yield "conv_experts bfloat16 r3 global", _conv_experts(whole, 3, bf16)
+    for depthwise in (False, True):
+        kind = " depthwise" if depthwise else ""
+        for dtype, rank in ((bf16, 4), (fp32, 16), (fp16, 64)):
+            for form, name in ((windows, "windows"), (whole, "global")):
+                launches = _conv_experts(form, rank, dtype, depthwise)
+                yield f"conv_experts {str(dtype)[6:]} r{rank} {name}{kind}", launches
+    yield "conv_experts float32 r1 odd", _conv_experts(windows, 1, fp32, ratios=(1, 3))
+    yield "conv_experts float32 r3 M64", _conv_experts(windows, 3, fp32, ratios=(2,) * 64)
+    yield "conv_experts float32 r3 no gelu", _conv_experts(windows, 3, fp32, activation="none")
+
+
+def _conv_experts(
+    windows, rank, dtype, depthwise=False, ratios=tuple(range(1, 9)), activation="gelu"
+) -> list[Launch]:
+    """The launches of a layer's forward and backward, and of the backwards that make less."""
+    from samfast.kernels.conv_experts import triton_kernels as kernels
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    experts = len(ratios)
+    h = meta(windows.tokens, rank, dtype=dtype)
+    pad = meta(windows.batch * windows.pads, rank, dtype=dtype)
+    weight, bias = meta(experts, rank, 1 if depthwise else rank, 3, 3), meta(experts, rank)
+    index = meta(windows.samples, dtype=torch.int64)
+    inputs = (h, weight, bias, index, windows, ratios, True, activation)
+    balance = (meta(), meta(windows.samples, rank), meta(2, rank, experts))
+    with recording() as launches:
+        kernels.forward(*inputs)
+        kernels.backward(h, pad, *inputs, balance, (True, True))
+        kernels.backward(h, None, *inputs, None, (True, False))
+        kernels.backward(h, None, *inputs, None, (False, True))
+    return launches
+
+
+def expert_gate(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """The gate of ViT-H's windows at batch 4, training and not, and of the widest tiles."""
+    windows, whole = Windows(4, 64, 64, 14, 14), Windows.whole(4, 64, 64)
+    yield "expert_gate bfloat16 r3", _expert_gate(windows, 3, 8, torch.bfloat16)
+    if quick:
+        return
+    for noisy, given in ((True, True), (False, False), (False, True)):
+        launches = _expert_gate(whole, 4, 8, torch.float32, noisy, given)
+        yield f"expert_gate float32 r4{' noise' if noisy else ''}", launches
+    yield "expert_gate float16 r64 M64", _expert_gate(windows, 64, 64, torch.float16)
+
+
+def _expert_gate(windows, rank, experts, dtype, noisy=True, given=False) -> list[Launch]:
+    from samfast.kernels.expert_gate import triton_kernels as kernels
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    noise = meta(windows.samples, experts) if noisy else None
+    index = meta(windows.samples, dtype=torch.int64) if given else None
+    h, weight = meta(windows.tokens, rank, dtype=dtype), meta(rank, experts)
+    with recording() as launches:
+        kernels.forward(h, weight, weight, noise, index, windows, 0.01)
+    return launches
+
+
+OPERATIONS = (lora_linear, conv_experts, expert_gate)
 
 
 def registered(quick: bool) -> Iterator[tuple[str, list[Launch]]]:

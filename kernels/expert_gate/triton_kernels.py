@@ -30,6 +30,7 @@ def pool_kernel(
     down,
     across,
     chunks,
+    area,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -40,7 +41,7 @@ def pool_kernel(
     image = sample // (down * across)
     window = (sample % (down * across)).to(tl.int32)
     offs_r = tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R,), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in range(0, ROWS, BLOCK_M):
         position = chunk * ROWS + first + tl.arange(0, BLOCK_M)
         line = window // across * height + position // width
@@ -49,8 +50,9 @@ def pool_kernel(
         row = (image * image_height + line) * image_width + column
         live = inside[:, None] & (offs_r[None, :] < rank)
         h = tl.load(h_ptr + row[:, None] * rank + offs_r[None, :], live, other=0.0)
-        total += tl.sum(h.to(tl.float32), 0)  # (BLOCK_R,)
-    total /= (height * width).to(tl.float32)
+        total += h.to(tl.float32)
+    total = tl.sum(tl.reshape(total, (16, BLOCK_M // 16, BLOCK_R)), 1)
+    total = tl.sum(total, 0) / area
     tl.store(pool_ptr + tl.program_id(0).to(tl.int64) * rank + offs_r, total, offs_r < rank)
 
 
@@ -225,8 +227,9 @@ def forward(h, w_gate, w_noise, noise, index, windows, coefficient):
     with torch.cuda.device(h.device) if h.is_cuda else contextlib.nullcontext():
         pool_kernel[(samples * chunks,)](
             h, pool, rank, windows.height, windows.width, windows.image_height,
-            windows.image_width, windows.down, windows.across, chunks, ROWS=POOL_ROWS,
-            BLOCK_M=4096 // block_r, BLOCK_R=triton.next_power_of_2(rank), num_warps=4,
+            windows.image_width, windows.down, windows.across, chunks, float(area),
+            ROWS=POOL_ROWS, BLOCK_M=2048 // block_r, BLOCK_R=triton.next_power_of_2(rank),
+            num_warps=4,
         )  # fmt: skip
         balance_kernel[(1,)](
             pool, w_gate, w_noise, noise, given, index, aux, dpool, dgate, float(coefficient),
