@@ -3,7 +3,9 @@
 #include "common.h"
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 namespace samfast {
 void lora_down(const Tensor&, const Tensor&, Tensor, double, std::optional<Tensor>, int64_t);
@@ -11,6 +13,20 @@ void lora_up_(Tensor, const Tensor&, const Tensor&, double);
 std::tuple<Tensor, Tensor> lora_up_backward(const Tensor&, const Tensor&, const Tensor&, double);
 Tensor lora_down_backward_(std::optional<Tensor>, const Tensor&, std::optional<Tensor>,
                            const Tensor&, double, std::optional<Tensor>, int64_t);
+
+// The same call on the CPU, on a GPU, and on the CPU with the code of the GPU's blocks.
+using ConvExpertsForward = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                std::vector<int64_t>, std::vector<int64_t>, bool, bool, Tensor,
+                                Tensor);
+using ConvExpertsBackward = void(const Tensor&, std::optional<Tensor>, const Tensor&,
+                                 const Tensor&, const Tensor&, const Tensor&, std::vector<int64_t>,
+                                 std::vector<int64_t>, bool, bool, std::optional<Tensor>,
+                                 std::optional<Tensor>, std::optional<Tensor>,
+                                 std::optional<Tensor>, std::optional<Tensor>,
+                                 std::optional<Tensor>, std::optional<Tensor>,
+                                 std::optional<Tensor>);
+ConvExpertsForward conv_experts_forward, conv_experts_cuda_forward, conv_experts_tiles_forward;
+ConvExpertsBackward conv_experts_backward, conv_experts_cuda_backward, conv_experts_tiles_backward;
 }  // namespace samfast
 
 STABLE_TORCH_LIBRARY(samfast_native, m) {
@@ -21,6 +37,17 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
   m.def(
       "lora_down_backward_(Tensor(dx!)? dx, Tensor dh, Tensor? x, Tensor a, float p, "
       "Tensor? seed, int threshold) -> Tensor");
+  const std::string given = "Tensor h, Tensor weight, Tensor bias, Tensor index, int[] windows, "
+                            "int[] ratios, bool residual, bool gelu";
+  const std::string forward = "(" + given + ", Tensor(z!) z, Tensor(p!) z_pad) -> ()";
+  const std::string backward = "(Tensor dz, Tensor? dz_pad, " + given +
+                               ", Tensor? daux, Tensor? dpool, Tensor? dgate, Tensor(a!)? dh, "
+                               "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dw_gate, "
+                               "Tensor(e!)? dw_noise) -> ()";
+  m.def(("conv_experts_forward" + forward).c_str());
+  m.def(("conv_experts_backward" + backward).c_str());
+  m.def(("conv_experts_tiles_forward" + forward).c_str());
+  m.def(("conv_experts_tiles_backward" + backward).c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
@@ -28,4 +55,15 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
   m.impl("lora_up_", TORCH_BOX(&samfast::lora_up_));
   m.impl("lora_up_backward", TORCH_BOX(&samfast::lora_up_backward));
   m.impl("lora_down_backward_", TORCH_BOX(&samfast::lora_down_backward_));
+  m.impl("conv_experts_forward", TORCH_BOX(&samfast::conv_experts_forward));
+  m.impl("conv_experts_backward", TORCH_BOX(&samfast::conv_experts_backward));
+  m.impl("conv_experts_tiles_forward", TORCH_BOX(&samfast::conv_experts_tiles_forward));
+  m.impl("conv_experts_tiles_backward", TORCH_BOX(&samfast::conv_experts_tiles_backward));
 }
+
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(samfast_native, CUDA, m) {
+  m.impl("conv_experts_forward", TORCH_BOX(&samfast::conv_experts_cuda_forward));
+  m.impl("conv_experts_backward", TORCH_BOX(&samfast::conv_experts_cuda_backward));
+}
+#endif
