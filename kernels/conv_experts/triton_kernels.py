@@ -27,6 +27,7 @@ SOURCE = 16  # sources of a tile along an axis
 NARROW = 16  # a map up to this size is one tile that needs no halo
 TILE, HALO = 8, 4  # else outputs of a tile along an axis, and sources before them (3 are read)
 NOWHERE = tl.constexpr(-(2**30))  # a position outside every map
+REGISTERS = 128  # of a thread at most; left to itself ptxas saves registers and spills
 DH_COPIES = 4  # gradients of h in scratch, for each element of h, at most
 
 
@@ -277,10 +278,12 @@ def backward_tile(dz_ptr, dz_pad_ptr, h_ptr, weight_ptr, bias_ptr, patch_ptr, pa
     tap = tl.arange(0, 4)
     kernel_ptr = weight_ptr + expert * (rank * channels * 9)
     size = rank * channels * 9  # of an expert's kernels; its biases follow
-    part_ptr += tile * (size + rank)
-    slots = 1 if DEPTHWISE else chunks
-    slot = 0 if DEPTHWISE else chunk
-    patch_ptr += (tile * slots + slot) * rank * SOURCE * SOURCE
+    if NEED_WEIGHT:
+        part_ptr += tile * (size + rank)
+    if NEED_H:
+        slots = 1 if DEPTHWISE else chunks
+        slot = 0 if DEPTHWISE else chunk
+        patch_ptr += (tile * slots + slot) * rank * SOURCE * SOURCE
     patch_at = source[:, None] * SOURCE + source[None, :]
 
     first = chunk * tl.cdiv(rank, chunks)
@@ -524,7 +527,7 @@ def forward(h, weight, bias, index, windows, ratios, residual, activation):
             h, weight, bias, index, z, z_pad, rank, weight.shape[2], *_sizes(windows),
             RATIOS=tuple(ratios), RESIDUAL=residual, GELU=activation == "gelu",
             DEPTHWISE=_depthwise(weight), PADDED=windows.pads > 0, **_parities(ratios), **tile,
-            num_warps=_warps(tile), num_stages=1,
+            num_warps=8 if tile["OUT"] == NARROW else 4, num_stages=1,
         )  # fmt: skip
     return z, z_pad
 
@@ -566,7 +569,7 @@ def backward(
                 dz, dz_pad, h, weight, bias, index, patch, part, rank, weight.shape[2], chunks,
                 *_sizes(windows), RATIOS=tuple(ratios), GELU=activation == "gelu",
                 DEPTHWISE=depthwise, NEED_H=need_h, NEED_WEIGHT=need_weight, **_parities(ratios),
-                **tile, num_warps=_warps(tile), num_stages=1,
+                **tile, num_warps=8, num_stages=1, maxnreg=REGISTERS,
             )  # fmt: skip
         if blocks:
             reduce_kernel[(blocks,)](
@@ -590,10 +593,6 @@ def channel_chunks(windows, rank: int, depthwise: bool) -> int:
 def _tile(windows):
     whole = max(windows.height, windows.width) <= NARROW
     return {"OUT": NARROW if whole else TILE, "HALO": 0 if whole else HALO, "SOURCE": SOURCE}
-
-
-def _warps(tile):
-    return 8 if tile["OUT"] == NARROW else 4  # of 64 or 32 points along an axis
 
 
 def _tiles(windows, tile):

@@ -148,7 +148,7 @@ def balance_kernel(
     w_gate = tl.load(w_gate_ptr + weight_at, weight_live, other=0.0).to(tl.float32)
     w_noise = tl.load(w_noise_ptr + weight_at, weight_live, other=0.0).to(tl.float32)
     importance = tl.zeros((BLOCK_E,), tl.float32)
-    load = tl.zeros((BLOCK_E,), tl.float32)
+    load = tl.zeros((BLOCK_E,), tl.float64)  # the slope is of differences between these sums
     for first in range(0, samples, BLOCK_N):
         _, best, _, _, t, _, _, _ = choose(
             pool_ptr, noise_ptr, w_gate, w_noise, first, samples, rank, experts, chunks, BLOCK_N,
@@ -164,14 +164,15 @@ def balance_kernel(
         if noise_ptr is not None:
             within = live & (offs_e[None, :] < experts)
             p = 0.5 + 0.5 * tl.math.erf(t * 0.7071067811865476)
-            load += tl.sum(tl.where(within, p, 0.0), 0)
+            load += tl.sum(tl.where(within, p, 0.0).to(tl.float64), 0)
     many, used = experts * 1.0, offs_e < experts
     aux, _ = squared_variation(tl.where(used, importance, 0.0), many, used)
     if noise_ptr is None:
         tl.store(aux_ptr, coefficient * 2.0 * aux)
     else:
         load_aux, dload = squared_variation(load, many, used)
-        tl.store(aux_ptr, coefficient * (aux + load_aux))
+        dload = dload.to(tl.float32)
+        tl.store(aux_ptr, coefficient * (aux + load_aux.to(tl.float32)))
     dw_gate = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
     dw_noise = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
     for first in range(0, samples, BLOCK_N):
@@ -234,6 +235,6 @@ def forward(h, w_gate, w_noise, noise, index, windows, coefficient):
         balance_kernel[(1,)](
             pool, w_gate, w_noise, noise, given, index, aux, dpool, dgate, float(coefficient),
             samples, rank, experts, chunks, float(area), BLOCK_N=32, BLOCK_R=block_r,
-            BLOCK_E=block_e, num_warps=8, num_stages=1,
+            BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=128,
         )  # fmt: skip
     return index, aux, dpool, dgate

@@ -5,10 +5,18 @@ import dataclasses
 
 import torch
 
+from samfast import backends
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import reference
 
 RESULTS = ("z", "z_pad", "dh", "dweight", "dbias", "dw_gate", "dw_noise")
+
+
+def not_interpreted() -> str | None:
+    """None when interpreted kernels run here, or the sentence that says why they do not."""
+    if torch.cuda.is_available():
+        return "kernels are compiled, not interpreted, beside a GPU"
+    return backends.triton_missing(torch.device("cpu"))
 
 
 @dataclasses.dataclass(frozen=True)

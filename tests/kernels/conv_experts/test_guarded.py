@@ -7,15 +7,12 @@ import triton
 import triton.language as tl
 from budgets import all_within_budget
 
-from samfast import backends
 from samfast.kernels._common.windows import Windows
 
-from .problems import RESULTS, Problem
+from .problems import RESULTS, Problem, not_interpreted
 
-missing = backends.triton_missing(torch.device("cpu"))
-if missing or torch.cuda.is_available():
-    reason = missing or "kernels are compiled, not interpreted, beside a GPU"
-    pytest.skip(reason, allow_module_level=True)
+if not_interpreted():
+    pytest.skip(not_interpreted(), allow_module_level=True)
 
 from guarded import ORDERS, guarded
 

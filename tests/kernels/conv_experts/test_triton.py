@@ -5,15 +5,12 @@ import pytest
 import torch
 from budgets import all_within_budget
 
-from samfast import backends
 from samfast.kernels._common.windows import Windows
 
-from .problems import RESULTS, Problem
+from .problems import RESULTS, Problem, not_interpreted
 
-missing = backends.triton_missing(torch.device("cpu"))
-if missing or torch.cuda.is_available():
-    reason = missing or "beside a GPU the kernels are compiled; test_values runs them"
-    pytest.skip(reason, allow_module_level=True)
+if not_interpreted():
+    pytest.skip(not_interpreted(), allow_module_level=True)
 
 from samfast.kernels.conv_experts import triton_kernels as kernels
 
