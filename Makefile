@@ -28,11 +28,12 @@ test-gpu:
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --op lora_linear --record
+	$(BIN)/python -m benchmarks.run --op conv_lora --record
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m benchmarks.run --op lora_linear --device cuda --dtype bfloat16 --model vit_h \
-	  --batch 4 --repeats 50 --compiled --record
+	for op in lora_linear conv_lora; do $(PYTHON) -m benchmarks.run --op $$op --device cuda \
+	  --dtype bfloat16 --model vit_h --batch 4 --repeats 50 --compiled --record || exit 1; done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)
