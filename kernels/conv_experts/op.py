@@ -2,7 +2,6 @@
 """``conv_experts``: backend choice, operator schemas, autograd and the public function."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import reference, torch_path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MODULES = {"cpu": "cpu_path", "triton": "triton_kernels", "cuda": "cuda_path"}
 ACTIVATIONS = ("gelu", "none")
 
 
@@ -24,8 +22,6 @@ def supports(backend: str, h: Tensor, weight: Tensor) -> str | None:
     if backend in ("reference", "torch"):
         return None
     experts, rank = weight.shape[:2]
-    if find_spec(f"samfast.kernels.conv_experts.{_MODULES[backend]}") is None:
-        return "it has not landed yet"
     if backend == "cpu":
         return backends.cpu_missing(h.device, h.dtype)
     if backend == "cuda":

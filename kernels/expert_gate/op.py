@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``expert_gate``: backend choice, operator schemas, autograd and the public function."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -20,8 +18,6 @@ def supports(backend: str, h: Tensor, w_gate: Tensor) -> str | None:
         return None
     if backend in ("cpu", "cuda"):
         return "it has no native source; torch runs it on a CPU and triton on a GPU"
-    if find_spec("samfast.kernels.expert_gate.triton_kernels") is None:
-        return "it has not landed yet"
     if (missing := backends.triton_missing(h.device)) is not None:
         return missing
     if h.dtype == torch.float64:

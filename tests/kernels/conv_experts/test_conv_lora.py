@@ -74,8 +74,18 @@ def published(path):
 RESULTS = ("y", "loss", *NAMES, "expert_weight", "expert_bias")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem[10:])
+QUICK = ("scale2", "scale5", "windows_train")  # for the interpreter, minutes for all files
+
+
+def published_cases():
+    for path in GOLDEN:
+        for backend in BACKENDS:
+            slow = backend == "triton" and DEVICE.type == "cpu" and path.stem[10:] not in QUICK
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(path, backend, id=f"{path.stem[10:]}-{backend}", marks=marks)
+
+
+@pytest.mark.parametrize(("path", "backend"), published_cases())
 def test_published_numbers(path, backend):
     """The published module is the stock one of the budget; float64 of the same formula is exact."""
     if reason := runnable(backend):
@@ -150,6 +160,15 @@ def test_fourteen_launches_and_no_sync(depthwise, capsys):
     assert counts.total_launches <= 14, counts.launches
     assert counts.total_syncs == 0
     assert literal.total_launches > 100 and literal.total_syncs > 0
+
+
+def test_the_native_experts_count_three_launches():
+    """One forward and two backward, as their CUDA source makes them."""
+    if reason := runnable("cpu"):
+        pytest.skip(reason)
+    counts = count(lambda: Layer(samples=2, size=4).both("cpu")).launches
+    assert counts["conv_experts_forward"] == 1
+    assert counts["conv_experts_backward"] == 2
 
 
 @pytest.mark.parametrize("size", [14, 64])
