@@ -36,6 +36,7 @@ class Stock(LiteralConvLora):
         return y + (loss + unused).to(y.dtype)
 
 
+INTERPRETED = (black_box.error_budget, black_box.empty_batch)
 CASES = [("auto", False), ("auto", True), ("torch", True), ("triton", False), ("triton", True)]
 
 
@@ -45,11 +46,14 @@ CASES = [("auto", False), ("auto", True), ("torch", True), ("triton", False), ("
 )
 def test_black_box(check, backend, depthwise, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     ours = Ours(
         12, 18, rank=3, alpha=4, experts=4, ratios=(1, 2, 3, 8), depthwise=depthwise,
         device=DEVICE, dtype=torch.float64,
     )  # fmt: skip
+    interpreted = backend == "triton" and DEVICE.type == "cpu"
+    if interpreted and check not in INTERPRETED:
+        pytest.skip("too slow in the interpreter")
     if backend == "triton":
         for choice in ours.float().backends().values():
             if choice not in NAMES:
@@ -61,6 +65,6 @@ def test_black_box(check, backend, depthwise, monkeypatch):
     ours = ours.double()
     x = torch.randn(3, *SIZE, 12, dtype=torch.float64).to(DEVICE)
     subject = Subject(ours, Stock(ours), x)
-    if backend == "triton" and DEVICE.type == "cpu":  # the interpreter's bfloat16 product is wrong
+    if interpreted:  # the interpreter's bfloat16 product is wrong
         subject.low, subject.autocast = (torch.float16,), torch.float16
     check(subject)

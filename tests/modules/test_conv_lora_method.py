@@ -74,10 +74,14 @@ def test_report_counts_and_names_what_runs(attached, monkeypatch):
     assert set(report.backends.values()) == {("torch",)}
 
 
-def test_backends_see_autocast(attached, monkeypatch):
-    monkeypatch.delenv("SAMFAST_BACKEND", raising=False)
-    layer = attached().image_encoder.blocks[0].attn.qkv
-    layer.double()
+def test_a_backend_that_cannot_run_says_why(attached, monkeypatch):
+    layer = attached().image_encoder.blocks[0].attn.qkv.double()
+    monkeypatch.setenv("SAMFAST_BACKEND", "cpu")
+    found = layer.backends()
+    assert "C++ code takes float32" in found["conv_experts"] and found["expert_gate"] == "torch"
+    monkeypatch.setenv("SAMFAST_BACKEND", "triton")
+    assert all("cannot run" in sentence for sentence in layer.backends().values())
+    monkeypatch.delenv("SAMFAST_BACKEND")
     assert set(layer.backends().values()) == {"torch"}
 
 
