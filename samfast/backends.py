@@ -104,10 +104,17 @@ def triton_missing(device: torch.device) -> str | None:
     return None
 
 
-def cpu_missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when the C++ backend takes such a tensor, or the sentence that says why not."""
+def cpu_missing(device: torch.device, dtype: torch.dtype, operator: str) -> str | None:
+    """None when the C++ backend takes such a tensor, or the sentence that says why not.
+
+    operator: one of samfast_native's that is needed; an extension built earlier may lack it.
+    """
     if device.type != "cpu":
         return f"x is on {device.type}, but the cpu backend takes CPU tensors"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"x is {dtype}, but the C++ code takes float32, float16 and bfloat16"
-    return native_missing()
+    if (missing := native_missing()) is not None:
+        return missing
+    if not hasattr(torch.ops.samfast_native, operator):
+        return f"the native extension is older than {operator}; install samfast again"
+    return None

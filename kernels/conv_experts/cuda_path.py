@@ -33,6 +33,8 @@ def missing(h, weight):
     if (absent := backends.native_missing()) is not None:
         return absent
     operator = "samfast_native::conv_experts_forward"
+    if not hasattr(torch.ops.samfast_native, "conv_experts_forward"):
+        return "the native extension is older than conv_experts; install samfast again"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"):
         return f"the extension has no CUDA kernels ({backends.build_record()['reason']})"
     return None

@@ -23,7 +23,7 @@ def supports(backend: str, h: Tensor, weight: Tensor) -> str | None:
         return None
     experts, rank = weight.shape[:2]
     if backend == "cpu":
-        return backends.cpu_missing(h.device, h.dtype)
+        return backends.cpu_missing(h.device, h.dtype, "conv_experts_forward")
     if backend == "cuda":
         from samfast.kernels.conv_experts import cuda_path
 

@@ -29,7 +29,7 @@ def supports(
     if backend in ("reference", "torch"):
         return None
     if backend == "cpu":
-        return backends.cpu_missing(x.device, x.dtype)
+        return backends.cpu_missing(x.device, x.dtype, "lora_down")
     if backend == "cuda":
         return "it has no CUDA source of its own; triton runs it on a GPU"
     if (missing := backends.triton_missing(x.device)) is not None:

@@ -96,11 +96,16 @@ def test_published_numbers(path, backend):
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem[10:])
 def test_the_reference_is_what_was_published(path):
-    """Published numbers are as near to it in float64 as two evaluations in float32 together."""
+    """The worst published number is as near to it in float64 as the worst of it in float32."""
     exact = run(path, torch.float64, "reference")
-    pair = (run(path, torch.float32, name) for name in ("reference", "torch"))
-    stock = [e + (a - e).abs() + (b - e).abs() for a, b, e in zip(*pair, exact, strict=True)]
-    all_within_budget(published(path), stock, exact, torch.float32, RESULTS)
+
+    def worst(values):
+        pairs = [(v.double(), e) for v, e in zip(values, exact, strict=True) if e.any()]
+        return max(float((v - e).abs().max() / e.abs().max()) for v, e in pairs)
+
+    idle = [p for p, e in zip(published(path), exact, strict=True) if not e.any()]
+    assert not any(p.any() for p in idle)
+    assert worst(published(path)) <= 2 * worst(run(path, torch.float32, "reference"))
 
 
 def test_all_published_files_are_here():
@@ -122,7 +127,7 @@ class Layer:
         self.dy = draw(samples, size, size, out)
         self.windows = Windows.whole(samples, size, size)
         self.ratios = tuple(range(1, experts + 1))
-        self.noise = draw(samples, experts)
+        self.noise, self.one = draw(samples, experts), torch.ones((), device=DEVICE)
         shapes = [(rank, features), (out, rank), (experts, rank, 1 if depthwise else rank, 3, 3)]
         shapes += [(experts, rank), (rank, experts), (rank, experts)]
         self.factors = [draw(*shape, scale=0.3).requires_grad_() for shape in shapes]
@@ -136,7 +141,7 @@ class Layer:
 
     def both(self, backend="auto", **options):
         y, loss = self.forward(backend, **options)
-        return torch.autograd.grad([y, loss], [self.x, *self.factors], [self.dy, loss.new_ones(())])
+        return torch.autograd.grad([y, loss], [self.x, *self.factors], [self.dy, self.one])
 
 
 def fresh_noise(layer, backend):
@@ -150,12 +155,13 @@ def test_fourteen_launches_and_no_sync(depthwise, capsys):
         pytest.skip(reason)
     layer = Layer(samples=2, depthwise=depthwise)
     counts = count(lambda: fresh_noise(layer, "triton"))
-    literal = count(lambda: fresh_noise(layer, "reference"))
+    windows = Layer(samples=8, depthwise=depthwise)
+    literal = count(lambda: fresh_noise(windows, "reference"))
     with capsys.disabled():
         print(
             f"\n  Conv-LoRA layer, forward and backward: {counts.total_launches} launches, "
             f"{counts.total_syncs} syncs; literally {literal.total_launches} launches, "
-            f"{literal.total_syncs} syncs"
+            f"{literal.total_syncs} syncs for eight windows"
         )
     assert counts.total_launches <= 14, counts.launches
     assert counts.total_syncs == 0

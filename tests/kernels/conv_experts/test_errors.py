@@ -59,6 +59,13 @@ def test_a_named_backend_that_cannot_run_says_why():
             call(h=torch.zeros(2, 4, 5, 3).double(), backend="cpu")
 
 
+def test_an_extension_that_is_too_old_is_one_sentence():
+    if backends.native_missing() is not None:
+        pytest.skip(backends.native_missing())
+    sentence = backends.cpu_missing(torch.device("cpu"), torch.float32, "not_built_yet")
+    assert sentence.startswith("the native extension is older than not_built_yet")
+
+
 def layer(**changes):
     arguments = dict(
         x=torch.zeros(2, 4, 5, 6),

@@ -78,7 +78,7 @@ class Case:
 def runnable(backend: str) -> str | None:
     """None when the backend runs on this machine's test device, else the sentence why not."""
     if backend == "cpu":
-        return backends.cpu_missing(DEVICE, torch.float32)
+        return backends.cpu_missing(DEVICE, torch.float32, "lora_down")
     if backend == "triton":
         return backends.triton_missing(DEVICE)
     return None
