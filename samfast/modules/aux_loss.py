@@ -119,7 +119,9 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     Conv-LoRA's is the gates' balancing loss, its coefficient included; add it to the task's loss
     with weight 1. Zero for methods that have none. Call it after every forward of training, before
-    the backward; any checkpointing, accumulation and data-parallel wrapper will do.
+    the backward. Both kinds of checkpointing, accumulation, DistributedDataParallel and
+    torch.compile will do, but not reentrant checkpoints around compiled modules: compiled code
+    does not see that it is run again, and the backward raises RuntimeError. In eval it is constant.
 
     Raises ValueError when the model has no adapter and RuntimeError when there was no forward yet.
     """
