@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only build logic: package layout and the optional native extension.
 
-SAMFAST_BUILD=auto (default): CUDA where nvcc is found, C++ where a compiler is, else pure Python;
-cuda, cpu or none: exactly that, and what cannot be built is an error.
+SAMFAST_BUILD=auto (default): CUDA where nvcc is found and torch is built for CUDA, C++ where a
+compiler is, else pure Python; cuda, cpu or none: exactly that, and what cannot be is an error.
 
 LibTorch's stable ABI only: one binary for every torch >= 2.10 and Python >= 3.10, CUDA sources
 beside a CPU-only torch too. TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
@@ -43,6 +43,7 @@ def plan():
     problem = None
     try:
         from torch.utils import cpp_extension
+        from torch.version import cuda
     except ImportError as error:
         problem = f"torch must be installed first, then use --no-build-isolation ({error})"
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -54,10 +55,9 @@ def plan():
         if wanted != "auto":
             raise SystemExit(f"SAMFAST_BUILD={wanted} cannot be built: {problem}")
         return "none", problem, None
-    if not sources("cuda", ".cu"):
-        return "cpu", "no operation of this version has a CUDA source", cpp_extension
-    with_cuda = wanted != "cpu" and nvcc is not None
-    return "cuda" if with_cuda else "cpu", f"{wanted} was asked, nvcc is {nvcc}", cpp_extension
+    with_cuda = wanted == "cuda" or (wanted == "auto" and nvcc is not None and cuda is not None)
+    why = f"{wanted} was asked, nvcc is {nvcc}, torch is built for CUDA {cuda}"
+    return "cuda" if with_cuda else "cpu", why, cpp_extension
 
 
 def nvcc_objects(include_dirs):

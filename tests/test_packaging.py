@@ -125,6 +125,23 @@ def test_a_wheel_with_the_extension(source_tree, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_cuda_sources_build_and_load_beside_any_torch(source_tree):
+    """Also beside a CPU-only torch, whose library has no stream to ask for."""
+    done = run_setup(source_tree, "cuda", "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST="8.6")
+    assert done.returncode == 0, done.stderr
+    code = """
+import torch
+from samfast import backends
+print(backends.native_missing(), backends.build_record()["build"])
+name = "samfast_native::conv_experts_forward"
+print(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+"""
+    printed = python(code, source_tree, PYTHONPATH=str(source_tree)).split()
+    assert printed == ["None", "cuda", "True"]
+
+
+@pytest.mark.slow
 def test_the_suite_without_the_extension(source_tree, tmp_path):
     """What needs no extension passes from a tree where none was built."""
     tree = tmp_path / "tree"
