@@ -14,6 +14,7 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import reference, torch_path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_RATIO = 4096  # enlarged positions are int32 in the kernels
 ACTIVATIONS = ("gelu", "none")
 
 
@@ -254,6 +255,8 @@ def check_experts(rank: int, weight: Tensor, bias: Tensor, ratios, groups: int) 
     for ratio in ratios:
         if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
             raise ValueError(f"ratios has {ratio!r}, which is not a whole number of at least 1")
+        if ratio > MAX_RATIO:
+            raise ValueError(f"ratios has {ratio}, but the largest is {MAX_RATIO}")
 
 
 def check_index(index: Tensor, experts: int) -> None:

@@ -21,7 +21,6 @@ import triton.language as tl
 
 MAX_RANK = 64  # channels are loops, so nothing breaks beyond; their number squared takes the time
 MAX_EXPERTS = 64  # the ratio is picked by one comparison for each expert
-MAX_RATIO = 4096  # enlarged positions are int32
 
 SOURCE = 16  # sources of a tile along an axis
 NARROW = 16  # a map up to this size is one tile that needs no halo

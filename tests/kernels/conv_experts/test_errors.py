@@ -32,6 +32,7 @@ def call(**changes):
         ({"expert_index": torch.tensor([0.0, 1.0])}, r"but is torch.float32 \(2,\)"),
         ({"ratios": [1, 2, 3]}, r"ratios \(1, 2, 3\) are 3 but weight has 4 experts"),
         ({"ratios": [1, 2, 3, 0]}, "ratios has 0, which is not a whole number of at least 1"),
+        ({"ratios": [1, 2, 3, 5000]}, "ratios has 5000, but the largest is 4096"),
         ({"ratios": [1, 2, 3, 2.5]}, "ratios has 2.5, which is not a whole number"),
         ({"h": torch.zeros(2, 20, 3)}, r"h has shape \(2, 20, 3\), but must be \(N, H, W, rank\)"),
         ({"h": torch.zeros(2, 0, 5, 3)}, r"h has shape \(2, 0, 5, 3\), a map without pixels"),
