@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 BUILT := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 CHECKED := samfast kernels benchmarks tests setup.py
 
+# Test files run side by side in that many processes, which share the cores between them.
+WORKERS ?= 2
+
 # Threads that wait without spinning: on shared cores that is the difference of a factor of ten.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -15,7 +18,7 @@ demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
