@@ -22,7 +22,11 @@ from samfast.kernels.expert_gate.op import check_gate
 from samfast.kernels.lora_linear.op import check_arguments, low_rank_linear
 
 FORMULAS = ("code", "paper")
-_GATE_BACKEND = {"cpu": "torch", "cuda": "triton"}  # the gate has no native source
+
+
+def gate_backend(backend: str) -> str:
+    """What runs the gate of a layer on this backend: it has no native source of its own."""
+    return {"cpu": "torch", "cuda": "triton"}.get(backend, backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RoutedExperts:
         index = given[-1] if has_index else None
         index, aux, dpool, dgate = torch.ops.samfast.expert_gate_forward(
             h, w_gate, w_noise, noise, index, windows, self.coefficient,
-            _GATE_BACKEND.get(self.backend, self.backend),
+            gate_backend(self.backend),
         )  # fmt: skip
         z, _ = torch.ops.samfast.conv_experts_forward(
             h, weight, bias, index, windows, list(self.ratios), True, "gelu", self.backend

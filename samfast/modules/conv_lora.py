@@ -11,9 +11,9 @@ from samfast.backends import requested, resolve
 from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts.conv_lora import (
-    _GATE_BACKEND,
     FORMULAS,
     conv_lora_linear,
+    gate_backend,
 )
 from samfast.kernels.conv_experts.op import supports as experts_supports
 from samfast.kernels.expert_gate.op import draw_noise
@@ -348,7 +348,7 @@ class ConvLoraLinear(AdaptedLinear):
         }
         found = {}
         for name, supports in supported.items():
-            backend = _GATE_BACKEND.get(asked, asked) if name == "expert_gate" else asked
+            backend = gate_backend(asked) if name == "expert_gate" else asked
             try:
                 found[name] = resolve(name, backend, x.device, supports)
             except RuntimeError as error:

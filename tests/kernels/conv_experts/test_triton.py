@@ -14,20 +14,21 @@ if not_interpreted():
 
 from samfast.kernels.conv_experts import triton_kernels as kernels
 
+SLOW = [pytest.mark.slow]  # what takes the interpreter long and repeats a quicker case at length
 EIGHT = (1, 2, 3, 4, 5, 6, 7, 8)
 EVERY_SCALE = [
     Problem(Windows.whole(8, 14, 14), 1, EIGHT),
     Problem(Windows.whole(8, 9, 13), 1, EIGHT, depthwise=True),
     Problem(Windows.whole(8, 1, 1), 1, EIGHT),
     Problem(Windows.whole(4, 3, 18), 1, (2, 5, 1, 4)),  # tiles with a halo
-    Problem(Windows.whole(1, 17, 20), 1, (6,)),
+    pytest.param(Problem(Windows.whole(1, 17, 20), 1, (6,)), marks=SLOW),
 ]
 CHANNELS = [
     Problem(Windows.whole(2, 14, 14), 3),
-    Problem(Windows.whole(2, 14, 14), 4, (4, 7)),  # two channels to a program
+    pytest.param(Problem(Windows.whole(2, 14, 14), 4, (4, 7)), marks=SLOW),  # two to a program
     Problem(Windows.whole(2, 5, 4), 5, (8, 1), depthwise=True),
-    Problem(Windows.whole(1, 18, 2), 3, (2,)),  # all channels in one program, tiles with a halo
-    Problem(Windows.whole(1, 4, 3), 16, (2,)),
+    Problem(Windows.whole(1, 18, 2), 2, (2,)),  # all channels in one program, tiles with a halo
+    pytest.param(Problem(Windows.whole(1, 4, 3), 16, (2,)), marks=SLOW),
 ]
 PADDED = Windows(1, 20, 17, 14, 14)
 SMALL = Windows(1, 3, 4, 3, 2)
@@ -40,7 +41,9 @@ def test_values(problem):
     all_within_budget(ours, stock, exact, torch.float32, RESULTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=SLOW), torch.bfloat16]
+)
 def test_padded_windows(dtype):
     """Samples that hang over the image, one expert unused, kernels of another dtype than h."""
     problem = Problem(PADDED, ratios=(3, 2, 4), index=(0, 1, 1, 0))
@@ -62,10 +65,12 @@ def test_unused_experts_have_zero_gradients():
     assert dweight[2].abs().min() > 0 and dbias[2].abs().min() > 0
 
 
-@pytest.mark.parametrize("wrong", [-1, 2, 2**40, -(2**40)])
+@pytest.mark.parametrize(
+    "wrong", [-1, 2, *(pytest.param(n, marks=SLOW) for n in (2**40, -(2**40)))]
+)
 def test_unknown_expert_gives_nan_and_spoils_no_other_sample(wrong):
-    right = Problem(Windows.whole(2, 3, 3), index=(0, 1))
-    spoiled = Problem(Windows.whole(2, 3, 3), index=(wrong, 1))
+    right = Problem(Windows.whole(2, 3, 3), 1, index=(0, 1))
+    spoiled = Problem(Windows.whole(2, 3, 3), 1, index=(wrong, 1))
     z, _, dh, dweight, dbias, *_ = spoiled.run(kernels, torch.float32)
     expected = right.run(kernels, torch.float32)
     assert z[:9].isnan().all() and dh[:9].isnan().all()
