@@ -10,6 +10,7 @@ from pathlib import Path
 import triton
 
 ROOT = Path(__file__).resolve().parents[1]
+_TENSOR_CORES = (("UTCHMMA", "TCGEN"), ("HGMMA", "WGMMA"), ("HMMA", "HMMA"))
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
@@ -24,20 +25,22 @@ class Resources:
     local: int
     shared: int
     spills: int  # loads and stores of local memory in the machine code
-    tensor_core: str  # "WGMMA", "HMMA" or "" where the kernel makes no matrix product
+    tensor_core: str  # the widest kind of _TENSOR_CORES in the machine code, or ""
     atomics: int  # atomic instructions on floats
+    narrowed: bool = False  # float32 products made in TF32 that the source asks to be exact
 
     @property
     def clean(self) -> bool:
-        """No spills, no float atomics, shared memory within the target's limit."""
+        """No spills, no float atomics, shared memory that fits, products as exact as asked."""
         fits = self.shared <= SHARED_LIMITS[self.arch]
-        return fits and not (self.spills or self.stack or self.local or self.atomics)
+        spilled = self.spills or self.stack or self.local
+        return fits and not (spilled or self.atomics or self.narrowed)
 
     def __str__(self) -> str:
         return (
             f"registers {self.registers:3} stack {self.stack:3} spills {self.spills:3} "
             f"shared {self.shared:6} atomics {self.atomics} {self.tensor_core:5} "
-            f"{'clean' if self.clean else 'NOT CLEAN'}"
+            f"{'clean' if self.clean else 'NOT CLEAN'}{', TF32 unasked' if self.narrowed else ''}"
         )
 
 
@@ -49,7 +52,8 @@ def read_cubin(path: Path, arch: int) -> list[Resources]:
     """Resources of every kernel in a cubin."""
     run = dict(capture_output=True, text=True, check=True)
     usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", path], **run).stdout
-    sass = subprocess.run([_tool("nvdisasm"), path], **run).stdout
+    command = [_tool("nvdisasm"), "--print-code", "--no-dataflow", path]
+    sass = subprocess.run(command, **run).stdout
     bodies = dict(
         re.findall(r"^\.text\.(\S+):$(.*?)(?=^\.text\.|\Z)", sass, re.MULTILINE | re.DOTALL)
     )
@@ -68,7 +72,7 @@ def _resources(name, arch, usage, sass):
         local=numbers["LOCAL"],
         shared=numbers["SHARED"],
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        tensor_core="WGMMA" if "HGMMA" in sass else "HMMA" if "HMMA" in sass else "",
+        tensor_core=next((name for code, name in _TENSOR_CORES if code in sass), ""),
         atomics=len(re.findall(atomics, sass)),
     )
 

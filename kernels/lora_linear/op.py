@@ -18,7 +18,7 @@ from samfast.kernels._common.middle import IDENTITY
 from samfast.kernels.lora_linear import engine, reference, torch_path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_TRITON_RANK = {2: 128, 4: 64}  # by bytes per element; wider tiles spill registers
+MAX_TRITON_RANK = {2: 128, 4: 32}  # by bytes per element; wider tiles spill registers
 MAX_TRITON_SLICES = 3
 
 

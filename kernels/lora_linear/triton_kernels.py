@@ -196,7 +196,8 @@ def reduce_kernel(
             group = (pid // dz_blocks).to(tl.int64)
             offs = (pid % dz_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             total = sum_partials(dz_part_ptr, group * dz_parts * dz_size, dz_size, dz_parts, offs)
-            at = (offs // rank) * (groups * rank) + group * rank + offs % rank
+            # element offs of this group's (tokens, rank) within (tokens, groups, rank)
+            at = offs + (offs // rank) * ((groups - 1) * rank) + group * rank
             tl.store(dz_ptr + at, total.to(dz_ptr.dtype.element_ty), offs < dz_size)
     if HAS_GRAD:
         if pid >= groups * dz_blocks:
@@ -360,7 +361,7 @@ def down_backward_(dx, dh, x, lora_a, dropout, seed):
 
 
 def _reduce(dz_part, dz, groups, rank, grad_part, grad):
-    block = 1024
+    block = 512
     dz_size = 0 if dz is None else dz_part[0].numel()
     grad_size = 0 if grad is None else grad.numel()
     dz_blocks = triton.cdiv(dz_size, block)

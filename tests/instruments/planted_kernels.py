@@ -37,6 +37,18 @@ def crowded_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def narrowed_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """An exact product of float32, for which sm_100 is given its TF32 unit all the same."""
+    offs = tl.arange(0, BLOCK)
+    at = offs[:, None] * BLOCK + offs[None, :]
+    quarter = at.reshape(BLOCK * BLOCK // 4, 4).sum(1).reshape(BLOCK, BLOCK // 4)
+    mask = tl.reshape(tl.join(tl.join(quarter, quarter), tl.join(quarter, quarter)), BLOCK, BLOCK)
+    x = tl.where(mask > 5, tl.load(x_ptr + at), 0.0)
+    product = tl.dot(x, tl.load(y_ptr + at), input_precision="ieee")
+    tl.store(y_ptr + at, product)
+
+
+@triton.jit
 def refused_kernel(x_ptr, BLOCK: tl.constexpr):
     """Not even Triton compiles a range of three."""
     tl.store(x_ptr + tl.arange(0, BLOCK), 0.0)
@@ -57,6 +69,10 @@ def registered(quick):
         crowded_kernel[(1,)](x, x, 9, BLOCK=128, num_warps=8, num_stages=6)
         refused_kernel[(1,)](y, BLOCK=3)
     yield "faults", faults
+    if not quick:
+        with recording() as narrowed:
+            narrowed_kernel[(1,)](x.float(), x.float(), BLOCK=64)
+        yield "narrowed", narrowed
     with recording() as sound:
         clean_kernel[(1,)](y, 100, BLOCK=128)
         clean_kernel[(2,)](y, 110, BLOCK=128)  # the same code

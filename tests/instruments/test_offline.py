@@ -23,15 +23,18 @@ __global__ void spills(const float* x, float* y, int n) {
 """
 
 
-def gate(*options):
+PLANTED = ("--launches", "tests.instruments.planted_kernels")
+
+
+def gate(*options, arch="86"):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.offline", "--archs", "86", *options]
+    command = [sys.executable, "-m", "benchmarks.offline", "--archs", arch, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 def test_planted_kernels():
-    code, text = gate("--launches", "tests.instruments.planted_kernels")
+    code, text = gate(*PLANTED, "--quick")
     rows = {
         row.split(" sm_86 ")[1].split()[0]: row for row in text.splitlines() if " sm_86 " in row
     }
@@ -44,6 +47,12 @@ def test_planted_kernels():
     assert len(clean) == 3 and clean[0].startswith("sound +1 ")  # one compile for the same code
     assert not any("NOT CLEAN" in row for row in clean)
     assert "7 compiles of 8 launches, 4 wrong" in text
+
+
+def test_a_product_less_exact_than_asked():
+    code, text = gate(*PLANTED, "--only", "narrowed", arch="100")
+    assert code == 1
+    assert "NOT CLEAN, TF32 unasked" in text
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

@@ -335,8 +335,8 @@ def test_the_backend_named_is_the_one_a_forward_takes_under_autocast(monkeypatch
     monkeypatch.setenv("SAMFAST_BACKEND", "triton")
     module = LoraLinear(160, 120, rank=100)
     (refused,) = module.backends().values()
-    assert "above 64, the widest tile for torch.float32" in refused
-    with pytest.raises(RuntimeError, match="above 64, the widest tile for"):
+    assert "above 32, the widest tile for torch.float32" in refused
+    with pytest.raises(RuntimeError, match="above 32, the widest tile for"):
         module(torch.ones(2, 160))
     with torch.autocast("cpu", torch.float16):
         assert module.backends() == {"lora_linear": "triton"}

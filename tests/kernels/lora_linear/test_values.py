@@ -7,6 +7,8 @@ import pytest
 import torch
 from budgets import all_within_budget
 
+from samfast.kernels.lora_linear.op import MAX_TRITON_RANK
+
 from .cases import DEVICE, NAMES, Case, runnable
 
 QV = ((0, 16), (32, 48))
@@ -16,6 +18,7 @@ AWKWARD = [
     Case(rank=3, shape=(1, 33)),
     Case(rank=8, shape=(63, 7), out=5),
     Case(rank=16, shape=(2, 341, 20), out=130),
+    Case(rank=24, shape=(90, 33), out=72),
     Case(rank=64, shape=(2, 70, 65), out=72),
     Case(slices=QV),
     Case(slices=QV, rank=3, shared=True),
@@ -52,6 +55,10 @@ def backend_parameters():
 def test_error_budget(case, backend, dtype):
     exact = case.run(torch.float64, "reference")
     stock = case.run(dtype, "reference")
+    if backend == "triton" and case.rank > MAX_TRITON_RANK[dtype.itemsize]:
+        with pytest.raises(RuntimeError, match="the widest tile for"):
+            case.run(dtype, backend)
+        return
     ours = case.run(dtype, backend)
     assert ours[0].dtype == dtype
     all_within_budget(ours, stock, exact, dtype, NAMES)
@@ -80,9 +87,9 @@ def test_torch_backend_in_float64(case):
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_parameters())
 def test_bits_repeat(backend, dtype):
-    case = Case(shape=(9, 40, 65), out=96, rank=8, dropout=0.2)
+    case = Case(shape=(3, 50, 65), out=96, rank=8, dropout=0.2)
     first = case.run(dtype, backend)
-    for _ in range(2):
+    for _ in range(2 if backend != "triton" or DEVICE.type == "cuda" else 1):
         again = case.run(dtype, backend)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
