@@ -2,10 +2,13 @@
 """The middle map f of y = x Wᵀ + b + s · f(x Aᵀ) Bᵀ.
 
 A map is a small frozen object without tensors. Operators take strings and tensors only, so a map
-travels through them by its key and is found again in the registry below.
+travels through them by its key, its class and arguments spelt out, and is made again from that:
+nothing has to have run before, in this process or while a graph was traced.
 """
 
+import ast
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -57,18 +60,24 @@ def no_aux(h: Tensor) -> Tensor:
     return h.new_empty(0, dtype=torch.float32)
 
 
-_maps: dict[str, MiddleMap] = {}
+_kinds: dict[str, type] = {}
 
 
-def register(middle: MiddleMap) -> str:
-    """The key under which operators find this map; equal maps have equal keys."""
-    key = repr(middle)
-    _maps.setdefault(key, middle)
-    return key
+def register(kind: type) -> type:
+    """Class decorator: maps of this class are found by ``key_of`` their name and arguments."""
+    _kinds[kind.__name__] = kind
+    return kind
 
 
+def key_of(kind: str, *arguments) -> str:
+    """The key of a map whose class takes these arguments, Python literals."""
+    return f"{kind}{arguments!r}"
+
+
+@functools.lru_cache(maxsize=256)
 def find(key: str) -> MiddleMap:
-    return _maps[key]
+    kind, bracket, arguments = key.partition("(")
+    return _kinds[kind](*ast.literal_eval(bracket + arguments))
 
 
-IDENTITY = register(Identity())
+IDENTITY = key_of(register(Identity).__name__)

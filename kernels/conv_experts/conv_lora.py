@@ -18,17 +18,22 @@ from samfast.kernels._common.philox import keep_mask
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import op, reference
 from samfast.kernels.expert_gate import reference as gate_reference
-from samfast.kernels.expert_gate.op import check_gate
+from samfast.kernels.expert_gate.op import check_gate, usable_noise
 from samfast.kernels.lora_linear.op import check_arguments, low_rank_linear
 
 FORMULAS = ("code", "paper")
 
 
-def gate_backend(backend: str) -> str:
-    """What runs the gate of a layer on this backend: it has no native source of its own."""
-    return {"cpu": "torch", "cuda": "triton"}.get(backend, backend)
+def part_backend(operation: str, backend: str) -> str:
+    """What runs a part of a layer on this backend. The gate has no native source, and what is
+    beside the experts no CUDA source: torch and Triton stand in for them."""
+    stand_in = {("expert_gate", "cpu"): "torch"}
+    if operation != "conv_experts":
+        stand_in[operation, "cuda"] = "triton"
+    return stand_in.get((operation, backend), backend)
 
 
+@middle.register
 @dataclasses.dataclass(frozen=True)
 class RoutedExperts:
     """f(h) = h + E_e(h). params: expert weight and bias, w_gate, w_noise, then what was given of
@@ -39,16 +44,13 @@ class RoutedExperts:
     backend: str
     zero_preserving = False
 
-    def __repr__(self):  # the map's key; torch.compile cannot trace the one of dataclasses
-        return f"RoutedExperts({self.ratios}, {self.coefficient}, {self.backend!r})"
-
     def forward(self, h, geometry, weight, bias, w_gate, w_noise, *given):
         windows, (has_noise, has_index) = list(geometry[:5]), geometry[5:]
         noise = given[0] if has_noise else None
         index = given[-1] if has_index else None
         index, aux, dpool, dgate = torch.ops.samfast.expert_gate_forward(
             h, w_gate, w_noise, noise, index, windows, self.coefficient,
-            gate_backend(self.backend),
+            part_backend("expert_gate", self.backend),
         )  # fmt: skip
         z, _ = torch.ops.samfast.conv_experts_forward(
             h, weight, bias, index, windows, list(self.ratios), True, "gelu", self.backend
@@ -121,6 +123,11 @@ def conv_lora_linear(
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but the windows hold {windows.tokens} tokens"
         )
+    small = {"expert_weight": expert_weight, "expert_bias": expert_bias, "w_gate": w_gate}
+    small |= {"w_noise": w_noise, "noise": noise, "expert_index": expert_index}
+    for name, t in small.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device} but x is on {x.device}")
     if w_gate.shape[1] != len(ratios):
         raise ValueError(
             f"w_gate has {w_gate.shape[1]} columns but there are {len(ratios)} experts"
@@ -130,6 +137,7 @@ def conv_lora_linear(
     if formula not in FORMULAS:
         raise ValueError(f"formula is {formula!r}; known are {', '.join(FORMULAS)}")
     requested = backends.requested(backend)
+    noise = usable_noise(noise, x)
     if (top_k > 1 or formula == "paper") and requested not in ("auto", "reference"):
         raise RuntimeError(
             f"backend {requested!r} cannot run top_k={top_k} with formula={formula!r}; only the "
@@ -144,10 +152,10 @@ def conv_lora_linear(
     params = [expert_weight, expert_bias, w_gate, w_noise]
     params += [t for t in (noise, expert_index) if t is not None]
     geometry = (*windows, int(noise is not None), int(expert_index is not None))
-    key = middle.register(RoutedExperts(tuple(ratios), float(coefficient), requested))
+    key = middle.key_of("RoutedExperts", tuple(ratios), float(coefficient), requested)
     return low_rank_linear(
         x, weight, bias, lora_a, lora_b, scaling, middle=key, geometry=geometry, params=params,
-        dropout=dropout, seed=seed, backend=requested,
+        dropout=dropout, seed=seed, backend=part_backend("lora_linear", requested),
     )  # fmt: skip
 
 
@@ -156,6 +164,8 @@ def _literal(
     groups, windows, noise, expert_index, coefficient, dropout, seed, top_k, formula,
 ):  # fmt: skip
     """Everything by autograd; the specification of the layer."""
+    if expert_index is not None:
+        op.check_index(expert_index, len(ratios))
     x = autocast_input(x)
     with without_autocast(x.device.type):
         dtype, rank = x.dtype, lora_a.shape[0]

@@ -3,7 +3,7 @@
 
 With L[a] the matrix of tap a (axis.py), P_o = Σ_{a,b,i} k[o,i,a,b] L[a] Z_i L[b]ᵀ holds all points
 that expert output o is read at, and E_o = D act(P_o + c_o) Dᵀ. Rows are taken one phase at a time,
-so no tensor is larger than twelve times h.
+so the largest tensors are twelve times h, and the matrices 12 · (H² + W²) numbers a sample.
 """
 
 import torch

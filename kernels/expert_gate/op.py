@@ -152,6 +152,7 @@ def expert_gate(
             raise ValueError(f"{name} is on {t.device} but h is on {h.device}")
     if training and noise is None:
         noise = draw_noise(h, h.shape[0], w_gate.shape[1], generator)
+    noise = usable_noise(noise, h)
     if backends.requested(backend) == "reference":
         forced = None if expert_index is None else expert_index[:, None]
         with without_autocast(h.device.type):
@@ -168,7 +169,15 @@ def expert_gate(
 def draw_noise(like: Tensor, samples: int, experts: int, generator=None) -> Tensor:
     """(samples, experts) standard normal, at least float32: one draw per layer and forward."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.randn(samples, experts, dtype=dtype, device=like.device, generator=generator)
+    given = {} if generator is None else {"generator": generator}  # not traceable with a size
+    return torch.randn(samples, experts, dtype=dtype, device=like.device, **given)
+
+
+def usable_noise(noise: Tensor | None, like: Tensor) -> Tensor | None:
+    """The draw as the gate takes it: a constant, of the dtype of its arithmetic."""
+    if noise is None:
+        return None
+    return noise.detach().to(torch.promote_types(like.dtype, torch.float32))
 
 
 def check_gate(samples, rank, w_gate, w_noise, noise, expert_index) -> None:

@@ -19,7 +19,9 @@ def expert_gate(h, w_gate, w_noise, noise=None, expert_index=None, coefficient=0
     if noise is not None:
         sigma = F.softplus(g @ w_noise.to(h.dtype)) + 0.01
         logits = clean + noise * sigma
-    top, order = logits.topk(min(top_k + 1, experts), dim=1)
+    order = logits.argsort(dim=1, descending=True, stable=True)  # the first of equals first
+    order = order[:, : top_k + 1]
+    top = logits.gather(1, order)
     index = order[:, :top_k] if expert_index is None else expert_index
     weights = logits.gather(1, index).softmax(1)
     gates = torch.zeros_like(logits).scatter(1, index, weights)

@@ -117,6 +117,8 @@ def stock_state_dict(
     return state
 
 
+_PARTS = ("mask_tokens", "output_hypernetworks_mlps", "num_mask_tokens", "num_multimask_outputs")
+
 # How a model gets a head, by the name that adapter files hold.
 HEADS: dict[str, Callable[[nn.Module], nn.Module]] = {"sam": restore_head, "binary": binary_head}
 
@@ -125,6 +127,9 @@ HEADS: dict[str, Callable[[nn.Module], nn.Module]] = {"sam": restore_head, "bina
 def given_head(model: nn.Module, name: str) -> Iterator[None]:
     """Give the model a head of HEADS; when the block raises, it gets back the one it had."""
     before, done = head_of(model), False
+    decoder = getattr(model, "mask_decoder", None)
+    parts = {part: getattr(decoder, part) for part in _PARTS if hasattr(decoder, part)}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     HEADS[name](model)
     try:
         yield
@@ -132,6 +137,10 @@ def given_head(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         if not done:
             HEADS[before](model)
+            for part, value in parts.items():  # the very same modules, for whoever holds them
+                setattr(decoder, part, value)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 def _taken(model: nn.Module) -> _Taken | None:

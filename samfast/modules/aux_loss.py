@@ -19,13 +19,18 @@ class LatestLoss:
     """A layer's term of its latest forward. Copies and pickles are empty.
 
     value: scalar, None before the first forward
-    blind: the forward was one of training, but without a graph, so a recomputation may follow
+    blind: how many forwards of training ran without a graph, one after another; 0 when the latest
+        had one, so that no recomputation follows
+    counted: ``aux_loss`` has asked since, or a backward ran them again: the next one is the first
+    trained: whether the term reaches a parameter of its own layer
     gradient: [d loss / d value], for that recomputation, which takes it out of the list
     """
 
     def __init__(self):
         self.value: Tensor | None = None
-        self.blind = False
+        self.blind = 0
+        self.counted = False
+        self.trained = False
         self.gradient: list[Tensor] = []
 
     def __reduce__(self):  # deepcopy asks it too
@@ -37,11 +42,15 @@ class LatestLoss:
         training: False when the term is constant   trained: whether it reaches a parameter
         """
         if recomputing():
+            self.counted = True  # the forwards before this backward are done with
             if not self.gradient or not torch.is_grad_enabled():
                 return y
             return _SendOn.apply(y, value, self.gradient.pop())
         self.value = value if training else value.detach()
-        self.blind = training and trained and not torch.is_grad_enabled()
+        before = 0 if self.counted else self.blind
+        self.blind = before + 1 if training and not torch.is_grad_enabled() else 0
+        self.counted = False
+        self.trained = trained
         self.gradient = []
         return y
 
@@ -87,7 +96,8 @@ class _Leave(torch.autograd.Function):
         left = []
         for term in ctx.latest:
             term.gradient = [gradient]
-            left.append(term.gradient)
+            if term.trained:  # a frozen layer may lie before all that is trained
+                left.append(term.gradient)
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: _check_all_taken(left))
         return None, None
@@ -105,7 +115,7 @@ def _check_all_taken(left: list[list[Tensor]]) -> None:
             "ran without a graph and which this backward did not recompute after it; under "
             "reentrant checkpointing call aux_loss after the forward, add it to the loss of the "
             "same backward and let the checkpoint's input require a gradient, or use "
-            "use_reentrant=False"
+            "use_reentrant=False; a later forward under no_grad belongs into eval()"
         )
 
 
@@ -119,9 +129,13 @@ def aux_loss(model: nn.Module) -> Tensor:
 
     Conv-LoRA's is the gates' balancing loss, its coefficient included; add it to the task's loss
     with weight 1. Zero for methods that have none. Call it after every forward of training, before
-    the backward. Both kinds of checkpointing, accumulation, DistributedDataParallel and
-    torch.compile will do, but not reentrant checkpoints around compiled modules: compiled code
-    does not see that it is run again, and the backward raises RuntimeError. In eval it is constant.
+    the backward. A layer that is called twice in a forward counts with its last call. Both kinds
+    of checkpointing, accumulation, DistributedDataParallel and torch.compile will do. In eval it
+    is constant.
+
+    Reentrant checkpoints ask for more: aux_loss after each forward, its term in the same backward
+    as a loss that reaches every layer, no layer called twice, no compiled modules inside. What
+    breaks this raises RuntimeError; ``use_reentrant=False`` has no such limits.
 
     Raises ValueError when the model has no adapter and RuntimeError when there was no forward yet.
     """
@@ -141,6 +155,17 @@ def aux_loss(model: nn.Module) -> Tensor:
     if not torch.is_grad_enabled():
         return _sum([term.value for term in terms])
     blind = [term for term in terms if term.blind]
+    repeated, trained = max(term.blind for term in terms), any(term.trained for term in terms)
+    for term in blind:
+        term.counted = True
+    if not trained:
+        return _sum([term.value for term in terms])
+    if repeated > 1:
+        raise RuntimeError(
+            f"a layer ran {repeated} forwards of training without a graph since aux_loss was last "
+            "asked, and a reentrant checkpoint cannot tell them apart; call aux_loss after each "
+            "forward, put forwards under no_grad into eval(), or use use_reentrant=False"
+        )
     others = [term.value for term in terms if not term.blind]
     if blind:
         anchor = torch.zeros((), device=blind[0].value.device, requires_grad=True)

@@ -13,14 +13,15 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts.conv_lora import (
     FORMULAS,
     conv_lora_linear,
-    gate_backend,
+    part_backend,
 )
+from samfast.kernels.conv_experts.op import MAX_RATIO
 from samfast.kernels.conv_experts.op import supports as experts_supports
 from samfast.kernels.expert_gate.op import draw_noise
 from samfast.kernels.expert_gate.op import supports as gate_supports
 from samfast.kernels.lora_linear.op import supports as lora_supports
 from samfast.modules.adapted_linear import AdaptedLinear
-from samfast.modules.aux_loss import LatestLoss
+from samfast.modules.aux_loss import LatestLoss, recomputing
 from samfast.modules.low_rank import check_alpha, check_dropout, check_rank
 
 _GATE = "lora_moe_gating."
@@ -56,8 +57,11 @@ def checked_ratios(ratios: Sequence[int] | None, experts: int) -> tuple[int, ...
     if not isinstance(ratios, (tuple, list)) or len(ratios) != experts:
         raise ValueError(f"ratios is {ratios!r}; it must have one entry for each of {experts}")
     for ratio in ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
-            raise ValueError(f"ratios has {ratio!r}; each must be a whole number of at least 1")
+        whole = isinstance(ratio, int) and not isinstance(ratio, bool)
+        if not whole or not 1 <= ratio <= MAX_RATIO:
+            raise ValueError(
+                f"ratios has {ratio!r}; each must be a whole number from 1 to {MAX_RATIO}"
+            )
     return tuple(ratios)
 
 
@@ -193,6 +197,11 @@ class ConvLoraLinear(AdaptedLinear):
 
         Raises ValueError when x is not of that shape or noise is given outside training.
         """
+        if generator is not None and recomputing():
+            raise RuntimeError(
+                "a checkpoint runs this forward again, but its generator has moved on; draw the "
+                "noise before and give it as noise="
+            )
         windows = self._windows(x, size)
         if self.training and noise is None:
             noise = draw_noise(x, windows.samples, self.experts, generator)
@@ -223,6 +232,10 @@ class ConvLoraLinear(AdaptedLinear):
 
     def _windows(self, x: Tensor, size: tuple[int, int] | None) -> Windows:
         shape = tuple(x.shape)
+        if x.dim() in (3, 4) and 0 in shape[1:-1]:
+            raise ValueError(f"x has shape {shape}, maps without pixels")
+        if size is not None and (len(size) != 2 or not all(type(n) is int for n in size)):
+            raise ValueError(f"size is {size!r}; it must be two whole numbers, (H, W)")
         if x.dim() == 4:
             if size is not None and tuple(size) != shape[1:3]:
                 raise ValueError(f"x has shape {shape}, whose maps are not {tuple(size)}")
@@ -231,7 +244,7 @@ class ConvLoraLinear(AdaptedLinear):
             raise ValueError(f"x has shape {shape}, but must be (N, H, W, D) or (N, L, D)")
         length = shape[1]
         if size is None:
-            side = math.isqrt(length)
+            side = int(length**0.5 + 0.5)  # not isqrt, which torch.compile cannot trace
             if side * side != length:
                 raise ValueError(
                     f"x has shape {shape}, and {length} tokens are no square map; give its size"
@@ -348,7 +361,7 @@ class ConvLoraLinear(AdaptedLinear):
         }
         found = {}
         for name, supports in supported.items():
-            backend = gate_backend(asked) if name == "expert_gate" else asked
+            backend = part_backend(name, asked)
             try:
                 found[name] = resolve(name, backend, x.device, supports)
             except RuntimeError as error:

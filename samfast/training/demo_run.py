@@ -36,7 +36,8 @@ def run(output: Path, seed: int = 0) -> bool:
     data = write_coins(output / "data")
     print(f"photographs of coins with their truth are in {data}")
     lora = FinetuneSettings(data=data, output=output, overwrite=True, seed=seed, **TRAINING, **LORA)
-    decoder = replace(lora, method="decoder", output=output / "decoder_only")
+    alone = {"method": "decoder", "rank": None, "alpha": None, "output": output / "decoder_only"}
+    decoder = replace(lora, **alone)
 
     start_model = _untrained(lora)
     loader = validation_loader(find_split(data).val, image_size(start_model.sam), 4)

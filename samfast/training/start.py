@@ -94,7 +94,11 @@ def check_settings(settings: FinetuneSettings) -> None:
         for name, absent in _CONV_LORA.items():
             if (value := getattr(settings, name)) != absent:
                 raise ValueError(f"{name} is {value}, but method {settings.method} has none")
-    elif settings.slices is not None:
+    if settings.method == "decoder":
+        for name in ("rank", "alpha", "slices"):
+            if (value := getattr(settings, name)) is not None:
+                raise ValueError(f"{name} is {value}, but method decoder has no adapters")
+    elif settings.method == "conv-lora" and settings.slices is not None:
         named = ", ".join(settings.slices)
         raise ValueError(f"slices are {named}, but method conv-lora adapts whole layers")
     _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")

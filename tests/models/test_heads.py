@@ -253,6 +253,22 @@ def test_adapters_of_another_head_are_refused(folder, sam, base, tmp_path):
         samfast.load_adapter(binary_head(copy.deepcopy(base)), other)
 
 
+def test_a_refused_adapter_leaves_the_very_same_modules(folder, sam, base):
+    """Also what is frozen in them: an optimizer made before still trains them."""
+    folder, _ = folder
+    networks = sam.mask_decoder.output_hypernetworks_mlps
+    networks[1:].requires_grad_(False)
+    with torch.no_grad():
+        sam.image_encoder.blocks[0].attn.qkv.weight.add_(1.0)  # another base
+    before = dict(sam.named_parameters())
+    flags = {name: p.requires_grad for name, p in before.items()}
+    with pytest.raises(ValueError, match="base"):
+        samfast.load_adapter(sam, folder)
+    after = dict(sam.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert {name: p.requires_grad for name, p in after.items()} == flags
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda sam: pickle.loads(pickle.dumps(sam))])
 def test_copies_know_their_head(base, sam, images, how):
     copied = how(binary_head(sam))

@@ -329,3 +329,33 @@ def test_compiled_blocks_in_checkpoints(build, images, reentrant):
             step(model, images, call)
     else:
         assert_equal(step(model, images, call)[1], expected)
+
+
+def test_a_layer_called_twice_in_a_reentrant_checkpoint_is_refused(build, images):
+    """A recomputation cannot tell the calls apart; without reentrance the last call counts."""
+    model = build()
+    logits = forward(model, images, lambda block, x: block(block(x)))
+    expected = torch.autograd.grad(task(logits) + samfast.aux_loss(model), _trained(model))
+    assert all(grad.any() for grad in expected)
+    forward(model, images, lambda block, x: reentrant(lambda t: block(block(t)), x))
+    with pytest.raises(RuntimeError, match="a layer ran 2 forwards of training without a graph"):
+        samfast.aux_loss(model)
+
+
+def _trained(model):
+    return [p for _, p in samfast.trainable_parameters(model)]
+
+
+def test_a_frozen_layer_behind_a_trained_one_passes_its_share_on(build, images):
+    """Its term depends on x, and so on the layers before it."""
+    results = []
+    for call in (plain, together):
+        model = build()
+        for parameter in list(adapters(model).values())[-1].parameters():
+            parameter.requires_grad_(False)
+        torch.manual_seed(3)
+        logits = forward(model, images, call)
+        (task(logits) + 100 * samfast.aux_loss(model)).backward()
+        results.append(gradients(model))
+    for name, grad in results[0].items():
+        assert torch.equal(grad, results[1][name]), name

@@ -12,8 +12,10 @@ from literal_conv_lora import translated
 from safetensors.torch import load, save
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from samfast.functional import conv_experts
+from samfast.kernels.conv_experts.conv_lora import part_backend
 from samfast.modules import ConvLoraLinear
 
 EXPERTS = 4
@@ -335,3 +337,58 @@ def test_repr_names_the_options(linear, module):
     )
     text = "experts=2, ratios=(3, 5), depthwise=True, dropout=0.1, top_k=2, formula=paper)"
     assert repr(other).endswith(text)
+
+
+def test_noise_is_a_constant_of_any_width(module):
+    x, noise = torch.randn(3, 4, 4, 12), torch.randn(3, EXPERTS)
+    expected = module(x, noise=noise, return_aux=True)
+    for given in (noise.double(), noise.clone().requires_grad_()):
+        y, aux = module(x, noise=given, return_aux=True)
+        assert torch.equal(y, expected[0]) and torch.equal(aux, expected[1])
+        (y.sum() + aux).backward()
+    assert given.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_generator_under_a_checkpoint_is_refused(module, reentrant):
+    """It has moved on when the forward runs again; the global stream is put back."""
+    x, generator = torch.randn(3, 4, 4, 12, requires_grad=True), torch.Generator().manual_seed(1)
+    y = checkpoint(lambda t: module(t, generator=generator), x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="its generator has moved on; draw the noise before"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "message"),
+    [
+        ((2, 0, 3, 12), None, r"x has shape \(2, 0, 3, 12\), maps without pixels"),
+        ((2, 0, 12), None, "maps without pixels"),
+        ((2, 25, 12), (5, 5, 1), r"size is \(5, 5, 1\); it must be two whole numbers"),
+        ((2, 25, 12), (5.0, 5.0), r"size is \(5.0, 5.0\); it must be two whole numbers"),
+    ],
+)
+def test_sizes_that_are_none(module, shape, size, message):
+    with pytest.raises(ValueError, match=message):
+        module(torch.randn(shape), size)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}])
+def test_a_forced_choice_out_of_range(options):
+    layer = ConvLoraLinear(12, 18, experts=3, **options).eval()
+    with pytest.raises(ValueError, match="expert_index has 9, but there are experts 0 to 2"):
+        layer(torch.randn(2, 4, 4, 12), expert_index=torch.tensor([0, 9]))
+
+
+def test_cuda_stands_for_the_experts_alone():
+    """Triton runs what is beside them, as far as a layer is asked what it would take."""
+    assert part_backend("conv_experts", "cuda") == "cuda"
+    assert part_backend("lora_linear", "cuda") == part_backend("expert_gate", "cuda") == "triton"
+    assert (
+        part_backend("lora_linear", "cpu") == "cpu"
+        and part_backend("expert_gate", "cpu") == "torch"
+    )
+
+
+def test_ratios_have_a_limit():
+    with pytest.raises(ValueError, match="ratios has 5000; each must be a whole number from 1 to"):
+        ConvLoraLinear(12, 18, experts=1, ratios=(5000,))

@@ -145,6 +145,11 @@ def test_depthwise_belongs_to_conv_lora(refused, shared_data):
         refused(*arguments, pattern=f"depthwise is True, but method {method} has none")
 
 
+def test_the_decoder_alone_has_no_rank(refused, shared_data):
+    arguments = tiny(shared_data, "--method", "decoder", "--rank", 8)
+    refused(*arguments, pattern="rank is 8, but method decoder has no adapters")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is right on a GPU")
 def test_fp16_needs_a_gpu(refused, shared_data):
     refused(*tiny(shared_data, "--precision", "fp16"), pattern="fp16 needs a CUDA device")

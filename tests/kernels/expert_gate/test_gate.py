@@ -165,3 +165,8 @@ def test_one_sentence(changes, sentence):
     good = {"h": torch.zeros(2, 3, 4, 3), "w_gate": torch.zeros(3, 4), "w_noise": torch.zeros(3, 4)}
     with pytest.raises(ValueError, match=sentence):
         expert_gate(**{**good, **changes})
+
+
+def test_the_reference_breaks_ties_as_the_others_do():
+    h, zeros = torch.randn(3, 2, 2, 3), torch.zeros(3, 8)
+    assert not expert_gate(h, zeros, zeros, backend="reference")[0].any()

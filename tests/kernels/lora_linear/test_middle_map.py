@@ -13,6 +13,7 @@ from samfast.kernels.lora_linear.op import low_rank_linear
 from .cases import DEVICE, runnable
 
 
+@middle.register
 @dataclasses.dataclass(frozen=True)
 class MatrixMap:
     """f(h) = h K with aux = power · mean(h²); geometry is (tokens,), checked."""
@@ -32,6 +33,7 @@ class MatrixMap:
         return dh, [(h.t() @ dz).to(matrix.dtype) if needs[1] else None]
 
 
+@middle.register
 @dataclasses.dataclass(frozen=True)
 class AwkwardMap(MatrixMap):
     """The same numbers in another layout, or in float32 whatever h is."""
@@ -59,7 +61,7 @@ def literal(x, weight, bias, a, b, matrix, power):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(
     "kind",
-    [MatrixMap(0.3), AwkwardMap(0.3), AwkwardMap(0.3, wide=True)],
+    [("MatrixMap", 0.3), ("AwkwardMap", 0.3), ("AwkwardMap", 0.3, True)],
     ids=["plain", "transposed", "wide"],
 )
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
@@ -70,7 +72,7 @@ def test_a_map_with_parameters_and_an_aux_loss(backend, kind, dtype):
     sizes = [(11, 20), (30, 20), (30,), (3, 20), (30, 5), (3, 5)]
     exact = [torch.randn(*s, generator=generator, dtype=torch.float64).to(DEVICE) for s in sizes]
     dy = torch.randn(11, 30, generator=generator, dtype=torch.float64).to(DEVICE)
-    key = middle.register(kind)
+    key = middle.key_of(*kind)
     results = {}
     for name, kept in (("exact", torch.float64), ("stock", dtype), ("ours", dtype)):
         leaves = [t.to(kept).requires_grad_() for t in exact]
@@ -89,7 +91,7 @@ def test_a_map_with_parameters_and_an_aux_loss(backend, kind, dtype):
 def test_a_backward_through_aux_alone():
     x = torch.randn(11, 20, requires_grad=True)
     a, b, matrix = torch.randn(3, 20, requires_grad=True), torch.randn(30, 5), torch.randn(3, 5)
-    key = middle.register(MatrixMap(0.3))
+    key = middle.key_of("MatrixMap", 0.3)
     _, aux = low_rank_linear(
         x, torch.randn(30, 20), None, a, b, 0.5, middle=key, geometry=[11], params=[matrix]
     )
@@ -100,6 +102,6 @@ def test_a_backward_through_aux_alone():
     all_within_budget(grads, stock, exact, torch.float32, ["dx", "dlora_a"])
 
 
-def test_equal_maps_share_a_key():
-    assert middle.register(MatrixMap(0.5)) == middle.register(MatrixMap(0.5))
-    assert middle.register(MatrixMap(0.5)) != middle.register(MatrixMap(0.25))
+def test_a_key_spells_its_map_out():
+    assert middle.find(middle.key_of("MatrixMap", 0.5)) == MatrixMap(0.5)
+    assert middle.find("AwkwardMap(0.25, True)") == AwkwardMap(0.25, wide=True)
