@@ -150,7 +150,7 @@ def compile_one(job: Compile) -> Resources | str:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         (resources,) = read_cubin(path, job.arch)
-    # Triton up to 3.9 may take sm_100's TF32 unit for an operand that went through tl.join.
+    # Triton 3.6 and 3.7 take sm_100's TF32 unit for an operand that went through tl.join.
     narrowed = ".tf32" in compiled.asm["ptx"] or "kind::tf32" in compiled.asm["ptx"]
     return dataclasses.replace(
         resources,
