@@ -111,6 +111,7 @@ def test_a_wheel_from_the_checkout_root(pure_wheel):
     assert python(code, ROOT, PYTHONPATH=str(pure_wheel[1])) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_a_wheel_with_the_extension(source_tree, tmp_path):
     """One binary for every Python from 3.10: the wheel's tag says so, and it loads."""

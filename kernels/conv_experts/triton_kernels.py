@@ -526,7 +526,7 @@ def forward(h, weight, bias, index, windows, ratios, residual, activation):
             h, weight, bias, index, z, z_pad, rank, weight.shape[2], *_sizes(windows),
             RATIOS=tuple(ratios), RESIDUAL=residual, GELU=activation == "gelu",
             DEPTHWISE=_depthwise(weight), PADDED=windows.pads > 0, **_parities(ratios), **tile,
-            num_warps=8 if tile["OUT"] == NARROW else 4, num_stages=1,
+            num_warps=8 if tile["OUT"] == NARROW else 4, num_stages=1, maxnreg=REGISTERS,
         )  # fmt: skip
     return z, z_pad
 
@@ -575,7 +575,7 @@ def backward(
                 dz, dh, patch, part, index, dweight, dbias, daux, dpool, dgate, dw_gate, dw_noise,
                 windows.tokens, samples, rank, len(ratios), slots, size, *_sizes(windows),
                 dh_blocks, number_blocks, RESIDUAL=residual, **tile, BLOCK=block, BLOCK_T=block_t,
-                BLOCK_E=block_e, num_warps=8, num_stages=1,
+                BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=REGISTERS,
             )  # fmt: skip
     return grads
 
