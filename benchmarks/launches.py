@@ -92,6 +92,8 @@ def _lora_linear(
 
 def conv_experts(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
     """ViT-H's windows and global maps at batch 4 with eight experts, full and depthwise."""
+    from samfast.kernels.conv_experts import triton_kernels as kernels
+
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     windows, whole = Windows(4, 64, 64, 14, 14), Windows.whole(4, 64, 64)
     yield "conv_experts bfloat16 r3 windows", _conv_experts(windows, 3, bf16)
@@ -105,7 +107,8 @@ def conv_experts(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
                 launches = _conv_experts(form, rank, dtype, depthwise)
                 yield f"conv_experts {str(dtype)[6:]} r{rank} {name}{kind}", launches
     yield "conv_experts float32 r1 odd", _conv_experts(windows, 1, fp32, ratios=(1, 3))
-    yield "conv_experts float32 r3 M64", _conv_experts(windows, 3, fp32, ratios=(2,) * 64)
+    many = kernels.MAX_EXPERTS
+    yield f"conv_experts float32 r3 M{many}", _conv_experts(windows, 3, fp32, ratios=(2,) * many)
     yield "conv_experts float32 r3 no gelu", _conv_experts(windows, 3, fp32, activation="none")
 
 
@@ -142,7 +145,10 @@ def expert_gate(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
     for noisy, given in ((True, True), (False, False), (False, True)):
         launches = _expert_gate(whole, 4, 8, torch.float32, noisy, given)
         yield f"expert_gate float32 r4{' noise' if noisy else ''}", launches
-    yield "expert_gate float16 r64 M64", _expert_gate(windows, 64, 64, torch.float16)
+    from samfast.kernels.expert_gate.triton_kernels import MAX_EXPERTS, MAX_RANK
+
+    launches = _expert_gate(windows, MAX_RANK, MAX_EXPERTS, torch.float16)
+    yield f"expert_gate float16 r{MAX_RANK} M{MAX_EXPERTS}", launches
 
 
 def _expert_gate(windows, rank, experts, dtype, noisy=True, given=False) -> list[Launch]:

@@ -26,7 +26,7 @@ SOURCE = 16  # sources of a tile along an axis
 NARROW = 16  # a map up to this size is one tile that needs no halo
 TILE, HALO = 8, 4  # else outputs of a tile along an axis, and sources before them (3 are read)
 NOWHERE = tl.constexpr(-(2**30))  # a position outside every map
-REGISTERS = 128  # of a thread at most; left to itself ptxas saves registers and spills
+REGISTERS = {2: 128, 4: 160}  # of a thread at most, by bytes of an element; ptxas alone would spill
 DH_COPIES = 4  # gradients of h in scratch, for each element of h, at most
 
 
@@ -526,7 +526,8 @@ def forward(h, weight, bias, index, windows, ratios, residual, activation):
             h, weight, bias, index, z, z_pad, rank, weight.shape[2], *_sizes(windows),
             RATIOS=tuple(ratios), RESIDUAL=residual, GELU=activation == "gelu",
             DEPTHWISE=_depthwise(weight), PADDED=windows.pads > 0, **_parities(ratios), **tile,
-            num_warps=8 if tile["OUT"] == NARROW else 4, num_stages=1, maxnreg=REGISTERS,
+            num_warps=8 if tile["OUT"] == NARROW else 4, num_stages=1,
+            maxnreg=REGISTERS[h.element_size()],
         )  # fmt: skip
     return z, z_pad
 
@@ -568,14 +569,14 @@ def backward(
                 dz, dz_pad, h, weight, bias, index, patch, part, rank, weight.shape[2], chunks,
                 *_sizes(windows), RATIOS=tuple(ratios), GELU=activation == "gelu",
                 DEPTHWISE=depthwise, NEED_H=need_h, NEED_WEIGHT=need_weight, **_parities(ratios),
-                **tile, num_warps=8, num_stages=1, maxnreg=REGISTERS,
+                **tile, num_warps=8, num_stages=1, maxnreg=REGISTERS[h.element_size()],
             )  # fmt: skip
         if blocks:
             reduce_kernel[(blocks,)](
                 dz, dh, patch, part, index, dweight, dbias, daux, dpool, dgate, dw_gate, dw_noise,
                 windows.tokens, samples, rank, len(ratios), slots, size, *_sizes(windows),
                 dh_blocks, number_blocks, RESIDUAL=residual, **tile, BLOCK=block, BLOCK_T=block_t,
-                BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=REGISTERS,
+                BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=REGISTERS[h.element_size()],
             )  # fmt: skip
     return grads
 

@@ -78,12 +78,12 @@ def test_more_samples_than_a_block(forced):
     check(Windows.whole(70, 2, 3), 5, 4, forced=forced)
 
 
-@pytest.mark.parametrize("experts", [1, 2, 20, 64])
+@pytest.mark.parametrize("experts", [1, 2, 13, 16])
 def test_experts(experts):
     check(Windows.whole(6, 2, 2), 2, experts)
 
 
-@pytest.mark.parametrize("rank", [1, 17, 64])
+@pytest.mark.parametrize("rank", [1, 13, 16])
 def test_ranks_and_maps_of_several_chunks(rank):
     check(Windows.whole(2, 30, 25), rank, 3)
 
