@@ -5,5 +5,13 @@ from samfast.kernels.conv_experts import conv_experts
 from samfast.kernels.conv_experts.conv_lora import conv_lora_linear
 from samfast.kernels.expert_gate import expert_gate
 from samfast.kernels.lora_linear import lora_linear
+from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
 
-__all__ = ["conv_experts", "conv_lora_linear", "expert_gate", "lora_linear"]
+__all__ = [
+    "conv_experts",
+    "conv_lora_linear",
+    "expert_gate",
+    "lora_linear",
+    "relpos_attention",
+    "window_relpos_attention",
+]
