@@ -317,7 +317,7 @@ def relpos_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention with SAM's decomposed relative-position bias (Li et al. 2022, Kirillov et al. 2023).
+    """Attention with the decomposed relative-position bias of SAM (Li et al. 2022).
 
     q, k, v: (B, heads, H, W, head_dim), any strides
     rel_pos_h, rel_pos_w: (2 · H − 1, head_dim), (2 · W − 1, head_dim); of another length they are

@@ -51,7 +51,6 @@ def backward(
 
     Returns the gradients of the tables when need_tables, float32 (float64 for float64).
     """
-    heads = q.shape[3]
     delta = _cut(windows, (dout.to(_wide(q)) * out).sum(-1, keepdim=True))
     lse = _cut(windows, lse.mT.unflatten(1, q.shape[1:3])[..., None])
     dout, q = _cut(windows, dout), _cut(windows, q)
