@@ -2,7 +2,8 @@
 """Tile choice: a function of the sizes over data in JSON, no search at run time.
 
 A file holds "default" and, where one was measured, a device's own table under its name:
-stage -> bytes per element -> widest padded rank -> [BLOCK_M, BLOCK_N, num_warps].
+stage -> bytes per element -> widest padded rank -> [BLOCK_M, BLOCK_N, num_warps] and, where the
+compiler spills rather than take the registers it may have, their number (maxnreg).
 """
 
 import functools
@@ -28,5 +29,6 @@ def tile(path: Path, stage: str, ranks: int, x: torch.Tensor) -> dict:
     block_r = max(16, 1 << (ranks - 1).bit_length())
     sizes = _table(path, _device_name(x.device))[stage][str(x.element_size())]
     widest = min(int(key) for key in sizes if int(key) >= block_r)
-    block_m, block_n, warps = sizes[str(widest)]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps}
+    block_m, block_n, warps, *registers = sizes[str(widest)]
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps}
+    return sizes | ({"maxnreg": registers[0]} if registers else {})

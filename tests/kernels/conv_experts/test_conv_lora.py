@@ -85,7 +85,7 @@ def published_cases():
             yield pytest.param(path, backend, id=f"{path.stem[10:]}-{backend}", marks=marks)
 
 
-@pytest.mark.parametrize(("path", "backend"), published_cases())
+@pytest.mark.parametrize(("path", "backend"), list(published_cases()))
 def test_published_numbers(path, backend):
     """The published module is the stock one of the budget; float64 of the same formula is exact."""
     if reason := runnable(backend):
