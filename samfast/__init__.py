@@ -19,6 +19,8 @@ _EXPORTS = {
     "merged_state_dict": "samfast.modules.attach",
     "trainable_parameters": "samfast.modules.attach",
     "parameter_groups": "samfast.modules.attach",
+    "fuse": "samfast.modules.fuse",
+    "unfuse": "samfast.modules.fuse",
     "aux_loss": "samfast.modules.aux_loss",
     "report": "samfast.modules.report",
     "save_adapter": "samfast.modules.adapter_files",

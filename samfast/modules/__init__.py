@@ -1,8 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapted layers, the methods that place them, and the files that keep what they learned."""
+"""Adapted and fused layers, what places them, and the files that keep what was learned."""
+
+import importlib
 
 from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.lora import LoraLinear
 from samfast.modules.qkv_lora import QkvLora
 
-__all__ = ["ConvLoraLinear", "LoraLinear", "QkvLora"]
+# They inherit segment_anything's classes, which are loaded when one of them is first asked for.
+_INHERITING = {
+    "RelPosAttention": "samfast.modules.rel_pos_attention",
+    "SamBlock": "samfast.modules.sam_block",
+}
+__all__ = ["ConvLoraLinear", "LoraLinear", "QkvLora", "RelPosAttention", "SamBlock"]
+
+
+def __getattr__(name):
+    if name in _INHERITING:
+        value = getattr(importlib.import_module(_INHERITING[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'samfast.modules' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained in a model, what is frozen, and what runs the adapters."""
+"""What is trained in a model, what is frozen, what is fused, and what runs where."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from samfast.modules.adapter import (
-    Adapter,
     adapter_parameter_names,
     adapters,
     attachment,
     unwrapped,
 )
+from samfast.modules.fuse import attention_states
 from samfast.modules.methods import Method
+
+_ATTENTION = "relpos_attention"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Report:
     trained_dtypes, frozen_dtypes: elements by dtype
     merged: number of layers whose adapter is folded into the weight
     backends: by operation, the sorted choices that its layers make on their devices
+    attention: of every attention of segment_anything's by full name, "fused", or "fused, windows
+        cut first: …" or "not fused: …" with the reason
     """
 
     method: Method | None
@@ -42,6 +47,7 @@ class Report:
     frozen_dtypes: dict[torch.dtype, int]
     merged: int
     backends: dict[str, tuple[str, ...]]
+    attention: dict[str, str]
 
     @property
     def trained_parameters(self) -> int:
@@ -55,7 +61,9 @@ class Report:
         rows = [
             ("method", "none" if self.method is None else repr(self.method)),
             ("adapted layers", adapted + (f" ({self.merged} merged)" if self.merged else "")),
-            *((f"  {op}", " | ".join(choices)) for op, choices in self.backends.items()),
+            *self._backend_rows(lambda operation: operation != _ATTENTION),
+            *self._attention_rows(),
+            *self._backend_rows(lambda operation: operation == _ATTENTION),
             ("adapter parameters", f"{self.adapter_parameters:,}"),
             ("other trained", f"{self.other_trained_parameters:,}"),
             (
@@ -69,9 +77,18 @@ class Report:
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
+    def _backend_rows(self, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
+        chosen = {name: choices for name, choices in self.backends.items() if wanted(name)}
+        return [(f"  {name}", " | ".join(choices)) for name, choices in chosen.items()]
+
+    def _attention_rows(self) -> list[tuple[str, str]]:
+        states = Counter(self.attention.values())
+        rows = [f"{count} x {state}" for state, count in states.items()] or ["none of SAM's"]
+        return list(zip(["attention"] + [""] * (len(rows) - 1), rows, strict=True))
+
 
 def report(model: nn.Module) -> Report:
-    """Count what is trained, what is frozen and what is adapted; works on any model."""
+    """Count what is trained, frozen and adapted, and say what is fused; works on any model."""
     model = unwrapped(model)
     layers = adapters(model)
     own = adapter_parameter_names(model)
@@ -92,6 +109,8 @@ def report(model: nn.Module) -> Report:
         else:
             frozen[parameter.dtype] += count
     record = attachment(model)
+    attention = attention_states(model)
+    fused = [name for name, state in attention.items() if state.startswith("fused")]
     return Report(
         method=None if record is None else record.method,
         layers={name: type(layer).__name__ for name, layer in layers.items()},
@@ -103,11 +122,12 @@ def report(model: nn.Module) -> Report:
         trained_dtypes=dict(trained),
         frozen_dtypes=dict(frozen),
         merged=sum(layer.merged for layer in layers.values()),
-        backends=_choices(list(layers.values())),
+        backends=_choices([*layers.values(), *(model.get_submodule(n) for n in fused)]),
+        attention=attention,
     )
 
 
-def _choices(layers: list[Adapter]) -> dict[str, tuple[str, ...]]:
+def _choices(layers: list[nn.Module]) -> dict[str, tuple[str, ...]]:
     found: dict[str, set[str]] = {}
     for layer in layers:
         for operation, choice in layer.backends().items():
