@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that take another's place with all that it holds."""
+
+from typing import TypeVar
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def standing_in(kind: type[Module], module: nn.Module) -> Module:
+    """A ``kind`` with the Parameters, buffers, submodules, hooks and options of ``module``.
+
+    What either registers or replaces later is its own. ``kind`` is a subclass of the module's
+    class and adds nothing that its __init__ would have to make.
+    """
+    new = kind.__new__(kind)
+    for name, value in vars(module).items():
+        new.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
+    return new
+
+
+def altered(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks, or a patched forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
