@@ -27,6 +27,15 @@ using ConvExpertsBackward = void(const Tensor&, std::optional<Tensor>, const Ten
                                  std::optional<Tensor>);
 ConvExpertsForward conv_experts_forward, conv_experts_cuda_forward, conv_experts_tiles_forward;
 ConvExpertsBackward conv_experts_backward, conv_experts_cuda_backward, conv_experts_tiles_backward;
+
+void relpos_attention_forward(const Tensor&, const Tensor&, const Tensor&, std::optional<Tensor>,
+                              std::optional<Tensor>, const Tensor&, const Tensor&,
+                              std::vector<int64_t>, double, Tensor, Tensor);
+void relpos_attention_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                               std::optional<Tensor>, std::optional<Tensor>, const Tensor&,
+                               const Tensor&, const Tensor&, const Tensor&, std::vector<int64_t>,
+                               double, Tensor, Tensor, Tensor, std::optional<Tensor>,
+                               std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>);
 }  // namespace samfast
 
 STABLE_TORCH_LIBRARY(samfast_native, m) {
@@ -48,6 +57,14 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
   m.def(("conv_experts_backward" + backward).c_str());
   m.def(("conv_experts_tiles_forward" + forward).c_str());
   m.def(("conv_experts_tiles_backward" + backward).c_str());
+  const std::string tokens = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, "
+                             "Tensor table_h, Tensor table_w, ";
+  m.def(("relpos_attention_forward(" + tokens +
+         "int[] windows, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
+  m.def(("relpos_attention_backward(Tensor dout, " + tokens +
+         "Tensor out, Tensor lse, int[] windows, float scale, Tensor(a!) dq, Tensor(b!) dk, "
+         "Tensor(c!) dv, Tensor(d!)? dpad_k, Tensor(e!)? dpad_v, Tensor(f!)? dtable_h, "
+         "Tensor(g!)? dtable_w) -> ()").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
@@ -59,6 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
   m.impl("conv_experts_backward", TORCH_BOX(&samfast::conv_experts_backward));
   m.impl("conv_experts_tiles_forward", TORCH_BOX(&samfast::conv_experts_tiles_forward));
   m.impl("conv_experts_tiles_backward", TORCH_BOX(&samfast::conv_experts_tiles_backward));
+  m.impl("relpos_attention_forward", TORCH_BOX(&samfast::relpos_attention_forward));
+  m.impl("relpos_attention_backward", TORCH_BOX(&samfast::relpos_attention_backward));
 }
 
 #ifdef USE_CUDA

@@ -1,0 +1,582 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention with a decomposed relative-position bias, in tiles that stay in the cache.
+//
+// One head of one window (or map) is a task. Its keys and values are laid out once, as float and
+// dense. Queries go in panels of 64, a few panels at a time past all tiles of keys, and in a tile
+// queries are the columns: every product is one of multiply()'s, with the queries or the channels
+// as its contiguous side. The backward computes the logits again from lse and makes all three
+// gradients in one walk, dk and dv of the task in float beside the keys.
+//
+// Where there are fewer tasks than threads, the queries of a task are shared between threads in
+// the forward. In the backward its keys are, and the parts of dq are added in order, so only there
+// the bits depend on the number of threads.
+#include "common.h"
+#include "relpos_attention_tiles.h"
+#include "tile_product.h"
+
+#include <atomic>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+namespace samfast {
+namespace {
+
+constexpr int64_t kPanels = 2;       // of queries at a time
+constexpr int64_t kTileKeys = 96;    // at most
+constexpr int64_t kMaxUnits = 128;   // runs of tasks, each with its own sum of the tables' gradients
+
+struct Problem {
+  int64_t batch, image_height, image_width, height, width, down, across, heads, head_dim;
+  float scale;
+
+  int64_t keys() const { return height * width; }
+  int64_t tasks() const { return batch * down * across * heads; }
+  int64_t pads() const { return down * height * across * width - image_height * image_width; }
+  int64_t table_h() const { return (2 * height - 1) * head_dim; }
+  int64_t table_w() const { return (2 * width - 1) * head_dim; }
+};
+
+// A view of tokens (batch, H, W, heads, head_dim) or of pads (batch, 1, pads, heads, head_dim).
+template <typename T>
+struct View {
+  T* data = nullptr;
+  int64_t stride[5] = {};
+
+  T* at(int64_t b, int64_t y, int64_t x, int64_t head) const {
+    return data + b * stride[0] + y * stride[1] + x * stride[2] + head * stride[3];
+  }
+};
+
+// One head of one window.
+struct Task {
+  int64_t batch, head, top, left;
+  int64_t rows, columns;  // of the window that lie inside the image: its queries
+
+  Task(const Problem& p, int64_t number) {
+    head = number % p.heads;
+    const int64_t window = number / p.heads, count = p.down * p.across;
+    batch = window / count;
+    top = window % count / p.across * p.height;
+    left = window % p.across * p.width;
+    rows = std::min(p.height, p.image_height - top);
+    columns = std::min(p.width, p.image_width - left);
+  }
+
+  int64_t queries() const { return rows * columns; }
+};
+
+// f(number of the key, its elements) for every key of a task; elements are null for zeros.
+template <typename T, typename F>
+void each_key(const Problem& p, const Task& t, int64_t first, int64_t last, const View<T>& tokens,
+              const View<T>& pads, F&& f) {
+  const int64_t wide = p.across * p.width, right = wide - p.image_width;
+  for (int64_t j = first; j < last; ++j) {
+    const int64_t y = t.top + j / p.width, x = t.left + j % p.width;
+    if (y < p.image_height && x < p.image_width) {
+      f(j, tokens.at(t.batch, y, x, t.head), tokens.stride[4]);
+      continue;
+    }
+    const int64_t pad = y < p.image_height
+                            ? y * right + x - p.image_width
+                            : p.image_height * right + (y - p.image_height) * wide + x;
+    T* at = pads.data == nullptr ? nullptr : pads.at(t.batch, 0, pad, t.head);
+    f(j, at, pads.stride[4]);
+  }
+}
+
+template <typename T>
+void read(const T* from, int64_t stride, float factor, int64_t n, float* to) {
+  if (stride == 1) {
+    for (int64_t c = 0; c < n; ++c) to[c] = factor * static_cast<float>(from[c]);
+  } else {
+    for (int64_t c = 0; c < n; ++c) to[c] = factor * static_cast<float>(from[c * stride]);
+  }
+}
+
+template <typename T>
+void write(const float* from, float factor, int64_t n, T* to, int64_t stride) {
+  for (int64_t c = 0; c < n; ++c) to[c * stride] = static_cast<T>(factor * from[c]);
+}
+
+template <typename T>
+void read_keys(const Problem& p, const Task& t, int64_t first, int64_t last, const View<T>& tokens,
+               const View<T>& pads, float factor, float* rows) {
+  each_key(p, t, first, last, tokens, pads, [&](int64_t j, const T* from, int64_t stride) {
+    float* to = rows + (j - first) * p.head_dim;
+    if (from == nullptr)
+      std::fill(to, to + p.head_dim, 0.0f);
+    else
+      read(from, stride, factor, p.head_dim, to);
+  });
+}
+
+// Hands out parts of one allocation, each at a multiple of 64 bytes; without memory it only counts.
+class Room {
+ public:
+  explicit Room(float* base) : base_(base) {}
+
+  float* floats(int64_t n) {
+    float* at = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (n + 15) / 16 * 16;
+    return at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+// Up to 64 queries with their share of the bias. What is (…, 64) has the queries as columns.
+struct Panel {
+  int64_t count, lanes;  // queries, and their number rounded up to whole vectors
+  int64_t h[kPanel], w[kPanel];
+  float *queries;                  // (head_dim, 64) in units of log 2
+  float *rel_h, *rel_w;            // (height, 64), (width, 64)
+  float *sums;                     // (head_dim, 64): of values, or of the gradients of the queries
+  float *maximum, *total, *correction;  // of the softmax
+  float *plain, *dplain;           // (64, head_dim): queries, and the bias's share of their gradient
+  float *dout, *dout_turned;       // (64, head_dim), (head_dim, 64)
+  float *drel_h, *drel_w, *lse, *delta;
+
+  Panel(const Problem& p, Room& room, bool backward) {
+    const int64_t tile = p.head_dim * kPanel;
+    queries = room.floats(tile);
+    rel_h = room.floats(p.height * kPanel);
+    rel_w = room.floats(p.width * kPanel);
+    sums = room.floats(tile);
+    if (!backward) {
+      maximum = room.floats(kPanel), total = room.floats(kPanel), correction = room.floats(kPanel);
+      return;
+    }
+    plain = room.floats(tile), dplain = room.floats(tile);
+    dout = room.floats(tile), dout_turned = room.floats(tile);
+    drel_h = room.floats(p.height * kPanel);
+    drel_w = room.floats(p.width * kPanel);
+    lse = room.floats(kPanel), delta = room.floats(kPanel);
+  }
+};
+
+// What a thread works in.
+struct Workspace {
+  std::vector<Panel> panels;
+  float *tile, *dtile;    // (keys of a tile, 64)
+  float *rows, *turned;   // a row of a token; a table times a panel's queries
+  float *keys, *values, *dkeys, *dvalues;  // (keys, head_dim), keys multiplied by scale
+
+  Workspace(const Problem& p, Room& room, bool backward) {
+    tile = room.floats(kTileKeys * kPanel);
+    dtile = backward ? room.floats(kTileKeys * kPanel) : nullptr;
+    rows = room.floats(p.head_dim);
+    turned = room.floats((2 * std::max(p.height, p.width) - 1) * kPanel);
+    for (int64_t i = 0; i < kPanels; ++i) panels.emplace_back(p, room, backward);
+    const int64_t all = p.keys() * p.head_dim;
+    keys = room.floats(all), values = room.floats(all);
+    dkeys = backward ? room.floats(all) : nullptr, dvalues = backward ? room.floats(all) : nullptr;
+  }
+};
+
+int64_t workspace_floats(const Problem& p, bool backward) {
+  Room room(nullptr);
+  Workspace(p, room, backward);
+  return room.used();
+}
+
+// to[c, i] = factor * row[c].
+void place(const float* row, float factor, int64_t n, int64_t i, float* to) {
+  for (int64_t c = 0; c < n; ++c) to[c * kPanel + i] = factor * row[c];
+}
+
+// rel[k, i] = queries_i · table[at_i - k + size - 1] for every k < size.
+void relate(const Problem& p, const Panel& panel, const float* table, int64_t size,
+            const int64_t* at, float* turned, float* rel) {
+  const auto [low, high] = std::minmax_element(at, at + panel.count);
+  multiply({table + *low * p.head_dim, p.head_dim, panel.queries, kPanel, turned, kPanel,
+            *high - *low + size, panel.lanes, p.head_dim, false, false});
+  for (int64_t k = 0; k < size; ++k) {
+    float* to = rel + k * kPanel;
+    const float* from = turned + (size - 1 - k - *low) * kPanel;
+    for (int64_t i = 0; i < panel.count; ++i) to[i] = from[at[i] * kPanel + i];
+    std::fill(to + panel.count, to + panel.lanes, 0.0f);
+  }
+}
+
+template <typename T>
+void read_queries(const Problem& p, const Task& t, int64_t first, const View<const T>& q,
+                  const float* table_h, const float* table_w, Workspace& work, Panel& panel) {
+  const int64_t n = p.head_dim;
+  panel.count = std::min(kPanel, t.queries() - first);
+  panel.lanes = (panel.count + kLanes - 1) / kLanes * kLanes;
+  if (panel.count < panel.lanes) std::fill(panel.queries, panel.queries + n * kPanel, 0.0f);
+  for (int64_t i = 0; i < panel.count; ++i) {
+    panel.h[i] = (first + i) / t.columns, panel.w[i] = (first + i) % t.columns;
+    read(q.at(t.batch, t.top + panel.h[i], t.left + panel.w[i], t.head), q.stride[4], 1.0f, n,
+         work.rows);
+    place(work.rows, kLog2E, n, i, panel.queries);
+  }
+  relate(p, panel, table_h, p.height, panel.h, work.turned, panel.rel_h);
+  relate(p, panel, table_w, p.width, panel.w, work.turned, panel.rel_w);
+}
+
+// f(range) for the tiles of keys first to last: as many as needed, of nearly equal size.
+template <typename F>
+void each_tile(int64_t first, int64_t last, int64_t width, F&& f) {
+  const int64_t parts = (last - first + kTileKeys - 1) / kTileKeys;
+  const int64_t size = parts == 0 ? 0 : ((last - first + parts - 1) / parts + 5) / 6 * 6;
+  for (int64_t at = first; at < last; at += size)
+    f(KeyRange{at, std::min(size, last - at), width});
+}
+
+void logits(const Problem& p, const Panel& panel, const KeyRange& range, const float* keys,
+            float* tile) {
+  fill_bias(range, panel.lanes, panel.rel_h, panel.rel_w, tile);
+  multiply({keys, p.head_dim, panel.queries, kPanel, tile, kPanel, range.count, panel.lanes,
+            p.head_dim, false, true});
+}
+
+// Runs f(job, workspace number) for all jobs on the threads there are; who runs what is not fixed.
+template <typename F>
+void run_jobs(int64_t jobs, int64_t workers, F&& f) {
+  std::atomic<int64_t> next = 0;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t job = next++; job < jobs; job = next++) f(job, worker);
+  });
+}
+
+int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// Parts of a task: one, or enough for every thread.
+int64_t parts_of(const Problem& p, int64_t most) {
+  if (p.tasks() == 0 || p.tasks() >= threads()) return 1;
+  return std::max<int64_t>(1, std::min(most, (threads() + p.tasks() - 1) / p.tasks()));
+}
+
+Tensor make_room(int64_t floats) { return torch::stable::empty({floats}, ScalarType::Float); }
+
+float* data_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+template <typename T>
+struct Inputs {
+  View<const T> q, k, v, pad_k, pad_v;
+  const float *table_h, *table_w;
+};
+
+template <typename T>
+void forward_part(const Problem& p, const Inputs<T>& in, const View<T>& out, float* lse,
+                  int64_t number, int64_t part, int64_t parts, Workspace& work) {
+  const Task t(p, number);
+  const int64_t n = p.head_dim, keys = p.keys(), step = kPanels * kPanel;
+  const int64_t blocks = (t.queries() + step - 1) / step;
+  const int64_t end = std::min(t.queries(), (part + 1) * blocks / parts * step);
+  read_keys(p, t, 0, keys, in.k, in.pad_k, p.scale, work.keys);
+  read_keys(p, t, 0, keys, in.v, in.pad_v, 1.0f, work.values);
+  for (int64_t first = part * blocks / parts * step; first < end; first += step) {
+    const int64_t panels = std::min(kPanels, (end - first + kPanel - 1) / kPanel);
+    for (int64_t i = 0; i < panels; ++i) {
+      Panel& panel = work.panels[i];
+      read_queries(p, t, first + i * kPanel, in.q, in.table_h, in.table_w, work, panel);
+      std::fill(panel.sums, panel.sums + n * kPanel, 0.0f);
+      std::fill(panel.total, panel.total + kPanel, 0.0f);
+      std::fill(panel.maximum, panel.maximum + kPanel, -FLT_MAX);
+    }
+    each_tile(0, keys, p.width, [&](const KeyRange& range) {
+      for (int64_t i = 0; i < panels; ++i) {
+        Panel& panel = work.panels[i];
+        logits(p, panel, range, work.keys + range.first * n, work.tile);
+        if (softmax_tile(work.tile, range.count, panel.lanes, panel.maximum, panel.total,
+                         panel.correction))
+          scale_rows(panel.sums, n, panel.lanes, panel.correction);
+        multiply({work.values + range.first * n, n, work.tile, kPanel, panel.sums, kPanel, n,
+                  panel.lanes, range.count, true, true});
+      }
+    });
+    for (int64_t i = 0; i < panels; ++i) {
+      const Panel& panel = work.panels[i];
+      for (int64_t j = 0; j < panel.count; ++j) {
+        const int64_t y = t.top + panel.h[j], x = t.left + panel.w[j];
+        for (int64_t c = 0; c < n; ++c)
+          work.rows[c] = panel.sums[c * kPanel + j] / panel.total[j];
+        write(work.rows, 1.0f, n, out.at(t.batch, y, x, t.head), out.stride[4]);
+        lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x] =
+            kLn2 * (panel.maximum[j] + std::log2(panel.total[j]));
+      }
+    }
+  }
+}
+
+template <typename T>
+struct Gradients {
+  View<const T> dout, out;
+  const float* lse;
+  View<T> dq, dk, dv, dpad_k, dpad_v;
+};
+
+template <typename T>
+void read_gradients(const Problem& p, const Task& t, const Inputs<T>& in, const Gradients<T>& g,
+                    Workspace& work, Panel& panel) {
+  const int64_t n = p.head_dim;
+  std::fill(panel.lse, panel.lse + kPanel, 0.0f);
+  std::fill(panel.delta, panel.delta + kPanel, 0.0f);
+  std::fill(panel.sums, panel.sums + n * kPanel, 0.0f);
+  std::fill(panel.dplain, panel.dplain + n * kPanel, 0.0f);
+  std::fill(panel.drel_h, panel.drel_h + p.height * kPanel, 0.0f);
+  std::fill(panel.drel_w, panel.drel_w + p.width * kPanel, 0.0f);
+  if (panel.count < panel.lanes)
+    std::fill(panel.dout_turned, panel.dout_turned + n * kPanel, 0.0f);
+  for (int64_t i = 0; i < panel.count; ++i) {
+    const int64_t y = t.top + panel.h[i], x = t.left + panel.w[i];
+    float* dout = panel.dout + i * n;
+    read(in.q.at(t.batch, y, x, t.head), in.q.stride[4], 1.0f, n, panel.plain + i * n);
+    read(g.dout.at(t.batch, y, x, t.head), g.dout.stride[4], 1.0f, n, dout);
+    read(g.out.at(t.batch, y, x, t.head), g.out.stride[4], 1.0f, n, work.rows);
+    place(dout, 1.0f, n, i, panel.dout_turned);
+    float delta = 0.0f;
+    for (int64_t c = 0; c < n; ++c) delta += dout[c] * work.rows[c];
+    panel.delta[i] = delta;
+    panel.lse[i] =
+        kLog2E * g.lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x];
+  }
+}
+
+// One task's keys first to last against all its queries. dtables, where wanted, is added to; dq
+// goes to partial (queries, head_dim) where the keys are only a part.
+template <typename T>
+void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g, int64_t number,
+                   int64_t key, int64_t end, float* partial, float* dtables, Workspace& work) {
+  const Task t(p, number);
+  const int64_t n = p.head_dim, own = end - key;
+  float *dtable_h = dtables, *dtable_w = dtables == nullptr ? nullptr : dtables + p.table_h();
+  read_keys(p, t, key, end, in.k, in.pad_k, p.scale, work.keys);
+  read_keys(p, t, key, end, in.v, in.pad_v, 1.0f, work.values);
+  std::fill(work.dkeys, work.dkeys + own * n, 0.0f);
+  std::fill(work.dvalues, work.dvalues + own * n, 0.0f);
+  for (int64_t first = 0; first < t.queries(); first += kPanels * kPanel) {
+    const int64_t panels = std::min(kPanels, (t.queries() - first + kPanel - 1) / kPanel);
+    for (int64_t i = 0; i < panels; ++i) {
+      Panel& panel = work.panels[i];
+      read_queries(p, t, first + i * kPanel, in.q, in.table_h, in.table_w, work, panel);
+      read_gradients(p, t, in, g, work, panel);
+    }
+    each_tile(key, end, p.width, [&](const KeyRange& range) {
+      const int64_t offset = (range.first - key) * n;
+      float *keys = work.keys + offset, *values = work.values + offset;
+      for (int64_t i = 0; i < panels; ++i) {
+        Panel& panel = work.panels[i];
+        const int64_t lanes = panel.lanes, count = panel.count;
+        logits(p, panel, range, keys, work.tile);
+        multiply({values, n, panel.dout_turned, kPanel, work.dtile, kPanel, range.count, lanes, n,
+                  false, false});
+        gradient_tile(range, lanes, panel.lse, panel.delta, work.tile, work.dtile, panel.drel_h,
+                      panel.drel_w);
+        multiply({work.tile, kPanel, panel.dout, n, work.dvalues + offset, n, range.count, n,
+                  count, false, true});
+        multiply({work.dtile, kPanel, panel.plain, n, work.dkeys + offset, n, range.count, n,
+                  count, false, true});
+        multiply({keys, n, work.dtile, kPanel, panel.sums, kPanel, n, lanes, range.count, true,
+                  true});
+      }
+    });
+    for (int64_t i = 0; i < panels; ++i) {
+      const Panel& panel = work.panels[i];
+      for (int64_t j = 0; j < panel.count; ++j) {
+        const int64_t h = panel.h[j], w = panel.w[j];
+        const int64_t at_h = (h + p.height - 1) * n, at_w = (w + p.width - 1) * n;
+        float *q = panel.plain + j * n, *dq = panel.dplain + j * n;
+        spread_query(panel.drel_h + j, p.height, in.table_h + at_h, q, dq,
+                     dtable_h == nullptr ? nullptr : dtable_h + at_h, n);
+        spread_query(panel.drel_w + j, p.width, in.table_w + at_w, q, dq,
+                     dtable_w == nullptr ? nullptr : dtable_w + at_w, n);
+        for (int64_t c = 0; c < n; ++c) dq[c] += panel.sums[c * kPanel + j];
+        if (partial != nullptr)
+          std::copy(dq, dq + n, partial + (first + i * kPanel + j) * n);
+        else
+          write(dq, 1.0f, n, g.dq.at(t.batch, t.top + h, t.left + w, t.head), g.dq.stride[4]);
+      }
+    }
+  }
+  each_key(p, t, key, end, g.dk, g.dpad_k, [&](int64_t j, T* to, int64_t stride) {
+    if (to != nullptr) write(work.dkeys + (j - key) * n, p.scale, n, to, stride);
+  });
+  each_key(p, t, key, end, g.dv, g.dpad_v, [&](int64_t j, T* to, int64_t stride) {
+    if (to != nullptr) write(work.dvalues + (j - key) * n, 1.0f, n, to, stride);
+  });
+}
+
+Problem make_problem(const Tensor& q, const std::vector<int64_t>& windows, double scale) {
+  STD_TORCH_CHECK(windows.size() == 5, "windows are five sizes, not ", windows.size());
+  STD_TORCH_CHECK(q.dim() == 5, "q has ", q.dim(), " dimensions, not 5");
+  Problem p;
+  p.batch = windows[0], p.image_height = windows[1], p.image_width = windows[2];
+  p.height = windows[3], p.width = windows[4];
+  STD_TORCH_CHECK(p.image_height > 0 && p.image_width > 0 && p.height > 0 && p.width > 0,
+                  "a window is empty");
+  p.down = (p.image_height + p.height - 1) / p.height;
+  p.across = (p.image_width + p.width - 1) / p.width;
+  p.heads = q.size(3), p.head_dim = q.size(4), p.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(p.head_dim > 0 && p.head_dim % kLanes == 0 && p.head_dim <= kMostHeadDim,
+                  "head_dim ", p.head_dim, " is not a multiple of 16 up to ", kMostHeadDim);
+  return p;
+}
+
+template <typename T>
+View<T> view(const Tensor& t, const char* name, ScalarType type, std::vector<int64_t> sizes) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has another element type than q");
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, " has ", t.dim(),
+                  " dimensions, not ", sizes.size());
+  View<T> v;
+  const int64_t skip = sizes.size() == 4 ? 1 : 0;  // pads have no rows
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    STD_TORCH_CHECK(t.size(i) == sizes[i], name, " has size ", t.size(i), " in dimension ", i,
+                    ", not ", sizes[i]);
+    v.stride[i == 0 ? 0 : i + skip] = t.stride(i);
+  }
+  if constexpr (std::is_const_v<T>)
+    v.data = static_cast<T*>(t.const_data_ptr());
+  else
+    v.data = static_cast<T*>(t.mutable_data_ptr());
+  return v;
+}
+
+template <typename T>
+View<T> tokens(const Problem& p, const Tensor& t, const char* name, ScalarType type) {
+  return view<T>(t, name, type, {p.batch, p.image_height, p.image_width, p.heads, p.head_dim});
+}
+
+template <typename T>
+View<T> padding(const Problem& p, const std::optional<Tensor>& t, const char* name,
+                ScalarType type) {
+  if (!t.has_value() || p.pads() == 0) return {};
+  return view<T>(*t, name, type, {p.batch, p.pads(), p.heads, p.head_dim});
+}
+
+float* floats(const Tensor& t, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+  STD_TORCH_CHECK(t.numel() == numel, name, " has ", t.numel(), " elements, not ", numel);
+  STD_TORCH_CHECK(numel == 0 || t.is_contiguous(), name, " must be contiguous");
+  return static_cast<float*>(t.data_ptr());
+}
+
+template <typename T>
+Inputs<T> inputs(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const std::optional<Tensor>& pad_k, const std::optional<Tensor>& pad_v,
+                 const Tensor& table_h, const Tensor& table_w) {
+  const ScalarType type = q.scalar_type();
+  return {tokens<const T>(p, q, "q", type),
+          tokens<const T>(p, k, "k", type),
+          tokens<const T>(p, v, "v", type),
+          padding<const T>(p, pad_k, "pad_k", type),
+          padding<const T>(p, pad_v, "pad_v", type),
+          floats(table_h, "table_h", p.table_h()),
+          floats(table_w, "table_w", p.table_w())};
+}
+
+int64_t lse_size(const Problem& p) {
+  return p.batch * p.heads * p.image_height * p.image_width;
+}
+
+}  // namespace
+
+void relpos_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                              std::optional<Tensor> pad_k, std::optional<Tensor> pad_v,
+                              const Tensor& table_h, const Tensor& table_w,
+                              std::vector<int64_t> windows, double scale, Tensor out, Tensor lse) {
+  const Problem p = make_problem(q, windows, scale);
+  float* lse_data = floats(lse, "lse", lse_size(p));
+  const int64_t parts = parts_of(p, (p.keys() + kPanel - 1) / kPanel), jobs = p.tasks() * parts;
+  const int64_t workers = std::min(threads(), jobs), each = workspace_floats(p, false);
+  Tensor room = make_room(workers * each);
+  dispatch(q, "relpos_attention", [&](auto element) {
+    using T = decltype(element);
+    const auto in = inputs<T>(p, q, k, v, pad_k, pad_v, table_h, table_w);
+    const auto target = tokens<T>(p, out, "out", q.scalar_type());
+    std::vector<Workspace> work;
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      Room own(data_of(room) + worker * each);
+      work.emplace_back(p, own, false);
+    }
+    run_jobs(jobs, workers, [&](int64_t job, int64_t worker) {
+      forward_part<T>(p, in, target, lse_data, job / parts, job % parts, parts, work[worker]);
+    });
+  });
+}
+
+void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                               const Tensor& v, std::optional<Tensor> pad_k,
+                               std::optional<Tensor> pad_v, const Tensor& table_h,
+                               const Tensor& table_w, const Tensor& out, const Tensor& lse,
+                               std::vector<int64_t> windows, double scale, Tensor dq, Tensor dk,
+                               Tensor dv, std::optional<Tensor> dpad_k,
+                               std::optional<Tensor> dpad_v, std::optional<Tensor> dtable_h,
+                               std::optional<Tensor> dtable_w) {
+  const Problem p = make_problem(q, windows, scale);
+  const ScalarType type = q.scalar_type();
+  const float* lse_data = floats(lse, "lse", lse_size(p));
+  STD_TORCH_CHECK(dtable_h.has_value() == dtable_w.has_value(),
+                  "dtable_h and dtable_w come together");
+  const bool tables = dtable_h.has_value();
+  float* result_h = tables ? floats(*dtable_h, "dtable_h", p.table_h()) : nullptr;
+  float* result_w = tables ? floats(*dtable_w, "dtable_w", p.table_w()) : nullptr;
+  const int64_t tiles = (p.keys() + kTileKeys - 1) / kTileKeys;
+  const int64_t parts = parts_of(p, tiles), jobs = p.tasks() * parts, all = p.keys() * p.head_dim;
+  const int64_t units = std::min(jobs, kMaxUnits), sums = tables ? p.table_h() + p.table_w() : 0;
+  const int64_t workers = std::min(threads(), units), each = workspace_floats(p, true);
+  Room layout(nullptr);
+  layout.floats(workers * each);
+  const int64_t partial_at = layout.used();
+  if (parts > 1) layout.floats(jobs * all);
+  const int64_t sums_at = layout.used();
+  layout.floats(units * sums);
+  Tensor room = make_room(layout.used());
+  float *base = data_of(room), *dtables = base + sums_at, *partials = base + partial_at;
+  dispatch(q, "relpos_attention", [&](auto element) {
+    using T = decltype(element);
+    const auto in = inputs<T>(p, q, k, v, pad_k, pad_v, table_h, table_w);
+    const Gradients<T> g = {tokens<const T>(p, dout, "dout", type),
+                            tokens<const T>(p, out, "out", type),
+                            lse_data,
+                            tokens<T>(p, dq, "dq", type),
+                            tokens<T>(p, dk, "dk", type),
+                            tokens<T>(p, dv, "dv", type),
+                            padding<T>(p, dpad_k, "dpad_k", type),
+                            padding<T>(p, dpad_v, "dpad_v", type)};
+    std::vector<Workspace> work;
+    for (int64_t worker = 0; worker < workers; ++worker) {
+      Room own(base + worker * each);
+      work.emplace_back(p, own, true);
+    }
+    run_jobs(units, workers, [&](int64_t unit, int64_t worker) {
+      float* mine = tables ? dtables + unit * sums : nullptr;
+      if (tables) std::fill(mine, mine + sums, 0.0f);
+      for (int64_t job = unit * jobs / units; job < (unit + 1) * jobs / units; ++job) {
+        const int64_t part = job % parts, n = p.keys();
+        backward_part<T>(p, in, g, job / parts, part * n / parts, (part + 1) * n / parts,
+                         parts > 1 ? partials + job * all : nullptr, mine, work[worker]);
+      }
+    });
+    if (parts == 1) return;
+    torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t number = begin; number < end; ++number) {
+        const Task t(p, number);
+        float* total = partials + number * parts * all;
+        for (int64_t part = 1; part < parts; ++part)
+          for (int64_t e = 0; e < t.queries() * p.head_dim; ++e) total[e] += total[part * all + e];
+        for (int64_t i = 0; i < t.queries(); ++i)
+          write(total + i * p.head_dim, 1.0f, p.head_dim,
+                g.dq.at(t.batch, t.top + i / t.columns, t.left + i % t.columns, t.head),
+                g.dq.stride[4]);
+      }
+    });
+  });
+  if (!tables) return;
+  const auto gather = [&](int64_t first, int64_t count, float* result) {
+    std::fill(result, result + count, 0.0f);
+    for (int64_t unit = 0; unit < units; ++unit)
+      for (int64_t e = 0; e < count; ++e) result[e] += dtables[unit * sums + first + e];
+  };
+  gather(0, p.table_h(), result_h);
+  gather(p.table_h(), p.table_w(), result_w);
+}
+
+}  // namespace samfast
