@@ -21,19 +21,21 @@ class MiddleMap(Protocol):
 
     geometry: (N, H, W) and whatever else the map needs to see tokens as images; empty when it does
     not. Tensors in ``saved`` are fresh: neither z, nor an input, nor views of one another.
+    Some maps make rows of z for padding too, which are not tokens; others leave them empty.
     """
 
     zero_preserving: bool  # rows of zeros stay zero, so padding may be skipped
 
     def forward(
         self, h: Tensor, geometry: Sequence[int], *params: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Returns z, aux (a scalar loss, or an empty tensor) and what the backward needs."""
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Returns z, aux (a scalar loss, or empty), z_pad and what the backward needs."""
 
     def backward(
         self,
         dz: Tensor,
         daux: Tensor | None,
+        dz_pad: Tensor | None,
         saved: Sequence[Tensor],
         params: Sequence[Tensor],
         geometry: Sequence[int],
@@ -49,15 +51,20 @@ class Identity:
     zero_preserving = True
 
     def forward(self, h, geometry, *params):
-        return h, no_aux(h), []
+        return h, no_aux(h), no_pads(h), []
 
-    def backward(self, dz, daux, saved, params, geometry, needs):
+    def backward(self, dz, daux, dz_pad, saved, params, geometry, needs):
         return dz, []
 
 
 def no_aux(h: Tensor) -> Tensor:
     """The aux of a map that has none."""
     return h.new_empty(0, dtype=torch.float32)
+
+
+def no_pads(h: Tensor) -> Tensor:
+    """The z_pad of a map that has none."""
+    return h.new_empty(0)
 
 
 _kinds: dict[str, type] = {}

@@ -52,12 +52,12 @@ class RoutedExperts:
             h, w_gate, w_noise, noise, index, windows, self.coefficient,
             part_backend("expert_gate", self.backend),
         )  # fmt: skip
-        z, _ = torch.ops.samfast.conv_experts_forward(
+        z, z_pad = torch.ops.samfast.conv_experts_forward(
             h, weight, bias, index, windows, list(self.ratios), True, "gelu", self.backend
         )
-        return z, aux, [h, index, dpool, dgate]
+        return z, aux, z_pad, [h, index, dpool, dgate]
 
-    def backward(self, dz, daux, saved, params, geometry, needs):
+    def backward(self, dz, daux, dz_pad, saved, params, geometry, needs):
         h, index, dpool, dgate = saved
         weight, bias, w_gate, w_noise = params[:4]
         need_h, *need_params = needs
@@ -65,7 +65,7 @@ class RoutedExperts:
         if daux is None:
             dpool = dgate = None
         grads = torch.ops.samfast.conv_experts_backward(
-            dz, None, h, weight, bias, index, list(geometry[:5]), list(self.ratios), True, "gelu",
+            dz, dz_pad, h, weight, bias, index, list(geometry[:5]), list(self.ratios), True, "gelu",
             daux, dpool, dgate, [need_h, need_experts], self.backend,
         )  # fmt: skip
         made = iter(grads)
@@ -101,14 +101,17 @@ def conv_lora_linear(
     seed: Tensor | None = None,
     top_k: int = 1,
     formula: str = "code",
+    return_pads: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """A frozen linear layer with a Conv-LoRA update, and the loss that balances its experts.
 
     x: (..., D), the pixels of ``windows`` in image order   weight: (O, D)   lora_a: (r, D)
     lora_b: (O, r)   expert_weight: (M, r, r / groups, 3, 3)   expert_bias: (M, r)
     w_gate, w_noise: (r, M)   noise: (samples, M), given in training   expert_index: (samples,)
     y: (..., O) = x Wᵀ + b + s · (h + E_e(h)) Bᵀ, h = drop(x) Aᵀ   loss: ()
+    z_pad: (batch · pads, r), third with return_pads: h + E_e(h) on the windows' padding, where x
+        and h are zeros; a pad's row of y is b + s · z_pad Bᵀ
 
     top_k above 1 (a sum weighted by the gate) and formula="paper" (Σ G_i E_i without skip and
     activation) are computed by the reference path alone.
@@ -144,19 +147,21 @@ def conv_lora_linear(
             "reference does"
         )
     if requested == "reference" or top_k > 1 or formula == "paper":
-        return _literal(
+        made = _literal(
             x, weight, bias, lora_a, lora_b, expert_weight, expert_bias, w_gate, w_noise, scaling,
             ratios, groups, windows, noise, expert_index, coefficient, dropout, seed, top_k,
             formula,
         )  # fmt: skip
+        return made if return_pads else made[:2]
     params = [expert_weight, expert_bias, w_gate, w_noise]
     params += [t for t in (noise, expert_index) if t is not None]
     geometry = (*windows, int(noise is not None), int(expert_index is not None))
     key = middle.key_of("RoutedExperts", tuple(ratios), float(coefficient), requested)
-    return low_rank_linear(
+    made = low_rank_linear(
         x, weight, bias, lora_a, lora_b, scaling, middle=key, geometry=geometry, params=params,
         dropout=dropout, seed=seed, backend=part_backend("lora_linear", requested),
     )  # fmt: skip
+    return made if return_pads else made[:2]
 
 
 def _literal(
@@ -188,5 +193,5 @@ def _literal(
             )  # fmt: skip
             weighted = top_k > 1 or paper
             z = z + (update * gates[:, k, None, None, None].to(dtype) if weighted else update)
-        z, _ = windows.paste(z)
-        return y + scaling * F.linear(z, lora_b.to(dtype)).view(y.shape), loss
+        z, z_pad = windows.paste(z)
+        return y + scaling * F.linear(z, lora_b.to(dtype)).view(y.shape), loss, z_pad

@@ -37,20 +37,21 @@ class Slices:
 
 
 def forward(path, x, weight, bias, lora_a, lora_b, params, seed, options):
-    """Returns y, z, aux and what the middle map saved."""
+    """Returns y, z, and the middle map's aux, z_pad and saved."""
     scaling, dropout, middle, geometry, starts, own = options
     rows = _flat(x)
     h = path.down(rows, lora_a, dropout, seed)
-    z, aux, saved = find(middle).forward(h, geometry, *params)
+    z, aux, z_pad, saved = find(middle).forward(h, geometry, *params)
     z = _as_rows(z, rows.dtype)
     y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     path.up_(y, z, lora_b, scaling, Slices(starts, lora_b, own))
-    return y.view(*x.shape[:-1], y.shape[-1]), z, aux, saved
+    return y.view(*x.shape[:-1], y.shape[-1]), z, aux, z_pad, saved
 
 
 def backward(
-    path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, options, needs, bias_dtype
-):
+    path, dy, daux, dz_pad, x, weight, lora_a, lora_b, z, saved, params, seed, options, needs,
+    bias_dtype,
+):  # fmt: skip
     """Gradients of (x, weight, bias, lora_a, lora_b, *params), None where not needed."""
     scaling, dropout, middle, geometry, starts, own = options
     need_x, need_weight, need_bias, need_a, need_b, *need_params = needs
@@ -68,7 +69,7 @@ def backward(
         slices = Slices(starts, lora_b, own)
         dz, db = path.up_backward(dy, z if need_b else None, lora_b, scaling, slices)
         needs_map = (need_h, *need_params)
-        dh, dparams = find(middle).backward(dz, daux, saved, params, geometry, needs_map)
+        dh, dparams = find(middle).backward(dz, daux, dz_pad, saved, params, geometry, needs_map)
         if need_h:
             dh = _as_rows(dh, dtype)
             da = path.down_backward_(dx, dh, rows if need_a else None, lora_a, dropout, seed)

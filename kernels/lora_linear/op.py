@@ -67,15 +67,15 @@ def _path(backend, x, lora_a, lora_b, starts):
 _OPTIONS = "float scaling, float dropout, str middle, int[] geometry, int[] starts, bool own"
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor[] params"
 _INPUTS += f", Tensor? seed, {_OPTIONS}, str backend"
-torch.library.define("samfast::lora_linear", f"({_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define("samfast::lora_linear", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
-    "samfast::lora_linear_forward", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor[])"
+    "samfast::lora_linear_forward", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 torch.library.define(
     "samfast::lora_linear_backward",
-    "(Tensor dy, Tensor? daux, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? z, "
-    f"Tensor[] saved, Tensor[] params, Tensor? seed, {_OPTIONS}, bool[] needs, "
-    "ScalarType bias_dtype, str backend) -> Tensor[]",
+    "(Tensor dy, Tensor? daux, Tensor? dz_pad, Tensor? x, Tensor weight, Tensor lora_a, "
+    f"Tensor lora_b, Tensor? z, Tensor[] saved, Tensor[] params, Tensor? seed, "
+    f"{_OPTIONS}, bool[] needs, ScalarType bias_dtype, str backend) -> Tensor[]",
 )
 
 
@@ -84,12 +84,12 @@ def _forward(path, x, weight, bias, lora_a, lora_b, params, seed, *options):
         return engine.forward(path, x, weight, bias, lora_a, lora_b, params, seed, options)
 
 
-def _backward(path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, *rest):
+def _backward(path, dy, daux, dz_pad, x, weight, lora_a, lora_b, z, saved, params, seed, *rest):
     *options, needs, bias_dtype = rest
     with without_autocast(dy.device.type):
         grads = engine.backward(
-            path, dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, options, needs,
-            bias_dtype,
+            path, dy, daux, dz_pad, x, weight, lora_a, lora_b, z, saved, params, seed, options,
+            needs, bias_dtype,
         )  # fmt: skip
     return [g for g in grads if g is not None]
 
@@ -107,10 +107,10 @@ def _forward_fake(*args):
 
 
 @implement("samfast::lora_linear_backward")
-def _backward_impl(dy, daux, x, weight, lora_a, lora_b, *rest):
+def _backward_impl(dy, daux, dz_pad, x, weight, lora_a, lora_b, *rest):
     *arguments, backend = rest
     path = _path(backend, dy, lora_a, lora_b, arguments[8])
-    return _backward(path, dy, daux, x, weight, lora_a, lora_b, *arguments)
+    return _backward(path, dy, daux, dz_pad, x, weight, lora_a, lora_b, *arguments)
 
 
 @torch.library.register_fake("samfast::lora_linear_backward")
@@ -120,14 +120,14 @@ def _backward_fake(*args):
 
 @implement("samfast::lora_linear")
 def _impl(*args):
-    y, _, aux, _ = torch.ops.samfast.lora_linear_forward(*args)
-    return y, aux
+    y, _, aux, z_pad, _ = torch.ops.samfast.lora_linear_forward(*args)
+    return y, aux, z_pad
 
 
 @torch.library.register_fake("samfast::lora_linear")
 def _fake(*args):
-    y, _, aux, _ = _forward(torch_path, *args[:-1])
-    return y, aux
+    y, _, aux, z_pad, _ = _forward(torch_path, *args[:-1])
+    return y, aux, z_pad
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -136,7 +136,7 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, seed, options, backend, *params):
         with torch._C._AutoDispatchBelowAutograd():
-            y, z, aux, saved = torch.ops.samfast.lora_linear_forward(
+            y, z, aux, z_pad, saved = torch.ops.samfast.lora_linear_forward(
                 x, weight, bias, lora_a, lora_b, params, seed, *options, backend
             )
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
@@ -154,22 +154,23 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
         ctx.shape, ctx.dtype = y.shape, y.dtype
         ctx.set_materialize_grads(False)
-        return y, aux
+        return y, aux, z_pad
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, daux):
+    def backward(ctx, dy, daux, dz_pad):
         x, weight, lora_a, lora_b, z, seed, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.count], rest[ctx.count :]
         needs = [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[8:]]
-        if dy is None and daux is None:
+        used = next((d for d in (dy, daux, dz_pad) if d is not None), None)
+        if used is None:
             return (None,) * (8 + ctx.count)
-        if dy is None:  # only aux was used
-            dy = daux.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
+        if dy is None:  # only aux or z_pad were used
+            dy = used.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
         with torch._C._AutoDispatchBelowAutograd():
             grads = torch.ops.samfast.lora_linear_backward(
-                dy, daux, x, weight, lora_a, lora_b, z, saved, params, seed, *ctx.options, needs,
-                ctx.bias_dtype, ctx.backend,
+                dy, daux, dz_pad, x, weight, lora_a, lora_b, z, saved, params, seed, *ctx.options,
+                needs, ctx.bias_dtype, ctx.backend,
             )  # fmt: skip
         given = iter(grads)
         dx, dweight, dbias, da, db, *dparams = (next(given) if need else None for need in needs)
@@ -200,8 +201,8 @@ def low_rank_linear(
     slices: Sequence[tuple[int, int]] | None = None,
     own: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The engine: y = x Wᵀ + b + s · f(drop(x) Aᵀ) Bᵀ and the map's aux value.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The engine: y = x Wᵀ + b + s · f(drop(x) Aᵀ) Bᵀ and the map's aux and z_pad.
 
     middle: key of a registered middle map; geometry and params are passed on to it.
     own: with slices, every slice has its own columns of z; otherwise they share one z.
@@ -259,7 +260,7 @@ def lora_linear(
                 x, weight.to(x.dtype), bias, lora_a, lora_b, scaling,
                 dropout=dropout, seed=seed, slices=slices,
             )  # fmt: skip
-    y, _ = low_rank_linear(
+    y, _, _ = low_rank_linear(
         x, weight, bias, lora_a, lora_b, scaling,
         dropout=dropout, seed=seed, slices=slices, own=own, backend=backend,
     )  # fmt: skip

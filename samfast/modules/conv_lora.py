@@ -207,7 +207,27 @@ class ConvLoraLinear(AdaptedLinear):
             noise = draw_noise(x, windows.samples, self.experts, generator)
         elif noise is not None and not self.training:
             raise ValueError("noise is given, but the gate draws none outside training")
-        y, aux = conv_lora_linear(
+        y, _, aux = self._run(x, windows, noise, expert_index)
+        return (y, aux) if return_aux else y
+
+    def forward_windows(self, x: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer on windows of images, without cutting them out: y, pad_h and pad_b.
+
+        x: (B, H, W, in_features), images in which gate and experts see window × window maps, zeros
+            where these stand over at the bottom and right -> y: (B, H, W, out_features)
+        A row of y for the padding is bias + pad_h pad_bᵀ, pad_h (B · pads, rank) image by image,
+        line by line, pad_b (out_features, rank).
+        """
+        windows = Windows(*x.shape[:3], window, window)
+        noise = None
+        if self.training:
+            noise = draw_noise(x, windows.samples, self.experts, None)
+        y, z_pad, _ = self._run(x, windows, noise, None)
+        return y, z_pad, self.scaling * self.lora_B
+
+    def _run(self, x, windows: Windows, noise, expert_index) -> tuple[Tensor, Tensor, Tensor]:
+        """y, z_pad and the balancing loss, which is kept for ``samfast.aux_loss``."""
+        y, aux, z_pad = conv_lora_linear(
             x,
             self.weight,
             self.bias,
@@ -225,10 +245,11 @@ class ConvLoraLinear(AdaptedLinear):
             dropout=self.dropout if self.training else 0.0,
             top_k=self.top_k,
             formula=self.formula,
+            return_pads=True,
         )
         trained = (self.lora_A, self.w_gate, self.w_noise)
         y = self._latest.keep(aux, y, self.training, any(p.requires_grad for p in trained))
-        return (y, aux) if return_aux else y
+        return y, z_pad, aux
 
     def _windows(self, x: Tensor, size: tuple[int, int] | None) -> Windows:
         shape = tuple(x.shape)
