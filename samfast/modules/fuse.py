@@ -86,7 +86,7 @@ def _why_not(module: nn.Module, stock: type[nn.Module]) -> str:
     if type(module) is not stock:
         return f"a {kind}, a class derived from segment_anything's {stock.__name__}"
     if "forward" in module.__dict__:
-        return f"a {kind} whose forward was replaced"
+        return f"{kind} with a forward that was replaced"
     return "still segment_anything's own"
 
 

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fuse and unfuse on whole models: what is kept, both orders with attach, refusals, report."""
+
+import copy
+import io
+import pickle
+import types
+
+import pytest
+import torch
+from budgets import within_budget
+from sam_layers import attention, block, random_tables
+from segment_anything.modeling.image_encoder import Attention, Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import samfast
+from samfast.models import encode, segment
+from samfast.modules import RelPosAttention, SamBlock
+
+IMAGES = torch.rand(2, 3, 60, 50, generator=torch.Generator().manual_seed(0)) * 255
+METHODS = {
+    "lora": samfast.Lora(rank=2),
+    "slices": samfast.Lora(rank=2, slices=("q", "v")),
+    "everywhere": samfast.Lora(rank=2, target=("qkv", "proj", "lin1", "lin2")),
+    "conv-lora": samfast.ConvLora(rank=2, experts=3),
+}
+
+
+@pytest.fixture
+def sam(tiny_sam):
+    """A vit_tiny whose attention matters: windows of 7 on maps of 4 x 4 are padded."""
+
+    def build():
+        model, generator = random_tables(tiny_sam()), torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for layer in model.image_encoder.blocks:
+                layer.attn.qkv.weight *= 3
+                nn.init.normal_(layer.attn.qkv.bias, std=0.5, generator=generator)
+        return model
+
+    return build
+
+
+def kinds(model):
+    return {type(m) for m in model.modules() if isinstance(m, (Attention, Block))}
+
+
+def same_function(fused, stock, images=IMAGES):
+    """Embeddings within the budget of the stock model's own float32."""
+    with torch.no_grad():
+        exact = encode(copy.deepcopy(stock).double(), images.double())
+        within_budget(encode(fused, images), encode(stock, images), exact, torch.float32)
+
+
+def test_the_model_computes_the_same(sam):
+    stock = sam()
+    fused = copy.deepcopy(stock)
+    assert samfast.fuse(fused) is fused
+    assert kinds(fused) == {RelPosAttention, SamBlock}
+    same_function(fused, stock)
+
+
+def test_everything_is_kept(sam):
+    model = samfast.attach(sam(), samfast.Lora(rank=2)).train()
+    called = []
+    model.image_encoder.blocks[1].register_forward_hook(lambda *_: called.append("block"))
+    model.image_encoder.blocks[2].attn.register_forward_pre_hook(lambda *_: called.append("attn"))
+
+    def state():
+        return {
+            "modules": {name: id(module) for name, module in model.named_modules()},
+            "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
+            "keys": list(model.state_dict()),
+            "attributes": {name: set(vars(module)) for name, module in model.named_modules()},
+            "training": {name: module.training for name, module in model.named_modules()},
+        }
+
+    before, values = state(), copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        samfast.fuse(model)
+        assert kinds(model) == {RelPosAttention, SamBlock}
+        assert state() == before
+    segment(model, IMAGES)
+    assert called == ["block", "attn"]
+    for _ in range(2):
+        assert samfast.unfuse(model) is model
+        assert kinds(model) == {Attention, Block}
+        assert state() == before
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_unfuse_gives_the_bits_of_the_stock_model(sam):
+    model = sam()
+    expected = encode(model, IMAGES)
+    samfast.fuse(model)
+    model.image_encoder.blocks[0].attn.backend = "torch"
+    encode(model, IMAGES)
+    assert torch.equal(encode(samfast.unfuse(model), IMAGES), expected)
+    assert "backend" not in vars(model.image_encoder.blocks[0].attn)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_attach_before_and_after(sam, move, method, tmp_path):
+    """Both orders, adapter files, and aux_loss; the files are those of the stock model."""
+    stock = move(samfast.attach(sam(), method, train=()))
+    after = samfast.attach(samfast.fuse(sam()), method, train=())
+    before = samfast.fuse(samfast.attach(sam(), method, train=()))
+    folder = samfast.save_adapter(stock, tmp_path / "stock")
+    loaded = samfast.load_adapter(samfast.fuse(sam()), folder)
+    for model in (after, before):
+        samfast.load_adapter(model, folder, trainable=True)
+    with torch.no_grad():
+        expected = encode(before, IMAGES)
+        assert torch.equal(encode(after, IMAGES), expected)
+        assert torch.equal(encode(loaded, IMAGES), expected)
+    if isinstance(method, samfast.Lora):  # rounding may move Conv-LoRA's gate
+        same_function(before, stock)
+    assert torch.isfinite(samfast.aux_loss(before))
+    for model, name in ((after, "after"), (before, "before")):
+        mine = samfast.save_adapter(model, tmp_path / name)
+        for path in folder.iterdir():
+            assert (mine / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_merged(sam, move):
+    model = move(samfast.attach(samfast.fuse(sam()), samfast.Lora(rank=2), train=()))
+    stock = samfast.unfuse(copy.deepcopy(model))
+    same_function(samfast.merge(model), samfast.merge(stock))
+    samfast.unmerge(model)
+    expected = encode(model, IMAGES)
+    assert torch.equal(encode(samfast.unmerge(samfast.merge(model)), IMAGES), expected)
+
+
+def test_copies_pickles_and_state_dicts(sam):
+    model = samfast.fuse(samfast.attach(sam(), samfast.Lora(rank=2)))
+    expected = encode(model, IMAGES)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    stock = samfast.attach(sam(), samfast.Lora(rank=2))
+    stock.load_state_dict(torch.load(file, weights_only=True))
+    twins = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), samfast.fuse(stock))
+    for twin in twins:
+        assert kinds(twin) == {RelPosAttention, SamBlock}
+        assert torch.equal(encode(twin, IMAGES), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks(sam, move, reentrant):
+    grads = []
+    start = move(samfast.fuse(samfast.attach(sam(), samfast.Lora(rank=2), train=())))
+    for wrap in (False, True):
+        model = copy.deepcopy(start)
+        for i, layer in enumerate(model.image_encoder.blocks if wrap else ()):
+            model.image_encoder.blocks[i] = Checkpointed(layer, reentrant)
+        assert samfast.report(model).attention
+        embedded = model.image_encoder(torch.ones(2, 3, 64, 64, requires_grad=True))
+        embedded.square().sum().backward()
+        grads.append([p.grad for _, p in samfast.trainable_parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layer, reentrant):
+        super().__init__()
+        self.layer, self.reentrant = layer, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+def test_parts_of_a_model(sam):
+    """The encoder alone, a container, a single layer, and a wrapped model."""
+    encoder = samfast.fuse(sam().image_encoder)
+    assert kinds(encoder) == {RelPosAttention, SamBlock}
+    assert type(samfast.fuse(attention((4, 4)))) is RelPosAttention
+    layers = samfast.fuse(nn.ModuleList([block(4), nn.Linear(2, 2)]))
+    assert type(layers[0]) is SamBlock and type(layers[1]) is nn.Linear
+    assert kinds(samfast.fuse(nn.DataParallel(sam()))) == {RelPosAttention, SamBlock}
+
+
+class Flipped(Attention):
+    def forward(self, x):
+        return super().forward(x.flip(1))
+
+
+class Doubled(Block):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def negated(attention, x):
+    return -Attention.forward(attention, x)
+
+
+def with_own_classes(model):
+    """Block 0 has an attention of the user's class, block 1 is of such a class, block 3 patched."""
+    blocks = model.image_encoder.blocks
+    blocks[0].attn.__class__ = Flipped
+    blocks[1].__class__ = Doubled
+    blocks[3].attn.forward = types.MethodType(negated, blocks[3].attn)
+    return model
+
+
+def test_classes_of_the_users_own_are_left_alone(sam):
+    stock = with_own_classes(sam())
+    fused = samfast.fuse(with_own_classes(sam()))
+    blocks = fused.image_encoder.blocks
+    assert [type(b) for b in blocks] == [SamBlock, Doubled, *[SamBlock] * 4]
+    assert [type(b.attn) for b in blocks][:4] == [
+        Flipped,
+        RelPosAttention,
+        RelPosAttention,
+        Attention,
+    ]
+    same_function(fused, stock)
+    states = list(samfast.report(fused).attention.values())
+    assert states[0] == ("not fused: a Flipped, a class derived from segment_anything's Attention")
+    assert states[1] == (
+        "fused, windows cut first: its block is a Doubled, a class derived from segment_anything's "
+        "Block"
+    )
+    assert states[3] == "not fused: Attention with a forward that was replaced"
+    assert states[2] == states[4] == states[5] == "fused"
+    samfast.unfuse(fused)
+    assert torch.equal(encode(fused, IMAGES), encode(stock, IMAGES))
+
+
+def test_a_block_of_the_users_own_inside_out():
+    """Stock attention outside any block is fused as a map."""
+    model = nn.Sequential(attention((4, 4)), nn.Identity())
+    x = torch.randn(2, 4, 4, 32, dtype=torch.float64)
+    expected = model(x)
+    y = samfast.fuse(model)(x)
+    assert samfast.report(model).attention == {"0": "fused"}
+    within_budget(y, expected, expected, torch.float32)
+
+
+@pytest.mark.parametrize("function", [samfast.fuse, samfast.unfuse])
+def test_nothing_to_fuse(toy, function):
+    with pytest.raises(ValueError, match="this ToySam has no attention of segment_anything's"):
+        function(toy())
+    with pytest.raises(TypeError, match="model is str"):
+        function("model")
+
+
+def test_nothing_but_the_users_own():
+    layer = attention((4, 4))
+    layer.__class__ = Flipped
+    model = nn.Sequential(layer)
+    with pytest.raises(
+        ValueError, match="Sequential has nothing to fuse; 0 is not fused: a Flipped"
+    ):
+        samfast.fuse(model)
+    assert type(model[0]) is Flipped and samfast.unfuse(model) is model
+
+
+def test_report(sam, toy):
+    model = sam()
+    assert set(samfast.report(model).attention.values()) == {
+        "not fused: still segment_anything's own"
+    }
+    assert "attention" in str(samfast.report(model)) and not samfast.report(model).backends
+    samfast.fuse(model)
+    report = samfast.report(model)
+    assert list(report.attention) == [f"image_encoder.blocks.{i}.attn" for i in range(6)]
+    assert set(report.attention.values()) == {"fused"}
+    assert set(report.backends) == {"relpos_attention"} and "6 x fused" in str(report)
+    model.image_encoder.blocks[1].attn.qkv.register_forward_hook(lambda *_: None)
+    states = samfast.report(model).attention
+    assert states.pop("image_encoder.blocks.1.attn") == (
+        "fused, windows cut first: qkv has hooks or a forward of its own"
+    )
+    assert set(states.values()) == {"fused"}
+    assert samfast.report(toy()).attention == {} and "none of SAM's" in str(samfast.report(toy()))
+
+
+def test_every_trained_tensor_moves_within_three_steps(sam):
+    model = samfast.fuse(samfast.attach(sam(), samfast.Lora(rank=2))).train()
+    before = {name: p.detach().clone() for name, p in samfast.trainable_parameters(model)}
+    optimizer = torch.optim.AdamW(samfast.parameter_groups(model, 1e-3))
+    for _ in range(3):
+        segment(model, IMAGES).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    used = {n for n in before if n not in samfast.models.unused_by_segment(model)}
+    now = dict(model.named_parameters())
+    assert [name for name in used if torch.equal(now[name], before[name])] == []
