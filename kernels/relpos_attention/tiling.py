@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of the Triton kernels: a function of the sizes over tiles.json, no search at run time.
+
+The file: target -> way the bias enters -> stage -> bytes per element -> widest padded head_dim ->
+[BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. What a target does not name is the default's.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from samfast.kernels._common.windows import Windows
+
+TILES = Path(__file__).with_name("tiles.json")
+MOST_ONE_HOT = 64  # terms of the product that adds the bias, at most
+NARROW = 16  # a map up to this width wastes most of a tile of keys that lies in one line
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and ``least``."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def split(head_dim: int) -> tuple[int, int]:
+    """head_dim as a power of two and the rest, padded to one; 0 without a rest."""
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    return first, power_of_two(rest) if rest else 0
+
+
+def one_hot_terms(windows: Windows) -> int:
+    """Terms of the one-hot product where the bias enters so, 0 where it enters by rows."""
+    terms = power_of_two(windows.height + windows.width)
+    return terms if windows.width <= NARROW and terms <= MOST_ONE_HOT else 0
+
+
+def target(x: torch.Tensor) -> str:
+    """The table of the GPU that holds x."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    return "sm_{}{}".format(*capability)
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(TILES.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _sizes(name: str, stage: str, way: str, itemsize: str, head_dim: int) -> list[int]:
+    for table in (_table().get(name, {}), _table()["default"]):
+        heads = table.get(way, {}).get(stage, {}).get(itemsize, {})
+        fitting = [int(most) for most in heads if int(most) >= head_dim]
+        if fitting:
+            return heads[str(min(fitting))]
+    raise KeyError(f"no tile of {stage}, {way}, for {itemsize} bytes and head_dim {head_dim}")
+
+
+def blocks(stage: str, x: torch.Tensor, windows: Windows) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages of a stage; x (…, head_dim)."""
+    way = "one_hot" if one_hot_terms(windows) else "rows"
+    padded = sum(split(x.shape[-1]))
+    m, n, warps, stages = _sizes(target(x), stage, way, str(x.element_size()), padded)
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}

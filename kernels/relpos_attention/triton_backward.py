@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the backward; the ways in which the bias enters are those of the forward.
+
+With P the weights and dP = dout vᵀ, dS = P · (dP − delta) is the gradient of the logits. dq, dk and
+dv are products with it, the gradients of the factors its sums over lines and over columns.
+"""
+
+import triton
+import triton.language as tl
+
+from samfast.kernels.relpos_attention.triton_forward import (
+    GIVEN_PADS,
+    LOG2E,
+    ZERO_PADS,
+    dot_nt,
+    key_rows,
+    lines_met,
+    load_rows,
+    one_hot,
+    pixels,
+    place,
+    power,
+    queries,
+    start_of,
+    store_rows,
+    table_rows,
+)
+
+
+@triton.jit
+def skewed(drel_at, step, at, live, size, u):
+    """(queries, BLOCK_T): gradients of the factors, at the reversed table's rows u they came of."""
+    key = u[None, :] + at[:, None] - (size - 1)
+    mask = live[:, None] & (key >= 0) & (key < size)
+    return tl.load(drel_at[:, None] + key * step, mask, other=0.0)
+
+
+@triton.jit
+def add_factor_gradient(dq, dq_rest, table_ptr, drel_at, step, at, live, size, start, stop,
+                        HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
+                        BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dq plus what one factor's gradient gives, (BLOCK_M, HEAD_A) and (BLOCK_M, HEAD_B)."""
+    for first in range(start, stop, BLOCK_T):
+        u = first + tl.arange(0, BLOCK_T)
+        d = skewed(drel_at, step, at, live, size, u)
+        _, t, t_rest = table_rows(table_ptr, first, size, d, HEAD, HEAD_A, HEAD_B, BLOCK_T)
+        dq = tl.dot(d, t, dq, input_precision=PRECISION)
+        if HEAD_B:
+            dq_rest = tl.dot(d, t_rest, dq_rest, input_precision=PRECISION)
+    return dq, dq_rest
+
+
+@triton.jit
+def dq_kernel(
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pad_k_ptr,
+    pad_v_ptr,
+    table_h_ptr,
+    table_w_ptr,
+    rel_h_ptr,
+    rel_w_ptr,
+    lse_ptr,
+    delta_ptr,
+    drel_h_ptr,
+    drel_w_ptr,
+    dq_ptr,
+    stride_gb,
+    stride_gy,
+    stride_gx,
+    stride_gn,
+    stride_qb,
+    stride_qy,
+    stride_qx,
+    stride_qn,
+    stride_kb,
+    stride_ky,
+    stride_kx,
+    stride_kn,
+    stride_vb,
+    stride_vy,
+    stride_vx,
+    stride_vn,
+    stride_pkb,
+    stride_pkp,
+    stride_pkn,
+    stride_pvb,
+    stride_pvp,
+    stride_pvn,
+    stride_dqb,
+    stride_dqy,
+    stride_dqx,
+    stride_dqn,
+    heads,
+    height,
+    width,
+    image_height,
+    image_width,
+    down,
+    across,
+    tiles,
+    rel,
+    scale,
+    ONE_HOT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PADS: tl.constexpr,
+    NATURAL: tl.constexpr,
+    FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    REL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """dq and the gradients of the factors, which lie as the factors do.
+
+    NATURAL, EVEN: as in the forward
+    SEVERAL: more than one tile of keys makes a line of the map
+    """
+    tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    image, head, top, left, lines, columns = place(
+        group, heads, height, width, image_height, image_width, down, across
+    )
+    if tile * BLOCK_M >= lines * columns:
+        return
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, BLOCK_M)
+    tokens = image_height * image_width
+    token = y * image_width + x
+    plane = image.to(tl.int64) * heads + head
+    UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
+    q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
+    q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
+    q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+    g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
+    g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
+    dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True)
+    dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
+    lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
+    delta = tl.load(delta_ptr + plane * tokens + token, live, other=0.0)
+    k_ptr = start_of(k_ptr, image, head, stride_kb, stride_kn)
+    v_ptr = start_of(v_ptr, image, head, stride_vb, stride_vn)
+    if PADS == GIVEN_PADS:
+        pad_k_ptr = start_of(pad_k_ptr, image, head, stride_pkb, stride_pkn)
+        pad_v_ptr = start_of(pad_v_ptr, image, head, stride_pvb, stride_pvn)
+
+    REST: tl.constexpr = HEAD_B if HEAD_B else 16
+    acc = tl.zeros((BLOCK_M, HEAD_A), tl.float32)
+    acc_rest = tl.zeros((BLOCK_M, REST), tl.float32)
+    w_plane = plane * tokens * rel
+    if ONE_HOT:
+        rel_at = token[:, None] * rel + tl.arange(0, REL)[None, :]
+        factors = tl.load(rel_h_ptr + w_plane + rel_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
+        dfactors = tl.zeros((BLOCK_M, REL), tl.float32)
+        for first in range(0, height * width, BLOCK_N):
+            j = first + tl.arange(0, BLOCK_N)
+            a = j // width
+            b = j - a * width
+            key_y, key_x, valid = top + a, left + b, j < height * width
+            inside = valid & (key_y < image_height) & (key_x < image_width)
+            loaded = inside if PADS == ZERO_PADS else valid
+            k_at = key_rows(
+                k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
+                image_height, image_width, width, across, PADS, WIDE,
+            )  # fmt: skip
+            k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+            k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
+            s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
+            hot = one_hot(a, b, height, REL).to(factors.dtype)
+            s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
+            if not EVEN:
+                s = tl.where(valid[None, :], s, float("-inf"))
+            p = power(s - lse[:, None], NATURAL)
+            v_at = key_rows(
+                v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
+                image_height, image_width, width, across, PADS, WIDE,
+            )  # fmt: skip
+            v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+            v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
+            dp = dot_nt(dout, dout_rest, v, v_rest, HEAD_B, PRECISION)
+            ds = (p * (dp - delta[:, None])).to(q.dtype)
+            acc = tl.dot(ds, k, acc, input_precision=PRECISION)
+            if HEAD_B:
+                acc_rest = tl.dot(ds, k_rest, acc_rest, input_precision=PRECISION)
+            dfactors = tl.dot(ds, tl.trans(hot), dfactors, input_precision=PRECISION)
+        tl.store(drel_h_ptr + w_plane + rel_at, dfactors.to(q.dtype), live[:, None])
+        h_at, h_step = drel_h_ptr + w_plane + token * rel, 1
+        w_at = h_at + height
+    else:
+        rel_h_ptr += plane * height * tokens
+        drel_h_ptr += plane * height * tokens
+        for first in range(0, width, BLOCK_N):
+            b = first + tl.arange(0, BLOCK_N)
+            key_x, valid = left + b, b < width
+            w_tile_at, w_mask = token[:, None] * rel + b[None, :], live[:, None] & valid[None, :]
+            tile_w = tl.load(rel_w_ptr + w_plane + w_tile_at, w_mask, other=0.0)
+            tile_w = tile_w.to(tl.float32) * UNIT  # (BLOCK_M, BLOCK_N)
+            tile_w = tl.where(valid[None, :], tile_w, float("-inf"))
+            dtile_w = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            ahead = tl.load(rel_h_ptr + token, live, other=0.0)
+            for a in range(0, height):
+                column = ahead.to(tl.float32) * UNIT - lse
+                after = tl.minimum(a + 1, height - 1)
+                ahead = tl.load(rel_h_ptr + after * tokens + token, live, other=0.0)
+                now_at = drel_h_ptr + a * tokens + token
+                key_y = tl.zeros_like(b) + top + a
+                inside = valid & (key_y < image_height) & (key_x < image_width)
+                loaded = inside if PADS == ZERO_PADS else valid
+                k_at = key_rows(
+                    k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
+                    image_height, image_width, width, across, PADS, WIDE,
+                )  # fmt: skip
+                k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+                k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
+                s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
+                p = power(s * (scale * UNIT) + (tile_w + column[:, None]), NATURAL)
+                v_at = key_rows(
+                    v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
+                    image_height, image_width, width, across, PADS, WIDE,
+                )  # fmt: skip
+                v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+                v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
+                dp = dot_nt(dout, dout_rest, v, v_rest, HEAD_B, PRECISION)
+                ds = p * (dp - delta[:, None])
+                dtile_w += ds
+                dcolumn = tl.sum(ds, 1)
+                if SEVERAL:
+                    again = live & (tl.zeros_like(token) + first > 0)
+                    dcolumn += tl.load(now_at, again, other=0.0).to(tl.float32)
+                tl.store(now_at, dcolumn.to(q.dtype), live)
+                ds = ds.to(q.dtype)
+                acc = tl.dot(ds, k, acc, input_precision=PRECISION)
+                if HEAD_B:
+                    acc_rest = tl.dot(ds, k_rest, acc_rest, input_precision=PRECISION)
+            tl.store(drel_w_ptr + w_plane + w_tile_at, dtile_w.to(q.dtype), w_mask)
+            tl.debug_barrier()  # the next tiles of these lines add to what was stored here
+        h_at, h_step = drel_h_ptr + token, tokens
+        w_at = drel_w_ptr + w_plane + token * rel
+    # Every thread of the program has to be here before it reads what the others stored.
+    tl.debug_barrier()
+    acc, acc_rest = acc * scale, acc_rest * scale
+    _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, BLOCK_M)
+    start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
+    acc, acc_rest = add_factor_gradient(
+        acc, acc_rest, table_h_ptr, h_at, h_step, y - top, live, height, start, stop, HEAD,
+        HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+    )  # fmt: skip
+    acc, acc_rest = add_factor_gradient(
+        acc, acc_rest, table_w_ptr, w_at, 1, x - left, live, width, width - columns,
+        2 * width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+    )  # fmt: skip
+    dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
+    dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
+    store_rows(dq_at, acc, live, 0, HEAD_A, HEAD)
+    if HEAD_B:
+        store_rows(dq_at, acc_rest, live, HEAD_A, HEAD_B, HEAD)
+
+
+@triton.jit
+def dkv_kernel(
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pad_k_ptr,
+    pad_v_ptr,
+    rel_h_ptr,
+    rel_w_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    dpad_k_ptr,
+    dpad_v_ptr,
+    stride_gb,
+    stride_gy,
+    stride_gx,
+    stride_gn,
+    stride_qb,
+    stride_qy,
+    stride_qx,
+    stride_qn,
+    stride_kb,
+    stride_ky,
+    stride_kx,
+    stride_kn,
+    stride_vb,
+    stride_vy,
+    stride_vx,
+    stride_vn,
+    stride_pkb,
+    stride_pkp,
+    stride_pkn,
+    stride_pvb,
+    stride_pvp,
+    stride_pvn,
+    stride_dkb,
+    stride_dky,
+    stride_dkx,
+    stride_dkn,
+    stride_dvb,
+    stride_dvy,
+    stride_dvx,
+    stride_dvn,
+    stride_dpkb,
+    stride_dpkp,
+    stride_dpkn,
+    stride_dpvb,
+    stride_dpvp,
+    stride_dpvn,
+    heads,
+    height,
+    width,
+    image_height,
+    image_width,
+    down,
+    across,
+    tiles,
+    rel,
+    scale,
+    ONE_HOT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PADS: tl.constexpr,
+    NEED_K: tl.constexpr,
+    NEED_V: tl.constexpr,
+    NATURAL: tl.constexpr,
+    FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    REL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of the image and of the padding; one program per keys.
+
+    NEED_K, NEED_V: GIVEN_PADS where the padding's is wanted, else NO_PADS
+    """
+    tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    image, head, top, left, lines, columns = place(
+        group, heads, height, width, image_height, image_width, down, across
+    )
+    if ONE_HOT:
+        j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        line = j // width
+        b = j - line * width
+        valid = j < height * width
+        first_line, first_b = tile * BLOCK_N // width, 0
+    else:
+        first_line = tile // tl.cdiv(width, BLOCK_N)
+        first_b = (tile - first_line * tl.cdiv(width, BLOCK_N)) * BLOCK_N
+        b = first_b + tl.arange(0, BLOCK_N)
+        line = tl.zeros_like(b) + first_line
+        valid = b < width
+    WANTED: tl.constexpr = (NEED_K == GIVEN_PADS) | (NEED_V == GIVEN_PADS)
+    if not WANTED:
+        if (first_line >= lines) | (first_b >= columns):  # pads alone
+            return
+    key_y, key_x = top + line, left + b
+    inside = valid & (key_y < image_height) & (key_x < image_width)
+    loaded = inside if PADS == ZERO_PADS else valid
+    k_at = key_rows(
+        start_of(k_ptr, image, head, stride_kb, stride_kn),
+        start_of(pad_k_ptr, image, head, stride_pkb, stride_pkn) if PADS == GIVEN_PADS else k_ptr,
+        key_y, key_x, inside, stride_ky, stride_kx, stride_pkp, image_height, image_width, width,
+        across, PADS, WIDE,
+    )  # fmt: skip
+    k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+    k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
+    v_at = key_rows(
+        start_of(v_ptr, image, head, stride_vb, stride_vn),
+        start_of(pad_v_ptr, image, head, stride_pvb, stride_pvn) if PADS == GIVEN_PADS else v_ptr,
+        key_y, key_x, inside, stride_vy, stride_vx, stride_pvp, image_height, image_width, width,
+        across, PADS, WIDE,
+    )  # fmt: skip
+    v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+    v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
+
+    UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    tokens = image_height * image_width
+    plane = image.to(tl.int64) * heads + head
+    q_ptr = start_of(q_ptr, image, head, stride_qb, stride_qn)
+    dout_ptr = start_of(dout_ptr, image, head, stride_gb, stride_gn)
+    lse_ptr += plane * tokens
+    delta_ptr += plane * tokens
+    if ONE_HOT:
+        rel_h_ptr += plane * tokens * rel
+        offs_r = tl.arange(0, REL)
+        hot = tl.trans(one_hot(line, b, height, REL)).to(k.dtype)  # (BLOCK_N, REL)
+    else:
+        rel_h_ptr += (plane * height + first_line) * tokens
+        rel_w_ptr += plane * tokens * rel
+    REST: tl.constexpr = HEAD_B if HEAD_B else 16
+    dk = tl.zeros((BLOCK_N, HEAD_A), tl.float32)
+    dv = tl.zeros((BLOCK_N, HEAD_A), tl.float32)
+    dk_rest = tl.zeros((BLOCK_N, REST), tl.float32)
+    dv_rest = tl.zeros((BLOCK_N, REST), tl.float32)
+    for first in range(0, lines * columns, BLOCK_M):
+        live, y, x = queries(first, top, left, lines, columns, FLAT, BLOCK_M)
+        token = y * image_width + x
+        q_at = pixels(q_ptr, y, x, stride_qy, stride_qx, WIDE)
+        q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
+        q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+        lse = tl.load(lse_ptr + token, live, other=0.0) * UNIT
+        s = dot_nt(k, k_rest, q, q_rest, HEAD_B, PRECISION)  # (BLOCK_N, BLOCK_M)
+        if ONE_HOT:
+            rel_at = rel_h_ptr + (token[:, None] * rel + offs_r[None, :])
+            factors = tl.load(rel_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
+            s = tl.dot(hot, tl.trans(factors), s * scale, input_precision=PRECISION)
+            p = power(s * UNIT - lse[None, :], NATURAL)
+        else:
+            column = tl.load(rel_h_ptr + token, live, other=0.0).to(tl.float32) * UNIT - lse
+            w_at = rel_w_ptr + (token[None, :] * rel + b[:, None])
+            tile_w = tl.load(w_at, live[None, :] & valid[:, None], other=0.0).to(tl.float32)
+            p = power(s * (scale * UNIT) + (tile_w * UNIT + column[None, :]), NATURAL)
+        g_at = pixels(dout_ptr, y, x, stride_gy, stride_gx, WIDE)
+        dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True)
+        dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
+        small = p.to(dout.dtype)
+        dv = tl.dot(small, dout, dv, input_precision=PRECISION)
+        if HEAD_B:
+            dv_rest = tl.dot(small, dout_rest, dv_rest, input_precision=PRECISION)
+        delta = tl.load(delta_ptr + token, live, other=0.0)
+        dp = dot_nt(v, v_rest, dout, dout_rest, HEAD_B, PRECISION)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if HEAD_B:
+            dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
+
+    dk_at = key_rows(
+        start_of(dk_ptr, image, head, stride_dkb, stride_dkn),
+        start_of(dpad_k_ptr, image, head, stride_dpkb, stride_dpkn)
+        if NEED_K == GIVEN_PADS
+        else dk_ptr,
+        key_y, key_x, inside, stride_dky, stride_dkx, stride_dpkp, image_height, image_width,
+        width, across, NEED_K, WIDE,
+    )  # fmt: skip
+    wanted = valid if NEED_K == GIVEN_PADS else inside
+    store_rows(dk_at, dk * scale, wanted, 0, HEAD_A, HEAD)
+    if HEAD_B:
+        store_rows(dk_at, dk_rest * scale, wanted, HEAD_A, HEAD_B, HEAD)
+    dv_at = key_rows(
+        start_of(dv_ptr, image, head, stride_dvb, stride_dvn),
+        start_of(dpad_v_ptr, image, head, stride_dpvb, stride_dpvn)
+        if NEED_V == GIVEN_PADS
+        else dv_ptr,
+        key_y, key_x, inside, stride_dvy, stride_dvx, stride_dpvp, image_height, image_width,
+        width, across, NEED_V, WIDE,
+    )  # fmt: skip
+    wanted = valid if NEED_V == GIVEN_PADS else inside
+    store_rows(dv_at, dv, wanted, 0, HEAD_A, HEAD)
+    if HEAD_B:
+        store_rows(dv_at, dv_rest, wanted, HEAD_A, HEAD_B, HEAD)
+
+
+@triton.jit
+def tables_kernel(
+    q_ptr,
+    drel_h_ptr,
+    drel_w_ptr,
+    part_ptr,
+    stride_qb,
+    stride_qy,
+    stride_qx,
+    stride_qn,
+    heads,
+    height,
+    width,
+    image_height,
+    image_width,
+    down,
+    across,
+    tiles,
+    rel,
+    all_tiles,
+    chunk_tiles,
+    ONE_HOT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Partial gradients of the tables, of chunks of tiles of queries and of BLOCK_T rows.
+
+    part (chunks, 2 · height − 1 + 2 · width − 1, head_dim)
+    """
+    blocks_h, blocks_w = tl.cdiv(2 * height - 1, BLOCK_T), tl.cdiv(2 * width - 1, BLOCK_T)
+    block = tl.program_id(0) % (blocks_h + blocks_w)
+    chunk = tl.program_id(0) // (blocks_h + blocks_w)
+    of_w = block >= blocks_h
+    size = tl.where(of_w, width, height)
+    u = tl.where(of_w, block - blocks_h, block) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens = image_height * image_width
+    REST: tl.constexpr = HEAD_B if HEAD_B else 16
+    acc = tl.zeros((BLOCK_T, HEAD_A), tl.float32)
+    acc_rest = tl.zeros((BLOCK_T, REST), tl.float32)
+    for n in range(0, tl.minimum(chunk_tiles, all_tiles - chunk * chunk_tiles)):
+        number = chunk * chunk_tiles + n
+        tile, group = number % tiles, number // tiles
+        image, head, top, left, lines, columns = place(
+            group, heads, height, width, image_height, image_width, down, across
+        )
+        live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, BLOCK_M)
+        token = y * image_width + x
+        plane = image.to(tl.int64) * heads + head
+        if ONE_HOT:
+            at, step = drel_h_ptr + plane * tokens * rel + token * rel, 1
+            at += tl.where(of_w, height, 0)
+        else:
+            h_at = drel_h_ptr + plane * height * tokens + token
+            w_at = drel_w_ptr + plane * tokens * rel + token * rel
+            at, step = tl.where(of_w, w_at, h_at), tl.where(of_w, 1, tokens)
+        d = skewed(at, step, tl.where(of_w, x - left, y - top), live, size, u)
+        q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
+        q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
+        q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
+        acc = tl.dot(tl.trans(d), q, acc, input_precision=PRECISION)
+        if HEAD_B:
+            q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True)
+            acc_rest = tl.dot(tl.trans(d), q_rest, acc_rest, input_precision=PRECISION)
+    rows = 2 * height - 1 + 2 * width - 1
+    row = tl.where(of_w, 2 * height - 1, 0) + 2 * size - 2 - u
+    part_at = part_ptr + (chunk.to(tl.int64) * rows + row) * HEAD
+    store_rows(part_at, acc, u < 2 * size - 1, 0, HEAD_A, HEAD)
+    if HEAD_B:
+        store_rows(part_at, acc_rest, u < 2 * size - 1, HEAD_A, HEAD_B, HEAD)
+
+
+@triton.jit
+def reduce_kernel(part_ptr, grad_ptr, size, parts, BLOCK: tl.constexpr):
+    """Σ over the parts, in order, of arrays of ``size`` floats."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = part_ptr + offs
+    for _ in range(0, parts):
+        total += tl.load(at, offs < size, other=0.0)
+        at += size
+    tl.store(grad_ptr + offs, total, offs < size)

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of the forward, and what the kernels of the backward share with them.
+
+A program holds queries of one head of one window. Positions of windows, their padding and the way
+back are index arithmetic. The bias enters as the factors rel_h[i, a] = q_i · table_h[y_i − a] and
+rel_w[i, b] = q_i · table_w[x_i − b], made by their own launch, in one of two ways:
+
+rows      keys of a tile lie in one line a of the map: the bias is a column of rel_h and a tile of
+          rel_w that serves every line. For wide maps.
+one-hot   keys run through the window: [rel_h | rel_w] times a tile that is one at line and at
+          column of each key, one more product of few terms. For small windows.
+
+head_dim is the largest power of two in it, HEAD_A, and a rest, HEAD_B. Derivations, bytes and
+launches are in this folder's README.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NO_PADS, ZERO_PADS, GIVEN_PADS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def place(group, heads, height, width, image_height, image_width, down, across):
+    """Image and head of a group, its window's first line and column in the image, and how many
+    lines and columns of the window hold queries."""
+    head = group % heads
+    sample = group // heads
+    image = sample // (down * across)
+    window = sample - image * (down * across)
+    top, left = (window // across) * height, (window % across) * width
+    lines = tl.minimum(image_height - top, height)
+    columns = tl.minimum(image_width - left, width)
+    return image, head, top, left, lines, columns
+
+
+@triton.jit
+def queries(first, top, left, lines, columns, FLAT: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Which of BLOCK_M queries exist, and their lines and columns in the image.
+
+    FLAT: the window is the map and the map lies in memory as one line; saves the division.
+    """
+    i = first + tl.arange(0, BLOCK_M)
+    y = tl.zeros_like(i) if FLAT else i // columns
+    return i < lines * columns, top + y, left + i - y * columns
+
+
+@triton.jit
+def start_of(ptr, image, head, stride_b, stride_n):
+    return ptr + image.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n
+
+
+@triton.jit
+def pixels(ptr, y, x, stride_y, stride_x, WIDE: tl.constexpr):
+    """WIDE: an image spans more elements than int32 counts"""
+    if WIDE:
+        y, x = y.to(tl.int64), x.to(tl.int64)
+    return ptr + (y * stride_y + x * stride_x)
+
+
+@triton.jit
+def key_rows(ptr, pad_ptr, y, x, inside, stride_y, stride_x, stride_p, image_height, image_width,
+             width, across, PADS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Where keys (y, x) of the padded image lie, in the image's buffer or the padding's."""
+    at = pixels(ptr, y, x, stride_y, stride_x, WIDE)
+    if PADS == GIVEN_PADS:
+        wide = across * width
+        right = wide - image_width
+        beside = y * right + x - image_width
+        below = image_height * right + (y - image_height) * wide + x
+        row = tl.where(y < image_height, beside, below)
+        if WIDE:
+            row = row.to(tl.int64)
+        at = tl.where(inside, at, pad_ptr + row * stride_p)
+    return at
+
+
+@triton.jit
+def load_rows(at, live, FIRST: tl.constexpr, PART: tl.constexpr, HEAD: tl.constexpr,
+              MASKED: tl.constexpr):  # fmt: skip
+    """(rows, PART): elements FIRST … of the rows at ``at``; zeros where there is none."""
+    column = FIRST + tl.arange(0, PART)
+    at = at[:, None] + column[None, :]
+    if FIRST + PART > HEAD:
+        tile = tl.load(at, live[:, None] & (column < HEAD)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(at, live[:, None], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def store_rows(at, tile, live, FIRST: tl.constexpr, PART: tl.constexpr, HEAD: tl.constexpr):
+    column = FIRST + tl.arange(0, PART)
+    mask = live[:, None]
+    if FIRST + PART > HEAD:
+        mask = mask & (column < HEAD)[None, :]
+    tl.store(at[:, None] + column[None, :], tile.to(at.dtype.element_ty), mask)
+
+
+@triton.jit
+def dot_nt(a, a_rest, b, b_rest, HEAD_B: tl.constexpr, PRECISION: tl.constexpr):
+    """(rows of a, rows of b): [a | a_rest] [b | b_rest]ᵀ"""
+    s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    if HEAD_B:
+        s = tl.dot(a_rest, tl.trans(b_rest), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def power(x, NATURAL: tl.constexpr):
+    """e or two to the power of x. Two takes one product less, e rounds once less."""
+    return tl.exp(x) if NATURAL else tl.exp2(x)
+
+
+@triton.jit
+def one_hot(a, b, height, REL: tl.constexpr):
+    """(REL, keys): one at row a and at row height + b of each key."""
+    r = tl.arange(0, REL)[:, None]
+    return (r == a[None, :]) | (r == height + b[None, :])
+
+
+@triton.jit
+def table_rows(table_ptr, first, size, q, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
+               HEAD_B: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """BLOCK_T rows of a table read backwards, as q's dtype, and their numbers u.
+
+    Query i meets row u of the reversed table at key u + i − (size − 1).
+    """
+    u = first + tl.arange(0, BLOCK_T)
+    at, known = table_ptr + (2 * size - 2 - u) * HEAD, (u >= 0) & (u < 2 * size - 1)
+    t = load_rows(at, known, 0, HEAD_A, HEAD, True).to(q.dtype)
+    t_rest = load_rows(at, known, HEAD_A, HEAD_B, HEAD, True).to(q.dtype) if HEAD_B else t
+    return u, t, t_rest
+
+
+@triton.jit
+def write_factor(q, q_rest, table_ptr, rel_at, step, at, live, size, limit, start, stop,
+                 HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
+                 BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """q_i · table[at_i − key + size − 1] to rel_at_i + step · key for every key, zeros to limit.
+
+    The product with all rows of the table is stored along its diagonals.
+    start, stop: rows of the reversed table that these queries meet
+    """
+    for first in range(start, stop, BLOCK_T):
+        u, t, t_rest = table_rows(table_ptr, first, size, q, HEAD, HEAD_A, HEAD_B, BLOCK_T)
+        g = dot_nt(q, q_rest, t, t_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_T)
+        key = u[None, :] + at[:, None] - (size - 1)
+        g = tl.where(key < size, g, 0.0).to(q.dtype)
+        mask = live[:, None] & (key >= 0) & (key < limit)
+        tl.store(rel_at[:, None] + key * step, g, mask)
+
+
+@triton.jit
+def lines_met(first, height, lines, columns, BLOCK_M: tl.constexpr):
+    """start and stop of the rows of the reversed table of lines that BLOCK_M queries meet."""
+    last = tl.minimum(first + BLOCK_M, lines * columns) - 1
+    return height - 1 - last // columns, 2 * height - 1 - first // columns
+
+
+@triton.jit
+def prepare_kernel(
+    q_ptr,
+    table_h_ptr,
+    table_w_ptr,
+    rel_h_ptr,
+    rel_w_ptr,
+    dout_ptr,
+    out_ptr,
+    delta_ptr,
+    stride_qb,
+    stride_qy,
+    stride_qx,
+    stride_qn,
+    stride_gb,
+    stride_gy,
+    stride_gx,
+    stride_gn,
+    heads,
+    height,
+    width,
+    image_height,
+    image_width,
+    down,
+    across,
+    tiles,
+    rel,
+    ONE_HOT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The factors of the bias and, for the backward, delta = Σ dout · out of every query.
+
+    rows      rel_h (batch, heads, height, tokens), rel_w (batch, heads, tokens, rel)
+    one-hot   rel_h (batch, heads, tokens, rel): [rel_h | rel_w | 0]
+    delta (batch, heads, tokens)
+    """
+    tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    image, head, top, left, lines, columns = place(
+        group, heads, height, width, image_height, image_width, down, across
+    )
+    if tile * BLOCK_M >= lines * columns:
+        return
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, BLOCK_M)
+    tokens = image_height * image_width
+    token = y * image_width + x
+    plane = image.to(tl.int64) * heads + head
+    q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
+    q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
+    q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
+    q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+
+    start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
+    if ONE_HOT:
+        h_at, h_step = rel_h_ptr + plane * tokens * rel + token * rel, 1
+        w_at, limit = h_at + height, rel - height
+    else:
+        h_at, h_step = rel_h_ptr + plane * height * tokens + token, tokens
+        w_at, limit = rel_w_ptr + plane * tokens * rel + token * rel, width
+    write_factor(
+        q, q_rest, table_h_ptr, h_at, h_step, y - top, live, height, height, start, stop, HEAD,
+        HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+    )  # fmt: skip
+    write_factor(
+        q, q_rest, table_w_ptr, w_at, 1, x - left, live, width, limit, width - columns,
+        limit + width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+    )  # fmt: skip
+    if dout_ptr is not None:
+        g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
+        g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
+        out_at = out_ptr + (image.to(tl.int64) * tokens * heads + head) * HEAD
+        out_at = pixels(out_at, token * 0, token, 0, heads * HEAD, WIDE)
+        dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True).to(tl.float32)
+        delta = tl.sum(dout * load_rows(out_at, live, 0, HEAD_A, HEAD, True), 1)
+        if HEAD_B:
+            dout = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True).to(tl.float32)
+            delta += tl.sum(dout * load_rows(out_at, live, HEAD_A, HEAD_B, HEAD, True), 1)
+        tl.store(delta_ptr + plane * tokens + token, delta, live)
+
+
+@triton.jit
+def attend(s, v, v_rest, most, total, acc, acc_rest, NATURAL: tl.constexpr,
+           HEAD_B: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys of the running softmax; s (BLOCK_M, BLOCK_N)."""
+    new = tl.maximum(most, tl.max(s, 1))
+    p = power(s - new[:, None], NATURAL)
+    shrink = power(most - new, NATURAL)
+    total = total * shrink + tl.sum(p, 1)
+    p = p.to(v.dtype)
+    acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+    if HEAD_B:
+        acc_rest = tl.dot(p, v_rest, acc_rest * shrink[:, None], input_precision=PRECISION)
+    return new, total, acc, acc_rest
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pad_k_ptr,
+    pad_v_ptr,
+    rel_h_ptr,
+    rel_w_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_qb,
+    stride_qy,
+    stride_qx,
+    stride_qn,
+    stride_kb,
+    stride_ky,
+    stride_kx,
+    stride_kn,
+    stride_vb,
+    stride_vy,
+    stride_vx,
+    stride_vn,
+    stride_pkb,
+    stride_pkp,
+    stride_pkn,
+    stride_pvb,
+    stride_pvp,
+    stride_pvn,
+    heads,
+    height,
+    width,
+    image_height,
+    image_width,
+    down,
+    across,
+    tiles,
+    rel,
+    scale,
+    ONE_HOT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PADS: tl.constexpr,
+    NATURAL: tl.constexpr,
+    FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    REL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out (batch, H, W, heads, head_dim) and lse (batch, heads, H · W).
+
+    NATURAL: logits are kept for base e, not two
+    EVEN: tiles of keys are full and all of them are loaded
+    """
+    tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    image, head, top, left, lines, columns = place(
+        group, heads, height, width, image_height, image_width, down, across
+    )
+    if tile * BLOCK_M >= lines * columns:
+        return
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, BLOCK_M)
+    tokens = image_height * image_width
+    token = y * image_width + x
+    plane = image.to(tl.int64) * heads + head
+    q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
+    q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
+    q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
+    q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+    k_ptr = start_of(k_ptr, image, head, stride_kb, stride_kn)
+    v_ptr = start_of(v_ptr, image, head, stride_vb, stride_vn)
+    if PADS == GIVEN_PADS:
+        pad_k_ptr = start_of(pad_k_ptr, image, head, stride_pkb, stride_pkn)
+        pad_v_ptr = start_of(pad_v_ptr, image, head, stride_pvb, stride_pvn)
+
+    UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    REST: tl.constexpr = HEAD_B if HEAD_B else 16
+    most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, HEAD_A), tl.float32)
+    acc_rest = tl.zeros((BLOCK_M, REST), tl.float32)
+    if ONE_HOT:
+        offs_r = tl.arange(0, REL)
+        factors_at = rel_h_ptr + plane * tokens * rel + (token[:, None] * rel + offs_r[None, :])
+        factors = tl.load(factors_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
+        for first in range(0, height * width, BLOCK_N):
+            j = first + tl.arange(0, BLOCK_N)
+            a = j // width
+            b = j - a * width
+            key_y, key_x, valid = top + a, left + b, j < height * width
+            inside = valid & (key_y < image_height) & (key_x < image_width)
+            loaded = inside if PADS == ZERO_PADS else valid
+            k_at = key_rows(
+                k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
+                image_height, image_width, width, across, PADS, WIDE,
+            )  # fmt: skip
+            k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+            k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
+            s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
+            hot = one_hot(a, b, height, REL).to(factors.dtype)
+            s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
+            if not EVEN:
+                s = tl.where(valid[None, :], s, float("-inf"))
+            v_at = key_rows(
+                v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
+                image_height, image_width, width, across, PADS, WIDE,
+            )  # fmt: skip
+            v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+            v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
+            most, total, acc, acc_rest = attend(
+                s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
+            )
+    else:
+        rel_h_ptr += plane * height * tokens
+        rel_w_ptr += plane * tokens * rel
+        for first in range(0, width, BLOCK_N):
+            b = first + tl.arange(0, BLOCK_N)
+            key_x, valid = left + b, b < width
+            w_at = rel_w_ptr + (token[:, None] * rel + b[None, :])
+            tile_w = tl.load(w_at, live[:, None] & valid[None, :], other=0.0).to(tl.float32) * UNIT
+            tile_w = tl.where(valid[None, :], tile_w, float("-inf"))  # (BLOCK_M, BLOCK_N)
+            ahead = tl.load(rel_h_ptr + token, live, other=0.0)
+            for a in range(0, height):
+                column = ahead.to(tl.float32) * UNIT
+                after = tl.minimum(a + 1, height - 1)
+                ahead = tl.load(rel_h_ptr + after * tokens + token, live, other=0.0)
+                key_y = tl.zeros_like(b) + top + a
+                inside = valid & (key_y < image_height) & (key_x < image_width)
+                loaded = inside if PADS == ZERO_PADS else valid
+                k_at = key_rows(
+                    k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
+                    image_height, image_width, width, across, PADS, WIDE,
+                )  # fmt: skip
+                k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+                k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
+                s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
+                s = s * (scale * UNIT) + (tile_w + column[:, None])
+                v_at = key_rows(
+                    v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
+                    image_height, image_width, width, across, PADS, WIDE,
+                )  # fmt: skip
+                v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
+                v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
+                most, total, acc, acc_rest = attend(
+                    s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
+                )
+
+    tl.store(lse_ptr + plane * tokens + token, most / UNIT + tl.log(total), live)
+    out_at = out_ptr + (image.to(tl.int64) * tokens * heads + head) * HEAD
+    out_at = pixels(out_at, token * 0, token, 0, heads * HEAD, WIDE)
+    store_rows(out_at, acc / total[:, None], live, 0, HEAD_A, HEAD)
+    if HEAD_B:
+        store_rows(out_at, acc_rest / total[:, None], live, HEAD_A, HEAD_B, HEAD)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relative-position attention in Triton; see torch_path for what forward and backward compute.
+
+Two launches for the forward; three for the backward, two more where gradients of the tables are
+wanted. Each sum is made by one program in one order, or of partials in a fixed order: no atomics,
+the same bits every time.
+"""
+
+import contextlib
+
+import torch
+import triton
+
+from samfast.kernels.relpos_attention.tiling import blocks, one_hot_terms, power_of_two, split
+from samfast.kernels.relpos_attention.triton_backward import (
+    dkv_kernel,
+    dq_kernel,
+    reduce_kernel,
+    tables_kernel,
+)
+from samfast.kernels.relpos_attention.triton_forward import (
+    GIVEN_PADS,
+    NO_PADS,
+    ZERO_PADS,
+    forward_kernel,
+    prepare_kernel,
+)
+
+MOST = 2**31 - 1  # programs of a grid; elements of one head's factors, which int32 counts
+LEAST = 16  # keys of a tile, at least
+MAX_CHUNKS = 64  # partials of the gradients of the tables
+ALIGNED = 16  # elements; lines of factors start at multiples
+TABLE_BLOCK = {2: 64, 4: 32}  # rows of a table at a time in the epilogue of dq, by bytes
+
+
+def missing(q, windows) -> str | None:
+    """None when the kernels take this call, or the sentence that says why not."""
+    heads, tokens = q.shape[3], windows.image_height * windows.image_width
+    programs = heads * windows.samples * windows.height * triton.cdiv(windows.width, LEAST)
+    if programs > MOST:
+        return f"{programs} programs are more than one grid holds"
+    if tokens * max(windows.height, windows.width + ALIGNED) > MOST:
+        return (
+            f"{tokens} tokens in windows of {windows.height}×{windows.width} have more factors of "
+            "the bias than int32 counts"
+        )
+    return None
+
+
+def forward(q, k, v, pad_k, pad_v, table_h, table_w, windows, scale):
+    q, k, v = (_dense(t) for t in (q, k, v))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[0], q.shape[3], windows.image_height * windows.image_width,
+                      dtype=torch.float32)  # fmt: skip
+    if windows.samples == 0:
+        return out, lse
+    pads, pad_k, pad_v = _padding(windows, pad_k, pad_v)
+    block = blocks("forward", q, windows)
+    tiles = _query_tiles(windows, block)
+    with _on(q):
+        rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, None, None, None)
+        forward_kernel[(tiles * _groups(q, windows),)](
+            q, k, v, pad_k, pad_v, rel_h, rel_w, out, lse, *_strides(q, k, v),
+            *_pad_strides(pad_k, pad_v), *_sizes(q, windows), tiles, terms, scale,
+            FLAT=_flat(windows, q), WIDE=_wide(q, k, v, out, pad_k, pad_v),
+            **_options(q, windows, pads, block), **block,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout, q, k, v, pad_k, pad_v, table_h, table_w, out, lse, windows, scale, dq, dk, dv, dpad_k,
+    dpad_v, need_tables,
+):  # fmt: skip
+    rows_h, rows_w = 2 * windows.height - 1, 2 * windows.width - 1
+    if windows.samples == 0:
+        return _split_tables(q.new_zeros(rows_h + rows_w, q.shape[4]), rows_h, need_tables)
+    dout, q, k, v, out = (_dense(t) for t in (dout, q, k, v, out.contiguous()))
+    lse = lse.contiguous()
+    pads, pad_k, pad_v = _padding(windows, pad_k, pad_v)
+    given = [dq, dk, dv, dpad_k, dpad_v]
+    dq, dk, dv, dpad_k, dpad_v = made = [_writable(t) for t in given]
+    delta = torch.empty_like(lse)
+    groups, sizes = _groups(q, windows), _sizes(q, windows)
+    with _on(q):
+        rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, dout, out, delta)
+        drel_h, drel_w = (None if t is None else torch.empty_like(t) for t in (rel_h, rel_w))
+
+        block = blocks("dq", q, windows)
+        tiles = _query_tiles(windows, block)
+        dq_kernel[(tiles * groups,)](
+            dout, q, k, v, pad_k, pad_v, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w,
+            lse, delta, drel_h, drel_w, dq, *_strides(dout, q, k, v), *_pad_strides(pad_k, pad_v),
+            *_strides(dq), *sizes, tiles, terms, scale, FLAT=_flat(windows, q, dout),
+            WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq),
+            SEVERAL=windows.width > block["BLOCK_N"], BLOCK_T=_table_block(q, windows),
+            **_options(q, windows, pads, block), **block,
+        )  # fmt: skip
+
+        block = blocks("dkv", q, windows)
+        options = _options(q, windows, pads, block)
+        tiles = _key_tiles(windows, options, block["BLOCK_N"])
+        dkv_kernel[(tiles * groups,)](
+            dout, q, k, v, pad_k, pad_v, rel_h, rel_w, lse, delta, dk, dv, dpad_k, dpad_v,
+            *_strides(dout, q, k, v), *_pad_strides(pad_k, pad_v), *_strides(dk, dv),
+            *_pad_strides(dpad_k, dpad_v), *sizes, tiles, terms, scale,
+            NEED_K=NO_PADS.value if dpad_k is None else GIVEN_PADS.value,
+            NEED_V=NO_PADS.value if dpad_v is None else GIVEN_PADS.value,
+            FLAT=_flat(windows, q, dout),
+            WIDE=_wide(dout, q, k, v, pad_k, pad_v, dk, dv, dpad_k, dpad_v), **options, **block,
+        )  # fmt: skip
+        for wanted, tensor in zip(given, made, strict=True):
+            if wanted is not tensor:
+                wanted.copy_(tensor)
+        if not need_tables:
+            return None
+        return _table_grads(q, drel_h, drel_w, windows, terms)
+
+
+def _prepare(q, table_h, table_w, windows, dout, out, delta):
+    """The factors, the elements of their lines, and delta where dout is given."""
+    batch, height, width, heads, _ = q.shape
+    terms = one_hot_terms(windows)
+    if terms:
+        rel_h, rel_w = q.new_empty(batch, heads, height * width, terms), None
+    else:
+        terms = ALIGNED * triton.cdiv(windows.width, ALIGNED)
+        rel_h = q.new_empty(batch, heads, windows.height, height * width)
+        rel_w = q.new_empty(batch, heads, height * width, terms)
+    block = blocks("prepare", q, windows)
+    block["BLOCK_T"] = min(block.pop("BLOCK_N"), _table_block(q, windows))
+    tiles = _query_tiles(windows, block)
+    prepare_kernel[(tiles * _groups(q, windows),)](
+        q, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w, dout, out, delta,
+        *_strides(q), *((0,) * 4 if dout is None else _strides(dout)), *_sizes(q, windows), tiles,
+        terms, ONE_HOT=rel_w is None, WIDE=_wide(q, dout, out), PRECISION=_precision(q),
+        **_heads(q), **block,
+    )  # fmt: skip
+    return rel_h, rel_w, terms
+
+
+def _table_grads(q, drel_h, drel_w, windows, terms):
+    block = blocks("tables", q, windows)
+    rows_h, rows_w = 2 * windows.height - 1, 2 * windows.width - 1
+    longest = power_of_two(max(rows_h, rows_w))
+    block["BLOCK_T"] = min(block.pop("BLOCK_N"), longest)
+    row_blocks = triton.cdiv(rows_h, block["BLOCK_T"]) + triton.cdiv(rows_w, block["BLOCK_T"])
+    tiles = _query_tiles(windows, block)
+    every = tiles * _groups(q, windows)
+    chunk = triton.cdiv(every, MAX_CHUNKS)
+    chunks = triton.cdiv(every, chunk)
+    part = q.new_empty(chunks, rows_h + rows_w, q.shape[4], dtype=torch.float32)
+    grads = torch.empty_like(part[0])
+    tables_kernel[(chunks * row_blocks,)](
+        q, drel_h, drel_w, part, *_strides(q), *_sizes(q, windows), tiles, terms, every, chunk,
+        ONE_HOT=drel_w is None, WIDE=_wide(q), PRECISION=_precision(q), **_heads(q), **block,
+    )  # fmt: skip
+    reduce_kernel[(triton.cdiv(grads.numel(), 256),)](
+        part, grads, grads.numel(), chunks, BLOCK=256, num_warps=4, num_stages=1
+    )
+    return _split_tables(grads, rows_h, True)
+
+
+def _split_tables(grads, rows_h, need_tables):
+    return (grads[:rows_h].float(), grads[rows_h:].float()) if need_tables else None
+
+
+def _options(q, windows, pads, block):
+    """Constants of the three large kernels; makes BLOCK_N no wider than a line where it is one."""
+    terms = one_hot_terms(windows)
+    if terms == 0:
+        block["BLOCK_N"] = min(block["BLOCK_N"], power_of_two(windows.width))
+    keys = windows.height * windows.width if terms else windows.width
+    return {
+        "ONE_HOT": terms > 0, "REL": terms or 16, "PADS": pads,
+        "EVEN": keys % block["BLOCK_N"] == 0 and pads != ZERO_PADS.value,
+        "NATURAL": q.dtype == torch.float32, "PRECISION": _precision(q), **_heads(q),
+    }  # fmt: skip
+
+
+def _heads(q):
+    first, rest = split(q.shape[4])
+    return {"HEAD": q.shape[4], "HEAD_A": first, "HEAD_B": rest}
+
+
+def _table_block(q, windows):
+    longest = power_of_two(2 * max(windows.height, windows.width) - 1)
+    return min(TABLE_BLOCK[q.element_size()], longest)
+
+
+def _padding(windows, pad_k, pad_v):
+    """How the padding is seen, and its keys and values."""
+    if windows.pads == 0:
+        return NO_PADS.value, None, None
+    if pad_k is None and pad_v is None:
+        return ZERO_PADS.value, None, None
+    return GIVEN_PADS.value, *(_dense(t) for t in (pad_k, pad_v))
+
+
+def _query_tiles(windows, block):
+    """Tiles of queries of the fullest window."""
+    lines = min(windows.height, windows.image_height)
+    return triton.cdiv(lines * min(windows.width, windows.image_width), block["BLOCK_M"])
+
+
+def _key_tiles(windows, options, block_n):
+    if options["ONE_HOT"]:
+        return triton.cdiv(windows.height * windows.width, block_n)
+    return windows.height * triton.cdiv(windows.width, block_n)
+
+
+def _groups(q, windows):
+    return windows.samples * q.shape[3]
+
+
+def _sizes(q, windows):
+    return (
+        q.shape[3], windows.height, windows.width, windows.image_height, windows.image_width,
+        windows.down, windows.across,
+    )  # fmt: skip
+
+
+def _strides(*tensors):
+    return [s for t in tensors for s in t.stride()[:4]]
+
+
+def _pad_strides(*tensors):
+    return [s for t in tensors for s in ((0,) * 3 if t is None else t.stride()[:3])]
+
+
+def _flat(windows, *tensors):
+    """Whether windows are whole maps, whose tokens lie as one line in these tensors."""
+    whole = windows.down == windows.across == 1 and windows.pads == 0
+    return whole and all(t.stride(1) == t.shape[2] * t.stride(2) for t in tensors)
+
+
+def _wide(*tensors):
+    """Whether an image, or its padding, spans more elements than int32 counts in one of these."""
+    return any(_span(t) >= 2**31 for t in tensors if t is not None)
+
+
+def _span(t):
+    return sum(max(n - 1, 0) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True))
+
+
+def _dense(t):
+    """t, or a copy whose elements of a head lie side by side."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _writable(t):
+    return t if t is None or t.stride(-1) == 1 else t.new_empty(t.shape)
+
+
+def _precision(q):
+    """float32 products in TF32 where the user allowed it for matrix products, else exactly."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if q.dtype == torch.float32 and allowed else "ieee"
+
+
+def _on(x):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
