@@ -51,7 +51,9 @@ def finetune(settings: FinetuneSettings) -> dict:
     accelerator, dtype = _accelerator(settings)
     try:
         method = start.method_of(settings)
-        with start.backend_asked_for(settings.backend, method, accelerator.device, dtype):
+        with start.backend_asked_for(
+            settings.backend, method, settings.fuse, accelerator.device, dtype
+        ):
             return _finetune(settings, split, output, accelerator, dtype)
     finally:
         _release(accelerator)

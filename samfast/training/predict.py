@@ -40,8 +40,13 @@ def predict(settings: PredictSettings) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = start.autocast_dtype(settings.precision, device)
     method = read_adapter(_adapter_folder(settings.adapter)).method
-    with start.backend_asked_for(settings.backend, method, device, dtype):
-        sam = load_adapted(settings.adapter, settings.checkpoint, start.base_dtype(dtype, device))
+    with start.backend_asked_for(settings.backend, method, settings.fuse, device, dtype):
+        sam = load_adapted(
+            settings.adapter,
+            settings.checkpoint,
+            start.base_dtype(dtype, device),
+            fuse=settings.fuse,
+        )
         model = start.PromptFree(sam, dtype).to(device)
         loader = DataLoader(
             _Photographs(paths, image_size(sam)),
@@ -79,10 +84,14 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 
 
 def load_adapted(
-    adapter: Path, checkpoint: Path | None = None, base_dtype: torch.dtype | None = None
+    adapter: Path,
+    checkpoint: Path | None = None,
+    base_dtype: torch.dtype | None = None,
+    fuse: bool = True,
 ) -> nn.Module:
     """The SAM that an adapter folder was trained on, with the adapter, in eval mode, on the CPU.
 
+    fuse: whether attention runs fused, as ``finetune`` trains it unless told otherwise
     adapter may also be a folder with ``best/`` in it. Random bases are drawn again from the
     recorded seed; others need ``checkpoint``, and a wrong one is noticed by its digest.
     """
@@ -112,7 +121,8 @@ def load_adapted(
         random_init=checkpoint is None,
         seed=base.get("seed"),
     )
-    return samfast.load_adapter(sam, adapter, base_dtype=base_dtype).eval()
+    samfast.load_adapter(sam, adapter, base_dtype=base_dtype).eval()
+    return samfast.fuse(sam) if fuse else sam
 
 
 def _adapter_folder(given: Path) -> Path:

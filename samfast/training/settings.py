@@ -92,6 +92,8 @@ class FinetuneSettings:
     """Replace the results of an earlier run in the output folder."""
     overlays: int = 4
     """Validation images drawn beside truth and prediction."""
+    fuse: bool = True
+    """Run the encoder's attention fused; --no-fuse runs segment_anything's own, to compare."""
     backend: str = "auto"
     """Which kernels run: auto, reference, torch, cpu, triton or cuda."""
     workers: int | None = None
@@ -118,6 +120,8 @@ class PredictSettings:
     """Images in one forward pass."""
     precision: str = "auto"
     """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on a CPU; or bf16, fp16, fp32."""
+    fuse: bool = True
+    """Run the encoder's attention fused; --no-fuse runs segment_anything's own, to compare."""
     backend: str = "auto"
     """Which kernels run: auto, reference, torch, cpu, triton or cuda."""
     threads: int | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import samfast
 from samfast import backends
+from samfast.integrations import segment_anything
 from samfast.models import TRAINED_DECODER, binary_head, build_sam, image_size, segment
 from samfast.models.architectures import architecture
 from samfast.modules.methods import Method
@@ -39,6 +40,7 @@ _RECIPES = {
     },
     "decoder": _COMMON,
 }
+HEAD_DIM = 64  # of a try-out; SAM's are 64 and 80
 _CONV_LORA = {"experts": None, "depthwise": False}  # its own options, as they are if not given
 
 
@@ -132,11 +134,12 @@ def build_base(settings: FinetuneSettings) -> nn.Module:
 def attach_method(
     sam: nn.Module, settings: FinetuneSettings, base_dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Freeze the model, add the settings' adapters, leave the mask decoder to be trained."""
+    """Freeze the model, add the settings' adapters, leave the mask decoder to be trained; fuse."""
     method = method_of(settings)
     if settings.method == "conv-lora":
         binary_head(sam)
-    return samfast.attach(sam, method, train=TRAINED_DECODER, base_dtype=base_dtype)
+    samfast.attach(sam, method, train=TRAINED_DECODER, base_dtype=base_dtype)
+    return samfast.fuse(sam) if settings.fuse else sam
 
 
 def method_of(settings: FinetuneSettings) -> Method:
@@ -175,11 +178,11 @@ def base_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def backend_asked_for(
-    backend: str, method: Method, device: torch.device, dtype: torch.dtype
+    backend: str, method: Method, fuse: bool, device: torch.device, dtype: torch.dtype
 ) -> Iterator[None]:
-    """Every operation inside runs on ``backend``; ValueError at once when the method cannot.
+    """Every operation inside runs on ``backend``; ValueError at once when one of them cannot.
 
-    It is tried on a tiny layer, so that it fails before the data is read.
+    They are tried on tiny layers, so that it fails before the data is read.
     """
     backend = backends.requested(backend)  # SAMFAST_BACKEND in place of auto
     if backend == "auto":
@@ -189,7 +192,7 @@ def backend_asked_for(
     os.environ["SAMFAST_BACKEND"] = backend
     try:
         try:
-            _try_out(method, device, dtype)
+            _try_out(method, fuse, device, dtype)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         yield
@@ -200,15 +203,20 @@ def backend_asked_for(
             os.environ["SAMFAST_BACKEND"] = before
 
 
-def _try_out(method: Method, device: torch.device, dtype: torch.dtype) -> None:
-    """One forward and backward of the smallest layer that the method's options fit."""
-    if isinstance(method, samfast.DecoderOnly):
-        return
-    width = max(16, method.rank)
-    layer = method.wrap(nn.Linear(width, 3 * width, device=device))
-    x = torch.zeros(1, 2, 2, width, device=device)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        layer(x).sum().backward()
+def _try_out(method: Method, fuse: bool, device: torch.device, dtype: torch.dtype) -> None:
+    """One forward and backward of the smallest layers that the method's options fit."""
+    layers = []
+    if not isinstance(method, samfast.DecoderOnly):
+        width = max(16, method.rank)
+        layers.append((method.wrap(nn.Linear(width, 3 * width, device=device)), width))
+    if fuse:
+        encoder = segment_anything.load().modeling.image_encoder
+        attention = encoder.Attention(HEAD_DIM, 1, use_rel_pos=True, input_size=(2, 2))
+        layers.append((samfast.fuse(attention).to(device), HEAD_DIM))
+    for layer, width in layers:
+        x = torch.zeros(1, 2, 2, width, device=device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            layer(x).sum().backward()
 
 
 def output_folder(settings: FinetuneSettings) -> Path:
