@@ -24,6 +24,7 @@ namespace {
 
 constexpr int64_t kPanels = 2;       // of queries at a time
 constexpr int64_t kTileKeys = 96;    // at most
+constexpr int64_t kWholeKeys = 1024;  // of a map whose weights of a panel are all kept at once
 constexpr int64_t kMaxUnits = 128;   // runs of tasks, each with its own sum of the tables' gradients
 
 struct Problem {
@@ -31,6 +32,7 @@ struct Problem {
   float scale;
 
   int64_t keys() const { return height * width; }
+  bool whole_rows() const { return keys() <= kWholeKeys; }
   int64_t tasks() const { return batch * down * across * heads; }
   int64_t pads() const { return down * height * across * width - image_height * image_width; }
   int64_t table_h() const { return (2 * height - 1) * head_dim; }
@@ -132,10 +134,10 @@ class Room {
 struct Panel {
   int64_t count, lanes;  // queries, and their number rounded up to whole vectors
   int64_t h[kPanel], w[kPanel];
-  float *queries;                  // (head_dim, 64) in units of log 2
+  float *queries;                  // (head_dim, 64)
   float *rel_h, *rel_w;            // (height, 64), (width, 64)
   float *sums;                     // (head_dim, 64): of values, or of the gradients of the queries
-  float *maximum, *total, *correction;  // of the softmax
+  float *maximum, *total, *moment, *correction;  // of the softmax and its gradient
   float *plain, *dplain;           // (64, head_dim): queries, and the bias's share of their gradient
   float *dout, *dout_turned;       // (64, head_dim), (head_dim, 64)
   float *drel_h, *drel_w, *lse, *delta;
@@ -146,15 +148,16 @@ struct Panel {
     rel_h = room.floats(p.height * kPanel);
     rel_w = room.floats(p.width * kPanel);
     sums = room.floats(tile);
+    total = room.floats(kPanel), correction = room.floats(kPanel);
     if (!backward) {
-      maximum = room.floats(kPanel), total = room.floats(kPanel), correction = room.floats(kPanel);
+      maximum = room.floats(kPanel);
       return;
     }
     plain = room.floats(tile), dplain = room.floats(tile);
     dout = room.floats(tile), dout_turned = room.floats(tile);
     drel_h = room.floats(p.height * kPanel);
     drel_w = room.floats(p.width * kPanel);
-    lse = room.floats(kPanel), delta = room.floats(kPanel);
+    lse = room.floats(kPanel), delta = room.floats(kPanel), moment = room.floats(kPanel);
   }
 };
 
@@ -164,16 +167,19 @@ struct Workspace {
   float *tile, *dtile;    // (keys of a tile, 64)
   float *rows, *turned;   // a row of a token; a table times a panel's queries
   float *keys, *values, *dkeys, *dvalues;  // (keys, head_dim), keys multiplied by scale
+  float* dtables;  // what the panels at hand give; added up apart, for long sums round more
 
   Workspace(const Problem& p, Room& room, bool backward) {
-    tile = room.floats(kTileKeys * kPanel);
-    dtile = backward ? room.floats(kTileKeys * kPanel) : nullptr;
+    const int64_t size = (backward && p.whole_rows() ? p.keys() : kTileKeys) * kPanel;
+    tile = room.floats(size);
+    dtile = backward ? room.floats(size) : nullptr;
     rows = room.floats(p.head_dim);
     turned = room.floats((2 * std::max(p.height, p.width) - 1) * kPanel);
     for (int64_t i = 0; i < kPanels; ++i) panels.emplace_back(p, room, backward);
     const int64_t all = p.keys() * p.head_dim;
     keys = room.floats(all), values = room.floats(all);
     dkeys = backward ? room.floats(all) : nullptr, dvalues = backward ? room.floats(all) : nullptr;
+    dtables = backward ? room.floats(p.table_h() + p.table_w()) : nullptr;
   }
 };
 
@@ -183,9 +189,8 @@ int64_t workspace_floats(const Problem& p, bool backward) {
   return room.used();
 }
 
-// to[c, i] = factor * row[c].
-void place(const float* row, float factor, int64_t n, int64_t i, float* to) {
-  for (int64_t c = 0; c < n; ++c) to[c * kPanel + i] = factor * row[c];
+void place(const float* row, int64_t n, int64_t i, float* to) {
+  for (int64_t c = 0; c < n; ++c) to[c * kPanel + i] = row[c];
 }
 
 // rel[k, i] = queries_i · table[at_i - k + size - 1] for every k < size.
@@ -213,7 +218,7 @@ void read_queries(const Problem& p, const Task& t, int64_t first, const View<con
     panel.h[i] = (first + i) / t.columns, panel.w[i] = (first + i) % t.columns;
     read(q.at(t.batch, t.top + panel.h[i], t.left + panel.w[i], t.head), q.stride[4], 1.0f, n,
          work.rows);
-    place(work.rows, kLog2E, n, i, panel.queries);
+    place(work.rows, n, i, panel.queries);
   }
   relate(p, panel, table_h, p.height, panel.h, work.turned, panel.rel_h);
   relate(p, panel, table_w, p.width, panel.w, work.turned, panel.rel_w);
@@ -300,7 +305,7 @@ void forward_part(const Problem& p, const Inputs<T>& in, const View<T>& out, flo
           work.rows[c] = panel.sums[c * kPanel + j] / panel.total[j];
         write(work.rows, 1.0f, n, out.at(t.batch, y, x, t.head), out.stride[4]);
         lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x] =
-            kLn2 * (panel.maximum[j] + std::log2(panel.total[j]));
+            static_cast<float>(panel.maximum[j] + std::log(static_cast<double>(panel.total[j])));
       }
     }
   }
@@ -319,6 +324,9 @@ void read_gradients(const Problem& p, const Task& t, const Inputs<T>& in, const 
   const int64_t n = p.head_dim;
   std::fill(panel.lse, panel.lse + kPanel, 0.0f);
   std::fill(panel.delta, panel.delta + kPanel, 0.0f);
+  std::fill(panel.total, panel.total + kPanel, 0.0f);
+  std::fill(panel.moment, panel.moment + kPanel, 0.0f);
+  std::fill(panel.correction, panel.correction + kPanel, 1.0f);
   std::fill(panel.sums, panel.sums + n * kPanel, 0.0f);
   std::fill(panel.dplain, panel.dplain + n * kPanel, 0.0f);
   std::fill(panel.drel_h, panel.drel_h + p.height * kPanel, 0.0f);
@@ -331,13 +339,34 @@ void read_gradients(const Problem& p, const Task& t, const Inputs<T>& in, const 
     read(in.q.at(t.batch, y, x, t.head), in.q.stride[4], 1.0f, n, panel.plain + i * n);
     read(g.dout.at(t.batch, y, x, t.head), g.dout.stride[4], 1.0f, n, dout);
     read(g.out.at(t.batch, y, x, t.head), g.out.stride[4], 1.0f, n, work.rows);
-    place(dout, 1.0f, n, i, panel.dout_turned);
-    float delta = 0.0f;
-    for (int64_t c = 0; c < n; ++c) delta += dout[c] * work.rows[c];
-    panel.delta[i] = delta;
+    place(dout, n, i, panel.dout_turned);
+    double delta = 0.0;
+    for (int64_t c = 0; c < n; ++c) delta += static_cast<double>(dout[c]) * work.rows[c];
+    panel.delta[i] = static_cast<float>(delta);
     panel.lse[i] =
-        kLog2E * g.lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x];
+        g.lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x];
   }
+}
+
+// The weights of a panel's tile and their gradient.
+void weights(const Problem& p, const KeyRange& range, const float* keys, const float* values,
+             const Panel& panel, float* tile, float* dtile) {
+  logits(p, panel, range, keys, tile);
+  multiply({values, p.head_dim, panel.dout_turned, kPanel, dtile, kPanel, range.count, panel.lanes,
+            p.head_dim, false, false});
+  weights_tile(range.count, panel.lanes, panel.lse, panel.delta, tile, dtile, panel.total,
+               panel.moment);
+}
+
+// From there to all that a panel gives to the gradients.
+void gradients(const Problem& p, const KeyRange& range, const float* keys, Panel& panel,
+               float* tile, float* dtile, float* dkeys, float* dvalues) {
+  const int64_t n = p.head_dim;
+  gradient_tile(range, panel.lanes, panel.correction, panel.delta, tile, dtile, panel.drel_h,
+                panel.drel_w);
+  multiply({tile, kPanel, panel.dout, n, dvalues, n, range.count, n, panel.count, false, true});
+  multiply({dtile, kPanel, panel.plain, n, dkeys, n, range.count, n, panel.count, false, true});
+  multiply({keys, n, dtile, kPanel, panel.sums, kPanel, n, panel.lanes, range.count, true, true});
 }
 
 // One task's keys first to last against all its queries. dtables, where wanted, is added to; dq
@@ -347,7 +376,10 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
                    int64_t key, int64_t end, float* partial, float* dtables, Workspace& work) {
   const Task t(p, number);
   const int64_t n = p.head_dim, own = end - key;
-  float *dtable_h = dtables, *dtable_w = dtables == nullptr ? nullptr : dtables + p.table_h();
+  const bool whole = p.whole_rows();
+  const int64_t numbers = dtables == nullptr ? 0 : p.table_h() + p.table_w();
+  float* dtable_h = dtables == nullptr ? nullptr : work.dtables;
+  float* dtable_w = dtables == nullptr ? nullptr : work.dtables + p.table_h();
   read_keys(p, t, key, end, in.k, in.pad_k, p.scale, work.keys);
   read_keys(p, t, key, end, in.v, in.pad_v, 1.0f, work.values);
   std::fill(work.dkeys, work.dkeys + own * n, 0.0f);
@@ -359,25 +391,35 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
       read_queries(p, t, first + i * kPanel, in.q, in.table_h, in.table_w, work, panel);
       read_gradients(p, t, in, g, work, panel);
     }
-    each_tile(key, end, p.width, [&](const KeyRange& range) {
-      const int64_t offset = (range.first - key) * n;
-      float *keys = work.keys + offset, *values = work.values + offset;
+    const auto offset = [&](const KeyRange& range) { return (range.first - key) * n; };
+    const auto row = [&](const KeyRange& range) { return whole ? range.first * kPanel : 0; };
+    const auto weigh = [&](const KeyRange& range, Panel& panel) {
+      weights(p, range, work.keys + offset(range), work.values + offset(range), panel,
+              work.tile + row(range), work.dtile + row(range));
+    };
+    const auto differentiate = [&](const KeyRange& range, Panel& panel) {
+      gradients(p, range, work.keys + offset(range), panel, work.tile + row(range),
+                work.dtile + row(range), work.dkeys + offset(range), work.dvalues + offset(range));
+    };
+    if (whole) {
       for (int64_t i = 0; i < panels; ++i) {
         Panel& panel = work.panels[i];
-        const int64_t lanes = panel.lanes, count = panel.count;
-        logits(p, panel, range, keys, work.tile);
-        multiply({values, n, panel.dout_turned, kPanel, work.dtile, kPanel, range.count, lanes, n,
-                  false, false});
-        gradient_tile(range, lanes, panel.lse, panel.delta, work.tile, work.dtile, panel.drel_h,
-                      panel.drel_w);
-        multiply({work.tile, kPanel, panel.dout, n, work.dvalues + offset, n, range.count, n,
-                  count, false, true});
-        multiply({work.dtile, kPanel, panel.plain, n, work.dkeys + offset, n, range.count, n,
-                  count, false, true});
-        multiply({keys, n, work.dtile, kPanel, panel.sums, kPanel, n, lanes, range.count, true,
-                  true});
+        each_tile(key, end, p.width, [&](const KeyRange& range) { weigh(range, panel); });
+        for (int64_t j = 0; j < panel.lanes; ++j) {
+          panel.delta[j] += panel.moment[j] / panel.total[j];
+          panel.correction[j] = 1.0f / panel.total[j];
+        }
+        each_tile(key, end, p.width, [&](const KeyRange& range) { differentiate(range, panel); });
       }
-    });
+    } else {
+      each_tile(key, end, p.width, [&](const KeyRange& range) {
+        for (int64_t i = 0; i < panels; ++i) {
+          weigh(range, work.panels[i]);
+          differentiate(range, work.panels[i]);
+        }
+      });
+    }
+    std::fill(work.dtables, work.dtables + numbers, 0.0f);
     for (int64_t i = 0; i < panels; ++i) {
       const Panel& panel = work.panels[i];
       for (int64_t j = 0; j < panel.count; ++j) {
@@ -395,6 +437,7 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
           write(dq, 1.0f, n, g.dq.at(t.batch, t.top + h, t.left + w, t.head), g.dq.stride[4]);
       }
     }
+    for (int64_t e = 0; e < numbers; ++e) dtables[e] += work.dtables[e];
   }
   each_key(p, t, key, end, g.dk, g.dpad_k, [&](int64_t j, T* to, int64_t stride) {
     if (to != nullptr) write(work.dkeys + (j - key) * n, p.scale, n, to, stride);
@@ -519,7 +562,8 @@ void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor
   float* result_h = tables ? floats(*dtable_h, "dtable_h", p.table_h()) : nullptr;
   float* result_w = tables ? floats(*dtable_w, "dtable_w", p.table_w()) : nullptr;
   const int64_t tiles = (p.keys() + kTileKeys - 1) / kTileKeys;
-  const int64_t parts = parts_of(p, tiles), jobs = p.tasks() * parts, all = p.keys() * p.head_dim;
+  const int64_t parts = p.whole_rows() ? 1 : parts_of(p, tiles);
+  const int64_t jobs = p.tasks() * parts, all = p.keys() * p.head_dim;
   const int64_t units = std::min(jobs, kMaxUnits), sums = tables ? p.table_h() + p.table_w() : 0;
   const int64_t workers = std::min(threads(), units), each = workspace_floats(p, true);
   Room layout(nullptr);

@@ -3,7 +3,7 @@
 //
 // A tile has one row for each key; its columns are the queries of a panel, so that sixteen queries
 // are the lanes of a vector: a softmax runs down the rows, and rel_h and rel_w are one row each for
-// a row and for a column of the map, whatever its width. Logits are in units of log 2.
+// a row and for a column of the map, whatever its width.
 #pragma once
 
 #include "common.h"
@@ -16,16 +16,16 @@ namespace {
 
 constexpr int64_t kPanel = 64;  // queries of a panel, and the pitch of everything across queries
 constexpr int64_t kMostHeadDim = 128;
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147182f;
+constexpr float kLog2E = 1.44269504f;
 
 typedef int32_t IntVec __attribute__((vector_size(64)));
 
-// 2^y for y up to 127 without branches, to about one ulp; NaN stays NaN, what would be below the
+// e^y for y up to 88 without branches, to about one ulp; NaN stays NaN, what would be below the
 // normal numbers is zero or nearly so.
-SAMFAST_INLINE void exp2(const Vec& y, Vec& result) {
-  const Vec bounded = y < -127.0f ? Vec{} - 127.0f : y;
-  const Vec shifted = bounded + 12582912.0f;  // the integer stands in the low bits
-  const Vec f = bounded - (shifted - 12582912.0f);
+SAMFAST_INLINE void exponential(const Vec& y, Vec& result) {
+  const Vec bounded = y < -88.0f ? Vec{} - 88.0f : y;
+  const Vec shifted = bounded * kLog2E + 12582912.0f;  // the power of two stands in the low bits
+  const Vec f = bounded * kLog2E - (shifted - 12582912.0f);
   Vec p = f * 1.54697320e-4f + 1.34004322e-3f;
   p = p * f + 9.61802560e-3f;
   p = p * f + 5.55032721e-2f;
@@ -61,9 +61,9 @@ void fill_bias(const KeyRange& keys, int64_t lanes, const float* rel_h, const fl
   }
 }
 
-// One more tile of an online softmax: s becomes 2^(s - maximum). Returns whether any of what was
+// One more tile of an online softmax: s becomes e^(s - maximum). Returns whether any of what was
 // summed before must be multiplied by correction. The maximum passes over NaN: it spreads through
-// the powers. The first maximum is finite, so that keys of -inf weigh nothing beside later ones.
+// the weights. The first maximum is finite, so that keys of -inf weigh nothing beside later ones.
 SAMFAST_CLONES
 bool softmax_tile(float* s, int64_t keys, int64_t lanes, float* maximum, float* total,
                   float* correction) {
@@ -78,11 +78,11 @@ bool softmax_tile(float* s, int64_t keys, int64_t lanes, float* maximum, float* 
     Vec sum = {};
     for (int64_t j = 0; j < keys; ++j) {
       load(x, s + j * kPanel + i);
-      exp2(x - most, e);
+      exponential(x - most, e);
       store(s + j * kPanel + i, e);
       sum += e;
     }
-    exp2(before - most, e);
+    exponential(before - most, e);
     load(x, total + i);
     store(total + i, x * e + sum);
     store(maximum + i, most);
@@ -104,22 +104,46 @@ void scale_rows(float* rows, int64_t count, int64_t lanes, const float* factor) 
     }
 }
 
-// s: logits, becomes the weights p = 2^(s - lse). dp: gradient of the weights, becomes that of the
-// logits, p (dp - delta), whose sums over rows and columns of the map go to drel_h and drel_w.
+// s: logits, becomes the weights p = e^(s - lse), whose sums over the keys are added to total, and
+// those of p (dp - delta) to moment: of small numbers where delta is already nearly right.
 SAMFAST_CLONES
-void gradient_tile(const KeyRange& keys, int64_t lanes, const float* lse, const float* delta,
-                   float* s, float* dp, float* drel_h, float* drel_w) {
+void weights_tile(int64_t keys, int64_t lanes, const float* lse, const float* delta, float* s,
+                  const float* dp, float* total, float* moment) {
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    Vec most, mean, x, p, sum = {}, dot = {};
+    load(most, lse + i);
+    load(mean, delta + i);
+    for (int64_t j = 0; j < keys; ++j) {
+      load(x, s + j * kPanel + i);
+      exponential(x - most, p);
+      store(s + j * kPanel + i, p);
+      load(x, dp + j * kPanel + i);
+      sum += p;
+      dot += p * (x - mean);
+    }
+    load(x, total + i);
+    store(total + i, x + sum);
+    load(x, moment + i);
+    store(moment + i, x + dot);
+  }
+}
+
+// p becomes factor p, and its gradient dp that of the logits, p (dp - delta), whose sums over rows
+// and columns of the map are added to drel_h and drel_w.
+SAMFAST_CLONES
+void gradient_tile(const KeyRange& keys, int64_t lanes, const float* factor, const float* delta,
+                   float* p, float* dp, float* drel_h, float* drel_w) {
   int64_t h = keys.first / keys.width, w = keys.first % keys.width;
   for (int64_t j = 0; j < keys.count; ++j) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Vec x, y, p, g;
-      load(x, s + j * kPanel + i);
-      load(y, lse + i);
-      exp2(x - y, p);
-      store(s + j * kPanel + i, p);
-      load(x, dp + j * kPanel + i);
+      Vec x, y, g;
+      load(x, p + j * kPanel + i);
+      load(y, factor + i);
+      x *= y;
+      store(p + j * kPanel + i, x);
+      load(g, dp + j * kPanel + i);
       load(y, delta + i);
-      g = p * (x - y);
+      g = x * (g - y);
       store(dp + j * kPanel + i, g);
       load(x, drel_h + h * kPanel + i);
       store(drel_h + h * kPanel + i, x + g);
