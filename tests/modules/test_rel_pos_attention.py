@@ -22,7 +22,9 @@ def test_attention_of_maps(height, width, tables, backend, monkeypatch):
     check_all_dtypes(subject(attention(tables or (height, width)), 2, height, width))
 
 
-def test_attention_of_a_large_map():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_attention_of_a_large_map(backend, monkeypatch):
+    monkeypatch.setenv("SAMFAST_BACKEND", backend)
     stock = attention((64, 64), dim=16, heads=1)
     check_all_dtypes(subject(stock, 1, 64, 64), low=(torch.bfloat16,))
 
@@ -43,13 +45,13 @@ def test_one_token(make, backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
-    ("window", "height", "width"),
-    [(14, 14, 14), (4, 9, 13), (7, 14, 7), (7, 3, 5), (3, 1, 1), (0, 9, 13)],
+    ("window", "batch", "height", "width"),
+    [(14, 2, 14, 14), (4, 2, 9, 13), (7, 2, 14, 7), (7, 2, 3, 5), (3, 8, 1, 1), (0, 2, 9, 13)],
     ids=str,
 )
-def test_blocks(window, height, width, backend, monkeypatch):
+def test_blocks(window, batch, height, width, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    check_all_dtypes(subject(block(window, (height, width)), 2, height, width))
+    check_all_dtypes(subject(block(window, (height, width)), batch, height, width))
 
 
 def test_a_block_whose_tables_have_another_size_than_its_windows():
