@@ -33,7 +33,8 @@ def window_relpos_attention(
     qkv: Tensor, pad: Tensor, num_heads: int, windows: Windows, table_h, table_w, scale: float
 ) -> Tensor:
     """qkv (B, H, W, 3 · D) and pad (B · pads, 3 · D), rows of the padding -> (B, H, W, D)."""
-    parts = windows.cut(qkv.reshape(windows.tokens, -1), pad)
-    q, k, v = parts.unflatten(-1, (3, num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    parts = windows.cut(qkv.reshape(windows.tokens, qkv.shape[3]), pad)
+    head_dim = qkv.shape[3] // (3 * num_heads)
+    q, k, v = parts.unflatten(-1, (3, num_heads, head_dim)).permute(3, 0, 4, 1, 2, 5)
     out = relpos_attention(q, k, v, table_h, table_w, scale)
-    return windows.paste(out.movedim(1, 3).flatten(3))[0].view(*qkv.shape[:3], -1)
+    return windows.paste(out.movedim(1, 3).flatten(3))[0].view(*qkv.shape[:3], num_heads * head_dim)

@@ -37,7 +37,7 @@ def forward(
         logits = _logits(q[at], keys[some], rel_h[at], rel_w[at], scale)
         lse[at] = logits.logsumexp(-1).view(lse[at].shape)
         out[at] = (logits.softmax(-1).to(q.dtype) @ values[some]).view(out[at].shape)
-    lse = _paste(windows, lse, heads)[0].flatten(1, 2)[..., 0].mT
+    lse = _paste(windows, lse, heads)[0][..., 0].flatten(1, 2).mT
     return _paste(windows, out, heads)[0], lse.contiguous()
 
 
@@ -51,8 +51,6 @@ def backward(
 
     Returns the gradients of the tables when need_tables, float32 (float64 for float64).
     """
-    delta = _cut(windows, (dout.to(_wide(q)) * out).sum(-1, keepdim=True))
-    lse = _cut(windows, lse.mT.unflatten(1, q.shape[1:3])[..., None])
     dout, q = _cut(windows, dout), _cut(windows, q)
     k, v = _cut(windows, k, pad_k), _cut(windows, v, pad_v)
     rel_h, rel_w = _factors(q, table_h, table_w)
@@ -63,9 +61,11 @@ def backward(
         at = some, rows
         query, grad = q[at].flatten(1, 2), dout[at].flatten(1, 2)
         logits = _logits(q[at], keys[some], rel_h[at], rel_w[at], scale)
-        weights = (logits - lse[at].flatten(1, 2)).exp_()
+        weights = logits.softmax(-1)  # lse would do, and round a little more
         dv_part[some] += weights.to(q.dtype).mT @ grad
-        weights *= (grad @ values[some].mT).to(_wide(q)) - delta[at].flatten(1, 2)
+        dweights = (grad @ values[some].mT).to(_wide(q))
+        dweights -= (weights * dweights).sum(-1, keepdim=True)
+        weights *= dweights
         small = weights.to(q.dtype)  # weights is now the gradient of the logits
         dq_part[at] = ((small @ keys[some]) * scale).view(dq_part[at].shape)
         dk_part[some] += (small.mT @ query) * scale
@@ -90,14 +90,15 @@ def _wide(t: Tensor) -> torch.dtype:
 
 def _cut(windows: Windows, t: Tensor, pad: Tensor | None = None) -> Tensor:
     """(batch, H, W, heads, C) -> (samples · heads, height, width, C)."""
-    pad = None if pad is None else pad.reshape(windows.batch * windows.pads, -1)
-    parts = windows.cut(t.reshape(windows.tokens, -1), pad)
+    columns = t.shape[3] * t.shape[4]
+    pad = None if pad is None else pad.reshape(windows.batch * windows.pads, columns)
+    parts = windows.cut(t.reshape(windows.tokens, columns), pad)
     return parts.unflatten(3, t.shape[3:]).movedim(3, 1).flatten(0, 1)
 
 
 def _paste(windows: Windows, t: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """(samples · heads, height, width, C) -> (batch, H, W, heads, C), (batch, pads, heads, C)."""
-    tokens, pads = windows.paste(t.unflatten(0, (-1, heads)).movedim(1, 3).flatten(3))
+    tokens, pads = windows.paste(t.unflatten(0, (windows.samples, heads)).movedim(1, 3).flatten(3))
     shape = (windows.batch, windows.image_height, windows.image_width, heads, t.shape[3])
     return tokens.view(shape), pads.view(windows.batch, windows.pads, heads, t.shape[3])
 

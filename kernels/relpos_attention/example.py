@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small call of window_relpos_attention, forward and backward, for self-checks."""
+
+import torch
+
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.relpos_attention.op import supports, window_relpos_attention
+
+RESULTS = ("out", "dqkv", "drel_pos_h", "drel_pos_w", "dpad_bias")
+
+
+def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when the backend takes this example here, or the sentence that says why not."""
+    q = torch.empty(1, 9, 11, 2, 16, device=device, dtype=dtype)
+    return supports(backend, q, Windows(1, 9, 11, 7, 7))
+
+
+def run(backend: str, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Two heads of 16 on a 9×11 map in padded 7×7 windows; the tensors of RESULTS."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_()
+
+    qkv, bias, tables = draw(1, 9, 11, 96), draw(96), [draw(13, 16) for _ in range(2)]
+    out = window_relpos_attention(qkv, 2, 7, *tables, pad_bias=bias, backend=backend)
+    dout = draw(1, 9, 11, 32).detach()
+    return [out, *torch.autograd.grad(out, [qkv, *tables, bias], dout)]
