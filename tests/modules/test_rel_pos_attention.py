@@ -189,3 +189,12 @@ def test_backend_of_one_layer():
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run relpos_attention"):
         copy.deepcopy(layer)(x)
     assert "backend=cpu" in str(layer)
+    found = [layer.backends() for layer.backend in ("triton", "cuda")]
+    assert found[0] == found[1]  # there is no CUDA source, and Triton stands in for it
+
+
+@pytest.mark.parametrize("use_rel_pos", [True, False])
+def test_a_scale_of_the_users_own(use_rel_pos):
+    stock = attention((5, 6), use_rel_pos=use_rel_pos)
+    stock.scale = 0.1
+    check_all_dtypes(subject(stock, 2, 5, 6))
