@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.shapes import ENCODERS, linears
-from samfast.functional import conv_lora_linear, lora_linear
+from samfast.functional import conv_lora_linear, lora_linear, window_relpos_attention
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import costs as experts_costs
 from samfast.kernels.lora_linear import costs
+from samfast.kernels.relpos_attention import costs as attention_costs
 
 
 @dataclasses.dataclass
@@ -42,6 +43,7 @@ class Workload:
     dy: torch.Tensor
     known: list[torch.Tensor]  # inputs and parameters, not counted as saved
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    logits: int = 0  # bytes; where given, working memory is told beside it
 
     def run(self, name: str) -> list[torch.Tensor]:
         """Forward and backward of one provider: y, its loss, and the gradients of its leaves."""
@@ -221,4 +223,110 @@ def conv_lora_workload(width, windows, index, rank, depthwise, device, dtype) ->
     )
 
 
-OPERATIONS = {"lora_linear": lora_linear_workloads, "conv_lora": conv_lora_workloads}
+def relpos_attention_workloads(
+    model, batch, rank, device, dtype, compiled=False
+) -> Iterator[Workload]:
+    """The attention of a global block and of a windowed one whose windows are already cut."""
+    side, window = 64, 14
+    windows = batch * (-(-side // window)) ** 2
+    encoder = ENCODERS[model]
+    for layout in (Windows.whole(batch, side, side), Windows.whole(windows, window, window)):
+        yield relpos_attention_workload(encoder, layout, device, dtype, compiled)
+
+
+def relpos_attention_workload(encoder, windows, device, dtype, compiled=False) -> Workload:
+    generator = torch.Generator().manual_seed(0)
+    heads, head_dim = encoder.heads, encoder.width // encoder.heads
+    size = windows.height, windows.width
+    tokens, scale = windows.height * windows.width, head_dim**-0.5
+
+    def draw(*size, scale=1.0):
+        return (scale * torch.randn(*size, generator=generator)).to(device, dtype)
+
+    qkv = draw(windows.samples, *size, 3 * encoder.width).requires_grad_()
+    tables = [draw(2 * n - 1, head_dim, scale=0.3).requires_grad_() for n in size]
+    dy = draw(windows.samples, *size, encoder.width)
+    leaves = [qkv, *tables]
+    offsets = [torch.arange(n, device=device)[:, None] - torch.arange(n, device=device) + n - 1
+               for n in size]  # fmt: skip
+
+    def unpacked():
+        """q, k, v (samples · heads, tokens, head_dim) and rel_h, rel_w (…, H, W, H), (…, W)."""
+        q, k, v = (
+            qkv.view(-1, tokens, 3, heads, head_dim)
+            .permute(2, 0, 3, 1, 4)
+            .reshape(3, -1, tokens, head_dim)
+        )
+        as_map = q.unflatten(1, size)
+        rel_h = torch.einsum("bhwc,hkc->bhwk", as_map, tables[0][offsets[0]])
+        rel_w = torch.einsum("bhwc,wkc->bhwk", as_map, tables[1][offsets[1]])
+        return q, k, v, rel_h, rel_w
+
+    def packed(out):
+        return out.unflatten(0, (-1, heads)).transpose(1, 2).reshape(dy.shape)
+
+    def eager():
+        q, k, v, rel_h, rel_w = unpacked()
+        logits = (q * scale) @ k.transpose(-2, -1)
+        logits = logits.view(-1, *size, *size) + rel_h[..., None] + rel_w[..., None, :]
+        return packed(logits.view(-1, tokens, tokens).softmax(-1) @ v)
+
+    def masked():
+        q, k, v, rel_h, rel_w = unpacked()
+        bias = (rel_h[..., None] + rel_w[..., None, :]).reshape(1, -1, tokens, tokens)
+        q, k, v = (t[None] for t in (q, k, v))
+        return packed(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)[0])
+
+    def augmented():
+        q, k, v, rel_h, rel_w = unpacked()
+        at_h, at_w = (torch.eye(n, device=device, dtype=dtype) for n in size)
+        at = torch.cat([at_h.repeat_interleave(size[1], 0), at_w.repeat(size[0], 1)], 1)
+        q = torch.cat([q * scale, rel_h.flatten(1, 2), rel_w.flatten(1, 2)], 2)
+        k = torch.cat([k, at.expand(k.shape[0], -1, -1)], 2)
+        v = F.pad(v, (0, sum(size)))  # as wide as q and k, or the fused kernels are not taken
+        out = F.scaled_dot_product_attention(*(t[None] for t in (q, k, v)), scale=1.0)[0]
+        return packed(out[..., :head_dim])
+
+    def plain():
+        q, k, v = qkv.unflatten(3, (3, heads, head_dim)).flatten(1, 2).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(dy.shape)
+
+    def ours(backend, tensors=leaves):
+        return window_relpos_attention(tensors[0], heads, size, *tensors[1:], backend=backend)
+
+    def exact():
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        return forward_backward(Provider(lambda: ours("torch", wide), wide), dy.double())
+
+    design = attention_costs.stages if device == "cuda" else attention_costs.cpu_stages
+    layout = windows, heads, head_dim, dtype.itemsize
+    providers = {
+        "eager": Provider(eager, leaves),
+        "SDPA + mask": Provider(masked, leaves),
+        "augmented SDPA": Provider(augmented, leaves),
+        "SDPA without bias": Provider(plain, [qkv], checked=False),
+        "samfast": Provider(lambda: ours("auto"), leaves, design(*layout)),
+        "samfast torch": Provider(lambda: ours("torch"), leaves),
+    }
+    if compiled:
+        for name in ("eager", "SDPA + mask"):
+            call = torch.compile(providers[name].forward)
+            providers[f"{name} compiled"] = Provider(call, leaves)
+    return Workload(
+        f"attention {'x'.join(map(str, qkv.shape[:3]))}, {heads} heads of {head_dim}",
+        ("out", "dqkv", "dtable_h", "dtable_w"),
+        "eager",
+        "eager",
+        providers,
+        exact,
+        dy,
+        [*leaves, *offsets],
+        logits=attention_costs.logits_bytes(*layout[:2], dtype.itemsize),
+    )
+
+
+OPERATIONS = {
+    "lora_linear": lora_linear_workloads,
+    "conv_lora": conv_lora_workloads,
+    "relpos_attention": relpos_attention_workloads,
+}

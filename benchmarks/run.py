@@ -39,7 +39,7 @@ COLUMNS = (
 class Settings:
     """Medians over interleaved repeats after one warm-up; ratios are to the baseline."""
 
-    op: Literal["lora_linear", "conv_lora", "offline"] = "lora_linear"
+    op: Literal["lora_linear", "conv_lora", "relpos_attention", "offline"] = "lora_linear"
     model: Literal[tuple(ENCODERS)] = "vit_b"
     batch: int = 1
     rank: int | None = None
@@ -117,6 +117,8 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
         row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": p50 / base}
         row["saved_mib"] = saved_bytes(provider.forward, workload.known).hooks / 2**20
         row["peak_mib"] = peak(lambda name=name: workload.run(name), device)
+        if workload.logits:
+            row["note"] = working_memory(workload, name, row["peak_mib"])
         if provider.stages:
             row["predicted_ms"] = machine.predict(provider.stages, device, *rates) * 1e3
             row["gb_s"] = sum(s.bytes for s in provider.stages) / p50 / 1e9
@@ -127,8 +129,17 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
             f"  ratio {p50 / base:5.2f}  saved {row['saved_mib']:7.2f} MiB beside x, peak "
             f"{row['peak_mib']:7.1f} MiB{predicted}"
         )
+        if workload.logits:
+            print(f"  {'':20} {row['note']}")
         rows.append(row)
     return rows
+
+
+def working_memory(workload: Workload, name: str, peak_mib: float) -> str:
+    """The peak less what a provider must give back, and how that compares with all logits."""
+    made = workload.dy.nbytes + sum(t.nbytes for t in workload.providers[name].leaves)
+    working, logits = peak_mib - made / 2**20, workload.logits / 2**20
+    return f"working memory {working:.1f} MiB, {working / logits:.4f} of the logits"
 
 
 def interleaved(calls, repeats, device):

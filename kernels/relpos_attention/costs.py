@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention costs by its design: FLOP and bytes of both paths, launches of the GPU's."""
+
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.lora_linear.costs import Stage
+
+
+def logits_bytes(windows: Windows, heads: int, itemsize: int) -> int:
+    """What eager attention writes out: a logit for every pair of positions in every window."""
+    return itemsize * heads * windows.samples * (windows.height * windows.width) ** 2
+
+
+def _sizes(windows: Windows, heads: int, head_dim: int, itemsize: int):
+    """FLOP of one product over all pairs of query and key and of one with the tables; bytes of
+    the tokens, of the padding, of the bias's factors, and of a number for each query."""
+    queries, keys = heads * windows.tokens, windows.height * windows.width
+    lines = windows.height + windows.width
+    return (
+        2 * queries * keys * head_dim,
+        2 * queries * lines * head_dim,
+        itemsize * queries * head_dim,
+        itemsize * heads * windows.batch * windows.pads * head_dim,
+        itemsize * queries * lines,
+        4 * queries,
+    )
+
+
+def stages(
+    windows: Windows, heads: int, head_dim: int, itemsize: int, tables: bool = True
+) -> list[Stage]:
+    """Forward and backward on a GPU; tables: whether their gradients are wanted."""
+    product, bias, token, pad, factor, number = _sizes(windows, heads, head_dim, itemsize)
+    keys = 2 * (token + pad)
+    made = [
+        Stage("factors", bias, token + factor, 1),
+        Stage("forward", 2 * product, 2 * token + keys + factor + number, 1),
+        Stage("factors, delta", bias, 3 * token + factor + number, 1),
+        Stage("dq", 3 * product + bias, 3 * token + keys + 2 * factor + 2 * number, 1),
+        Stage("dk, dv", 4 * product, 2 * token + 2 * keys + factor + 2 * number, 1),
+    ]
+    if tables:
+        made.append(Stage("dtables", bias, token + factor, 1))
+        made.append(Stage("reduce dtables", 0, 0, 1))
+    return made
+
+
+def cpu_stages(
+    windows: Windows, heads: int, head_dim: int, itemsize: int, tables: bool = True
+) -> list[Stage]:
+    """Forward and backward of the C++ path, whose backward is one walk with five products."""
+    product, bias, token, pad, _, number = _sizes(windows, heads, head_dim, itemsize)
+    keys = 2 * (token + pad)
+    walk = 5 * product + (3 if tables else 2) * bias
+    return [
+        Stage("forward", 2 * product + bias, 2 * token + keys + number, 1),
+        Stage("backward", walk, 4 * token + 2 * keys + number, 1),
+    ]
