@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kPanels = 2;       // of queries at a time
 constexpr int64_t kTileKeys = 96;    // at most
 constexpr int64_t kWholeKeys = 1024;  // of a map whose weights of a panel are all kept at once
+constexpr int64_t kAhead = 4;       // tokens that are fetched before they are read
 constexpr int64_t kMaxUnits = 128;   // runs of tasks, each with its own sum of the tables' gradients
 
 struct Problem {
@@ -68,23 +69,33 @@ struct Task {
   int64_t queries() const { return rows * columns; }
 };
 
-// f(number of the key, its elements) for every key of a task; elements are null for zeros.
-template <typename T, typename F>
-void each_key(const Problem& p, const Task& t, int64_t first, int64_t last, const View<T>& tokens,
-              const View<T>& pads, F&& f) {
-  const int64_t wide = p.across * p.width, right = wide - p.image_width;
-  for (int64_t j = first; j < last; ++j) {
+// Where the keys of a task lie; null for zeros.
+template <typename T>
+struct Keys {
+  const Problem& p;
+  const Task& t;
+  const View<T>&tokens, &pads;
+
+  T* at(int64_t j, int64_t& stride) const {
     const int64_t y = t.top + j / p.width, x = t.left + j % p.width;
-    if (y < p.image_height && x < p.image_width) {
-      f(j, tokens.at(t.batch, y, x, t.head), tokens.stride[4]);
-      continue;
-    }
+    stride = tokens.stride[4];
+    if (y < p.image_height && x < p.image_width) return tokens.at(t.batch, y, x, t.head);
+    if (pads.data == nullptr) return nullptr;
+    const int64_t wide = p.across * p.width, right = wide - p.image_width;
     const int64_t pad = y < p.image_height
                             ? y * right + x - p.image_width
                             : p.image_height * right + (y - p.image_height) * wide + x;
-    T* at = pads.data == nullptr ? nullptr : pads.at(t.batch, 0, pad, t.head);
-    f(j, at, pads.stride[4]);
+    stride = pads.stride[4];
+    return pads.at(t.batch, 0, pad, t.head);
   }
+};
+
+// Rows of one head lie far apart, where no hardware looks ahead.
+template <typename T>
+void fetch(const T* from, int64_t n) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += 64)
+    __builtin_prefetch(bytes + at);
 }
 
 template <typename T>
@@ -102,15 +113,24 @@ void write(const float* from, float factor, int64_t n, T* to, int64_t stride) {
 }
 
 template <typename T>
-void read_keys(const Problem& p, const Task& t, int64_t first, int64_t last, const View<T>& tokens,
-               const View<T>& pads, float factor, float* rows) {
-  each_key(p, t, first, last, tokens, pads, [&](int64_t j, const T* from, int64_t stride) {
-    float* to = rows + (j - first) * p.head_dim;
-    if (from == nullptr)
-      std::fill(to, to + p.head_dim, 0.0f);
+void read_keys(const Keys<T>& keys, int64_t first, int64_t last, float factor, float* rows) {
+  const int64_t n = keys.p.head_dim;
+  int64_t stride;
+  for (int64_t j = first; j < last; ++j, rows += n) {
+    if (const T* later = j + kAhead < last ? keys.at(j + kAhead, stride) : nullptr) fetch(later, n);
+    if (const T* from = keys.at(j, stride))
+      read(from, stride, factor, n, rows);
     else
-      read(from, stride, factor, p.head_dim, to);
-  });
+      std::fill(rows, rows + n, 0.0f);
+  }
+}
+
+template <typename T>
+void write_keys(const Keys<T>& keys, int64_t first, int64_t last, float factor, const float* rows) {
+  const int64_t n = keys.p.head_dim;
+  int64_t stride;
+  for (int64_t j = first; j < last; ++j, rows += n)
+    if (T* to = keys.at(j, stride)) write(rows, factor, n, to, stride);
 }
 
 // Hands out parts of one allocation, each at a multiple of 64 bytes; without memory it only counts.
@@ -141,6 +161,11 @@ struct Panel {
   float *plain, *dplain;           // (64, head_dim): queries, and the bias's share of their gradient
   float *dout, *dout_turned;       // (64, head_dim), (head_dim, 64)
   float *drel_h, *drel_w, *lse, *delta;
+
+  template <typename T>
+  T* at(const View<T>& view, const Task& t, int64_t i) const {
+    return view.at(t.batch, t.top + h[i], t.left + w[i], t.head);
+  }
 
   Panel(const Problem& p, Room& room, bool backward) {
     const int64_t tile = p.head_dim * kPanel;
@@ -193,6 +218,15 @@ void place(const float* row, int64_t n, int64_t i, float* to) {
   for (int64_t c = 0; c < n; ++c) to[c * kPanel + i] = row[c];
 }
 
+float dot(const float* a, const float* b, int64_t n) {
+  double sum[8] = {};
+  for (int64_t c = 0; c < n; c += 8)
+    for (int64_t e = 0; e < 8; ++e)
+      sum[e] += static_cast<double>(a[c + e]) * static_cast<double>(b[c + e]);
+  for (int64_t e = 1; e < 8; ++e) sum[0] += sum[e];
+  return static_cast<float>(sum[0]);
+}
+
 // rel[k, i] = queries_i · table[at_i - k + size - 1] for every k < size.
 void relate(const Problem& p, const Panel& panel, const float* table, int64_t size,
             const int64_t* at, float* turned, float* rel) {
@@ -214,10 +248,11 @@ void read_queries(const Problem& p, const Task& t, int64_t first, const View<con
   panel.count = std::min(kPanel, t.queries() - first);
   panel.lanes = (panel.count + kLanes - 1) / kLanes * kLanes;
   if (panel.count < panel.lanes) std::fill(panel.queries, panel.queries + n * kPanel, 0.0f);
-  for (int64_t i = 0; i < panel.count; ++i) {
+  for (int64_t i = 0; i < panel.count; ++i)
     panel.h[i] = (first + i) / t.columns, panel.w[i] = (first + i) % t.columns;
-    read(q.at(t.batch, t.top + panel.h[i], t.left + panel.w[i], t.head), q.stride[4], 1.0f, n,
-         work.rows);
+  for (int64_t i = 0; i < panel.count; ++i) {
+    if (i + kAhead < panel.count) fetch(panel.at(q, t, i + kAhead), n);
+    read(panel.at(q, t, i), q.stride[4], 1.0f, n, work.rows);
     place(work.rows, n, i, panel.queries);
   }
   relate(p, panel, table_h, p.height, panel.h, work.turned, panel.rel_h);
@@ -275,8 +310,8 @@ void forward_part(const Problem& p, const Inputs<T>& in, const View<T>& out, flo
   const int64_t n = p.head_dim, keys = p.keys(), step = kPanels * kPanel;
   const int64_t blocks = (t.queries() + step - 1) / step;
   const int64_t end = std::min(t.queries(), (part + 1) * blocks / parts * step);
-  read_keys(p, t, 0, keys, in.k, in.pad_k, p.scale, work.keys);
-  read_keys(p, t, 0, keys, in.v, in.pad_v, 1.0f, work.values);
+  read_keys<const T>({p, t, in.k, in.pad_k}, 0, keys, p.scale, work.keys);
+  read_keys<const T>({p, t, in.v, in.pad_v}, 0, keys, 1.0f, work.values);
   for (int64_t first = part * blocks / parts * step; first < end; first += step) {
     const int64_t panels = std::min(kPanels, (end - first + kPanel - 1) / kPanel);
     for (int64_t i = 0; i < panels; ++i) {
@@ -303,7 +338,7 @@ void forward_part(const Problem& p, const Inputs<T>& in, const View<T>& out, flo
         const int64_t y = t.top + panel.h[j], x = t.left + panel.w[j];
         for (int64_t c = 0; c < n; ++c)
           work.rows[c] = panel.sums[c * kPanel + j] / panel.total[j];
-        write(work.rows, 1.0f, n, out.at(t.batch, y, x, t.head), out.stride[4]);
+        write(work.rows, 1.0f, n, panel.at(out, t, j), out.stride[4]);
         lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x] =
             static_cast<float>(panel.maximum[j] + std::log(static_cast<double>(panel.total[j])));
       }
@@ -336,13 +371,15 @@ void read_gradients(const Problem& p, const Task& t, const Inputs<T>& in, const 
   for (int64_t i = 0; i < panel.count; ++i) {
     const int64_t y = t.top + panel.h[i], x = t.left + panel.w[i];
     float* dout = panel.dout + i * n;
-    read(in.q.at(t.batch, y, x, t.head), in.q.stride[4], 1.0f, n, panel.plain + i * n);
-    read(g.dout.at(t.batch, y, x, t.head), g.dout.stride[4], 1.0f, n, dout);
-    read(g.out.at(t.batch, y, x, t.head), g.out.stride[4], 1.0f, n, work.rows);
+    if (i + kAhead < panel.count) {
+      fetch(panel.at(g.dout, t, i + kAhead), n);
+      fetch(panel.at(g.out, t, i + kAhead), n);
+    }
+    read(panel.at(in.q, t, i), in.q.stride[4], 1.0f, n, panel.plain + i * n);
+    read(panel.at(g.dout, t, i), g.dout.stride[4], 1.0f, n, dout);
+    read(panel.at(g.out, t, i), g.out.stride[4], 1.0f, n, work.rows);
     place(dout, n, i, panel.dout_turned);
-    double delta = 0.0;
-    for (int64_t c = 0; c < n; ++c) delta += static_cast<double>(dout[c]) * work.rows[c];
-    panel.delta[i] = static_cast<float>(delta);
+    panel.delta[i] = dot(dout, work.rows, n);
     panel.lse[i] =
         g.lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x];
   }
@@ -380,8 +417,8 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
   const int64_t numbers = dtables == nullptr ? 0 : p.table_h() + p.table_w();
   float* dtable_h = dtables == nullptr ? nullptr : work.dtables;
   float* dtable_w = dtables == nullptr ? nullptr : work.dtables + p.table_h();
-  read_keys(p, t, key, end, in.k, in.pad_k, p.scale, work.keys);
-  read_keys(p, t, key, end, in.v, in.pad_v, 1.0f, work.values);
+  read_keys<const T>({p, t, in.k, in.pad_k}, key, end, p.scale, work.keys);
+  read_keys<const T>({p, t, in.v, in.pad_v}, key, end, 1.0f, work.values);
   std::fill(work.dkeys, work.dkeys + own * n, 0.0f);
   std::fill(work.dvalues, work.dvalues + own * n, 0.0f);
   for (int64_t first = 0; first < t.queries(); first += kPanels * kPanel) {
@@ -434,17 +471,13 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
         if (partial != nullptr)
           std::copy(dq, dq + n, partial + (first + i * kPanel + j) * n);
         else
-          write(dq, 1.0f, n, g.dq.at(t.batch, t.top + h, t.left + w, t.head), g.dq.stride[4]);
+          write(dq, 1.0f, n, panel.at(g.dq, t, j), g.dq.stride[4]);
       }
     }
     for (int64_t e = 0; e < numbers; ++e) dtables[e] += work.dtables[e];
   }
-  each_key(p, t, key, end, g.dk, g.dpad_k, [&](int64_t j, T* to, int64_t stride) {
-    if (to != nullptr) write(work.dkeys + (j - key) * n, p.scale, n, to, stride);
-  });
-  each_key(p, t, key, end, g.dv, g.dpad_v, [&](int64_t j, T* to, int64_t stride) {
-    if (to != nullptr) write(work.dvalues + (j - key) * n, 1.0f, n, to, stride);
-  });
+  write_keys<T>({p, t, g.dk, g.dpad_k}, key, end, p.scale, work.dkeys);
+  write_keys<T>({p, t, g.dv, g.dpad_v}, key, end, 1.0f, work.dvalues);
 }
 
 Problem make_problem(const Tensor& q, const std::vector<int64_t>& windows, double scale) {
