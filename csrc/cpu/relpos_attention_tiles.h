@@ -15,7 +15,6 @@ namespace samfast {
 namespace {
 
 constexpr int64_t kPanel = 64;  // queries of a panel, and the pitch of everything across queries
-constexpr int64_t kMostHeadDim = 128;
 constexpr float kLog2E = 1.44269504f;
 
 typedef int32_t IntVec __attribute__((vector_size(64)));
