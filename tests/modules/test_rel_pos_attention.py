@@ -137,6 +137,24 @@ def test_hooks_see_what_the_stock_block_shows_them(place):
     assert "hooks" in layers.ours.window_order()
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_hooks_of_every_kind(register):
+    fused, called = SamBlock.from_block(block(4)), []
+    getattr(fused.attn, register)(lambda *given: called.append(given))
+    assert fused.window_order() == "attn has hooks or a forward of its own"
+    fused(torch.zeros(2, 6, 7, 32, dtype=torch.float64).requires_grad_()).sum().backward()
+    ((_, shown, *_),) = called
+    assert shown[0].shape == (8, 4, 4, 32)
+
+
 def test_a_replaced_output_counts():
     layers = subject(block(4), 2, 6, 7)
     for model in (layers.ours, layers.stock):

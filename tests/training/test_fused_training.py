@@ -27,7 +27,7 @@ def rows_of(output):
 
 
 @pytest.mark.parametrize("method", ["lora", "conv-lora"])
-def test_the_same_training_with_and_without(shared_data, tmp_path, method, capsys):
+def test_the_same_training_with_and_without(shared_data, tmp_path, method, monkeypatch):
     """The loss of every epoch, the adapter's names and shapes, and masks of either prediction."""
     common = ["--data", shared_data, "--model", "vit_tiny", "--image-size", 64, "--method", method]
     common += ["--epochs", 3, "--repeats", 1, "--lr", 1e-3, "--overlays", 0]
@@ -45,10 +45,14 @@ def test_the_same_training_with_and_without(shared_data, tmp_path, method, capsy
         record.get("auto_mapping", {}).get("samfast", record).pop("extra")
     assert records[0] == records[1]
 
+    forward, ran = SamBlock.forward, []
+    monkeypatch.setattr(SamBlock, "forward", lambda self, x: ran.append(1) or forward(self, x))
     images = [shared_data / "images" / f"p{i}.png" for i in range(3)]
     for flag in ("--fuse", "--no-fuse"):
         arguments = ["--adapter", fused / "adapter/last", "--output", tmp_path / flag, flag]
         run("predict", *images, *arguments)
+        assert bool(ran) is (flag == "--fuse")
+        ran.clear()
     for image in images:
         name = f"{image.stem}_mask.png"
         masks = [np.asarray(Image.open(tmp_path / f / name)) for f in ("--fuse", "--no-fuse")]
