@@ -67,10 +67,10 @@ struct Panel {
   }
 
   Panel(const Problem& p, Room& room, bool backward) {
-    const int64_t tile = p.head_dim * kPanel;
+    const int64_t tile = p.head_dim * kPitch;
     queries = room.floats(tile);
-    rel_h = room.floats(p.height * kPanel);
-    rel_w = room.floats(p.width * kPanel);
+    rel_h = room.floats(p.height * kPitch);
+    rel_w = room.floats(p.width * kPitch);
     sums = room.floats(tile);
     total = room.floats(kPanel), correction = room.floats(kPanel);
     if (!backward) {
@@ -79,8 +79,8 @@ struct Panel {
     }
     plain = room.floats(tile), dplain = room.floats(tile);
     dout = room.floats(tile), dout_turned = room.floats(tile);
-    drel_h = room.floats(p.height * kPanel);
-    drel_w = room.floats(p.width * kPanel);
+    drel_h = room.floats(p.height * kPitch);
+    drel_w = room.floats(p.width * kPitch);
     lse = room.floats(kPanel), delta = room.floats(kPanel), moment = room.floats(kPanel);
   }
 };
@@ -94,11 +94,11 @@ struct Workspace {
   float* dtables;  // what the panels at hand give; added up apart, for long sums round more
 
   Workspace(const Problem& p, Room& room, bool backward) {
-    const int64_t size = (backward && whole_rows(p) ? p.keys() : kTileKeys) * kPanel;
+    const int64_t size = (backward && whole_rows(p) ? p.keys() : kTileKeys) * kPitch;
     tile = room.floats(size);
     dtile = backward ? room.floats(size) : nullptr;
     rows = room.floats(p.head_dim);
-    turned = room.floats((2 * std::max(p.height, p.width) - 1) * kPanel);
+    turned = room.floats((2 * std::max(p.height, p.width) - 1) * kPitch);
     for (int64_t i = 0; i < kPanels; ++i) panels.emplace_back(p, room, backward);
     const int64_t all = p.keys() * p.head_dim;
     keys = room.floats(all), values = room.floats(all);
@@ -114,7 +114,7 @@ int64_t workspace_floats(const Problem& p, bool backward) {
 }
 
 void place(const float* row, int64_t n, int64_t i, float* to) {
-  for (int64_t c = 0; c < n; ++c) to[c * kPanel + i] = row[c];
+  for (int64_t c = 0; c < n; ++c) to[c * kPitch + i] = row[c];
 }
 
 float dot(const float* a, const float* b, int64_t n) {
@@ -130,12 +130,12 @@ float dot(const float* a, const float* b, int64_t n) {
 void relate(const Problem& p, const Panel& panel, const float* table, int64_t size,
             const int64_t* at, float* turned, float* rel) {
   const auto [low, high] = std::minmax_element(at, at + panel.count);
-  multiply({table + *low * p.head_dim, p.head_dim, panel.queries, kPanel, turned, kPanel,
+  multiply({table + *low * p.head_dim, p.head_dim, panel.queries, kPitch, turned, kPitch,
             *high - *low + size, panel.lanes, p.head_dim, false, false});
   for (int64_t k = 0; k < size; ++k) {
-    float* to = rel + k * kPanel;
-    const float* from = turned + (size - 1 - k - *low) * kPanel;
-    for (int64_t i = 0; i < panel.count; ++i) to[i] = from[at[i] * kPanel + i];
+    float* to = rel + k * kPitch;
+    const float* from = turned + (size - 1 - k - *low) * kPitch;
+    for (int64_t i = 0; i < panel.count; ++i) to[i] = from[at[i] * kPitch + i];
     std::fill(to + panel.count, to + panel.lanes, 0.0f);
   }
 }
@@ -146,7 +146,7 @@ void read_queries(const Problem& p, const Task& t, int64_t first, const View<con
   const int64_t n = p.head_dim;
   panel.count = std::min(kPanel, t.queries() - first);
   panel.lanes = (panel.count + kLanes - 1) / kLanes * kLanes;
-  if (panel.count < panel.lanes) std::fill(panel.queries, panel.queries + n * kPanel, 0.0f);
+  if (panel.count < panel.lanes) std::fill(panel.queries, panel.queries + n * kPitch, 0.0f);
   for (int64_t i = 0; i < panel.count; ++i)
     panel.h[i] = (first + i) / t.columns, panel.w[i] = (first + i) % t.columns;
   for (int64_t i = 0; i < panel.count; ++i) {
@@ -170,7 +170,7 @@ void each_tile(int64_t first, int64_t last, int64_t width, F&& f) {
 void logits(const Problem& p, const Panel& panel, const KeyRange& range, const float* keys,
             float* tile) {
   fill_bias(range, panel.lanes, panel.rel_h, panel.rel_w, tile);
-  multiply({keys, p.head_dim, panel.queries, kPanel, tile, kPanel, range.count, panel.lanes,
+  multiply({keys, p.head_dim, panel.queries, kPitch, tile, kPitch, range.count, panel.lanes,
             p.head_dim, false, true});
 }
 
@@ -210,7 +210,7 @@ void forward_part(const Problem& p, const Inputs<T>& in, const View<T>& out, flo
     for (int64_t i = 0; i < panels; ++i) {
       Panel& panel = work.panels[i];
       read_queries(p, t, first + i * kPanel, in.q, in.table_h, in.table_w, work, panel);
-      std::fill(panel.sums, panel.sums + n * kPanel, 0.0f);
+      std::fill(panel.sums, panel.sums + n * kPitch, 0.0f);
       std::fill(panel.total, panel.total + kPanel, 0.0f);
       std::fill(panel.maximum, panel.maximum + kPanel, -FLT_MAX);
     }
@@ -221,7 +221,7 @@ void forward_part(const Problem& p, const Inputs<T>& in, const View<T>& out, flo
         if (softmax_tile(work.tile, range.count, panel.lanes, panel.maximum, panel.total,
                          panel.correction))
           scale_rows(panel.sums, n, panel.lanes, panel.correction);
-        multiply({work.values + range.first * n, n, work.tile, kPanel, panel.sums, kPanel, n,
+        multiply({work.values + range.first * n, n, work.tile, kPitch, panel.sums, kPitch, n,
                   panel.lanes, range.count, true, true});
       }
     });
@@ -230,7 +230,7 @@ void forward_part(const Problem& p, const Inputs<T>& in, const View<T>& out, flo
       for (int64_t j = 0; j < panel.count; ++j) {
         const int64_t y = t.top + panel.h[j], x = t.left + panel.w[j];
         for (int64_t c = 0; c < n; ++c)
-          work.rows[c] = panel.sums[c * kPanel + j] / panel.total[j];
+          work.rows[c] = panel.sums[c * kPitch + j] / panel.total[j];
         write(work.rows, 1.0f, n, panel.at(out, t, j), out.stride[4]);
         lse[((t.batch * p.heads + t.head) * p.image_height + y) * p.image_width + x] =
             static_cast<float>(panel.maximum[j] + std::log(static_cast<double>(panel.total[j])));
@@ -248,12 +248,12 @@ void read_gradients(const Problem& p, const Task& t, const Inputs<T>& in, const 
   std::fill(panel.total, panel.total + kPanel, 0.0f);
   std::fill(panel.moment, panel.moment + kPanel, 0.0f);
   std::fill(panel.correction, panel.correction + kPanel, 1.0f);
-  std::fill(panel.sums, panel.sums + n * kPanel, 0.0f);
-  std::fill(panel.dplain, panel.dplain + n * kPanel, 0.0f);
-  std::fill(panel.drel_h, panel.drel_h + p.height * kPanel, 0.0f);
-  std::fill(panel.drel_w, panel.drel_w + p.width * kPanel, 0.0f);
+  std::fill(panel.sums, panel.sums + n * kPitch, 0.0f);
+  std::fill(panel.dplain, panel.dplain + n * kPitch, 0.0f);
+  std::fill(panel.drel_h, panel.drel_h + p.height * kPitch, 0.0f);
+  std::fill(panel.drel_w, panel.drel_w + p.width * kPitch, 0.0f);
   if (panel.count < panel.lanes)
-    std::fill(panel.dout_turned, panel.dout_turned + n * kPanel, 0.0f);
+    std::fill(panel.dout_turned, panel.dout_turned + n * kPitch, 0.0f);
   for (int64_t i = 0; i < panel.count; ++i) {
     const int64_t y = t.top + panel.h[i], x = t.left + panel.w[i];
     float* dout = panel.dout + i * n;
@@ -275,7 +275,7 @@ void read_gradients(const Problem& p, const Task& t, const Inputs<T>& in, const 
 void weights(const Problem& p, const KeyRange& range, const float* keys, const float* values,
              const Panel& panel, float* tile, float* dtile) {
   logits(p, panel, range, keys, tile);
-  multiply({values, p.head_dim, panel.dout_turned, kPanel, dtile, kPanel, range.count, panel.lanes,
+  multiply({values, p.head_dim, panel.dout_turned, kPitch, dtile, kPitch, range.count, panel.lanes,
             p.head_dim, false, false});
   weights_tile(range.count, panel.lanes, panel.lse, panel.delta, tile, dtile, panel.total,
                panel.moment);
@@ -287,9 +287,9 @@ void gradients(const Problem& p, const KeyRange& range, const float* keys, Panel
   const int64_t n = p.head_dim;
   gradient_tile(range, panel.lanes, panel.correction, panel.delta, tile, dtile, panel.drel_h,
                 panel.drel_w);
-  multiply({tile, kPanel, panel.dout, n, dvalues, n, range.count, n, panel.count, false, true});
-  multiply({dtile, kPanel, panel.plain, n, dkeys, n, range.count, n, panel.count, false, true});
-  multiply({keys, n, dtile, kPanel, panel.sums, kPanel, n, panel.lanes, range.count, true, true});
+  multiply({tile, kPitch, panel.dout, n, dvalues, n, range.count, n, panel.count, false, true});
+  multiply({dtile, kPitch, panel.plain, n, dkeys, n, range.count, n, panel.count, false, true});
+  multiply({keys, n, dtile, kPitch, panel.sums, kPitch, n, panel.lanes, range.count, true, true});
 }
 
 // One task's keys first to last against all its queries. dtables, where wanted, is added to; dq
@@ -315,7 +315,7 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
       read_gradients(p, t, in, g, work, panel);
     }
     const auto offset = [&](const KeyRange& range) { return (range.first - key) * n; };
-    const auto row = [&](const KeyRange& range) { return whole ? range.first * kPanel : 0; };
+    const auto row = [&](const KeyRange& range) { return whole ? range.first * kPitch : 0; };
     const auto weigh = [&](const KeyRange& range, Panel& panel) {
       weights(p, range, work.keys + offset(range), work.values + offset(range), panel,
               work.tile + row(range), work.dtile + row(range));
@@ -353,7 +353,7 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
                      dtable_h == nullptr ? nullptr : dtable_h + at_h, n);
         spread_query(panel.drel_w + j, p.width, in.table_w + at_w, q, dq,
                      dtable_w == nullptr ? nullptr : dtable_w + at_w, n);
-        for (int64_t c = 0; c < n; ++c) dq[c] += panel.sums[c * kPanel + j];
+        for (int64_t c = 0; c < n; ++c) dq[c] += panel.sums[c * kPitch + j];
         if (partial != nullptr)
           std::copy(dq, dq + n, partial + (first + i * kPanel + j) * n);
         else

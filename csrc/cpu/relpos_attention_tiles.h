@@ -14,7 +14,8 @@
 namespace samfast {
 namespace {
 
-constexpr int64_t kPanel = 64;  // queries of a panel, and the pitch of everything across queries
+constexpr int64_t kPanel = 64;  // queries of a panel
+constexpr int64_t kPitch = 80;  // between rows across queries; at 64 they would share few lines of L1
 constexpr float kLog2E = 1.44269504f;
 
 typedef int32_t IntVec __attribute__((vector_size(64)));
@@ -52,9 +53,9 @@ void fill_bias(const KeyRange& keys, int64_t lanes, const float* rel_h, const fl
   for (int64_t j = 0; j < keys.count; ++j) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
       Vec down, along;
-      load(down, rel_h + h * kPanel + i);
-      load(along, rel_w + w * kPanel + i);
-      store(s + j * kPanel + i, down + along);
+      load(down, rel_h + h * kPitch + i);
+      load(along, rel_w + w * kPitch + i);
+      store(s + j * kPitch + i, down + along);
     }
     if (++w == keys.width) w = 0, ++h;
   }
@@ -71,14 +72,14 @@ bool softmax_tile(float* s, int64_t keys, int64_t lanes, float* maximum, float* 
     load(before, maximum + i);
     most = before;
     for (int64_t j = 0; j < keys; ++j) {
-      load(x, s + j * kPanel + i);
+      load(x, s + j * kPitch + i);
       most = x > most ? x : most;
     }
     Vec sum = {};
     for (int64_t j = 0; j < keys; ++j) {
-      load(x, s + j * kPanel + i);
+      load(x, s + j * kPitch + i);
       exponential(x - most, e);
-      store(s + j * kPanel + i, e);
+      store(s + j * kPitch + i, e);
       sum += e;
     }
     exponential(before - most, e);
@@ -97,9 +98,9 @@ void scale_rows(float* rows, int64_t count, int64_t lanes, const float* factor) 
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < lanes; i += kLanes) {
       Vec x, f;
-      load(x, rows + r * kPanel + i);
+      load(x, rows + r * kPitch + i);
       load(f, factor + i);
-      store(rows + r * kPanel + i, x * f);
+      store(rows + r * kPitch + i, x * f);
     }
 }
 
@@ -113,10 +114,10 @@ void weights_tile(int64_t keys, int64_t lanes, const float* lse, const float* de
     load(most, lse + i);
     load(mean, delta + i);
     for (int64_t j = 0; j < keys; ++j) {
-      load(x, s + j * kPanel + i);
+      load(x, s + j * kPitch + i);
       exponential(x - most, p);
-      store(s + j * kPanel + i, p);
-      load(x, dp + j * kPanel + i);
+      store(s + j * kPitch + i, p);
+      load(x, dp + j * kPitch + i);
       sum += p;
       dot += p * (x - mean);
     }
@@ -136,18 +137,18 @@ void gradient_tile(const KeyRange& keys, int64_t lanes, const float* factor, con
   for (int64_t j = 0; j < keys.count; ++j) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
       Vec x, y, g;
-      load(x, p + j * kPanel + i);
+      load(x, p + j * kPitch + i);
       load(y, factor + i);
       x *= y;
-      store(p + j * kPanel + i, x);
-      load(g, dp + j * kPanel + i);
+      store(p + j * kPitch + i, x);
+      load(g, dp + j * kPitch + i);
       load(y, delta + i);
       g = x * (g - y);
-      store(dp + j * kPanel + i, g);
-      load(x, drel_h + h * kPanel + i);
-      store(drel_h + h * kPanel + i, x + g);
-      load(x, drel_w + w * kPanel + i);
-      store(drel_w + w * kPanel + i, x + g);
+      store(dp + j * kPitch + i, g);
+      load(x, drel_h + h * kPitch + i);
+      store(drel_h + h * kPitch + i, x + g);
+      load(x, drel_w + w * kPitch + i);
+      store(drel_w + w * kPitch + i, x + g);
     }
     if (++w == keys.width) w = 0, ++h;
   }
@@ -166,7 +167,7 @@ SAMFAST_INLINE void spread(const float* drel, int64_t size, const float* first, 
     load(query[v], q + v * kLanes);
   }
   for (int64_t k = 0; k < size; ++k) {
-    const float d = drel[k * kPanel];
+    const float d = drel[k * kPitch];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       load(x, first - k * kWidth + v * kLanes);
