@@ -15,7 +15,7 @@ namespace samfast {
 namespace {
 
 constexpr int64_t kPanel = 64;  // queries of a panel
-constexpr int64_t kPitch = 80;  // between rows across queries; at 64 they would share few lines of L1
+constexpr int64_t kPitch = 80;  // between rows across queries; 64 would use a quarter of L1
 constexpr float kLog2E = 1.44269504f;
 
 typedef int32_t IntVec __attribute__((vector_size(64)));
