@@ -12,6 +12,10 @@ WORKERS ?= 2
 # Threads that wait without spinning: on shared cores that is the difference of a factor of ten.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Tests of modules that a GPU runs too.
+ON_GPU := aux_loss black_box conv_lora_black_box conv_lora_golden conv_lora_in_windows fuse \
+  rel_pos_attention rel_pos_attention_black_box
+
 .PHONY: demo test test-slow test-gpu bench bench-gpu lint clean
 
 demo: $(VENV)/.train
@@ -27,15 +31,16 @@ test-slow: $(VENV)/.dev
 test-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/kernels tests/test_counters.py \
-	  tests/instruments tests/modules/test_black_box.py
+	  tests/instruments $(addprefix tests/modules/test_, $(addsuffix .py, $(ON_GPU)))
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --op lora_linear --record
 	$(BIN)/python -m benchmarks.run --op conv_lora --record
+	$(BIN)/python -m benchmarks.run --op relpos_attention --record
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	for op in lora_linear conv_lora; do $(PYTHON) -m benchmarks.run --op $$op --device cuda \
+	for op in lora_linear conv_lora relpos_attention; do $(PYTHON) -m benchmarks.run --op $$op --device cuda \
 	  --dtype bfloat16 --model vit_h --batch 4 --repeats 50 --compiled --record || exit 1; done
 
 lint: $(VENV)/.dev
