@@ -10,10 +10,12 @@ Launches that lead to the same code cost nothing: they are compiled once.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 
+from benchmarks.cubin import SHARED_LIMITS
 from benchmarks.offline import Launch, recording
 from samfast.kernels._common.windows import Windows
 
@@ -165,7 +167,89 @@ def _expert_gate(windows, rank, experts, dtype, noisy=True, given=False) -> list
     return launches
 
 
-OPERATIONS = (lora_linear, conv_experts, expert_gate)
+def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """ViT-H's windows and ViT-B's global maps; each width of a head, way of the bias and padding.
+
+    Hopper has tiles of its own, so each call is recorded with them and with everyone else's.
+    """
+    from samfast.kernels.relpos_attention.triton_kernels import FLOAT32_HEAD
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    windows, whole = Windows(4, 64, 64, 14, 14), Windows.whole(4, 64, 64)
+    for name, arguments in {
+        "bfloat16 hd80 windows": (windows, 16, 80, bf16),
+        "bfloat16 hd64 global": (whole, 12, 64, bf16),
+    }.items():
+        yield f"relpos_attention {name}", _relpos_attention(*arguments)
+    if quick:
+        return
+    maps = {
+        "windows": windows, "global": whole, "odd": Windows.whole(4, 9, 13),
+        "lines": Windows(4, 64, 64, 20, 20), "long": Windows.whole(1, 96, 160),
+    }  # fmt: skip
+    for way, form in maps.items():
+        for head_dim in (16, 48, 64, 80, 112, 128):
+            launches = _relpos_attention(form, 16, head_dim, bf16)
+            yield f"relpos_attention bfloat16 hd{head_dim} {way}", launches
+        for dtype, head_dim in ((fp16, 80), (fp32, 64), (fp32, FLOAT32_HEAD)):
+            launches = _relpos_attention(form, 16, head_dim, dtype)
+            yield f"relpos_attention {str(dtype)[6:]} hd{head_dim} {way}", launches
+        with _tf32():
+            yield f"relpos_attention tf32 hd64 {way}", _relpos_attention(form, 12, 64, fp32)
+    for pads in ("rows", "none"):
+        for wanted in (True, False):
+            launches = _relpos_attention(windows, 16, 80, bf16, pads, wanted, wanted)
+            yield f"relpos_attention bfloat16 pads {pads}{'' if wanted else ' fixed'}", launches
+    launches = _relpos_attention(windows, 12, 64, bf16, "bias", False, False)
+    yield "relpos_attention bfloat16 hd64 fixed", launches
+
+
+def _relpos_attention(
+    windows, heads, head_dim, dtype, pads="bias", want_pads=True, want_tables=True
+) -> list[Launch]:
+    """The launches of a forward and backward on packed qkv, for Hopper and for the others."""
+    from samfast.kernels.relpos_attention import tiling
+
+    launches, target = [], tiling.target
+    try:
+        for name in ("sm_90", "default"):
+            tiling.target = lambda x, name=name: name
+            archs = (90,) if name == "sm_90" else tuple(a for a in SHARED_LIMITS if a != 90)
+            for launch in _relpos_launches(
+                windows, heads, head_dim, dtype, pads, want_pads, want_tables
+            ):
+                launches.append(dataclasses.replace(launch, archs=archs))
+    finally:
+        tiling.target = target
+    return launches
+
+
+def _relpos_launches(windows, heads, head_dim, dtype, pads, want_pads, want_tables):
+    from samfast.kernels.relpos_attention import triton_kernels as kernels
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    shape = (windows.batch, windows.image_height, windows.image_width)
+    qkv, dqkv = (meta(*shape, 3, heads, head_dim).unbind(3) for _ in range(2))
+    rows = (windows.batch, windows.pads, 3, heads, head_dim)
+    pad = (None, None, None)
+    if windows.pads and pads != "none":
+        pad = (meta(*rows) if pads == "rows" else meta(3, heads, head_dim).expand(rows)).unbind(2)
+    dpad = meta(*rows).unbind(2) if windows.pads and want_pads else (None, None, None)
+    sizes = windows.height, windows.width
+    tables = [meta(2 * size - 1, head_dim, dtype=torch.float32) for size in sizes]
+    inputs = (*qkv, *pad[1:], *tables)
+    with recording() as launches:
+        out, lse = kernels.forward(*inputs, windows, 0.125)
+        kernels.backward(
+            meta(*shape, heads, head_dim), *inputs, out, lse, windows, 0.125, *dqkv, *dpad[1:],
+            want_tables,
+        )  # fmt: skip
+    return launches
+
+
+OPERATIONS = (lora_linear, conv_experts, expert_gate, relpos_attention)
 
 
 def registered(quick: bool) -> Iterator[tuple[str, list[Launch]]]:

@@ -39,12 +39,13 @@ _POINTERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its grid and every argument by name."""
+    """One launch: the kernel, its grid and every argument by name; archs it is for, () for all."""
 
     kernel: triton.JITFunction
     grid: tuple
     arguments: dict
     options: dict
+    archs: tuple[int, ...] = ()
 
 
 @contextlib.contextmanager
@@ -168,6 +169,8 @@ def distinct(
     for name, launches in named:
         for arch in archs:
             for launch in launches:
+                if launch.archs and arch not in launch.archs:
+                    continue
                 job = Compile.of(launch, arch)
                 # repr tells True from 1 and 1.0, which are equal as keys
                 users.setdefault(repr(job), (job, []))[1].append(name)

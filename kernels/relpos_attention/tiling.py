@@ -37,9 +37,10 @@ def one_hot_terms(windows: Windows) -> int:
 
 
 def target(x: torch.Tensor) -> str:
-    """The table of the GPU that holds x."""
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-    return "sm_{}{}".format(*capability)
+    """The table of the GPU that holds x; interpreted kernels have few and large tiles."""
+    if not x.is_cuda:
+        return "interpreter"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
 
 
 @functools.cache

@@ -28,21 +28,21 @@ from samfast.kernels.relpos_attention.triton_forward import (
 
 
 @triton.jit
-def skewed(drel_at, step, at, live, size, u):
+def skewed(drel_ptr, row, step, at, live, size, u):
     """(queries, BLOCK_T): gradients of the factors, at the reversed table's rows u they came of."""
     key = u[None, :] + at[:, None] - (size - 1)
     mask = live[:, None] & (key >= 0) & (key < size)
-    return tl.load(drel_at[:, None] + key * step, mask, other=0.0)
+    return tl.load(drel_ptr + (row[:, None] + key * step), mask, other=0.0)
 
 
 @triton.jit
-def add_factor_gradient(dq, dq_rest, table_ptr, drel_at, step, at, live, size, start, stop,
+def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, size, start, stop,
                         HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
                         BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dq plus what one factor's gradient gives, (BLOCK_M, HEAD_A) and (BLOCK_M, HEAD_B)."""
-    for first in range(start, stop, BLOCK_T):
+    for first in tl.range(start, stop, BLOCK_T, num_stages=1):
         u = first + tl.arange(0, BLOCK_T)
-        d = skewed(drel_at, step, at, live, size, u)
+        d = skewed(drel_ptr, row, step, at, live, size, u)
         _, t, t_rest = table_rows(table_ptr, first, size, d, HEAD, HEAD_A, HEAD_B, BLOCK_T)
         dq = tl.dot(d, t, dq, input_precision=PRECISION)
         if HEAD_B:
@@ -64,6 +64,7 @@ def dq_kernel(
     rel_w_ptr,
     lse_ptr,
     delta_ptr,
+    share_ptr,
     drel_h_ptr,
     drel_w_ptr,
     dq_ptr,
@@ -105,6 +106,7 @@ def dq_kernel(
     scale,
     ONE_HOT: tl.constexpr,
     WIDE: tl.constexpr,
+    FULL: tl.constexpr,
     PADS: tl.constexpr,
     NATURAL: tl.constexpr,
     FLAT: tl.constexpr,
@@ -121,6 +123,7 @@ def dq_kernel(
 ):
     """dq and the gradients of the factors, which lie as the factors do.
 
+    share: what the weights that lse gives are multiplied with; None where it makes no difference
     NATURAL, EVEN: as in the forward
     SEVERAL: more than one tile of keys makes a line of the map
     """
@@ -130,7 +133,7 @@ def dq_kernel(
     )
     if tile * BLOCK_M >= lines * columns:
         return
-    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, BLOCK_M)
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, FULL, BLOCK_M)
     tokens = image_height * image_width
     token = y * image_width + x
     plane = image.to(tl.int64) * heads + head
@@ -145,6 +148,8 @@ def dq_kernel(
     dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
     lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
     delta = tl.load(delta_ptr + plane * tokens + token, live, other=0.0)
+    if share_ptr is not None:
+        share = tl.load(share_ptr + plane * tokens + token, live, other=0.0)
     k_ptr = start_of(k_ptr, image, head, stride_kb, stride_kn)
     v_ptr = start_of(v_ptr, image, head, stride_vb, stride_vn)
     if PADS == GIVEN_PADS:
@@ -178,6 +183,8 @@ def dq_kernel(
             if not EVEN:
                 s = tl.where(valid[None, :], s, float("-inf"))
             p = power(s - lse[:, None], NATURAL)
+            if share_ptr is not None:
+                p *= share[:, None]
             v_at = key_rows(
                 v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
                 image_height, image_width, width, across, PADS, WIDE,
@@ -191,8 +198,9 @@ def dq_kernel(
                 acc_rest = tl.dot(ds, k_rest, acc_rest, input_precision=PRECISION)
             dfactors = tl.dot(ds, tl.trans(hot), dfactors, input_precision=PRECISION)
         tl.store(drel_h_ptr + w_plane + rel_at, dfactors.to(q.dtype), live[:, None])
-        h_at, h_step = drel_h_ptr + w_plane + token * rel, 1
-        w_at = h_at + height
+        drel_h_ptr += w_plane
+        drel_w_ptr = drel_h_ptr + height
+        row_h, step_h = token * rel, 1
     else:
         rel_h_ptr += plane * height * tokens
         drel_h_ptr += plane * height * tokens
@@ -221,6 +229,8 @@ def dq_kernel(
                 k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
                 s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
                 p = power(s * (scale * UNIT) + (tile_w + column[:, None]), NATURAL)
+                if share_ptr is not None:
+                    p *= share[:, None]
                 v_at = key_rows(
                     v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
                     image_height, image_width, width, across, PADS, WIDE,
@@ -241,20 +251,20 @@ def dq_kernel(
                     acc_rest = tl.dot(ds, k_rest, acc_rest, input_precision=PRECISION)
             tl.store(drel_w_ptr + w_plane + w_tile_at, dtile_w.to(q.dtype), w_mask)
             tl.debug_barrier()  # the next tiles of these lines add to what was stored here
-        h_at, h_step = drel_h_ptr + token, tokens
-        w_at = drel_w_ptr + w_plane + token * rel
+        drel_w_ptr += w_plane
+        row_h, step_h = token, tokens
     # Every thread of the program has to be here before it reads what the others stored.
     tl.debug_barrier()
     acc, acc_rest = acc * scale, acc_rest * scale
-    _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, BLOCK_M)
+    _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
     start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
     acc, acc_rest = add_factor_gradient(
-        acc, acc_rest, table_h_ptr, h_at, h_step, y - top, live, height, start, stop, HEAD,
-        HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        acc, acc_rest, table_h_ptr, drel_h_ptr, row_h, step_h, y - top, live, height, start, stop,
+        HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     acc, acc_rest = add_factor_gradient(
-        acc, acc_rest, table_w_ptr, w_at, 1, x - left, live, width, width - columns,
-        2 * width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        acc, acc_rest, table_w_ptr, drel_w_ptr, token * rel, 1, x - left, live, width,
+        width - columns, 2 * width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
@@ -275,6 +285,7 @@ def dkv_kernel(
     rel_w_ptr,
     lse_ptr,
     delta_ptr,
+    share_ptr,
     dk_ptr,
     dv_ptr,
     dpad_k_ptr,
@@ -327,6 +338,7 @@ def dkv_kernel(
     scale,
     ONE_HOT: tl.constexpr,
     WIDE: tl.constexpr,
+    FULL: tl.constexpr,
     PADS: tl.constexpr,
     NEED_K: tl.constexpr,
     NEED_V: tl.constexpr,
@@ -392,6 +404,8 @@ def dkv_kernel(
     dout_ptr = start_of(dout_ptr, image, head, stride_gb, stride_gn)
     lse_ptr += plane * tokens
     delta_ptr += plane * tokens
+    if share_ptr is not None:
+        share_ptr += plane * tokens
     if ONE_HOT:
         rel_h_ptr += plane * tokens * rel
         offs_r = tl.arange(0, REL)
@@ -405,7 +419,7 @@ def dkv_kernel(
     dk_rest = tl.zeros((BLOCK_N, REST), tl.float32)
     dv_rest = tl.zeros((BLOCK_N, REST), tl.float32)
     for first in range(0, lines * columns, BLOCK_M):
-        live, y, x = queries(first, top, left, lines, columns, FLAT, BLOCK_M)
+        live, y, x = queries(first, top, left, lines, columns, FLAT, FULL, BLOCK_M)
         token = y * image_width + x
         q_at = pixels(q_ptr, y, x, stride_qy, stride_qx, WIDE)
         q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
@@ -425,6 +439,8 @@ def dkv_kernel(
         g_at = pixels(dout_ptr, y, x, stride_gy, stride_gx, WIDE)
         dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True)
         dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
+        if share_ptr is not None:
+            p *= tl.load(share_ptr + token, live, other=0.0)[None, :]
         small = p.to(dout.dtype)
         dv = tl.dot(small, dout, dv, input_precision=PRECISION)
         if HEAD_B:
@@ -485,6 +501,7 @@ def tables_kernel(
     chunk_tiles,
     ONE_HOT: tl.constexpr,
     WIDE: tl.constexpr,
+    FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_A: tl.constexpr,
@@ -512,17 +529,17 @@ def tables_kernel(
         image, head, top, left, lines, columns = place(
             group, heads, height, width, image_height, image_width, down, across
         )
-        live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, BLOCK_M)
+        live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
         token = y * image_width + x
         plane = image.to(tl.int64) * heads + head
         if ONE_HOT:
-            at, step = drel_h_ptr + plane * tokens * rel + token * rel, 1
-            at += tl.where(of_w, height, 0)
+            drel_ptr = drel_h_ptr + plane * tokens * rel + tl.where(of_w, height, 0)
+            row, step = token * rel, 1
         else:
-            h_at = drel_h_ptr + plane * height * tokens + token
-            w_at = drel_w_ptr + plane * tokens * rel + token * rel
-            at, step = tl.where(of_w, w_at, h_at), tl.where(of_w, 1, tokens)
-        d = skewed(at, step, tl.where(of_w, x - left, y - top), live, size, u)
+            h_ptr, w_ptr = drel_h_ptr + plane * height * tokens, drel_w_ptr + plane * tokens * rel
+            drel_ptr = tl.where(of_w, w_ptr, h_ptr)
+            row, step = tl.where(of_w, token * rel, token), tl.where(of_w, 1, tokens)
+        d = skewed(drel_ptr, row, step, tl.where(of_w, x - left, y - top), live, size, u)
         q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
         q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
         q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
@@ -531,8 +548,8 @@ def tables_kernel(
             q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True)
             acc_rest = tl.dot(tl.trans(d), q_rest, acc_rest, input_precision=PRECISION)
     rows = 2 * height - 1 + 2 * width - 1
-    row = tl.where(of_w, 2 * height - 1, 0) + 2 * size - 2 - u
-    part_at = part_ptr + (chunk.to(tl.int64) * rows + row) * HEAD
+    table_row = tl.where(of_w, 2 * height - 1, 0) + 2 * size - 2 - u
+    part_at = part_ptr + (chunk.to(tl.int64) * rows + table_row) * HEAD
     store_rows(part_at, acc, u < 2 * size - 1, 0, HEAD_A, HEAD)
     if HEAD_B:
         store_rows(part_at, acc_rest, u < 2 * size - 1, HEAD_A, HEAD_B, HEAD)

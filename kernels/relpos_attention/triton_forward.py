@@ -36,14 +36,17 @@ def place(group, heads, height, width, image_height, image_width, down, across):
 
 
 @triton.jit
-def queries(first, top, left, lines, columns, FLAT: tl.constexpr, BLOCK_M: tl.constexpr):
+def queries(first, top, left, lines, columns, FLAT: tl.constexpr, FULL: tl.constexpr,
+            BLOCK_M: tl.constexpr):  # fmt: skip
     """Which of BLOCK_M queries exist, and their lines and columns in the image.
 
-    FLAT: the window is the map and the map lies in memory as one line; saves the division.
+    FLAT: the window is the map and the map lies in memory as one line; saves the division
+    FULL: all of them exist
     """
     i = first + tl.arange(0, BLOCK_M)
     y = tl.zeros_like(i) if FLAT else i // columns
-    return i < lines * columns, top + y, left + i - y * columns
+    live = tl.full((BLOCK_M,), True, tl.int1) if FULL else i < lines * columns
+    return live, top + y, left + i - y * columns
 
 
 @triton.jit
@@ -137,21 +140,21 @@ def table_rows(table_ptr, first, size, q, HEAD: tl.constexpr, HEAD_A: tl.constex
 
 
 @triton.jit
-def write_factor(q, q_rest, table_ptr, rel_at, step, at, live, size, limit, start, stop,
+def write_factor(q, q_rest, table_ptr, rel_ptr, row, step, at, live, size, limit, start, stop,
                  HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
                  BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """q_i · table[at_i − key + size − 1] to rel_at_i + step · key for every key, zeros to limit.
+    """q_i · table[at_i − key + size − 1] to rel_ptr + row_i + step · key; zeros from size to limit.
 
     The product with all rows of the table is stored along its diagonals.
     start, stop: rows of the reversed table that these queries meet
     """
-    for first in range(start, stop, BLOCK_T):
+    for first in tl.range(start, stop, BLOCK_T, num_stages=1):
         u, t, t_rest = table_rows(table_ptr, first, size, q, HEAD, HEAD_A, HEAD_B, BLOCK_T)
         g = dot_nt(q, q_rest, t, t_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_T)
         key = u[None, :] + at[:, None] - (size - 1)
         g = tl.where(key < size, g, 0.0).to(q.dtype)
         mask = live[:, None] & (key >= 0) & (key < limit)
-        tl.store(rel_at[:, None] + key * step, g, mask)
+        tl.store(rel_ptr + (row[:, None] + key * step), g, mask)
 
 
 @triton.jit
@@ -190,6 +193,7 @@ def prepare_kernel(
     rel,
     ONE_HOT: tl.constexpr,
     WIDE: tl.constexpr,
+    FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_A: tl.constexpr,
@@ -209,7 +213,7 @@ def prepare_kernel(
     )
     if tile * BLOCK_M >= lines * columns:
         return
-    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, BLOCK_M)
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
     tokens = image_height * image_width
     token = y * image_width + x
     plane = image.to(tl.int64) * heads + head
@@ -220,18 +224,20 @@ def prepare_kernel(
 
     start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
     if ONE_HOT:
-        h_at, h_step = rel_h_ptr + plane * tokens * rel + token * rel, 1
-        w_at, limit = h_at + height, rel - height
+        rel_h_ptr += plane * tokens * rel
+        rel_w_ptr = rel_h_ptr + height
+        row_h, step_h, limit = token * rel, 1, rel - height
     else:
-        h_at, h_step = rel_h_ptr + plane * height * tokens + token, tokens
-        w_at, limit = rel_w_ptr + plane * tokens * rel + token * rel, width
+        rel_h_ptr += plane * height * tokens
+        rel_w_ptr += plane * tokens * rel
+        row_h, step_h, limit = token, tokens, width
     write_factor(
-        q, q_rest, table_h_ptr, h_at, h_step, y - top, live, height, height, start, stop, HEAD,
-        HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        q, q_rest, table_h_ptr, rel_h_ptr, row_h, step_h, y - top, live, height, height, start,
+        stop, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     write_factor(
-        q, q_rest, table_w_ptr, w_at, 1, x - left, live, width, limit, width - columns,
-        limit + width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        q, q_rest, table_w_ptr, rel_w_ptr, token * rel, 1, x - left, live, width, limit,
+        width - columns, limit + width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     if dout_ptr is not None:
         g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
@@ -262,6 +268,15 @@ def attend(s, v, v_rest, most, total, acc, acc_rest, NATURAL: tl.constexpr,
 
 
 @triton.jit
+def moment(s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL: tl.constexpr,
+           HEAD_B: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys of Σ P and Σ P · (dout vᵀ)."""
+    p = power(s - lse[:, None], NATURAL)
+    dp = dot_nt(dout, dout_rest, v, v_rest, HEAD_B, PRECISION)
+    return weight + tl.sum(p, 1), total + tl.sum(p * dp, 1)
+
+
+@triton.jit
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -272,6 +287,9 @@ def forward_kernel(
     rel_w_ptr,
     out_ptr,
     lse_ptr,
+    dout_ptr,
+    delta_ptr,
+    share_ptr,
     stride_qb,
     stride_qy,
     stride_qx,
@@ -290,6 +308,10 @@ def forward_kernel(
     stride_pvb,
     stride_pvp,
     stride_pvn,
+    stride_gb,
+    stride_gy,
+    stride_gx,
+    stride_gn,
     heads,
     height,
     width,
@@ -302,6 +324,7 @@ def forward_kernel(
     scale,
     ONE_HOT: tl.constexpr,
     WIDE: tl.constexpr,
+    FULL: tl.constexpr,
     PADS: tl.constexpr,
     NATURAL: tl.constexpr,
     FLAT: tl.constexpr,
@@ -316,6 +339,9 @@ def forward_kernel(
 ):
     """out (batch, H, W, heads, head_dim) and lse (batch, heads, H · W).
 
+    Where dout is given, from lse, delta = Σ P · (dout vᵀ) / Σ P and share = 1 / Σ P instead:
+    what lse and out were rounded to would leave gradients less exact than float32 should be.
+
     NATURAL: logits are kept for base e, not two
     EVEN: tiles of keys are full and all of them are loaded
     """
@@ -325,7 +351,7 @@ def forward_kernel(
     )
     if tile * BLOCK_M >= lines * columns:
         return
-    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, BLOCK_M)
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, FULL, BLOCK_M)
     tokens = image_height * image_width
     token = y * image_width + x
     plane = image.to(tl.int64) * heads + head
@@ -340,6 +366,14 @@ def forward_kernel(
         pad_v_ptr = start_of(pad_v_ptr, image, head, stride_pvb, stride_pvn)
 
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    if dout_ptr is not None:
+        g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
+        g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
+        dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True)
+        dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
+        lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
+        weight = tl.zeros((BLOCK_M,), tl.float32)
+
     REST: tl.constexpr = HEAD_B if HEAD_B else 16
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -373,9 +407,29 @@ def forward_kernel(
             )  # fmt: skip
             v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
             v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
-            most, total, acc, acc_rest = attend(
-                s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
-            )
+            if dout_ptr is None:
+                if dout_ptr is None:
+                    most, total, acc, acc_rest = attend(
+                        s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
+                    )
+                else:
+                    weight, total = moment(
+                        s,
+                        dout,
+                        dout_rest,
+                        v,
+                        v_rest,
+                        lse,
+                        weight,
+                        total,
+                        NATURAL,
+                        HEAD_B,
+                        PRECISION,
+                    )
+            else:
+                weight, total = moment(
+                    s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL, HEAD_B, PRECISION
+                )
     else:
         rel_h_ptr += plane * height * tokens
         rel_w_ptr += plane * tokens * rel
@@ -407,13 +461,32 @@ def forward_kernel(
                 )  # fmt: skip
                 v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
                 v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
-                most, total, acc, acc_rest = attend(
-                    s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
-                )
+                if dout_ptr is None:
+                    most, total, acc, acc_rest = attend(
+                        s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
+                    )
+                else:
+                    weight, total = moment(
+                        s,
+                        dout,
+                        dout_rest,
+                        v,
+                        v_rest,
+                        lse,
+                        weight,
+                        total,
+                        NATURAL,
+                        HEAD_B,
+                        PRECISION,
+                    )
 
-    tl.store(lse_ptr + plane * tokens + token, most / UNIT + tl.log(total), live)
-    out_at = out_ptr + (image.to(tl.int64) * tokens * heads + head) * HEAD
-    out_at = pixels(out_at, token * 0, token, 0, heads * HEAD, WIDE)
-    store_rows(out_at, acc / total[:, None], live, 0, HEAD_A, HEAD)
-    if HEAD_B:
-        store_rows(out_at, acc_rest / total[:, None], live, HEAD_A, HEAD_B, HEAD)
+    if dout_ptr is None:
+        tl.store(lse_ptr + plane * tokens + token, most / UNIT + tl.log(total), live)
+        out_at = out_ptr + (image.to(tl.int64) * tokens * heads + head) * HEAD
+        out_at = pixels(out_at, token * 0, token, 0, heads * HEAD, WIDE)
+        store_rows(out_at, acc / total[:, None], live, 0, HEAD_A, HEAD)
+        if HEAD_B:
+            store_rows(out_at, acc_rest / total[:, None], live, HEAD_A, HEAD_B, HEAD)
+    else:
+        tl.store(delta_ptr + plane * tokens + token, total / weight, live)
+        tl.store(share_ptr + plane * tokens + token, 1.0 / weight, live)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Relative-position attention in Triton; see torch_path for what forward and backward compute.
 
-Two launches for the forward; three for the backward, two more where gradients of the tables are
-wanted. Each sum is made by one program in one order, or of partials in a fixed order: no atomics,
-the same bits every time.
+Two launches for the forward; three for the backward, one more for float32 and two more where
+gradients of the tables are wanted. Each sum is made by one program in one order, or of partials in
+a fixed order: no atomics, the same bits every time.
 """
 
 import contextlib
@@ -27,14 +27,17 @@ from samfast.kernels.relpos_attention.triton_forward import (
 )
 
 MOST = 2**31 - 1  # programs of a grid; elements of one head's factors, which int32 counts
+FLOAT32_HEAD = 80  # float32 products are made without tensor cores; wider heads spill
 LEAST = 16  # keys of a tile, at least
 MAX_CHUNKS = 64  # partials of the gradients of the tables
 ALIGNED = 16  # elements; lines of factors start at multiples
-TABLE_BLOCK = {2: 64, 4: 32}  # rows of a table at a time in the epilogue of dq, by bytes
+TABLE_BLOCK = {2: 32, 4: 16}  # rows of a table at a time in the epilogue of dq, by bytes
 
 
 def missing(q, windows) -> str | None:
     """None when the kernels take this call, or the sentence that says why not."""
+    if q.dtype == torch.float32 and q.shape[4] > FLOAT32_HEAD:
+        return f"q is torch.float32 with head_dim {q.shape[4]}, above {FLOAT32_HEAD}"
     heads, tokens = q.shape[3], windows.image_height * windows.image_width
     programs = heads * windows.samples * windows.height * triton.cdiv(windows.width, LEAST)
     if programs > MOST:
@@ -54,17 +57,10 @@ def forward(q, k, v, pad_k, pad_v, table_h, table_w, windows, scale):
                       dtype=torch.float32)  # fmt: skip
     if windows.samples == 0:
         return out, lse
-    pads, pad_k, pad_v = _padding(windows, pad_k, pad_v)
-    block = blocks("forward", q, windows)
-    tiles = _query_tiles(windows, block)
+    pads = _padding(windows, pad_k, pad_v)
     with _on(q):
-        rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, None, None, None)
-        forward_kernel[(tiles * _groups(q, windows),)](
-            q, k, v, pad_k, pad_v, rel_h, rel_w, out, lse, *_strides(q, k, v),
-            *_pad_strides(pad_k, pad_v), *_sizes(q, windows), tiles, terms, scale,
-            FLAT=_flat(windows, q), WIDE=_wide(q, k, v, out, pad_k, pad_v),
-            **_options(q, windows, pads, block), **block,
-        )  # fmt: skip
+        factors = _prepare(q, table_h, table_w, windows, None, None, None)
+        _attend(q, k, v, *pads, *factors, out, lse, None, None, None, windows, scale)
     return out, lse
 
 
@@ -75,6 +71,9 @@ def backward(
     rows_h, rows_w = 2 * windows.height - 1, 2 * windows.width - 1
     if windows.samples == 0:
         return _split_tables(q.new_zeros(rows_h + rows_w, q.shape[4]), rows_h, need_tables)
+    if windows.height == windows.width == 1:  # all weight on one key, whatever its logit
+        dq.zero_(), dk.zero_(), dv.copy_(dout)
+        return _split_tables(q.new_zeros(rows_h + rows_w, q.shape[4]), rows_h, need_tables)
     dout, q, k, v, out = (_dense(t) for t in (dout, q, k, v, out.contiguous()))
     lse = lse.contiguous()
     pads, pad_k, pad_v = _padding(windows, pad_k, pad_v)
@@ -83,15 +82,23 @@ def backward(
     delta = torch.empty_like(lse)
     groups, sizes = _groups(q, windows), _sizes(q, windows)
     with _on(q):
-        rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, dout, out, delta)
+        exact = q.dtype == torch.float32
+        rounded = (None, None, None) if exact else (dout, out, delta)
+        rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, *rounded)
+        share = torch.empty_like(delta) if exact else None
+        if exact:
+            _attend(
+                q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, None, lse, dout, delta, share,
+                windows, scale,
+            )  # fmt: skip
         drel_h, drel_w = (None if t is None else torch.empty_like(t) for t in (rel_h, rel_w))
 
         block = blocks("dq", q, windows)
         tiles = _query_tiles(windows, block)
         dq_kernel[(tiles * groups,)](
             dout, q, k, v, pad_k, pad_v, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w,
-            lse, delta, drel_h, drel_w, dq, *_strides(dout, q, k, v), *_pad_strides(pad_k, pad_v),
-            *_strides(dq), *sizes, tiles, terms, scale, FLAT=_flat(windows, q, dout),
+            lse, delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
+            *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale, FLAT=_flat(windows, q, dout),
             WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq),
             SEVERAL=windows.width > block["BLOCK_N"], BLOCK_T=_table_block(q, windows),
             **_options(q, windows, pads, block), **block,
@@ -101,7 +108,7 @@ def backward(
         options = _options(q, windows, pads, block)
         tiles = _key_tiles(windows, options, block["BLOCK_N"])
         dkv_kernel[(tiles * groups,)](
-            dout, q, k, v, pad_k, pad_v, rel_h, rel_w, lse, delta, dk, dv, dpad_k, dpad_v,
+            dout, q, k, v, pad_k, pad_v, rel_h, rel_w, lse, delta, share, dk, dv, dpad_k, dpad_v,
             *_strides(dout, q, k, v), *_pad_strides(pad_k, pad_v), *_strides(dk, dv),
             *_pad_strides(dpad_k, dpad_v), *sizes, tiles, terms, scale,
             NEED_K=NO_PADS.value if dpad_k is None else GIVEN_PADS.value,
@@ -133,10 +140,25 @@ def _prepare(q, table_h, table_w, windows, dout, out, delta):
     prepare_kernel[(tiles * _groups(q, windows),)](
         q, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w, dout, out, delta,
         *_strides(q), *((0,) * 4 if dout is None else _strides(dout)), *_sizes(q, windows), tiles,
-        terms, ONE_HOT=rel_w is None, WIDE=_wide(q, dout, out), PRECISION=_precision(q),
-        **_heads(q), **block,
+        terms, ONE_HOT=rel_w is None, WIDE=_wide(q, dout, out), FULL=_full(windows, block),
+        PRECISION=_precision(q), **_heads(q), **block,
     )  # fmt: skip
     return rel_h, rel_w, terms
+
+
+def _attend(
+    q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, out, lse, dout, delta, share, windows, scale
+):
+    """out and lse, or with dout delta and share from lse."""
+    block = blocks("forward", q, windows)
+    tiles = _query_tiles(windows, block)
+    forward_kernel[(tiles * _groups(q, windows),)](
+        q, k, v, pad_k, pad_v, rel_h, rel_w, out, lse, dout, delta, share, *_strides(q, k, v),
+        *_pad_strides(pad_k, pad_v), *((0,) * 4 if dout is None else _strides(dout)),
+        *_sizes(q, windows), tiles, terms, scale,
+        FLAT=_flat(windows, *(t for t in (q, dout) if t is not None)),
+        WIDE=_wide(q, k, v, out, dout, pad_k, pad_v), **_options(q, windows, pads, block), **block,
+    )  # fmt: skip
 
 
 def _table_grads(q, drel_h, drel_w, windows, terms):
@@ -153,11 +175,17 @@ def _table_grads(q, drel_h, drel_w, windows, terms):
     grads = torch.empty_like(part[0])
     tables_kernel[(chunks * row_blocks,)](
         q, drel_h, drel_w, part, *_strides(q), *_sizes(q, windows), tiles, terms, every, chunk,
-        ONE_HOT=drel_w is None, WIDE=_wide(q), PRECISION=_precision(q), **_heads(q), **block,
+        ONE_HOT=drel_w is None, WIDE=_wide(q), FULL=_full(windows, block),
+         PRECISION=_precision(q), **_heads(q), **block,
     )  # fmt: skip
     reduce_kernel[(triton.cdiv(grads.numel(), 256),)](
         part, grads, grads.numel(), chunks, BLOCK=256, num_warps=4, num_stages=1
     )
+    # Over one line or column a factor is one number for each query, which moves no weight.
+    if windows.height == 1:
+        grads[:rows_h] = 0.0
+    if windows.width == 1:
+        grads[rows_h:] = 0.0
     return _split_tables(grads, rows_h, True)
 
 
@@ -172,7 +200,7 @@ def _options(q, windows, pads, block):
         block["BLOCK_N"] = min(block["BLOCK_N"], power_of_two(windows.width))
     keys = windows.height * windows.width if terms else windows.width
     return {
-        "ONE_HOT": terms > 0, "REL": terms or 16, "PADS": pads,
+        "FULL": _full(windows, block), "ONE_HOT": terms > 0, "REL": terms or 16, "PADS": pads,
         "EVEN": keys % block["BLOCK_N"] == 0 and pads != ZERO_PADS.value,
         "NATURAL": q.dtype == torch.float32, "PRECISION": _precision(q), **_heads(q),
     }  # fmt: skip
@@ -232,6 +260,13 @@ def _flat(windows, *tensors):
     """Whether windows are whole maps, whose tokens lie as one line in these tensors."""
     whole = windows.down == windows.across == 1 and windows.pads == 0
     return whole and all(t.stride(1) == t.shape[2] * t.stride(2) for t in tensors)
+
+
+def _full(windows, block):
+    """Whether every tile of queries is full."""
+    lines, columns = windows.image_height % windows.height, windows.image_width % windows.width
+    tokens = windows.height * windows.width
+    return lines == columns == 0 and tokens % block["BLOCK_M"] == 0
 
 
 def _wide(*tensors):

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton path under the guarded interpreter against the literal attention in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from budgets import all_within_budget, within_budget
+
+from samfast import backends
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.relpos_attention import tiling, torch_path
+
+from .test_cpu import NAMES, Call
+
+missing = backends.triton_missing(torch.device("cpu"))
+if torch.cuda.is_available() or missing is not None:
+    reason = missing or "kernels are compiled, not interpreted, beside a GPU"
+    pytest.skip(reason, allow_module_level=True)
+
+from guarded import ORDERS, guarded  # noqa: E402
+
+from samfast.kernels.relpos_attention import triton_kernels as kernels  # noqa: E402
+
+SLOW = [pytest.mark.slow]
+PADDED = Windows(1, 20, 17, 14, 14)
+SMALL = Windows(1, 3, 5, 3, 2)
+TWO_TILES = Windows.whole(1, 2, 20)  # of keys in each line, with tiles of sixteen
+
+
+def check(call, dtype):
+    ours, lse = call.run(kernels, dtype)
+    stock, exact = call.literal(dtype), call.literal(torch.float64)
+    there = [i for i, t in enumerate(exact) if t is not None]
+    assert there == [i for i, t in enumerate(ours) if t is not None]
+    columns = ([results[i] for i in there] for results in (ours, stock, exact))
+    all_within_budget(*columns, dtype, [NAMES[i] for i in there])
+    *_, stock_lse = call.run(torch_path, dtype)
+    *_, exact_lse = call.run(torch_path, torch.float64)
+    within_budget(lse, stock_lse, exact_lse, dtype, "lse")
+
+
+def equal(ours, expected):
+    pairs = zip(ours, expected, strict=True)
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Tiles of sixteen by sixteen in every kernel."""
+    monkeypatch.setattr(tiling, "_sizes", lambda *_: [16, 16, 4, 1])
+
+
+@pytest.mark.parametrize(
+    ("pads", "dtype"),
+    [
+        ("bias", torch.float32),
+        pytest.param("rows", torch.float16, marks=SLOW),
+        pytest.param(None, torch.float32, marks=SLOW),
+    ],
+)
+def test_padded_windows(pads, dtype):
+    check(Call(PADDED, heads=1, pads=pads), dtype)
+
+
+@pytest.mark.parametrize("pads", ["bias", "rows", None])
+@pytest.mark.parametrize("windows", [SMALL, Windows(1, 3, 19, 2, 18)], ids=["one-hot", "lines"])
+def test_kinds_of_padding(windows, pads):
+    check(Call(windows, heads=1, pads=pads), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        Windows.whole(1, 9, 13),
+        Windows.whole(2, 1, 1),
+        Windows.whole(1, 1, 17),
+        Windows.whole(1, 17, 1),
+        pytest.param(Windows.whole(2, 3, 70), marks=SLOW),
+        Windows(1, 3, 2, 5, 4),  # larger than the map
+        Windows(1, 2, 3, 4, 20),
+    ],
+    ids=lambda windows: "x".join(map(str, windows)),
+)
+def test_sizes(windows):
+    check(Call(windows, heads=1), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("head_dim", [48, 80, pytest.param(112, marks=SLOW)])
+def test_heads_in_two_parts(head_dim, dtype):
+    for windows in (SMALL, Windows.whole(1, 2, 18)):
+        check(Call(windows, heads=2, head_dim=head_dim), dtype)
+
+
+def test_several_tiles_to_a_line(tiles):
+    check(Call(TWO_TILES), torch.float32)
+    check(Call(TWO_TILES), torch.float16)
+
+
+def test_tiles_that_are_full(tiles):
+    """No masks where every tile of queries and of keys is full."""
+    check(Call(Windows.whole(1, 2, 32), heads=1), torch.float32)
+    check(Call(Windows(1, 4, 8, 4, 4), heads=1), torch.float32)
+
+
+def packed(t):
+    """As a slice of packed rows with NaN beside it."""
+    wide = t.new_full((*t.shape[:3], 3, *t.shape[3:]), float("nan"))
+    wide[:, :, :, 1] = t
+    return wide[:, :, :, 1]
+
+
+def turned(t):
+    """Lines and columns of the map swapped in memory, heads first."""
+    return t.permute(3, 0, 2, 1, 4).contiguous().permute(1, 3, 2, 0, 4)
+
+
+def spread(t):
+    """Every other element of a head, which the launcher makes dense."""
+    wide = t.new_full((*t.shape, 2), float("nan"))
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+def of_tokens(layout):
+    return lambda t: layout(t) if t.dim() == 5 else t
+
+
+@pytest.mark.parametrize("layout", [packed, turned, spread])
+@pytest.mark.parametrize("windows", [SMALL, TWO_TILES], ids=["one-hot", "lines"])
+def test_layouts(windows, layout):
+    call = Call(windows)
+    (expected, lse), (ours, again) = call.run(kernels), call.run(kernels, layout=of_tokens(layout))
+    assert equal([*ours, again], [*expected, lse])
+
+
+def test_dout_seen_everywhere():
+    """The gradient of a sum has strides of zero."""
+    call = Call(SMALL)
+    row = call.dout[:1, :1, :1, :, :1]
+    call.dout = row.expand(call.dout.shape)
+    seen, _ = call.run(kernels, layout=lambda t: t)
+    call.dout = call.dout.contiguous()
+    dense, _ = call.run(kernels)
+    assert equal(seen, dense)
+
+
+@pytest.mark.parametrize("want_pads", [True, False])
+@pytest.mark.parametrize("need_tables", [True, False])
+def test_only_what_is_wanted(want_pads, need_tables, guarded_kernels):
+    windows = SMALL
+    call = Call(windows, heads=1)
+    every, _ = call.run(kernels)
+    before = guarded_kernels.launches
+    some, _ = call.run(kernels, want_pads=want_pads, need_tables=need_tables)
+    assert guarded_kernels.launches - before == (8 if need_tables else 6)
+    there = [want_pads and windows.pads > 0] * 2 + [need_tables] * 2
+    assert [t is not None for t in some[4:]] == there
+    assert all(torch.equal(a, b) for a, b in zip(some, every, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("windows", [SMALL, TWO_TILES], ids=["one-hot", "lines"])
+def test_every_order_gives_the_same_bits(windows, tiles):
+    results = []
+    for order in ORDERS:
+        with guarded(order) as guard:
+            made, lse = Call(windows, heads=1).run(kernels, torch.float16)
+        assert guard.launches == 7
+        results.append([*made, lse])
+    assert equal(results[1], results[0]) and equal(results[2], results[0])
+
+
+def test_no_images(guarded_kernels):
+    for windows in (Windows.whole(0, 9, 13), Windows(0, 20, 17, 14, 14)):
+        made, lse = Call(windows).run(kernels, torch.float16)
+        assert made[0].shape == made[1].shape == (0, *windows[1:3], 2, 16)
+        assert lse.shape == (0, 2, windows[1] * windows[2])
+        assert not made[6].any() and made[6].shape == (2 * windows.height - 1, 16)
+        assert made[7].dtype == torch.float32
+    assert guarded_kernels.launches == 0
+
+
+def test_limits():
+    def sentence(windows, head_dim=64, dtype=torch.float16):
+        q = torch.empty(windows.batch, 1, 1, 16, head_dim, device="meta", dtype=dtype)
+        return kernels.missing(q, windows)
+
+    assert sentence(Windows(64, 64, 64, 14, 14)) is None
+    assert sentence(Windows.whole(64, 256, 256)) is None
+    assert sentence(Windows.whole(1, 64, 64), 80, torch.float32) is None
+    assert "float32 with head_dim 128, above 80" in sentence(
+        Windows.whole(1, 64, 64), 128, torch.float32
+    )
+    assert "2097152 tokens" in sentence(Windows.whole(1, 1024, 2048))
+    assert "programs" in sentence(Windows.whole(2**20, 64, 64))
+
+
+def test_negative_and_no_scale():
+    """The bias does not hang on the scale."""
+    for scale in (-0.3, 0.0):
+        for windows in (SMALL, TWO_TILES):
+            call = Call(windows, heads=1)
+            call.scale = scale
+            check(call, torch.float32)
+
+
+FAR = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from guarded import guarded
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.relpos_attention import triton_kernels as kernels
+
+far = 2**30 + 16  # elements between lines: the third begins beyond 2**31
+stores = [torch.empty(2 * far + 4096, dtype=torch.float16) for _ in range(7)]  # virtual at first
+generator = torch.Generator().manual_seed(1)
+
+def draw(*shape, dtype=torch.float16):
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+def wide(t, store, axis):
+    strides = list(t.stride())
+    strides[axis] = far
+    return store.as_strided(t.shape, strides).copy_(t)
+
+def run(q, k, v, dout, dq, dk, dv, tables, windows):
+    out, lse = kernels.forward(q, k, v, None, None, *tables, windows, 0.25)
+    grads = kernels.backward(
+        dout, q, k, v, None, None, *tables, out, lse, windows, 0.25, dq, dk, dv, None, None, True
+    )
+    return [out, lse, dq, dk, dv, *grads]
+
+for windows in (Windows.whole(1, 3, 2), Windows.whole(1, 3, 18), Windows.whole(3, 1, 2)):
+    shape = (windows.batch, windows.image_height, windows.image_width, 1, 16)
+    near = [draw(*shape) for _ in range(7)]
+    axis = 0 if windows.batch == 3 else 1
+    tables = [draw(2 * n - 1, 16, dtype=torch.float32) for n in windows[3:]]
+    with guarded(poison=False):
+        distant = [wide(t, store, axis) for t, store in zip(near, stores, strict=True)]
+        made, expected = run(*distant, tables, windows), run(*near, tables, windows)
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+# Rows of the padding, and heads, that far apart.
+windows = Windows(1, 2, 1, 2, 2)
+q, k, v, dout, dq, dk, dv = [draw(1, 2, 1, 3, 16) for _ in range(7)]
+pads = [draw(1, 2, 3, 16) for _ in range(4)]
+tables = [draw(3, 16, dtype=torch.float32) for _ in range(2)]
+
+def with_pads(pad_k, pad_v, dpad_k, dpad_v, *rest):
+    q, k, v, dout, dq, dk, dv = rest
+    out, lse = kernels.forward(q, k, v, pad_k, pad_v, *tables, windows, 0.25)
+    kernels.backward(dout, q, k, v, pad_k, pad_v, *tables, out, lse, windows, 0.25, dq, dk, dv,
+                     dpad_k, dpad_v, False)
+    return [out, lse, dq, dk, dv, dpad_k, dpad_v]
+
+with guarded(poison=False):
+    expected = with_pads(*[t.clone() for t in pads], q, k, v, dout, dq, dk, dv)
+    expected = [t.clone() for t in expected]
+    distant = [wide(t, store, 2) for t, store in zip(pads, stores, strict=False)]
+    made = with_pads(*distant, q, k, v, dout, dq, dk, dv)
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    beyond = 2**31 + 16
+    store = torch.empty(4 * beyond, dtype=torch.float16)
+    distant = [store[i * 64 :].as_strided((1, 2, 3, 16), (0, beyond, 16, 1)) for i in range(4)]
+    for t, source in zip(distant, pads, strict=True):
+        t.copy_(source)
+    made = with_pads(*distant, q, k, v, dout, dq, dk, dv)
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+print("equal")
+"""
+
+
+def test_offsets_beyond_two_to_the_31():
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FAR], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "equal", done.stderr
