@@ -93,23 +93,23 @@ struct Workspace {
   float *keys, *values, *dkeys, *dvalues;  // (keys, head_dim), keys multiplied by scale
   float* dtables;  // what the panels at hand give; added up apart, for long sums round more
 
-  Workspace(const Problem& p, Room& room, bool backward) {
+  Workspace(const Problem& p, Room& room, bool backward, int64_t most_keys) {
     const int64_t size = (backward && whole_rows(p) ? p.keys() : kTileKeys) * kPitch;
     tile = room.floats(size);
     dtile = backward ? room.floats(size) : nullptr;
     rows = room.floats(p.head_dim);
     turned = room.floats((2 * std::max(p.height, p.width) - 1) * kPitch);
     for (int64_t i = 0; i < kPanels; ++i) panels.emplace_back(p, room, backward);
-    const int64_t all = p.keys() * p.head_dim;
+    const int64_t all = most_keys * p.head_dim;
     keys = room.floats(all), values = room.floats(all);
     dkeys = backward ? room.floats(all) : nullptr, dvalues = backward ? room.floats(all) : nullptr;
     dtables = backward ? room.floats(p.table_h() + p.table_w()) : nullptr;
   }
 };
 
-int64_t workspace_floats(const Problem& p, bool backward) {
+int64_t workspace_floats(const Problem& p, bool backward, int64_t most_keys) {
   Room room(nullptr);
-  Workspace(p, room, backward);
+  Workspace(p, room, backward, most_keys);
   return room.used();
 }
 
@@ -375,7 +375,7 @@ void relpos_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
   const Problem p = make_problem(q, windows, scale);
   float* lse_data = floats(lse, "lse", lse_size(p));
   const int64_t parts = parts_of(p, (p.keys() + kPanel - 1) / kPanel), jobs = p.tasks() * parts;
-  const int64_t workers = std::min(threads(), jobs), each = workspace_floats(p, false);
+  const int64_t workers = std::min(threads(), jobs), each = workspace_floats(p, false, p.keys());
   Tensor room = make_room(workers * each);
   dispatch(q, "relpos_attention", [&](auto element) {
     using T = decltype(element);
@@ -384,7 +384,7 @@ void relpos_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
     std::vector<Workspace> work;
     for (int64_t worker = 0; worker < workers; ++worker) {
       Room own(data_of(room) + worker * each);
-      work.emplace_back(p, own, false);
+      work.emplace_back(p, own, false, p.keys());
     }
     run_jobs(jobs, workers, [&](int64_t job, int64_t worker) {
       forward_part<T>(p, in, target, lse_data, job / parts, job % parts, parts, work[worker]);
@@ -412,7 +412,8 @@ void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor
   const int64_t parts = whole_rows(p) ? 1 : parts_of(p, tiles);
   const int64_t jobs = p.tasks() * parts, all = p.keys() * p.head_dim;
   const int64_t units = std::min(jobs, kMaxUnits), sums = tables ? p.table_h() + p.table_w() : 0;
-  const int64_t workers = std::min(threads(), units), each = workspace_floats(p, true);
+  const int64_t most_keys = (p.keys() + parts - 1) / parts;
+  const int64_t workers = std::min(threads(), units), each = workspace_floats(p, true, most_keys);
   Room layout(nullptr);
   layout.floats(workers * each);
   const int64_t partial_at = layout.used();
@@ -435,7 +436,7 @@ void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor
     std::vector<Workspace> work;
     for (int64_t worker = 0; worker < workers; ++worker) {
       Room own(base + worker * each);
-      work.emplace_back(p, own, true);
+      work.emplace_back(p, own, true, most_keys);
     }
     run_jobs(units, workers, [&](int64_t unit, int64_t worker) {
       float* mine = tables ? dtables + unit * sums : nullptr;

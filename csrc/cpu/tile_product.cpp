@@ -103,8 +103,10 @@ __attribute__((target("arch=x86-64-v3"))) void run(const TileProduct& p) {
   product<Registers<32, 2>>(p);
 }
 __attribute__((target("default"))) void run(const TileProduct& p) { product<Registers<16, 2>>(p); }
+#elif defined(__aarch64__)
+void run(const TileProduct& p) { product<Registers<16, 4>>(p); }  // 32 registers
 #else
-void run(const TileProduct& p) { product<Registers<16, 4>>(p); }
+void run(const TileProduct& p) { product<Registers<16, 2>>(p); }
 #endif
 
 }  // namespace
