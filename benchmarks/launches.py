@@ -183,19 +183,21 @@ def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
         yield f"relpos_attention {name}", _relpos_attention(*arguments)
     if quick:
         return
-    maps = {
-        "windows": windows, "global": whole, "odd": Windows.whole(4, 9, 13),
-        "lines": Windows(4, 64, 64, 20, 20), "long": Windows.whole(1, 96, 160),
-    }  # fmt: skip
-    for way, form in maps.items():
+    for name, form in (("windows", windows), ("global", whole)):
         for head_dim in (16, 48, 64, 80, 112, 128):
             launches = _relpos_attention(form, 16, head_dim, bf16)
-            yield f"relpos_attention bfloat16 hd{head_dim} {way}", launches
-        for dtype, head_dim in ((fp16, 80), (fp32, 64), (fp32, FLOAT32_HEAD)):
-            launches = _relpos_attention(form, 16, head_dim, dtype)
-            yield f"relpos_attention {str(dtype)[6:]} hd{head_dim} {way}", launches
+            yield f"relpos_attention bfloat16 hd{head_dim} {name}", launches
+        for head_dim in (64, FLOAT32_HEAD):
+            launches = _relpos_attention(form, 16, head_dim, fp32)
+            yield f"relpos_attention float32 hd{head_dim} {name}", launches
+        yield f"relpos_attention float16 hd80 {name}", _relpos_attention(form, 16, 80, fp16)
         with _tf32():
-            yield f"relpos_attention tf32 hd64 {way}", _relpos_attention(form, 12, 64, fp32)
+            yield f"relpos_attention tf32 hd64 {name}", _relpos_attention(form, 12, 64, fp32)
+    odd, long = Windows.whole(4, 9, 13), Windows.whole(1, 96, 160)
+    yield "relpos_attention bfloat16 hd80 odd", _relpos_attention(odd, 16, 80, bf16)
+    yield "relpos_attention bfloat16 hd64 long", _relpos_attention(long, 12, 64, bf16)
+    lines = Windows(4, 64, 64, 20, 20)
+    yield "relpos_attention bfloat16 hd80 lines", _relpos_attention(lines, 16, 80, bf16)
     for pads in ("rows", "none"):
         for wanted in (True, False):
             launches = _relpos_attention(windows, 16, 80, bf16, pads, wanted, wanted)

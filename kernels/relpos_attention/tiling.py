@@ -2,7 +2,8 @@
 """Tiles of the Triton kernels: a function of the sizes over tiles.json, no search at run time.
 
 The file: target -> way the bias enters -> stage -> bytes per element -> widest padded head_dim ->
-[BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. What a target does not name is the default's.
+[BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. What a target does not name is the default's,
+and what "padded_rows" does not name is that of "rows".
 """
 
 import functools
@@ -15,6 +16,7 @@ from samfast.kernels._common.windows import Windows
 
 TILES = Path(__file__).with_name("tiles.json")
 MOST_ONE_HOT = 64  # terms of the product that adds the bias, at most
+REGISTERS = 255  # of a thread; ptxas alone may stop earlier and spill
 NARROW = 16  # a map up to this width wastes most of a tile of keys that lies in one line
 
 
@@ -50,17 +52,21 @@ def _table() -> dict:
 
 @functools.cache
 def _sizes(name: str, stage: str, way: str, itemsize: str, head_dim: int) -> list[int]:
+    ways = (way, "rows") if way == "padded_rows" else (way,)
     for table in (_table().get(name, {}), _table()["default"]):
-        heads = table.get(way, {}).get(stage, {}).get(itemsize, {})
-        fitting = [int(most) for most in heads if int(most) >= head_dim]
-        if fitting:
-            return heads[str(min(fitting))]
+        for known in ways:
+            heads = table.get(known, {}).get(stage, {}).get(itemsize, {})
+            fitting = [int(most) for most in heads if int(most) >= head_dim]
+            if fitting:
+                return heads[str(min(fitting))]
     raise KeyError(f"no tile of {stage}, {way}, for {itemsize} bytes and head_dim {head_dim}")
 
 
 def blocks(stage: str, x: torch.Tensor, windows: Windows) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages of a stage; x (…, head_dim)."""
-    way = "one_hot" if one_hot_terms(windows) else "rows"
+    way = "one_hot" if one_hot_terms(windows) else "padded_rows" if windows.pads else "rows"
     padded = sum(split(x.shape[-1]))
     m, n, warps, stages = _sizes(target(x), stage, way, str(x.element_size()), padded)
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    return {
+        "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS,
+    }  # fmt: skip

@@ -98,8 +98,8 @@ def backward(
         dq_kernel[(tiles * groups,)](
             dout, q, k, v, pad_k, pad_v, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w,
             lse, delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
-            *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale, FLAT=_flat(windows, q, dout),
-            WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq),
+            *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale,
+            FLAT=_flat(windows, q, dout), WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq),
             SEVERAL=windows.width > block["BLOCK_N"], BLOCK_T=_table_block(q, windows),
             **_options(q, windows, pads, block), **block,
         )  # fmt: skip

@@ -22,6 +22,7 @@ if torch.cuda.is_available() or missing is not None:
     pytest.skip(reason, allow_module_level=True)
 
 from guarded import ORDERS, guarded  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 
 from samfast.kernels.relpos_attention import triton_kernels as kernels  # noqa: E402
 
@@ -46,6 +47,20 @@ def check(call, dtype):
 def equal(ours, expected):
     pairs = zip(ours, expected, strict=True)
     return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(autouse=True)
+def patched_once(monkeypatch):
+    """A launch patches Triton's language for its module. By itself each call from there to another
+    function of ours does so again, which takes most of the time."""
+    patching = interpreter.InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if not self.fn.__module__.startswith("samfast"):
+            return patching(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 @pytest.fixture
@@ -76,7 +91,7 @@ def test_kinds_of_padding(windows, pads):
     "windows",
     [
         Windows.whole(1, 9, 13),
-        Windows.whole(2, 1, 1),
+        Windows.whole(1, 1, 1),
         Windows.whole(1, 1, 17),
         Windows.whole(1, 17, 1),
         pytest.param(Windows.whole(2, 3, 70), marks=SLOW),
@@ -92,7 +107,7 @@ def test_sizes(windows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("head_dim", [48, 80, pytest.param(112, marks=SLOW)])
 def test_heads_in_two_parts(head_dim, dtype):
-    for windows in (SMALL, Windows.whole(1, 2, 18)):
+    for windows in (Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)):
         check(Call(windows, heads=2, head_dim=head_dim), dtype)
 
 
@@ -131,7 +146,11 @@ def of_tokens(layout):
 
 
 @pytest.mark.parametrize("layout", [packed, turned, spread])
-@pytest.mark.parametrize("windows", [SMALL, TWO_TILES], ids=["one-hot", "lines"])
+@pytest.mark.parametrize(
+    "windows",
+    [Windows(1, 3, 3, 3, 2), pytest.param(TWO_TILES, marks=SLOW)],
+    ids=["one-hot", "lines"],
+)
 def test_layouts(windows, layout):
     call = Call(windows)
     (expected, lse), (ours, again) = call.run(kernels), call.run(kernels, layout=of_tokens(layout))
@@ -140,7 +159,7 @@ def test_layouts(windows, layout):
 
 def test_dout_seen_everywhere():
     """The gradient of a sum has strides of zero."""
-    call = Call(SMALL)
+    call = Call(Windows.whole(1, 2, 3))
     row = call.dout[:1, :1, :1, :, :1]
     call.dout = row.expand(call.dout.shape)
     seen, _ = call.run(kernels, layout=lambda t: t)
@@ -149,8 +168,7 @@ def test_dout_seen_everywhere():
     assert equal(seen, dense)
 
 
-@pytest.mark.parametrize("want_pads", [True, False])
-@pytest.mark.parametrize("need_tables", [True, False])
+@pytest.mark.parametrize(("want_pads", "need_tables"), [(True, False), (False, True)])
 def test_only_what_is_wanted(want_pads, need_tables, guarded_kernels):
     windows = SMALL
     call = Call(windows, heads=1)
@@ -164,11 +182,11 @@ def test_only_what_is_wanted(want_pads, need_tables, guarded_kernels):
 
 
 @pytest.mark.parametrize("windows", [SMALL, TWO_TILES], ids=["one-hot", "lines"])
-def test_every_order_gives_the_same_bits(windows, tiles):
+def test_every_order_gives_the_same_bits(windows):
     results = []
     for order in ORDERS:
         with guarded(order) as guard:
-            made, lse = Call(windows, heads=1).run(kernels, torch.float16)
+            made, lse = Call(windows).run(kernels, torch.float16)
         assert guard.launches == 7
         results.append([*made, lse])
     assert equal(results[1], results[0]) and equal(results[2], results[0])
@@ -201,11 +219,10 @@ def test_limits():
 
 def test_negative_and_no_scale():
     """The bias does not hang on the scale."""
-    for scale in (-0.3, 0.0):
-        for windows in (SMALL, TWO_TILES):
-            call = Call(windows, heads=1)
-            call.scale = scale
-            check(call, torch.float32)
+    for scale, windows in ((-0.3, TWO_TILES), (0.0, Windows.whole(1, 2, 3))):
+        call = Call(windows, heads=1)
+        call.scale = scale
+        check(call, torch.float32)
 
 
 FAR = """
