@@ -3,7 +3,7 @@
 
 The file: target -> way the bias enters -> stage -> bytes per element -> widest padded head_dim ->
 [BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. What a target does not name is the default's,
-and what "padded_rows" does not name is that of "rows".
+and what "uneven_rows" does not name is that of "rows".
 """
 
 import functools
@@ -16,6 +16,7 @@ from samfast.kernels._common.windows import Windows
 
 TILES = Path(__file__).with_name("tiles.json")
 MOST_ONE_HOT = 64  # terms of the product that adds the bias, at most
+NARROW_ROWS = 32  # up to this width, and where there are pads, lines have tiles of their own
 REGISTERS = 255  # of a thread; ptxas alone may stop earlier and spill
 NARROW = 16  # a map up to this width wastes most of a tile of keys that lies in one line
 
@@ -52,7 +53,7 @@ def _table() -> dict:
 
 @functools.cache
 def _sizes(name: str, stage: str, way: str, itemsize: str, head_dim: int) -> list[int]:
-    ways = (way, "rows") if way == "padded_rows" else (way,)
+    ways = (way, "rows") if way == "uneven_rows" else (way,)
     for table in (_table().get(name, {}), _table()["default"]):
         for known in ways:
             heads = table.get(known, {}).get(stage, {}).get(itemsize, {})
@@ -64,7 +65,8 @@ def _sizes(name: str, stage: str, way: str, itemsize: str, head_dim: int) -> lis
 
 def blocks(stage: str, x: torch.Tensor, windows: Windows) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages of a stage; x (…, head_dim)."""
-    way = "one_hot" if one_hot_terms(windows) else "padded_rows" if windows.pads else "rows"
+    way = "uneven_rows" if windows.pads or windows.width <= NARROW_ROWS else "rows"
+    way = "one_hot" if one_hot_terms(windows) else way
     padded = sum(split(x.shape[-1]))
     m, n, warps, stages = _sizes(target(x), stage, way, str(x.element_size()), padded)
     return {
