@@ -63,7 +63,7 @@ def _path(backend, h, weight):
 
 # h, dz (tokens, r) in image order and z_pad, dz_pad (batch · pads, r): see _common/windows.py. The
 # last three tensors of the backward are the loss's gradient with respect to h and the gate.
-_OPTIONS = "int[] windows, int[] ratios, bool residual, str activation"
+_OPTIONS = "SymInt[] windows, int[] ratios, bool residual, str activation"
 _INPUTS = f"Tensor h, Tensor weight, Tensor bias, Tensor index, {_OPTIONS}"
 torch.library.define("samfast::conv_experts", f"({_INPUTS}, str backend) -> Tensor")
 torch.library.define(

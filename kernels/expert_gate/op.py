@@ -43,7 +43,7 @@ def _path(backend, h, w_gate):
     return torch_path
 
 
-_INPUTS = "Tensor h, Tensor w_gate, Tensor w_noise, Tensor? noise, Tensor? index, int[] windows"
+_INPUTS = "Tensor h, Tensor w_gate, Tensor w_noise, Tensor? noise, Tensor? index, SymInt[] windows"
 _INPUTS += ", float coefficient, str backend"
 torch.library.define("samfast::expert_gate", f"({_INPUTS}) -> (Tensor loss, Tensor index)")
 torch.library.define(

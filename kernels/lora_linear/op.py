@@ -64,7 +64,7 @@ def _path(backend, x, lora_a, lora_b, starts):
 
 # The Function stands under the Autograd key of samfast::lora_linear and calls the other two, which
 # have no autograd of their own: so torch.compile and opcheck see what eager mode runs.
-_OPTIONS = "float scaling, float dropout, str middle, int[] geometry, int[] starts, bool own"
+_OPTIONS = "float scaling, float dropout, str middle, SymInt[] geometry, int[] starts, bool own"
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor[] params"
 _INPUTS += f", Tensor? seed, {_OPTIONS}, str backend"
 torch.library.define("samfast::lora_linear", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)")

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Relative-position attention: backend choice, operator schemas, autograd, public functions."""
 
-import functools
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -58,7 +57,7 @@ def _path(backend, q, windows):
 
 # ``apart`` takes q, k and v as three tensors, ``packed`` as one; both see (batch, H, W, …, heads,
 # head_dim) with any strides. The padding of ``packed`` is made from its three sources at each call.
-_OPTIONS = "int[] windows, float scale, str backend"
+_OPTIONS = "SymInt[] windows, float scale, str backend"
 _TABLES = "Tensor table_h, Tensor table_w"
 _APART = f"Tensor q, Tensor k, Tensor v, {_TABLES}, {_OPTIONS}"
 _PACKED = f"Tensor qkv, Tensor? pad_bias, Tensor? pad_h, Tensor? pad_b, {_TABLES}, {_OPTIONS}"
@@ -290,21 +289,18 @@ def _packed_autograd(qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, sca
     )
 
 
-@functools.cache
-def _resize(old: int, new: int, device: torch.device) -> Tensor:
-    """(new, old): torch's linear interpolation, align_corners False, as a matrix."""
-    eye = torch.eye(old, dtype=torch.float64)[:, None]
-    return torch.nn.functional.interpolate(eye, size=new, mode="linear")[:, 0].T.to(device)
-
-
 def fit_table(table: Tensor, size: int) -> Tensor:
-    """A table (any odd or even length, head_dim) interpolated to (2 · size − 1, head_dim)."""
+    """A table (any length, head_dim) interpolated to (2 · size − 1, head_dim), as torch does.
+
+    A product with a small matrix: the gradient of ``interpolate`` is added up by atomics on a GPU.
+    """
     if table.shape[0] == 2 * size - 1:
         return table
-    matrix = _resize(table.shape[0], 2 * size - 1, table.device)
     wide = torch.promote_types(table.dtype, torch.float32)
+    eye = torch.eye(table.shape[0], dtype=wide, device=table.device)[:, None]
+    matrix = F.interpolate(eye, size=2 * size - 1, mode="linear")[:, 0].T
     with without_autocast(table.device.type):
-        return (matrix.to(wide) @ table.to(wide)).to(table.dtype)
+        return (matrix @ table.to(wide)).to(table.dtype)
 
 
 def relpos_attention(
@@ -327,7 +323,8 @@ def relpos_attention(
 
     scale: head_dim ** -0.5 where None; the bias takes the unscaled q.
     The result has q's dtype (the autocast dtype where autocast is on) and lies as (B, H, W, heads,
-    head_dim); sums are float32 (float64 for float64). No H·W × H·W tensor exists.
+    head_dim); sums are float32 (float64 for float64). On ``cpu`` and ``triton`` no H·W × H·W
+    tensor exists, on ``torch`` blocks of it do.
     Saves q, k, v, out and one number per query and head.
     Raises ValueError when shapes or dtypes do not fit, RuntimeError when a backend asked for by
     name cannot run.
@@ -380,17 +377,23 @@ def window_relpos_attention(
     Differentiable in qkv, the tables and pad_*. Dtypes, precision and errors as in
     ``relpos_attention``. Saves qkv, out, one number per query and head, and pad_*.
     """
-    if qkv.dim() != 4 or num_heads < 1 or qkv.shape[3] % (3 * num_heads):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads!r}; it must be a whole number of at least 1")
+    if qkv.dim() != 4 or qkv.shape[3] % (3 * num_heads):
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}, but {num_heads} heads need (B, H, W, 3 · D) with D "
             f"a multiple of {num_heads}"
         )
-    size = (window, window) if isinstance(window, int) else tuple(window)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"window is {window}, but must be a side or (height, width) of at least 1")
     batch, height, width, columns = qkv.shape
     if height == 0 or width == 0:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, a map without tokens")
+    size = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    whole = (isinstance(side, (int, torch.SymInt)) and type(side) is not bool for side in size)
+    if not all(whole) or len(size) != 2 or min(size) < 1:
+        raise ValueError(
+            f"window is {window!r}, but must be a side or (height, width), whole numbers of at "
+            "least 1"
+        )
     windows = Windows(batch, height, width, *size)
     named = {"qkv": qkv, "rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
     named |= {"pad_bias": pad_bias, "pad_h": pad_h, "pad_b": pad_b}

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention operations as operators: gradcheck, opcheck, compile and what they save."""
 
+import dataclasses
+
 import pytest
 import torch
 from budgets import all_within_budget
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import saved_bytes
 from samfast.functional import relpos_attention, window_relpos_attention
@@ -75,6 +78,36 @@ def test_compile_fullgraph(case):
     actual = torch.autograd.grad(traced, leaves, dout)
     assert torch.equal(eager, traced)
     assert all(torch.equal(e, t) for e, t in zip(expected, actual, strict=True))
+
+
+@pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
+def test_compile_with_sizes_that_change(case):
+    """One graph serves every batch, as with stock layers."""
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(1)
+        return graph
+
+    compiled = torch.compile(
+        lambda *t: case.call(t, "torch"), fullgraph=True, dynamic=True, backend=backend
+    )
+    for batch in range(11, 14):  # no other size, for which it might be taken
+        again = dataclasses.replace(case, batch=batch)
+        leaves, _ = again.tensors(torch.float32)
+        assert torch.equal(compiled(*leaves), again.call(leaves, "torch"))
+    assert len(calls) == 1
+
+
+def test_a_table_resized_by_shapes_alone_leaves_no_trace():
+    """Fake tensors and inference mode make no tensor that a later call would meet."""
+    case = dataclasses.replace(MAP, tables=(9, 4))
+    leaves, dout = case.tensors(torch.float64)
+    with FakeTensorMode() as mode:
+        case.call([mode.from_tensor(t) for t in leaves], "torch")
+    with torch.inference_mode():
+        case.call(leaves, "torch")
+    assert torch.autograd.grad(case.call(leaves, "torch"), leaves, dout)[3].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,7 +199,10 @@ def test_bad_maps_end_in_a_sentence(name):
 
 BAD_WINDOWS = {
     "heads": ({"num_heads": 5}, "5 heads need"),
-    "no heads": ({"num_heads": 0}, "0 heads need"),
+    "no heads": ({"num_heads": 0}, "num_heads is 0"),
+    "half heads": ({"num_heads": 2.0}, r"num_heads is 2\.0"),
+    "half window": ({"window": 4.0}, r"window is 4\.0"),
+    "no window": ({"window": None}, "window is None"),
     "window": ({"window": 0}, "window is 0"),
     "sides": ({"window": (3, 3, 3)}, r"window is \(3, 3, 3\)"),
     "bias": ({"pad_bias": torch.zeros(5)}, r"pad_bias has shape \(5,\) but qkv has 96 columns"),
