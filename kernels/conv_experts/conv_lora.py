@@ -5,6 +5,7 @@ y = x Wᵀ + b + s · (h + E_e(h)) Bᵀ, h = drop(x) Aᵀ, one expert e per samp
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -122,7 +123,7 @@ def conv_lora_linear(
     groups = rank if expert_weight.dim() == 5 and expert_weight.shape[2] == 1 else 1
     op.check_experts(rank, expert_weight, expert_bias, ratios, groups)
     check_gate(windows.samples, rank, w_gate, w_noise, noise, expert_index)
-    if x.shape[:-1].numel() != windows.tokens:
+    if math.prod(x.shape[:-1]) != windows.tokens:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but the windows hold {windows.tokens} tokens"
         )

@@ -5,6 +5,8 @@ A path (torch_path, cpu_path, triton_path) gives the four rank-r stages, a middl
 Frozen weights of another dtype are cast to x's for the GEMM and never kept.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -80,7 +82,7 @@ def backward(
 
 def _flat(t):
     """(tokens, features); the number of rows is spelt out for tensors without elements."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _as_rows(t, dtype):
