@@ -170,7 +170,7 @@ def _expert_gate(windows, rank, experts, dtype, noisy=True, given=False) -> list
 def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
     """ViT-H's windows and ViT-B's global maps; each width of a head, way of the bias and padding.
 
-    Hopper has tiles of its own, so each call is recorded with them and with everyone else's.
+    Some GPUs have tiles of their own, so each call is recorded with theirs and everyone else's.
     """
     from samfast.kernels.relpos_attention.triton_kernels import FLOAT32_HEAD
 
@@ -209,14 +209,15 @@ def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
 def _relpos_attention(
     windows, heads, head_dim, dtype, pads="bias", want_pads=True, want_tables=True
 ) -> list[Launch]:
-    """The launches of a forward and backward on packed qkv, for Hopper and for the others."""
+    """The launches of a forward and backward on packed qkv, with each GPU's tiles for that GPU."""
     from samfast.kernels.relpos_attention import tiling
 
+    own = {f"sm_{arch}": (arch,) for arch in SHARED_LIMITS if f"sm_{arch}" in tiling.targets()}
+    others = tuple(arch for arch in SHARED_LIMITS if f"sm_{arch}" not in own)
     launches, target = [], tiling.target
     try:
-        for name in ("sm_90", "default"):
+        for name, archs in (own | {"default": others}).items():
             tiling.target = lambda x, name=name: name
-            archs = (90,) if name == "sm_90" else tuple(a for a in SHARED_LIMITS if a != 90)
             for launch in _relpos_launches(
                 windows, heads, head_dim, dtype, pads, want_pads, want_tables
             ):

@@ -51,6 +51,11 @@ def _table() -> dict:
     return json.loads(TILES.read_text(encoding="utf-8"))
 
 
+def targets() -> list[str]:
+    """The names of the file's tables."""
+    return list(_table())
+
+
 @functools.cache
 def _sizes(name: str, stage: str, way: str, itemsize: str, head_dim: int) -> list[int]:
     ways = (way, "rows") if way == "uneven_rows" else (way,)
