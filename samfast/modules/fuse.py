@@ -32,15 +32,22 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo ``fuse``: segment_anything's own classes again, the same Parameters; in place.
 
     Modules that are not fused stay as they are. Raises ValueError for a model without SAM's
-    attention.
+    attention, and RuntimeError, before anything is changed, when the forward of a fused module was
+    wrapped since: the wrapper holds the fused forward.
     """
     stock = {fused: kind for kind, fused in _kinds().items()}
     if not attention_states(_checked(model)):
         raise ValueError(_nothing(model))
-    for module in model.modules():
-        if type(module) in stock:
-            module.__dict__.pop("backend", None)
-            module.__class__ = stock[type(module)]
+    fused = {name: m for name, m in model.named_modules() if type(m) in stock}
+    for name, module in fused.items():
+        if "forward" in module.__dict__:
+            raise RuntimeError(
+                f"the forward of {name or 'the model'}, a {type(module).__name__}, was replaced "
+                "after fuse; undo that before unfuse"
+            )
+    for module in fused.values():
+        module.__dict__.pop("backend", None)
+        module.__class__ = stock[type(module)]
     return model
 
 
@@ -52,22 +59,27 @@ def attention_states(model: nn.Module) -> dict[str, str]:
     kinds = _kinds()
     stock, block_kind = tuple(kinds) or (None, None)
     states, blocks = {}, {}
+    for block in model.modules() if kinds else ():
+        if isinstance(block, block_kind):  # several may share an attention
+            blocks.setdefault(id(getattr(block, "attn", None)), []).append(block)
     for name, module in model.named_modules() if kinds else ():
-        if isinstance(module, block_kind):
-            blocks[id(module.attn)] = module
         if not isinstance(module, stock):
             continue
-        block = blocks.get(id(module))
         if type(module) not in kinds.values():
             states[name] = f"not fused: {_why_not(module, stock)}"
-        elif block is None or block.window_size == 0:
-            states[name] = "fused"
-        else:
-            reason = f"its block is {_why_not(block, block_kind)}"
-            if type(block) in kinds.values():
-                reason = block.window_order()
-            states[name] = "fused" if reason is None else f"fused, windows cut first: {reason}"
+            continue
+        around = [b for b in blocks.get(id(module), []) if b.window_size > 0]
+        reasons = [_cut_first(block, block_kind, kinds[block_kind]) for block in around]
+        reason = next((r for r in reasons if r is not None), None)
+        states[name] = "fused" if reason is None else f"fused, windows cut first: {reason}"
     return states
+
+
+def _cut_first(block: nn.Module, stock: type[nn.Module], fused: type[nn.Module]) -> str | None:
+    """Why the windows of a block are cut before its attention, None when they are not."""
+    if type(block) is fused:
+        return block.window_order()
+    return f"its block is {_why_not(block, stock)}"
 
 
 def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
@@ -97,6 +109,7 @@ def _checked(model: nn.Module) -> nn.Module:
 
 
 def _nothing(model: nn.Module) -> str:
+    kind = type(model).__name__
     for name, state in attention_states(model).items():
-        return f"this {type(model).__name__} has nothing to fuse; {name or 'it'} is {state}"
-    return f"this {type(model).__name__} has no attention of segment_anything's"
+        return f"this {kind} has nothing to fuse; {name or 'it'} is {state}"
+    return f"this {kind} has no attention of the segment_anything package, which fuse is for"

@@ -13,7 +13,7 @@ from samfast.kernels.relpos_attention.op import supports
 from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.lora import LoraLinear
 from samfast.modules.qkv_lora import QkvLora
-from samfast.modules.stand_in import altered, standing_in
+from samfast.modules.stand_in import altered, kind_of, standing_in
 
 Attention = segment_anything.load().modeling.image_encoder.Attention
 
@@ -82,9 +82,9 @@ class RelPosAttention(Attention):
             if type(layer) in TOKEN_WISE:
                 continue
             if type(layer) is not ConvLoraLinear or name != "qkv":
-                return f"{name} is a {type(layer).__name__}, which may look at whole windows"
+                return f"{name} is {kind_of(layer)}, which may look at whole windows"
             if not hasattr(layer, "forward_windows"):
-                return f"{name} is a {type(layer).__name__}, whose experts see the padded windows"
+                return f"{name} is {kind_of(layer)}, whose experts see the padded windows"
         return None
 
     def backends(self) -> dict[str, str]:

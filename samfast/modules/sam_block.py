@@ -6,7 +6,7 @@ from torch import Tensor
 from samfast.integrations import segment_anything
 from samfast.kernels._common.windows import Windows
 from samfast.modules.rel_pos_attention import Attention, RelPosAttention
-from samfast.modules.stand_in import altered, standing_in
+from samfast.modules.stand_in import altered, kind_of, standing_in
 
 Block = segment_anything.load().modeling.image_encoder.Block
 
@@ -44,7 +44,7 @@ class SamBlock(Block):
     def window_order(self) -> str | None:
         """None when windows run in image order, or why they are cut before the attention."""
         if type(self.attn) is not RelPosAttention:
-            return f"attn is a {type(self.attn).__name__}"
+            return f"attn is {kind_of(self.attn)}"
         if altered(self.attn):
             return "attn has hooks or a forward of its own"
         return self.attn.window_order()

@@ -20,6 +20,12 @@ def standing_in(kind: type[Module], module: nn.Module) -> Module:
     return new
 
 
+def kind_of(module: nn.Module) -> str:
+    """Its class and the package that has it, as a phrase."""
+    kind = type(module)
+    return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+
+
 def altered(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, or a patched forward."""
     return bool(

@@ -2,6 +2,7 @@
 """fuse and unfuse on whole models: what is kept, both orders with attach, refusals, report."""
 
 import copy
+import functools
 import io
 import pickle
 import types
@@ -239,7 +240,7 @@ def test_a_block_of_the_users_own_inside_out():
 
 @pytest.mark.parametrize("function", [samfast.fuse, samfast.unfuse])
 def test_nothing_to_fuse(toy, function):
-    with pytest.raises(ValueError, match="this ToySam has no attention of segment_anything's"):
+    with pytest.raises(ValueError, match="no attention of the segment_anything package"):
         function(toy())
     with pytest.raises(TypeError, match="model is str"):
         function("model")
@@ -288,3 +289,41 @@ def test_every_trained_tensor_moves_within_three_steps(sam):
     used = {n for n in before if n not in samfast.models.unused_by_segment(model)}
     now = dict(model.named_parameters())
     assert [name for name in used if torch.equal(now[name], before[name])] == []
+
+
+def test_unfuse_refuses_a_forward_that_was_wrapped_since():
+    """The wrapper holds the fused forward, which the stock class has not."""
+    model = samfast.fuse(nn.Sequential(block(4), block(4)))
+    module = model[1].attn
+    module.forward = functools.partial(module.forward)
+    with pytest.raises(
+        RuntimeError, match=r"the forward of 1\.attn, a RelPosAttention, was replaced"
+    ):
+        samfast.unfuse(model)
+    assert type(model[0]) is SamBlock
+    del module.forward
+    assert type(samfast.unfuse(model)[0]) is Block
+
+
+class Bare(Block):
+    """A block of the user's own, without an attention."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+
+    def forward(self, x):
+        return x
+
+
+def test_shared_attention_and_blocks_without_any():
+    model = nn.Sequential(block(4), block(0, (9, 9)), Bare())
+    model[1].attn = model[0].attn
+    model[0].attn.proj = Doubling(32, 32)
+    states = samfast.report(samfast.fuse(model)).attention
+    assert list(states) == ["0.attn"]
+    assert states["0.attn"].startswith("fused, windows cut first: proj is ")
+    assert type(samfast.unfuse(model)[0]) is Block
+
+
+class Doubling(nn.Linear):
+    pass

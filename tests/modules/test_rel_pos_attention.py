@@ -107,7 +107,9 @@ def test_a_layer_that_may_look_at_whole_windows_is_given_windows():
     stock = block(4)
     stock.attn.qkv = OverWindows(32, 96).double().to(stock.attn.qkv.weight.device)
     layers = subject(stock, 2, 6, 7)
-    assert layers.ours.window_order() == "qkv is a OverWindows, which may look at whole windows"
+    assert layers.ours.window_order() == (
+        "qkv is test_rel_pos_attention's OverWindows, which may look at whole windows"
+    )
     check_all_dtypes(layers)
 
 
