@@ -187,7 +187,7 @@ def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
         for head_dim in (16, 48, 64, 80, 112, 128):
             launches = _relpos_attention(form, 16, head_dim, bf16)
             yield f"relpos_attention bfloat16 hd{head_dim} {name}", launches
-        for head_dim in (64, FLOAT32_HEAD):
+        for head_dim in (48, FLOAT32_HEAD):
             launches = _relpos_attention(form, 16, head_dim, fp32)
             yield f"relpos_attention float32 hd{head_dim} {name}", launches
         yield f"relpos_attention float16 hd80 {name}", _relpos_attention(form, 16, 80, fp16)

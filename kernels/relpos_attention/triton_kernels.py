@@ -27,7 +27,7 @@ from samfast.kernels.relpos_attention.triton_forward import (
 )
 
 MOST = 2**31 - 1  # programs of a grid; elements of one head's factors, which int32 counts
-FLOAT32_HEAD = 80  # float32 products are made without tensor cores; wider heads spill
+FLOAT32_HEAD = 64  # float32 products are made without tensor cores; wider heads spill
 LEAST = 16  # keys of a tile, at least
 MAX_CHUNKS = 64  # partials of the gradients of the tables
 ALIGNED = 16  # elements; lines of factors start at multiples

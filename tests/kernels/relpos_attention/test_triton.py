@@ -209,8 +209,8 @@ def test_limits():
 
     assert sentence(Windows(64, 64, 64, 14, 14)) is None
     assert sentence(Windows.whole(64, 256, 256)) is None
-    assert sentence(Windows.whole(1, 64, 64), 80, torch.float32) is None
-    assert "float32 with head_dim 128, above 80" in sentence(
+    assert sentence(Windows.whole(1, 64, 64), 64, torch.float32) is None
+    assert "float32 with head_dim 128, above 64" in sentence(
         Windows.whole(1, 64, 64), 128, torch.float32
     )
     assert "2097152 tokens" in sentence(Windows.whole(1, 1024, 2048))
