@@ -13,8 +13,8 @@ from samfast.functional import relpos_attention, window_relpos_attention
 
 from .cases import BACKENDS, DEVICE, MapCase, WindowCase, runnable
 
-MAP = MapCase(batch=1, heads=2, height=3, width=4)
-WINDOWS = WindowCase(batch=1, height=5, width=4, window=(3, 3), rank=2)
+MAP = MapCase(batch=1, heads=1, height=2, width=3)
+WINDOWS = WindowCase(batch=1, heads=1, height=3, width=2, window=(2, 2), rank=2)
 
 
 @pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
@@ -28,13 +28,13 @@ def operator_arguments(case, requires_grad):
     leaves = [t.detach().requires_grad_(requires_grad) for t in leaves]
     if case is MAP:
         q, k, v = (t.detach().movedim(1, 3).requires_grad_(requires_grad) for t in leaves[:3])
-        windows = [1, 3, 4, 3, 4]
+        windows = [1, 2, 3, 2, 3]
         inputs, dout = (q, k, v, *leaves[3:]), dout.movedim(1, 3)
     else:
         qkv, table_h, table_w, *pads = leaves
-        qkv = qkv.detach().unflatten(3, (3, 2, 16)).requires_grad_(requires_grad)
+        qkv = qkv.detach().unflatten(3, (3, 1, 16)).requires_grad_(requires_grad)
         windows = list(case.windows)
-        inputs, dout = (qkv, *pads, table_h, table_w), dout.unflatten(3, (2, 16))
+        inputs, dout = (qkv, *pads, table_h, table_w), dout.unflatten(3, (1, 16))
     return inputs, windows, dout
 
 
@@ -176,10 +176,10 @@ def test_batches_of_one_image_are_the_batch():
 
 
 BAD_MAPS = {
-    "shapes": (lambda q, k, v, h, w: (q, k[:, :, :2], v, h, w), r"\(1, 2, 2, 4, 16\)"),
-    "dimensions": (lambda q, k, v, h, w: (q[0], k[0], v[0], h, w), r"\(2, 3, 4, 16\)"),
+    "shapes": (lambda q, k, v, h, w: (q, k[:, :, :1], v, h, w), r"\(1, 1, 1, 3, 16\)"),
+    "dimensions": (lambda q, k, v, h, w: (q[0], k[0], v[0], h, w), r"\(1, 2, 3, 16\)"),
     "dtype": (lambda q, k, v, h, w: (q, k.half(), v, h, w), "k is torch.float16 but q is"),
-    "table": (lambda q, k, v, h, w: (q, k, v, h[:, :8], w), r"rel_pos_h has shape \(5, 8\)"),
+    "table": (lambda q, k, v, h, w: (q, k, v, h[:, :8], w), r"rel_pos_h has shape \(3, 8\)"),
     "no table": (lambda q, k, v, h, w: (q, k, v, h, w[:0]), r"rel_pos_w has shape \(0, 16\)"),
     "integer": (lambda q, k, v, h, w: (q, k, v, h.int(), w), "rel_pos_h is torch.int32"),
     "no tokens": (
@@ -205,10 +205,10 @@ BAD_WINDOWS = {
     "no window": ({"window": None}, "window is None"),
     "window": ({"window": 0}, "window is 0"),
     "sides": ({"window": (3, 3, 3)}, r"window is \(3, 3, 3\)"),
-    "bias": ({"pad_bias": torch.zeros(5)}, r"pad_bias has shape \(5,\) but qkv has 96 columns"),
+    "bias": ({"pad_bias": torch.zeros(5)}, r"pad_bias has shape \(5,\) but qkv has 48 columns"),
     "half a factor": ({"pad_b": None}, "pad_h is given without pad_b"),
-    "rows": ({"pad_h": torch.zeros(3, 2)}, r"pad_h has shape \(3, 2\), but the padding has 16"),
-    "factor": ({"pad_b": torch.zeros(96, 5)}, r"pad_b has shape \(96, 5\)"),
+    "rows": ({"pad_h": torch.zeros(3, 2)}, r"pad_h has shape \(3, 2\), but the padding has 2 rows"),
+    "factor": ({"pad_b": torch.zeros(48, 5)}, r"pad_b has shape \(48, 5\)"),
 }
 
 
@@ -216,7 +216,7 @@ BAD_WINDOWS = {
 def test_bad_windows_end_in_a_sentence(name):
     changes, message = BAD_WINDOWS[name]
     (qkv, table_h, table_w, bias, pad_h, pad_b), _ = WINDOWS.tensors(torch.float32)
-    named = {"qkv": qkv, "num_heads": 2, "window": (3, 3), "rel_pos_h": table_h}
+    named = {"qkv": qkv, "num_heads": 1, "window": (2, 2), "rel_pos_h": table_h}
     named |= {"rel_pos_w": table_w, "pad_bias": bias, "pad_h": pad_h, "pad_b": pad_b}
     changes = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
     with pytest.raises(ValueError, match=message):
