@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs before any test module is imported."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 from samfast.integrations.torchvision import declare_missing_schemas
 
 declare_missing_schemas()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once():
+    """A launch in Triton's interpreter patches Triton's language for its module. By itself each
+    call from there to another function of ours does so again, which takes most of the time."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if not self.fn.__module__.startswith("samfast"):
+            return patching(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+    yield
+    InterpretedFunction.__call__ = patching
+
 
 SMALL_MODELS = ("models", "modules", "training")
 

@@ -11,10 +11,11 @@ import triton.language as tl
 from samfast.kernels.relpos_attention.triton_forward import (
     GIVEN_PADS,
     LOG2E,
-    ZERO_PADS,
     dot_nt,
     key_rows,
     lines_met,
+    load_head,
+    load_keys,
     load_rows,
     one_hot,
     pixels,
@@ -22,6 +23,7 @@ from samfast.kernels.relpos_attention.triton_forward import (
     power,
     queries,
     start_of,
+    store_head,
     store_rows,
     table_rows,
 )
@@ -140,12 +142,10 @@ def dq_kernel(
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
     q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
     q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
-    q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
-    q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+    q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
     g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
     g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
-    dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True)
-    dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
+    dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
     lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
     delta = tl.load(delta_ptr + plane * tokens + token, live, other=0.0)
     if share_ptr is not None:
@@ -170,13 +170,10 @@ def dq_kernel(
             b = j - a * width
             key_y, key_x, valid = top + a, left + b, j < height * width
             inside = valid & (key_y < image_height) & (key_x < image_width)
-            loaded = inside if PADS == ZERO_PADS else valid
-            k_at = key_rows(
-                k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
-                image_height, image_width, width, across, PADS, WIDE,
+            k, k_rest = load_keys(
+                k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
+                image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
-            k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-            k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
             s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
             hot = one_hot(a, b, height, REL).to(factors.dtype)
             s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
@@ -185,12 +182,10 @@ def dq_kernel(
             p = power(s - lse[:, None], NATURAL)
             if share_ptr is not None:
                 p *= share[:, None]
-            v_at = key_rows(
-                v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
-                image_height, image_width, width, across, PADS, WIDE,
+            v, v_rest = load_keys(
+                v_ptr, pad_v_ptr, key_y, key_x, inside, valid, stride_vy, stride_vx, stride_pvp,
+                image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
-            v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-            v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
             dp = dot_nt(dout, dout_rest, v, v_rest, HEAD_B, PRECISION)
             ds = (p * (dp - delta[:, None])).to(q.dtype)
             acc = tl.dot(ds, k, acc, input_precision=PRECISION)
@@ -220,23 +215,20 @@ def dq_kernel(
                 now_at = drel_h_ptr + a * tokens + token
                 key_y = tl.zeros_like(b) + top + a
                 inside = valid & (key_y < image_height) & (key_x < image_width)
-                loaded = inside if PADS == ZERO_PADS else valid
-                k_at = key_rows(
-                    k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
-                    image_height, image_width, width, across, PADS, WIDE,
+                k, k_rest = load_keys(
+                    k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
+                    image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A,
+                    HEAD_B,
                 )  # fmt: skip
-                k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-                k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
                 s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
                 p = power(s * (scale * UNIT) + (tile_w + column[:, None]), NATURAL)
                 if share_ptr is not None:
                     p *= share[:, None]
-                v_at = key_rows(
-                    v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
-                    image_height, image_width, width, across, PADS, WIDE,
+                v, v_rest = load_keys(
+                    v_ptr, pad_v_ptr, key_y, key_x, inside, valid, stride_vy, stride_vx, stride_pvp,
+                    image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A,
+                    HEAD_B,
                 )  # fmt: skip
-                v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-                v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
                 dp = dot_nt(dout, dout_rest, v, v_rest, HEAD_B, PRECISION)
                 ds = p * (dp - delta[:, None])
                 dtile_w += ds
@@ -268,9 +260,7 @@ def dq_kernel(
     )  # fmt: skip
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
-    store_rows(dq_at, acc, live, 0, HEAD_A, HEAD)
-    if HEAD_B:
-        store_rows(dq_at, acc_rest, live, HEAD_A, HEAD_B, HEAD)
+    store_head(dq_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)
 
 
 @triton.jit
@@ -379,23 +369,18 @@ def dkv_kernel(
             return
     key_y, key_x = top + line, left + b
     inside = valid & (key_y < image_height) & (key_x < image_width)
-    loaded = inside if PADS == ZERO_PADS else valid
-    k_at = key_rows(
+    k, k_rest = load_keys(
         start_of(k_ptr, image, head, stride_kb, stride_kn),
         start_of(pad_k_ptr, image, head, stride_pkb, stride_pkn) if PADS == GIVEN_PADS else k_ptr,
-        key_y, key_x, inside, stride_ky, stride_kx, stride_pkp, image_height, image_width, width,
-        across, PADS, WIDE,
+        key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp, image_height, image_width,
+        width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
     )  # fmt: skip
-    k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-    k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
-    v_at = key_rows(
+    v, v_rest = load_keys(
         start_of(v_ptr, image, head, stride_vb, stride_vn),
         start_of(pad_v_ptr, image, head, stride_pvb, stride_pvn) if PADS == GIVEN_PADS else v_ptr,
-        key_y, key_x, inside, stride_vy, stride_vx, stride_pvp, image_height, image_width, width,
-        across, PADS, WIDE,
+        key_y, key_x, inside, valid, stride_vy, stride_vx, stride_pvp, image_height, image_width,
+        width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
     )  # fmt: skip
-    v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-    v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
 
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
     tokens = image_height * image_width
@@ -422,8 +407,7 @@ def dkv_kernel(
         live, y, x = queries(first, top, left, lines, columns, FLAT, FULL, BLOCK_M)
         token = y * image_width + x
         q_at = pixels(q_ptr, y, x, stride_qy, stride_qx, WIDE)
-        q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
-        q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+        q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
         lse = tl.load(lse_ptr + token, live, other=0.0) * UNIT
         s = dot_nt(k, k_rest, q, q_rest, HEAD_B, PRECISION)  # (BLOCK_N, BLOCK_M)
         if ONE_HOT:
@@ -437,8 +421,7 @@ def dkv_kernel(
             tile_w = tl.load(w_at, live[None, :] & valid[:, None], other=0.0).to(tl.float32)
             p = power(s * (scale * UNIT) + (tile_w * UNIT + column[None, :]), NATURAL)
         g_at = pixels(dout_ptr, y, x, stride_gy, stride_gx, WIDE)
-        dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True)
-        dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
+        dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
         if share_ptr is not None:
             p *= tl.load(share_ptr + token, live, other=0.0)[None, :]
         small = p.to(dout.dtype)
@@ -461,9 +444,7 @@ def dkv_kernel(
         width, across, NEED_K, WIDE,
     )  # fmt: skip
     wanted = valid if NEED_K == GIVEN_PADS else inside
-    store_rows(dk_at, dk * scale, wanted, 0, HEAD_A, HEAD)
-    if HEAD_B:
-        store_rows(dk_at, dk_rest * scale, wanted, HEAD_A, HEAD_B, HEAD)
+    store_head(dk_at, dk * scale, dk_rest * scale, wanted, HEAD, HEAD_A, HEAD_B)
     dv_at = key_rows(
         start_of(dv_ptr, image, head, stride_dvb, stride_dvn),
         start_of(dpad_v_ptr, image, head, stride_dpvb, stride_dpvn)
@@ -473,9 +454,7 @@ def dkv_kernel(
         width, across, NEED_V, WIDE,
     )  # fmt: skip
     wanted = valid if NEED_V == GIVEN_PADS else inside
-    store_rows(dv_at, dv, wanted, 0, HEAD_A, HEAD)
-    if HEAD_B:
-        store_rows(dv_at, dv_rest, wanted, HEAD_A, HEAD_B, HEAD)
+    store_head(dv_at, dv, dv_rest, wanted, HEAD, HEAD_A, HEAD_B)
 
 
 @triton.jit

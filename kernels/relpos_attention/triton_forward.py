@@ -95,12 +95,46 @@ def load_rows(at, live, FIRST: tl.constexpr, PART: tl.constexpr, HEAD: tl.conste
 
 
 @triton.jit
+def load_head(at, live, HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
+              MASKED: tl.constexpr):  # fmt: skip
+    """(rows, HEAD_A) and (rows, HEAD_B); the first twice where there is no rest."""
+    tile = load_rows(at, live, 0, HEAD_A, HEAD, MASKED)
+    rest = load_rows(at, live, HEAD_A, HEAD_B, HEAD, MASKED) if HEAD_B else tile
+    return tile, rest
+
+
+@triton.jit
 def store_rows(at, tile, live, FIRST: tl.constexpr, PART: tl.constexpr, HEAD: tl.constexpr):
     column = FIRST + tl.arange(0, PART)
     mask = live[:, None]
     if FIRST + PART > HEAD:
         mask = mask & (column < HEAD)[None, :]
     tl.store(at[:, None] + column[None, :], tile.to(at.dtype.element_ty), mask)
+
+
+@triton.jit
+def store_head(at, tile, rest, live, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
+               HEAD_B: tl.constexpr):  # fmt: skip
+    store_rows(at, tile, live, 0, HEAD_A, HEAD)
+    if HEAD_B:
+        store_rows(at, rest, live, HEAD_A, HEAD_B, HEAD)
+
+
+@triton.jit
+def load_keys(ptr, pad_ptr, y, x, inside, valid, stride_y, stride_x, stride_p, image_height,
+              image_width, width, across, PADS: tl.constexpr, WIDE: tl.constexpr,
+              EVEN: tl.constexpr, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
+              HEAD_B: tl.constexpr):  # fmt: skip
+    """What keys (y, x) of the padded image hold: of the image, of its padding, or zeros.
+
+    EVEN: all of them are loaded
+    """
+    at = key_rows(
+        ptr, pad_ptr, y, x, inside, stride_y, stride_x, stride_p, image_height, image_width, width,
+        across, PADS, WIDE,
+    )  # fmt: skip
+    loaded = inside if PADS == ZERO_PADS else valid
+    return load_head(at, loaded, HEAD, HEAD_A, HEAD_B, not EVEN)
 
 
 @triton.jit
@@ -219,8 +253,7 @@ def prepare_kernel(
     plane = image.to(tl.int64) * heads + head
     q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
     q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
-    q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
-    q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+    q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
 
     start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
     if ONE_HOT:
@@ -357,8 +390,7 @@ def forward_kernel(
     plane = image.to(tl.int64) * heads + head
     q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
     q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
-    q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
-    q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else q
+    q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
     k_ptr = start_of(k_ptr, image, head, stride_kb, stride_kn)
     v_ptr = start_of(v_ptr, image, head, stride_vb, stride_vn)
     if PADS == GIVEN_PADS:
@@ -369,8 +401,7 @@ def forward_kernel(
     if dout_ptr is not None:
         g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
         g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
-        dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True)
-        dout_rest = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True) if HEAD_B else dout
+        dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
         lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
         weight = tl.zeros((BLOCK_M,), tl.float32)
 
@@ -389,43 +420,23 @@ def forward_kernel(
             b = j - a * width
             key_y, key_x, valid = top + a, left + b, j < height * width
             inside = valid & (key_y < image_height) & (key_x < image_width)
-            loaded = inside if PADS == ZERO_PADS else valid
-            k_at = key_rows(
-                k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
-                image_height, image_width, width, across, PADS, WIDE,
+            k, k_rest = load_keys(
+                k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
+                image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
-            k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-            k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
             s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
             hot = one_hot(a, b, height, REL).to(factors.dtype)
             s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
             if not EVEN:
                 s = tl.where(valid[None, :], s, float("-inf"))
-            v_at = key_rows(
-                v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
-                image_height, image_width, width, across, PADS, WIDE,
+            v, v_rest = load_keys(
+                v_ptr, pad_v_ptr, key_y, key_x, inside, valid, stride_vy, stride_vx, stride_pvp,
+                image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
-            v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-            v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
             if dout_ptr is None:
-                if dout_ptr is None:
-                    most, total, acc, acc_rest = attend(
-                        s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
-                    )
-                else:
-                    weight, total = moment(
-                        s,
-                        dout,
-                        dout_rest,
-                        v,
-                        v_rest,
-                        lse,
-                        weight,
-                        total,
-                        NATURAL,
-                        HEAD_B,
-                        PRECISION,
-                    )
+                most, total, acc, acc_rest = attend(
+                    s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
+                )
             else:
                 weight, total = moment(
                     s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL, HEAD_B, PRECISION
@@ -446,39 +457,27 @@ def forward_kernel(
                 ahead = tl.load(rel_h_ptr + after * tokens + token, live, other=0.0)
                 key_y = tl.zeros_like(b) + top + a
                 inside = valid & (key_y < image_height) & (key_x < image_width)
-                loaded = inside if PADS == ZERO_PADS else valid
-                k_at = key_rows(
-                    k_ptr, pad_k_ptr, key_y, key_x, inside, stride_ky, stride_kx, stride_pkp,
-                    image_height, image_width, width, across, PADS, WIDE,
+                k, k_rest = load_keys(
+                    k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
+                    image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A,
+                    HEAD_B,
                 )  # fmt: skip
-                k = load_rows(k_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-                k_rest = load_rows(k_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else k
                 s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
                 s = s * (scale * UNIT) + (tile_w + column[:, None])
-                v_at = key_rows(
-                    v_ptr, pad_v_ptr, key_y, key_x, inside, stride_vy, stride_vx, stride_pvp,
-                    image_height, image_width, width, across, PADS, WIDE,
+                v, v_rest = load_keys(
+                    v_ptr, pad_v_ptr, key_y, key_x, inside, valid, stride_vy, stride_vx, stride_pvp,
+                    image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A,
+                    HEAD_B,
                 )  # fmt: skip
-                v = load_rows(v_at, loaded, 0, HEAD_A, HEAD, not EVEN)
-                v_rest = load_rows(v_at, loaded, HEAD_A, HEAD_B, HEAD, not EVEN) if HEAD_B else v
                 if dout_ptr is None:
                     most, total, acc, acc_rest = attend(
                         s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
                     )
                 else:
                     weight, total = moment(
-                        s,
-                        dout,
-                        dout_rest,
-                        v,
-                        v_rest,
-                        lse,
-                        weight,
-                        total,
-                        NATURAL,
-                        HEAD_B,
+                        s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL, HEAD_B,
                         PRECISION,
-                    )
+                    )  # fmt: skip
 
     if dout_ptr is None:
         tl.store(lse_ptr + plane * tokens + token, most / UNIT + tl.log(total), live)

@@ -123,7 +123,8 @@ class RelPosAttention(Attention):
 
     def _backend(self) -> str:
         name = requested(self.backend)
-        return "triton" if name == "cuda" else name  # there is no CUDA source beside it
+        # SAMFAST_BACKEND asks all of a model, but attention has no CUDA source.
+        return "triton" if name == "cuda" and self.backend == "auto" else name
 
     def extra_repr(self) -> str:
         text = f"num_heads={self.num_heads}"

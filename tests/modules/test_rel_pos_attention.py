@@ -197,7 +197,7 @@ def test_sharing():
             fuse(ours)
 
 
-def test_backend_of_one_layer():
+def test_backend_of_one_layer(monkeypatch):
     layer = RelPosAttention.from_attention(attention((4, 4)))
     x = torch.randn(1, 4, 4, 32, dtype=torch.float64)
     assert "backend" not in str(layer) and layer.backends() == {"relpos_attention": "torch"}
@@ -209,8 +209,14 @@ def test_backend_of_one_layer():
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run relpos_attention"):
         copy.deepcopy(layer)(x)
     assert "backend=cpu" in str(layer)
-    found = [layer.backends() for layer.backend in ("triton", "cuda")]
-    assert found[0] == found[1]  # there is no CUDA source, and Triton stands in for it
+    layer.backend = "cuda"
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run relpos_attention"):
+        layer(x)
+    layer.backend = "triton"
+    found = layer.backends()
+    layer.backend = "auto"
+    monkeypatch.setenv("SAMFAST_BACKEND", "cuda")  # asks all of a model, and Triton stands in here
+    assert layer.backends() == found
 
 
 @pytest.mark.parametrize("use_rel_pos", [True, False])

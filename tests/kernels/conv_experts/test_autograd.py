@@ -10,7 +10,7 @@ from samfast.functional import conv_experts
 
 from .cases import BACKENDS, DEVICE, NAMES, Case, runnable
 
-SMALL = Case(samples=4, height=3, width=5, rank=2, ratios=(1, 2, 3, 4))
+SMALL = Case(samples=2, height=3, width=5, rank=2, ratios=(1, 3))
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -28,7 +28,7 @@ def test_gradcheck_where_every_pixel_is_at_a_border(ratios, depthwise):
 def test_opcheck(requires_grad, backend):
     (h, weight, bias), _ = SMALL.tensors(torch.float32)
     h = h.detach().reshape(-1, 2).requires_grad_(requires_grad)
-    options = ([4, 3, 5, 3, 5], [1, 2, 3, 4], True, "gelu", backend)
+    options = ([2, 3, 5, 3, 5], [1, 3], True, "gelu", backend)
     arguments = (h, weight.detach(), bias.detach(), SMALL.choices(), *options)
     torch.library.opcheck(torch.ops.samfast.conv_experts, arguments)
 
@@ -39,12 +39,12 @@ def test_opcheck_of_the_two_halves(backend):
         pytest.skip(reason)
     (h, weight, bias), dz = SMALL.tensors(torch.float32)
     h, weight, bias = h.detach().reshape(-1, 2), weight.detach(), bias.detach()
-    options = ([1, 5, 12, 3, 5], [1, 2, 3, 4], True, "gelu")
-    index = torch.tensor([0, 1, 2, 3, 1, 0], device=DEVICE)
+    options = ([1, 5, 6, 3, 5], [1, 3], True, "gelu")
+    index = torch.tensor([0, 1, 1, 0], device=DEVICE)
     forward = (h, weight, bias, index, *options, backend)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.samfast.conv_experts_forward, forward, test_utils=checks)
-    balance = (torch.ones((), device=DEVICE), h.new_ones(6, 2), h.new_ones(2, 2, 4))
+    balance = (torch.ones((), device=DEVICE), h.new_ones(4, 2), h.new_ones(2, 2, 2))
     backward = (dz.reshape(-1, 2), None, h, weight, bias, index, *options)
     for rest in ((*balance, [True, True]), (None, None, None, [True, False])):
         torch.library.opcheck(
@@ -84,7 +84,7 @@ def test_odd_memory(backend):
     if reason := runnable(backend):
         pytest.skip(reason)
     (h, weight, bias), dz = SMALL.tensors(torch.float32)
-    gaps = torch.full((4, 3, 5, 9), float("nan"), device=DEVICE)
+    gaps = torch.full((2, 3, 5, 9), float("nan"), device=DEVICE)
     gaps[..., 4:6] = h.detach()
     layouts = [
         (gaps[..., 4:6], dz),

@@ -153,9 +153,9 @@ def fresh_noise(layer, backend):
 def test_fourteen_launches_and_no_sync(depthwise, capsys):
     if reason := runnable("triton"):
         pytest.skip(reason)
-    layer = Layer(samples=2, depthwise=depthwise)
+    layer = Layer(samples=2, size=4, depthwise=depthwise)
     counts = count(lambda: fresh_noise(layer, "triton"))
-    windows = Layer(samples=8, depthwise=depthwise)
+    windows = Layer(samples=8, size=4, depthwise=depthwise)
     literal = count(lambda: fresh_noise(windows, "reference"))
     with capsys.disabled():
         print(
@@ -177,12 +177,11 @@ def test_the_native_experts_count_three_launches():
     assert counts["conv_experts_backward"] == 2
 
 
-@pytest.mark.parametrize("size", [14, 24])
-def test_no_large_allocation(size):
+def test_no_large_allocation():
     """Nothing much larger than h beside the layer's own x, y and their partial sums."""
     if reason := runnable("triton"):
         pytest.skip(reason)
-    layer = Layer(samples=1, size=size, features=3, rank=3)
+    layer = Layer(samples=1, size=14, features=3, rank=3)
     windows, (_, _, weight, bias, _, _) = layer.windows, layer.factors
     h = torch.randn(windows.tokens, 3, device=DEVICE)
     options = (list(windows), list(layer.ratios), True, "gelu")
@@ -215,7 +214,7 @@ def test_saved_bytes(backend):
 def test_a_loss_that_is_not_used_gives_the_gate_zeros(backend):
     if reason := runnable(backend):
         pytest.skip(reason)
-    layer = Layer()
+    layer = Layer(size=4, experts=3)
     y, _ = layer.forward(backend)
     *_, dgate, dnoise = torch.autograd.grad(y, layer.factors, layer.dy)
     assert not dgate.any() and not dnoise.any()

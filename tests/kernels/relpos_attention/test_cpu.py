@@ -8,13 +8,14 @@ from budgets import all_within_budget, within_budget
 from samfast import backends
 from samfast.functional import relpos_attention, window_relpos_attention
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.relpos_attention import cpu_path, reference, torch_path
+from samfast.kernels.relpos_attention import cpu_path
+
+from .calls import NAMES, Call, cast_expanded
 
 pytestmark = pytest.mark.skipif(
     backends.native_missing() is not None, reason=str(backends.native_missing())
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NAMES = ("out", "dq", "dk", "dv", "dpad_k", "dpad_v", "dtable_h", "dtable_w")
 WINDOWED = Windows(2, 20, 17, 14, 14)
 WHOLE = Windows.whole(2, 9, 13)
 
@@ -23,110 +24,19 @@ def name_of(value):
     return "x".join(map(str, value)) if isinstance(value, Windows) else str(value).split(".")[-1]
 
 
-class Call:
-    """One forward and backward of random tensors.
-
-    pads: "rows" that all differ, one "bias" row seen everywhere, or None for zeros
-    """
-
-    def __init__(self, windows, heads=2, head_dim=16, pads="rows"):
-        generator = torch.Generator().manual_seed(3)
-
-        def draw(*shape, scale=1.0):
-            return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        self.windows, self.scale = windows, 0.8 * head_dim**-0.5
-        shape = (windows.batch, windows.image_height, windows.image_width, heads, head_dim)
-        self.tokens = {name: draw(*shape) for name in ("q", "k", "v")}
-        self.dout = draw(*shape)
-        rows = 1 if pads == "bias" else windows.pads
-        pad_shape = (windows.batch, windows.pads, heads, head_dim)
-        self.pads = [None, None]
-        if pads is not None and windows.pads:
-            first = windows.batch if pads == "rows" else 1
-            self.pads = [draw(first, rows, heads, head_dim).expand(pad_shape) for _ in range(2)]
-        self.pad_shape = pad_shape
-        sizes = windows.height, windows.width
-        self.tables = [draw(2 * size - 1, head_dim, scale=0.4) for size in sizes]
-
-    def arguments(self, dtype):
-        """Up to lse; expanded pads keep their stride of 0."""
-        pads = [None if t is None else _cast_expanded(t, dtype) for t in self.pads]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        tables = [t.to(wide) for t in self.tables]
-        return [*(t.to(dtype) for t in self.tokens.values()), *pads, *tables]
-
-    def run(self, path, dtype=torch.float32, want_pads=True, need_tables=True, layout=None):
-        """NAMES' tensors (None for those not wanted) and lse; layout makes views of what is
-        given and of what is filled."""
-        layout = layout or (lambda t: t)
-        *tensors, table_h, table_w = self.arguments(dtype)
-        inputs = [None if t is None else layout(t) for t in tensors] + [table_h, table_w]
-        out, lse = path.forward(*inputs, self.windows, self.scale)
-        assert out.is_contiguous() and out.dtype == dtype
-        grads = [layout(torch.full_like(tensors[0], torch.nan)) for _ in range(3)]
-        want_pads = want_pads and self.windows.pads > 0
-        dpads = [torch.full(self.pad_shape, torch.nan, dtype=dtype) for _ in range(2)]
-        dpads = [layout(t) if want_pads else None for t in dpads]
-        tables = path.backward(
-            layout(self.dout.to(dtype)), *inputs, out, lse, self.windows, self.scale, *grads,
-            *dpads, need_tables,
-        )  # fmt: skip
-        return [out, *grads, *dpads, *(tables or (None, None))], lse
-
-    def literal(self, dtype):
-        """Every logit in memory, gradients by autograd."""
-        q, k, v, *pads, table_h, table_w = self.arguments(dtype)
-        pads = [q.new_zeros(self.pad_shape) if t is None else t.clone() for t in pads]
-        leaves = [t.clone().requires_grad_() for t in (q, k, v, *pads, table_h, table_w)]
-        q, k, v, pad_k, pad_v, table_h, table_w = leaves
-        parts = [self.cut(q), self.cut(k, pad_k), self.cut(v, pad_v)]
-        out = reference.relpos_attention(*parts, table_h, table_w, self.scale)
-        out = self.windows.paste(out.movedim(1, 3).flatten(3))[0].view(q.shape)
-        grads = torch.autograd.grad(out, leaves, self.dout.to(dtype), materialize_grads=True)
-        grads = [g if self.windows.pads or "pad" not in n else None for n, g in
-                 zip(NAMES[1:], grads, strict=True)]  # fmt: skip
-        return [out.detach(), *grads]
-
-    def cut(self, t, pad=None):
-        rows = self.windows.batch * self.windows.pads
-        pad = None if pad is None or rows == 0 else pad.reshape(rows, -1)
-        parts = self.windows.cut(t.reshape(self.windows.tokens, -1), pad)
-        return parts.unflatten(3, t.shape[3:]).movedim(3, 1)
-
-    def check(self, dtype=torch.float32):
-        ours, lse = self.run(cpu_path, dtype)
-        stock, exact = self.literal(dtype), self.literal(torch.float64)
-        there = [i for i, t in enumerate(exact) if t is not None]
-        assert there == [i for i, t in enumerate(ours) if t is not None]
-        columns = ([results[i] for i in there] for results in (ours, stock, exact))
-        all_within_budget(*columns, dtype, [NAMES[i] for i in there])
-        assert lse.dtype == torch.float32
-        heads = self.tokens["q"].shape[3]
-        assert lse.shape == (self.windows.batch, heads, lse[0, 0].numel())
-        *_, stock_lse = self.run(torch_path, dtype)
-        *_, exact_lse = self.run(torch_path, torch.float64)
-        within_budget(lse, stock_lse, exact_lse, dtype, "lse")
-
-
-def _cast_expanded(t, dtype):
-    rows = t[tuple(slice(1) if stride == 0 else slice(None) for stride in t.stride())]
-    return rows.to(dtype).expand(t.shape)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("pads", ["rows", "bias", None])
 @pytest.mark.parametrize(
     "windows", [WINDOWED, Windows(1, 14, 30, 14, 14), Windows(1, 5, 9, 14, 14)], ids=name_of
 )
 def test_windows_with_pads(windows, pads, dtype):
-    Call(windows, pads=pads).check(dtype)
+    Call(windows, pads=pads).check(cpu_path, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
 def test_every_width_of_a_head(head_dim, dtype):
-    Call(WHOLE, head_dim=head_dim).check(dtype)
+    Call(WHOLE, head_dim=head_dim).check(cpu_path, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -142,16 +52,16 @@ def test_every_width_of_a_head(head_dim, dtype):
     ids=name_of,
 )
 def test_maps_of_other_shapes(windows, dtype):
-    Call(windows).check(dtype)
+    Call(windows).check(cpu_path, dtype)
 
 
 def test_a_global_map_of_sam():
-    Call(Windows.whole(1, 64, 64), heads=1, head_dim=64).check()
+    Call(Windows.whole(1, 64, 64), heads=1, head_dim=64).check(cpu_path)
 
 
 @pytest.mark.parametrize("head_dim", range(16, 129, 16))
 def test_every_width_by_small_maps(head_dim):
-    Call(Windows.whole(1, 3, 5), heads=1, head_dim=head_dim).check()
+    Call(Windows.whole(1, 3, 5), heads=1, head_dim=head_dim).check(cpu_path)
 
 
 def test_steep_softmax():
@@ -159,7 +69,7 @@ def test_steep_softmax():
     call = Call(WHOLE)
     call.tokens["q"] *= 40
     call.tokens["k"] *= 10
-    call.check()
+    call.check(cpu_path)
 
 
 @pytest.mark.parametrize("windows", [WINDOWED._replace(batch=0), Windows.whole(0, 3, 3)], ids=str)
@@ -222,7 +132,7 @@ def test_incoming_gradient_may_be_expanded():
     dense = Call(WHOLE)
     dense.dout = call.dout.expand_as(dense.dout).clone()
     call.dout = call.dout.expand_as(dense.dout)
-    layout = lambda t: _cast_expanded(t, torch.float32) if 0 in t.stride() else t  # noqa: E731
+    layout = lambda t: cast_expanded(t, torch.float32) if 0 in t.stride() else t  # noqa: E731
     ours, _ = call.run(cpu_path, layout=layout)
     expected, _ = dense.run(cpu_path)
     pairs = zip(ours, expected, strict=True)

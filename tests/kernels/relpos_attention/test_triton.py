@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from budgets import all_within_budget, within_budget
 
 from samfast import backends
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.relpos_attention import tiling, torch_path
+from samfast.kernels.relpos_attention import tiling
 
-from .test_cpu import NAMES, Call
+from .calls import Call
 
 missing = backends.triton_missing(torch.device("cpu"))
 if torch.cuda.is_available() or missing is not None:
@@ -22,7 +21,6 @@ if torch.cuda.is_available() or missing is not None:
     pytest.skip(reason, allow_module_level=True)
 
 from guarded import ORDERS, guarded  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 from samfast.kernels.relpos_attention import triton_kernels as kernels  # noqa: E402
 
@@ -32,35 +30,9 @@ SMALL = Windows(1, 3, 5, 3, 2)
 TWO_TILES = Windows.whole(1, 2, 20)  # of keys in each line, with tiles of sixteen
 
 
-def check(call, dtype):
-    ours, lse = call.run(kernels, dtype)
-    stock, exact = call.literal(dtype), call.literal(torch.float64)
-    there = [i for i, t in enumerate(exact) if t is not None]
-    assert there == [i for i, t in enumerate(ours) if t is not None]
-    columns = ([results[i] for i in there] for results in (ours, stock, exact))
-    all_within_budget(*columns, dtype, [NAMES[i] for i in there])
-    *_, stock_lse = call.run(torch_path, dtype)
-    *_, exact_lse = call.run(torch_path, torch.float64)
-    within_budget(lse, stock_lse, exact_lse, dtype, "lse")
-
-
 def equal(ours, expected):
     pairs = zip(ours, expected, strict=True)
     return all(a is b is None or torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.fixture(autouse=True)
-def patched_once(monkeypatch):
-    """A launch patches Triton's language for its module. By itself each call from there to another
-    function of ours does so again, which takes most of the time."""
-    patching = interpreter.InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        if not self.fn.__module__.startswith("samfast"):
-            return patching(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 @pytest.fixture
@@ -78,13 +50,13 @@ def tiles(monkeypatch):
     ],
 )
 def test_padded_windows(pads, dtype):
-    check(Call(PADDED, heads=1, pads=pads), dtype)
+    Call(PADDED, heads=1, pads=pads).check(kernels, dtype)
 
 
 @pytest.mark.parametrize("pads", ["bias", "rows", None])
 @pytest.mark.parametrize("windows", [SMALL, Windows(1, 3, 19, 2, 18)], ids=["one-hot", "lines"])
 def test_kinds_of_padding(windows, pads):
-    check(Call(windows, heads=1, pads=pads), torch.float32)
+    Call(windows, heads=1, pads=pads).check(kernels)
 
 
 @pytest.mark.parametrize(
@@ -101,25 +73,27 @@ def test_kinds_of_padding(windows, pads):
     ids=lambda windows: "x".join(map(str, windows)),
 )
 def test_sizes(windows):
-    check(Call(windows, heads=1), torch.float32)
+    Call(windows, heads=1).check(kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("head_dim", [48, 80, pytest.param(112, marks=SLOW)])
 def test_heads_in_two_parts(head_dim, dtype):
     for windows in (Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)):
-        check(Call(windows, heads=2, head_dim=head_dim), dtype)
+        Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
 
 
 def test_several_tiles_to_a_line(tiles):
-    check(Call(TWO_TILES, heads=1), torch.float32)
+    Call(TWO_TILES, heads=1).check(kernels)
 
 
 def test_tiles_that_are_full(tiles):
     """No masks where every tile of queries and of keys is full."""
-    check(Call(Windows.whole(1, 2, 32), heads=1), torch.float32)
-    check(Call(Windows(1, 4, 8, 4, 4), heads=1), torch.float32)
-    check(Call(Windows(1, 5, 4, 4, 4), heads=1), torch.float32)  # but not in the last window
+    Call(Windows.whole(1, 2, 32), heads=1).check(kernels)
+    Call(Windows(1, 4, 8, 4, 4), heads=1).check(kernels)
+    Call(Windows(1, 5, 4, 4, 4), heads=1).check(
+        kernels, torch.float32
+    )  # but not in the last window
 
 
 def packed(t):
@@ -222,7 +196,7 @@ def test_negative_and_no_scale():
     for scale, windows in ((-0.3, TWO_TILES), (0.0, Windows.whole(1, 2, 3))):
         call = Call(windows, heads=1)
         call.scale = scale
-        check(call, torch.float32)
+        call.check(kernels)
 
 
 FAR = """
