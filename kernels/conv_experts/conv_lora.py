@@ -81,6 +81,14 @@ class RoutedExperts:
         return dh, [d.to(p.dtype) if need else None for p, d, need in wanted]
 
 
+COEFFICIENT = 0.01  # of the balancing loss
+
+
+def middle_key(ratios: Sequence[int], coefficient: float, backend: str) -> str:
+    """The layer's middle map; backend: as the user asked."""
+    return middle.key_of("RoutedExperts", tuple(ratios), float(coefficient), backend)
+
+
 def conv_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -97,7 +105,7 @@ def conv_lora_linear(
     windows: Windows,
     noise: Tensor | None = None,
     expert_index: Tensor | None = None,
-    coefficient: float = 0.01,
+    coefficient: float = COEFFICIENT,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     top_k: int = 1,
@@ -157,7 +165,7 @@ def conv_lora_linear(
     params = [expert_weight, expert_bias, w_gate, w_noise]
     params += [t for t in (noise, expert_index) if t is not None]
     geometry = (*windows, int(noise is not None), int(expert_index is not None))
-    key = middle.key_of("RoutedExperts", tuple(ratios), float(coefficient), requested)
+    key = middle_key(ratios, coefficient, requested)
     made = low_rank_linear(
         x, weight, bias, lora_a, lora_b, scaling, middle=key, geometry=geometry, params=params,
         dropout=dropout, seed=seed, backend=part_backend("lora_linear", requested),

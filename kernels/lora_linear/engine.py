@@ -38,11 +38,14 @@ class Slices:
             )
 
 
-def forward(path, x, weight, bias, lora_a, lora_b, params, seed, options):
-    """Returns y, z, and the middle map's aux, z_pad and saved."""
+def forward(path, x, weight, bias, lora_a, lora_b, params, seed, options, h=None):
+    """Returns y, z, and the middle map's aux, z_pad and saved.
+
+    h: drop(x) Aᵀ where the producer of x has made it
+    """
     scaling, dropout, middle, geometry, starts, own = options
     rows = _flat(x)
-    h = path.down(rows, lora_a, dropout, seed)
+    h = path.down(rows, lora_a, dropout, seed) if h is None else h
     z, aux, z_pad, saved = find(middle).forward(h, geometry, *params)
     z = _as_rows(z, rows.dtype)
     y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -55,7 +58,7 @@ def backward(
     bias_dtype,
 ):  # fmt: skip
     """Gradients of (x, weight, bias, lora_a, lora_b, *params), None where not needed."""
-    scaling, dropout, middle, geometry, starts, own = options
+    dropout = options[1]
     need_x, need_weight, need_bias, need_a, need_b, *need_params = needs
     shape, dtype = dy.shape, dy.dtype
     dy = _flat(dy)
@@ -65,19 +68,31 @@ def backward(
     dx = torch.mm(dy, weight.to(dtype)) if need_x else None
     dweight = torch.mm(dy.t(), rows).to(weight.dtype) if need_weight else None
     dbias = dy.sum(0, dtype=torch.promote_types(dtype, bias_dtype)) if need_bias else None
-    da = db = None
-    dparams = [None] * len(params)
-    if need_h or need_b or any(need_params):
-        slices = Slices(starts, lora_b, own)
-        dz, db = path.up_backward(dy, z if need_b else None, lora_b, scaling, slices)
-        needs_map = (need_h, *need_params)
-        dh, dparams = find(middle).backward(dz, daux, dz_pad, saved, params, geometry, needs_map)
-        if need_h:
-            dh = _as_rows(dh, dtype)
-            da = path.down_backward_(dx, dh, rows if need_a else None, lora_a, dropout, seed)
+    needs_map = (need_h, need_b, *need_params)
+    dh, db, dparams = up(path, dy, daux, dz_pad, lora_b, z, saved, params, options, needs_map)
+    da = None
+    if need_h:
+        da = path.down_backward_(dx, dh, rows if need_a else None, lora_a, dropout, seed)
     if dx is not None:
         dx = dx.view(*shape[:-1], dx.shape[-1])
     return [dx, dweight, None if dbias is None else dbias.to(bias_dtype), da, db, *dparams]
+
+
+def up(path, dy, daux, dz_pad, lora_b, z, saved, params, options, needs):
+    """From dy (tokens, O) back to h: dh, dB and the gradients of params, None where not needed.
+
+    needs: whether gradients are wanted of (h, lora_b, *params)
+    """
+    scaling, _, middle, geometry, starts, own = options
+    need_h, need_b, *need_params = needs
+    if not any(needs):
+        return None, None, [None] * len(params)
+    slices = Slices(starts, lora_b, own)
+    dz, db = path.up_backward(dy, z if need_b else None, lora_b, scaling, slices)
+    dh, dparams = find(middle).backward(
+        dz, daux, dz_pad, saved, params, geometry, (need_h, *need_params)
+    )
+    return _as_rows(dh, dy.dtype) if need_h else None, db, dparams
 
 
 def _flat(t):

@@ -44,7 +44,7 @@ def supports(
     return None
 
 
-def _path(backend, x, lora_a, lora_b, starts):
+def path_of(backend, x, lora_a, lora_b, starts):
     slices = max(len(starts), 1)
     name = backends.resolve(
         "lora_linear", backend, x.device, lambda b: supports(b, x, lora_a, lora_b, slices)
@@ -97,7 +97,7 @@ def _backward(path, dy, daux, dz_pad, x, weight, lora_a, lora_b, z, saved, param
 @implement("samfast::lora_linear_forward")
 def _forward_impl(x, weight, bias, lora_a, lora_b, params, seed, *rest):
     *options, backend = rest
-    path = _path(backend, x, lora_a, lora_b, options[4])
+    path = path_of(backend, x, lora_a, lora_b, options[4])
     return _forward(path, x, weight, bias, lora_a, lora_b, params, seed, *options)
 
 
@@ -109,7 +109,7 @@ def _forward_fake(*args):
 @implement("samfast::lora_linear_backward")
 def _backward_impl(dy, daux, dz_pad, x, weight, lora_a, lora_b, *rest):
     *arguments, backend = rest
-    path = _path(backend, dy, lora_a, lora_b, arguments[8])
+    path = path_of(backend, dy, lora_a, lora_b, arguments[8])
     return _backward(path, dy, daux, dz_pad, x, weight, lora_a, lora_b, *arguments)
 
 

@@ -11,8 +11,10 @@ from samfast.backends import requested, resolve
 from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts.conv_lora import (
+    COEFFICIENT,
     FORMULAS,
     conv_lora_linear,
+    middle_key,
     part_backend,
 )
 from samfast.kernels.conv_experts.op import MAX_RATIO
@@ -20,8 +22,10 @@ from samfast.kernels.conv_experts.op import supports as experts_supports
 from samfast.kernels.expert_gate.op import draw_noise
 from samfast.kernels.expert_gate.op import supports as gate_supports
 from samfast.kernels.lora_linear.op import supports as lora_supports
+from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.modules.adapted_linear import AdaptedLinear
 from samfast.modules.aux_loss import LatestLoss, recomputing
+from samfast.modules.block_layer import BlockLayer, dropout_seed
 from samfast.modules.low_rank import check_alpha, check_dropout, check_rank
 
 _GATE = "lora_moe_gating."
@@ -225,6 +229,34 @@ class ConvLoraLinear(AdaptedLinear):
         y, z_pad, _ = self._run(x, windows, noise, None)
         return y, z_pad, self.scaling * self.lora_B
 
+    def block_problem(self) -> str | None:
+        """Why this layer cannot take part in a fused block, None when it can."""
+        if self.top_k > 1 or self.formula != "code":
+            return f"has top_k={self.top_k} and formula={self.formula!r}, for the reference alone"
+        return None
+
+    def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
+        """Its share in a fused block; x as the block's products take it."""
+        dropout = float(self.dropout) if self.training else 0.0
+        params = [self.expert_weight, self.expert_bias, self.w_gate, self.w_noise]
+        if self.training:
+            params.append(draw_noise(x, windows.samples, self.experts, None))
+        plan = LayerPlan(
+            adapted=True,
+            scaling=float(self.scaling),
+            dropout=dropout,
+            middle=middle_key(self.ratios, COEFFICIENT, requested("auto")),
+            flags=(int(self.training), 0),
+            params=len(params),
+        )
+        seed = dropout_seed(dropout, x)
+        factors = (self.weight, self.bias, self.lora_A, self.lora_B)
+        return BlockLayer(*factors, plan, seed, tuple(params), self._keep)
+
+    def _keep(self, aux: Tensor, y: Tensor) -> Tensor:
+        trained = (self.lora_A, self.w_gate, self.w_noise)
+        return self._latest.keep(aux, y, self.training, any(p.requires_grad for p in trained))
+
     def _run(self, x, windows: Windows, noise, expert_index) -> tuple[Tensor, Tensor, Tensor]:
         """y, z_pad and the balancing loss, which is kept for ``samfast.aux_loss``."""
         y, aux, z_pad = conv_lora_linear(
@@ -247,9 +279,7 @@ class ConvLoraLinear(AdaptedLinear):
             formula=self.formula,
             return_pads=True,
         )
-        trained = (self.lora_A, self.w_gate, self.w_noise)
-        y = self._latest.keep(aux, y, self.training, any(p.requires_grad for p in trained))
-        return y, z_pad, aux
+        return self._keep(aux, y), z_pad, aux
 
     def _windows(self, x: Tensor, size: tuple[int, int] | None) -> Windows:
         shape = tuple(x.shape)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from samfast.functional import lora_linear
+from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.modules.low_rank import LowRankLinear, check_alpha, check_dropout, check_rank
 
 
@@ -74,6 +75,9 @@ class LoraLinear(LowRankLinear):
         return lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout=dropout
         )
+
+    def layer_plan(self, dropout: float) -> LayerPlan:
+        return LayerPlan(adapted=True, scaling=float(self.scaling), dropout=float(dropout))
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"

@@ -5,8 +5,11 @@ import torch
 
 from samfast.backends import requested, resolve
 from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear.op import supports
+from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.modules.adapted_linear import AdaptedLinear
+from samfast.modules.block_layer import BlockLayer, dropout_seed
 
 
 def check_rank(rank: int) -> None:
@@ -57,6 +60,26 @@ class LowRankLinear(AdaptedLinear):
                 "a merged adapter cannot be trained; call unmerge() first, or eval() to predict"
             )
         return super().forward(x)
+
+    def block_problem(self) -> str | None:
+        """Why this layer cannot take part in a fused block, None when it can."""
+        if self.merged and self.training and torch.is_grad_enabled():
+            return "has its adapter merged, which cannot be trained"  # its own forward raises
+        return None
+
+    def block_layer(self, x: torch.Tensor, windows: Windows) -> BlockLayer:
+        """Its share in a fused block; x as the block's products take it."""
+        if self.merged:
+            return BlockLayer(self.weight, self.bias)
+        dropout = self.dropout if self.training else 0.0
+        return BlockLayer(
+            self.weight, self.bias, self.lora_A, self.lora_B, self.layer_plan(dropout),
+            dropout_seed(dropout, x),
+        )  # fmt: skip
+
+    def layer_plan(self, dropout: float) -> LayerPlan:
+        """What a fused block has to know of the update beside its tensors."""
+        raise NotImplementedError
 
     @property
     def merged(self) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from samfast.functional import lora_linear
+from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.modules.low_rank import LowRankLinear, check_dropout, check_rank
 
 QKV = ("q", "k", "v")
@@ -110,6 +111,11 @@ class QkvLora(LowRankLinear):
             dropout=dropout,
             slices=self.ranges,
         )
+
+    def layer_plan(self, dropout: float) -> LayerPlan:
+        starts = tuple(start for start, _ in self.ranges)
+        own = len(starts) > 1
+        return LayerPlan(adapted=True, dropout=float(dropout), starts=starts, own=own)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, rank={self.rank}, slices={','.join(self.slices)}"

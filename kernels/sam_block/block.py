@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block forwards and backwards, by hand.
+
+x1 = x + proj(attention(qkv(norm1(x))))        y = x1 + lin2(gelu(lin1(norm2(x1))))
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.sam_block.layer import Activated, Given, Layer, Normed
+from samfast.kernels.sam_block.plan import LAYERS, Plan
+
+
+class Block:
+    """One call: its tensors taken apart.
+
+    needs: which of x and the tensors want gradients
+    stages: who runs what is element by element   backend: of all that has one of its own
+    """
+
+    def __init__(
+        self, x: Tensor, tensors: Sequence[Tensor | None], plan: Plan, backend: str, stages,
+        needs: Sequence[bool] | None = None,
+    ):  # fmt: skip
+        self.x, self.plan, self.stages = x, plan, stages
+        self.rows = x.reshape(-1, x.shape[3])
+        self.windows, whole = plan.windows(x), Windows.whole(*x.shape[:3])
+        self.dtype = plan.compute_dtype(x)
+        needs = [False] * (1 + len(tensors)) if needs is None else list(needs)
+        self.need_x = needs[0]
+        self.head, parts = plan.split(tensors)
+        self.head_needs, part_needs = plan.split(needs[1:])
+        backend = {"cuda": "triton"}.get(backend, backend)  # neither part has a CUDA source
+        self.attention_backend = plan.attention or backend
+        self.layers = [
+            Layer(layer, parts[name], self.windows if name == "qkv" else whole, backend,
+                  part_needs[name])
+            for name, layer in zip(LAYERS, plan.layers, strict=True)
+        ]  # fmt: skip
+        self.qkv, self.proj, self.lin1, self.lin2 = self.layers
+
+    def forward(
+        self, memory: str | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]]]:
+        """y, aux of the layers, and what is kept: of the block, and of each layer.
+
+        memory: "fast" keeps [out, lse, x1, qkv, u], "balanced" not the last two nor what their
+            layers have kept; "minimal" and None keep nothing
+        """
+        stages, some, every = self.stages, memory in ("fast", "balanced"), memory == "fast"
+        qkv, aux_qkv, kept_qkv = self._project()
+        late = [qkv] if every else []
+        out, lse = torch.ops.samfast.window_relpos_attention_forward(
+            qkv, *self._padding(kept_qkv), *self.head[4:], list(self.windows), self.plan.scale,
+            self.attention_backend,
+        )  # fmt: skip
+        del qkv
+        update, aux_proj, kept_proj = self.proj.forward(self._as_rows(out), None)
+        kept = [out, lse] if some else []
+        del out, lse
+        x1, n, h = stages.add_norm(
+            self.rows, update, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down
+        )
+        del update
+        kept += [x1] if some else []
+        u, aux_lin1, kept_lin1 = self.lin1.forward(n, h)
+        del n, h
+        late += [u] if every else []
+        g, h = stages.gelu(u, self.lin2.fused_down)
+        del u
+        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h)
+        del g, h
+        y = stages.add(x1, update).view(self.x.shape)
+        of_layers = [
+            kept_qkv if every else [],
+            kept_proj if some else [],
+            kept_lin1 if every else [],
+            kept_lin2 if some else [],
+        ]
+        return y, [aux_qkv, aux_proj, aux_lin1, aux_lin2], [*kept, *late], of_layers
+
+    def backward(
+        self, dy: Tensor, daux: Sequence[Tensor | None], kept: list[Tensor],
+        of_layers: list[list[Tensor]],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Gradients of x and of the tensors in their order, None where not needed."""
+        if not kept:
+            _, _, kept, of_layers = self.forward("fast")
+        out, lse, x1, *late = kept
+        qkv, u = late or (None, None)
+        kept_qkv, kept_proj, kept_lin1, kept_lin2 = of_layers
+        del kept, late, of_layers
+        norm1, norm2, tables = (self.head_needs[i : i + 2] for i in (0, 2, 4))
+        need_n1 = self.need_x or any(norm1)
+        need_qkv = need_n1 or any(self.qkv.needs)
+        need_out = need_qkv or any(tables)
+        need_x1 = need_out or any(self.proj.needs)
+        need_n2 = need_x1 or any(norm2)
+        need_u = need_n2 or any(self.lin1.needs)
+
+        dy = dy.reshape(self.rows.shape)
+        dupdate = dy.to(self.dtype)
+        if u is None:
+            u, kept_lin1 = self._widen(x1)
+        dh = self.lin2.up(dupdate, daux[3], None, kept_lin2, need_u)
+        du = self.lin2.through(dupdate, dh, need_u, Activated(self.stages, u))
+        del u, dupdate, dh
+        head = [None] * len(self.head)
+        dx1 = dx = None
+        if need_u:
+            source = self._normed(x1, 1, dy, norm2)
+            dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2)
+            dx1 = self.lin1.through(du, dh, need_n2, source)
+            head[2:4] = source.grads
+        del du, dy, x1
+        if need_x1:
+            dupdate = dx1.to(self.dtype)
+            dh = self.proj.up(dupdate, daux[1], None, kept_proj, need_out)
+            dout = self.proj.through(dupdate, dh, need_out, Given(self._as_rows(out)))
+            del dupdate, dh
+        if need_out:
+            if qkv is None:
+                qkv, _, kept_qkv = self._project()
+            dqkv, dz_pad, dpads, head[4:] = self._attention_backward(
+                dout, out, lse, qkv, kept_qkv, need_n1, tables
+            )
+            del dout, qkv
+        if need_qkv:
+            source = self._normed(self.rows, 0, dx1, norm1)
+            dh = self.qkv.up(dqkv, daux[0], dz_pad, kept_qkv, need_n1)
+            for i, d in dpads.items():
+                self.qkv.grads[i] += d
+            dx = self.qkv.through(dqkv, dh, need_n1, source)
+            head[:2] = source.grads
+        dx = dx.view(self.x.shape) if self.need_x else None
+        return [dx, *head, *(g for layer in self.layers for g in layer.grads)]
+
+    def _project(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """qkv (B, H, W, 3, heads, head_dim), its aux, and what its layer keeps."""
+        n, h = self.stages.norm(
+            self.rows, *self.head[:2], self.plan.eps[0], self.dtype, self.qkv.fused_down
+        )
+        qkv, aux, kept = self.qkv.forward(n, h)
+        size = qkv.shape[1] // 3 // self.plan.heads
+        return qkv.view(*self.x.shape[:3], 3, self.plan.heads, size), aux, kept
+
+    def _widen(self, x1: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """u, which GELU takes, and what its layer keeps."""
+        n, h = self.stages.norm(
+            x1, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down
+        )
+        u, _, kept = self.lin1.forward(n, h)
+        return u, kept
+
+    def _normed(self, x: Tensor, which: int, residual: Tensor, needs) -> Normed:
+        weight, bias = self.head[2 * which : 2 * which + 2]
+        eps = self.plan.eps[which]
+        return Normed(self.stages, x, weight, bias, eps, self.dtype, residual, needs)
+
+    def _as_rows(self, out: Tensor) -> Tensor:
+        return out.view(len(self.rows), out.shape[3] * out.shape[4])
+
+    def _padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What qkv is at the padding of windows: its bias, and the two factors of its update."""
+        if self.windows.pads == 0:
+            return None, None, None
+        if not self.qkv.plan.pads_vary:
+            return self.qkv.bias, None, None
+        return self.qkv.bias, kept[1], self.qkv.plan.scaling * self.qkv.lora_b
+
+    def _attention_backward(self, dout, out, lse, qkv, kept_qkv, need_n1, need_tables):
+        """dqkv (tokens, 3 · D), dz_pad, what the padding adds to the gradients of the layer's
+        bias (1) and lora_b (3), and the tables' gradients."""
+        bias, pad_h, pad_b = self._padding(kept_qkv)
+        need_bias, need_a, need_b, _, *need_params = self.qkv.needs[1:]
+        varies = pad_h is not None
+        needs = [
+            True,
+            need_bias and bias is not None,
+            varies and (need_n1 or need_a or any(need_params)),
+            varies and need_b,
+            *need_tables,
+        ]
+        made = iter(
+            torch.ops.samfast.window_relpos_attention_backward(
+                dout.view(out.shape), out, lse, qkv, bias, pad_h, pad_b, *self.head[4:],
+                list(self.windows), self.plan.scale, self.attention_backend, needs,
+            )
+        )  # fmt: skip
+        dqkv = next(made).flatten(3).flatten(0, 2)
+        dpads = {1: next(made)} if needs[1] else {}
+        dz_pad = next(made) if needs[2] else None
+        if needs[3]:
+            dpads[3] = self.qkv.plan.scaling * next(made)
+        grads = list(made) or [None, None]
+        return dqkv, dz_pad, dpads, grads

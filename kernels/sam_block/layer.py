@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One linear layer inside the block, with or without an adapter, in both directions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from samfast.kernels._common.middle import no_aux
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.lora_linear import engine
+from samfast.kernels.lora_linear.op import path_of
+from samfast.kernels.sam_block.plan import LayerPlan
+
+
+class Layer:
+    """The tensors and options of one layer; rows are (tokens, in_features).
+
+    needs, grads: which of its tensors want a gradient, and what a backward has made for them
+    path: who runs the rank-r stages
+    """
+
+    def __init__(self, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None):
+        self.plan, self.windows, self.backend = plan, windows, backend
+        self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params = tensors
+        self.needs = [False] * len(tensors) if needs is None else needs
+        self.grads: list[Tensor | None] = [None] * len(tensors)
+        self.options = plan.options(windows)
+
+    @property
+    def fused_down(self) -> Tensor | None:
+        """lora_a, for a stage that makes h with the rows; None where it cannot."""
+        return self.lora_a if self.plan.adapted and self.plan.dropout == 0.0 else None
+
+    def path(self, rows: Tensor):
+        return path_of(self.backend, rows, self.lora_a, self.lora_b, self.plan.starts)
+
+    def forward(self, rows: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The result, the map's aux, and what the backward needs: z, z_pad, what the map saved."""
+        if not self.plan.adapted:
+            bias = None if self.bias is None else self.bias.to(rows.dtype)
+            return F.linear(rows, self.weight.to(rows.dtype), bias), no_aux(rows), []
+        y, z, aux, z_pad, saved = engine.forward(
+            self.path(rows), rows, self.weight, self.bias, self.lora_a, self.lora_b, self.params,
+            self.seed, self.options, h,
+        )  # fmt: skip
+        return y, aux, [z, z_pad, *saved]
+
+    def up(self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool) -> Tensor | None:
+        """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed."""
+        if self.needs[1]:
+            wide = torch.promote_types(dy.dtype, self.bias.dtype)
+            self.grads[1] = dy.sum(0, dtype=wide).to(self.bias.dtype)
+        if not self.plan.adapted:
+            return None
+        z, _, *saved = kept
+        needs = (need_rows or self.needs[2], self.needs[3], *self.needs[5:])
+        dh, self.grads[3], self.grads[5:] = engine.up(
+            self.path(dy), dy, daux, dz_pad, self.lora_b, z, saved, self.params, self.options, needs
+        )
+        return dh
+
+    def through(self, dy: Tensor, dh: Tensor | None, need_rows: bool, source) -> Tensor | None:
+        """The gradient before ``source``, which made this layer's rows; and of weight and lora_a.
+
+        A source has rows(), which makes them again, backward(drows, low, want), as the stages have
+        it, and needs_all: whether drows must hold the adapter's part before.
+        """
+        drows = torch.mm(dy, self.weight.to(dy.dtype)) if need_rows else None
+        need_a = self.needs[2] and dh is not None
+        want = need_a or self.needs[0]
+        if need_rows and self.plan.dropout == 0.0 and not source.needs_all:
+            low = None if dh is None else (dh, self.lora_a)
+            before, rows = source.backward(drows, low, want)
+            if need_a:
+                self.grads[2] = self.path(dy).down_backward_(None, dh, rows, self.lora_a, 0.0, None)
+        else:
+            rows = source.rows() if want else None
+            if dh is not None:
+                self.grads[2] = self.path(dy).down_backward_(
+                    drows, dh, rows if need_a else None, self.lora_a, self.plan.dropout, self.seed
+                )
+            before = None if drows is None else source.backward(drows, None, False)[0]
+        if self.needs[0]:
+            self.grads[0] = torch.mm(dy.t(), rows).to(self.weight.dtype)
+        return before
+
+
+class Given:
+    """Rows that are there."""
+
+    needs_all = True  # one pass adds to their gradient and makes lora_a's
+
+    def __init__(self, rows: Tensor):
+        self.given = rows
+
+    def rows(self) -> Tensor:
+        return self.given
+
+    def backward(self, drows, low, want):
+        return drows, None
+
+
+class Normed:
+    """LayerNorm of x, to be made again; its gradient goes on beside ``residual``."""
+
+    def __init__(self, stages, x, weight, bias, eps, dtype, residual, needs):
+        self.stages, self.x, self.residual, self.dtype = stages, x, residual, dtype
+        self.affine, self.needs = (weight, bias, eps), needs
+        self.grads: list[Tensor | None] = [None, None]
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether its own parameters want gradients, which all of its gradient makes."""
+        return any(self.needs)
+
+    def rows(self) -> Tensor:
+        return self.stages.norm(self.x, *self.affine, self.dtype)[0]
+
+    def backward(self, drows, low, want):
+        if self.needs_all:
+            self.grads = self.stages.norm_parameters(drows, self.x, *self.affine, self.needs)
+        return self.stages.norm_backward(drows, self.x, *self.affine, self.residual, low, want)
+
+
+class Activated:
+    """GELU of u, to be made again."""
+
+    needs_all = False
+
+    def __init__(self, stages, u):
+        self.stages, self.u = stages, u
+
+    def rows(self) -> Tensor:
+        return self.stages.gelu(self.u)[0]
+
+    def backward(self, drows, low, want):
+        return self.stages.gelu_backward(drows, self.u, low, want)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The element-wise stages of the block in aten calls, for any device and dtype.
+
+Rows are (tokens, features). ``dtype`` is what the products beside a stage take. Statistics and
+sums are float32 (float64 for float64), whatever the rows are.
+
+lora_a (R, features): where it is given, and a path can make h = rows Aᵀ while it has the rows at
+hand, h comes with them; here it is None, and whoever wants it makes it.
+low = (dh, lora_a): the gradient of the rows is what came plus dh A.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Low = tuple[Tensor, Tensor] | None
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, lora_a=None
+) -> tuple[Tensor, None]:
+    """LayerNorm over the features, in ``dtype``, and h."""
+    x, weight, bias = _alike(x, weight, bias)
+    return F.layer_norm(x, x.shape[1:], weight, bias, eps).to(dtype), None
+
+
+def add_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+    lora_a=None,
+) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+    """x + update in the wider dtype of the two, its LayerNorm, and h."""
+    total = x + update
+    return total, *norm(total, weight, bias, eps, dtype)
+
+
+def add(x: Tensor, update: Tensor) -> Tensor:
+    """x + update in the wider dtype of the two; in update's memory where that is its dtype."""
+    if torch.promote_types(x.dtype, update.dtype) == update.dtype:
+        return update.add_(x)
+    return x + update
+
+
+def norm_backward(
+    dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, low: Low,
+    want: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """residual + the gradient through the LayerNorm, in x's dtype, and, where wanted, its rows.
+
+    dn may be overwritten.
+    """
+    dn, dtype = _with(dn, low), dn.dtype
+    wide, weight, bias = _alike(x, weight, bias)
+    rows, mean, rstd = torch.native_layer_norm(wide, x.shape[1:], weight, bias, eps)
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dn.to(wide.dtype), wide, x.shape[1:], mean, rstd, weight, bias, [True, False, False]
+    )
+    return (dx + residual).to(x.dtype), rows.to(dtype) if want else None
+
+
+def norm_parameters(
+    dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, needs: tuple[bool, bool]
+) -> list[Tensor | None]:
+    """Gradients of the LayerNorm's weight and bias, None where not needed; dn is all of it."""
+    wide, scale, shift = _alike(x, weight, bias)
+    _, mean, rstd = torch.native_layer_norm(wide, x.shape[1:], scale, shift, eps)
+    _, *made = torch.ops.aten.native_layer_norm_backward(
+        dn.to(wide.dtype), wide, x.shape[1:], mean, rstd, scale, shift, [False, *needs]
+    )
+    sources = zip(made, (weight, bias), needs, strict=True)
+    return [d.to(t.dtype) if need else None for d, t, need in sources]
+
+
+def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, None]:
+    """u Φ(u), exact, and h."""
+    return F.gelu(u), None
+
+
+def gelu_backward(dg: Tensor, u: Tensor, low: Low, want: bool) -> tuple[Tensor, Tensor | None]:
+    """du, and gelu(u) where wanted. dg may be overwritten."""
+    du = torch.ops.aten.gelu_backward(_with(dg, low), u)
+    return du, F.gelu(u) if want else None
+
+
+def _with(d: Tensor, low: Low) -> Tensor:
+    if low is None:
+        return d
+    dh, lora_a = low
+    return d.addmm_(dh, lora_a.to(d.dtype))
+
+
+def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three of one dtype: their own, or the widest, at least float32."""
+    if x.dtype == weight.dtype == bias.dtype:
+        return x, weight, bias
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
