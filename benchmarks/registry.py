@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from benchmarks import attention
 from benchmarks.shapes import ENCODERS, linears
 from samfast.functional import conv_lora_linear, lora_linear, window_relpos_attention
 from samfast.integrations.torchvision import declare_missing_schemas
@@ -44,6 +45,8 @@ class Workload:
     known: list[torch.Tensor]  # inputs and parameters, not counted as saved
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     logits: int = 0  # bytes; where given, working memory is told beside it
+    images: int = 0  # in a call; where given, their rate is told
+    verified: "Workload | None" = None  # a smaller one of the same providers, to be checked instead
 
     def run(self, name: str) -> list[torch.Tensor]:
         """Forward and backward of one provider: y, its loss, and the gradients of its leaves."""
@@ -54,7 +57,7 @@ def forward_backward(provider: Provider, dy: torch.Tensor) -> list[torch.Tensor]
     made = provider.forward()
     outputs = made if isinstance(made, tuple) else (made,)
     incoming = [dy.to(outputs[0].dtype), *(torch.ones_like(loss) for loss in outputs[1:])]
-    grads = torch.autograd.grad(outputs, provider.leaves, incoming)
+    grads = torch.autograd.grad(outputs, provider.leaves, incoming, materialize_grads=True)
     return [*(t.detach() for t in outputs), *grads]
 
 
@@ -247,45 +250,15 @@ def relpos_attention_workload(encoder, windows, device, dtype, compiled=False) -
     tables = [draw(2 * n - 1, head_dim, scale=0.3).requires_grad_() for n in size]
     dy = draw(windows.samples, *size, encoder.width)
     leaves = [qkv, *tables]
-    offsets = [torch.arange(n, device=device)[:, None] - torch.arange(n, device=device) + n - 1
-               for n in size]  # fmt: skip
 
-    def unpacked():
-        """q, k, v (samples · heads, tokens, head_dim) and rel_h, rel_w (…, H, W, H), (…, W)."""
+    def other(attend):
         q, k, v = (
             qkv.view(-1, tokens, 3, heads, head_dim)
             .permute(2, 0, 3, 1, 4)
             .reshape(3, -1, tokens, head_dim)
         )
-        as_map = q.unflatten(1, size)
-        rel_h = torch.einsum("bhwc,hkc->bhwk", as_map, tables[0][offsets[0]])
-        rel_w = torch.einsum("bhwc,wkc->bhwk", as_map, tables[1][offsets[1]])
-        return q, k, v, rel_h, rel_w
-
-    def packed(out):
+        out = attend(q, k, v, *attention.factors(q, *tables, size), scale)
         return out.unflatten(0, (-1, heads)).transpose(1, 2).reshape(dy.shape)
-
-    def eager():
-        q, k, v, rel_h, rel_w = unpacked()
-        logits = (q * scale) @ k.transpose(-2, -1)
-        logits = logits.view(-1, *size, *size) + rel_h[..., None] + rel_w[..., None, :]
-        return packed(logits.view(-1, tokens, tokens).softmax(-1) @ v)
-
-    def masked():
-        q, k, v, rel_h, rel_w = unpacked()
-        bias = (rel_h[..., None] + rel_w[..., None, :]).reshape(1, -1, tokens, tokens)
-        q, k, v = (t[None] for t in (q, k, v))
-        return packed(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)[0])
-
-    def augmented():
-        q, k, v, rel_h, rel_w = unpacked()
-        at_h, at_w = (torch.eye(n, device=device, dtype=dtype) for n in size)
-        at = torch.cat([at_h.repeat_interleave(size[1], 0), at_w.repeat(size[0], 1)], 1)
-        q = torch.cat([q * scale, rel_h.flatten(1, 2), rel_w.flatten(1, 2)], 2)
-        k = torch.cat([k, at.expand(k.shape[0], -1, -1)], 2)
-        v = F.pad(v, (0, sum(size)))  # as wide as q and k, or the fused kernels are not taken
-        out = F.scaled_dot_product_attention(*(t[None] for t in (q, k, v)), scale=1.0)[0]
-        return packed(out[..., :head_dim])
 
     def plain():
         q, k, v = qkv.unflatten(3, (3, heads, head_dim)).flatten(1, 2).permute(2, 0, 3, 1, 4)
@@ -301,13 +274,15 @@ def relpos_attention_workload(encoder, windows, device, dtype, compiled=False) -
     design = attention_costs.stages if device == "cuda" else attention_costs.cpu_stages
     layout = windows, heads, head_dim, dtype.itemsize
     providers = {
-        "eager": Provider(eager, leaves),
-        "SDPA + mask": Provider(masked, leaves),
-        "augmented SDPA": Provider(augmented, leaves),
+        "eager": Provider(lambda: other(attention.eager), leaves),
+        "SDPA + mask": Provider(lambda: other(attention.masked), leaves),
+        "augmented SDPA": Provider(lambda: other(attention.augmented), leaves),
         "SDPA without bias": Provider(plain, [qkv], checked=False),
         "samfast": Provider(lambda: ours("auto"), leaves, design(*layout)),
         "samfast torch": Provider(lambda: ours("torch"), leaves),
     }
+    if device == "cuda":
+        providers["FlexAttention"] = Provider(lambda: other(attention.flex), leaves)
     if compiled:
         for name in ("eager", "SDPA + mask"):
             call = torch.compile(providers[name].forward)
@@ -320,13 +295,6 @@ def relpos_attention_workload(encoder, windows, device, dtype, compiled=False) -
         providers,
         exact,
         dy,
-        [*leaves, *offsets],
+        leaves,
         logits=attention_costs.logits_bytes(*layout[:2], dtype.itemsize),
     )
-
-
-OPERATIONS = {
-    "lora_linear": lora_linear_workloads,
-    "conv_lora": conv_lora_workloads,
-    "relpos_attention": relpos_attention_workloads,
-}

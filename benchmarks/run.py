@@ -2,6 +2,8 @@
 """Time an operation against its peers, side by side in one process.
 
 python -m benchmarks.run --op lora_linear
+python -m benchmarks.run --op encoder        steps of the whole image encoder
+python -m benchmarks.run --op saved_bytes    what the encoder's forward keeps, counted
 python -m benchmarks.run --op offline        every Triton kernel compiled for every target
 """
 
@@ -21,9 +23,10 @@ import torch
 import tyro
 
 import samfast
-from benchmarks import machine
+from benchmarks import machine, saved
 from benchmarks.graph import captured
-from benchmarks.registry import OPERATIONS, Workload
+from benchmarks.operations import OPERATIONS
+from benchmarks.registry import Workload
 from benchmarks.shapes import ENCODERS
 from benchmarks.verify import verify
 from samfast.counters import saved_bytes
@@ -39,9 +42,11 @@ COLUMNS = (
 class Settings:
     """Medians over interleaved repeats after one warm-up; ratios are to the baseline."""
 
-    op: Literal["lora_linear", "conv_lora", "relpos_attention", "offline"] = "lora_linear"
+    op: Literal[(*OPERATIONS, "saved_bytes", "offline")] = "lora_linear"
     model: Literal[tuple(ENCODERS)] = "vit_b"
     batch: int = 1
+    image_size: int = 1024
+    """Of encoder: the side of the images."""
     rank: int | None = None
     """None: 4 for lora_linear, 3 for conv_lora."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -64,6 +69,8 @@ def main(settings: Settings) -> int:
         return offline.main([]) or (offline.main(["--cuda"]) if shutil.which("nvcc") else 0)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.op == "saved_bytes":
+        return saved.main()
     device, dtype = settings.device, DTYPES[settings.dtype]
     rates = machine.rates(device, dtype)
     print(f"{machine.name(device)}, torch {torch.__version__}, {settings.dtype}, fwd + bwd")
@@ -71,9 +78,12 @@ def main(settings: Settings) -> int:
     make = OPERATIONS[settings.op]
     rows, failed = [], False
     rank = settings.rank or {"conv_lora": 3}.get(settings.op, 4)
-    workloads = make(settings.model, settings.batch, rank, device, dtype, settings.compiled)
+    options = {"image_size": settings.image_size} if settings.op == "encoder" else {}
+    workloads = make(
+        settings.model, settings.batch, rank, device, dtype, settings.compiled, **options
+    )
     for workload in workloads:
-        wrong = verify(workload, dtype)
+        wrong = verify(workload.verified or workload, dtype)
         failed |= any(name.startswith("samfast") for name in wrong)
         print(f"\n{workload.name}")
         for mode in ("eager", "graph") if device == "cuda" else ("eager",):
@@ -129,7 +139,9 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
             f"  ratio {p50 / base:5.2f}  saved {row['saved_mib']:7.2f} MiB beside x, peak "
             f"{row['peak_mib']:7.1f} MiB{predicted}"
         )
-        if workload.logits:
+        if workload.images:
+            row["note"] = f"{workload.images / p50:.3g} images/s"
+        if "note" in row:
             print(f"  {'':20} {row['note']}")
         rows.append(row)
     return rows

@@ -27,6 +27,7 @@ def build_sam(
     image_size: int | None = None,
     random_init: bool = False,
     seed: int | None = None,
+    device: str = "cpu",
 ):
     """segment_anything's Sam `name` ("vit_tiny", "vit_b", "vit_l", "vit_h"), on the CPU.
 
@@ -35,6 +36,7 @@ def build_sam(
     its positions interpolated.
     random_init: random weights instead of a checkpoint; vit_tiny without a checkpoint always has
     them. `seed` fixes them without touching the global generator; without it they come from there.
+    device: "meta" makes a random Sam without memory, for counting what it would cost.
 
     ``sam.samfast_base`` records name, image_size, checkpoint (its file name) and seed (both None
     where they do not apply). Raises ValueError or FileNotFoundError with one sentence.
@@ -48,8 +50,12 @@ def build_sam(
             f"{name} needs a checkpoint (checkpoint=, --checkpoint), "
             "or random weights must be asked for (random_init=True, --random-init)"
         )
+    if device not in ("cpu", "meta") or (device == "meta" and checkpoint is not None):
+        raise ValueError(
+            f"device is {device!r}; Sam is built on the cpu, and without a checkpoint on meta"
+        )
     if checkpoint is None:
-        with torch.device("cpu"), _generator(seed):
+        with torch.device(device), _generator(seed):
             sam = _construct(sizes, size)
             _randomise(sam.image_encoder)
     else:

@@ -106,6 +106,8 @@ def test_the_default_device_is_not_used():
         ({"name": "VIT-TINY"}, "unknown model 'VIT-TINY'; the models are vit_tiny, "),
         ({"name": None}, "unknown model None; the models are "),
         ({"name": "vit_b"}, "vit_b needs a checkpoint .*random_init=True"),
+        ({"name": "vit_tiny", "device": "cuda"}, "device is 'cuda'; Sam is built on the cpu"),
+        ({"name": "vit_b", "checkpoint": "a.pth", "device": "meta"}, "device is 'meta'; Sam is"),
         (
             {"name": "vit_b", "checkpoint": "a.pth", "random_init": True},
             "vit_b is either random or from checkpoint a.pth, not both",
@@ -119,3 +121,12 @@ def test_the_default_device_is_not_used():
 def test_bad_arguments(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         build_sam(**arguments)
+
+
+def test_without_memory():
+    """A Sam on the meta device has the shapes of the one on the CPU."""
+    empty, real = (build_sam("vit_tiny", device=device) for device in ("meta", "cpu"))
+    assert all(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {
+        k: v.shape for k, v in real.state_dict().items()
+    }

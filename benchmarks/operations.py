@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What --op names: generators of workloads."""
+
+from benchmarks.blocks import block_workloads
+from benchmarks.encoder import encoder_workloads
+from benchmarks.registry import (
+    conv_lora_workloads,
+    lora_linear_workloads,
+    relpos_attention_workloads,
+)
+
+OPERATIONS = {
+    "lora_linear": lora_linear_workloads,
+    "conv_lora": conv_lora_workloads,
+    "relpos_attention": relpos_attention_workloads,
+    "block": block_workloads,
+    "encoder": encoder_workloads,
+}

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that an encoder with LoRA keeps for its backward, counted on the meta device.
+
+Eager segment_anything's are counted likewise. The floor is 10 · D elements per token and block,
+"balanced" 3 · D, "minimal" D and one block that is made again at a time.
+"""
+
+import torch
+
+import samfast
+from benchmarks.peers import eager_adapter, exchange, sharing
+from benchmarks.shapes import ENCODERS
+from samfast.counters import saved_bytes
+from samfast.kernels.sam_block.plan import MEMORY
+from samfast.models import build_sam
+
+FLOOR = {"fast": 10, "balanced": 3, "minimal": 1}  # D elements per token and block
+
+
+def encoder(model: str, dtype: torch.dtype, target=("qkv", "proj", "lin1", "lin2"), rank: int = 4):
+    """An image encoder without memory, base and residual stream of ``dtype``."""
+    sam = build_sam(model, random_init=True, device="meta")
+    samfast.attach(sam, samfast.Lora(rank=rank, target=target), base_dtype=dtype)
+    return sam.image_encoder
+
+
+def counted(module, dtype: torch.dtype, batch: int = 1):
+    side = module.img_size
+    images = torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
+    return saved_bytes(lambda: module(images), [images, *module.parameters(), *module.buffers()])
+
+
+def floor(module, memory: str, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes by design: what every block keeps, and for "minimal" one block made again."""
+    tokens = batch * (module.img_size // 16) ** 2
+    unit = tokens * module.pos_embed.shape[3] * dtype.itemsize
+    again = FLOOR["fast"] * unit if memory == "minimal" else 0
+    return FLOOR[memory] * unit * len(module.blocks) + again
+
+
+def main() -> int:
+    dtype = torch.bfloat16
+    print("bytes kept by one forward of the image encoder at 1024², batch 1, LoRA r4 on qkv, proj,")
+    print("lin1 and lin2, bfloat16 base and residual stream: passed to autograd, and alive after")
+    for model in ENCODERS:
+        made = encoder(model, dtype)
+        stock = exchange(sharing(made), eager_adapter)
+        found = counted(stock, dtype)
+        least = floor(made, "fast", dtype)
+        print(f"\n{model}")
+        _row("eager", found, least)
+        for memory in MEMORY:
+            found = counted(samfast.fuse(sharing(made), memory=memory), dtype)
+            _row(f"samfast, {memory}", found, floor(made, memory, dtype))
+    return 0
+
+
+def _row(name: str, found, least: int) -> None:
+    print(
+        f"  {name:18} {found.hooks / 1e9:7.3f} GB, alive {found.living / 1e9:7.3f} GB, "
+        f"{max(found.hooks, found.living) / least:5.2f} of the floor {least / 1e9:.3f} GB"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
