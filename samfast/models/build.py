@@ -56,7 +56,7 @@ def build_sam(
         )
     if checkpoint is None:
         with torch.device(device), _generator(seed):
-            sam = _construct(sizes, size)
+            sam = _construct(sizes, size).to(device)  # the means of pixels are always on the CPU
             _randomise(sam.image_encoder)
     else:
         seed = None
