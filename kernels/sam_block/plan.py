@@ -21,6 +21,12 @@ LAYERS = ("qkv", "proj", "lin1", "lin2")
 MEMORY = ("fast", "balanced", "minimal")
 
 
+def check_memory(memory: str) -> None:
+    """Raise one sentence for what is no mode."""
+    if memory not in MEMORY:
+        raise ValueError(f"memory is {memory!r}; it must be one of {', '.join(MEMORY)}")
+
+
 class LayerPlan(NamedTuple):
     """One linear layer and its adapter.
 

@@ -14,10 +14,10 @@ from samfast.modules.adapter import (
     attachment,
     unwrapped,
 )
-from samfast.modules.fuse import attention_states
+from samfast.modules.fuse import attention_states, block_states, fused_blocks
 from samfast.modules.methods import Method
 
-_ATTENTION = "relpos_attention"
+_OF_BLOCKS = ("relpos_attention", "sam_block")  # operations whose rows stand below the blocks
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Report:
     backends: by operation, the sorted choices that its layers make on their devices
     attention: of every attention of segment_anything's by full name, "fused", or "fused, windows
         cut first: …" or "not fused: …" with the reason
+    blocks: of every transformer block by full name, "fused", or "fused in parts: …" or
+        "not fused: …" with the reason
+    memory: the modes of the fused blocks, see ``fuse``; () where there are none
     """
 
     method: Method | None
@@ -48,6 +51,8 @@ class Report:
     merged: int
     backends: dict[str, tuple[str, ...]]
     attention: dict[str, str]
+    blocks: dict[str, str]
+    memory: tuple[str, ...]
 
     @property
     def trained_parameters(self) -> int:
@@ -61,9 +66,11 @@ class Report:
         rows = [
             ("method", "none" if self.method is None else repr(self.method)),
             ("adapted layers", adapted + (f" ({self.merged} merged)" if self.merged else "")),
-            *self._backend_rows(lambda operation: operation != _ATTENTION),
-            *self._attention_rows(),
-            *self._backend_rows(lambda operation: operation == _ATTENTION),
+            *self._backend_rows(lambda operation: operation not in _OF_BLOCKS),
+            *_state_rows("attention", self.attention),
+            *_state_rows("blocks", self.blocks),
+            *([("memory", " | ".join(self.memory))] if self.memory else []),
+            *self._backend_rows(lambda operation: operation in _OF_BLOCKS),
             ("adapter parameters", f"{self.adapter_parameters:,}"),
             ("other trained", f"{self.other_trained_parameters:,}"),
             (
@@ -80,11 +87,6 @@ class Report:
     def _backend_rows(self, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
         chosen = {name: choices for name, choices in self.backends.items() if wanted(name)}
         return [(f"  {name}", " | ".join(choices)) for name, choices in chosen.items()]
-
-    def _attention_rows(self) -> list[tuple[str, str]]:
-        states = Counter(self.attention.values())
-        rows = [f"{count} x {state}" for state, count in states.items()] or ["none of SAM's"]
-        return list(zip(["attention"] + [""] * (len(rows) - 1), rows, strict=True))
 
 
 def report(model: nn.Module) -> Report:
@@ -109,7 +111,7 @@ def report(model: nn.Module) -> Report:
         else:
             frozen[parameter.dtype] += count
     record = attachment(model)
-    attention = attention_states(model)
+    attention, blocks = attention_states(model), fused_blocks(model)
     fused = [name for name, state in attention.items() if state.startswith("fused")]
     return Report(
         method=None if record is None else record.method,
@@ -122,8 +124,12 @@ def report(model: nn.Module) -> Report:
         trained_dtypes=dict(trained),
         frozen_dtypes=dict(frozen),
         merged=sum(layer.merged for layer in layers.values()),
-        backends=_choices([*layers.values(), *(model.get_submodule(n) for n in fused)]),
+        backends=_choices(
+            [*layers.values(), *(model.get_submodule(n) for n in fused), *blocks.values()]
+        ),
         attention=attention,
+        blocks=block_states(model),
+        memory=tuple(sorted({block.memory for block in blocks.values()})),
     )
 
 
@@ -133,6 +139,12 @@ def _choices(layers: list[nn.Module]) -> dict[str, tuple[str, ...]]:
         for operation, choice in layer.backends().items():
             found.setdefault(operation, set()).add(choice)
     return {operation: tuple(sorted(choices)) for operation, choices in sorted(found.items())}
+
+
+def _state_rows(label: str, states: dict[str, str]) -> list[tuple[str, str]]:
+    counts = Counter(states.values())
+    rows = [f"{count} x {state}" for state, count in counts.items()] or ["none of SAM's"]
+    return list(zip([label] + [""] * (len(rows) - 1), rows, strict=True))
 
 
 def _dtypes(counts: dict[torch.dtype, int]) -> str:

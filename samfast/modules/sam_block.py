@@ -9,18 +9,13 @@ from samfast.kernels._common.autocast import autocast_dtype, autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import fit_table
 from samfast.kernels.sam_block.op import sam_block, stages_backend
-from samfast.kernels.sam_block.plan import MEMORY, Plan
+from samfast.kernels.sam_block.plan import Plan, check_memory
 from samfast.modules.block_layer import block_layer, layer_problem
 from samfast.modules.rel_pos_attention import Attention, RelPosAttention
 from samfast.modules.stand_in import altered, kind_of, standing_in
 
 _encoder = segment_anything.load().modeling.image_encoder
 Block, MLPBlock = _encoder.Block, _encoder.MLPBlock
-
-
-def check_memory(memory: str) -> None:
-    if memory not in MEMORY:
-        raise ValueError(f"memory is {memory!r}; known are {', '.join(MEMORY)}")
 
 
 class SamBlock(Block):

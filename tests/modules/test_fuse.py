@@ -48,7 +48,14 @@ def kinds(model):
 
 
 def same_function(fused, stock, images=IMAGES):
-    """Embeddings within the budget of the stock model's own float32."""
+    """Embeddings within the budget of the stock model's own float32.
+
+    A fused block gives its map token by token, where a stock one keeps the layout of the patch
+    embedding, channel by channel. The convolutions of the neck round differently on the two, so
+    the stock model is given the first one as well.
+    """
+    stock = copy.deepcopy(stock)
+    stock.image_encoder.blocks[0].register_forward_pre_hook(lambda _, x: (x[0].contiguous(),))
     with torch.no_grad():
         exact = encode(copy.deepcopy(stock).double(), images.double())
         within_budget(encode(fused, images), encode(stock, images), exact, torch.float32)
@@ -78,16 +85,20 @@ def test_everything_is_kept(sam):
         }
 
     before, values = state(), copy.deepcopy(model.state_dict())
-    for _ in range(2):
-        samfast.fuse(model)
+    for memory in ("fast", "minimal"):
+        assert samfast.fuse(model, memory) is model
         assert kinds(model) == {RelPosAttention, SamBlock}
-        assert state() == before
+        now = state()
+        for layer in model.image_encoder.blocks:
+            assert layer.memory == memory and f"memory={memory}" in str(layer)
+        for i in range(6):
+            now["attributes"][f"image_encoder.blocks.{i}"].remove("memory")
+        assert now == before
     segment(model, IMAGES)
     assert called == ["block", "attn"]
-    for _ in range(2):
-        assert samfast.unfuse(model) is model
-        assert kinds(model) == {Attention, Block}
-        assert state() == before
+    assert samfast.unfuse(model) is model
+    assert kinds(model) == {Attention, Block}
+    assert state() == before
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
 
@@ -224,6 +235,11 @@ def test_classes_of_the_users_own_are_left_alone(sam):
     )
     assert states[3] == "not fused: Attention with a forward that was replaced"
     assert states[2] == states[4] == states[5] == "fused"
+    states = list(samfast.report(fused).blocks.values())
+    assert states[0] == "fused in parts: attn is test_fuse's Flipped"
+    assert states[1] == "not fused: a Doubled, a class derived from segment_anything's Block"
+    assert states[2] == "fused"
+    assert states[3] == "fused in parts: attn is segment_anything's Attention"
     samfast.unfuse(fused)
     assert torch.equal(encode(fused, IMAGES), encode(stock, IMAGES))
 
@@ -240,37 +256,89 @@ def test_a_block_of_the_users_own_inside_out():
 
 @pytest.mark.parametrize("function", [samfast.fuse, samfast.unfuse])
 def test_nothing_to_fuse(toy, function):
-    with pytest.raises(ValueError, match="no attention of the segment_anything package"):
-        function(toy())
+    with pytest.raises(ValueError, match="no attention of the segment_anything package, which fus"):
+        function(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is str"):
         function("model")
 
 
-def test_nothing_but_the_users_own():
+@pytest.mark.parametrize("function", [samfast.fuse, samfast.unfuse])
+def test_blocks_of_another_package_are_left_alone(toy, sam, function):
+    vendored = toy()
+    sentence = "not fused: toy_sam's Block, which is not segment_anything's"
+    with pytest.raises(ValueError, match=f"; image_encoder.blocks.0 is {sentence}"):
+        function(vendored)
+    assert set(samfast.report(vendored).blocks.values()) == {sentence}
+    mixed = nn.ModuleList([vendored.image_encoder.blocks[0], block(4)])
+    blocks = samfast.report(samfast.fuse(mixed)).blocks
+    assert blocks == {"0": sentence, "1": "fused"}
+
+
+@pytest.mark.parametrize("function", ["fuse", "unfuse"])
+def test_nothing_but_the_users_own(function):
     layer = attention((4, 4))
     layer.__class__ = Flipped
     model = nn.Sequential(layer)
     with pytest.raises(
-        ValueError, match="Sequential has nothing to fuse; 0 is not fused: a Flipped"
+        ValueError, match=f"Sequential has nothing to {function}; 0 is not fused: a Flipped"
     ):
-        samfast.fuse(model)
-    assert type(model[0]) is Flipped and samfast.unfuse(model) is model
+        getattr(samfast, function)(model)
+    assert type(model[0]) is Flipped
+
+
+def test_unfuse_what_is_not_fused(sam):
+    sentence = r"nothing to unfuse; image_encoder\.blocks\.0\.attn is not fused: still segment_any"
+    with pytest.raises(ValueError, match=sentence):
+        samfast.unfuse(sam())
+    model = samfast.unfuse(samfast.fuse(sam()))
+    with pytest.raises(ValueError, match=sentence):
+        samfast.unfuse(model)
+
+
+@pytest.mark.parametrize("memory", ["frugal", "", None, ["fast"]])
+def test_an_unknown_memory_mode(sam, memory):
+    model = sam()
+    with pytest.raises(ValueError, match=r"memory is .*; it must be one of fast, balanced, minim"):
+        samfast.fuse(model, memory)
+    assert kinds(model) == {Attention, Block}
+
+
+def test_memory_of_loose_layers():
+    """It belongs to blocks; attention by itself has none, and one block may differ."""
+    assert samfast.report(samfast.fuse(nn.Sequential(attention((4, 4))), "minimal")).memory == ()
+    model = samfast.fuse(nn.ModuleList([block(4), block(4)]), "balanced")
+    model[0].memory = "minimal"
+    assert samfast.report(model).memory == ("balanced", "minimal")
+    assert samfast.report(samfast.fuse(model)).memory == ("fast",)
 
 
 def test_report(sam, toy):
     model = sam()
-    assert set(samfast.report(model).attention.values()) == {
-        "not fused: still segment_anything's own"
-    }
+    own = {"not fused: still segment_anything's own"}
+    assert set(samfast.report(model).attention.values()) == own
+    assert set(samfast.report(model).blocks.values()) == own and samfast.report(model).memory == ()
     assert "attention" in str(samfast.report(model)) and not samfast.report(model).backends
     samfast.fuse(model)
     report = samfast.report(model)
     assert list(report.attention) == [f"image_encoder.blocks.{i}.attn" for i in range(6)]
     assert set(report.attention.values()) == {"fused"}
-    assert set(report.backends) == {"relpos_attention"} and "6 x fused" in str(report)
+    assert list(report.blocks) == [f"image_encoder.blocks.{i}" for i in range(6)]
+    assert set(report.blocks.values()) == {"fused"} and report.memory == ("fast",)
+    assert set(report.backends) == {"relpos_attention", "sam_block"}
+    assert [" ".join(line.split()) for line in str(report).splitlines()[2:7]] == [
+        "attention 6 x fused",
+        "blocks 6 x fused",
+        "memory fast",
+        f"relpos_attention {report.backends['relpos_attention'][0]}",
+        f"sam_block {report.backends['sam_block'][0]}",
+    ]
     for i in (1, 2):  # the third is global and has no windows
         model.image_encoder.blocks[i].attn.qkv.register_forward_hook(lambda *_: None)
-    states = samfast.report(model).attention
+    report = samfast.report(model)
+    parts = "fused in parts: qkv has hooks or a forward of its own"
+    assert list(report.blocks.values()) == ["fused", parts, parts, *["fused"] * 3]
+    assert f"2 x {parts}" in str(report)
+    states = report.attention
     assert states.pop("image_encoder.blocks.1.attn") == (
         "fused, windows cut first: qkv has hooks or a forward of its own"
     )
