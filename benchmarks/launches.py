@@ -252,7 +252,53 @@ def _relpos_launches(windows, heads, head_dim, dtype, pads, want_pads, want_tabl
     return launches
 
 
-OPERATIONS = (lora_linear, conv_experts, expert_gate, relpos_attention)
+def sam_block(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """The element-wise stages of ViT-H and ViT-B at batch 4; every tile, of each kind of rows."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    yield "sam_block bfloat16 r4", _sam_block(1280, 4, bf16, bf16)
+    yield "sam_block bfloat16 r4 float32 residual", _sam_block(768, 4, bf16, fp32)
+    if quick:
+        return
+    from samfast.kernels.sam_block.triton_kernels import MAX_RANK
+
+    for rank in (16, 32, 64, MAX_RANK[2], MAX_RANK[2] + 1):
+        yield f"sam_block bfloat16 r{rank}", _sam_block(1280, rank, bf16, bf16)
+        yield f"sam_block bfloat16 r{rank} float32 residual", _sam_block(1280, rank, bf16, fp32)
+    for rank in (3, MAX_RANK[4], MAX_RANK[4] + 1):
+        yield f"sam_block float32 r{rank}", _sam_block(1280, rank, fp32, fp32)
+        with _tf32():
+            yield f"sam_block tf32 r{rank}", _sam_block(1280, rank, fp32, fp32)
+    yield "sam_block float16 r4 float32 residual", _sam_block(1280, 4, fp16, fp32)
+    yield "sam_block float16 r4", _sam_block(1280, 4, fp16, fp16)
+    yield "sam_block bfloat16 r1 odd", _sam_block(100, 1, bf16, bf16, tokens=4 * 4096 - 1)
+    yield "sam_block bfloat16 r3 bfloat16 norm", _sam_block(1024, 3, bf16, bf16, affine=bf16)
+
+
+def _sam_block(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32) -> list[Launch]:
+    """The launches of the stages, with an adapter, without one, and with less wanted."""
+    from samfast.kernels.sam_block import triton_kernels as kernels
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    x, update = meta(tokens, width, dtype=residual), meta(tokens, width)
+    norm = (meta(width, dtype=affine), meta(width, dtype=affine), 1e-6)
+    u, dh = meta(tokens, 4 * width), meta(tokens, rank)
+    a, wide_a = (meta(rank, n, dtype=torch.float32) for n in (width, 4 * width))
+    with recording() as launches:
+        for lora_a, wide, low in ((a, wide_a, dh), (None, None, None)):
+            kernels.norm(x, *norm, dtype, lora_a)
+            kernels.add_norm(x, update, *norm, dtype, lora_a)
+            kernels.gelu(u, wide)
+            for want in (True, False):
+                adapter = None if low is None else (low, lora_a)
+                kernels.norm_backward(update, x, *norm, x, adapter, want)
+                adapter = None if low is None else (low, wide)
+                kernels.gelu_backward(u, u, adapter, want)
+    return launches
+
+
+OPERATIONS = (lora_linear, conv_experts, expert_gate, relpos_attention, sam_block)
 
 
 def registered(quick: bool) -> Iterator[tuple[str, list[Launch]]]:

@@ -28,7 +28,11 @@ def supports(backend: str, x: Tensor) -> str | None:
         return "its stages have no C++ source; torch runs them on a CPU"
     if backend == "cuda":
         return "its stages have no CUDA source; triton runs them on a GPU"
-    return "its stages have no Triton kernels yet"
+    if (missing := backends.triton_missing(x.device)) is not None:
+        return missing
+    if x.dtype == torch.float64:
+        return "x is torch.float64, but the kernels take float32, float16 and bfloat16"
+    return None
 
 
 def stages_backend(backend: str, x: Tensor) -> str:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The element-wise stages of the block as Triton launches; see torch_path for what each computes.
+
+One launch a stage. Adapters up to MAX_RANK ride along in it: h = rows Aᵀ, and dh A in the backward.
+Derivations, bytes and launches are in this folder's README.
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from samfast.kernels._common.tiles import tile
+from samfast.kernels.lora_linear.triton_kernels import precision
+from samfast.kernels.sam_block import torch_path
+from samfast.kernels.sam_block.torch_path import Low
+from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_kernel
+from samfast.kernels.sam_block.triton_norm import norm_backward_kernel, norm_kernel
+
+TILES = Path(__file__).with_name("tiles.json")
+MAX_RANK = {2: 128, 4: 32}  # by bytes per element of the rows
+
+# One launch of the library each, and all that a pass over the rows can do.
+add, norm_parameters = torch_path.add, torch_path.norm_parameters
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, lora_a=None
+) -> tuple[Tensor, Tensor | None]:
+    return _norm(x, None, None, weight, bias, eps, dtype, lora_a)
+
+
+def add_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+    lora_a=None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, update.dtype))
+    return total, *_norm(x, _rows(update), total, weight, bias, eps, dtype, lora_a)
+
+
+def _norm(x, update, total, weight, bias, eps, dtype, lora_a):
+    x, lora_a = _rows(x), _factor(lora_a, dtype)
+    tokens, columns = x.shape
+    n = x.new_empty(tokens, columns, dtype=dtype)
+    h = None if lora_a is None else n.new_empty(tokens, lora_a.shape[0])
+    if tokens == 0:
+        return n, h
+    block = _tile("norm" if h is None else "norm_down", lora_a, n)
+    with _on(x):
+        norm_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
+            x, update, weight.contiguous(), bias.contiguous(), lora_a, total, n, h, tokens,
+            columns, 0 if h is None else h.shape[1], x.stride(0),
+            0 if update is None else update.stride(0), eps, ADD=update is not None,
+            DOWN=h is not None, PRECISION=precision(dtype), **block,
+        )  # fmt: skip
+    return n, h
+
+
+def norm_backward(
+    dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, low: Low,
+    want: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    dn, (dh, lora_a) = _with(_rows(dn), low)
+    x, residual = _rows(x), _rows(residual)
+    tokens, columns = x.shape
+    dx = x.new_empty(tokens, columns)
+    if tokens == 0:
+        return dx, dn if want else None
+    block = _tile("norm_backward" if dh is None else "norm_backward_low", lora_a, dn)
+    with _on(x):
+        norm_backward_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
+            dn, x, weight.contiguous(), bias.contiguous(), residual, dh, lora_a, dx,
+            dn if want else None, tokens, columns, 0 if dh is None else dh.shape[1],
+            dn.stride(0), x.stride(0), residual.stride(0), 0 if dh is None else dh.stride(0), eps,
+            LOW=dh is not None, WANT=want, PRECISION=precision(dn.dtype), **block,
+        )  # fmt: skip
+    return dx, dn if want else None
+
+
+def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, Tensor | None]:
+    u, lora_a = _rows(u), _factor(lora_a, u.dtype)
+    tokens, columns = u.shape
+    g = u.new_empty(tokens, columns)
+    h = None if lora_a is None else u.new_empty(tokens, lora_a.shape[0])
+    if tokens == 0:
+        return g, h
+    block = _tile("gelu" if h is None else "gelu_down", lora_a, u)
+    with _on(u):
+        gelu_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
+            u, lora_a, g, h, tokens, columns, 0 if h is None else h.shape[1], u.stride(0),
+            DOWN=h is not None, PRECISION=precision(u.dtype), **block,
+        )  # fmt: skip
+    return g, h
+
+
+def gelu_backward(dg: Tensor, u: Tensor, low: Low, want: bool) -> tuple[Tensor, Tensor | None]:
+    dg, (dh, lora_a) = _with(_rows(dg), low)
+    u = _rows(u)
+    tokens, columns = u.shape
+    g = u.new_empty(tokens, columns) if want else None
+    if tokens == 0:
+        return dg, g
+    block = _tile("gelu_backward" if dh is None else "gelu_backward_low", lora_a, dg)
+    grid = (triton.cdiv(tokens, block["BLOCK_M"]), triton.cdiv(columns, block["BLOCK_N"]))
+    with _on(u):
+        gelu_backward_kernel[grid](
+            dg, u, dh, lora_a, g, tokens, columns, 0 if dh is None else dh.shape[1], dg.stride(0),
+            u.stride(0), 0 if dh is None else dh.stride(0), LOW=dh is not None, WANT=want,
+            PRECISION=precision(dg.dtype), **block,
+        )  # fmt: skip
+    return dg, g
+
+
+def _factor(lora_a, dtype):
+    """lora_a where it rides along, or None."""
+    if lora_a is None or lora_a.shape[0] > MAX_RANK[dtype.itemsize]:
+        return None
+    return lora_a.contiguous()
+
+
+def _with(d, low):
+    """d and the factors of its update; wide ones are multiplied before the launch."""
+    if low is None:
+        return d, (None, None)
+    dh, lora_a = low
+    if _factor(lora_a, d.dtype) is None:
+        return d.addmm_(dh, lora_a.to(d.dtype)), (None, None)
+    return d, (_rows(dh), lora_a.contiguous())
+
+
+def _tile(stage, lora_a, rows):
+    block = tile(TILES, stage, 1 if lora_a is None else lora_a.shape[0], rows)
+    return block | {"num_stages": 2}
+
+
+def _rows(x):
+    """A matrix whose rows are contiguous."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _on(x):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
