@@ -6,15 +6,23 @@ image's embedding for all prompts. Here every prompt carries its own image, so a
 The numbers are those of segment_anything's loop over images with ``multimask_output=False``.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Points = tuple[Tensor, Tensor]
 
 
 def segment(
-    sam: nn.Module, images: Tensor, boxes: Tensor | None = None, points: Points | None = None
+    sam: nn.Module,
+    images: Tensor,
+    boxes: Tensor | None = None,
+    points: Points | None = None,
+    *,
+    decoder_chunk: int | None = None,
 ) -> Tensor:
     """Mask logits of N objects per image.
 
@@ -22,15 +30,20 @@ def segment(
     boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`
     points: (coords [B, N, P, 2], labels [B, N, P]), or without N for N = 1; coords x, y in pixels,
         labels 1 foreground, 0 background, -1 padding that is no point
+    decoder_chunk: the mask decoder takes at most so many of the B * N objects at a time; None: all
     out: [B, N, H, W], float32 (float64 where sam is); N = 1 without prompts
 
+    The decoder keeps about 100 MB (float32, 1024 x 1024) of each object for the backward. In chunks
+    it keeps none of it, and computes each chunk again when its gradient is due: the same masks and
+    gradients up to rounding, of which a product with fewer rows and a sum in parts have their own.
     The same bits at every run: nothing here adds atomically, forwards or backwards. Label values
     are checked on the CPU only, for reading them elsewhere would wait for the device. Raises
     ValueError, or TypeError for a dtype, when an input does not fit.
     """
     size = _check_images(sam, images)
     _count_objects(images, boxes, points)  # before the work of the encoder
-    return decode(sam, encode(sam, images), size, boxes, points)
+    check_decoder_chunk(decoder_chunk)
+    return decode(sam, encode(sam, images), size, boxes, points, decoder_chunk=decoder_chunk)
 
 
 def encode(sam: nn.Module, images: Tensor) -> Tensor:
@@ -57,10 +70,12 @@ def decode(
     size: tuple[int, int],
     boxes: Tensor | None = None,
     points: Points | None = None,
+    *,
+    decoder_chunk: int | None = None,
 ) -> Tensor:
     """Mask logits [B, N, H, W] from embeddings [B, 256, n, n] of images of `size` (H, W).
 
-    Prompts and result as in segment.
+    Prompts, chunks and result as in segment.
     """
     shape = tuple(embeddings.shape)
     if len(shape) != 4 or shape[1:] != _embedding_shape(sam):
@@ -68,10 +83,25 @@ def decode(
         raise ValueError(f"image embeddings have shape {shape}, not (batch, {wanted})")
     _check_size(sam, size)
     count = _count_objects(embeddings, boxes, points)
+    check_decoder_chunk(decoder_chunk)
     tokens = _prompt_tokens(sam.prompt_encoder, shape[0] * count, boxes, points)
-    masks = _predict_masks(sam, embeddings, tokens, count)  # [B*N, 4n, 4n]
+    positions = _encode_grid(sam.prompt_encoder)
+    if decoder_chunk is None or len(tokens) <= decoder_chunk:
+        masks = _predict_masks(sam, embeddings, positions, tokens, 0, count)  # [B*N, 4n, 4n]
+    else:
+        masks = _in_chunks(sam, embeddings, positions, tokens, count, decoder_chunk)
     masks = _upscale(masks, size, sam.image_encoder.img_size)
     return masks.view(shape[0], count, *size)
+
+
+def check_decoder_chunk(chunk: int | None) -> None:
+    """Raise TypeError or ValueError for what is no number of objects, nor None."""
+    if chunk is None:
+        return
+    if isinstance(chunk, bool) or not isinstance(chunk, int):
+        raise TypeError(f"decoder_chunk is {chunk!r}, not a whole number")
+    if chunk < 1:
+        raise ValueError(f"decoder_chunk is {chunk}; it must be at least 1")
 
 
 def unused_by_segment(sam: nn.Module) -> list[str]:
@@ -216,10 +246,38 @@ def _prompt_tokens(
     return torch.cat(tokens, dim=1)
 
 
-def _predict_masks(sam: nn.Module, embeddings: Tensor, prompts: Tensor, count: int) -> Tensor:
-    """Logits [B*N, 4n, 4n] of the decoder's first mask token, which serves a single mask.
+def _in_chunks(
+    sam: nn.Module, embeddings: Tensor, positions: Tensor, prompts: Tensor, count: int, chunk: int
+) -> Tensor:
+    """_predict_masks of `chunk` objects at a time, each chunk checkpointed where autograd records.
 
-    embeddings: [B, 256, n, n]   prompts: [B*N, T, 256], the N objects of an image in sequence
+    Random numbers are restored for the second time: an adapter in the decoder may have dropout.
+    """
+    predict = partial(_predict_masks, sam)
+    if torch.is_grad_enabled():
+        predict = partial(checkpoint, predict, use_reentrant=False)
+    masks = []
+    for first in range(0, len(prompts), chunk):
+        some = prompts[first : first + chunk]
+        image = first // count
+        own = embeddings[image : (first + len(some) - 1) // count + 1]
+        masks.append(predict(own, positions, some, first - image * count, count))
+    return torch.cat(masks)
+
+
+def _predict_masks(
+    sam: nn.Module,
+    embeddings: Tensor,
+    positions: Tensor,
+    prompts: Tensor,
+    first: int,
+    count: int,
+) -> Tensor:
+    """Logits [M, 4n, 4n] of the decoder's first mask token, which serves a single mask.
+
+    embeddings: [B, 256, n, n]   positions: [1, 256, n, n]
+    prompts: [M, T, 256] of the objects from `first` on, where each image has `count` in sequence;
+        those of the last image may end early
     """
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     dtype = decoder.mask_tokens.weight.dtype
@@ -227,16 +285,29 @@ def _predict_masks(sam: nn.Module, embeddings: Tensor, prompts: Tensor, count: i
     tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(dtype)], dim=1)
 
     no_mask = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).to(dtype)
-    source = embeddings.to(dtype) + no_mask
-    source = source[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)  # [B*N, 256, n, n]
-    positions = _encode_grid(encoder).to(dtype).expand(len(source), -1, -1, -1)
+    source = _of_each_object(embeddings.to(dtype) + no_mask, first, len(prompts), count)
+    positions = positions.to(dtype).expand(len(source), -1, -1, -1)
 
     tokens, source = decoder.transformer(source, positions, tokens)
-    source = source.transpose(1, 2).unflatten(2, embeddings.shape[2:])  # [B*N, 256, n, n]
-    features = decoder.output_upscaling(source)  # [B*N, 32, 4n, 4n]
-    weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # [B*N, 32]
+    source = source.transpose(1, 2).unflatten(2, embeddings.shape[2:])  # [M, 256, n, n]
+    features = decoder.output_upscaling(source)  # [M, 32, 4n, 4n]
+    weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # [M, 32]
     masks = weights[:, None] @ features.flatten(2)
     return masks.view(len(masks), *features.shape[2:])
+
+
+def _of_each_object(source: Tensor, first: int, number: int, count: int) -> Tensor:
+    """[M, ...], for each of `number` objects from `first` on its image's row of source [B, ...].
+
+    By expansion, not by an index, whose backward would add by atomics on a GPU.
+    """
+    if number == len(source) * count:
+        return source[:, None].expand(-1, count, *source.shape[1:]).flatten(0, 1)
+    rows, last = [], first + number
+    for i, row in enumerate(source):
+        own = min(last, (i + 1) * count) - max(first, i * count)
+        rows.append(row.expand(own, *row.shape))
+    return torch.cat(rows)
 
 
 def _upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
