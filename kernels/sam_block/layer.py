@@ -67,14 +67,13 @@ class Layer:
         """
         drows = torch.mm(dy, self.weight.to(dy.dtype)) if need_rows else None
         need_a = self.needs[2] and dh is not None
-        want = need_a or self.needs[0]
         if need_rows and self.plan.dropout == 0.0 and not source.needs_all:
-            low = None if dh is None else (dh, self.lora_a)
-            before, rows = source.backward(drows, low, want)
-            if need_a:
+            low = None if dh is None else (dh, self.lora_a, need_a)
+            before, rows, self.grads[2] = source.backward(drows, low, self.needs[0])
+            if need_a and self.grads[2] is None:
                 self.grads[2] = self.path(dy).down_backward_(None, dh, rows, self.lora_a, 0.0, None)
         else:
-            rows = source.rows() if want else None
+            rows = source.rows() if need_a or self.needs[0] else None
             if dh is not None:
                 self.grads[2] = self.path(dy).down_backward_(
                     drows, dh, rows if need_a else None, self.lora_a, self.plan.dropout, self.seed
@@ -97,7 +96,7 @@ class Given:
         return self.given
 
     def backward(self, drows, low, want):
-        return drows, None
+        return drows, None, None
 
 
 class Normed:

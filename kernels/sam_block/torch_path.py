@@ -6,14 +6,15 @@ sums are float32 (float64 for float64), whatever the rows are.
 
 lora_a (R, features): where it is given, and a path can make h = rows Aᵀ while it has the rows at
 hand, h comes with them; here it is None, and whoever wants it makes it.
-low = (dh, lora_a): the gradient of the rows is what came plus dh A.
+low = (dh, lora_a, need_a): the gradient of the rows is what came plus dh A, and lora_a's is wanted
+where need_a says so. A path that makes it on its way returns it last, other ones the rows.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Low = tuple[Tensor, Tensor] | None
+Low = tuple[Tensor, Tensor, bool] | None
 
 
 def norm(
@@ -43,18 +44,19 @@ def add(x: Tensor, update: Tensor) -> Tensor:
 def norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, low: Low,
     want: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """residual + the gradient through the LayerNorm, in x's dtype, and, where wanted, its rows.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """residual + the gradient through the LayerNorm, in x's dtype, its rows and lora_a's gradient.
 
     dn may be overwritten.
     """
+    want = want or (low is not None and low[2])
     dn, dtype = _with(dn, low), dn.dtype
     wide, weight, bias = _alike(x, weight, bias)
     rows, mean, rstd = torch.native_layer_norm(wide, x.shape[1:], weight, bias, eps)
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         dn.to(wide.dtype), wide, x.shape[1:], mean, rstd, weight, bias, [True, False, False]
     )
-    return (dx + residual).to(x.dtype), rows.to(dtype) if want else None
+    return (dx + residual).to(x.dtype), rows.to(dtype) if want else None, None
 
 
 def norm_parameters(
@@ -75,16 +77,19 @@ def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, None]:
     return F.gelu(u), None
 
 
-def gelu_backward(dg: Tensor, u: Tensor, low: Low, want: bool) -> tuple[Tensor, Tensor | None]:
-    """du, and gelu(u) where wanted. dg may be overwritten."""
+def gelu_backward(
+    dg: Tensor, u: Tensor, low: Low, want: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """du, gelu(u) and lora_a's gradient. dg may be overwritten."""
+    want = want or (low is not None and low[2])
     du = torch.ops.aten.gelu_backward(_with(dg, low), u)
-    return du, F.gelu(u) if want else None
+    return du, F.gelu(u) if want else None, None
 
 
 def _with(d: Tensor, low: Low) -> Tensor:
     if low is None:
         return d
-    dh, lora_a = low
+    dh, lora_a, _ = low
     return d.addmm_(dh, lora_a.to(d.dtype))
 
 

@@ -4,8 +4,6 @@
 import triton
 import triton.language as tl
 
-from samfast.kernels.sam_block.triton_norm import add_low
-
 
 @triton.jit
 def below(u):
@@ -58,37 +56,52 @@ def gelu_backward_kernel(
     dh_ptr,
     a_ptr,
     g_ptr,
+    da_part_ptr,
     tokens,
     columns,
     ranks,
+    chunk_rows,
     stride_dm,
     stride_um,
     stride_hm,
     LOW: tl.constexpr,
     WANT: tl.constexpr,
+    NEED_DA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """du = (dg + dh A) (Φ(u) + u φ(u)) in dg's place, and g = gelu(u); one program per tile."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """du = (dg + dh A) (Φ(u) + u φ(u)) in dg's place, g = gelu(u), and partials (chunks, R, D) of
+    dA = dhᵀ g; one program per chunk of rows and block of columns."""
+    chunk = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rows[:, None] < tokens) & (offs_n[None, :] < columns)
-    dh = 0.0
+    offs_r = tl.arange(0, BLOCK_R)
+    a_inside = (offs_r[:, None] < ranks) & (offs_n[None, :] < columns)
+    a_at = offs_r[:, None] * columns + offs_n[None, :]
     if LOW:
-        offs_r = tl.arange(0, BLOCK_R)
-        dh_inside = (rows[:, None] < tokens) & (offs_r[None, :] < ranks)
-        dh_at = dh_ptr + rows[:, None] * stride_hm + offs_r[None, :]
-        dh = tl.load(dh_at, dh_inside, other=0.0)  # (BLOCK_M, BLOCK_R)
-    dg_at = dg_ptr + rows[:, None] * stride_dm + offs_n[None, :]
-    dg = tl.load(dg_at, inside, other=0.0)
-    u = tl.load(u_ptr + rows[:, None] * stride_um + offs_n[None, :], inside, other=0.0)
-    u = u.to(tl.float32)
-    d = add_low(dg, dh, a_ptr, offs_n, columns, ranks, LOW, PRECISION, BLOCK_R)
-    share = below(u)
-    density = tl.exp(-0.5 * u * u) * 0.3989422804014327  # 1/√(2π)
-    tl.store(dg_at, (d * (share + u * density)).to(dg.dtype), inside)
-    if WANT:
-        g_at = g_ptr + rows[:, None] * columns + offs_n[None, :]
-        tl.store(g_at, (u * share).to(g_ptr.dtype.element_ty), inside)
+        a = tl.load(a_ptr + a_at, a_inside, other=0.0).to(dh_ptr.dtype.element_ty)  # (R, N)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for first in range(0, chunk_rows, BLOCK_M):
+        rows = chunk * chunk_rows + first + tl.arange(0, BLOCK_M)
+        inside = (rows[:, None] < tokens) & (offs_n[None, :] < columns)
+        dg_at = dg_ptr + rows[:, None] * stride_dm + offs_n[None, :]
+        dg = tl.load(dg_at, inside, other=0.0)
+        u = tl.load(u_ptr + rows[:, None] * stride_um + offs_n[None, :], inside, other=0.0)
+        d, u = dg.to(tl.float32), u.to(tl.float32)
+        if LOW:
+            dh_at = dh_ptr + rows[:, None] * stride_hm + offs_r[None, :]
+            dh_inside = (rows[:, None] < tokens) & (offs_r[None, :] < ranks)
+            dh = tl.load(dh_at, dh_inside, other=0.0)  # (BLOCK_M, BLOCK_R)
+            d += tl.dot(dh, a, input_precision=PRECISION)
+        share = below(u)
+        density = tl.exp(-0.5 * u * u) * 0.3989422804014327  # 1/√(2π)
+        tl.store(dg_at, (d * (share + u * density)).to(dg.dtype), inside)
+        if WANT or NEED_DA:
+            g = tl.where(inside, u * share, 0.0).to(dg.dtype)
+        if WANT:
+            tl.store(g_ptr + rows[:, None] * columns + offs_n[None, :], g, inside)
+        if NEED_DA:
+            acc += tl.dot(tl.trans(dh), g, input_precision=PRECISION)  # (BLOCK_R, BLOCK_N)
+    if NEED_DA:
+        tl.store(da_part_ptr + chunk * ranks * columns + a_at, acc, a_inside)

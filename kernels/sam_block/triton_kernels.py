@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The element-wise stages of the block as Triton launches; see torch_path for what each computes.
 
-One launch a stage. Adapters up to MAX_RANK ride along in it: h = rows Aᵀ, and dh A in the backward.
+One launch a stage. Adapters up to MAX_RANK ride along: h = rows Aᵀ, in the backward dh A, and
+beside GELU the gradient of A, whose partials a second launch adds up.
 Derivations, bytes and launches are in this folder's README.
 """
 
@@ -13,7 +14,7 @@ import triton
 from torch import Tensor
 
 from samfast.kernels._common.tiles import tile
-from samfast.kernels.lora_linear.triton_kernels import precision
+from samfast.kernels.lora_linear.triton_kernels import chunk_rows, precision, reduce_kernel
 from samfast.kernels.sam_block import torch_path
 from samfast.kernels.sam_block.torch_path import Low
 from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_kernel
@@ -61,13 +62,14 @@ def _norm(x, update, total, weight, bias, eps, dtype, lora_a):
 def norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, low: Low,
     want: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    dn, (dh, lora_a) = _with(_rows(dn), low)
+) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
+    want = want or (low is not None and low[2])
+    dn, (dh, lora_a, _) = _with(_rows(dn), low)
     x, residual = _rows(x), _rows(residual)
     tokens, columns = x.shape
     dx = x.new_empty(tokens, columns)
     if tokens == 0:
-        return dx, dn if want else None
+        return dx, dn if want else None, None
     block = _tile("norm_backward" if dh is None else "norm_backward_low", lora_a, dn)
     with _on(x):
         norm_backward_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
@@ -76,7 +78,7 @@ def norm_backward(
             dn.stride(0), x.stride(0), residual.stride(0), 0 if dh is None else dh.stride(0), eps,
             LOW=dh is not None, WANT=want, PRECISION=precision(dn.dtype), **block,
         )  # fmt: skip
-    return dx, dn if want else None
+    return dx, dn if want else None, None
 
 
 def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, Tensor | None]:
@@ -95,22 +97,33 @@ def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, Tensor | None]:
     return g, h
 
 
-def gelu_backward(dg: Tensor, u: Tensor, low: Low, want: bool) -> tuple[Tensor, Tensor | None]:
-    dg, (dh, lora_a) = _with(_rows(dg), low)
+def gelu_backward(
+    dg: Tensor, u: Tensor, low: Low, want: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dg, (dh, lora_a, need_a) = _with(_rows(dg), low)
     u = _rows(u)
     tokens, columns = u.shape
+    want = want or (dh is None and low is not None and low[2])
     g = u.new_empty(tokens, columns) if want else None
+    da = lora_a.new_empty(lora_a.shape) if need_a else None
     if tokens == 0:
-        return dg, g
+        return dg, g, None if da is None else da.zero_()
     block = _tile("gelu_backward" if dh is None else "gelu_backward_low", lora_a, dg)
-    grid = (triton.cdiv(tokens, block["BLOCK_M"]), triton.cdiv(columns, block["BLOCK_N"]))
+    rows = chunk_rows(tokens, block["BLOCK_M"]) if need_a else block["BLOCK_M"]
+    chunks = triton.cdiv(tokens, rows)
+    part = u.new_empty(chunks, *lora_a.shape, dtype=torch.float32) if need_a else None
     with _on(u):
-        gelu_backward_kernel[grid](
-            dg, u, dh, lora_a, g, tokens, columns, 0 if dh is None else dh.shape[1], dg.stride(0),
-            u.stride(0), 0 if dh is None else dh.stride(0), LOW=dh is not None, WANT=want,
-            PRECISION=precision(dg.dtype), **block,
+        gelu_backward_kernel[(chunks, triton.cdiv(columns, block["BLOCK_N"]))](
+            dg, u, dh, lora_a, g, part, tokens, columns, 0 if dh is None else dh.shape[1], rows,
+            dg.stride(0), u.stride(0), 0 if dh is None else dh.stride(0), LOW=dh is not None,
+            WANT=want, NEED_DA=need_a, PRECISION=precision(dg.dtype), **block,
         )  # fmt: skip
-    return dg, g
+        if need_a:
+            reduce_kernel[(triton.cdiv(da.numel(), 512),)](
+                None, None, 0, 0, 0, 1, 1, part, da, da.numel(), chunks, HAS_DZ=False,
+                HAS_GRAD=True, BLOCK=512,
+            )  # fmt: skip
+    return dg, g, da
 
 
 def _factor(lora_a, dtype):
@@ -121,13 +134,13 @@ def _factor(lora_a, dtype):
 
 
 def _with(d, low):
-    """d and the factors of its update; wide ones are multiplied before the launch."""
+    """d, and low where it rides along; wide updates are added before the launch."""
     if low is None:
-        return d, (None, None)
-    dh, lora_a = low
+        return d, (None, None, False)
+    dh, lora_a, need_a = low
     if _factor(lora_a, d.dtype) is None:
-        return d.addmm_(dh, lora_a.to(d.dtype)), (None, None)
-    return d, (_rows(dh), lora_a.contiguous())
+        return d.addmm_(dh, lora_a.to(d.dtype)), (None, None, False)
+    return d, (_rows(dh), lora_a.contiguous(), need_a)
 
 
 def _tile(stage, lora_a, rows):
