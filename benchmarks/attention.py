@@ -22,7 +22,6 @@ def factors(q: Tensor, table_h: Tensor, table_w: Tensor, size: tuple[int, int]):
     return rel_h, rel_w
 
 
-@functools.cache
 def _offsets(size: int, device: torch.device) -> Tensor:
     places = torch.arange(size, device=device)
     return places[:, None] - places + size - 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from benchmarks.peers import peers, randomise, sharing, trained
+from benchmarks.peers import STOCK, peers, randomise, sharing, trained
 from benchmarks.registry import Provider, Workload, forward_backward
 from benchmarks.shapes import ENCODERS
 from samfast.kernels.sam_block.plan import MEMORY
@@ -73,7 +73,7 @@ def block_workload(
         f"{model} block, {place}, {'x'.join(map(str, shape[:3]))}, {adapters} r{rank}",
         ("y", "dx", *(f"d{name}" for name in names)),
         "samfast, frozen",
-        "eager",
+        tuple(STOCK & others.keys()),
         providers,
         exact,
         dy,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import samfast
-from benchmarks.peers import peers, sharing, trained
+from benchmarks.peers import STOCK, peers, sharing, trained
 from benchmarks.registry import Provider, Workload, forward_backward
 from samfast.kernels.lora_linear.costs import Stage
 from samfast.kernels.sam_block.plan import MEMORY
@@ -72,9 +72,17 @@ def _workload(encoder: nn.Module, batch: int, device: str, compiled: bool) -> Wo
     names = [name for name, p in others["eager"].named_parameters() if p.requires_grad]
     known = [images, *encoder.parameters(), *encoder.buffers()]
     return Workload(
-        "", ("y", *(f"d{name}" for name in names)), "eager", "eager", providers, exact, dy, known,
-        missing, images=batch,
-    )  # fmt: skip
+        "",
+        ("y", *(f"d{name}" for name in names)),
+        "eager",
+        tuple(STOCK & others.keys()),
+        providers,
+        exact,
+        dy,
+        known,
+        missing,
+        images=batch,
+    )
 
 
 def step_flops(encoder: nn.Module, batch: int) -> int:

@@ -286,15 +286,15 @@ def _sam_block(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float
     u, dh = meta(tokens, 4 * width), meta(tokens, rank)
     a, wide_a = (meta(rank, n, dtype=torch.float32) for n in (width, 4 * width))
     with recording() as launches:
-        for lora_a, wide, low in ((a, wide_a, dh), (None, None, None)):
+        for lora_a, wide in ((a, wide_a), (None, None)):
             kernels.norm(x, *norm, dtype, lora_a)
             kernels.add_norm(x, update, *norm, dtype, lora_a)
             kernels.gelu(u, wide)
-            for want in (True, False):
-                adapter = None if low is None else (low, lora_a)
-                kernels.norm_backward(update, x, *norm, x, adapter, want)
-                adapter = None if low is None else (low, wide)
-                kernels.gelu_backward(u, u, adapter, want)
+            for want, need_a in ((False, True), (True, False), (True, True), (False, False)):
+                low = None if lora_a is None else (dh, lora_a, need_a)
+                kernels.norm_backward(update, x, *norm, x, low, want)
+                low = None if wide is None else (dh, wide, need_a)
+                kernels.gelu_backward(u, u, low, want)
     return launches
 
 

@@ -19,6 +19,9 @@ from samfast.kernels._common.windows import Windows
 from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.lora import LoraLinear
 
+# Whose errors make the budget: rounding differs along the many layers of a block.
+STOCK = {"eager", "SDPA + mask, PEFT", "augmented SDPA"}
+
 
 class EagerLora(nn.Module):
     """LoRA as most write it: two more linear layers and an addition."""

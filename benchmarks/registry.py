@@ -33,12 +33,13 @@ class Provider:
 
 @dataclasses.dataclass
 class Workload:
-    """One shape of one operation; ratios are taken to the baseline, the budget from stock."""
+    """One shape of one operation; ratios are taken to the baseline, the budget from stock, of
+    several the widest."""
 
     name: str
     results: tuple[str, ...]
     baseline: str
-    stock: str
+    stock: tuple[str, ...]
     providers: dict[str, Provider]
     exact: Callable[[], list[torch.Tensor]]
     dy: torch.Tensor
@@ -120,7 +121,7 @@ def lora_linear_workload(shape, rank, device, dtype, compiled=False, scaling=2.0
         f"{shape.layer} {shape.tokens}x{shape.features}->{shape.out} r{rank}",
         ("y", "dx", "dlora_a", "dlora_b"),
         "frozen linear",
-        "eager LoRA",
+        ("eager LoRA",),
         providers,
         exact,
         dy,
@@ -218,7 +219,7 @@ def conv_lora_workload(width, windows, index, rank, depthwise, device, dtype) ->
         f"qkv {'x'.join(map(str, shape))}x{width}->{3 * width} r{rank} {kind}",
         ("y", "loss", "dx", "dlora_a", "dlora_b", "dweight", "dbias", "dw_gate", "dw_noise"),
         "frozen linear",
-        "literal Conv-LoRA",
+        ("literal Conv-LoRA",),
         providers,
         exact,
         dy,
@@ -291,7 +292,7 @@ def relpos_attention_workload(encoder, windows, device, dtype, compiled=False) -
         f"attention {'x'.join(map(str, qkv.shape[:3]))}, {heads} heads of {head_dim}",
         ("out", "dqkv", "dtable_h", "dtable_w"),
         "eager",
-        "eager",
+        ("eager",),
         providers,
         exact,
         dy,

@@ -36,6 +36,7 @@ class Settings:
 
 
 def main(settings: Settings) -> int:
+    torch.manual_seed(0)  # of the adapters
     sam = build_sam(settings.model, random_init=True, image_size=settings.image_size, seed=0)
     target = ("qkv", "proj", "lin1", "lin2")
     samfast.attach(sam, samfast.Lora(rank=settings.rank, target=target))

@@ -11,7 +11,8 @@ REFUSALS = (torch.OutOfMemoryError, NotImplementedError, RuntimeError)
 
 def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
     """Provider -> sentence, for every provider that refuses or is outside the error budget."""
-    exact, stock = workload.exact(), workload.run(workload.stock)
+    exact = workload.exact()
+    stock = [workload.run(name) for name in workload.stock]
     found = {}
     for name, provider in workload.providers.items():
         try:
@@ -21,8 +22,10 @@ def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
             continue
         if not provider.checked:
             continue
-        for what, mine, theirs, truth in zip(workload.results, results, stock, exact, strict=True):
-            if (problem := over_budget(mine, theirs, truth, dtype)) is not None:
-                found[name] = f"{what}: {problem}"
+        rows = zip(workload.results, results, exact, *stock, strict=True)
+        for what, mine, truth, *theirs in rows:
+            problems = [over_budget(mine, other, truth, dtype) for other in theirs]
+            if None not in problems:
+                found[name] = f"{what}: {problems[0]}"
                 break
     return found

@@ -38,16 +38,22 @@ class Slices:
             )
 
 
-def forward(path, x, weight, bias, lora_a, lora_b, params, seed, options, h=None):
-    """Returns y, z, and the middle map's aux, z_pad and saved.
+def low(path, rows, lora_a, params, seed, options, h=None):
+    """Of rows (tokens, D): z, and the middle map's aux, z_pad and saved.
 
     h: drop(x) Aᵀ where the producer of x has made it
     """
-    scaling, dropout, middle, geometry, starts, own = options
-    rows = _flat(x)
+    _, dropout, middle, geometry, _, _ = options
     h = path.down(rows, lora_a, dropout, seed) if h is None else h
     z, aux, z_pad, saved = find(middle).forward(h, geometry, *params)
-    z = _as_rows(z, rows.dtype)
+    return _as_rows(z, rows.dtype), aux, z_pad, saved
+
+
+def forward(path, x, weight, bias, lora_a, lora_b, params, seed, options, h=None):
+    """Returns y, z, and the middle map's aux, z_pad and saved; h as in ``low``."""
+    scaling, _, _, _, starts, own = options
+    rows = _flat(x)
+    z, aux, z_pad, saved = low(path, rows, lora_a, params, seed, options, h)
     y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     path.up_(y, z, lora_b, scaling, Slices(starts, lora_b, own))
     return y.view(*x.shape[:-1], y.shape[-1]), z, aux, z_pad, saved

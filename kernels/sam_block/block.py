@@ -50,6 +50,17 @@ class Block:
         memory: "fast" keeps [out, lse, x1, qkv, u], "balanced" not the last two nor what their
             layers have kept; "minimal" and None keep nothing
         """
+        x1, u, aux, kept, of_layers = self._up_to_gelu(memory)
+        g, h = self.stages.gelu(u, self.lin2.fused_down)
+        del u
+        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h)
+        del g, h
+        y = self.stages.add(x1, update).view(self.x.shape)
+        of_layers.append(kept_lin2 if memory in ("fast", "balanced") else [])
+        return y, [*aux, aux_lin2], kept, of_layers
+
+    def _up_to_gelu(self, memory: str | None):
+        """x1, u, aux of three layers, and what is kept of the block and of these layers."""
         stages, some, every = self.stages, memory in ("fast", "balanced"), memory == "fast"
         qkv, aux_qkv, kept_qkv = self._project()
         late = [qkv] if every else []
@@ -67,20 +78,21 @@ class Block:
         del update
         kept += [x1] if some else []
         u, aux_lin1, kept_lin1 = self.lin1.forward(n, h)
-        del n, h
         late += [u] if every else []
-        g, h = stages.gelu(u, self.lin2.fused_down)
-        del u
-        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h)
-        del g, h
-        y = stages.add(x1, update).view(self.x.shape)
         of_layers = [
             kept_qkv if every else [],
             kept_proj if some else [],
             kept_lin1 if every else [],
-            kept_lin2 if some else [],
         ]
-        return y, [aux_qkv, aux_proj, aux_lin1, aux_lin2], [*kept, *late], of_layers
+        return x1, u, [aux_qkv, aux_proj, aux_lin1], [*kept, *late], of_layers
+
+    def _again(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """What forward("fast") keeps, without the product that gives y."""
+        _, u, _, kept, of_layers = self._up_to_gelu("fast")
+        kept_lin2 = []
+        if self.lin2.plan.adapted:
+            kept_lin2 = self.lin2.keep(*self.stages.gelu(u, self.lin2.fused_down))
+        return kept, [*of_layers, kept_lin2]
 
     def backward(
         self, dy: Tensor, daux: Sequence[Tensor | None], kept: list[Tensor],
@@ -88,7 +100,7 @@ class Block:
     ) -> list[Tensor | None]:  # fmt: skip
         """Gradients of x and of the tensors in their order, None where not needed."""
         if not kept:
-            _, _, kept, of_layers = self.forward("fast")
+            kept, of_layers = self._again()
         out, lse, x1, *late = kept
         qkv, u = late or (None, None)
         kept_qkv, kept_proj, kept_lin1, kept_lin2 = of_layers

@@ -45,6 +45,15 @@ class Layer:
         )  # fmt: skip
         return y, aux, [z, z_pad, *saved]
 
+    def keep(self, rows: Tensor, h: Tensor | None) -> list[Tensor]:
+        """What the backward needs, without the result."""
+        if not self.plan.adapted:
+            return []
+        z, _, z_pad, saved = engine.low(
+            self.path(rows), rows, self.lora_a, self.params, self.seed, self.options, h
+        )
+        return [z, z_pad, *saved]
+
     def up(self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool) -> Tensor | None:
         """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed."""
         if self.needs[1]:

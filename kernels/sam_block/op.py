@@ -153,6 +153,10 @@ class SamBlockFunction(torch.autograd.Function):
 
 @torch.library.impl("samfast::sam_block", "Autograd")
 def _autograd(x, tensors, plan, backend):
+    wanted = any(t is not None and t.requires_grad for t in (x, *tensors))
+    if not (wanted and torch.is_grad_enabled()):  # nothing is kept, not for a moment either
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.samfast.sam_block(x, tensors, plan, backend)
     y, *aux = SamBlockFunction.apply(plan, backend, x, *tensors)
     return y, aux
 

@@ -79,7 +79,7 @@ class SamBlock(Block):
         if x.dim() != 4 or x.shape[3:] != tuple(getattr(self.norm1, "normalized_shape", ())):
             return False
         weight = getattr(getattr(self.attn, "qkv", None), "weight", None)
-        if weight is None or 0 in x.shape[1:3]:
+        if weight is None or 0 in x.shape[1:3] or not x.is_floating_point():
             return False
         return autocast_dtype(x.device.type) is not None or x.dtype == weight.dtype
 
@@ -101,7 +101,7 @@ class SamBlock(Block):
             heads=attn.num_heads,
             window=side,
             scale=float(attn.scale),
-            eps=(self.norm1.eps, self.norm2.eps),
+            eps=(float(self.norm1.eps), float(self.norm2.eps)),
             dtype="" if like.dtype == x.dtype else str(like.dtype).removeprefix("torch."),
             memory=self.memory,
             attention="" if attn.backend == "auto" else requested(attn.backend),
