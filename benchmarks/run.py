@@ -10,8 +10,10 @@ python -m benchmarks.run --op offline        every Triton kernel compiled for ev
 import contextlib
 import csv
 import datetime
+import functools
 import importlib.metadata
 import itertools
+import math
 import os
 import shutil
 import time
@@ -111,12 +113,23 @@ def main(settings: Settings) -> int:
 def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
     """Time every right provider of a workload and print its rows."""
     device = settings.device
+    alone = mode == "graph" and workload.images > 0  # graphs of whole encoders, one at a time
     names = [name for name in workload.providers if name not in wrong]
-    calls = {name: lambda name=name: workload.run(name) for name in names}
-    if mode == "graph":
-        calls = {name: captured(call) for name, call in calls.items()}
-    times = interleaved(calls, settings.repeats, device)
-    base = quantile(times[workload.baseline], 0.5)
+    times = {}
+    for group in [[name] for name in names] if alone else [names]:
+        calls = {}
+        for name in group:
+            call = functools.partial(workload.run, name)
+            try:
+                calls[name] = captured(call) if mode == "graph" else call
+                calls[name]()
+            except torch.OutOfMemoryError as error:
+                calls.pop(name, None)
+                wrong[name] = f"{mode}: {str(error).splitlines()[0]}"
+                torch.cuda.empty_cache()
+        times |= interleaved(calls, settings.repeats, device)
+    names = [name for name in names if name in times]
+    base = quantile(times[workload.baseline], 0.5) if workload.baseline in times else math.nan
     rows = []
     for name in names:
         provider, (p20, p50, p80) = (
