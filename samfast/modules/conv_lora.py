@@ -26,7 +26,7 @@ from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.modules.adapted_linear import AdaptedLinear
 from samfast.modules.aux_loss import LatestLoss, recomputing
 from samfast.modules.block_layer import BlockLayer, dropout_seed
-from samfast.modules.low_rank import check_alpha, check_dropout, check_rank
+from samfast.modules.low_rank import check_alpha, check_dropout, check_linear_rank
 
 _GATE = "lora_moe_gating."
 _CONSTANTS = {f"{_GATE}mean": 0.0, f"{_GATE}std": 1.0}  # of the gate's noise
@@ -134,14 +134,7 @@ class ConvLoraLinear(AdaptedLinear):
         self._latest = LatestLoss()
         self.reset_adapter()
 
-    @staticmethod
-    def check_sizes(in_features: int, out_features: int, rank: int) -> None:
-        check_rank(rank)
-        if rank > min(in_features, out_features):
-            raise ValueError(
-                f"rank {rank} is above {min(in_features, out_features)}, the smaller side of a "
-                f"linear layer with {in_features} inputs and {out_features} outputs"
-            )
+    check_sizes = staticmethod(check_linear_rank)
 
     @classmethod
     def from_linear(

@@ -8,7 +8,7 @@ from torch import nn
 
 from samfast.functional import lora_linear
 from samfast.kernels.sam_block.plan import LayerPlan
-from samfast.modules.low_rank import LowRankLinear, check_alpha, check_dropout, check_rank
+from samfast.modules.low_rank import LowRankLinear, check_alpha, check_dropout, check_linear_rank
 
 
 class LoraLinear(LowRankLinear):
@@ -42,14 +42,7 @@ class LoraLinear(LowRankLinear):
         self.add_adapter(lora_A=(rank, in_features), lora_B=(out_features, rank))
         self.reset_adapter()
 
-    @staticmethod
-    def check_sizes(in_features: int, out_features: int, rank: int) -> None:
-        check_rank(rank)
-        if rank > min(in_features, out_features):
-            raise ValueError(
-                f"rank {rank} is above {min(in_features, out_features)}, the smaller side of a "
-                f"linear layer with {in_features} inputs and {out_features} outputs"
-            )
+    check_sizes = staticmethod(check_linear_rank)
 
     @classmethod
     def from_linear(

@@ -17,6 +17,15 @@ def check_rank(rank: int) -> None:
         raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
 
 
+def check_linear_rank(in_features: int, out_features: int, rank: int) -> None:
+    check_rank(rank)
+    if rank > min(in_features, out_features):
+        raise ValueError(
+            f"rank {rank} is above {min(in_features, out_features)}, the smaller side of a "
+            f"linear layer with {in_features} inputs and {out_features} outputs"
+        )
+
+
 def check_dropout(dropout: float) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}; it must be at least 0 and below 1")
