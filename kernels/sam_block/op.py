@@ -174,6 +174,8 @@ def sam_block(
     Saves, in elements per token, x, qkv (3 · D), the attention's out, x1 and GELU's input (4 · D),
     one number per head, and the adapters' pieces of rank r: 10 · D and little more. "balanced"
     saves x, out and x1, "minimal" x; the rest is computed again, to the same bits.
-    Raises RuntimeError when a backend asked for by name cannot run.
+    Raises ValueError when tensors are on several devices or an adapter's do not chain, RuntimeError
+    when a backend asked for by name cannot run.
     """
+    plan.check(x, tensors)
     return torch.ops.samfast.sam_block(x, list(tensors), plan.key, backends.requested(backend))

@@ -18,6 +18,7 @@ from samfast.kernels._common.windows import Windows
 
 HEAD = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "table_h", "table_w")
 LAYERS = ("qkv", "proj", "lin1", "lin2")
+FACTORS = ("weight", "bias", "lora_a", "lora_b", "seed")
 MEMORY = ("fast", "balanced", "minimal")
 
 
@@ -84,9 +85,33 @@ class Plan(NamedTuple):
         """The tensors of HEAD, and of each layer (or whatever runs parallel to them)."""
         head, rest, parts = list(tensors[: len(HEAD)]), list(tensors[len(HEAD) :]), {}
         for name, layer in zip(LAYERS, self.layers, strict=True):
-            count = 5 + layer.params
+            count = len(FACTORS) + layer.params
             parts[name], rest = rest[:count], rest[count:]
         return head, parts
+
+    def check(self, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        """Raise one sentence for a tensor on another device, or factors that do not chain.
+
+        What else may not fit the library's products notice; kernels would read beyond these.
+        """
+        head, parts = self.split(tensors)
+        named = [("the block", HEAD, head)]
+        named += [(name, FACTORS, part) for name, part in parts.items()]
+        for name, names, part in named:
+            for i, t in enumerate(part):
+                if t is not None and t.device != x.device:
+                    what = names[i] if i < len(names) else f"parameter {i - len(names)}"
+                    raise ValueError(f"{what} of {name} is on {t.device} but x is on {x.device}")
+        for name, layer in zip(LAYERS, self.layers, strict=True):
+            if not layer.adapted:
+                continue
+            weight, _, lora_a, lora_b = parts[name][:4]
+            outputs, inputs = weight.shape
+            if lora_a.shape[1] != inputs or (not layer.starts and lora_b.shape[0] != outputs):
+                raise ValueError(
+                    f"{name} has a weight {tuple(weight.shape)}, to which lora_a "
+                    f"{tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit"
+                )
 
 
 @functools.lru_cache(maxsize=256)
