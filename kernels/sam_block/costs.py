@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the block costs on a GPU by its design: FLOP, bytes and launches of each stage.
+
+Everything in one dtype, frozen weights, memory "fast", LoRA of one rank on all four layers or none.
+"""
+
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.lora_linear import costs as low_rank
+from samfast.kernels.lora_linear.costs import Stage
+from samfast.kernels.relpos_attention import costs as attention
+
+
+class _Layer:
+    """One linear layer's stages, from lora_linear's."""
+
+    def __init__(self, name: str, tokens: int, features: int, out: int, rank: int, itemsize: int):
+        self.name, self.rank = name, rank
+        every = low_rank.stages(tokens, features, out, max(rank, 1), itemsize)
+        self.y, self.dx, self.down, self.up, self.up_backward, self.reduce, self.both, self.da = (
+            every
+        )
+        self.rows = itemsize * tokens * features
+        self.product = 2 * tokens * features * max(rank, 1)  # of h, of dh A, and of dA
+
+    def named(self, *stages: Stage) -> list[Stage]:
+        return [Stage(f"{self.name}: {s.name}", *_numbers(s)) for s in stages]
+
+    def forward(self, down: bool = False) -> list[Stage]:
+        if not self.rank:
+            return self.named(self.y)
+        return self.named(*([self.down] if down else []), self.y, self.up)
+
+    def backward(self) -> list[Stage]:
+        """Up to the gradient of the rows, without what the adapter adds to it."""
+        return self.named(*([self.up_backward, self.reduce] if self.rank else []), self.dx)
+
+    def low(self, name: str, passes: int, products: int = 1) -> Stage:
+        """A stage that reads or writes the rows so many times, and so many products of rank r."""
+        flops = products * self.product if self.rank else 0
+        return Stage(name, flops, passes * self.rows, 1)
+
+
+def _numbers(stage):
+    return stage.flops, stage.bytes, stage.launches, stage.product
+
+
+def forward(windows: Windows, width: int, heads: int, rank: int, itemsize: int) -> list[Stage]:
+    qkv, proj, lin1, lin2 = _layers(windows, width, rank, itemsize)
+    attend = attention.stages(windows, heads, width // heads, itemsize, tables=False)[:2]
+    return [
+        qkv.low("norm1, h", 2),
+        *qkv.forward(),
+        *attend,
+        *proj.forward(down=True),
+        lin1.low("x1 = x + update, norm2, h", 4),
+        *lin1.forward(),
+        lin2.low("GELU, h", 2),
+        *lin2.forward(),
+        Stage("y = x1 + update", 0, 3 * qkv.rows, 1),
+    ]
+
+
+def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int) -> list[Stage]:
+    qkv, proj, lin1, lin2 = _layers(windows, width, rank, itemsize)
+    attend = attention.stages(windows, heads, width // heads, itemsize, tables=False)[2:]
+
+    def norm(name, layer):
+        if not rank:
+            return [layer.low(name, 4)]
+        da = Stage("dA", layer.product, layer.both.bytes - 2 * layer.rows, 1)
+        return [layer.low(f"{name}, rows", 5, 2), *layer.named(da, layer.da)]
+
+    return [
+        *lin2.backward(),
+        lin2.low("GELU backward, dA" if rank else "GELU backward", 3, 2),
+        *(lin2.named(lin2.da) if rank else []),
+        *lin1.backward(),
+        *norm("norm2 backward", lin1),
+        *proj.backward(),
+        *(proj.named(proj.both, proj.da) if rank else []),
+        *attend,
+        *qkv.backward(),
+        *norm("norm1 backward", qkv),
+    ]
+
+
+def stages(windows: Windows, width: int, heads: int, rank: int, itemsize: int) -> list[Stage]:
+    """Forward and backward; rank 0 for a frozen block whose input wants a gradient."""
+    sizes = (windows, width, heads, rank, itemsize)
+    return [*forward(*sizes), *backward(*sizes)]
+
+
+def _layers(windows, width, rank, itemsize):
+    shapes = {"qkv": (1, 3), "proj": (1, 1), "lin1": (1, 4), "lin2": (4, 1)}
+    return [
+        _Layer(name, windows.tokens, i * width, o * width, rank, itemsize)
+        for name, (i, o) in shapes.items()
+    ]

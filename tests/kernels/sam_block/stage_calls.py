@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A path's element-wise stages on random rows, and stock modules with autograd beside them."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from budgets import within_budget
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """All stages once.
+
+    rank: of the adapters that ride along, 0 for none
+    dtype: of what products take   residual, affine: of x, and of the norm's weight and bias
+    mean, spread: of x
+    """
+
+    tokens: int = 21
+    columns: int = 100
+    rank: int = 3
+    dtype: torch.dtype = torch.float32
+    residual: torch.dtype = torch.float32
+    affine: torch.dtype = torch.float32
+    mean: float = 0.0
+    spread: float = 1.0
+
+    @property
+    def id(self):
+        kinds = (str(kind)[6:] for kind in (self.dtype, self.residual, self.affine))
+        return "-".join([f"{self.tokens}x{self.columns}", f"r{self.rank}", *kinds])
+
+    def tensors(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(7)
+
+        def draw(*shape, dtype=self.dtype):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+        rows, single = (self.tokens, self.columns), torch.float32
+        x = self.mean + self.spread * draw(*rows, dtype=torch.float64)
+        made = {
+            "x": x.to(self.residual),
+            "residual": draw(*rows, dtype=self.residual),
+            "update": draw(*rows),
+            "dn": draw(*rows),
+            "u": 2.0 * draw(*rows),
+            "dg": draw(*rows),
+            "weight": draw(self.columns, dtype=self.affine),
+            "bias": draw(self.columns, dtype=self.affine),
+        }
+        if self.rank:
+            made["a"] = draw(self.rank, self.columns, dtype=single) / self.columns**0.5
+            made["dh"] = draw(self.tokens, self.rank)
+        return made
+
+    def run(self, path, tensors=None, layout=lambda t: t, want=True) -> dict[str, Tensor]:
+        """What the stages give; h and da only where the path makes them."""
+        t = dict(self.tensors() if tensors is None else tensors)
+        matrices = ("x", "residual", "update", "dn", "u", "dg", "dh")
+        t |= {name: layout(t[name].clone()) for name in matrices if name in t}
+        norm, a = (t["weight"], t["bias"], EPS), t.get("a")
+        low = (t["dh"], a, True) if self.rank else None
+        made = {}
+        made["n"], made["h"] = path.norm(t["x"], *norm, self.dtype, a)
+        made["total"], made["n2"], made["h2"] = path.add_norm(
+            t["x"], t["update"], *norm, self.dtype, a
+        )
+        made["g"], made["hg"] = path.gelu(t["u"], a)
+        made["dx"], made["rows"], made["da"] = path.norm_backward(
+            t["dn"], t["x"], *norm, t["residual"], low, want
+        )
+        made["du"], made["g_again"], made["da_gelu"] = path.gelu_backward(
+            t["dg"], t["u"], low, want
+        )
+        made["y"] = path.add(t["x"], t["update"])
+        return {name: value for name, value in made.items() if value is not None}
+
+    def literal(self, tensors: dict[str, Tensor], exact: bool) -> dict[str, Tensor]:
+        """The same by stock functions and autograd; exact: in float64."""
+        wide = torch.float64 if exact else torch.float32
+        dtype = torch.float64 if exact else self.dtype
+        t = {name: value.to(wide) if exact else value for name, value in tensors.items()}
+        alike = t["x"].dtype == t["weight"].dtype
+        kind = t["x"].dtype if alike else wide
+
+        def norm(x):
+            weight, bias = t["weight"].to(kind), t["bias"].to(kind)
+            return F.layer_norm(x.to(kind), (self.columns,), weight, bias, EPS).to(dtype)
+
+        made = {"total": t["x"] + t["update"], "y": t["x"] + t["update"]}
+        x, u = t["x"].clone().requires_grad_(), t["u"].clone().requires_grad_()
+        made |= {"n": norm(x), "n2": norm(made["total"]), "g": F.gelu(u)}
+        outputs, seeds = [made["n"], made["g"]], [t["dn"], t["dg"]]
+        wanted = [x, u]
+        if self.rank:
+            factors = [t["a"].to(dtype, copy=True).requires_grad_() for _ in range(2)]
+            made["h"] = F.linear(made["n"], factors[0])
+            made["h2"] = F.linear(made["n2"], t["a"].to(dtype))
+            made["hg"] = F.linear(made["g"], factors[1])
+            outputs, seeds = [*outputs, made["h"], made["hg"]], [*seeds, t["dh"], t["dh"]]
+            wanted += factors
+        dx, made["du"], *dfactors = torch.autograd.grad(outputs, wanted, seeds)
+        made["dx"] = (dx + t["residual"]).to(x.dtype)
+        made |= dict(zip(("da", "da_gelu"), dfactors, strict=False))
+        made |= {"rows": made["n"], "g_again": made["g"]}
+        return {name: value.detach() for name, value in made.items()}
+
+    def check(self, path, low_rank: bool) -> dict[str, Tensor]:
+        """Everything in the budget; low_rank: whether h and GELU's dA are made on the way."""
+        tensors = self.tensors()
+        ours = self.run(path, tensors)
+        exact, stock = (self.literal(tensors, exact) for exact in (True, False))
+        made = {"h", "h2", "hg", "da_gelu"} if low_rank and self.rank else set()
+        assert set(ours) == (set(exact) - {"h", "h2", "hg", "da", "da_gelu"}) | made
+        for name, value in ours.items():
+            kind = self.residual if name in ("dx", "total", "y") else self.dtype
+            assert value.dtype == (torch.float32 if name == "da_gelu" else kind), name
+            within_budget(value, stock[name], exact[name], kind, name)
+        return ours

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every path's element-wise stages against stock modules: values, special rows, what is written."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budgets import within_budget
+
+from samfast import backends
+from samfast.kernels.sam_block import torch_path
+
+from .stage_calls import DEVICE, EPS, Call
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+CASES = [
+    Call(),
+    Call(tokens=16, columns=768, rank=8),
+    Call(tokens=17, columns=48, rank=5, dtype=HALF),
+    Call(columns=33, rank=1, dtype=HALF, residual=HALF),
+    Call(columns=300, dtype=HALF, residual=HALF, affine=HALF),
+    Call(dtype=BRAIN, rank=0),
+    Call(columns=48, dtype=BRAIN, residual=BRAIN, affine=BRAIN, rank=0),
+    Call(tokens=1, columns=1),
+    Call(tokens=1, columns=17, mean=-3.0, spread=20.0),
+    pytest.param(Call(tokens=70, columns=1280, rank=16), marks=pytest.mark.slow),
+    pytest.param(
+        Call(tokens=35, columns=1280, dtype=HALF, residual=HALF), marks=pytest.mark.slow
+    ),
+]  # fmt: skip
+
+
+def kernels():
+    if (reason := backends.triton_missing(DEVICE)) is not None:
+        pytest.skip(reason)
+    from samfast.kernels.sam_block import triton_kernels
+
+    return triton_kernels
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request):
+    return torch_path if request.param == "torch" else kernels()
+
+
+@pytest.mark.parametrize("call", CASES, ids=lambda call: call.id)
+def test_budget(path, call):
+    call.check(path, low_rank=path is not torch_path)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter multiplies bfloat16 wrongly")
+@pytest.mark.parametrize("residual", [torch.float32, BRAIN])
+def test_bfloat16_products(residual):
+    Call(70, 1280, rank=4, dtype=BRAIN, residual=residual).check(kernels(), low_rank=True)
+
+
+def test_float64():
+    """Of the torch path, to far less than float32 could tell."""
+    kind = dict.fromkeys(("dtype", "residual", "affine"), torch.float64)
+    call = Call(**kind)
+    tensors = call.tensors()
+    ours, exact = call.run(torch_path, tensors), call.literal(tensors, exact=True)
+    for name, value in ours.items():
+        within_budget(value, exact[name], exact[name], torch.float64, name)
+
+
+def test_h_is_what_the_engine_makes_of_the_rows():
+    """From the rows as they are stored, rounded, and in their dtype."""
+    call = Call(columns=300, dtype=HALF, residual=HALF)
+    tensors = call.tensors()
+    made = call.run(kernels(), tensors)
+    a = tensors["a"]
+    for rows, h in (("n", "h"), ("n2", "h2"), ("g", "hg")):
+        exact = made[rows].double() @ a.to(HALF).double().T
+        within_budget(made[h], exact.to(HALF), exact, HALF, h)
+        assert made[h].is_contiguous() and made[h].dtype == HALF
+
+
+def test_far_from_zero(path):
+    """A variance from one pass of squares would be rounding alone, here as large as x's own."""
+    for call in (Call(mean=1e3, spread=0.1), Call(mean=1e3, spread=0.1, dtype=HALF)):
+        call.check(path, low_rank=path is not torch_path)
+
+
+def test_constant_rows(path):
+    """Their variance is zero, and all of the LayerNorm is its bias."""
+    call = Call(spread=0.0, mean=1e3, rank=0)
+    tensors = call.tensors()
+    tensors["x"][1::2] = 0.1
+    tensors["x"][2::3] = 0.0
+    ours = call.run(path, tensors)
+    exact, stock = (call.literal(tensors, exact) for exact in (True, False))
+    for name in ("n", "dx", "rows"):
+        within_budget(ours[name], stock[name], exact[name], torch.float32, name)
+    assert torch.isfinite(ours["dx"]).all()
+
+
+def test_a_row_of_nan_is_alone(path):
+    """Nothing of it reaches another row; lora_a's gradient, a sum over rows, is NaN."""
+    call = Call()
+    tensors, spoilt = call.tensors(), call.tensors()
+    for name in ("x", "u"):
+        spoilt[name][5, 7] = torch.nan
+    clean, made = call.run(path, tensors), call.run(path, spoilt)
+    others = torch.arange(call.tokens) != 5
+    for name in set(made) - {"da_gelu"}:
+        assert torch.equal(made[name][others], clean[name][others]), name
+    assert made["n"][5].isnan().all() and made["dx"][5].isnan().all()
+    assert made["rows"][5].isnan().all()
+    assert made["g"][5].isnan().sum() == made["du"][5].isnan().sum() == 1
+    if "h" in made:
+        assert made["h"][5].isnan().all() and made["hg"][5].isnan().all()
+        assert made["da_gelu"][:, 7].isnan().all()
+
+
+def test_infinity_is_as_in_the_stock_norm(path):
+    call = Call(rank=0)
+    tensors = call.tensors()
+    tensors["x"][2, 0] = tensors["x"][3, 9] = torch.inf
+    made, stock = call.run(path, tensors), call.literal(tensors, exact=False)
+    for name in ("n", "dx"):
+        assert torch.equal(made[name].isnan(), stock[name].isnan()), name
+
+
+def test_no_tokens(path):
+    for rank in (0, 3):
+        made = Call(tokens=0, columns=48, rank=rank, dtype=HALF).run(path)
+        assert made["n"].shape == made["dx"].shape == made["du"].shape == (0, 48)
+        if "h" in made:
+            assert made["h"].shape == (0, 3)
+            assert not made["da_gelu"].any() and made["da_gelu"].shape == (3, 48)
+
+
+def test_only_incoming_gradients_are_written(path):
+    """And the update, by the last addition; two of these hold a result."""
+    call = Call(dtype=HALF, residual=HALF)
+    given = call.tensors()
+    kept = {name: t.clone() for name, t in given.items()}
+    norm = (given["weight"], given["bias"], EPS)
+    low = (given["dh"], given["a"], True)
+    path.norm(given["x"], *norm, HALF, given["a"])
+    path.add_norm(given["x"], given["update"], *norm, HALF, given["a"])
+    path.gelu(given["u"], given["a"])
+    path.norm_backward(given["dn"], given["x"], *norm, given["residual"], low, True)
+    path.gelu_backward(given["dg"], given["u"], low, True)
+    changed = {name for name, t in given.items() if not torch.equal(t, kept[name])}
+    assert changed <= {"dn", "dg"}
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_rows_only_where_wanted(path, rank):
+    """Those who get lora_a's gradient need no rows for it."""
+    call = Call(columns=48, rank=rank)
+    every, some = call.run(path), call.run(path, want=False)
+    low_rank = rank > 0 and path is not torch_path
+    assert ("rows" in some) == (rank > 0)
+    assert ("g_again" in some) == (rank > 0 and not low_rank)
+    assert all(torch.equal(value, every[name]) for name, value in some.items())
+
+
+def test_gradients_of_the_norm_s_own_parameters(path):
+    call = Call(rank=0)
+    t = call.tensors()
+
+    def gradients(kind):
+        leaves = [t[name].to(kind).requires_grad_() for name in ("weight", "bias")]
+        n = F.layer_norm(t["x"].to(kind), (call.columns,), *leaves, EPS)
+        return torch.autograd.grad(n, leaves, t["dn"].to(kind))
+
+    exact, stock = gradients(torch.float64), gradients(torch.float32)
+    ours = path.norm_parameters(t["dn"], t["x"], t["weight"], t["bias"], EPS, (True, True))
+    for mine, theirs, truth in zip(ours, stock, exact, strict=True):
+        within_budget(mine, theirs, truth, torch.float32)
+    only = path.norm_parameters(t["dn"], t["x"], t["weight"], t["bias"], EPS, (False, True))
+    assert only[0] is None and torch.equal(only[1], ours[1])
+
+
+def test_three_runs_are_equal(path):
+    call = dataclasses.replace(Call(), tokens=40)
+    first = call.run(path)
+    for _ in range(2):
+        assert all(torch.equal(v, first[name]) for name, v in call.run(path).items())

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton stages under the guarded interpreter, alone and in the whole block."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from budgets import within_budget
+
+from samfast import backends
+from samfast.counters import counting
+from samfast.kernels.sam_block import costs, supports
+
+from .cases import Case
+from .stage_calls import EPS, Call
+
+missing = backends.triton_missing(torch.device("cpu"))
+if torch.cuda.is_available() or missing is not None:
+    reason = missing or "kernels are compiled, not interpreted, beside a GPU"
+    pytest.skip(reason, allow_module_level=True)
+
+from guarded import ORDERS, guarded  # noqa: E402
+
+from samfast.kernels.sam_block import triton_kernels as kernels  # noqa: E402
+
+HALF = torch.float16
+
+
+def equal(ours, expected):
+    assert set(ours) == set(expected)
+    return all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_every_order_gives_the_same_bits(rank):
+    call = Call(tokens=40, columns=48, rank=rank, dtype=HALF)
+    results = []
+    for order in ORDERS:
+        with guarded(order) as guard:
+            results.append(call.run(kernels))
+        assert guard.launches == (6 if rank else 5)
+    assert equal(results[1], results[0]) and equal(results[2], results[0])
+
+
+def beside_nan(t):
+    """As a slice of wider rows with NaN in the gaps, at an odd offset."""
+    wide = t.new_full((t.shape[0], t.shape[1] + 5), torch.nan)
+    wide[:, 3:-2] = t
+    return wide[:, 3:-2]
+
+
+def turned(t):
+    return t.t().contiguous().t()
+
+
+def every_other(t):
+    wide = t.new_full((*t.shape, 2), torch.nan)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+@pytest.mark.parametrize("layout", [beside_nan, turned, every_other])
+def test_layouts(layout):
+    call = Call(columns=48, dtype=HALF)
+    assert equal(call.run(kernels, layout=layout), call.run(kernels))
+
+
+def test_a_gradient_seen_everywhere():
+    """The residual's gradient of a sum has strides of zero."""
+    call = Call(columns=48)
+    tensors = call.tensors()
+    tensors["residual"] = tensors["residual"][:1, :1].expand(call.tokens, call.columns)
+    norm = (tensors["weight"], tensors["bias"], EPS)
+
+    def dx(residual):
+        dn = tensors["dn"].clone()
+        return kernels.norm_backward(dn, tensors["x"], *norm, residual, None, False)[0]
+
+    assert torch.equal(dx(tensors["residual"]), dx(tensors["residual"].contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank"), [(HALF, 17), (HALF, 128), (torch.float32, 16), (torch.float32, 32)]
+)
+def test_wide_ranks(dtype, rank):
+    assert rank <= kernels.MAX_RANK[dtype.itemsize]
+    Call(columns=48, rank=rank, dtype=dtype).check(kernels, low_rank=True)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_ranks_above_the_widest_do_not_ride_along(dtype):
+    """The engine makes h and the gradient of lora_a; dh A is added before the launch."""
+    rank = kernels.MAX_RANK[dtype.itemsize] + 1
+    Call(columns=48, rank=rank, dtype=dtype).check(kernels, low_rank=False)
+
+
+def test_supports(monkeypatch):
+    x = torch.empty(2, 3, 4, 48)
+    for dtype in (torch.float32, HALF, torch.bfloat16):
+        assert supports("triton", x.to(dtype)) is None
+    assert "torch.float64" in supports("triton", x.double())
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "TRITON_INTERPRET" in supports("triton", x)
+
+
+BLOCKS = {
+    "windows": Case(batch=1, height=2, width=3, window=2, dim=16, heads=1),
+    "global": Case(batch=1, height=2, width=3, window=0, dim=32, heads=2),
+}
+SLOW = [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("windows", HALF),
+        ("global", torch.float32),
+        pytest.param("windows", torch.float32, marks=SLOW),
+        pytest.param("global", HALF, marks=SLOW),
+    ],
+)
+def test_whole_blocks(kind, dtype):
+    """Every tensor's gradient; trained weights take the rows, trained norms all of dn."""
+    case = BLOCKS[kind]
+    exact, stock = case.run(torch.float64, "reference"), case.run(dtype, "reference")
+    ours = case.run(dtype, "triton")
+    assert set(ours) == set(exact)
+    for name, value in ours.items():
+        within_budget(value, stock[name], exact[name], dtype, name)
+
+
+class Adapted:
+    """A block of which only adapters are trained, its input wanting a gradient too."""
+
+    def __init__(self, case, dtype):
+        self.case = case
+        self.x, self.tensors, self.dy = case.tensors(dtype)
+        self.names = [name if "lora" in name else "" for name in case.names]
+        for t, name in zip(self.tensors, self.names, strict=True):
+            if t is not None and not name:
+                t.requires_grad_(False)
+
+    def run(self, backend, dtype=None):
+        """y, dx and the gradients by name."""
+        x, tensors, dy = self.x, self.tensors, self.dy
+        if dtype is not None:
+            x, *tensors, dy = (
+                t if t is None or not t.is_floating_point() else t.detach().to(dtype)
+                for t in (x, *tensors, dy)
+            )
+            for t, name in zip((x, *tensors), ("x", *self.names), strict=True):
+                if name:
+                    t.requires_grad_()
+        y, _ = self.case.call(x, tensors, backend)
+        named = {n: t for n, t in zip(self.names, tensors, strict=True) if n}
+        grads = torch.autograd.grad(y, [x, *named.values()], dy)
+        return {"y": y.detach(), **dict(zip(("x", *named), grads, strict=True))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("windows", 3), ("global", 0), pytest.param("global", 3, marks=SLOW)]
+)
+def test_adapted_blocks(kind, rank):
+    """Values, and the launches of the design: forty with adapters on all layers, twenty without;
+    no cast, no copy, no sync."""
+    case = BLOCKS[kind] if rank else dataclasses.replace(BLOCKS[kind], adapters=())
+    block = Adapted(case, HALF)
+    with counting() as counts:
+        ours = block.run("triton")
+    exact, stock = block.run("reference", torch.float64), block.run("reference")
+    for name, value in ours.items():
+        within_budget(value, stock[name], exact[name], HALF, name)
+
+    design = costs.stages(case.windows, case.dim, case.heads, rank, HALF.itemsize)
+    assert counts.total_launches == sum(stage.launches for stage in design)
+    assert counts.total_launches == (40 if rank else 20)
+    assert counts.total_syncs == 0
+    stages = {name: n for name, n in counts.launches.items() if name.startswith(("norm", "gelu"))}
+    assert stages == {
+        "norm_kernel": 2,
+        "gelu_kernel": 1,
+        "gelu_backward_kernel": 1,
+        "norm_backward_kernel": 2,
+    }
+
+
+@pytest.mark.slow
+def test_memory_modes_give_the_same_bits():
+    made = {}
+    for memory in ("fast", "balanced", "minimal"):
+        case = dataclasses.replace(BLOCKS["windows"], memory=memory)
+        made[memory] = Adapted(case, HALF).run("triton")
+    assert equal(made["balanced"], made["fast"]) and equal(made["minimal"], made["fast"])
+
+
+FAR = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from guarded import guarded
+from samfast.kernels.sam_block import triton_kernels as kernels
+from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel
+
+half = torch.float16
+far = 2**30 + 16  # elements between rows: the third begins beyond 2**31
+stores = [torch.empty(2 * far + 1024, dtype=half) for _ in range(6)]  # virtual until touched
+generator = torch.Generator().manual_seed(1)
+
+def draw(*shape, dtype=half):
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+def wide(t, store):
+    return store.as_strided(t.shape, (far, 1)).copy_(t)
+
+def same(made, expected):
+    assert len(made) == len(expected)
+    pairs = zip(made, expected, strict=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+weight, bias = draw(48, dtype=torch.float32), draw(48, dtype=torch.float32)
+norm, a = (weight, bias, 1e-6), draw(2, 48, dtype=torch.float32)
+rows, dh = [draw(3, 48) for _ in range(4)], draw(3, 2)
+
+def stages(x, update, residual, d, dh):
+    low = (dh, a, True)
+    near = kernels.norm_backward(d, x, *norm, residual, low, True)
+    near = [near[0], near[1].clone()]
+    d.copy_(rows[3])
+    return [
+        *kernels.norm(x, *norm, half, a), *kernels.add_norm(x, update, *norm, half, a),
+        *kernels.gelu(x, a), *near, *kernels.gelu_backward(d, x, low, True),
+    ]
+
+# Rows that lie far apart in what is given, and in what results overwrite.
+with guarded(poison=False):
+    distant = [wide(t, store) for t, store in zip([*rows, dh], stores, strict=False)]
+    made = stages(*distant)
+    same(made, stages(*(t.clone() for t in rows), dh))
+
+# What the launchers make is dense; there a launch of one block out of many gets so far.
+columns = 2**27 + 16  # the last of 17 rows, or of 17 partials, begins beyond 2**31
+tiles = dict(PRECISION="ieee", BLOCK_M=32, BLOCK_N=32, BLOCK_R=16)
+u, d, h, factor = draw(17, 32), draw(17, 32), draw(272, 1), draw(1, 32)
+many = draw(272, 32)
+
+def again(g, columns):
+    gelu_backward_kernel[(1, 1)](
+        d.clone(), u, None, None, g, None, 17, columns, 0, 32, 32, 32, 0, LOW=False, WANT=True,
+        NEED_DA=False, **tiles,
+    )
+    return g.clone()
+
+def partials(part, columns):
+    gelu_backward_kernel[(17, 1)](
+        many.clone(), many, h, factor, None, part, 272, columns, 1, 16, 32, 32, 1, LOW=True,
+        WANT=False, NEED_DA=True, **tiles | dict(BLOCK_M=16),
+    )
+    return part.clone()
+
+with guarded(poison=False):
+    near = again(torch.zeros(17, 32, dtype=half), 32)
+    same([again(stores[0].as_strided((17, 32), (columns, 1)).zero_(), columns)], [near])
+    near = partials(torch.zeros(17, 32), 32)
+    store = torch.empty(2 * far + 1024).as_strided((17, 32), (columns, 1)).zero_()
+    same([partials(store, columns)], [near])
+    assert near.count_nonzero() == near.numel()
+print("equal")
+"""
+
+
+def test_offsets_beyond_two_to_the_31():
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FAR], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "equal", done.stderr
