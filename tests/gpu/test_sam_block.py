@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can prove of the fused block; on a CPU the same code runs at tiny sizes.
+
+Values, gradients and module checks run on a GPU too, from tests/kernels and tests/modules.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.graph import captured
+from samfast.backends import triton_missing
+from samfast.counters import count, counting, saved_bytes
+from samfast.integrations import segment_anything
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.sam_block import costs
+from samfast.modules import LoraLinear, SamBlock
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+REPEATS = 100 if CUDA else 1
+STEPS = 20 if CUDA else 2
+BACKEND = "triton" if triton_missing(DEVICE) is None else "torch"
+RANK = 4
+# (map, window, width, heads): padded windows, and a map that attends to all of itself
+SIZES = {
+    "windows": (64, 14, 1280, 16) if CUDA else (3, 2, 16, 1),
+    "global": (64, 0, 768, 12) if CUDA else (2, 0, 16, 1),
+}
+needs_gpu = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
+LONG = () if CUDA else (pytest.mark.slow,)  # the interpreter takes its time
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    monkeypatch.setenv("SAMFAST_BACKEND", BACKEND)
+
+
+def problem(kind, dtype=torch.float32):
+    """A frozen block with adapters on its four layers, x that wants a gradient, and dy."""
+    side, window, width, heads = SIZES[kind]
+    torch.manual_seed(0)
+    stock = segment_anything.load().modeling.image_encoder.Block(
+        width, heads, use_rel_pos=True, window_size=window, input_size=(side, side)
+    )
+    for name, parameter in stock.named_parameters():
+        if "rel_pos" in name:
+            nn.init.normal_(parameter, std=0.1)
+    stock = stock.to(dtype).requires_grad_(False)
+    for owner, name in (("attn", "qkv"), ("attn", "proj"), ("mlp", "lin1"), ("mlp", "lin2")):
+        layers = getattr(stock, owner)
+        layer = LoraLinear.from_linear(getattr(layers, name), RANK)
+        nn.init.normal_(layer.lora_B, std=0.1)
+        setattr(layers, name, layer)
+    x, dy = (torch.randn(1, side, side, width).to(DEVICE, dtype) for _ in range(2))
+    return stock.to(DEVICE), x.requires_grad_(), dy
+
+
+def trained(block):
+    return [p for p in block.parameters() if p.requires_grad]
+
+
+def gradients(block, x, dy):
+    y = block(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *trained(block)], dy)]
+
+
+def fused(kind, dtype=torch.float32):
+    stock, x, dy = problem(kind, dtype)
+    block = SamBlock.from_block(stock)
+    assert block.block_problem() is None
+    return block, x, dy
+
+
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=LONG)])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=LONG), torch.float16])
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_same_bits_every_time(kind, dtype, deterministic, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    call = fused(kind, dtype)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        first = gradients(*call)
+        for _ in range(REPEATS):
+            again = gradients(*call)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("windows", marks=LONG), "global"])
+def test_optimizer_steps_under_graph_replay_equal_eager(kind):
+    """Factors updated between replays must be seen: nothing of them may be frozen in the graph."""
+    losses = {}
+    for mode in ("eager", "graph"):
+        block, x, target = fused(kind)
+        x.requires_grad_(False)
+        factors = trained(block)
+        start = [p.detach().clone() for p in factors]
+        loss = torch.zeros((), device=DEVICE)
+
+        def step(block=block, x=x, target=target, factors=factors, loss=loss):
+            value = (block(x) - target).square().mean()
+            grads = torch.autograd.grad(value, factors)
+            with torch.no_grad():
+                for parameter, grad in zip(factors, grads, strict=True):
+                    parameter.sub_(grad, alpha=0.05)
+            loss.copy_(value.detach())
+
+        run = captured(step) if mode == "graph" and CUDA else step
+        with torch.no_grad():  # warm-up and capture moved the factors
+            for parameter, value in zip(factors, start, strict=True):
+                parameter.copy_(value)
+        trace = []
+        for _ in range(STEPS):
+            run()
+            trace.append(loss.item())
+        losses[mode] = trace
+    assert losses["graph"] == losses["eager"]
+    assert losses["eager"][-1] < losses["eager"][0]
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="counts of the Triton path")
+@pytest.mark.parametrize("kind", SIZES)
+def test_counted_launches_and_syncs(kind):
+    """As few as the design says."""
+    side, window, width, heads = SIZES[kind]
+    block, x, dy = fused(kind, torch.float16)
+    with counting() as counts:
+        gradients(block, x, dy)
+    sides = (window, window) if window else (side, side)
+    design = costs.stages(Windows(1, side, side, *sides), width, heads, RANK, itemsize=2)
+    assert counts.total_launches == sum(stage.launches for stage in design) == 40
+    assert counts.total_syncs == 0
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SIZES)
+def test_bfloat16_against_float64(kind, monkeypatch):
+    """The interpreter multiplies bfloat16 wrongly, so that this is its only test."""
+    from budgets import within_budget
+
+    stock, x, dy = problem(kind, torch.bfloat16)
+    ours = gradients(SamBlock.from_block(copy.deepcopy(stock)), x, dy)
+    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
+    plain = gradients(stock, x, dy)
+    wide = copy.deepcopy(stock).double()
+    exact = gradients(wide, x.detach().double().requires_grad_(), dy.double())
+    names = ["y", "dx", *(n for n, p in stock.named_parameters() if p.requires_grad)]
+    for name, *three in zip(names, ours, plain, exact, strict=True):
+        within_budget(*three, torch.bfloat16, name)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SIZES)
+def test_counted_launches_are_the_profilers(kind):
+    """Triton's, which both count by name."""
+    block, x, dy = fused(kind, torch.bfloat16)
+    counts = count(lambda: gradients(block, x, dy))
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        gradients(block, x, dy)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    ours = [name for name in kernels if name.endswith("_kernel")]
+    assert len(ours) == sum(n for name, n in counts.launches.items() if name.endswith("_kernel"))
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_stream_that_is_not_the_default(kind):
+    call = fused(kind, torch.bfloat16)
+    expected = gradients(*call)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = gradients(*call)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["fast", "balanced", "minimal"])
+@pytest.mark.parametrize("kind", SIZES)
+def test_saved_bytes_are_what_the_allocator_says(kind, memory):
+    block, x, _ = fused(kind, torch.bfloat16)
+    block.memory = memory
+    counted = saved_bytes(lambda: block(x), [x, *block.parameters()])
+    block(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = block(x)
+    kept = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
+    blocks = 16 * 512  # the allocator rounds each of the few tensors up to its block
+    assert abs(kept - counted.living) <= 0.03 * counted.living + blocks
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SIZES)
+def test_memory_modes_give_the_same_bits(kind):
+    made = {}
+    for memory in ("fast", "balanced", "minimal"):
+        block, x, dy = fused(kind, torch.bfloat16)
+        block.memory = memory
+        made[memory] = gradients(block, x, dy)
+    for memory in ("balanced", "minimal"):
+        assert all(torch.equal(a, b) for a, b in zip(made[memory], made["fast"], strict=True))
