@@ -8,17 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.graph import captured
-from samfast.counters import count, saved_bytes
 from samfast.functional import conv_experts
 from samfast.kernels.conv_experts.op import supports
 from samfast.modules import ConvLoraLinear
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from .proofs import (
+    CUDA,
+    DEVICE,
+    another_stream,
+    launches_as_profiled,
+    needs_gpu,
+    same,
+    same_bits,
+    saved_as_allocated,
+    steps_under_replay,
+)
+
 REPEATS = 250 if CUDA else 2
 SHAPE = (25, 14, 14, 256) if CUDA else (2, 5, 6, 24)
-needs_gpu = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 
 
 def problem(dtype=torch.float32):
@@ -44,15 +51,8 @@ def gradients(x, layer, dy, noise):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time(dtype, deterministic, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     call = problem(dtype)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        first = gradients(*call)
-        for _ in range(REPEATS):
-            assert all(torch.equal(a, b) for a, b in zip(first, gradients(*call), strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    same_bits(lambda: gradients(*call), REPEATS, deterministic, monkeypatch)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -72,82 +72,40 @@ def test_experts_repeat_bit_for_bit(backend):
 
     first = run()
     for _ in range(REPEATS):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+        assert same(first, run())
 
 
-def test_twenty_optimizer_steps_under_graph_replay_equal_eager():
+def test_optimizer_steps_under_graph_replay_equal_eager():
     """Routing and factors change between replays, so nothing of them may be frozen in the graph."""
-    losses = {}
-    for mode in ("eager", "graph"):
+
+    def prepare():
         x, layer, target, noise = problem()
         x.requires_grad_(False)
-        factors = [p for _, p in layer.adapter_parameters()]
-        start = [p.detach().clone() for p in factors]
-        loss = torch.zeros((), device=DEVICE)
 
-        def step(x=x, layer=layer, target=target, noise=noise, factors=factors, loss=loss):
+        def value():
             y, aux = layer(x, noise=noise, return_aux=True)
-            value = (y - target).square().mean() + aux
-            grads = torch.autograd.grad(value, factors)
-            with torch.no_grad():
-                for parameter, grad in zip(factors, grads, strict=True):
-                    parameter.sub_(grad, alpha=0.01)
-            loss.copy_(value.detach())
+            return (y - target).square().mean() + aux
 
-        run = captured(step) if mode == "graph" and CUDA else step
-        with torch.no_grad():  # warm-up and capture moved the factors
-            for parameter, value in zip(factors, start, strict=True):
-                parameter.copy_(value)
-        trace = []
-        for _ in range(20):
-            run()
-            trace.append(loss.item())
-        losses[mode] = trace
-    assert losses["graph"] == losses["eager"]
-    assert losses["eager"][-1] < losses["eager"][0]
+        return value, [p for _, p in layer.adapter_parameters()]
+
+    steps_under_replay(prepare, 20, 0.01)
 
 
 @needs_gpu
-@pytest.mark.gpu
 def test_counted_launches_are_the_profilers(monkeypatch):
-    """Triton's, which both count by name; the noise, an input here, is one more in training."""
+    """The noise, an input here, is one more in training."""
     monkeypatch.setenv("SAMFAST_BACKEND", "triton")
     call = problem(torch.bfloat16)
-    counts = count(lambda: gradients(*call))
-    assert counts.total_syncs == 0
-    gradients(*call)
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
-        gradients(*call)
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
-    ours = [name for name in kernels if name.endswith("_kernel")]
-    assert len(ours) == sum(n for name, n in counts.launches.items() if name.endswith("_kernel"))
+    launches_as_profiled(lambda: gradients(*call))
 
 
 @needs_gpu
-@pytest.mark.gpu
 def test_a_stream_that_is_not_the_default():
     call = problem()
-    expected = gradients(*call)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        actual = gradients(*call)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    another_stream(lambda: gradients(*call))
 
 
 @needs_gpu
-@pytest.mark.gpu
 def test_saved_bytes_are_what_the_allocator_says():
     x, layer, _, noise = problem(torch.bfloat16)
-    known = [x, noise, *layer.parameters()]
-    counted = saved_bytes(lambda: layer(x, noise=noise), known)
-    layer(x, noise=noise)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    y = layer(x, noise=noise)
-    kept = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
-    blocks = 8 * 512  # the allocator rounds each of the few tensors up to its block
-    assert abs(kept - counted.living) <= 0.03 * counted.living + blocks
+    saved_as_allocated(lambda: layer(x, noise=noise), [x, noise, *layer.parameters()], tensors=8)

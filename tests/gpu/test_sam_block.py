@@ -10,16 +10,25 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.graph import captured
 from samfast.backends import triton_missing
-from samfast.counters import count, counting, saved_bytes
+from samfast.counters import counting
 from samfast.integrations import segment_anything
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block import costs
 from samfast.modules import LoraLinear, SamBlock
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from .proofs import (
+    CUDA,
+    DEVICE,
+    another_stream,
+    launches_as_profiled,
+    needs_gpu,
+    same,
+    same_bits,
+    saved_as_allocated,
+    steps_under_replay,
+)
+
 REPEATS = 100 if CUDA else 1
 STEPS = 20 if CUDA else 2
 BACKEND = "triton" if triton_missing(DEVICE) is None else "torch"
@@ -29,7 +38,6 @@ SIZES = {
     "windows": (64, 14, 1280, 16) if CUDA else (3, 2, 16, 1),
     "global": (64, 0, 768, 12) if CUDA else (2, 0, 16, 1),
 }
-needs_gpu = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 LONG = () if CUDA else (pytest.mark.slow,)  # the interpreter takes its time
 
 
@@ -78,48 +86,20 @@ def fused(kind, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=LONG), torch.float16])
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_same_bits_every_time(kind, dtype, deterministic, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     call = fused(kind, dtype)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        first = gradients(*call)
-        for _ in range(REPEATS):
-            again = gradients(*call)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    same_bits(lambda: gradients(*call), REPEATS, deterministic, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("windows", marks=LONG), "global"])
 def test_optimizer_steps_under_graph_replay_equal_eager(kind):
     """Factors updated between replays must be seen: nothing of them may be frozen in the graph."""
-    losses = {}
-    for mode in ("eager", "graph"):
+
+    def prepare():
         block, x, target = fused(kind)
         x.requires_grad_(False)
-        factors = trained(block)
-        start = [p.detach().clone() for p in factors]
-        loss = torch.zeros((), device=DEVICE)
+        return lambda: (block(x) - target).square().mean(), trained(block)
 
-        def step(block=block, x=x, target=target, factors=factors, loss=loss):
-            value = (block(x) - target).square().mean()
-            grads = torch.autograd.grad(value, factors)
-            with torch.no_grad():
-                for parameter, grad in zip(factors, grads, strict=True):
-                    parameter.sub_(grad, alpha=0.05)
-            loss.copy_(value.detach())
-
-        run = captured(step) if mode == "graph" and CUDA else step
-        with torch.no_grad():  # warm-up and capture moved the factors
-            for parameter, value in zip(factors, start, strict=True):
-                parameter.copy_(value)
-        trace = []
-        for _ in range(STEPS):
-            run()
-            trace.append(loss.item())
-        losses[mode] = trace
-    assert losses["graph"] == losses["eager"]
-    assert losses["eager"][-1] < losses["eager"][0]
+    steps_under_replay(prepare, STEPS, 0.05)
 
 
 @pytest.mark.skipif(BACKEND != "triton", reason="counts of the Triton path")
@@ -137,7 +117,6 @@ def test_counted_launches_and_syncs(kind):
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_bfloat16_against_float64(kind, monkeypatch):
     """The interpreter multiplies bfloat16 wrongly, so that this is its only test."""
@@ -155,54 +134,29 @@ def test_bfloat16_against_float64(kind, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_counted_launches_are_the_profilers(kind):
-    """Triton's, which both count by name."""
-    block, x, dy = fused(kind, torch.bfloat16)
-    counts = count(lambda: gradients(block, x, dy))
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
-        gradients(block, x, dy)
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
-    ours = [name for name in kernels if name.endswith("_kernel")]
-    assert len(ours) == sum(n for name, n in counts.launches.items() if name.endswith("_kernel"))
+    call = fused(kind, torch.bfloat16)
+    launches_as_profiled(lambda: gradients(*call))
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_stream_that_is_not_the_default(kind):
     call = fused(kind, torch.bfloat16)
-    expected = gradients(*call)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        actual = gradients(*call)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    another_stream(lambda: gradients(*call))
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("memory", ["fast", "balanced", "minimal"])
 @pytest.mark.parametrize("kind", SIZES)
 def test_saved_bytes_are_what_the_allocator_says(kind, memory):
     block, x, _ = fused(kind, torch.bfloat16)
     block.memory = memory
-    counted = saved_bytes(lambda: block(x), [x, *block.parameters()])
-    block(x)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    y = block(x)
-    kept = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
-    blocks = 16 * 512  # the allocator rounds each of the few tensors up to its block
-    assert abs(kept - counted.living) <= 0.03 * counted.living + blocks
+    saved_as_allocated(lambda: block(x), [x, *block.parameters()], tensors=16)
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_memory_modes_give_the_same_bits(kind):
     made = {}
@@ -211,4 +165,4 @@ def test_memory_modes_give_the_same_bits(kind):
         block.memory = memory
         made[memory] = gradients(block, x, dy)
     for memory in ("balanced", "minimal"):
-        assert all(torch.equal(a, b) for a, b in zip(made[memory], made["fast"], strict=True))
+        assert same(made[memory], made["fast"])

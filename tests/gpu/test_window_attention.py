@@ -7,13 +7,20 @@ Values, gradients and module checks run on a GPU too, from tests/kernels and tes
 import pytest
 import torch
 
-from benchmarks.graph import captured
 from samfast.backends import triton_missing
-from samfast.counters import count, saved_bytes
 from samfast.functional import window_relpos_attention
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from .proofs import (
+    CUDA,
+    DEVICE,
+    another_stream,
+    launches_as_profiled,
+    needs_gpu,
+    same_bits,
+    saved_as_allocated,
+    steps_under_replay,
+)
+
 REPEATS = 250 if CUDA else 1
 STEPS = 20 if CUDA else 3
 BACKEND = "triton" if triton_missing(DEVICE) is None else "torch"
@@ -22,7 +29,6 @@ SIZES = {
     "windows": (64, 14, 16, 80) if CUDA else (2, 3, 1, 16),
     "global": (64, 64, 12, 64) if CUDA else (3, 3, 1, 16),
 }
-needs_gpu = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 
 
 def problem(kind, dtype=torch.float32):
@@ -56,51 +62,22 @@ def gradients(kind, leaves, dout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_same_bits_every_time(kind, dtype, deterministic, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     call = problem(kind, dtype)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        first = gradients(kind, *call)
-        for _ in range(REPEATS):
-            again = gradients(kind, *call)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    same_bits(lambda: gradients(kind, *call), REPEATS, deterministic, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_optimizer_steps_under_graph_replay_equal_eager(kind):
     """Tables and bias change between replays, so nothing of them may be frozen in the graph."""
-    losses = {}
-    for mode in ("eager", "graph"):
+
+    def prepare():
         leaves, target = problem(kind)
-        trained = leaves[1:]
-        start = [p.detach().clone() for p in trained]
-        loss = torch.zeros((), device=DEVICE)
+        return lambda: (attend(kind, leaves) - target).square().mean(), leaves[1:]
 
-        def step(leaves=leaves, target=target, trained=trained, loss=loss):
-            value = (attend(kind, leaves) - target).square().mean()
-            grads = torch.autograd.grad(value, trained)
-            with torch.no_grad():
-                for parameter, grad in zip(trained, grads, strict=True):
-                    parameter.sub_(grad)
-            loss.copy_(value.detach())
-
-        run = captured(step) if mode == "graph" and CUDA else step
-        with torch.no_grad():  # warm-up and capture moved them
-            for parameter, value in zip(trained, start, strict=True):
-                parameter.copy_(value)
-        trace = []
-        for _ in range(STEPS):
-            run()
-            trace.append(loss.item())
-        losses[mode] = trace
-    assert losses["graph"] == losses["eager"]
-    assert losses["eager"][-1] < losses["eager"][0]
+    steps_under_replay(prepare, STEPS, 1.0)
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_bfloat16_against_float64(kind):
     """The interpreter multiplies bfloat16 wrongly, so that this is its only test."""
@@ -124,46 +101,21 @@ def test_bfloat16_against_float64(kind):
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_counted_launches_are_the_profilers(kind):
-    """Triton's, which both count by name."""
     call = problem(kind, torch.bfloat16)
-    counts = count(lambda: gradients(kind, *call))
-    assert counts.total_syncs == 0
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
-        gradients(kind, *call)
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
-    ours = [name for name in kernels if name.endswith("_kernel")]
-    assert len(ours) == sum(n for name, n in counts.launches.items() if name.endswith("_kernel"))
+    launches_as_profiled(lambda: gradients(kind, *call))
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_stream_that_is_not_the_default(kind):
     call = problem(kind)
-    expected = gradients(kind, *call)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        actual = gradients(kind, *call)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    another_stream(lambda: gradients(kind, *call))
 
 
 @needs_gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_saved_bytes_are_what_the_allocator_says(kind):
     leaves, _ = problem(kind, torch.bfloat16)
-    counted = saved_bytes(lambda: attend(kind, leaves), leaves)
-    attend(kind, leaves)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    out = attend(kind, leaves)
-    kept = torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes()
-    blocks = 8 * 512  # the allocator rounds each of the few tensors up to its block
-    assert abs(kept - counted.living) <= 0.03 * counted.living + blocks
+    saved_as_allocated(lambda: attend(kind, leaves), leaves, tensors=8)

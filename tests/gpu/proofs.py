@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the GPU tests of every operation prove in the same way."""
+
+import pytest
+import torch
+
+from benchmarks.graph import captured
+from samfast.counters import count, saved_bytes
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+_missing = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(_missing(test))
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def same_bits(call, repeats, deterministic, monkeypatch):
+    """``call()`` gives the same tensors every time; deterministic: under torch's own guard too."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        first = call()
+        for _ in range(repeats):
+            assert same(first, call())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def steps_under_replay(problem, steps, rate):
+    """Steps of descent lower the loss, and as one captured graph they are the same steps.
+
+    problem(): (what gives the loss, what is trained), afresh at each call
+    """
+    losses = {}
+    for mode in ("eager", "graph"):
+        value, trained = problem()
+        start = [p.detach().clone() for p in trained]
+        loss = torch.zeros((), device=DEVICE)
+
+        def step(value=value, trained=trained, loss=loss):
+            now = value()
+            grads = torch.autograd.grad(now, trained)
+            with torch.no_grad():
+                for parameter, grad in zip(trained, grads, strict=True):
+                    parameter.sub_(grad, alpha=rate)
+            loss.copy_(now.detach())
+
+        run = captured(step) if mode == "graph" and CUDA else step
+        with torch.no_grad():  # warm-up and capture moved them
+            for parameter, first in zip(trained, start, strict=True):
+                parameter.copy_(first)
+        losses[mode] = []
+        for _ in range(steps):
+            run()
+            losses[mode].append(loss.item())
+    assert losses["graph"] == losses["eager"]
+    assert losses["eager"][-1] < losses["eager"][0]
+
+
+def another_stream(call):
+    expected, stream = call(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert same(expected, actual)
+
+
+def launches_as_profiled(call):
+    """Triton's, which the counter and the profiler both know by name."""
+    counts = count(call)
+    assert counts.total_syncs == 0
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    ours = [name for name in kernels if name.endswith("_kernel")]
+    assert len(ours) == sum(n for name, n in counts.launches.items() if name.endswith("_kernel"))
+
+
+def saved_as_allocated(call, known, tensors):
+    """call() gives one result; tensors: how many it saves, which the allocator rounds up."""
+    counted = saved_bytes(call, known)
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    made = call()
+    kept = torch.cuda.memory_allocated() - before - made.untyped_storage().nbytes()
+    assert abs(kept - counted.living) <= 0.03 * counted.living + 512 * tensors
