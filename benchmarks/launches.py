@@ -271,7 +271,10 @@ def sam_block(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
             yield f"sam_block tf32 r{rank}", _sam_block(1280, rank, fp32, fp32)
     yield "sam_block float16 r4 float32 residual", _sam_block(1280, 4, fp16, fp32)
     yield "sam_block float16 r4", _sam_block(1280, 4, fp16, fp16)
-    yield "sam_block bfloat16 r1 odd", _sam_block(100, 1, bf16, bf16, tokens=4 * 4096 - 1)
+    odd = 4 * 4096 - 1
+    yield "sam_block bfloat16 r1 odd", _sam_block(100, 1, bf16, bf16, tokens=odd)
+    yield "sam_block bfloat16 r128 odd", _sam_block(100, MAX_RANK[2], bf16, fp32, tokens=odd)
+    yield "sam_block float32 r32 odd", _sam_block(100, MAX_RANK[4], fp32, fp32, tokens=odd)
     yield "sam_block bfloat16 r3 bfloat16 norm", _sam_block(1024, 3, bf16, bf16, affine=bf16)
 
 

@@ -144,6 +144,8 @@ def _with(d, low):
 
 
 def _tile(stage, lora_a, rows):
+    """Rows that are no multiple of sixteen elements take an address for each element."""
+    stage = stage if rows.shape[1] % 16 == 0 else "unaligned"
     block = tile(TILES, stage, 1 if lora_a is None else lora_a.shape[0], rows)
     return block | {"num_stages": 2}
 

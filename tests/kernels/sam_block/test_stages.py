@@ -77,6 +77,19 @@ def test_h_is_what_the_engine_makes_of_the_rows():
         assert made[h].is_contiguous() and made[h].dtype == HALF
 
 
+@pytest.mark.parametrize("residual", [torch.float32, HALF])
+def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
+    """So that the backward, which sees no more of it, starts from the same numbers."""
+    call = Call(columns=300, dtype=HALF, residual=residual)
+    t = call.tensors()
+    norm = (t["weight"], t["bias"], EPS, HALF, t["a"])
+    total, n, h = path.add_norm(t["x"], t["update"], *norm)
+    assert torch.equal(total, t["x"] + t["update"])
+    alone, h_alone = path.norm(total, *norm)
+    assert torch.equal(n, alone)
+    assert h is h_alone is None or torch.equal(h, h_alone)
+
+
 def test_far_from_zero(path):
     """A variance from one pass of squares would be rounding alone, here as large as x's own."""
     for call in (Call(mean=1e3, spread=0.1), Call(mean=1e3, spread=0.1, dtype=HALF)):
