@@ -23,7 +23,8 @@ class SamBlock(Block):
 
     x: (B, H, W, D) -> (B, H, W, D). Parameters, submodules and the state dict are the stock
     module's. ``block_problem`` says what stands against one node; then the submodules run one
-    after another, with the attention fused where it can be.
+    after another, with the attention fused where it can be, and save what they save. The node's
+    result lies token by token, whatever the layout of x.
 
     memory: what the node saves for its backward, in elements per token. "fast": 10 · D, nothing is
         computed again but norms and GELU; "balanced": 3 · D, qkv and lin1 are; "minimal": D, all
