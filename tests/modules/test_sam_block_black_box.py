@@ -67,7 +67,17 @@ CASES = [
 INTERPRETED = (black_box.error_budget, black_box.empty_batch)
 
 
-@pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
+CHECKS = [
+    pytest.param(
+        check,
+        id=check.__name__,
+        marks=[pytest.mark.slow] if check is black_box.compiled else [],
+    )
+    for check in black_box.CHECKS
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)

@@ -77,7 +77,11 @@ def test_opcheck_of_the_two_halves(case, memory):
 
 @pytest.mark.parametrize(
     ("case", "memory"),
-    [(WINDOWS, "fast"), (MAP, "balanced"), (WINDOWS, "minimal")],
+    [
+        (WINDOWS, "fast"),
+        (MAP, "balanced"),
+        pytest.param(WINDOWS, "minimal", marks=pytest.mark.slow),
+    ],
     ids=["windows-fast", "map-balanced", "windows-minimal"],
 )
 def test_compile_fullgraph(case, memory):
