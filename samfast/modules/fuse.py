@@ -82,7 +82,7 @@ def block_states(model: nn.Module) -> dict[str, str]:
             states[name] = "fused" if problem is None else f"fused in parts: {problem}"
         elif stock is not None and isinstance(module, stock):
             states[name] = f"not fused: {_why_not(module, stock)}"
-        elif all(isinstance(getattr(module, part, None), nn.Module) for part in _PARTS):
+        elif all(module._modules.get(part) is not None for part in _PARTS):
             states[name] = f"not fused: {kind_of(module)}, which is not segment_anything's"
     return states
 
