@@ -92,10 +92,11 @@ def _run(settings) -> int:
         result = predict(settings)
         closing = f"{len(result['images'])} masks and overlays are in {result['output']}"
     else:
+        from samfast.training import dry_run
         from samfast.training.loop import finetune
 
         result = finetune(settings)
-        closing = None
+        closing = dry_run.text(result) if settings.dry_run else None
     if settings.json:
         print(json.dumps(result, indent=2))
     elif closing is not None:

@@ -13,8 +13,9 @@ kernel, whose arguments do not say what is written.
 import contextlib
 import dataclasses
 import gc
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -60,14 +61,18 @@ class Counts:
 
 
 class _Counting(TorchDispatchMode):
-    def __init__(self, counts: Counts):
+    """closed: operators of ours whose body is not looked into"""
+
+    def __init__(self, counts: Counts, closed: Collection[str] = ()):
         super().__init__()
-        self.counts, self.created = counts, []
+        self.counts, self.closed, self.created = counts, closed, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # what a fake tensor is asked for, such as its device
+            return func(*args, **kwargs)
         body = IMPLEMENTATIONS.get(func._schema.name)
-        if body is not None:
+        if body is not None and func._schema.name not in self.closed:
             with self:
                 return body(*args, **kwargs)
         with self:  # an operator that is only a name for others, such as linear
@@ -93,10 +98,10 @@ class _Counting(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def counting():
-    """Count everything inside; yields the Counts."""
+def counting(closed: Collection[str] = ()):
+    """Count everything inside; yields the Counts. closed: names of operators that stay one call."""
     counts = Counts()
-    with _triton_launches(counts), _Counting(counts):
+    with _triton_launches(counts), _Counting(counts, closed):
         yield counts
 
 
@@ -121,9 +126,12 @@ class SavedBytes:
     living: int
 
 
-def saved_bytes(call: Callable, known: Iterable[Tensor]) -> SavedBytes:
+def saved_bytes(
+    call: Callable, known: Iterable[Tensor], closed: Collection[str] = ()
+) -> SavedBytes:
     """Bytes kept for the backward of ``call()``. known: parameters and inputs, not counted.
 
+    closed: as for ``counting``; what such an operator keeps aside shows nowhere.
     Pass x among the known tensors, or not, according to what is asked: it is alive either way.
     """
     known = {t.untyped_storage()._cdata for t in known}
@@ -136,7 +144,7 @@ def saved_bytes(call: Callable, known: Iterable[Tensor]) -> SavedBytes:
 
     counts = Counts()
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    with hooks, _triton_launches(counts), _Counting(counts) as mode:
+    with hooks, _triton_launches(counts), _Counting(counts, closed) as mode:
         result = call()
     gc.collect()
     given = {t.untyped_storage()._cdata for t in tree_leaves(result) if isinstance(t, Tensor)}
@@ -144,6 +152,50 @@ def saved_bytes(call: Callable, known: Iterable[Tensor]) -> SavedBytes:
     hooks = sum(size for key, size in packed.items() if key not in known)
     living = sum(size for key, size in alive.items() if key not in known | given)
     return SavedBytes(hooks, living)
+
+
+class Living(TorchDispatchMode):
+    """Which storages that calls inside made were alive when; known tensors are not among them.
+
+    Enter it before ``counting``, which opens operators of ours, so that what their bodies make is
+    seen. What one aten call makes and drops within itself is not.
+    """
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.alive: dict[int, tuple[int, weakref.ref]] = {}  # by storage: when it was made
+        self.events: list[tuple[int, int]] = []  # (which, bytes), negative where it ends
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._see(t.untyped_storage())
+        return out
+
+    def _see(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in self.alive:
+            return
+        which = len(self.events)
+
+        def ends(_):
+            del self.alive[key]
+            self.events.append((which, -size))
+
+        self.alive[key] = which, weakref.ref(storage, ends)
+        self.events.append((which, size))
+
+    def peak(self, but: Iterable[Tensor] = ()) -> int:
+        """The most bytes that were alive at once, without the tensors ``but``."""
+        keys = {t.untyped_storage()._cdata for t in but}
+        hidden = {self.alive[key][0] for key in keys if key in self.alive}
+        now = most = 0
+        for which, size in self.events:
+            now += 0 if which in hidden else size
+            most = max(most, now)
+        return most
 
 
 def _nbytes(t: Tensor) -> int:

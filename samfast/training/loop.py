@@ -19,6 +19,7 @@ from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
 from samfast.training import pictures, start
 from samfast.training.data import Batch, Collate, EpochSampler, PairDataset, binary_mask
+from samfast.training.dry_run import dry_run
 from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
 from samfast.training.folders import Pair, Split, check_pairs, find_split
 from samfast.training.images import read_image, read_mask
@@ -40,7 +41,10 @@ def finetune(settings: FinetuneSettings) -> dict:
     Everything that can be wrong with the settings, the data and the model is found before
     training begins and before anything is written: ValueError or FileNotFoundError with one
     sentence. A loss that is not finite ends in FloatingPointError and keeps the last good adapter.
+    With ``dry_run``, nothing of this happens: the result is that of samfast.training.dry_run.
     """
+    if settings.dry_run:
+        return dry_run(settings)
     start.check_settings(settings)
     settings = start.with_recipe(settings)
     output = start.output_folder(settings)
@@ -67,9 +71,10 @@ def _finetune(
     dtype: torch.dtype,
 ) -> dict:
     say = _speaker(settings, accelerator)
+    base = start.base_dtype(settings.base_dtype, dtype, accelerator.device)
     sam = start.build_base(settings)
     seed_everything(settings.seed)
-    start.attach_method(sam, settings, start.base_dtype(dtype, accelerator.device))
+    start.attach_method(sam, settings, base)
     check_pairs((*split.train, *split.val), settings.foreground)
     truths = (binary_mask(read_mask(pair.mask), settings.foreground) for pair in split.val)
     all_foreground = all_foreground_scores(torch.from_numpy(truth) for truth in truths)
@@ -139,7 +144,7 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=workers > 0,
         )
-        self.plain_model = start.PromptFree(sam, dtype)
+        self.plain_model = start.PromptFree(sam, dtype, settings.decoder_chunk)
         self.model, self.optimizer, self.loader = accelerator.prepare(
             self.plain_model, optimizer, loader
         )

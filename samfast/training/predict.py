@@ -44,10 +44,10 @@ def predict(settings: PredictSettings) -> dict:
         sam = load_adapted(
             settings.adapter,
             settings.checkpoint,
-            start.base_dtype(dtype, device),
+            start.base_dtype("auto", dtype, device),
             fuse=settings.fuse,
         )
-        model = start.PromptFree(sam, dtype).to(device)
+        model = start.PromptFree(sam, dtype, settings.decoder_chunk).to(device)
         loader = DataLoader(
             _Photographs(paths, image_size(sam)),
             batch_size=settings.batch_size,

@@ -12,6 +12,8 @@ from tyro.conf import Positional
 METHODS = ("lora", "conv-lora", "decoder")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "polynomial", "constant")
+MEMORY = ("fast", "balanced", "minimal")
+BASE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOSSES = ("bce-dice", "structure", "structure-weighted", "balanced-bce")
 STEPS_PER_EPOCH = 50  # the least, where the settings leave the number of repeats open
 
@@ -25,8 +27,9 @@ class FinetuneSettings:
     best and adapter/last, metrics.csv, curves.png, overlays/, tensorboard/, settings.json.
     """
 
-    data: Path
-    """Folder with images/ and masks/, or with train/ and val/ that hold them."""
+    data: Path | None = None
+    """Folder with images/ and masks/, or with train/ and val/ that hold them; only --dry-run can do
+    without."""
     model: str = "vit_b"
     """vit_b, vit_l, vit_h (these need --checkpoint or --random-init) or vit_tiny."""
     checkpoint: Path | None = None
@@ -80,6 +83,19 @@ class FinetuneSettings:
     """Mirror training images at random, left-right and top-bottom."""
     precision: str = "auto"
     """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on a CPU; or bf16, fp16, fp32."""
+    base_dtype: str = "auto"
+    """Of the frozen encoder's weights and of what runs from block to block: auto: bfloat16 on a GPU
+    where --precision is bf16, else float32; or float32, bfloat16, float16. Adapters and the mask
+    decoder stay float32. --precision is what products are computed in, but the products of a
+    16-bit encoder are in its dtype under fp32 too; bfloat16 goes with bf16 or fp32, float16 with
+    fp16 alone, whose loss scaling it needs."""
+    memory: str | None = None
+    """What the fused encoder keeps for the backward: fast: what it needs; balanced: about a third,
+    and two of a block's four large products are computed again; minimal: each block's input, and
+    all of the block is computed again. The results are the same. fast if not given."""
+    decoder_chunk: int | None = None
+    """Objects that the mask decoder takes at a time (without prompts an image is one object); each
+    chunk is computed again for its gradient, so that one at a time is kept. All if not given."""
     seed: int = 0
     """Seed of the split, the order, the flips and the random weights."""
     val_fraction: float = 0.2
@@ -100,6 +116,10 @@ class FinetuneSettings:
     """Processes that load images; 0 on a CPU and up to 8 with a GPU, if not given."""
     threads: int | None = None
     """CPU threads torch uses; torch's own choice if not given."""
+    dry_run: bool = False
+    """Train nothing, read and write no file: print what one step would take with these settings,
+    counted on a model without memory: trained parameters, bytes kept for the backward, peak memory
+    and FLOP. --data and --checkpoint are not needed."""
     json: bool = False
     """Print a summary as JSON on stdout; the running text goes to stderr."""
 
@@ -120,6 +140,8 @@ class PredictSettings:
     """Images in one forward pass."""
     precision: str = "auto"
     """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on a CPU; or bf16, fp16, fp32."""
+    decoder_chunk: int | None = None
+    """Objects that the mask decoder takes at a time (each image is one); all if not given."""
     fuse: bool = True
     """Run the encoder's attention fused; --no-fuse runs segment_anything's own, to compare."""
     backend: str = "auto"

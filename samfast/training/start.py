@@ -19,7 +19,9 @@ from samfast.models.architectures import architecture
 from samfast.modules.methods import Method
 from samfast.training.data import padded_images, valid_region
 from samfast.training.settings import (
+    BASE_DTYPES,
     LOSSES,
+    MEMORY,
     METHODS,
     PRECISIONS,
     SCHEDULES,
@@ -40,6 +42,7 @@ _RECIPES = {
     },
     "decoder": _COMMON,
 }
+_PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 HEAD_DIM = 64  # of a try-out; SAM's are 64 and 80
 _CONV_LORA = {"experts": None, "depthwise": False}  # its own options, as they are if not given
 
@@ -48,20 +51,27 @@ class PromptFree(nn.Module):
     """Binary segmentation without prompts: padded images in, one map of logits out.
 
     images (B, 3, S, S) uint8, sizes int64 (B, 2) -> logits float32 (B, S, S), valid bool
-    (B, S, S). Runs under autocast of ``dtype`` unless that is float32.
+    (B, S, S). Runs under autocast of ``dtype`` unless that is float32; decoder_chunk as in
+    ``segment``.
     """
 
-    def __init__(self, sam: nn.Module, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        sam: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        decoder_chunk: int | None = None,
+    ):
         super().__init__()
         self.sam = sam
         self.dtype = dtype
+        self.decoder_chunk = decoder_chunk
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         valid = valid_region(sizes, image_size(self.sam))
         images = padded_images(images, valid, self.sam.pixel_mean)
         lower = self.dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
-            logits = segment(self.sam, images)
+            logits = segment(self.sam, images, decoder_chunk=self.decoder_chunk)
         return logits[:, 0].float(), valid
 
 
@@ -82,14 +92,15 @@ def _check_smallest(settings: FinetuneSettings | PredictSettings, least: int, *n
 def check_prediction(settings: PredictSettings) -> None:
     """``check_settings`` for prediction."""
     _check_known(settings, precision=PRECISIONS, backend=backends.NAMES)
-    _check_smallest(settings, 1, "batch_size", "threads")
+    _check_smallest(settings, 1, "batch_size", "decoder_chunk", "threads")
 
 
 def check_settings(settings: FinetuneSettings) -> None:
     """Raise ValueError for an option that no data or model can make right."""
     architecture(settings.model)
     _check_known(settings, method=METHODS, precision=PRECISIONS, backend=backends.NAMES)
-    for name, known in (("schedule", SCHEDULES), ("loss", LOSSES)):
+    _check_known(settings, base_dtype=BASE_DTYPES)
+    for name, known in (("schedule", SCHEDULES), ("loss", LOSSES), ("memory", MEMORY)):
         if getattr(settings, name) is not None:
             _check_known(settings, **{name: known})
     if settings.method != "conv-lora":
@@ -103,7 +114,14 @@ def check_settings(settings: FinetuneSettings) -> None:
     elif settings.method == "conv-lora" and settings.slices is not None:
         named = ", ".join(settings.slices)
         raise ValueError(f"slices are {named}, but method conv-lora adapts whole layers")
+    if settings.memory is not None and not settings.fuse:
+        raise ValueError(
+            f"memory is {settings.memory}, which only the fused encoder has; leave out --no-fuse"
+        )
+    if settings.data is None and not settings.dry_run:
+        raise ValueError("no data folder is named; give it with --data")
     _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")
+    _check_smallest(settings, 1, "decoder_chunk")
     _check_smallest(settings, 0, "workers", "overlays", "weight_decay", "clip", "seed")
     if settings.lr is not None and not (settings.lr > 0 and isfinite(settings.lr)):
         raise ValueError(f"lr is {settings.lr}; it must be above 0")
@@ -139,7 +157,7 @@ def attach_method(
     if settings.method == "conv-lora":
         binary_head(sam)
     samfast.attach(sam, method, train=TRAINED_DECODER, base_dtype=base_dtype)
-    return samfast.fuse(sam) if settings.fuse else sam
+    return samfast.fuse(sam, memory=settings.memory or MEMORY[0]) if settings.fuse else sam
 
 
 def method_of(settings: FinetuneSettings) -> Method:
@@ -167,13 +185,25 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if precision == "fp16" and not gpu:
         raise ValueError(f"precision fp16 needs a CUDA device, but this one is {device.type}")
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    names = {name: dtype for dtype, name in _PRECISION_OF.items()}
     return names.get(precision, torch.float32)
 
 
-def base_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The frozen encoder's dtype: bfloat16 where a GPU computes in it, else as it was stored."""
-    return torch.bfloat16 if device.type == "cuda" and dtype == torch.bfloat16 else None
+def base_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """What the frozen encoder is cast to; None leaves it float32, as it was read.
+
+    name: one of BASE_DTYPES   dtype: what products are computed in   device: that computes them
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and dtype == torch.bfloat16 else None
+    base, precision = getattr(torch, name), _PRECISION_OF[dtype]
+    if base == torch.bfloat16 and dtype == torch.float16:
+        raise ValueError("base dtype bfloat16 does not go with precision fp16; bf16 and fp32 do")
+    if base == torch.float16 and dtype != torch.float16:
+        raise ValueError(
+            f"base dtype float16 needs precision fp16 and its loss scaling, not {precision}"
+        )
+    return None if base == torch.float32 else base
 
 
 @contextmanager

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one training step would take, counted on tensors without memory.
+
+The model of the settings is built, and one forward and backward run, on torch's fake tensors: meta
+tensors that know which device they stand for, so that autocast casts as it will. A batch is
+``batch_size`` images padded to the square that the model sees, whatever the files' sizes, each
+with the one object that is trained without prompts; so no file is needed.
+
+Counted is samfast's torch path, which keeps the same tensors as all others, with attention and
+Conv-LoRA's experts as one kernel that makes nothing but its results, as C++ and Triton have them;
+the experts' own FLOP, less than a hundredth, are left out. Peak memory is
+
+    model       parameters and buffers
+    + gradients of the trained parameters, all of them (a batch that is accumulated finds them)
+    + optimizer AdamW's two moments of every trained parameter and its step
+    + batch     images, masks, sizes
+    + saved     what autograd keeps at the end of the forward, the loss included
+    + transient what else is alive at the worst moment of forward, loss and backward: the most bytes
+                alive at once, less ``saved`` (of which a part is gone by then, if it is late)
+
+It is exact to the tensor, but blind to what a library takes inside one call, to what an allocator
+wastes, to the process itself (Python and torch: some 300 MB on a CPU, CUDA's context on a GPU),
+to a loader's processes, and to copies for several GPUs.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import samfast
+from samfast import backends
+from samfast.counters import Living, counting, saved_bytes
+from samfast.kernels.relpos_attention import flops as attention_flops
+from samfast.models import build_sam, encode, image_size
+from samfast.training import start
+from samfast.training.data import Batch, padded_images, valid_region
+from samfast.training.losses import LOSSES
+from samfast.training.settings import MEMORY, FinetuneSettings
+
+KERNELS = (
+    *attention_flops.OPERATORS,
+    "samfast::conv_experts_forward",
+    "samfast::conv_experts_backward",
+)
+
+
+def dry_run(settings: FinetuneSettings) -> dict:
+    """The settings that matter, and what a step takes: counts of bytes, parameters and FLOP.
+
+    FLOP are of one batch; ``accumulate`` of these make an optimizer step. Raises ValueError for
+    settings that are wrong, as ``finetune`` does, but opens no file.
+    """
+    start.check_settings(settings)
+    settings = start.with_recipe(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = start.autocast_dtype(settings.precision, device)
+    base = start.base_dtype(settings.base_dtype, dtype, device)
+    sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
+    with _counted_path(settings.backend), FakeTensorMode():
+        _stand_for(sam, device)
+        # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
+        half = {torch.float16: torch.bfloat16}
+        start.attach_method(sam, settings, half.get(base, base))
+        model = start.PromptFree(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
+        step = _Step(model, settings, _batch(settings.batch_size, image_size(sam), device))
+        counts = step.counts()
+    return {
+        "model": settings.model,
+        "image_size": image_size(sam),
+        "method": settings.method,
+        "batch_size": settings.batch_size,
+        "objects_per_image": 1,
+        "fuse": settings.fuse,
+        "memory": (settings.memory or MEMORY[0]) if settings.fuse else None,
+        "decoder_chunk": settings.decoder_chunk,
+        "device": device.type,
+        "precision": _name(dtype),
+        "base_dtype": _name(base or torch.float32),
+        **counts,
+    }
+
+
+class _Step:
+    """One forward and backward of a training step, and its counts."""
+
+    def __init__(self, model: start.PromptFree, settings: FinetuneSettings, batch: Batch):
+        self.model, self.settings, self.batch = model, settings, batch
+        self.trained = [p for _, p in samfast.trainable_parameters(model.sam)]
+        self.own = [*model.parameters(), *model.buffers()]
+        self.given = [batch.images, batch.masks, batch.sizes]
+
+    def loss(self) -> Tensor:
+        logits, valid = self.model(self.batch.images, self.batch.sizes)
+        loss = LOSSES[self.settings.loss](logits, self.batch.masks, valid)
+        return loss + samfast.aux_loss(self.model.sam)
+
+    def embeddings(self) -> Tensor:
+        sam, dtype = self.model.sam, self.model.dtype
+        images, lower = self.batch.images, dtype != torch.float32
+        valid = valid_region(self.batch.sizes, image_size(sam))
+        with torch.autocast(images.device.type, dtype=dtype, enabled=lower):
+            return encode(sam, padded_images(images, valid, sam.pixel_mean))
+
+    def counts(self) -> dict:
+        known = [*self.own, *self.given]
+        saved = [saved_bytes(call, known, KERNELS) for call in (self.embeddings, self.loss)]
+        encoder, step = (max(s.hooks, s.living) for s in saved)
+        with Living(known) as living:
+            with counting(KERNELS) as forward:
+                loss = self.loss()
+            with counting(KERNELS) as backward:
+                loss.backward()
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        peak = {
+            "model": _bytes(self.own),
+            "gradients": _bytes(gradients),
+            "optimizer": 2 * _bytes(self.trained) + 4 * len(self.trained),
+            "batch": _bytes(self.given),
+            "saved": step,
+            "transient": living.peak(but=gradients) - step,
+        }
+        return {
+            "trained_parameters": sum(p.numel() for p in self.trained),
+            "saved_bytes": {"encoder": encoder, "step": step},
+            "peak_bytes": {**peak, "total": sum(peak.values())},
+            "flop": {"forward": forward.flops, "backward": backward.flops},
+        }
+
+
+def text(result: dict) -> str:
+    """``dry_run``'s result for readers."""
+    chunk, peak = result["decoder_chunk"], result["peak_bytes"]
+    encoder = f"fused, memory {result['memory']}" if result["fuse"] else "not fused"
+    head = (
+        f"{result['model']} at {result['image_size']} pixels, {result['method']}, batches of "
+        f"{result['batch_size']}, {result['objects_per_image']} object per image, encoder "
+        f"{encoder}, base {result['base_dtype']}, precision {result['precision']} on "
+        f"{result['device']}" + (f", decoder in chunks of {chunk}" if chunk else "")
+    )
+    parts = {name: size for name, size in peak.items() if name != "total"}
+    rows = [
+        ("trained parameters", f"{result['trained_parameters']:,}"),
+        ("saved by the encoder", _readable(result["saved_bytes"]["encoder"])),
+        ("saved by the step", _readable(result["saved_bytes"]["step"])),
+        ("peak memory", _readable(peak["total"])),
+        *((f"  {name}", _readable(size)) for name, size in parts.items()),
+        *((f"FLOP {way}", f"{flop / 1e12:.3f} T") for way, flop in result["flop"].items()),
+    ]
+    return "\n".join([head, *(f"  {name:<22}{value:>16}" for name, value in rows)])
+
+
+@contextlib.contextmanager
+def _counted_path(backend: str) -> Iterator[None]:
+    """Let operations run on torch, as fake tensors must, or on the reference where it was named."""
+    before = os.environ.get("SAMFAST_BACKEND")
+    named = backends.requested(backend)
+    os.environ["SAMFAST_BACKEND"] = named if named == "reference" else "torch"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SAMFAST_BACKEND"]
+        else:
+            os.environ["SAMFAST_BACKEND"] = before
+
+
+def _stand_for(model: nn.Module, device: torch.device) -> None:
+    """Put tensors that say they are on ``device`` in place of the model's."""
+
+    def stand_in(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device=device)
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(stand_in(parameter))
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = stand_in(buffer)
+
+
+def _batch(count: int, side: int, device: torch.device) -> Batch:
+    images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    masks = torch.zeros(count, side, side, dtype=torch.bool, device=device)
+    return Batch(images, masks, torch.zeros(count, 2, dtype=torch.int64, device=device), [])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""finetune --dry-run against the same step on real tensors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import samfast
+from samfast import cli
+from samfast.counters import counting, saved_bytes
+from samfast.models import encode, image_size
+from samfast.training import dry_run, start
+from samfast.training.data import padded_images, valid_region
+from samfast.training.loop import finetune
+from samfast.training.losses import LOSSES
+from samfast.training.settings import FinetuneSettings
+
+# One window of 7 x 7 fits 112 pixels, so the torch path computes no query in a padding.
+COMMON = {"model": "vit_tiny", "image_size": 112, "batch_size": 1, "dry_run": True}
+
+
+class RealStep:
+    """A step as finetune makes it, on the CPU's memory, counted piece by piece."""
+
+    def __init__(self, settings: FinetuneSettings):
+        settings = start.with_recipe(settings)
+        cpu = torch.device("cpu")
+        dtype = start.autocast_dtype(settings.precision, cpu)
+        base = start.base_dtype(settings.base_dtype, dtype, cpu)
+        self.sam = start.attach_method(start.build_base(settings), settings, base)
+        self.model = start.PromptFree(self.sam, dtype, settings.decoder_chunk).train()
+        self.criterion = LOSSES[settings.loss]
+        side = image_size(self.sam)
+        self.images = torch.randint(0, 256, (settings.batch_size, 3, side, side)).byte()
+        self.masks = self.images[:, 0] > 200
+        self.sizes = torch.full((settings.batch_size, 2), side)
+        self.known = [*self.sam.parameters(), *self.sam.buffers()]
+        self.known += [self.images, self.masks, self.sizes]
+
+    def loss(self):
+        logits, valid = self.model(self.images, self.sizes)
+        return self.criterion(logits, self.masks, valid) + samfast.aux_loss(self.sam)
+
+    def embeddings(self):
+        valid = valid_region(self.sizes, image_size(self.sam))
+        dtype = self.model.dtype
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            return encode(self.sam, padded_images(self.images, valid, self.sam.pixel_mean))
+
+    def saved(self, call):
+        saved = saved_bytes(call, self.known)
+        return max(saved.hooks, saved.living)
+
+
+def bytes_of(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+ALL = ("qkv", "proj", "lin1", "lin2")
+CASES = {
+    "lora": {},
+    "conv-lora": {"method": "conv-lora", "dropout": 0.25},
+    "minimal": {"memory": "minimal", "decoder_chunk": 1, "batch_size": 2},
+    "stock": {"fuse": False},
+}
+MORE = {
+    "decoder": {"method": "decoder"},
+    "balanced": {"memory": "balanced", "loss": "structure", "target": ALL},
+    "reference": {"backend": "reference"},
+    "conv-lora-stock": {"method": "conv-lora", "depthwise": True, "fuse": False},
+}
+quick = [pytest.param(options, id=name) for name, options in CASES.items()]
+slow = [pytest.param(o, id=name, marks=pytest.mark.slow) for name, o in MORE.items()]
+
+
+@pytest.mark.parametrize("options", quick + slow)
+def test_equals_a_real_step(monkeypatch, options):
+    settings = FinetuneSettings(**{**COMMON, **options})
+    result = dry_run.dry_run(settings)
+    monkeypatch.setenv("SAMFAST_BACKEND", options.get("backend", "torch"))
+    real = RealStep(settings)
+    if settings.method == "conv-lora":
+        real.loss()  # its first call makes matrices that stay
+    assert result["saved_bytes"]["encoder"] == real.saved(real.embeddings)
+    assert result["saved_bytes"]["step"] == real.saved(real.loss)
+    with counting() as forward:
+        loss = real.loss()
+    with counting() as backward:
+        loss.backward()
+    if settings.method != "conv-lora":  # whose experts are left out
+        assert result["flop"] == {"forward": forward.flops, "backward": backward.flops}
+    trained = [p for _, p in samfast.trainable_parameters(real.sam)]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    gradients = bytes_of(p.grad for p in trained if p.grad is not None)
+    optimizer.step()
+    state = [v for values in optimizer.state_dict()["state"].values() for v in values.values()]
+    assert result["trained_parameters"] == sum(p.numel() for p in trained)
+    peak = result["peak_bytes"]
+    assert peak["gradients"] == gradients
+    assert peak["optimizer"] == bytes_of(state)
+    assert peak["model"] == bytes_of([*real.sam.parameters(), *real.sam.buffers()])
+    assert peak["saved"] == result["saved_bytes"]["step"]
+    assert peak["batch"] == bytes_of([real.images, real.masks, real.sizes])
+    assert peak["transient"] >= 0
+    assert peak["total"] == sum(size for name, size in peak.items() if name != "total")
+
+
+@pytest.mark.parametrize("base", [pytest.param("auto", marks=pytest.mark.slow), "bfloat16"])
+def test_casts_as_autocast_does(monkeypatch, base):
+    """To a few numbers a norm: torch's fake LayerNorm has another dtype for its statistics."""
+    settings = FinetuneSettings(**COMMON, precision="bf16", base_dtype=base)
+    result = dry_run.dry_run(settings)
+    whole = dry_run.dry_run(FinetuneSettings(**COMMON))
+    monkeypatch.setenv("SAMFAST_BACKEND", "torch")
+    real = RealStep(settings)
+    for part, call in (("encoder", real.embeddings), ("step", real.loss)):
+        difference = real.saved(call) - result["saved_bytes"][part]
+        assert abs(difference) <= 1e-4 * result["saved_bytes"][part]
+    encoder, full = (r["saved_bytes"]["encoder"] for r in (result, whole))
+    assert encoder < (0.55 if base == "bfloat16" else 0.75) * full
+    smaller = result["peak_bytes"]["model"] / whole["peak_bytes"]["model"]
+    assert (smaller < 0.8) is (base == "bfloat16")
+
+
+def test_options_save_what_they_promise():
+    def saved(memory, **options):
+        options = {**COMMON, "batch_size": 4, "memory": memory, **options}
+        return dry_run.dry_run(FinetuneSettings(**options))["saved_bytes"]
+
+    whole, balanced, minimal = map(saved, ("fast", "balanced", "minimal"))
+    assert balanced["encoder"] < 0.5 * whole["encoder"]
+    assert minimal["encoder"] < 0.6 * balanced["encoder"]
+    chunked = saved("fast", decoder_chunk=1)
+    assert whole["encoder"] == chunked["encoder"]
+    assert chunked["step"] - chunked["encoder"] < 0.4 * (whole["step"] - whole["encoder"])
+
+
+def test_nothing_is_left_behind(monkeypatch):
+    """Neither the environment nor a cache of tensors: a real step follows in the same process."""
+    monkeypatch.delenv("SAMFAST_BACKEND", raising=False)
+    state = torch.get_rng_state()
+    settings = FinetuneSettings(**COMMON, method="conv-lora")
+    first = dry_run.dry_run(settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "SAMFAST_BACKEND" not in os.environ
+    RealStep(settings).loss().backward()
+    assert dry_run.dry_run(settings) == first
+
+
+def run(capsys, *arguments):
+    assert cli.main(["finetune", "--dry-run", *map(str, arguments)]) == 0
+    return capsys.readouterr()
+
+
+def test_the_command_needs_no_file_and_writes_none(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--model", "vit_tiny", "--image-size", 64, "--batch-size", 3, "--rank", 2)
+    options += ("--memory", "balanced", "--decoder-chunk", 2, "--target", "qkv", "lin1")
+    out, err = run(capsys, *options, "--json")
+    result = json.loads(out)
+    assert err == ""
+    settings = FinetuneSettings(
+        model="vit_tiny", image_size=64, batch_size=3, rank=2, memory="balanced", decoder_chunk=2,
+        target=("qkv", "lin1"), dry_run=True,
+    )  # fmt: skip
+    assert result == finetune(settings)
+    assert result["objects_per_image"] == 1 and result["device"] in ("cpu", "cuda")
+    given = ("model", "image_size", "batch_size", "memory", "decoder_chunk")
+    assert [result[name] for name in given] == ["vit_tiny", 64, 3, "balanced", 2]
+    out, err = run(capsys, *options, "--data", tmp_path / "none", "--checkpoint", "none.pth")
+    assert f"{result['trained_parameters']:,}" in out and "memory balanced" in out
+    assert all(word in out for word in ("peak memory", "transient", "FLOP backward"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_settings_are_refused(refused):
+    for options, pattern in (
+        (("--model", "vit_bb"), "unknown model 'vit_bb'"),
+        (("--model", "vit_tiny", "--image-size", 100), "image size 100 is not"),
+        (("--model", "vit_tiny", "--rank", 0), "rank is 0"),
+        (("--model", "vit_tiny", "--target", "qvk"), "target 'qvk' matches no layer"),
+        (("--model", "vit_tiny", "--memory", "fast", "--no-fuse"), "memory is fast, which only"),
+    ):
+        refused("finetune", "--dry-run", *options, pattern=pattern)
+
+
+@pytest.mark.slow
+def test_vit_h_takes_seconds_and_little_memory():
+    """Its weights alone are 2.4 GiB. It keeps 10 * D numbers a token and block."""
+    code = "import resource, sys; from samfast.cli import main; code = main(sys.argv[1:]);"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    arguments = ["finetune", "--dry-run", "--model", "vit_h", "--random-init", "--batch-size", "1"]
+    command = [sys.executable, "-c", code, *arguments, "--target", "qkv", "proj", "lin1", "lin2"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    text, _, peak = done.stdout.strip().rpartition("\n")
+    assert int(peak) < 2**20  # KiB
+    result = json.loads(text)
+    floor = 4 * 10 * 1280 * 4096 * 32
+    assert floor < result["saved_bytes"]["encoder"] < 1.05 * floor
+    assert 11.9e12 < sum(result["flop"].values()) < 12.5e12
