@@ -16,6 +16,7 @@ from .stage_calls import DEVICE, EPS, Call
 HALF, BRAIN = torch.float16, torch.bfloat16
 CASES = [
     Call(),
+    Call(tokens=70, columns=48),  # several chunks of rows under lora_a's gradient
     Call(tokens=16, columns=768, rank=8),
     Call(tokens=17, columns=48, rank=5, dtype=HALF),
     Call(columns=33, rank=1, dtype=HALF, residual=HALF),

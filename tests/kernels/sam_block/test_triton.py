@@ -37,7 +37,7 @@ def equal(ours, expected):
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_every_order_gives_the_same_bits(rank):
-    call = Call(tokens=40, columns=48, rank=rank, dtype=HALF)
+    call = Call(tokens=40, columns=48, rank=rank)
     results = []
     for order in ORDERS:
         with guarded(order) as guard:
