@@ -84,11 +84,12 @@ class FinetuneSettings:
     precision: str = "auto"
     """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on a CPU; or bf16, fp16, fp32."""
     base_dtype: str = "auto"
-    """Of the frozen encoder's weights and of what runs from block to block: auto: bfloat16 on a GPU
-    where --precision is bf16, else float32; or float32, bfloat16, float16. Adapters and the mask
-    decoder stay float32. --precision is what products are computed in, but the products of a
-    16-bit encoder are in its dtype under fp32 too; bfloat16 goes with bf16 or fp32, float16 with
-    fp16 alone, whose loss scaling it needs."""
+    """What the frozen encoder's weights are cast to, and with them its images and what runs from
+    block to block: auto: bfloat16 on a GPU where --precision is bf16 or auto means it, else
+    float32; or float32, bfloat16, float16. --precision is what products are computed in: bf16
+    takes a float32 or a bfloat16 base; under fp32 a bfloat16 encoder still computes in bfloat16
+    and all the rest in float32; float16 needs fp16, for its loss scaling. Adapters and the mask
+    decoder stay float32."""
     memory: str | None = None
     """What the fused encoder keeps for the backward: fast: what it needs; balanced: about a third,
     and two of a block's four large products are computed again; minimal: each block's input, and
