@@ -370,11 +370,15 @@ def test_in_parts_as_in_one(sizes, monkeypatch):
     [lambda x: x[..., :31], lambda x: x.int(), lambda x: x.half(), lambda x: x.to(torch.complex64)],
     ids=["features", "integers", "dtype", "complex"],
 )
-def test_bad_input_as_in_the_stock_block(change):
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_bad_input_as_in_the_stock_block(change, autocast):
     """What it refuses is refused in its words."""
     layers, outcome = subject(block(4), 2, 6, 7), {}
+    if autocast and change(layers.x).dtype == torch.float16:
+        pytest.skip("float16 is welcome there")
     for which, model in (("ours", layers.ours), ("stock", layers.stock)):
-        with pytest.raises((RuntimeError, ValueError, IndexError)) as caught:
+        context = torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast)
+        with pytest.raises((RuntimeError, ValueError, IndexError)) as caught, context:
             model(change(layers.x))
         outcome[which] = (caught.type, str(caught.value))
     assert outcome["ours"] == outcome["stock"]
