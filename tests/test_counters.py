@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The counters count what they say, and see what hides from simpler ones."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from samfast.counters import count, saved_bytes
+import samfast.kernels.relpos_attention.flops  # noqa: F401 - the formulas
+from samfast.counters import Living, count, counting, saved_bytes
 
 
 def test_views_and_allocations_are_no_launches():
@@ -62,3 +64,38 @@ def test_a_tensor_kept_aside_shows_as_a_living_storage():
     saved = saved_bytes(lambda: Hides.apply(x), [x])
     assert saved.hooks == 0
     assert saved.living == 4 * 32
+
+
+def test_living_storages_at_their_most():
+    x = torch.zeros(100)
+    with Living([x]) as living, counting():
+        y = (x + 1) * 2  # two at once, then one
+        view = y[10:]
+        z = torch.cat([y, x])
+        del y
+        del view  # only now is y gone
+        x + 1
+    assert living.peak() == 4 * (100 + 200)
+    assert living.peak(but=[z]) == 4 * 200
+    assert [size // 400 for _, size in living.events] == [1, 1, -1, 2, -1, 1, -1]
+
+
+@pytest.mark.parametrize("tables", [True, False])
+def test_a_closed_operator_is_one_call(tables):
+    """Its formulas are what its torch path computes where nothing is padded."""
+    ops, options = torch.ops.samfast, ([1, 2, 2, 2, 2], 0.25, "torch")
+    inputs = (torch.randn(1, 2, 2, 3, 1, 16), None, None, None, *torch.randn(2, 3, 16))
+    needs = [True, False, False, False, tables, tables]
+
+    def both():
+        out, lse = ops.window_relpos_attention_forward(*inputs, *options)
+        ops.window_relpos_attention_backward(out, out, lse, *inputs, *options, needs)
+
+    names = [f"window_relpos_attention_{way}" for way in ("forward", "backward")]
+    with counting([f"samfast::{name}" for name in names]) as closed:
+        both()
+    with counting() as opened:
+        both()
+    assert closed.launches == dict.fromkeys(names, 1)
+    assert opened.total_launches > 10
+    assert closed.flops == opened.flops > 0
