@@ -58,10 +58,12 @@ def test_opcheck(case, backend, requires_grad):
     torch.library.opcheck(torch.ops.samfast.sam_block, arguments)
 
 
-@MEMORY
-@SMALL
-def test_opcheck_of_the_two_halves(case, memory):
-    backend = "auto" if memory == "fast" else "torch"
+@pytest.mark.parametrize(
+    ("case", "memory", "backend"),
+    [(WINDOWS, "fast", "auto"), (MAP, "balanced", "torch"), (WINDOWS, "minimal", "torch")],
+    ids=["windows-fast", "map-balanced", "windows-minimal"],
+)
+def test_opcheck_of_the_two_halves(case, memory, backend):
     case = dataclasses.replace(case, memory=memory)
     x, tensors, dy = case.tensors(torch.float32)
     x, tensors = x.detach(), [t if t is None else t.detach() for t in tensors]
