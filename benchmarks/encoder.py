@@ -32,11 +32,13 @@ def encoder_workloads(
 
 
 def encoder_workload(encoder: nn.Module, batch: int, device: str, compiled: bool) -> Workload:
-    """What is verified is one windowed and one global block of it on one image."""
+    """What is verified is one windowed and one global block of it on one image, without the neck:
+    its convolutions round by how the map lies, which is token by token after our blocks."""
     made = _workload(encoder, batch, device, compiled)
     small, blocks = sharing(encoder), encoder.blocks
     kinds = {block.window_size: i for i, block in reversed(list(enumerate(blocks)))}
     small.blocks = nn.ModuleList(small.blocks[i] for i in sorted(kinds.values()))
+    small.neck = nn.Identity()
     made.verified = _workload(small, 1, device, compiled)
     return made
 
@@ -49,7 +51,8 @@ def _workload(encoder: nn.Module, batch: int, device: str, compiled: bool) -> Wo
     def draw(*shape, dtype=dtype):
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    images, dy = draw(batch, 3, side, side), draw(batch, 256, side // 16, side // 16)
+    channels = encoder.pos_embed.shape[3] if isinstance(encoder.neck, nn.Identity) else 256
+    images, dy = draw(batch, 3, side, side), draw(batch, channels, side // 16, side // 16)
 
     def provider(module: nn.Module, **options) -> Provider:
         return Provider(lambda: module(images), trained(module), **options)
