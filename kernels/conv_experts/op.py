@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from samfast import backends
 from samfast.kernels._common.autocast import without_autocast
 from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.once import once_differentiable
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import reference, torch_path
 
@@ -141,7 +141,7 @@ class ConvExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, bias, index, options, backend):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             z, _ = torch.ops.samfast.conv_experts_forward(h, weight, bias, index, *options, backend)
         ctx.save_for_backward(h, weight, bias, index)
         ctx.options, ctx.backend = options, backend
@@ -152,7 +152,7 @@ class ConvExpertsFunction(torch.autograd.Function):
     def backward(ctx, dz):
         need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
         needs = [need_h, need_weight or need_bias]
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             grads = torch.ops.samfast.conv_experts_backward(
                 dz, None, *ctx.saved_tensors, *ctx.options, None, None, None, needs, ctx.backend
             )

@@ -3,11 +3,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from samfast import backends
 from samfast.kernels._common.autocast import without_autocast
 from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.once import once_differentiable
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.expert_gate import reference, torch_path
 
@@ -87,7 +87,7 @@ class ExpertGateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, w_gate, w_noise, noise, index, windows, coefficient, backend):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             index, aux, dpool, dgate = torch.ops.samfast.expert_gate_forward(
                 h, w_gate, w_noise, noise, index, windows, coefficient, backend
             )

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from samfast import backends
 from samfast.kernels._common.autocast import (
@@ -15,6 +14,7 @@ from samfast.kernels._common.autocast import (
 )
 from samfast.kernels._common.implementation import implement
 from samfast.kernels._common.middle import IDENTITY
+from samfast.kernels._common.once import once_differentiable
 from samfast.kernels.lora_linear import engine, reference, torch_path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -135,7 +135,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, seed, options, backend, *params):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             y, z, aux, z_pad, saved = torch.ops.samfast.lora_linear_forward(
                 x, weight, bias, lora_a, lora_b, params, seed, *options, backend
             )
@@ -167,7 +167,7 @@ class LoraLinearFunction(torch.autograd.Function):
             return (None,) * (8 + ctx.count)
         if dy is None:  # only aux or z_pad were used
             dy = used.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             grads = torch.ops.samfast.lora_linear_backward(
                 dy, daux, dz_pad, x, weight, lora_a, lora_b, z, saved, params, seed, *ctx.options,
                 needs, ctx.bias_dtype, ctx.backend,

@@ -4,11 +4,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from samfast import backends
 from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.once import once_differentiable
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention import reference, torch_path
 
@@ -209,7 +209,7 @@ class ApartFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, table_h, table_w, options):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             out, lse = torch.ops.samfast.relpos_attention_forward(
                 q, k, v, table_h, table_w, *options
             )
@@ -221,7 +221,7 @@ class ApartFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = ctx.needs_input_grad[:5]
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             made = torch.ops.samfast.relpos_attention_backward(
                 dout, *ctx.saved_tensors, *ctx.options, needs
             )
@@ -235,7 +235,7 @@ class PackedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, pad_bias, pad_h, pad_b, table_h, table_w, options):
         inputs = (qkv, pad_bias, pad_h, pad_b, table_h, table_w)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             out, lse = torch.ops.samfast.window_relpos_attention_forward(*inputs, *options)
         ctx.save_for_backward(out, lse, *inputs)
         ctx.options = options
@@ -245,7 +245,7 @@ class PackedFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = ctx.needs_input_grad[:6]
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             made = torch.ops.samfast.window_relpos_attention_backward(
                 dout, *ctx.saved_tensors, *ctx.options, needs
             )

@@ -127,6 +127,7 @@ class Block:
             dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2)
             dx1 = self.lin1.through(du, dh, need_n2, source)
             head[2:4] = source.grads
+            del source  # which holds x1 and dy
         del du, dy, x1
         if need_x1:
             dupdate = dx1.to(self.dtype)

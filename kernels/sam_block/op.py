@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from samfast import backends
 from samfast.kernels._common.autocast import without_autocast
 from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.once import once_differentiable
 from samfast.kernels.sam_block import torch_path
 from samfast.kernels.sam_block.block import Block
 from samfast.kernels.sam_block.plan import Plan, plan_of
@@ -51,7 +51,7 @@ def _stages(backend: str, x: Tensor):
     return torch_path
 
 
-_INPUTS = "Tensor x, Tensor?[] tensors, str plan, str backend"
+_INPUTS = "Tensor x, Tensor?[] tensors, str plan, float[] numbers, str backend"
 _KEPT = "Tensor[] kept, Tensor[] qkv, Tensor[] proj, Tensor[] lin1, Tensor[] lin2"
 torch.library.define("samfast::sam_block", f"({_INPUTS}) -> (Tensor, Tensor[])")
 torch.library.define(
@@ -64,65 +64,67 @@ torch.library.define(
 )
 
 
-def _forward(stages, x, tensors, plan, backend):
-    plan = plan_of(plan)
+def _forward(stages, x, tensors, plan, numbers, backend):
+    plan = plan_of(plan, numbers)
     with without_autocast(x.device.type):
         block = Block(x, tensors, plan, backend, stages)
         y, aux, kept, of_layers = block.forward(plan.memory)
     return y, aux, kept, *of_layers
 
 
-def _backward(stages, dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, plan, backend, needs):
+def _backward(
+    stages, dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, plan, numbers, backend, needs
+):
     with without_autocast(x.device.type):
-        block = Block(x, tensors, plan_of(plan), backend, stages, needs)
+        block = Block(x, tensors, plan_of(plan, numbers), backend, stages, needs)
         grads = block.backward(dy, daux, kept, [qkv, proj, lin1, lin2])
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
 @implement("samfast::sam_block_forward")
-def _forward_impl(x, tensors, plan, backend):
-    return _forward(_stages(backend, x), x, tensors, plan, backend)
+def _forward_impl(x, tensors, plan, numbers, backend):
+    return _forward(_stages(backend, x), x, tensors, plan, numbers, backend)
 
 
 @torch.library.register_fake("samfast::sam_block_forward")
-def _forward_fake(x, tensors, plan, backend):
-    return _forward(torch_path, x, tensors, plan, "torch")
+def _forward_fake(x, tensors, plan, numbers, backend):
+    return _forward(torch_path, x, tensors, plan, numbers, "torch")
 
 
 @implement("samfast::sam_block_backward")
-def _backward_impl(dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, plan, backend, needs):
-    return _backward(
-        _stages(backend, x), dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, plan, backend,
-        needs,
-    )  # fmt: skip
+def _backward_impl(dy, daux, kept, qkv, proj, lin1, lin2, x, *rest):
+    stages = _stages(rest[3], x)
+    return _backward(stages, dy, daux, kept, qkv, proj, lin1, lin2, x, *rest)
 
 
 @torch.library.register_fake("samfast::sam_block_backward")
-def _backward_fake(dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, plan, backend, needs):
+def _backward_fake(dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, *rest):
+    needs = rest[-1]
     return [t.new_empty(t.shape) for t, need in zip((x, *tensors), needs, strict=True) if need]
 
 
 @implement("samfast::sam_block")
-def _impl(x, tensors, plan, backend):
+def _impl(x, tensors, plan, numbers, backend):
     with without_autocast(x.device.type):
-        block = Block(x, tensors, plan_of(plan), backend, _stages(backend, x))
+        block = Block(x, tensors, plan_of(plan, numbers), backend, _stages(backend, x))
         return block.forward(None)[:2]
 
 
 @torch.library.register_fake("samfast::sam_block")
-def _fake(x, tensors, plan, backend):
-    return _forward(torch_path, x, tensors, plan, "torch")[:2]
+def _fake(x, tensors, plan, numbers, backend):
+    return _forward(torch_path, x, tensors, plan, numbers, "torch")[:2]
 
 
 class SamBlockFunction(torch.autograd.Function):
     """Saves x and what the plan's memory keeps of the forward; parameters cost nothing."""
 
     @staticmethod
-    def forward(ctx, plan, backend, x, *tensors):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, aux, *kept = torch.ops.samfast.sam_block_forward(x, tensors, plan, backend)
+    def forward(ctx, plan, numbers, backend, x, *tensors):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            y, aux, *kept = torch.ops.samfast.sam_block_forward(x, tensors, plan, numbers, backend)
         ctx.save_for_backward(x, *tensors, *(t for part in kept for t in part))
-        ctx.options, ctx.count, ctx.lengths = (plan, backend), len(tensors), [*map(len, kept)]
+        ctx.options, ctx.count = (plan, numbers, backend), len(tensors)
+        ctx.lengths = [*map(len, kept)]
         ctx.shape, ctx.dtype = y.shape, y.dtype
         ctx.set_materialize_grads(False)
         return y, *aux
@@ -136,28 +138,28 @@ class SamBlockFunction(torch.autograd.Function):
         for length in ctx.lengths:
             kept.append(rest[:length])
             rest = rest[length:]
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         used = next((d for d in (dy, *daux) if d is not None), None)
         if used is None:
-            return (None,) * (2 + len(needs))
+            return (None,) * (3 + len(needs))
         if dy is None:  # only aux was used
             dy = used.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             made = iter(
                 torch.ops.samfast.sam_block_backward(
                     dy, daux, *kept, x, tensors, *ctx.options, needs
                 )
             )
-        return None, None, *(next(made) if need else None for need in needs)
+        return None, None, None, *(next(made) if need else None for need in needs)
 
 
 @torch.library.impl("samfast::sam_block", "Autograd")
-def _autograd(x, tensors, plan, backend):
+def _autograd(x, tensors, plan, numbers, backend):
     wanted = any(t is not None and t.requires_grad for t in (x, *tensors))
     if not (wanted and torch.is_grad_enabled()):  # nothing is kept, not for a moment either
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.samfast.sam_block(x, tensors, plan, backend)
-    y, *aux = SamBlockFunction.apply(plan, backend, x, *tensors)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return torch.ops.samfast.sam_block(x, tensors, plan, numbers, backend)
+    y, *aux = SamBlockFunction.apply(plan, numbers, backend, x, *tensors)
     return y, aux
 
 
@@ -178,4 +180,6 @@ def sam_block(
     when a backend asked for by name cannot run.
     """
     plan.check(x, tensors)
-    return torch.ops.samfast.sam_block(x, list(tensors), plan.key, backends.requested(backend))
+    return torch.ops.samfast.sam_block(
+        x, list(tensors), plan.key, plan.numbers, backends.requested(backend)
+    )

@@ -50,6 +50,24 @@ class LayerPlan(NamedTuple):
         geometry = () if self.flags is None else (*windows, *self.flags)
         return self.scaling, self.dropout, self.middle, geometry, self.starts, self.own
 
+    def check(self, name: str, shape: tuple[int, int], lora_a: Tensor, lora_b: Tensor) -> None:
+        """Raise one sentence where the factors do not fit a weight of this shape."""
+        outputs, inputs = shape
+        count = max(len(self.starts), 1)
+        rows, rank = lora_b.shape
+        length = rows // count
+        fits = lora_a.shape[1] == inputs and rows == count * length
+        fits = fits and (
+            length == outputs if not self.starts else max(self.starts) + length <= outputs
+        )
+        if self.middle == IDENTITY:
+            fits = fits and lora_a.shape[0] == (count * rank if self.own else rank)
+        if not fits:
+            raise ValueError(
+                f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} of {name} do not "
+                f"fit its weight {shape}" + (f" at columns {self.starts}" if self.starts else "")
+            )
+
     @property
     def pads_vary(self) -> bool:
         """Whether the update of padding, where x is zeros, may be other than zero."""
@@ -71,7 +89,16 @@ class Plan(NamedTuple):
 
     @property
     def key(self) -> str:
-        return repr((*self[:-1], tuple(map(tuple, self.layers))))
+        """All but ``numbers``, which are symbols under torch.compile(dynamic=True)."""
+        layers = (layer._replace(scaling=0.0, dropout=0.0) for layer in self.layers)
+        plain = self._replace(scale=0.0, eps=(0.0, 0.0), layers=())
+        return repr((*plain[:-1], tuple(map(tuple, layers))))
+
+    @property
+    def numbers(self) -> list[float]:
+        """scale, eps, then scaling and dropout of each layer."""
+        of_layers = (n for layer in self.layers for n in (layer.scaling, layer.dropout))
+        return [self.scale, *self.eps, *of_layers]
 
     def windows(self, x: Tensor) -> Windows:
         """Of the attention; x (B, H, W, D)."""
@@ -90,10 +117,9 @@ class Plan(NamedTuple):
         return head, parts
 
     def check(self, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
-        """Raise one sentence for a tensor on another device, or factors that do not chain.
-
-        What else may not fit the library's products notice; kernels would read beyond these.
-        """
+        """Raise one sentence for a tensor on another device, or shapes that do not chain: kernels
+        would read beyond them."""
+        check_memory(self.memory)
         head, parts = self.split(tensors)
         named = [("the block", HEAD, head)]
         named += [(name, FACTORS, part) for name, part in parts.items()]
@@ -102,19 +128,38 @@ class Plan(NamedTuple):
                 if t is not None and t.device != x.device:
                     what = names[i] if i < len(names) else f"parameter {i - len(names)}"
                     raise ValueError(f"{what} of {name} is on {t.device} but x is on {x.device}")
-        for name, layer in zip(LAYERS, self.layers, strict=True):
-            if not layer.adapted:
-                continue
-            weight, _, lora_a, lora_b = parts[name][:4]
-            outputs, inputs = weight.shape
-            if lora_a.shape[1] != inputs or (not layer.starts and lora_b.shape[0] != outputs):
-                raise ValueError(
-                    f"{name} has a weight {tuple(weight.shape)}, to which lora_a "
-                    f"{tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit"
-                )
+        width, inner = x.shape[3], parts["proj"][0].shape[1]
+        if inner % self.heads:
+            raise ValueError(f"proj takes {inner} features, which {self.heads} heads do not divide")
+        sides = (self.window, self.window) if self.window else x.shape[1:3]
+        shapes = [(width,)] * 4 + [(2 * side - 1, inner // self.heads) for side in sides]
+        for what, t, shape in zip(HEAD, head, shapes, strict=True):
+            _check_shape(f"{what} of the block", t, shape)
+        hidden = parts["lin1"][0].shape[0]
+        chain = ((3 * inner, width), (width, inner), (hidden, width), (width, hidden))
+        for name, layer, shape in zip(LAYERS, self.layers, chain, strict=True):
+            _check_shape(f"the weight of {name}", parts[name][0], shape)
+            if parts[name][1] is not None:
+                _check_shape(f"the bias of {name}", parts[name][1], shape[:1])
+            if layer.adapted:
+                layer.check(name, shape, *parts[name][2:4])
+
+
+def _check_shape(what: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{what} has shape {tuple(t.shape)}, but must have {tuple(shape)}")
+
+
+def plan_of(key: str, numbers: Sequence[float]) -> Plan:
+    return _plan_of(key, tuple(numbers))
 
 
 @functools.lru_cache(maxsize=256)
-def plan_of(key: str) -> Plan:
+def _plan_of(key: str, numbers: tuple[float, ...]) -> Plan:
     *rest, layers = ast.literal_eval(key)
-    return Plan(*rest, tuple(LayerPlan(*layer) for layer in layers))
+    scale, eps, of_layers = numbers[0], numbers[1:3], numbers[3:]
+    layers = (
+        LayerPlan(*layer)._replace(scaling=of_layers[2 * i], dropout=of_layers[2 * i + 1])
+        for i, layer in enumerate(layers)
+    )
+    return Plan(*rest, tuple(layers))._replace(scale=scale, eps=eps)

@@ -82,7 +82,8 @@ def gelu_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """du, gelu(u) and lora_a's gradient. dg may be overwritten."""
     want = want or (low is not None and low[2])
-    du = torch.ops.aten.gelu_backward(_with(dg, low), u)
+    dg = _with(dg, low)
+    du = torch.ops.aten.gelu_backward.grad_input(dg, u, grad_input=dg)
     return du, F.gelu(u) if want else None, None
 
 

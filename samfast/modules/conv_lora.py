@@ -18,8 +18,9 @@ from samfast.kernels.conv_experts.conv_lora import (
     part_backend,
 )
 from samfast.kernels.conv_experts.op import MAX_RATIO
+from samfast.kernels.conv_experts.op import check_experts as check_kernels
 from samfast.kernels.conv_experts.op import supports as experts_supports
-from samfast.kernels.expert_gate.op import draw_noise
+from samfast.kernels.expert_gate.op import check_gate, draw_noise
 from samfast.kernels.expert_gate.op import supports as gate_supports
 from samfast.kernels.lora_linear.op import supports as lora_supports
 from samfast.kernels.sam_block.plan import LayerPlan
@@ -232,8 +233,12 @@ class ConvLoraLinear(AdaptedLinear):
         """Its share in a fused block; x as the block's products take it."""
         dropout = float(self.dropout) if self.training else 0.0
         params = [self.expert_weight, self.expert_bias, self.w_gate, self.w_noise]
+        groups = self.rank if self.depthwise else 1
+        check_kernels(self.lora_A.shape[0], *params[:2], self.ratios, groups)
+        noise = draw_noise(x, windows.samples, self.experts, None) if self.training else None
+        check_gate(windows.samples, self.lora_A.shape[0], *params[2:], noise, None)
         if self.training:
-            params.append(draw_noise(x, windows.samples, self.experts, None))
+            params.append(noise)
         plan = LayerPlan(
             adapted=True,
             scaling=float(self.scaling),

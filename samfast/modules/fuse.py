@@ -12,7 +12,7 @@ _STOCK = "segment_anything.modeling.image_encoder"
 _PARTS = ("norm1", "attn", "norm2", "mlp")  # of a transformer block, whoever wrote it
 
 
-def fuse(model: nn.Module, memory: str = "fast") -> nn.Module:
+def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     """Let the blocks of every SAM encoder in ``model`` run fused, in place; returns the model.
 
     segment_anything's Attention and Block become RelPosAttention and SamBlock: the same module
@@ -22,11 +22,13 @@ def fuse(model: nn.Module, memory: str = "fast") -> nn.Module:
 
     memory: what every block saves for its backward, see SamBlock: "fast" saves all that is dear
         to compute, "balanced" computes two of four layers again, "minimal" the whole block. The
-        gradients are the same. A model that is fused already gets the new mode.
+        gradients are the same. None means "fast", and leaves blocks that are fused already as
+        they are; another mode is theirs too, so fusing twice changes the mode or nothing.
 
     Raises ValueError when there is nothing to fuse, or memory is none of the three.
     """
-    check_memory(memory)
+    if memory is not None:
+        check_memory(memory)
     kinds = _kinds()
     modules = list(_checked(model).modules())
     chosen = [m for m in modules if type(m) in kinds and "forward" not in m.__dict__]
@@ -34,7 +36,7 @@ def fuse(model: nn.Module, memory: str = "fast") -> nn.Module:
         raise ValueError(_nothing(model, "fuse"))
     for module in chosen:
         module.__class__ = kinds[type(module)]
-    for block in fused_blocks(model).values():
+    for block in fused_blocks(model).values() if memory is not None else ():
         block.memory = memory
     return model
 

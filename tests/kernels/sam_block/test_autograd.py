@@ -54,7 +54,7 @@ def test_opcheck(case, backend, requires_grad):
     x, tensors, _ = case.tensors(torch.float32)
     for t in leaves_of(case, x, tensors):
         t.requires_grad_(requires_grad)
-    arguments = (x, tensors, case.plan.key, backend)
+    arguments = (x, tensors, case.plan.key, case.plan.numbers, backend)
     torch.library.opcheck(torch.ops.samfast.sam_block, arguments)
 
 
@@ -67,7 +67,10 @@ def test_opcheck_of_the_two_halves(case, memory, backend):
     case = dataclasses.replace(case, memory=memory)
     x, tensors, dy = case.tensors(torch.float32)
     x, tensors = x.detach(), [t if t is None else t.detach() for t in tensors]
-    checks, arguments = ("test_schema", "test_faketensor"), (x, tensors, case.plan.key, backend)
+    checks, arguments = (
+        ("test_schema", "test_faketensor"),
+        (x, tensors, case.plan.key, case.plan.numbers, backend),
+    )
     forward = torch.ops.samfast.sam_block_forward
     torch.library.opcheck(forward, arguments, test_utils=checks)
     _, aux, *kept = forward(*arguments)
