@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        advice = "a smaller --batch-size (with --accumulate) or --image-size needs less"
+        advice = (
+            "--memory minimal, --decoder-chunk 1, a smaller --batch-size (with --accumulate) or "
+        )
+        advice += "--image-size need less"
         return _stop(error, f"out of memory ({str(error).partition('. ')[0]}); {advice}")
 
 

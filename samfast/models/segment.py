@@ -251,11 +251,13 @@ def _in_chunks(
 ) -> Tensor:
     """_predict_masks of `chunk` objects at a time, each chunk checkpointed where autograd records.
 
-    Random numbers are restored for the second time: an adapter in the decoder may have dropout.
+    Random numbers are restored for the second time where a module of the decoder may draw some;
+    SAM's own draw none, and what touches no generator can be captured as a CUDA graph.
     """
     predict = partial(_predict_masks, sam)
     if torch.is_grad_enabled():
-        predict = partial(checkpoint, predict, use_reentrant=False)
+        draws = any(_may_draw(module) for module in sam.mask_decoder.modules())
+        predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=draws)
     masks = []
     for first in range(0, len(prompts), chunk):
         some = prompts[first : first + chunk]
@@ -263,6 +265,12 @@ def _in_chunks(
         own = embeddings[image : (first + len(some) - 1) // count + 1]
         masks.append(predict(own, positions, some, first - image * count, count))
     return torch.cat(masks)
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Whether a forward of it in training may take random numbers: dropout, or unknown code."""
+    known = type(module).__module__.partition(".")[0] in ("torch", "segment_anything")
+    return module.training and (not known or getattr(module, "p", 0) > 0)
 
 
 def _predict_masks(

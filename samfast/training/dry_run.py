@@ -18,9 +18,10 @@ the experts' own FLOP, less than a hundredth, are left out. Peak memory is
     + transient what else is alive at the worst moment of forward, loss and backward: the most bytes
                 alive at once, less ``saved`` (of which a part is gone by then, if it is late)
 
-It is exact to the tensor, but blind to what a library takes inside one call, to what an allocator
-wastes, to the process itself (Python and torch: some 300 MB on a CPU, CUDA's context on a GPU),
-to a loader's processes, and to copies for several GPUs.
+It is exact to the tensor on the torch path (others write some of a block's transient tensors over
+one another, and need less there), but blind to what a library takes inside one call, to what an
+allocator wastes, to the process itself (Python and torch: some 300 MB on a CPU, CUDA's context on a
+GPU), to a loader's processes, and to copies for several GPUs.
 """
 
 import contextlib
@@ -59,6 +60,9 @@ def dry_run(settings: FinetuneSettings) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = start.autocast_dtype(settings.precision, device)
     base = start.base_dtype(settings.base_dtype, dtype, device)
+    method = start.method_of(settings)
+    with start.backend_asked_for(settings.backend, method, settings.fuse, device, dtype):
+        pass
     sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
     with _counted_path(settings.backend), FakeTensorMode():
         _stand_for(sam, device)
@@ -68,14 +72,15 @@ def dry_run(settings: FinetuneSettings) -> dict:
         model = start.PromptFree(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
         step = _Step(model, settings, _batch(settings.batch_size, image_size(sam), device))
         counts = step.counts()
+        fused = "fused" in samfast.report(sam).blocks.values()
     return {
         "model": settings.model,
         "image_size": image_size(sam),
         "method": settings.method,
         "batch_size": settings.batch_size,
         "objects_per_image": 1,
-        "fuse": settings.fuse,
-        "memory": (settings.memory or MEMORY[0]) if settings.fuse else None,
+        "fuse": fused,
+        "memory": (settings.memory or MEMORY[0]) if fused else None,
         "decoder_chunk": settings.decoder_chunk,
         "device": device.type,
         "precision": _name(dtype),

@@ -240,9 +240,9 @@ def _try_out(method: Method, fuse: bool, device: torch.device, dtype: torch.dtyp
         width = max(16, method.rank)
         layers.append((method.wrap(nn.Linear(width, 3 * width, device=device)), width))
     if fuse:
-        encoder = segment_anything.load().modeling.image_encoder
-        attention = encoder.Attention(HEAD_DIM, 1, use_rel_pos=True, input_size=(2, 2))
-        layers.append((samfast.fuse(attention).to(device), HEAD_DIM))
+        block = segment_anything.load().modeling.image_encoder.Block
+        block = block(HEAD_DIM, 1, use_rel_pos=True, input_size=(2, 2))
+        layers.append((samfast.fuse(block).to(device), HEAD_DIM))
     for layer, width in layers:
         x = torch.zeros(1, 2, 2, width, device=device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
