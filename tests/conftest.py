@@ -46,6 +46,36 @@ def patched_once():
     InterpretedFunction.__call__ = patching
 
 
+# Half a minute to ten seconds each where kernels are interpreted and graphs compiled on two cores,
+# each beside a shorter case of the same property; `make test-slow` runs them.
+LONG = (
+    "conv_experts/test_conv_lora.py::test_published_numbers[windows_train-triton]",
+    "conv_experts/test_conv_lora.py::test_a_loss_that_is_not_used_gives_the_gate_zeros[triton]",
+    "conv_experts/test_conv_lora.py::test_fourteen_launches_and_no_sync[True]",
+    "conv_experts/test_autograd.py::test_opcheck_of_the_two_halves[triton]",
+    "conv_experts/test_autograd.py::test_odd_memory[triton]",
+    "relpos_attention/test_triton.py::test_padded_windows[bias-dtype0]",
+    "relpos_attention/test_triton.py::test_tiles_that_are_full",
+    "relpos_attention/test_autograd.py::test_opcheck_of_the_two_halves[windows-triton]",
+    "relpos_attention/test_autograd.py::test_only_the_wanted_gradients_are_made[windows-triton]",
+    "modules/test_conv_lora_black_box.py::test_black_box[triton-depthwise-error_budget]",
+    "modules/test_conv_lora_black_box.py::test_black_box[auto-full-compiled]",
+    "modules/test_conv_lora_golden.py::test_golden[tokens_train-triton]",
+    "modules/test_rel_pos_attention_black_box.py::test_black_box[SamBlock-auto-compiled]",
+    "modules/test_sam_block_model.py::test_compiled_whole[everywhere-batches0]",
+    "training/test_dry_run.py::test_casts_as_autocast_does[bfloat16]",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.nodeid.endswith(LONG):
+            item.add_marker(pytest.mark.slow)
+
+
 SMALL_MODELS = ("models", "modules", "training")
 
 
