@@ -281,6 +281,56 @@ def copies(subject):
     del y
 
 
+def written_in_place(subject):
+    """The result may be written in place: before a backward through it, and, if the stock
+    module's may, where it came without a graph and gets one by what is written."""
+    expected = subject.run("ours", torch.float32)
+    module, x = subject.module("ours", torch.float32), subject.x.float().requires_grad_()
+    names = [n for n, p in module.named_parameters() if p.requires_grad]
+    leaves = [x, *(module.get_parameter(n) for n in names)]
+    y = module(x)
+    y.add_(1)
+    grads = torch.autograd.grad(y, leaves, subject.dy.float())
+    actual = dict(zip(["y", "dx", *names], [y.detach(), *grads], strict=True))
+    _equal({**expected, "y": expected["y"] + 1}, actual)
+    for which in ("stock", "ours"):
+        with torch.no_grad():
+            y = subject.module(which, torch.float32)(x)
+        shift = torch.zeros_like(y).requires_grad_()
+        try:
+            y += shift
+        except RuntimeError:  # such as of a linear layer's on maps, which is a view
+            assert which == "stock", "what the stock module's result takes is refused"
+            return
+        torch.autograd.grad(y, shift, subject.dy.float())
+
+
+def second_derivative(subject):
+    """Right, or refused in a sentence: also where the incoming gradient is a constant."""
+    for constant in (True, False):
+        runs = []
+        for which, dtype in (
+            ("stock", torch.float64),
+            ("stock", torch.float32),
+            ("ours", torch.float32),
+        ):
+            module = subject.module(which, dtype)
+            x = subject.x.to(dtype, copy=True).requires_grad_()
+            dy = subject.dy.to(dtype, copy=True).requires_grad_(not constant)
+            trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            y = module(x)
+            (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+            try:
+                ((y * dy.detach()).sum() + dx.pow(2).sum()).backward()
+            except RuntimeError as error:
+                assert which == "ours" and "differentiable" in str(error), error
+                break
+            runs.append({"dx": x.grad, **{name: p.grad for name, p in trained.items()}})
+        else:
+            exact, stock, ours = runs
+            _compare(subject, ours, stock, exact, torch.float32)
+
+
 def compiled(subject):
     """torch.compile(fullgraph=True) keeps the numbers."""
     exact, stock = subject.run("stock", torch.float64), subject.run("stock", torch.float32)
@@ -316,6 +366,8 @@ CHECKS = (
     input_without_gradient,
     infinities,
     copies,
+    written_in_place,
+    second_derivative,
     compiled,
     empty_batch,
 )

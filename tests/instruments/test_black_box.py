@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from black_box import Subject
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class Literal(nn.Linear):
@@ -94,6 +95,66 @@ class KeepsGraph(Literal):
         return self.last
 
 
+class Once(torch.autograd.Function):
+    """torch's decorator refuses nothing where the incoming gradient is a constant."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b):
+        ctx.save_for_backward(x, weight, a, b)
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        x, weight, a, b = ctx.saved_tensors
+        dz, z = dy @ b, x @ a.T
+        da = dz.flatten(0, -2).T @ x.flatten(0, -2)
+        db = dy.flatten(0, -2).T @ z.flatten(0, -2)
+        return dy @ weight + dz @ a, None, None, da, db
+
+
+class GivesView(Once):
+    """Two results, the first of which is a view of what nobody else holds."""
+
+    @staticmethod
+    def forward(ctx, x, *tensors):
+        y = Once.forward(ctx, x, *tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return y.flatten(0, -2).view(y.shape), y.new_zeros(())
+
+
+class LosesSecondDerivative(Literal):
+    def forward(self, x):
+        return Once.apply(x, self.weight, self.bias, self.lora_A, self.lora_B)
+
+
+class RefusesWrites(Literal):
+    def forward(self, x):
+        return GivesView.apply(x, self.weight, self.bias, self.lora_A, self.lora_B)[0]
+
+
+class Positive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.y = x.clamp(min=0)
+        return ctx.y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * (ctx.y > 0)
+
+
+class NeedsResult(Literal):
+    def forward(self, x):
+        return Positive.apply(super().forward(x))
+
+
+class ViewWithoutGradients(Literal):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if torch.is_grad_enabled() else y.flatten(0, -2).view(y.shape)
+
+
 PLANTED = [
     (AssumesContiguity, "odd_inputs", "error .* is above the budget|error nan"),
     (NarrowAssumesContiguity, "odd_inputs", "error .* is above the budget|error nan"),
@@ -106,6 +167,10 @@ PLANTED = [
     (TrainsFrozenWeight, "frozen", "weight"),
     (ForgetsEmptyBatch, "empty_batch", "shape"),
     (KeepsGraph, "copies", "deepcopy"),
+    (RefusesWrites, "written_in_place", "is a view and is being modified inplace"),
+    (NeedsResult, "written_in_place", "dx differs in its bits"),
+    (ViewWithoutGradients, "written_in_place", "stock module's result takes is refused"),
+    (LosesSecondDerivative, "second_derivative", "is above the budget"),
 ]
 
 
