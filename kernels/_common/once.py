@@ -6,11 +6,27 @@ import functools
 import torch
 
 
+class _Refused(torch.autograd.Function):
+    """The first ``count`` tensors, hanging on all of them, with no derivative."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "samfast's functions are differentiable once: their backward is written by hand and "
+            "marked with @once_differentiable"
+        )
+
+
 def once_differentiable(backward):
     """As torch's decorator, but refusing a second derivative in every case.
 
     torch's lets one through as zero where the incoming gradient is a constant, as that of a sum
-    is. Here all that a backward with ``create_graph=True`` gives raises when it is differentiated.
+    is. Here all that a backward with ``create_graph=True`` gives hangs on what was saved too, and
+    raises when it is differentiated.
     """
 
     @functools.wraps(backward)
@@ -19,11 +35,7 @@ def once_differentiable(backward):
             grads = backward(ctx, *incoming)
         if not torch.is_grad_enabled():
             return grads
-        sentence = (
-            b"samfast's functions are differentiable once: their backward is written by hand "
-        )
-        sentence += b"and marked with @once_differentiable"
-        refuse = torch._C._functions.DelayedError(sentence, len(grads))
-        return refuse(*(g if g is None else g.detach().requires_grad_() for g in grads))
+        sources = (t for t in (*ctx.saved_tensors, *incoming) if t is not None and t.requires_grad)
+        return _Refused.apply(len(grads), *grads, *sources)
 
     return wrapped

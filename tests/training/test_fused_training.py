@@ -68,13 +68,13 @@ def test_what_runs(shared_data, tmp_path, fuse, kind):
     assert {type(block) for block in sam.image_encoder.blocks} == {kind}
 
 
-def test_a_backend_that_attention_lacks_is_refused_at_once(refused, shared_data, monkeypatch):
-    """The decoder alone has no adapter to try the backend on; the attention is one more."""
+def test_a_backend_that_a_block_lacks_is_refused_at_once(refused, shared_data, monkeypatch):
+    """The decoder alone has no adapter to try the backend on; a fused block is one more."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     arguments = ["--data", shared_data, "--model", "vit_tiny", "--method", "decoder"]
     if torch.cuda.is_available():
         pytest.skip("triton runs on a GPU")
-    pattern = "backend 'triton' cannot run relpos_attention"
+    pattern = "backend 'triton' cannot run sam_block"
     refused("finetune", *arguments, "--backend", "triton", pattern=pattern)
 
 
