@@ -298,8 +298,11 @@ def test_the_loss_alone(memory):
         (5, lambda t: t.to("meta"), "table_w of the block is on meta but x is on "),
         (8, lambda t: t.to("meta"), "lora_a of qkv is on meta but x is on "),
         (12, lambda t: t.to("meta"), "parameter 1 of qkv is on meta but x is on "),
-        (8, lambda t: t[:, 1:], r"qkv has a weight \(96, 32\), to which lora_a \(3, 31\) and"),
-        (9, lambda t: t[1:], r"qkv has a weight \(96, 32\), to which .* lora_b \(95, 3\) do not"),
+        (8, lambda t: t[:, 1:], r"lora_a \(3, 31\) .* of qkv do not fit its weight \(96, 32\)"),
+        (9, lambda t: t[1:], r"lora_b \(95, 3\) of qkv do not fit its weight \(96, 32\)"),
+        (0, lambda t: t[1:], r"norm1_weight of the block has shape \(31,\), but must have \(32,\)"),
+        (4, lambda t: t[1:], "table_h of the block has shape"),
+        (6, lambda t: t[1:], r"the weight of qkv has shape \(95, 32\), but must have \(96, 32\)"),
     ],
 )
 def test_tensors_that_do_not_fit(place, change, sentence):
