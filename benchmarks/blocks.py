@@ -15,20 +15,25 @@ from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.lora import LoraLinear
 from samfast.modules.sam_block import Block, SamBlock
 
-SIDE, WINDOW = 64, 14
+WINDOW = 14
 ALL = ("qkv", "proj", "lin1", "lin2")
 ADAPTERS = {"LoRA on qkv": ("qkv",), "LoRA on all": ALL, "Conv-LoRA on qkv": ("qkv",)}
 
 
-def block_workloads(model, batch, rank, device, dtype, compiled=False) -> Iterator[Workload]:
+def block_workloads(
+    model, batch, rank, device, dtype, compiled=False, image_size=1024
+) -> Iterator[Workload]:
     """A windowed and a global block under each kind of adapter; ratios are to our frozen block."""
+    side = image_size // 16
     for window in (WINDOW, 0):
         for adapters in ADAPTERS:
-            yield block_workload(model, batch, rank, window, adapters, device, dtype, compiled)
+            yield block_workload(
+                model, batch, rank, window, adapters, device, dtype, compiled, side
+            )
 
 
 def block_workload(
-    model, batch, rank, window, adapters, device, dtype, compiled=False, side=SIDE
+    model, batch, rank, window, adapters, device, dtype, compiled=False, side=64
 ) -> Workload:
     encoder = ENCODERS[model]
     generator = torch.Generator().manual_seed(0)

@@ -48,7 +48,7 @@ class Settings:
     model: Literal[tuple(ENCODERS)] = "vit_b"
     batch: int = 1
     image_size: int = 1024
-    """Of encoder: the side of the images."""
+    """Of block and encoder: the side of the images."""
     rank: int | None = None
     """None: 4 for lora_linear, 3 for conv_lora."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -80,7 +80,8 @@ def main(settings: Settings) -> int:
     make = OPERATIONS[settings.op]
     rows, failed = [], False
     rank = settings.rank or {"conv_lora": 3}.get(settings.op, 4)
-    options = {"image_size": settings.image_size} if settings.op == "encoder" else {}
+    sized = settings.op in ("block", "encoder")
+    options = {"image_size": settings.image_size} if sized else {}
     workloads = make(
         settings.model, settings.batch, rank, device, dtype, settings.compiled, **options
     )
