@@ -42,8 +42,9 @@ def check_alpha(alpha: float | None) -> None:
 class LowRankLinear(AdaptedLinear):
     """nn.Linear plus trainable tensors of low rank that can be folded into the weight and out.
 
-    A subclass adds lora_A and lora_B with ``add_adapter``, fills them in ``reset_adapter``, gives
-    what they add to the weight in ``delta_weight`` and its forward in ``forward_adapted``.
+    A subclass adds lora_A and lora_B with ``add_adapter``, or others from which ``factors`` makes
+    them, fills them in ``reset_adapter``, gives what they add to the weight in ``delta_weight`` and
+    its forward in ``forward_adapted``.
 
     The state dict always holds the weight without the adapter, merged or not, and loading one
     while merged merges again: a merged model and an unmerged one save the same tensors.
@@ -60,6 +61,10 @@ class LowRankLinear(AdaptedLinear):
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """lora_a and lora_b as the engine takes them, differentiable in the adapter's tensors."""
+        return self.lora_A, self.lora_B
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.unmerged_weight is None:
@@ -82,7 +87,7 @@ class LowRankLinear(AdaptedLinear):
             return BlockLayer(self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
         return BlockLayer(
-            self.weight, self.bias, self.lora_A, self.lora_B, self.layer_plan(dropout),
+            self.weight, self.bias, *self.factors(), self.layer_plan(dropout),
             dropout_seed(dropout, x),
         )  # fmt: skip
 
@@ -97,12 +102,14 @@ class LowRankLinear(AdaptedLinear):
     def backends(self) -> dict[str, str]:
         """What a forward would choose here and now, for an x as autocast would have it."""
         x, count = autocast_input(self.weight.detach()[:0]), len(getattr(self, "slices", ())) or 1
+        with torch.no_grad():
+            factors = self.factors()
         try:
             name = resolve(
                 "lora_linear",
                 requested("auto"),
                 x.device,
-                lambda backend: supports(backend, x, self.lora_A, self.lora_B, count),
+                lambda backend: supports(backend, x, *factors, count),
             )
         except RuntimeError as error:
             return {"lora_linear": str(error)}
