@@ -28,6 +28,7 @@ from samfast.modules.adapted_linear import AdaptedLinear
 from samfast.modules.aux_loss import LatestLoss, recomputing
 from samfast.modules.block_layer import BlockLayer, dropout_seed
 from samfast.modules.low_rank import check_alpha, check_dropout, check_linear_rank
+from samfast.modules.published import Published, PublishedNames
 
 _GATE = "lora_moe_gating."
 _CONSTANTS = {f"{_GATE}mean": 0.0, f"{_GATE}std": 1.0}  # of the gate's noise
@@ -70,7 +71,7 @@ def checked_ratios(ratios: Sequence[int] | None, experts: int) -> tuple[int, ...
     return tuple(ratios)
 
 
-class ConvLoraLinear(AdaptedLinear):
+class ConvLoraLinear(PublishedNames, AdaptedLinear):
     """Linear layer whose low-rank update passes a routed convolution (Conv-LoRA, ICLR 2024).
 
     x: (N, H, W, in_features), or (N, H·W, in_features) -> (…, out_features)
@@ -311,9 +312,10 @@ class ConvLoraLinear(AdaptedLinear):
         yield self.expert_bias
 
     def adapter_state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.state_dict(keep_vars=True).items():
-            if name not in ("weight", "bias"):
-                yield name, value
+        return self.published_state()
+
+    def constants(self) -> dict[str, float]:
+        return _CONSTANTS
 
     def state_problem(self, state: Mapping[str, Tensor]) -> str | None:
         for name, value in _CONSTANTS.items():
@@ -322,75 +324,12 @@ class ConvLoraLinear(AdaptedLinear):
                 return f"{name} is {given.tolist()}, but the gate's noise is standard normal"
         return None
 
-    def _published(self, name: str) -> list[str]:
-        """The published names of what this module calls ``name``: one for each packed part."""
-        if name in _PACKED:
-            return [f"lora_moe_experts.{i}.0.{_PACKED[name]}" for i in range(self.experts)]
-        return [_RENAMED[name]]
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        own = {}
-        super()._save_to_state_dict(own, "", keep_vars)
-        for name, value in own.items():
-            if name in _PACKED:
-                for key, part in zip(self._published(name), value, strict=True):
-                    destination[prefix + key] = part
-            else:
-                destination[prefix + _RENAMED.get(name, name)] = value
-        for name, value in _CONSTANTS.items():
-            destination[prefix + name] = self.w_gate.new_full((1,), value)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        given = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
-        problem = self.state_problem(given)
-        missing, unexpected, errors = [], [], [] if problem is None else [problem]
-        missing += [name for name in _CONSTANTS if given.pop(name, None) is None]
-        for name in (*_RENAMED, *_PACKED):
-            if given.pop(name, None) is not None:
-                unexpected.append(name)
-        for name in (*_RENAMED, *_PACKED):
-            published = self._published(name)
-            parts = {key: given.pop(key) for key in published if key in given}
-            missing += [key for key in published if key not in parts]
-            wrong = self._wrong_shapes(name, parts)
-            errors += wrong
-            if not parts or wrong:
-                continue
-            if name in _PACKED and len(parts) < len(published):
-                present = self.get_parameter(name).detach()
-                if present.is_meta:  # nothing to keep where the state has nothing
-                    continue
-                device = next(iter(parts.values())).device
-                parts = dict(zip(published, present.to(device), strict=True)) | parts
-            values = [parts[key] for key in published]
-            given[name] = torch.stack(values) if name in _PACKED else values[0]
-        absent = []
-        super()._load_from_state_dict(
-            {prefix + name: value for name, value in given.items()},
-            prefix,
-            local_metadata,
-            strict,
-            absent,
-            unexpected_keys,
-            error_msgs,
-        )
-        translated = {prefix + name for name in (*_RENAMED, *_PACKED)}
-        missing_keys += [key for key in absent if key not in translated]
-        if strict:
-            missing_keys += [prefix + key for key in missing]
-            unexpected_keys += [prefix + key for key in unexpected]
-        error_msgs += errors
-
-    def _wrong_shapes(self, name: str, parts: dict[str, Tensor]) -> list[str]:
-        place = self.get_parameter(name)
-        shape = place.shape[1:] if name in _PACKED else place.shape
-        return [
-            f"{key} has shape {tuple(part.shape)}, but here it is {tuple(shape)}"
-            for key, part in parts.items()
-            if part.shape != shape
-        ]
+    def published(self) -> Published:
+        names = {name: ([key], self.get_parameter(name).shape) for name, key in _RENAMED.items()}
+        for name, leaf in _PACKED.items():
+            keys = [f"lora_moe_experts.{i}.0.{leaf}" for i in range(self.experts)]
+            names[name] = keys, self.get_parameter(name).shape[1:]
+        return names
 
     def backends(self) -> dict[str, str]:
         """What a forward would choose here and now, for an x as autocast would have it."""
