@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operation as a function: ``backend="auto"`` and autograd throughout."""
 
+from samfast.kernels.adapt_former import adapt_former
 from samfast.kernels.conv_experts import conv_experts
 from samfast.kernels.conv_experts.conv_lora import conv_lora_linear
 from samfast.kernels.expert_gate import expert_gate
@@ -8,6 +9,7 @@ from samfast.kernels.lora_linear import lora_linear
 from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
 
 __all__ = [
+    "adapt_former",
     "conv_experts",
     "conv_lora_linear",
     "expert_gate",

@@ -11,7 +11,14 @@ import torch
 from samfast import __version__, backends
 from samfast.kernels._common.budget import over_budget
 
-OPERATIONS = ("lora_linear", "conv_experts", "expert_gate", "relpos_attention", "sam_block")
+OPERATIONS = (
+    "lora_linear",
+    "conv_experts",
+    "expert_gate",
+    "adapt_former",
+    "relpos_attention",
+    "sam_block",
+)
 _OTHERS = ("triton", "segment-anything", "torchvision", "peft", "transformers", "accelerate")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samfast.kernels._common.layer_norm import alike
+
 Low = tuple[Tensor, Tensor, bool] | None
 
 
@@ -21,7 +23,7 @@ def norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, lora_a=None
 ) -> tuple[Tensor, None]:
     """LayerNorm over the features, in ``dtype``, and h."""
-    x, weight, bias = _alike(x, weight, bias)
+    x, weight, bias = alike(x, weight, bias)
     return F.layer_norm(x, x.shape[1:], weight, bias, eps).to(dtype), None
 
 
@@ -51,7 +53,7 @@ def norm_backward(
     """
     want = want or (low is not None and low[2])
     dn, dtype = _with(dn, low), dn.dtype
-    wide, weight, bias = _alike(x, weight, bias)
+    wide, weight, bias = alike(x, weight, bias)
     rows, mean, rstd = torch.native_layer_norm(wide, x.shape[1:], weight, bias, eps)
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         dn.to(wide.dtype), wide, x.shape[1:], mean, rstd, weight, bias, [True, False, False]
@@ -63,7 +65,7 @@ def norm_parameters(
     dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, needs: tuple[bool, bool]
 ) -> list[Tensor | None]:
     """Gradients of the LayerNorm's weight and bias, None where not needed; dn is all of it."""
-    wide, scale, shift = _alike(x, weight, bias)
+    wide, scale, shift = alike(x, weight, bias)
     _, mean, rstd = torch.native_layer_norm(wide, x.shape[1:], scale, shift, eps)
     _, *made = torch.ops.aten.native_layer_norm_backward(
         dn.to(wide.dtype), wide, x.shape[1:], mean, rstd, scale, shift, [False, *needs]
@@ -92,12 +94,3 @@ def _with(d: Tensor, low: Low) -> Tensor:
         return d
     dh, lora_a, _ = low
     return d.addmm_(dh, lora_a.to(d.dtype))
-
-
-def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three of one dtype: their own, or the widest, at least float32."""
-    if x.dtype == weight.dtype == bias.dtype:
-        return x, weight, bias
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    return x.to(dtype), weight.to(dtype), bias.to(dtype)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The branch in its two halves: up to z, which this folder has, and from z on, lora_linear's.
+
+``op`` puts them together beside any base, ``sam_block`` inside its own node.
+"""
+
+import torch
+from torch import Tensor
+
+from samfast import backends
+from samfast.kernels.adapt_former import torch_path
+from samfast.kernels.lora_linear.engine import Slices
+from samfast.kernels.lora_linear.op import MAX_TRITON_RANK
+from samfast.kernels.lora_linear.op import path_of as engine_path_of
+
+STAND_IN = {"cpu": "torch", "cuda": "triton"}
+
+
+def supports(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> str | None:
+    """None when the backend takes this call, or the sentence that says why it does not.
+
+    dtype: of the products; the up-projection has a choice of its own
+    """
+    if backend in ("reference", "torch"):
+        return None
+    if backend == "cpu":
+        return "its stages have no C++ source; torch runs them on a CPU"
+    if backend == "cuda":
+        return "its stages have no CUDA source; triton runs them on a GPU"
+    if (missing := backends.triton_missing(x.device)) is not None:
+        return missing
+    if torch.float64 in (x.dtype, dtype):
+        return "x is torch.float64, but the kernels take float32, float16 and bfloat16"
+    widest = MAX_TRITON_RANK[dtype.itemsize]
+    if bottleneck > widest:
+        return f"a bottleneck of {bottleneck} is above {widest}, the widest tile for {dtype}"
+    return None
+
+
+def backend_of(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> str:
+    """What runs the half up to z where the call asks for ``backend``."""
+    return backends.resolve(
+        "adapt_former", STAND_IN.get(backend, backend), x.device,
+        lambda b: supports(b, x, bottleneck, dtype),
+    )  # fmt: skip
+
+
+def path_of(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype):
+    name = backend_of(backend, x, bottleneck, dtype)
+    if name == "reference":
+        raise RuntimeError("backend 'reference' is plain autograd; call adapt_former for it")
+    if name == "triton":
+        from samfast.kernels.adapt_former import triton_kernels
+
+        return triton_kernels
+    return torch_path
+
+
+def up_path_of(backend: str, z: Tensor, up: Tensor):
+    """Who multiplies by ``up`` (D, V); without a CUDA source of the engine's, Triton."""
+    backend = "triton" if backend == "cuda" else backend
+    return engine_path_of(backend, z, up.t(), up, ())
+
+
+def add_up_(path, out: Tensor, z: Tensor, up: Tensor) -> None:
+    """out += z upᵀ in place."""
+    path.up_(out, z, up, 1.0, Slices((), up, False))
+
+
+def up_backward(
+    path, dy: Tensor, z: Tensor, up: Tensor, need_up: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dz = dy up, and up's gradient dyᵀ z."""
+    return path.up_backward(dy, z if need_up else None, up, 1.0, Slices((), up, False))
+
+
+def column_sum(dy: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias that was added to every row."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, bias.dtype)).to(bias.dtype)

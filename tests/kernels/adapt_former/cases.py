@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of the branch, and the literal modules with the same tensors."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from samfast.functional import adapt_former
+from samfast.kernels._common.philox import keep_mask
+from samfast.kernels.adapt_former import example
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAMES = example.RESULTS
+BACKENDS = ("torch", "auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """shape: of x   mean, spread: of x   tensors are drawn from a seed, in float64"""
+
+    shape: tuple[int, ...] = (3, 5, 7, 40)
+    bottleneck: int = 16
+    dropout: float = 0.0
+    mean: float = 0.0
+    spread: float = 1.0
+    eps: float = 1e-5
+
+    @property
+    def id(self):
+        name = f"{'x'.join(map(str, self.shape))}-v{self.bottleneck}"
+        return name + (f"-drop{self.dropout}" if self.dropout else "")
+
+    @property
+    def seed(self):
+        return torch.tensor([2**61 + 3], device=DEVICE) if self.dropout else None
+
+    def tensors(self, dtype, small=None):
+        """The eight leaves and dy. small: dtype of all but x, base and dy."""
+        generator = torch.Generator().manual_seed(7)
+        width, bottleneck = self.shape[-1], self.bottleneck
+
+        def draw(*shape, divisor=1.0, kind=small or dtype):
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64) / divisor
+            return values.to(DEVICE, kind)
+
+        x = self.mean + self.spread * draw(*self.shape, kind=torch.float64)
+        leaves = [x.to(dtype), draw(*self.shape, kind=dtype), draw(width), draw(width)]
+        leaves += [draw(bottleneck, width, divisor=width**0.5), draw(bottleneck)]
+        leaves += [draw(width, bottleneck, divisor=bottleneck**0.5), draw(width)]
+        return [t.requires_grad_() for t in leaves], draw(*self.shape, kind=dtype)
+
+    def call(self, leaves, backend="auto"):
+        if backend == "literal":
+            return self.literal(*leaves)
+        return adapt_former(
+            *leaves, eps=self.eps, dropout=self.dropout, seed=self.seed, backend=backend
+        )
+
+    def literal(self, x, base, norm_weight, norm_bias, down, down_bias, up, up_bias):
+        """By torch's own functions; all tensors in x's dtype."""
+        n = F.layer_norm(x, self.shape[-1:], norm_weight, norm_bias, self.eps)
+        z = F.relu(F.linear(n, down, down_bias))
+        if self.dropout:
+            rows = z.shape[:-1].numel()
+            keep = keep_mask(self.seed, rows, self.bottleneck, self.dropout).view(z.shape)
+            z = z * keep / (1 - self.dropout)
+        return base + F.linear(z, up, up_bias)
+
+    def run(self, dtype, backend, small=None):
+        """Result and gradients, in the order of NAMES."""
+        leaves, dy = self.tensors(dtype, small)
+        y = self.call(leaves, backend)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def runnable(backend: str) -> str | None:
+    """None when the backend runs on this machine's test device, else the sentence why not."""
+    return None if backend == "auto" else example.missing(backend, DEVICE, torch.float32)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM-COBOT's own numbers on AdaptFormer: its K, folded into down here, is no part of the branch.
+
+Three blocks share the relation tensors; each block's MLP is one frozen linear layer.
+"""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from samfast.functional import adapt_former
+from samfast.kernels._common.budget import over_budget
+
+from .cases import DEVICE, runnable
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "cobot_adaptformer.safetensors"
+AGREE = 5e-6  # float32 files and a float64 evaluation, so that the latter is no wrong reference
+SIDE = ("norm.weight", "norm.bias", "down.weight", "down.bias", "up.weight", "up.bias")
+
+
+def quaternion(r, i, j, k):
+    """(V, V) from four (V/4, V/4): y = x W."""
+    rows = ((r, i, j, k), (-i, r, k, -j), (-j, -k, r, i), (-k, j, -i, r))
+    return torch.cat([torch.cat(row, 1) for row in rows])
+
+
+def run(tensors, dtype, branch):
+    """{name: y of each block, "grad.…" of every tensor that has one}."""
+    given = {n: t.to(DEVICE, dtype) for n, t in tensors.items() if not n.startswith("grad.")}
+    wanted = {n.removeprefix("grad.") for n in tensors if n.startswith("grad.")}
+    leaves = {n: given[n].requires_grad_() for n in sorted(wanted)}
+    c, p = given["relation_coefficients"], given["relation_matrix"]
+    results, total = {}, 0.0
+    for m in range(3):
+        block = {n: given[f"block{m}.{n}"] for n in ("x", "gamma", "grad_y", "y", *SIDE)}
+        head = quaternion(*(given[f"block{m}.head.{part}"] for part in "rijk"))
+        kernel = (block["gamma"] + (c @ p)[0, :, m])[:, None] * head
+        norm_weight, norm_bias, down, down_bias, up, up_bias = (block[n] for n in SIDE)
+        mlp = (given[f"block{m}.mlp.weight"], given[f"block{m}.mlp.bias"])
+        y = branch(
+            block["x"], F.linear(block["x"], *mlp), norm_weight, norm_bias, kernel.t() @ down,
+            down_bias @ kernel, up, up_bias,
+        )  # fmt: skip
+        results[f"block{m}.y"] = y.detach()
+        total = total + (y * block["grad_y"]).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    return results | {f"grad.{n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton"])
+def test_golden(backend):
+    if backend == "cpu" and DEVICE.type == "cuda":
+        pytest.skip("the C++ backend takes CPU tensors")
+    if backend == "triton" and (reason := runnable("triton")):
+        pytest.skip(reason)
+    tensors = safetensors.torch.load_file(GOLDEN)
+
+    def branch(backend):
+        return lambda *args: adapt_former(*args, backend=backend)
+
+    ours = run(tensors, torch.float32, branch(backend))
+    exact = run(tensors, torch.float64, branch("reference"))
+    plain = run(tensors, torch.float32, branch("reference"))
+    assert len(ours) == 3 + sum(n.startswith("grad.") for n in tensors)
+    for name, value in ours.items():
+        golden, largest = tensors[name].to(DEVICE), exact[name].abs().max()
+        assert (golden - exact[name]).abs().max() <= AGREE * largest, name
+        # Two float32 runs of one method, either as good as the other.
+        stock = (golden, plain[name])
+        problems = [over_budget(value, other, exact[name], torch.float32) for other in stock]
+        assert None in problems, f"{name}: {problems}"
