@@ -10,6 +10,7 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AdaptFormer": "samfast.modules.methods",
     "ConvLora": "samfast.modules.methods",
     "DecoderOnly": "samfast.modules.methods",
     "Lora": "samfast.modules.methods",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block forwards and backwards, by hand.
 
-x1 = x + proj(attention(qkv(norm1(x))))        y = x1 + lin2(gelu(lin1(norm2(x1))))
+x1 = x + proj(attention(qkv(norm1(x))))   y = x1 + lin2(gelu(lin1(norm2(x1)))) + side(norm2(x1))
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.layer import Activated, Given, Layer, Normed
 from samfast.kernels.sam_block.plan import LAYERS, Plan
+from samfast.kernels.sam_block.side import Side
 
 
 class Block:
@@ -41,26 +42,33 @@ class Block:
             for name, layer in zip(LAYERS, plan.layers, strict=True)
         ]  # fmt: skip
         self.qkv, self.proj, self.lin1, self.lin2 = self.layers
+        self.side = None
+        if plan.side is not None:
+            self.side = Side(plan.side, parts["side"], backend, part_needs["side"])
 
     def forward(
         self, memory: str | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]]]:
-        """y, aux of the layers, and what is kept: of the block, and of each layer.
+        """y, aux of the layers, and what is kept: of the block, and of each layer and the side.
 
         memory: "fast" keeps [out, lse, x1, qkv, u], "balanced" not the last two nor what their
             layers have kept; "minimal" and None keep nothing
         """
-        x1, u, aux, kept, of_layers = self._up_to_gelu(memory)
+        x1, u, aux, kept, of_layers, z = self._up_to_gelu(memory)
         g, h = self.stages.gelu(u, self.lin2.fused_down)
         del u
-        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h)
+        bias = None if self.side is None else self.side.bias(self.lin2.bias)
+        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h, bias)
         del g, h
+        if self.side is not None:
+            self.side.add_(update, *z)
         y = self.stages.add(x1, update).view(self.x.shape)
-        of_layers.append(kept_lin2 if memory in ("fast", "balanced") else [])
-        return y, [*aux, aux_lin2], kept, of_layers
+        some = memory in ("fast", "balanced")
+        return y, [*aux, aux_lin2], kept, [*of_layers, *([kept_lin2, z] if some else [[], []])]
 
     def _up_to_gelu(self, memory: str | None):
-        """x1, u, aux of three layers, and what is kept of the block and of these layers."""
+        """x1, u, aux of three layers, what is kept of the block and of these layers, and of the
+        side, where there is one, [z]."""
         stages, some, every = self.stages, memory in ("fast", "balanced"), memory == "fast"
         qkv, aux_qkv, kept_qkv = self._project()
         late = [qkv] if every else []
@@ -77,6 +85,7 @@ class Block:
         )
         del update
         kept += [x1] if some else []
+        z = [] if self.side is None else [self.side.forward(n)]
         u, aux_lin1, kept_lin1 = self.lin1.forward(n, h)
         late += [u] if every else []
         of_layers = [
@@ -84,15 +93,15 @@ class Block:
             kept_proj if some else [],
             kept_lin1 if every else [],
         ]
-        return x1, u, [aux_qkv, aux_proj, aux_lin1], [*kept, *late], of_layers
+        return x1, u, [aux_qkv, aux_proj, aux_lin1], [*kept, *late], of_layers, z
 
     def _again(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """What forward("fast") keeps, without the product that gives y."""
-        _, u, _, kept, of_layers = self._up_to_gelu("fast")
+        _, u, _, kept, of_layers, z = self._up_to_gelu("fast")
         kept_lin2 = []
         if self.lin2.plan.adapted:
             kept_lin2 = self.lin2.keep(*self.stages.gelu(u, self.lin2.fused_down))
-        return kept, [*of_layers, kept_lin2]
+        return kept, [*of_layers, kept_lin2, z]
 
     def backward(
         self, dy: Tensor, daux: Sequence[Tensor | None], kept: list[Tensor],
@@ -103,7 +112,7 @@ class Block:
             kept, of_layers = self._again()
         out, lse, x1, *late = kept
         qkv, u = late or (None, None)
-        kept_qkv, kept_proj, kept_lin1, kept_lin2 = of_layers
+        kept_qkv, kept_proj, kept_lin1, kept_lin2, kept_side = of_layers
         del kept, late, of_layers
         norm1, norm2, tables = (self.head_needs[i : i + 2] for i in (0, 2, 4))
         need_n1 = self.need_x or any(norm1)
@@ -117,18 +126,21 @@ class Block:
         dupdate = dy.to(self.dtype)
         if u is None:
             u, kept_lin1 = self._widen(x1)
+        beside = self._beside(dupdate, *kept_side, need_n2)
         dh = self.lin2.up(dupdate, daux[3], None, kept_lin2, need_u)
         du = self.lin2.through(dupdate, dh, need_u, Activated(self.stages, u))
         del u, dupdate, dh
         head = [None] * len(self.head)
         dx1 = dx = None
         if need_u:
-            source = self._normed(x1, 1, dy, norm2)
+            source = self._normed(x1, 1, dy, norm2, beside if need_n2 else None)
             dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2)
             dx1 = self.lin1.through(du, dh, need_n2, source)
             head[2:4] = source.grads
             del source  # which holds x1 and dy
-        del du, dy, x1
+        if beside is not None and not need_n2:
+            beside(None, self._normed(x1, 1, dy, norm2).rows())
+        del du, dy, x1, beside
         if need_x1:
             dupdate = dx1.to(self.dtype)
             dh = self.proj.up(dupdate, daux[1], None, kept_proj, need_out)
@@ -149,7 +161,8 @@ class Block:
             dx = self.qkv.through(dqkv, dh, need_n1, source)
             head[:2] = source.grads
         dx = dx.view(self.x.shape) if self.need_x else None
-        return [dx, *head, *(g for layer in self.layers for g in layer.grads)]
+        of_side = [] if self.side is None else self.side.grads
+        return [dx, *head, *(g for layer in self.layers for g in layer.grads), *of_side]
 
     def _project(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """qkv (B, H, W, 3, heads, head_dim), its aux, and what its layer keeps."""
@@ -168,10 +181,22 @@ class Block:
         u, _, kept = self.lin1.forward(n, h)
         return u, kept
 
-    def _normed(self, x: Tensor, which: int, residual: Tensor, needs) -> Normed:
+    def _beside(
+        self, dupdate: Tensor, *z_and_need
+    ) -> Callable[[Tensor | None, Tensor], None] | None:
+        """What the side does with n, and with its gradient where that is needed; None without."""
+        if self.side is None:
+            return None
+        z, need_n2 = z_and_need
+        dz = self.side.back_to_z(dupdate, z, need_n2)
+        if not (need_n2 or self.side.need_low):
+            return None
+        return lambda dn, n: self.side.back_to_n(dn, dz, z, n)
+
+    def _normed(self, x: Tensor, which: int, residual: Tensor, needs, beside=None) -> Normed:
         weight, bias = self.head[2 * which : 2 * which + 2]
         eps = self.plan.eps[which]
-        return Normed(self.stages, x, weight, bias, eps, self.dtype, residual, needs)
+        return Normed(self.stages, x, weight, bias, eps, self.dtype, residual, needs, beside)
 
     def _as_rows(self, out: Tensor) -> Tensor:
         return out.view(len(self.rows), out.shape[3] * out.shape[4])

@@ -34,13 +34,19 @@ class Layer:
     def path(self, rows: Tensor):
         return path_of(self.backend, rows, self.lora_a, self.lora_b, self.plan.starts)
 
-    def forward(self, rows: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The result, the map's aux, and what the backward needs: z, z_pad, what the map saved."""
+    def forward(
+        self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The result, the map's aux, and what the backward needs: z, z_pad, what the map saved.
+
+        bias: in place of the layer's own
+        """
+        bias = self.bias if bias is None else bias
         if not self.plan.adapted:
-            bias = None if self.bias is None else self.bias.to(rows.dtype)
+            bias = None if bias is None else bias.to(rows.dtype)
             return F.linear(rows, self.weight.to(rows.dtype), bias), no_aux(rows), []
         y, z, aux, z_pad, saved = engine.forward(
-            self.path(rows), rows, self.weight, self.bias, self.lora_a, self.lora_b, self.params,
+            self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b, self.params,
             self.seed, self.options, h,
         )  # fmt: skip
         return y, aux, [z, z_pad, *saved]
@@ -109,12 +115,16 @@ class Given:
 
 
 class Normed:
-    """LayerNorm of x, to be made again; its gradient goes on beside ``residual``."""
+    """LayerNorm of x, to be made again; its gradient goes on beside ``residual``.
 
-    def __init__(self, stages, x, weight, bias, eps, dtype, residual, needs):
+    beside: adds to the gradient, given it and the rows, what another than the layer has for it
+    """
+
+    def __init__(self, stages, x, weight, bias, eps, dtype, residual, needs, beside=None):
         self.stages, self.x, self.residual, self.dtype = stages, x, residual, dtype
-        self.affine, self.needs = (weight, bias, eps), needs
+        self.affine, self.needs, self.beside = (weight, bias, eps), needs, beside
         self.grads: list[Tensor | None] = [None, None]
+        self.made: Tensor | None = None
 
     @property
     def needs_all(self) -> bool:
@@ -122,12 +132,20 @@ class Normed:
         return any(self.needs)
 
     def rows(self) -> Tensor:
-        return self.stages.norm(self.x, *self.affine, self.dtype)[0]
+        if self.made is None:
+            self.made = self.stages.norm(self.x, *self.affine, self.dtype)[0]
+        return self.made
 
     def backward(self, drows, low, want):
+        if self.beside is not None:
+            self.beside(drows, self.rows())
         if self.needs_all:
             self.grads = self.stages.norm_parameters(drows, self.x, *self.affine, self.needs)
-        return self.stages.norm_backward(drows, self.x, *self.affine, self.residual, low, want)
+        if self.made is None:
+            return self.stages.norm_backward(drows, self.x, *self.affine, self.residual, low, want)
+        low = None if low is None else (*low[:2], False)  # no need of the rows, which are there
+        dx, _, _ = self.stages.norm_backward(drows, self.x, *self.affine, self.residual, low, False)
+        return dx, self.made, None
 
 
 class Activated:

@@ -52,11 +52,11 @@ def _stages(backend: str, x: Tensor):
 
 
 _INPUTS = "Tensor x, Tensor?[] tensors, str plan, float[] numbers, str backend"
-_KEPT = "Tensor[] kept, Tensor[] qkv, Tensor[] proj, Tensor[] lin1, Tensor[] lin2"
+_KEPT = "Tensor[] kept, Tensor[] qkv, Tensor[] proj, Tensor[] lin1, Tensor[] lin2, Tensor[] side"
 torch.library.define("samfast::sam_block", f"({_INPUTS}) -> (Tensor, Tensor[])")
 torch.library.define(
     "samfast::sam_block_forward",
-    f"({_INPUTS}) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
+    f"({_INPUTS}) -> (Tensor, Tensor[]{', Tensor[]' * _KEPT.count('[]')})",
 )
 torch.library.define(
     "samfast::sam_block_backward",
@@ -73,11 +73,11 @@ def _forward(stages, x, tensors, plan, numbers, backend):
 
 
 def _backward(
-    stages, dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, plan, numbers, backend, needs
+    stages, dy, daux, kept, qkv, proj, lin1, lin2, side, x, tensors, plan, numbers, backend, needs
 ):
     with without_autocast(x.device.type):
         block = Block(x, tensors, plan_of(plan, numbers), backend, stages, needs)
-        grads = block.backward(dy, daux, kept, [qkv, proj, lin1, lin2])
+        grads = block.backward(dy, daux, kept, [qkv, proj, lin1, lin2, side])
     return [g for g, need in zip(grads, needs, strict=True) if need]
 
 
@@ -92,13 +92,13 @@ def _forward_fake(x, tensors, plan, numbers, backend):
 
 
 @implement("samfast::sam_block_backward")
-def _backward_impl(dy, daux, kept, qkv, proj, lin1, lin2, x, *rest):
+def _backward_impl(dy, daux, kept, qkv, proj, lin1, lin2, side, x, *rest):
     stages = _stages(rest[3], x)
-    return _backward(stages, dy, daux, kept, qkv, proj, lin1, lin2, x, *rest)
+    return _backward(stages, dy, daux, kept, qkv, proj, lin1, lin2, side, x, *rest)
 
 
 @torch.library.register_fake("samfast::sam_block_backward")
-def _backward_fake(dy, daux, kept, qkv, proj, lin1, lin2, x, tensors, *rest):
+def _backward_fake(dy, daux, kept, qkv, proj, lin1, lin2, side, x, tensors, *rest):
     needs = rest[-1]
     return [t.new_empty(t.shape) for t, need in zip((x, *tensors), needs, strict=True) if need]
 
@@ -174,8 +174,8 @@ def sam_block(
         a scalar each, or empty
 
     Saves, in elements per token, x, qkv (3 · D), the attention's out, x1 and GELU's input (4 · D),
-    one number per head, and the adapters' pieces of rank r: 10 · D and little more. "balanced"
-    saves x, out and x1, "minimal" x; the rest is computed again, to the same bits.
+    one number per head, and the adapters' pieces of rank r: 10 · D and little more, V more for a
+    side. "balanced" saves x, out and x1, "minimal" x; the rest is computed again, to the same bits.
     Raises ValueError when tensors are on several devices or an adapter's do not chain, RuntimeError
     when a backend asked for by name cannot run.
     """

@@ -2,7 +2,8 @@
 """What an operator has to know of a block beside its tensors, as a string and back.
 
 Operators take strings and tensors. The tensors come in one list: ``HEAD`` first, then, of each
-layer in LAYERS, weight, bias, lora_a, lora_b, seed and the middle map's parameters.
+layer in LAYERS, weight, bias, lora_a, lora_b, seed and the middle map's parameters, at last, where
+a branch stands beside the MLP, ``SIDE``.
 """
 
 import ast
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from samfast.kernels._common.middle import IDENTITY, find
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.adapt_former.op import SIDE as BRANCH
+from samfast.kernels.adapt_former.op import check_side
 
 HEAD = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "table_h", "table_w")
 LAYERS = ("qkv", "proj", "lin1", "lin2")
 FACTORS = ("weight", "bias", "lora_a", "lora_b", "seed")
+SIDE = (*BRANCH, "seed")
 MEMORY = ("fast", "balanced", "minimal")
 
 
@@ -74,9 +78,17 @@ class LayerPlan(NamedTuple):
         return self.adapted and not find(self.middle).zero_preserving
 
 
+class SidePlan(NamedTuple):
+    """adapt_former's branch beside the MLP: its norm's eps, and its dropout."""
+
+    eps: float = 1e-5
+    dropout: float = 0.0
+
+
 class Plan(NamedTuple):
     """window: side, 0 for the whole map   eps: of the two norms   dtype: of the products, "" for
-    x's   memory: one of MEMORY   attention: backend of the attention alone, "" for the block's"""
+    x's   memory: one of MEMORY   attention: backend of the attention alone, "" for the block's
+    side: what stands beside the MLP, None for nothing"""
 
     heads: int
     window: int
@@ -86,19 +98,20 @@ class Plan(NamedTuple):
     memory: str
     attention: str
     layers: tuple[LayerPlan, ...]
+    side: SidePlan | None = None
 
     @property
     def key(self) -> str:
         """All but ``numbers``, which are symbols under torch.compile(dynamic=True)."""
         layers = (layer._replace(scaling=0.0, dropout=0.0) for layer in self.layers)
         plain = self._replace(scale=0.0, eps=(0.0, 0.0), layers=())
-        return repr((*plain[:-1], tuple(map(tuple, layers))))
+        return repr((*plain[:-2], tuple(map(tuple, layers)), self.side is not None))
 
     @property
     def numbers(self) -> list[float]:
-        """scale, eps, then scaling and dropout of each layer."""
+        """scale, eps, then scaling and dropout of each layer, then eps and dropout of the side."""
         of_layers = (n for layer in self.layers for n in (layer.scaling, layer.dropout))
-        return [self.scale, *self.eps, *of_layers]
+        return [self.scale, *self.eps, *of_layers, *(self.side or ())]
 
     def windows(self, x: Tensor) -> Windows:
         """Of the attention; x (B, H, W, D)."""
@@ -109,12 +122,12 @@ class Plan(NamedTuple):
         return getattr(torch, self.dtype) if self.dtype else x.dtype
 
     def split(self, tensors: Sequence) -> tuple[list, dict[str, list]]:
-        """The tensors of HEAD, and of each layer (or whatever runs parallel to them)."""
+        """The tensors of HEAD, and of each layer and the side (or whatever runs parallel)."""
         head, rest, parts = list(tensors[: len(HEAD)]), list(tensors[len(HEAD) :]), {}
         for name, layer in zip(LAYERS, self.layers, strict=True):
             count = len(FACTORS) + layer.params
             parts[name], rest = rest[:count], rest[count:]
-        return head, parts
+        return head, parts | ({} if self.side is None else {"side": rest})
 
     def check(self, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
         """Raise one sentence for a tensor on another device, or shapes that do not chain: kernels
@@ -122,7 +135,7 @@ class Plan(NamedTuple):
         check_memory(self.memory)
         head, parts = self.split(tensors)
         named = [("the block", HEAD, head)]
-        named += [(name, FACTORS, part) for name, part in parts.items()]
+        named += [(name, SIDE if name == "side" else FACTORS, part) for name, part in parts.items()]
         for name, names, part in named:
             for i, t in enumerate(part):
                 if t is not None and t.device != x.device:
@@ -143,6 +156,8 @@ class Plan(NamedTuple):
                 _check_shape(f"the bias of {name}", parts[name][1], shape[:1])
             if layer.adapted:
                 layer.check(name, shape, *parts[name][2:4])
+        if self.side is not None:
+            check_side(width, parts["side"][: len(BRANCH)])
 
 
 def _check_shape(what: str, t: Tensor, shape: tuple[int, ...]) -> None:
@@ -156,10 +171,11 @@ def plan_of(key: str, numbers: Sequence[float]) -> Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan_of(key: str, numbers: tuple[float, ...]) -> Plan:
-    *rest, layers = ast.literal_eval(key)
+    *rest, layers, sided = ast.literal_eval(key)
     scale, eps, of_layers = numbers[0], numbers[1:3], numbers[3:]
+    side = SidePlan(*of_layers[2 * len(layers) :]) if sided else None
     layers = (
         LayerPlan(*layer)._replace(scaling=of_layers[2 * i], dropout=of_layers[2 * i + 1])
         for i, layer in enumerate(layers)
     )
-    return Plan(*rest, tuple(layers))._replace(scale=scale, eps=eps)
+    return Plan(*rest, tuple(layers), side)._replace(scale=scale, eps=eps)

@@ -9,10 +9,18 @@ from samfast.modules.qkv_lora import QkvLora
 
 # They inherit segment_anything's classes, which are loaded when one of them is first asked for.
 _INHERITING = {
+    "AdaptFormerMlp": "samfast.modules.adapt_former",
     "RelPosAttention": "samfast.modules.rel_pos_attention",
     "SamBlock": "samfast.modules.sam_block",
 }
-__all__ = ["ConvLoraLinear", "LoraLinear", "QkvLora", "RelPosAttention", "SamBlock"]
+__all__ = [
+    "AdaptFormerMlp",
+    "ConvLoraLinear",
+    "LoraLinear",
+    "QkvLora",
+    "RelPosAttention",
+    "SamBlock",
+]
 
 
 def __getattr__(name):

@@ -16,7 +16,12 @@ _ATTRIBUTE = "samfast_attachment"
 
 
 class Adapter:
-    """Mixin of every module that adds trainable tensors to a module it replaces."""
+    """Mixin of every module that adds trainable tensors to a module it replaces.
+
+    unmergeable: why there is no ``merge``, of a module that has none
+    """
+
+    unmergeable = "whose update depends on its input"
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name inside this module, parameter) of the tensors that the adapter adds."""

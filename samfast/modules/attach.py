@@ -87,7 +87,7 @@ def find_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
         else:
             matched = [name for name in candidates if re.fullmatch(target, name)]
         if not matched:
-            raise ValueError(_no_match(target, candidates, scope))
+            raise ValueError(_no_match(target, candidates, scope, method.replaces))
         chosen.update(matched)
     layers = {name: module for name, module in candidates.items() if name in chosen}
     for name, layer in layers.items():
@@ -110,16 +110,19 @@ def check_layer(method: Method, name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _no_match(target: str, candidates: dict[str, nn.Module], scope: str) -> str:
+def _no_match(
+    target: str, candidates: dict[str, nn.Module], scope: str, kind: type[nn.Module]
+) -> str:
+    what = "linear layer" if kind is nn.Linear else kind.__name__
     examples = {}
     for name in candidates:
         if name.startswith(scope) or not target.isidentifier():
             examples.setdefault(name.rpartition(".")[2], name)
     where = f" in {scope[:-1]}" if scope and target.isidentifier() else ""
     if not examples:
-        return f"target {target!r} matches no layer{where}, which has no linear layer at all"
+        return f"target {target!r} matches no layer{where}, which has no {what} at all"
     some = ", ".join(list(examples.values())[:4])
-    return f"target {target!r} matches no layer{where}; linear layers there are {some}"
+    return f"target {target!r} matches no layer{where}; {what}s there are {some}"
 
 
 def find_trained(model: nn.Module, train: tuple[str, ...] | str) -> set[str]:
@@ -245,8 +248,7 @@ def _mergeable(model: nn.Module) -> list[Adapter]:
         raise ValueError(f"this {type(unwrapped(model)).__name__} has no adapter")
     for name, layer in found.items():
         if not hasattr(layer, "merge"):
-            kind = type(layer).__name__
-            raise ValueError(f"{name} is a {kind}, whose update depends on its input")
+            raise ValueError(f"{name} is a {type(layer).__name__}, {layer.unmergeable}")
     return list(found.values())
 
 

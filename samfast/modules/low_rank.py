@@ -17,6 +17,11 @@ def check_rank(rank: int) -> None:
         raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
 
 
+def check_bottleneck(bottleneck: int) -> None:
+    if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
+        raise ValueError(f"bottleneck is {bottleneck!r}; it must be a whole number of at least 1")
+
+
 def check_linear_rank(in_features: int, out_features: int, rank: int) -> None:
     check_rank(rank)
     if rank > min(in_features, out_features):

@@ -7,6 +7,7 @@ layer before anything is changed, and builds the module that takes its place.
 """
 
 import dataclasses
+import importlib
 import re
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from samfast.modules.conv_lora import (
     check_experts,
 )
 from samfast.modules.lora import LoraLinear
-from samfast.modules.low_rank import check_alpha, check_dropout, check_rank
+from samfast.modules.low_rank import check_alpha, check_bottleneck, check_dropout, check_rank
 from samfast.modules.qkv_lora import QkvLora, checked_slices
 
 
@@ -167,6 +168,51 @@ class ConvLora(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class AdaptFormer(Method):
+    """AdaptFormer (NeurIPS 2022) beside the MLPs of transformer blocks, segment_anything's.
+
+    bottleneck: width of the branch
+    dropout: on the bottleneck, in training
+    cobot: the branches' coefficients are related across blocks as in SAM-COBOT (CVPR 2024)
+    target: as in ``Lora``, of MLPs
+    """
+
+    name: ClassVar[str] = "adaptformer"
+
+    bottleneck: int = 16
+    dropout: float = 0.1
+    cobot: bool = False
+    target: str | tuple[str, ...] = "mlp"
+
+    def __post_init__(self):
+        check_bottleneck(self.bottleneck)
+        check_dropout(self.dropout)
+        if not isinstance(self.cobot, bool):
+            raise ValueError(f"cobot is {self.cobot!r}; it must be True or False")
+        object.__setattr__(self, "target", _checked_target(self.target))
+
+    @property
+    def replaces(self) -> type[nn.Module]:
+        """segment_anything's MLPBlock, which is imported when it is first asked for."""
+        return importlib.import_module("samfast.modules.adapt_former").MLPBlock
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not AdaptFormer:
+            return False
+        return (self.bottleneck, self.cobot) == (other.bottleneck, other.cobot)
+
+    def check(self, layer: nn.Module) -> None:
+        self._module().check_mlp(layer)
+
+    def wrap(self, layer: nn.Module) -> nn.Module:
+        return self._module().from_mlp(layer, self.bottleneck, self.dropout)
+
+    @staticmethod
+    def _module() -> type[nn.Module]:
+        return importlib.import_module("samfast.modules.adapt_former").AdaptFormerMlp
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderOnly(Method):
     """No adapter at all: what ``attach`` is told to train is all that is trained."""
 
@@ -174,7 +220,9 @@ class DecoderOnly(Method):
     target: ClassVar[tuple[str, ...]] = ()
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Lora, ConvLora, DecoderOnly)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Lora, ConvLora, AdaptFormer, DecoderOnly)
+}
 
 
 def method_from_config(config: Any) -> Method:

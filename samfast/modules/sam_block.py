@@ -66,12 +66,14 @@ class SamBlock(Block):
         for name in ("norm1", "norm2"):
             if (reason := _norm_problem(name, getattr(self, name))) is not None:
                 return reason
-        if type(self.mlp) is not MLPBlock:
+        if type(self.mlp) is not MLPBlock and not hasattr(self.mlp, "block_side"):
             return f"mlp is {kind_of(self.mlp)}"
         if altered(self.mlp) or altered(self.mlp.act):
             return "mlp or its activation has hooks or a forward of its own"
         if type(self.mlp.act) is not nn.GELU or self.mlp.act.approximate != "none":
             return f"the activation is {self.mlp.act}, not the exact GELU"
+        if hasattr(self.mlp, "side_problem") and (reason := self.mlp.side_problem()) is not None:
+            return reason
         problems = (layer_problem(name, layer) for name, layer in self._linears())
         return next((p for p in problems if p is not None), None)
 
@@ -98,6 +100,7 @@ class SamBlock(Block):
             block_layer(layer, like, windows if name == "qkv" else whole)
             for name, layer in self._linears()
         ]
+        beside = self.mlp.block_side(like) if hasattr(self.mlp, "block_side") else None
         plan = Plan(
             heads=attn.num_heads,
             window=side,
@@ -107,11 +110,13 @@ class SamBlock(Block):
             memory=self.memory,
             attention="" if attn.backend == "auto" else requested(attn.backend),
             layers=tuple(layer.plan for layer in layers),
+            side=None if beside is None else beside.plan,
         )
         head = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
         tables = (attn.rel_pos_h, attn.rel_pos_w)
         tables = [fit_table(table, size) for table, size in zip(tables, sides, strict=True)]
         tensors = [*head, *tables, *(t for layer in layers for t in layer.tensors)]
+        tensors += [] if beside is None else beside.tensors
         y, aux = sam_block(x, tensors, plan)
         for layer, value in zip(layers, aux, strict=True):
             if layer.keep is not None:
