@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of files as batches for SAM: resizing, flips, padding.
+"""Pairs of files as batches for SAM: resizing, flips, boxes, padding.
 
 SAM's geometry: the longest side becomes the model's image size (bilinear for images, nearest for
 masks), the rest of the square, right and below, is padding that no loss and no metric sees.
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from samfast.training.boxes import foreground_box, jittered_box, resized_box
 from samfast.training.folders import Pair
 from samfast.training.images import read_image, read_mask
 
@@ -43,12 +44,16 @@ def binary_mask(values: np.ndarray, foreground: Sequence[int] | None = None) -> 
     return values > 0 if foreground is None else np.isin(values, foreground)
 
 
+_BOX_STREAM = 1  # keeps the numbers that move boxes apart from those that choose flips
+
+
 class Sample(NamedTuple):
     """One pair at the model's size, and the truth at the file's own size."""
 
     image: np.ndarray  # uint8 (h, w, 3)
     mask: np.ndarray  # bool (h, w)
     truth: np.ndarray  # bool (H, W)
+    box: np.ndarray | None = None  # float64 (4,), in pixels of ``image``; None: no prompt
 
 
 class Batch(NamedTuple):
@@ -58,6 +63,7 @@ class Batch(NamedTuple):
     masks: Tensor  # bool (B, S, S)
     sizes: Tensor  # int64 (B, 2), the valid height and width
     truths: list[Tensor]  # B times bool (H, W), the files' own sizes; empty in training
+    boxes: Tensor | None = None  # float32 (B, 4), in pixels of ``images``; None: no prompts
 
 
 class EpochSampler(Sampler):
@@ -91,6 +97,10 @@ class PairDataset(Dataset):
 
     With ``flips``, each sample is mirrored left-right and top-bottom with probability 1/2 each, a
     function of (seed, pass, index): the same in every run and for any number of workers.
+
+    With ``prompt`` "box", samples carry the box of their foreground (of the whole image where there
+    is none), taken at the file's own size. In training its sides move by up to ``box_jitter``
+    pixels of the resized image, another function of (seed, pass, index).
     """
 
     def __init__(
@@ -100,12 +110,16 @@ class PairDataset(Dataset):
         *,
         foreground: Sequence[int] | None = None,
         flips: bool = False,
+        prompt: str = "none",
+        box_jitter: float = 0.0,
         seed: int = 0,
     ):
         self.pairs = tuple(pairs)
         self.image_size = image_size
         self.foreground = foreground
         self.flips = flips
+        self.prompt = prompt
+        self.box_jitter = box_jitter
         self.seed = seed
 
     def __len__(self) -> int:
@@ -121,9 +135,14 @@ class PairDataset(Dataset):
             for axis in np.flatnonzero(rng.random(2) < 0.5):
                 image, truth = np.flip(image, axis), np.flip(truth, axis)
         image, truth = np.ascontiguousarray(image), np.ascontiguousarray(truth)
-        return Sample(
-            resize_image(image, self.image_size), resize_mask(truth, self.image_size), truth
-        )
+        mask = resize_mask(truth, self.image_size)
+        box = None
+        if self.prompt == "box":
+            box = resized_box(foreground_box(truth), truth.shape, mask.shape)
+            if self.box_jitter > 0:
+                rng = np.random.default_rng((self.seed, number, index, _BOX_STREAM))
+                box = jittered_box(box, self.box_jitter, mask.shape, rng)
+        return Sample(resize_image(image, self.image_size), mask, truth, box)
 
 
 class Collate:
@@ -143,7 +162,10 @@ class Collate:
             images[i, :, :height, :width] = sample.image.transpose(2, 0, 1)
             masks[i, :height, :width] = sample.mask
         truths = [torch.from_numpy(sample.truth) for sample in samples] if self.truths else []
-        return Batch(*(torch.from_numpy(a) for a in (images, masks, sizes)), truths)
+        boxes = None
+        if samples and samples[0].box is not None:
+            boxes = torch.from_numpy(np.stack([s.box for s in samples]).astype(np.float32))
+        return Batch(*(torch.from_numpy(a) for a in (images, masks, sizes)), truths, boxes)
 
 
 def valid_region(sizes: Tensor, image_size: int) -> Tensor:

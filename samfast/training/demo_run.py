@@ -48,7 +48,7 @@ def run(output: Path, seed: int = 0) -> bool:
     print("\nLoRA adapters and mask decoder")
     lora_result = finetune(lora)
 
-    adapted = start.PromptFree(load_adapted(output / "adapter" / "best"))
+    adapted = start.Segmenter(load_adapted(output / "adapter" / "best"))
     dice, _ = evaluate(adapted, loader)
     print("\nvalidation Dice")
     print(f"  everything foreground      {lora_result['all_foreground_dice']:.4f}")
@@ -63,11 +63,11 @@ def run(output: Path, seed: int = 0) -> bool:
     return dice >= WANTED
 
 
-def _untrained(settings: FinetuneSettings) -> start.PromptFree:
+def _untrained(settings: FinetuneSettings) -> start.Segmenter:
     """The model as ``finetune`` has it before its first step."""
     sam = start.build_base(settings)
     seed_everything(settings.seed)
-    return start.PromptFree(start.attach_method(sam, settings))
+    return start.Segmenter(start.attach_method(sam, settings))
 
 
 def _cost(result: dict) -> str:

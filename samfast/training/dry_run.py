@@ -4,7 +4,7 @@
 The model of the settings is built, and one forward and backward run, on torch's fake tensors: meta
 tensors that know which device they stand for, so that autocast casts as it will. A batch is
 ``batch_size`` images padded to the square that the model sees, whatever the files' sizes, each
-with the one object that is trained without prompts; so no file is needed.
+with the one object that is trained, with a box or without; so no file is needed.
 
 Counted is samfast's torch path, which keeps the same tensors as all others, with attention and
 Conv-LoRA's experts as one kernel that makes nothing but its results, as C++ and Triton have them;
@@ -13,7 +13,7 @@ the experts' own FLOP, less than a hundredth, are left out. Peak memory is
     model       parameters and buffers
     + gradients of the trained parameters, all of them (a batch that is accumulated finds them)
     + optimizer AdamW's two moments of every trained parameter and its step
-    + batch     images, masks, sizes
+    + batch     images, masks, sizes, boxes
     + saved     what autograd keeps at the end of the forward, the loss included
     + transient what else is alive at the worst moment of forward, loss and backward: the most bytes
                 alive at once, less ``saved`` (of which a part is gone by then, if it is late)
@@ -69,14 +69,16 @@ def dry_run(settings: FinetuneSettings) -> dict:
         # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
         half = {torch.float16: torch.bfloat16}
         start.attach_method(sam, settings, half.get(base, base))
-        model = start.PromptFree(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
-        step = _Step(model, settings, _batch(settings.batch_size, image_size(sam), device))
+        model = start.Segmenter(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
+        batch = _batch(settings.batch_size, image_size(sam), device, settings.prompt)
+        step = _Step(model, settings, batch)
         counts = step.counts()
         fused = "fused" in samfast.report(sam).blocks.values()
     return {
         "model": settings.model,
         "image_size": image_size(sam),
         "method": settings.method,
+        "prompt": settings.prompt,
         "batch_size": settings.batch_size,
         "objects_per_image": 1,
         "fuse": fused,
@@ -92,14 +94,15 @@ def dry_run(settings: FinetuneSettings) -> dict:
 class _Step:
     """One forward and backward of a training step, and its counts."""
 
-    def __init__(self, model: start.PromptFree, settings: FinetuneSettings, batch: Batch):
+    def __init__(self, model: start.Segmenter, settings: FinetuneSettings, batch: Batch):
         self.model, self.settings, self.batch = model, settings, batch
         self.trained = [p for _, p in samfast.trainable_parameters(model.sam)]
         self.own = [*model.parameters(), *model.buffers()]
         self.given = [batch.images, batch.masks, batch.sizes]
+        self.given += [] if batch.boxes is None else [batch.boxes]
 
     def loss(self) -> Tensor:
-        logits, valid = self.model(self.batch.images, self.batch.sizes)
+        logits, valid = self.model(self.batch.images, self.batch.sizes, self.batch.boxes)
         loss = LOSSES[self.settings.loss](logits, self.batch.masks, valid)
         return loss + samfast.aux_loss(self.model.sam)
 
@@ -140,9 +143,10 @@ def text(result: dict) -> str:
     """``dry_run``'s result for readers."""
     chunk, peak = result["decoder_chunk"], result["peak_bytes"]
     encoder = f"fused, memory {result['memory']}" if result["fuse"] else "not fused"
+    boxes = " and its box" if result["prompt"] == "box" else ""
     head = (
         f"{result['model']} at {result['image_size']} pixels, {result['method']}, batches of "
-        f"{result['batch_size']}, {result['objects_per_image']} object per image, encoder "
+        f"{result['batch_size']}, {result['objects_per_image']} object per image{boxes}, encoder "
         f"{encoder}, base {result['base_dtype']}, precision {result['precision']} on "
         f"{result['device']}" + (f", decoder in chunks of {chunk}" if chunk else "")
     )
@@ -186,10 +190,12 @@ def _stand_for(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = stand_in(buffer)
 
 
-def _batch(count: int, side: int, device: torch.device) -> Batch:
+def _batch(count: int, side: int, device: torch.device, prompt: str) -> Batch:
     images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
     masks = torch.zeros(count, side, side, dtype=torch.bool, device=device)
-    return Batch(images, masks, torch.zeros(count, 2, dtype=torch.int64, device=device), [])
+    sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
+    boxes = torch.zeros(count, 4, device=device) if prompt == "box" else None
+    return Batch(images, masks, sizes, [], boxes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

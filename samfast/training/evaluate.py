@@ -29,10 +29,14 @@ def validation_loader(
     batch_size: int,
     foreground: Sequence[int] | None = None,
     workers: int = 0,
+    prompt: str = "none",
 ) -> DataLoader:
-    """Batches in the pairs' order, without flips, with the truths at their own size."""
+    """Batches in the pairs' order, without flips, with the truths at their own size.
+
+    With ``prompt`` "box", with the boxes of the truths, none of them moved.
+    """
     return DataLoader(
-        PairDataset(pairs, image_size, foreground=foreground),
+        PairDataset(pairs, image_size, foreground=foreground, prompt=prompt),
         batch_size=batch_size,
         collate_fn=Collate(image_size, truths=True),
         num_workers=workers,
@@ -53,7 +57,8 @@ def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tens
 
 
 def _masks_of(model: nn.Module, batch: Batch, device: torch.device):
-    logits, _ = model(batch.images.to(device), batch.sizes.to(device))
+    boxes = None if batch.boxes is None else batch.boxes.to(device)
+    logits, _ = model(batch.images.to(device), batch.sizes.to(device), boxes)
     for one, (height, width), truth in zip(logits, batch.sizes.tolist(), batch.truths, strict=True):
         yield full_size_mask(one, height, width, truth.shape), truth.to(device)
 

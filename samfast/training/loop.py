@@ -83,6 +83,11 @@ def _finetune(
         f"{settings.model} at {image_size(sam)} pixels, {settings.method}, {trainable:,} trained "
         f"parameters, {str(dtype).removeprefix('torch.')} on {accelerator.device.type}"
     )
+    if settings.prompt == "box":
+        say(
+            "each image is prompted by the box around its foreground, whose sides move by up to "
+            f"{settings.box_jitter:g} pixels in training"
+        )
     say(
         f"{len(split.train)} training and {len(split.val)} validation images; calling everything "
         f"foreground scores Dice {all_foreground[0]:.4f}, IoU {all_foreground[1]:.4f}"
@@ -131,6 +136,8 @@ class Run:
             side,
             foreground=settings.foreground,
             flips=settings.flips,
+            prompt=settings.prompt,
+            box_jitter=settings.box_jitter,
             seed=settings.seed,
         )
         loader = DataLoader(
@@ -144,7 +151,7 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=workers > 0,
         )
-        self.plain_model = start.PromptFree(sam, dtype, settings.decoder_chunk)
+        self.plain_model = start.Segmenter(sam, dtype, settings.decoder_chunk)
         self.model, self.optimizer, self.loader = accelerator.prepare(
             self.plain_model, optimizer, loader
         )
@@ -155,7 +162,7 @@ class Run:
         # Not prepared: a loader evened out over processes would repeat images and falsify scores.
         mine = split.val[accelerator.process_index :: accelerator.num_processes]
         self.val_loader = validation_loader(
-            mine, side, settings.batch_size, settings.foreground, workers
+            mine, side, settings.batch_size, settings.foreground, workers, settings.prompt
         )
         self.step = 0
         self.best: dict | None = None
@@ -258,7 +265,7 @@ class Run:
 
     def loss(self, batch: Batch) -> Tensor:
         """The settings' loss, and what the adapters add to it."""
-        logits, valid = self.model(batch.images, batch.sizes)
+        logits, valid = self.model(batch.images, batch.sizes, batch.boxes)
         loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
         return loss + samfast.aux_loss(self.sam)
 
@@ -271,6 +278,8 @@ class Run:
             val_dice=row["val_dice"],
             val_iou=row["val_iou"],
             foreground=None if foreground is None else list(foreground),
+            prompt=self.settings.prompt,
+            box_jitter=self.settings.box_jitter,
         )
 
     def draw_overlays(self, folder: RunFolder) -> None:
@@ -279,13 +288,15 @@ class Run:
         if count == 0:
             return
         chosen = [self.split.val[i * len(self.split.val) // count] for i in range(count)]
-        for pair, panel in overlay_panels(self.plain_model, chosen, self.settings.foreground):
+        settings = self.settings
+        panels = overlay_panels(self.plain_model, chosen, settings.foreground, settings.prompt)
+        for pair, panel in panels:
             folder.add_overlay(pair.stem, panel)
 
 
-def overlay_panels(model: start.PromptFree, pairs: list[Pair], foreground=None):
+def overlay_panels(model: start.Segmenter, pairs: list[Pair], foreground=None, prompt="none"):
     """(pair, image | truth | prediction at the image's size) for each pair."""
-    loader = validation_loader(pairs, image_size(model.sam), 1, foreground)
+    loader = validation_loader(pairs, image_size(model.sam), 1, foreground, prompt=prompt)
     for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
         image = read_image(pair.image)
         panel = pictures.overlay_panel(image, truth.cpu().numpy(), predicted.cpu().numpy())

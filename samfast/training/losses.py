@@ -26,12 +26,15 @@ def bce_dice_loss(
     dice_weight: float = 1.0,
     smooth: float = 1.0,
 ) -> Tensor:
-    """Binary cross-entropy plus soft Dice.
+    """Binary cross-entropy plus soft Dice, of each image by itself.
 
     With v = valid, t = masks, p = sigmoid(logits) and sums over one image's pixels:
 
         loss = mean_B[ Σ v·bce(logits, t) / Σ v
                        + dice_weight · (1 − (2·Σ v·p·t + smooth) / (Σ v·p + Σ v·t + smooth)) ]
+
+    It is the loss for SAM-COBOT too, whose authors compute Dice of the thresholded masks: a number
+    without a gradient, where soft Dice takes the probabilities and has one.
     """
     logits, target, valid = _prepared(logits, masks, valid)
     bce = _image_sum(_cross_entropy(logits, target) * valid) / _image_sum(valid).clamp(min=1)

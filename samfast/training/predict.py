@@ -11,14 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 
 import samfast
 from samfast.models import build_sam, image_size
-from samfast.modules.adapter_files import read_adapter
+from samfast.modules.adapter_files import AdapterFile, read_adapter
 from samfast.training import start
+from samfast.training.boxes import check_box, parsed_box, resized_box
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
 from samfast.training.images import SUFFIXES, read_image
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, tinted
 from samfast.training.records import write_whole
-from samfast.training.settings import PredictSettings
+from samfast.training.settings import PROMPTS, PredictSettings
 
 
 def predict(settings: PredictSettings) -> dict:
@@ -31,25 +32,25 @@ def predict(settings: PredictSettings) -> dict:
         raise ValueError("no image is named; give files or folders of them")
     paths = find_images(settings.images)
     names = _output_names(paths)
-    for path in paths:
-        read_image(path)
+    shapes = {path: read_image(path).shape[:2] for path in paths}
     if settings.output.exists() and not settings.output.is_dir():
         raise ValueError(f"output {settings.output} is a file, not a folder")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = start.autocast_dtype(settings.precision, device)
-    method = read_adapter(_adapter_folder(settings.adapter)).method
-    with start.backend_asked_for(settings.backend, method, settings.fuse, device, dtype):
+    adapter = read_adapter(_adapter_folder(settings.adapter))
+    boxes = boxes_for(settings, prompt_of(adapter), shapes)
+    with start.backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
             settings.adapter,
             settings.checkpoint,
             start.base_dtype("auto", dtype, device),
             fuse=settings.fuse,
         )
-        model = start.PromptFree(sam, dtype, settings.decoder_chunk).to(device)
+        model = start.Segmenter(sam, dtype, settings.decoder_chunk).to(device)
         loader = DataLoader(
-            _Photographs(paths, image_size(sam)),
+            _Photographs(paths, image_size(sam), boxes),
             batch_size=settings.batch_size,
             collate_fn=Collate(image_size(sam), truths=True),
         )
@@ -81,6 +82,47 @@ def find_images(given: Sequence[Path]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path} does not exist")
     return paths
+
+
+def prompt_of(adapter: AdapterFile) -> str:
+    """What an adapter was trained to be prompted by: "none" or "box"."""
+    prompt = adapter.record["extra"].get("prompt", "none")
+    if prompt not in PROMPTS:
+        known = ", ".join(PROMPTS)
+        raise ValueError(
+            f"adapter {adapter.folder} was trained with prompt {prompt!r}; known are {known}"
+        )
+    return prompt
+
+
+def boxes_for(
+    settings: PredictSettings, prompt: str, sizes: dict[Path, tuple[int, int]]
+) -> list[np.ndarray]:
+    """The box of each image; none where the adapter's prompt is none.
+
+    sizes: (height, width) of each image. Raises ValueError when boxes and adapter, boxes and number
+    of images, or a box and its image do not fit.
+    """
+    given = [parsed_box(text) for text in settings.box]
+    if prompt == "none":
+        if given:
+            raise ValueError(
+                f"adapter {settings.adapter} was trained without prompts; leave out --box"
+            )
+        return []
+    if not given:
+        raise ValueError(
+            f"adapter {settings.adapter} was trained with a box for each image; give it with "
+            "--box x0,y0,x1,y1, in pixels of the image"
+        )
+    if len(given) not in (1, len(sizes)):
+        raise ValueError(
+            f"there are {len(given)} boxes for {len(sizes)} images; give one for all, or one each"
+        )
+    boxes = given * len(sizes) if len(given) == 1 else given
+    for box, (path, size) in zip(boxes, sizes.items(), strict=True):
+        check_box(box, size, str(path))
+    return boxes
 
 
 def load_adapted(
@@ -131,9 +173,12 @@ def _adapter_folder(given: Path) -> Path:
 
 
 class _Photographs(Dataset):
-    def __init__(self, paths: Sequence[Path], side: int):
+    """``boxes`` are one of each image, in its file's pixels, or none."""
+
+    def __init__(self, paths: Sequence[Path], side: int, boxes: Sequence[np.ndarray] = ()):
         self.paths = paths
         self.side = side
+        self.boxes = boxes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -141,8 +186,10 @@ class _Photographs(Dataset):
     def __getitem__(self, index: int) -> Sample:
         image = read_image(self.paths[index])
         resized = resize_image(image, self.side)
+        size, resized_size = image.shape[:2], resized.shape[:2]
+        box = resized_box(self.boxes[index], size, resized_size) if self.boxes else None
         # No truth: only the sizes of these two count.
-        return Sample(resized, np.zeros(resized.shape[:2], bool), np.zeros(image.shape[:2], bool))
+        return Sample(resized, np.zeros(resized_size, bool), np.zeros(size, bool), box)
 
 
 def _output_names(paths: Sequence[Path]) -> list[str]:

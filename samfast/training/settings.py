@@ -7,9 +7,10 @@ Importing this does not load torch, so ``--help`` is quick.
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 METHODS = ("lora", "conv-lora", "decoder")
+PROMPTS = ("none", "box")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "polynomial", "constant")
 MEMORY = ("fast", "balanced", "minimal")
@@ -55,6 +56,14 @@ class FinetuneSettings:
     """The encoder's linear layers that get an adapter: qkv, proj, lin1, lin2."""
     slices: tuple[str, ...] | None = None
     """Adapt only these parts of qkv (q, k, v), each with its own factors and no scaling."""
+    prompt: str = "none"
+    """none: the mask decoder is given the image alone; box: and the box around the foreground of
+    its mask, one box per image whatever the number of objects (the whole image where there is no
+    foreground). An adapter trained with boxes predicts with boxes."""
+    box_jitter: float | None = None
+    """Of --prompt box: each side of a box moves by up to so many pixels of the image as the model
+    sees it, anew each time in training, never in validation; a fiftieth of the image size (20 of
+    1024) if not given."""
     epochs: int = 20
     """Epochs; the model is validated and saved after each."""
     repeats: int | None = None
@@ -72,9 +81,9 @@ class FinetuneSettings:
     polynomial: from --lr in a straight line to 0. polynomial for conv-lora, else cosine, if not
     given."""
     loss: str | None = None
-    """bce-dice; structure: cross-entropy and IoU, pixels near edges count more
-    (structure-weighted: in the cross-entropy too); balanced-bce: rare foreground counts more.
-    structure for conv-lora, else bce-dice, if not given."""
+    """bce-dice: cross-entropy and soft Dice; structure: cross-entropy and IoU, pixels near edges
+    count more (structure-weighted: in the cross-entropy too); balanced-bce: rare foreground counts
+    more. structure for conv-lora, else bce-dice, if not given."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
@@ -95,16 +104,17 @@ class FinetuneSettings:
     and two of a block's four large products are computed again; minimal: each block's input, and
     all of the block is computed again. The results are the same. fast if not given."""
     decoder_chunk: int | None = None
-    """Objects that the mask decoder takes at a time (without prompts an image is one object); each
-    chunk is computed again for its gradient, so that one at a time is kept. All if not given."""
+    """Objects that the mask decoder takes at a time (an image is one object, with a box and
+    without); each chunk is computed again for its gradient, so that one at a time is kept. All if
+    not given."""
     seed: int = 0
-    """Seed of the split, the order, the flips and the random weights."""
+    """Seed of the split, the order, the flips, the boxes' jitter and the random weights."""
     val_fraction: float = 0.2
     """Share of the images that validates; ignored when the data has train/ and val/."""
     foreground: tuple[int, ...] | None = None
     """Mask values that are foreground, for masks with more than two values."""
     output: Path | None = None
-    """Folder for the results; runs/DATA-MODEL-METHOD if not given."""
+    """Folder for the results; runs/DATA-MODEL-METHOD (-box with boxes) if not given."""
     overwrite: bool = False
     """Replace the results of an earlier run in the output folder."""
     overlays: int = 4
@@ -137,6 +147,9 @@ class PredictSettings:
     """Folder for NAME_mask.png and NAME_overlay.png; existing files of these names are replaced."""
     checkpoint: Path | None = None
     """The SAM weights the adapter was trained on; not needed where these were random."""
+    box: UseAppendAction[tuple[str, ...]] = ()
+    """x0,y0,x1,y1 in pixels of the image, for an adapter that was trained with boxes: once for all
+    images, or once for each in their order."""
     batch_size: int = 4
     """Images in one forward pass."""
     precision: str = "auto"

@@ -24,6 +24,7 @@ from samfast.training.settings import (
     MEMORY,
     METHODS,
     PRECISIONS,
+    PROMPTS,
     SCHEDULES,
     FinetuneSettings,
     PredictSettings,
@@ -43,16 +44,18 @@ _RECIPES = {
     "decoder": _COMMON,
 }
 _PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+BOX_JITTER_SHARE = 50  # of the image's side: 20 pixels of 1024, as many as in SAM's own training
 HEAD_DIM = 64  # of a try-out; SAM's are 64 and 80
 _CONV_LORA = {"experts": None, "depthwise": False}  # its own options, as they are if not given
 
 
-class PromptFree(nn.Module):
-    """Binary segmentation without prompts: padded images in, one map of logits out.
+class Segmenter(nn.Module):
+    """Binary segmentation: padded images in, one map of logits out, prompted by a box or nothing.
 
-    images (B, 3, S, S) uint8, sizes int64 (B, 2) -> logits float32 (B, S, S), valid bool
-    (B, S, S). Runs under autocast of ``dtype`` unless that is float32; decoder_chunk as in
-    ``segment``.
+    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4) -> logits float32
+    (B, S, S), valid bool (B, S, S). The map is that of SAM's first mask token, the one for a single
+    mask, with boxes and without. Runs under autocast of ``dtype`` unless that is float32;
+    decoder_chunk as in ``segment``.
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class PromptFree(nn.Module):
         self.dtype = dtype
         self.decoder_chunk = decoder_chunk
 
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, sizes: Tensor, boxes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         valid = valid_region(sizes, image_size(self.sam))
         images = padded_images(images, valid, self.sam.pixel_mean)
         lower = self.dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
-            logits = segment(self.sam, images, decoder_chunk=self.decoder_chunk)
+            logits = segment(self.sam, images, boxes, decoder_chunk=self.decoder_chunk)
         return logits[:, 0].float(), valid
 
 
@@ -99,7 +104,7 @@ def check_settings(settings: FinetuneSettings) -> None:
     """Raise ValueError for an option that no data or model can make right."""
     architecture(settings.model)
     _check_known(settings, method=METHODS, precision=PRECISIONS, backend=backends.NAMES)
-    _check_known(settings, base_dtype=BASE_DTYPES)
+    _check_known(settings, base_dtype=BASE_DTYPES, prompt=PROMPTS)
     for name, known in (("schedule", SCHEDULES), ("loss", LOSSES), ("memory", MEMORY)):
         if getattr(settings, name) is not None:
             _check_known(settings, **{name: known})
@@ -118,11 +123,16 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise ValueError(
             f"memory is {settings.memory}, which only the fused encoder has; leave out --no-fuse"
         )
+    if settings.prompt != "box" and settings.box_jitter is not None:
+        raise ValueError(
+            f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
+        )
     if settings.data is None and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
     _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")
     _check_smallest(settings, 1, "decoder_chunk")
     _check_smallest(settings, 0, "workers", "overlays", "weight_decay", "clip", "seed")
+    _check_smallest(settings, 0, "box_jitter")
     if settings.lr is not None and not (settings.lr > 0 and isfinite(settings.lr)):
         raise ValueError(f"lr is {settings.lr}; it must be above 0")
     if not 0.0 < settings.val_fraction < 1.0:
@@ -134,6 +144,9 @@ def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
     recipe = dict(_RECIPES[settings.method])
     trained = settings.checkpoint is not None
     recipe["lr"] = (1e-4 if settings.method == "conv-lora" else 2e-4) if trained else 1e-3
+    if settings.prompt == "box":
+        side = settings.image_size or architecture(settings.model).image_size
+        recipe["box_jitter"] = float(round(side / BOX_JITTER_SHARE))
     open_ = {name: value for name, value in recipe.items() if getattr(settings, name) is None}
     return dataclasses.replace(settings, **open_)
 
@@ -252,7 +265,8 @@ def _try_out(method: Method, fuse: bool, device: torch.device, dtype: torch.dtyp
 def output_folder(settings: FinetuneSettings) -> Path:
     """Where the results go; ValueError when something is there already."""
     method = f"{settings.method}-depthwise" if settings.depthwise else settings.method
-    name = f"{settings.data.resolve().name}-{settings.model}-{method}"
+    prompt = "" if settings.prompt == "none" else f"-{settings.prompt}"
+    name = f"{settings.data.resolve().name}-{settings.model}-{method}{prompt}"
     output = settings.output if settings.output is not None else Path("runs") / name
     if output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file, not a folder")

@@ -140,7 +140,7 @@ def test_a_loaded_adapter_scores_exactly_what_was_written(run, which):
     sam = load_adapted(folder)
     assert head_of(sam) == read_adapter_config(folder)["head"] == "binary"
     pairs = load_split(settings.data, val_fraction=0.34).val
-    scores = evaluate(start.PromptFree(sam), validation_loader(pairs, 64, settings.batch_size))
+    scores = evaluate(start.Segmenter(sam), validation_loader(pairs, 64, settings.batch_size))
     epoch = summary["best_epoch"] if which == "best" else settings.epochs
     row = rows_of(settings.output)[epoch - 1]
     assert scores == (float(row["val_dice"]), float(row["val_iou"]))

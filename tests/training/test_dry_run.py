@@ -39,19 +39,21 @@ class RealStep:
         dtype = start.autocast_dtype(settings.precision, cpu)
         base = start.base_dtype(settings.base_dtype, dtype, cpu)
         self.sam = start.attach_method(start.build_base(settings), settings, base)
-        self.model = start.PromptFree(self.sam, dtype, settings.decoder_chunk).train()
+        self.model = start.Segmenter(self.sam, dtype, settings.decoder_chunk).train()
         self.criterion = LOSSES[settings.loss]
         side = image_size(self.sam)
         self.images = torch.randint(0, 256, (settings.batch_size, 3, side, side)).byte()
         self.masks = self.images[:, 0] > 200
         self.sizes = torch.full((settings.batch_size, 2), side)
         self.known = [*self.sam.parameters(), *self.sam.buffers()]
+        self.boxes = torch.rand(settings.batch_size, 4) * side if settings.prompt == "box" else None
         self.known += [self.images, self.masks, self.sizes]
+        self.known += [] if self.boxes is None else [self.boxes]
         if settings.method == "conv-lora":
             self.loss()  # the first call of experts makes matrices that stay
 
     def loss(self):
-        logits, valid = self.model(self.images, self.sizes)
+        logits, valid = self.model(self.images, self.sizes, self.boxes)
         return self.criterion(logits, self.masks, valid) + samfast.aux_loss(self.sam)
 
     def embeddings(self):
@@ -76,6 +78,7 @@ CASES = {
 MORE = {
     "conv-lora": {"method": "conv-lora", "dropout": 0.25},
     "lora": {},
+    "box": {"prompt": "box"},
     "stock": {"fuse": False},
     "decoder": {"method": "decoder"},
     "balanced": {"memory": "balanced", "loss": "structure", "target": ALL},
@@ -117,7 +120,8 @@ def test_equals_a_real_step(monkeypatch, options):
     assert peak["optimizer"] == bytes_of(state)
     assert peak["model"] == bytes_of([*real.sam.parameters(), *real.sam.buffers()])
     assert peak["saved"] == result["saved_bytes"]["step"]
-    assert peak["batch"] == bytes_of([real.images, real.masks, real.sizes])
+    given = [real.images, real.masks, real.sizes, *([] if real.boxes is None else [real.boxes])]
+    assert peak["batch"] == bytes_of(given)
     assert peak["transient"] == worst - peak["saved"] > 0
     assert peak["total"] == sum(size for name, size in peak.items() if name != "total")
 

@@ -108,7 +108,7 @@ def test_a_loaded_adapter_scores_exactly_what_was_written(run, which):
     settings, summary = run
     folder = settings.output / "adapter" / which
     record = read_adapter_config(folder)
-    model = start.PromptFree(load_adapted(folder))
+    model = start.Segmenter(load_adapted(folder))
     pairs = load_split(settings.data, val_fraction=VAL_FRACTION).val
     scores = evaluate(model, validation_loader(pairs, 64, settings.batch_size))
     epoch = summary["best_epoch"] if which == "best" else settings.epochs
@@ -158,7 +158,7 @@ def test_decoder_alone_trains_no_adapter(shared_data, tmp_path):
     adapted = load_adapted(settings.output / "adapter" / "best")
     assert not any("lora" in name for name, _ in adapted.named_parameters())
     pairs = load_split(shared_data).val
-    scores = evaluate(start.PromptFree(adapted), validation_loader(pairs, 64, 2))
+    scores = evaluate(start.Segmenter(adapted), validation_loader(pairs, 64, 2))
     assert scores == (summary["val_dice"], summary["val_iou"])
     before = start.build_base(settings)
     encoder = adapted.image_encoder.state_dict()

@@ -105,6 +105,30 @@ def test_padding_is_invisible(name):
         assert torch.equal(again, loss) and torch.equal(dirty.grad, clean.grad)
 
 
+def test_cross_entropy_and_soft_dice_by_hand():
+    """Value and slope of each image: p − t over the pixels, and with dice = n / d, where
+    n = 2·Σpt + 1 and d = Σp + Σt + 1, p·(1 − p)·(n − 2·t·d) / d². Dice of a thresholded mask, as
+    SAM-COBOT's authors have it, has no slope."""
+    logits, masks = inputs()
+
+    def by_hand(dtype):
+        x, t = logits.to(dtype), masks.to(dtype)
+        p = 1 / (1 + torch.exp(-x))
+        n = 2 * (p * t).sum((1, 2), keepdim=True) + 1
+        d = (p + t).sum((1, 2), keepdim=True) + 1
+        bce = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+        slope = (p - t) / t[0].numel() + p * (1 - p) * (n - 2 * t * d) / d**2
+        return bce + (1 - n / d).mean(), slope / len(x)
+
+    x = logits.clone().requires_grad_(True)
+    loss = bce_dice_loss(x, masks)
+    loss.backward()
+    for ours, stock, exact in zip(
+        (loss.detach(), x.grad), by_hand(torch.float32), by_hand(torch.float64), strict=True
+    ):
+        within_budget(ours, stock, exact, torch.float32)
+
+
 def test_the_command_line_knows_every_loss():
     assert tuple(LOSSES) == NAMES
 

@@ -91,12 +91,12 @@ def test_they_reach_the_model(memory, monkeypatch):
     assert sam.image_encoder.patch_embed.proj.weight.dtype == BF16
     assert {p.dtype for _, p in samfast.trainable_parameters(sam)} == {FP32}
 
-    def segment(model, images, *, decoder_chunk):
-        assert model is sam and decoder_chunk == 3
+    def segment(model, images, boxes, *, decoder_chunk):
+        assert model is sam and boxes is None and decoder_chunk == 3
         return images.new_zeros(len(images), 1, 64, 64)
 
     monkeypatch.setattr(start, "segment", segment)
-    model = start.PromptFree(sam, FP32, given.decoder_chunk)
+    model = start.Segmenter(sam, FP32, given.decoder_chunk)
     model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.full((2, 2), 64))
 
 
