@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AdaptFormer": "samfast.modules.methods",
+    "CobotLora": "samfast.modules.methods",
     "ConvLora": "samfast.modules.methods",
     "DecoderOnly": "samfast.modules.methods",
     "Lora": "samfast.modules.methods",

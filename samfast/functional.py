@@ -2,6 +2,8 @@
 """Every operation as a function: ``backend="auto"`` and autograd throughout."""
 
 from samfast.kernels.adapt_former import adapt_former
+from samfast.kernels.cobot_fold import cobot_fold
+from samfast.kernels.adapt_former import adapt_former
 from samfast.kernels.conv_experts import conv_experts
 from samfast.kernels.conv_experts.conv_lora import conv_lora_linear
 from samfast.kernels.expert_gate import expert_gate
@@ -10,6 +12,7 @@ from samfast.kernels.relpos_attention import relpos_attention, window_relpos_att
 
 __all__ = [
     "adapt_former",
+    "cobot_fold",
     "conv_experts",
     "conv_lora_linear",
     "expert_gate",

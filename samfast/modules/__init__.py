@@ -3,6 +3,7 @@
 
 import importlib
 
+from samfast.modules.cobot import CobotQkvLora
 from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.lora import LoraLinear
 from samfast.modules.qkv_lora import QkvLora
@@ -15,6 +16,7 @@ _INHERITING = {
 }
 __all__ = [
     "AdaptFormerMlp",
+    "CobotQkvLora",
     "ConvLoraLinear",
     "LoraLinear",
     "QkvLora",

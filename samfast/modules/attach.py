@@ -170,6 +170,7 @@ def attach_to(
         for place in places[id(layers[name])]:
             parent, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module)
+    method.attached(model, adapted)
     remember(model, Attachment(method, tuple(layers), trained, base_dtype, fingerprints))
     return model
 
@@ -261,9 +262,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     model = unwrapped(model)
     layers = _mergeable(model)
     was_merged = [layer.merged for layer in layers]
-    own = adapter_parameter_names(model)
-    state = {name: value for name, value in model.state_dict().items() if name not in own}
+    state = model.state_dict()
     for name, layer in adapters(model).items():
+        for added, _ in layer.adapter_state():
+            state.pop(f"{name}.{added}" if name else added)
         layer.merge()
         state[f"{name}.weight" if name else "weight"] = layer.weight.detach()
     for layer, merged in zip(layers, was_merged, strict=True):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from samfast.modules.cobot import CobotForward, CobotQkvLora, check_width, relation
 from samfast.modules.conv_lora import (
     ConvLoraLinear,
     check_choice,
@@ -46,6 +47,9 @@ class Method:
     def build(self, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """The adapted modules of all layers by full name; override it to share tensors."""
         return {name: self.wrap(layer) for name, layer in layers.items()}
+
+    def attached(self, model: nn.Module, adapted: dict[str, nn.Module]) -> None:
+        """What is left to do once the adapted modules are in the model."""
 
     def same_update(self, other: "Method") -> bool:
         """Whether tensors of the other method mean the same here, wherever they are placed."""
@@ -168,6 +172,46 @@ class ConvLora(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class CobotLora(Method):
+    """SAM-COBOT (CVPR 2024) on LoRA of q and v: coefficients that all blocks share, and heads.
+
+    rank: of the updates, which are unscaled; four must divide it
+    zero_start: start at the frozen model, with B zeros; as published it starts off it
+    target: as in ``Lora``, of packed qkv layers
+    """
+
+    name: ClassVar[str] = "cobot-lora"
+
+    rank: int = 4
+    zero_start: bool = False
+    target: str | tuple[str, ...] = "qkv"
+
+    def __post_init__(self):
+        check_width("rank", self.rank)
+        if not isinstance(self.zero_start, bool):
+            raise ValueError(f"zero_start is {self.zero_start!r}; it must be True or False")
+        object.__setattr__(self, "target", _checked_target(self.target))
+
+    def same_update(self, other: Method) -> bool:
+        return type(other) is CobotLora and self.rank == other.rank
+
+    def check(self, layer: nn.Linear) -> None:
+        CobotQkvLora.check_sizes(layer.in_features, layer.out_features, self.rank)
+
+    def build(self, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """In the order of the model, which numbers the slices: q and v of each layer."""
+        weight = next(iter(layers.values())).weight
+        shared = relation(self.rank, 2 * len(layers), weight)
+        return {
+            name: CobotQkvLora.from_linear(layer, self.rank, shared, index, self.zero_start)
+            for index, (name, layer) in enumerate(layers.items())
+        }
+
+    def attached(self, model: nn.Module, adapted: dict[str, nn.Module]) -> None:
+        CobotForward(list(adapted.values())).install(getattr(model, "image_encoder", model))
+
+
+@dataclasses.dataclass(frozen=True)
 class AdaptFormer(Method):
     """AdaptFormer (NeurIPS 2022) beside the MLPs of transformer blocks, segment_anything's.
 
@@ -221,7 +265,7 @@ class DecoderOnly(Method):
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Lora, ConvLora, AdaptFormer, DecoderOnly)
+    method.name: method for method in (Lora, ConvLora, CobotLora, AdaptFormer, DecoderOnly)
 }
 
 

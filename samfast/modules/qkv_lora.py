@@ -90,10 +90,11 @@ class QkvLora(LowRankLinear):
         nn.init.zeros_(self.lora_B)
 
     def delta_weight(self) -> torch.Tensor:
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        a, b = self.factors()
+        wide = torch.promote_types(a.dtype, torch.float32)
         n, length = len(self.slices), self.out_features // 3
-        a = self.lora_A.to(wide).view(n, self.rank, self.in_features)
-        b = self.lora_B.to(wide).view(n, length, self.rank)
+        a = a.to(wide).view(n, self.rank, self.in_features)
+        b = b.to(wide).view(n, length, self.rank)
         delta = a.new_zeros(self.out_features, self.in_features)
         for (start, stop), part in zip(self.ranges, b @ a, strict=True):
             delta[start:stop] = part
@@ -105,8 +106,7 @@ class QkvLora(LowRankLinear):
             x,
             self.weight,
             self.bias,
-            self.lora_A,
-            self.lora_B,
+            *self.factors(),
             1.0,
             dropout=dropout,
             slices=self.ranges,

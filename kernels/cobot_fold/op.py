@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cobot_fold``: backend choice, operator schemas, autograd and the public function."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from samfast import backends
+from samfast.kernels._common.autocast import without_autocast
+from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.once import once_differentiable
+from samfast.kernels.cobot_fold import reference, torch_path
+
+
+def supports(backend: str, c: Tensor, factor: Tensor) -> str | None:
+    """None when the backend takes this call, or the sentence that says why it does not."""
+    if backend in ("reference", "torch"):
+        return None
+    if backend in ("cpu", "cuda"):
+        return "it has no native source; torch runs it on a CPU and triton on a GPU"
+    if (missing := backends.triton_missing(c.device)) is not None:
+        return missing
+    if torch.float64 in (c.dtype, factor.dtype):
+        return "the factors are torch.float64, but the kernels take float32, float16 and bfloat16"
+    from samfast.kernels.cobot_fold import triton_kernels
+
+    if c.shape[1] > triton_kernels.MAX_WIDTH:
+        return f"rank {c.shape[1]} is above {triton_kernels.MAX_WIDTH}, the widest tile"
+    return None
+
+
+def fold_backend(backend: str, c: Tensor, factor: Tensor) -> str:
+    """What folds where the layer's products run on ``backend``."""
+    stand_in = {"cpu": "torch", "cuda": "triton"}
+    return backends.resolve(
+        "cobot_fold", stand_in.get(backend, backend), c.device, lambda b: supports(b, c, factor)
+    )
+
+
+def _path(backend, c, factors):
+    name = fold_backend(backend, c, factors[0])
+    if name == "reference":
+        raise RuntimeError("backend 'reference' is plain autograd; call cobot_fold for it")
+    if name == "triton":
+        from samfast.kernels.cobot_fold import triton_kernels
+
+        return triton_kernels
+    return torch_path
+
+
+_INPUTS = "Tensor c, Tensor p, Tensor[] gammas, Tensor[] heads, Tensor[] factors, Tensor[] biases"
+_INPUTS += ", int first, bool down, str backend"
+torch.library.define("samfast::cobot_fold", f"({_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define("samfast::cobot_fold_forward", f"({_INPUTS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "samfast::cobot_fold_backward", f"(Tensor dfolded, Tensor? dshifts, {_INPUTS}) -> Tensor[]"
+)
+
+
+@implement("samfast::cobot_fold_forward")
+def _forward_impl(c, p, gammas, heads, factors, biases, first, down, backend):
+    with without_autocast(c.device.type):
+        path = _path(backend, c, factors)
+        return path.forward(c, p, gammas, heads, factors, biases, first, down)
+
+
+@torch.library.register_fake("samfast::cobot_fold_forward")
+def _forward_fake(*args):
+    return torch_path.forward(*args[:-1])
+
+
+@implement("samfast::cobot_fold_backward")
+def _backward_impl(dfolded, dshifts, c, p, gammas, heads, factors, biases, first, down, backend):
+    with without_autocast(c.device.type):
+        path = _path(backend, c, factors)
+        return path.backward(dfolded, dshifts, c, p, gammas, heads, factors, biases, first, down)
+
+
+@torch.library.register_fake("samfast::cobot_fold_backward")
+def _backward_fake(*args):
+    return torch_path.backward(*args[:-1])
+
+
+@implement("samfast::cobot_fold")
+def _impl(*args):
+    return torch.ops.samfast.cobot_fold_forward(*args)
+
+
+@torch.library.register_fake("samfast::cobot_fold")
+def _fake(*args):
+    return torch_path.forward(*args[:-1])
+
+
+class CobotFoldFunction(torch.autograd.Function):
+    """Saves its inputs, which are parameters."""
+
+    @staticmethod
+    def forward(ctx, options, count, c, p, *sources):
+        lists = _lists(sources, count)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            folded, shifts = torch.ops.samfast.cobot_fold_forward(c, p, *lists, *options)
+        ctx.save_for_backward(c, p, *sources)
+        ctx.options, ctx.count = options, count
+        ctx.set_materialize_grads(False)
+        return folded, shifts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dfolded, dshifts):
+        c, p, *sources = ctx.saved_tensors
+        lists, (_, down, _) = _lists(sources, ctx.count), ctx.options
+        factor = lists[2][0]
+        if dfolded is None and dshifts is None:
+            return (None,) * (4 + len(sources))
+        if dfolded is None:
+            dfolded = factor.new_zeros(ctx.count, *factor.shape)
+        if dshifts is None and down:
+            dshifts = factor.new_zeros(ctx.count, factor.shape[0])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            dc, dp, *stacked = torch.ops.samfast.cobot_fold_backward(
+                dfolded, dshifts if down else None, c, p, *lists, *ctx.options
+            )
+        if not down:
+            stacked = stacked[:3]
+        given = [dc, dp, *(part for whole in stacked for part in whole.unbind())]
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *(g if need else None for g, need in zip(given, needs, strict=True))
+
+
+def _lists(sources: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+    """gammas, heads, factors and biases of ``count`` layers; no biases where there are none."""
+    lists = [list(sources[i : i + count]) for i in range(0, len(sources), count)]
+    return lists if len(lists) == 4 else [*lists, []]
+
+
+@torch.library.impl("samfast::cobot_fold", "Autograd")
+def _autograd(c, p, gammas, heads, factors, biases, first, down, backend):
+    sources = (*gammas, *heads, *factors, *biases)
+    return CobotFoldFunction.apply((first, down, backend), len(gammas), c, p, *sources)
+
+
+def cobot_fold(
+    c: Tensor,
+    p: Tensor,
+    gammas: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    first: int = 0,
+    *,
+    down: bool = False,
+    backend: str = "auto",
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """SAM-COBOT's coefficients and hyper-complex heads, folded into factors of low rank.
+
+    Slice m of a model sends its bottleneck h (…, V) on as h K_m, K_m = diag(γ + (C P)[:, m]) W,
+    W the quaternion matrix of its head. Here K_m goes into the factor beside it, for N layers at
+    once, whose n slices each are the N·n ones from ``first`` on.
+
+    c: (1, V, S)   p: (S, S)   gammas: N of (n·V,)   heads: N of (n, 4, V/4, V/4), the quarters
+        r, i, j, k as (inputs, outputs)
+    factors: N of (n·R, V), a slice's B below another's -> B K_mᵀ; or with ``down``, n = 1, N of
+        (V, R) -> K_mᵀ A, and biases, N of (V,) -> b K_m
+    Returns the folded factors and the folded biases, () without ``down``, in their dtypes; sums
+    are at least float32. Saves nothing but its inputs. Source: SAM-COBOT, CVPR 2024.
+    Raises ValueError when shapes do not chain or slices are outside the relation matrix.
+    """
+    _check(c, p, gammas, heads, factors, biases, first, down)
+    asked = backends.requested(backend)
+    if asked == "reference":
+        with without_autocast(c.device.type):
+            folded, shifts = reference.cobot_fold(c, p, gammas, heads, factors, biases, first, down)
+        return tuple(folded), tuple(shifts)
+    folded, shifts = torch.ops.samfast.cobot_fold(
+        c, p, list(gammas), list(heads), list(factors), list(biases), first, down, asked
+    )
+    return folded.unbind(), shifts.unbind() if down else ()
+
+
+def _check(c, p, gammas, heads, factors, biases, first, down) -> None:
+    if c.dim() != 3 or c.shape[0] != 1 or c.shape[1] % 4 or c.shape[1] == 0:
+        raise ValueError(
+            f"c has shape {tuple(c.shape)}, but must be (1, V, S) with a V that four divides"
+        )
+    _, width, slices = c.shape
+    if tuple(p.shape) != (slices, slices):
+        raise ValueError(f"p has shape {tuple(p.shape)}, but c has {slices} slices")
+    counts = {len(gammas), len(heads), len(factors), len(biases) if down else len(gammas)}
+    if len(counts) != 1 or not gammas or (biases and not down):
+        raise ValueError(
+            f"{len(gammas)} gammas, {len(heads)} heads, {len(factors)} factors and "
+            f"{len(biases)} biases are not of the same layers"
+        )
+    own = heads[0].shape[0]
+    last = first + own * len(gammas)
+    if first < 0 or last > slices:
+        raise ValueError(
+            f"slices {first} to {last - 1} are not all inside a relation matrix of {slices}"
+        )
+    rows = factors[0].numel() // width
+    shapes = {
+        "gamma": (gammas, (own * width,)),
+        "head": (heads, (own, 4, width // 4, width // 4)),
+        "factor": (factors, (width, rows) if down else (rows, width)),
+        "bias": (biases, (width,)),
+    }
+    for name, (tensors, shape) in shapes.items():
+        for t in tensors:
+            if tuple(t.shape) != shape:
+                raise ValueError(f"a {name} has shape {tuple(t.shape)}, but must be {shape}")
+            if t.device != c.device:
+                raise ValueError(f"a {name} is on {t.device} but c is on {c.device}")
+            if t.dtype != tensors[0].dtype:
+                raise ValueError(
+                    f"one {name} is {t.dtype} and another {tensors[0].dtype}; they must be alike"
+                )
+    if p.device != c.device:
+        raise ValueError(f"p is on {p.device} but c is on {c.device}")
+    if rows % own or (down and own != 1):
+        raise ValueError(f"a factor has {rows} rows, which are not those of {own} slices")

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cobot_fold against its specification: values, gradients, launches, errors."""
+
+import pytest
+import torch
+from budgets import all_within_budget
+
+from samfast.counters import count
+from samfast.functional import cobot_fold
+from samfast.kernels.cobot_fold import reference
+from samfast.kernels.cobot_fold.op import supports
+
+from .cases import BACKENDS, CASES, Case, runnable
+
+LAUNCHES = {"cat": 2, "fold_kernel": 1, "fold_backward_kernel": 1, "shared_backward_kernel": 1}
+
+
+def skip_unless(backend):
+    if (reason := runnable(backend)) is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_budget(case, backend, dtype):
+    skip_unless(backend)
+    sources = case.sources(dtype)
+    exact = case.results(case.sources(dtype, then=torch.float64), "reference")
+    stock = case.results(sources, "reference")
+    ours = case.results(sources, backend)
+    assert [t.dtype for t in ours] == [t.dtype for t in stock]
+    all_within_budget(ours, stock, exact, dtype, map(str, range(len(exact))))
+
+
+def test_the_quaternion_head_is_a_hamilton_product():
+    """For a quaternion x, x W is the product x̄ w̄ with its vector part negated, that is w x."""
+    x, w = torch.randn(2, 4, dtype=torch.float64)
+    r, i, j, k = w
+    a, b, c, d = x
+    product = torch.stack(
+        [
+            r * a - i * b - j * c - k * d,
+            r * b + i * a + j * d - k * c,
+            r * c - i * d + j * a + k * b,
+            r * d + i * c - j * b + k * a,
+        ]
+    )
+    ours = x @ reference.quaternion(w.view(4, 1, 1))
+    all_within_budget([ours], [product], [product], torch.float64, ["w x"])
+
+
+@pytest.mark.parametrize("case", [Case(4, 2, 2, 3, 5, 1), Case(8, 2, 1, 3, 3, 1, True)], ids=str)
+def test_gradcheck(case):
+    c, p, *lists = case.sources()
+    flat = [t.requires_grad_() for t in (c, p, *(t for part in lists for t in part))]
+
+    def call(c, p, *rest):
+        each = [rest[i : i + case.layers] for i in range(0, 4 * case.layers, case.layers)]
+        folded, shifts = cobot_fold(c, p, *each, case.first, down=case.down, backend="torch")
+        return *folded, *shifts
+
+    assert torch.autograd.gradcheck(call, flat)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_at_once_are_the_bits_of_each_alone(backend):
+    """So that a recomputed layer, which folds alone, repeats what was folded for all."""
+    skip_unless(backend)
+    for case in (CASES[0], CASES[1]):
+        c, p, *lists = case.sources(torch.float32)
+        together = cobot_fold(c, p, *lists, down=case.down, backend=backend)
+        for i in range(case.layers):
+            own = [part[i : i + 1] for part in lists]
+            alone = cobot_fold(c, p, *own, i * case.own, down=case.down, backend=backend)
+            assert torch.equal(alone[0][0], together[0][i])
+            assert not case.down or torch.equal(alone[1][0], together[1][i])
+
+
+@pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_launches_and_syncs(case):
+    """However many layers there are: five, the gathering of tensors and gradients among them."""
+    sources = case.sources(torch.float32)
+    counts = count(lambda: case.results(sources, "triton"))
+    ours = {name: n for name, n in counts.launches.items() if "kernel" in name}
+    assert ours == {name: n for name, n in LAUNCHES.items() if "kernel" in name}
+    assert counts.total_syncs == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits_repeat_and_only_wanted_gradients_come(backend):
+    skip_unless(backend)
+    case = CASES[0]
+    sources = case.sources(torch.float32)
+    first, second = (case.results(sources, backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    c, p, gammas, heads, factors, _ = sources
+    gammas[1].requires_grad_()
+    folded, _ = cobot_fold(c, p, gammas, heads, factors, backend=backend)
+    folded[1].sum().backward()
+    assert gammas[1].grad is not None
+    assert all(t.grad is None for t in (c, p, gammas[0], *heads, *factors))
+
+
+def test_opcheck():
+    case = CASES[1]
+    c, p, *lists = case.sources(torch.float32)
+    c.requires_grad_()
+    for part in lists:
+        part[0].requires_grad_()
+    torch.library.opcheck(torch.ops.samfast.cobot_fold, (c, p, *lists, 0, True, "torch"))
+
+
+def test_bad_input():
+    c, p, gammas, heads, factors, _ = CASES[0].sources(torch.float32)
+    with pytest.raises(ValueError, match=r"slices 2 to 7 are not all inside a relation matrix of"):
+        cobot_fold(c, p, gammas, heads, factors, (), 2)
+    with pytest.raises(ValueError, match=r"c has shape \(1, 3, 6\), but must be \(1, V, S\)"):
+        cobot_fold(c[:, :3], p, gammas, heads, factors)
+    with pytest.raises(ValueError, match=r"p has shape \(5, 6\), but c has 6 slices"):
+        cobot_fold(c, p[:5], gammas, heads, factors)
+    with pytest.raises(ValueError, match=r"a head has shape \(1, 4, 1, 1\), but must be"):
+        cobot_fold(c, p, gammas, [heads[0], heads[1][:1], heads[2]], factors)
+    with pytest.raises(ValueError, match="3 gammas, 2 heads"):
+        cobot_fold(c, p, gammas, heads[:2], factors)
+    assert "has no native source" in supports("cpu", c, factors[0])
