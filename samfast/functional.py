@@ -7,6 +7,7 @@ from samfast.kernels.adapt_former import adapt_former
 from samfast.kernels.conv_experts import conv_experts
 from samfast.kernels.conv_experts.conv_lora import conv_lora_linear
 from samfast.kernels.expert_gate import expert_gate
+from samfast.kernels.hypercomplex import hypercomplex_linear, kronecker_weight
 from samfast.kernels.lora_linear import lora_linear
 from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
 
@@ -16,6 +17,8 @@ __all__ = [
     "conv_experts",
     "conv_lora_linear",
     "expert_gate",
+    "hypercomplex_linear",
+    "kronecker_weight",
     "lora_linear",
     "relpos_attention",
     "window_relpos_attention",
