@@ -167,6 +167,62 @@ def _expert_gate(windows, rank, experts, dtype, noisy=True, given=False) -> list
     return launches
 
 
+def adapt_former(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """The branch beside ViT-H's and ViT-B's MLPs at batch 4; every padded bottleneck, rows that are
+    no multiple of sixteen elements, float32 rows beside narrow products."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    usual = _adapt_former(1280, 16, bf16, bf16, 0.1)
+    if quick:
+        yield "adapt_former bfloat16 v16", usual[:3]
+        return
+    yield "adapt_former bfloat16 v16", usual
+    yield "adapt_former bfloat16 v8 vit_b", _adapt_former(768, 8, bf16, bf16, 0.0)
+    for dtype, widest in ((bf16, 128), (fp32, 32)):
+        for bottleneck in (v for v in (16, 24, 32, 64, 100, 128) if v <= widest):
+            name = f"adapt_former {str(dtype)[6:]} v{bottleneck}"
+            yield name, _adapt_former(1280, bottleneck, dtype, dtype, 0.1)
+    yield "adapt_former float16 v16", _adapt_former(1280, 16, fp16, fp16, 0.1)
+    for bottleneck in (16, 32, 64, 128):
+        name = f"adapt_former bfloat16 v{bottleneck} float32 rows"
+        yield name, _adapt_former(768, bottleneck, bf16, fp32, 0.1)
+    with _tf32():
+        for bottleneck in (16, 32):
+            yield f"adapt_former tf32 v{bottleneck}", _adapt_former(1280, bottleneck, fp32, fp32)
+    for bottleneck, dtype in ((1, bf16), (128, bf16), (32, fp32)):
+        name = f"adapt_former {str(dtype)[6:]} v{bottleneck} odd"
+        yield name, _adapt_former(100, bottleneck, dtype, dtype, 0.1, tokens=4 * 4096 - 1)
+    yield "adapt_former bfloat16 v128 odd float32 rows", _adapt_former(100, 128, bf16, fp32, 0.1)
+
+
+def _adapt_former(
+    width, bottleneck, dtype, rows, dropout=0.0, tokens=4 * 4096, small=torch.float32
+) -> list[Launch]:
+    """The three launches of a forward and backward up to z, and those of backwards that make less
+    or add to a gradient that is there."""
+    from samfast.kernels.adapt_former import triton_kernels as kernels
+
+    def meta(*shape, dtype=small):
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    x, dx = meta(tokens, width, dtype=rows), meta(tokens, width, dtype=rows)
+    norm = (meta(width), meta(width))
+    down, down_bias = meta(bottleneck, width), meta(bottleneck)
+    seed = meta(1, dtype=torch.int64) if dropout else None
+    every, none = (True,) * 4, (False,) * 4
+    with recording() as launches:
+        z = kernels.low(x, *norm, down, down_bias, 1e-5, dropout, seed, dtype)
+        for out, add, needs in (
+            (dx, True, every),
+            (dx, False, every),
+            (dx, False, none),
+            (dx, True, none),
+            (None, False, every),
+            (None, False, (True, False, False, True)),
+        ):
+            kernels.low_backward(out, add, z, z, x, *norm, down, 1e-5, dropout, needs)
+    return launches
+
+
 def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
     """ViT-H's windows and ViT-B's global maps; each width of a head, way of the bias and padding.
 
@@ -305,7 +361,14 @@ def _sam_block(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float
     return launches
 
 
-OPERATIONS = (lora_linear, conv_experts, expert_gate, relpos_attention, sam_block)
+OPERATIONS = (
+    lora_linear,
+    conv_experts,
+    expert_gate,
+    adapt_former,
+    relpos_attention,
+    sam_block,
+)
 
 
 def registered(quick: bool) -> Iterator[tuple[str, list[Launch]]]:

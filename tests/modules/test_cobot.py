@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CobotQkvLora: published numbers, sharing, lifetimes of what is folded, files, merging."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from budgets import all_within_budget
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import samfast
+from samfast import backends
+from samfast.counters import count
+from samfast.modules import CobotQkvLora
+from samfast.modules.cobot import CobotForward, relation
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cobot_lora.safetensors"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+AGREE = 5e-6  # float32 files and a float64 evaluation
+
+
+def read(path=GOLDEN):
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).to(DEVICE) for name in file.keys()}  # noqa: SIM118
+
+
+def published(block: str) -> dict[str, str]:
+    """The authors' state-dict names, by the files' names inside a block."""
+    names = {f"linear_{x}_{s}": f"linear_{x}_{s}.weight" for x in "ab" for s in "qv"}
+    heads = {"head_q": "FacT_d1", "head_v": "FacT_d2"}
+    names |= {f"{h}.{c}": f"{d}.{c}_weight" for h, d in heads.items() for c in "rijk"}
+    return {f"{block}.{short}": name for short, name in (*names.items(), ("gamma", "gamma"))}
+
+
+def layers_of(tensors, dtype):
+    """The three layers of the file, sharing the relation."""
+    width = tensors["relation_coefficients"].shape[1]
+    shared = relation(width, 6, torch.empty(0, device=DEVICE, dtype=dtype))
+    layers = []
+    for i in range(3):
+        weight = tensors[f"block{i}.qkv.weight"]
+        linear = nn.Linear(weight.shape[1], weight.shape[0], device=DEVICE, dtype=dtype)
+        layer = CobotQkvLora.from_linear(linear, width, shared, i)
+        state = {name: tensors[key] for key, name in published(f"block{i}").items()}
+        state |= {"weight": weight, "bias": tensors[f"block{i}.qkv.bias"]}
+        state["FacT_c"] = tensors["relation_coefficients"]
+        state["FacT_p"] = tensors["relation_matrix"]
+        layer.load_state_dict(state)
+        layer.weight.requires_grad_(False)
+        layer.bias.requires_grad_(False)
+        layers.append(layer)
+    return layers
+
+
+def run(layers, tensors):
+    """Outputs and all gradients of Σ y · grad_y by the file's names; the same by parameter."""
+    dtype = layers[0].weight.dtype
+    found, own, loss = {}, [], 0.0
+    xs = [tensors[f"block{i}.x"].to(dtype, copy=True).requires_grad_() for i in range(3)]
+    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
+        y = layer(x)
+        found[f"block{i}.y"] = y.detach()
+        loss = loss + (y * tensors[f"block{i}.grad_y"].to(dtype)).sum()
+    loss.backward()
+    CobotForward(layers).close(layers[0], (), None)
+    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
+        own += [found[f"block{i}.y"], x.grad, *(p.grad for _, p in layer.adapter_parameters())]
+        found[f"grad.block{i}.x"] = x.grad
+        grads = copy.deepcopy(layer)
+        for name, parameter in layer.adapter_parameters():
+            grads.get_parameter(name).data = parameter.grad
+        state = grads.state_dict()
+        for key, name in published(f"block{i}").items():
+            found[f"grad.{key}"] = state[name]
+    found["grad.relation_coefficients"] = layers[0].FacT_c.grad
+    found["grad.relation_matrix"] = layers[0].FacT_p.grad
+    return found, own
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_golden(backend, together, monkeypatch):
+    tensors = read()
+    monkeypatch.setenv("SAMFAST_BACKEND", backend)
+
+    def results(dtype):
+        layers = layers_of(tensors, dtype)
+        if together:
+            CobotForward(layers).open(layers[0], ())
+        return run(layers, tensors)
+
+    try:
+        _, ours = results(torch.float32)
+    except RuntimeError as error:
+        assert backend in ("triton", "cuda") and "cannot run" in str(error)
+        pytest.skip(str(error))
+    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
+    (named, exact), (_, stock) = results(torch.float64), results(torch.float32)
+    assert set(named) == {n for n in tensors if n.endswith(".y") or n.startswith("grad.")}
+    for name, value in named.items():
+        assert (value - tensors[name]).abs().max() <= AGREE * tensors[name].abs().max()
+    # Not by the file's names, where a head is four numbers: of one the error is luck.
+    all_within_budget(ours, stock, exact, torch.float32, map(str, range(len(exact))))
+
+
+@pytest.mark.parametrize(
+    "blocks, width, count", [(12, 768, 864), (24, 1024, 2880)], ids=["vit_b", "vit_l"]
+)
+def test_extra_parameters_are_as_many_as_published(blocks, width, count):
+    method = samfast.CobotLora()
+    linears = {f"{i}.qkv": nn.Linear(width, 3 * width, device="meta") for i in range(blocks)}
+    adapted = nn.ModuleList(method.build(linears).values())
+    lora = blocks * (2 * 4 * width + 2 * width * 4)
+    trained = {id(p): p.numel() for m in adapted for _, p in m.adapter_parameters()}
+    assert sum(trained.values()) - lora == count
+
+
+def attached(sam, **options):
+    samfast.attach(sam, samfast.CobotLora(**options), train=())
+    return sam
+
+
+def step(encoder, images):
+    """The result and the gradients of a fixed product of it."""
+    trained = dict(samfast.trainable_parameters(encoder))
+    for parameter in trained.values():
+        parameter.grad = None
+    y = encoder(images)
+    generator = torch.Generator().manual_seed(2)
+    (y * torch.randn(y.shape, generator=generator)).sum().backward()
+    names = {name: name.removeprefix("_orig_mod.") for name in trained}
+    return {"y": y.detach(), **{names[n]: p.grad.clone() for n, p in trained.items()}}
+
+
+def equal(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_folding_alone_and_together_are_one(tiny_sam, images, fused):
+    """Hooks make it together; a forward without them folds layer by layer, to the same bits."""
+    encoder = attached(tiny_sam()).image_encoder
+    if fused:
+        samfast.fuse(encoder)
+    together = step(encoder, images)
+    qkv = encoder.blocks[0].attn.qkv
+    assert qkv.given is None
+    alone = copy.deepcopy(encoder)
+    alone._forward_pre_hooks.clear()
+    names = [n for n in together if not n.endswith(("FacT_c", "FacT_p"))]
+    found = step(alone, images)
+    assert all(torch.equal(together[n], found[n]) for n in names)
+    rest = [n for n in together if n not in names]  # summed over the layers in another order
+    both = ([run[n] for n in rest] for run in (found, together))
+    exact = step(copy.deepcopy(encoder).double(), images.double())
+    all_within_budget(*both, [exact[n] for n in rest], torch.float32, rest)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks(tiny_sam, images, reentrant):
+    encoder = attached(tiny_sam()).image_encoder
+    plain = step(encoder, images)
+    for block in encoder.blocks:
+        forward = block.forward
+        block.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=reentrant)
+    images = images.requires_grad_()
+    kept = step(encoder, images)
+    names = [n for n in plain if not n.endswith(("FacT_c", "FacT_p"))]
+    assert all(torch.equal(plain[n], kept[n]) for n in names)
+    assert all(torch.equal(plain[n], kept[n]) or reentrant for n in plain)
+
+
+def test_micro_batches_accumulate(tiny_sam, images):
+    """Two forwards before one backward, and each with its own: neither reuses a graph."""
+    encoder = attached(tiny_sam()).image_encoder
+    trained = [p for _, p in samfast.trainable_parameters(encoder)]
+    first, second = encoder(images).sum(), encoder(images.flip(3)).sum()
+    both = torch.autograd.grad(first + second, trained)
+    one = torch.autograd.grad(encoder(images).sum(), trained)
+    two = torch.autograd.grad(encoder(images.flip(3)).sum(), trained)
+    wide = copy.deepcopy(encoder).double()
+    trained = [p for _, p in samfast.trainable_parameters(wide)]
+    exact = torch.autograd.grad(
+        wide(images.double()).sum() + wide(images.flip(3).double()).sum(), trained
+    )
+    stock = [a + b for a, b in zip(one, two, strict=True)]
+    all_within_budget(both, stock, exact, torch.float32, map(str, range(len(exact))))
+
+
+def test_a_failed_forward_leaves_nothing_behind(tiny_sam, images):
+    encoder = attached(tiny_sam()).image_encoder
+    with pytest.raises(RuntimeError):
+        encoder(images[:, :2])
+    assert all(block.attn.qkv.given is None for block in encoder.blocks)
+
+
+def test_an_update_of_the_weights_is_seen_at_once(tiny_sam, images):
+    encoder = attached(tiny_sam()).image_encoder
+    before = encoder(images)
+    encoder.blocks[0].attn.qkv.FacT_c.data.mul_(2.0)
+    after = encoder(images)
+    assert not torch.equal(before, after)
+    encoder.blocks[0].attn.qkv.FacT_c.data.mul_(0.5)
+    assert torch.equal(before, encoder(images))
+
+
+def test_copies_and_pickles_share_among_themselves(tiny_sam, images):
+    sam = attached(tiny_sam())
+    sam.image_encoder(images)
+    buffer = io.BytesIO()
+    pickle.dump(sam, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(sam), pickle.load(buffer)):
+        layers = [block.attn.qkv for block in other.image_encoder.blocks]
+        assert len({id(layer.FacT_c) for layer in layers}) == 1
+        assert layers[0].FacT_c is not sam.image_encoder.blocks[0].attn.qkv.FacT_c
+        assert equal(step(other.image_encoder, images), step(sam.image_encoder, images))
+
+
+def test_compiled_whole(tiny_sam, images):
+    encoder = attached(tiny_sam()).image_encoder
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+    assert equal(step(encoder, images), step(compiled, images) | {})
+
+
+def test_zero_start_is_the_frozen_model(tiny_sam, images):
+    frozen = tiny_sam().image_encoder(images)
+    assert torch.equal(attached(tiny_sam(), zero_start=True).image_encoder(images), frozen)
+    assert not torch.equal(attached(tiny_sam()).image_encoder(images), frozen)
+
+
+def test_merged_equals_unmerged(tiny_sam, images, move):
+    sam = attached(tiny_sam()).eval()
+    move(sam)
+    exact = copy.deepcopy(sam).double().image_encoder(images.double())
+    unmerged = sam.image_encoder(images)
+    names = set(sam.state_dict())
+    samfast.merge(sam)
+    all_within_budget([sam.image_encoder(images)], [unmerged], [exact], torch.float32, ["y"])
+    assert set(sam.state_dict()) == names
+    plain = tiny_sam()
+    state = samfast.merged_state_dict(sam)
+    assert set(state) == set(plain.state_dict())
+    plain.load_state_dict(state)
+    assert torch.equal(plain.image_encoder(images), sam.image_encoder(images))
+
+
+def test_files_hold_published_names_and_shared_tensors_once(tiny_sam, images, move, tmp_path):
+    sam = attached(tiny_sam())
+    move(sam)
+    samfast.save_adapter(sam, tmp_path / "adapter")
+    with safetensors.safe_open(tmp_path / "adapter/adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert sum(name.endswith("FacT_p") for name in names) == 1
+    assert "image_encoder.blocks.1.attn.qkv.FacT_d2.k_weight" in names
+    other = tiny_sam()
+    samfast.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other.image_encoder(images), sam.image_encoder(images))
+    samfast.load_adapter(attached(tiny_sam()), tmp_path / "adapter")
+
+
+def test_launches_beyond_plain_lora(tiny_sam, monkeypatch):
+    """Six in a step, whatever the number of blocks: none in a block, no host sync."""
+    if (reason := backends.triton_missing(DEVICE)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("SAMFAST_BACKEND", "triton")
+    layers = [block.attn.qkv.to(DEVICE) for block in attached(tiny_sam()).image_encoder.blocks]
+    shared = CobotForward(layers)
+    trained = [p for _, p in samfast.trainable_parameters(nn.ModuleList(layers))]
+    trained = [p for p in trained if not any(p is layer.lora_A for layer in layers)]
+    given = torch.ones(layers[0].lora_B.shape, device=DEVICE)  # the gradients of the blocks
+
+    def fold():
+        shared.open(layers[0], ())
+        folded = [layer.factors()[1] for layer in layers]
+        shared.close(layers[0], (), None)
+        return torch.autograd.grad(folded, trained, [given] * len(folded))
+
+    counts = count(fold)
+    assert counts.launches == {
+        "cat": 2,  # the sources, and again before the backward
+        "fold_kernel": 1,
+        "stack": 1,
+        "fold_backward_kernel": 1,
+        "shared_backward_kernel": 1,
+    }
+    assert counts.total_syncs == 0
+
+
+def test_bad_input(tiny_sam):
+    linear = nn.Linear(16, 48)
+    with pytest.raises(ValueError, match="rank is 6, but the four parts of a quaternion"):
+        samfast.CobotLora(rank=6)
+    with pytest.raises(ValueError, match="slices 6 to 7 are outside the relation matrix of 6"):
+        CobotQkvLora.from_linear(linear, 4, relation(4, 6, linear.weight), 3)
+    with pytest.raises(ValueError, match="the relation has 8 coefficients a slice"):
+        CobotQkvLora.from_linear(linear, 4, relation(8, 6, linear.weight), 0)
+    with pytest.raises(ValueError, match="already has an adapter"):
+        attached(attached(tiny_sam()))
+    with pytest.raises(ValueError, match="do not divide by 3"):
+        CobotQkvLora.from_linear(nn.Linear(16, 40))
