@@ -163,11 +163,53 @@ def test_a_run_with_boxes_learns_and_says_so_in_its_files(run):
     assert not any(p.requires_grad for p in sam.prompt_encoder.parameters())
 
 
-def test_the_same_seed_gives_the_same_bytes(run, tmp_path):
+@pytest.fixture
+def seen(monkeypatch):
+    """(training or not, boxes) of every batch that a model segments."""
+    batches, whole = [], start.segment
+
+    def watched(sam, images, boxes, **options):
+        batches.append((sam.training, boxes))
+        return whole(sam, images, boxes, **options)
+
+    monkeypatch.setattr(start, "segment", watched)
+    return batches
+
+
+def test_the_same_seed_gives_the_same_bytes_and_the_boxes_are_those_of_the_data(
+    run, tmp_path, seen
+):
     settings, _ = run
     finetune(replace(settings, output=tmp_path / "again"))
     name = "adapter/last/adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (settings.output / name).read_bytes()
+
+    split = load_split(settings.data, val_fraction=0.34)
+    options = {"prompt": "box", "flips": True, "box_jitter": 2.5, "seed": settings.seed}
+    train, sampler = PairDataset(split.train, 64, **options), EpochSampler(4, settings.seed)
+    shown = []
+    for epoch in (1, 2):
+        sampler.set_epoch(epoch)
+        shown += list(sampler)
+    trained = torch.cat([boxes for training, boxes in seen if training])
+    assert np.array_equal(trained, boxes_of(train, shown).astype(np.float32))
+    exact = [batch.boxes for batch in validation_loader(split.val, 64, 2, prompt="box")]
+    validated = torch.cat([boxes for training, boxes in seen if not training])
+    assert len(validated) in (5, 6)  # two images an epoch, and the overlay of each best one
+    for box in validated:
+        assert (box == torch.cat(exact)).all(1).any()
+
+
+def test_boxes_of_photographs_are_resized_with_them(run, tmp_path, seen):
+    settings, _ = run
+    images = [settings.data / "images" / f"p{i}.png" for i in (0, 5)]
+    arguments = ["predict", *images, "--adapter", settings.output / "adapter"]
+    arguments += ["--output", tmp_path / "out", "--box", "34,0,51,48"]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert torch.cat([boxes for _, boxes in seen]).tolist() == [
+        [34, 0, 51, 48],  # 64 pixels wide and 48 high
+        np.float32([34 * 60 / 64, 0, 51 * 60 / 64, 48 * 64 / 68]).tolist(),  # 64 x 68
+    ]
 
 
 def test_predict_with_the_boxes_of_the_truth_scores_the_same(run, tmp_path, capsys):
