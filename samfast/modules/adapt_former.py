@@ -118,8 +118,13 @@ class AdaptFormerMlp(Adapter, MLPBlock):
     def _in_parts(self, x: Tensor) -> Tensor:
         """The branch by its submodules, which may have hooks or be others by now."""
         like = next(self.adapter_layer_norm_before.parameters(), x)
-        z = F.relu(self.down_proj(self.adapter_layer_norm_before(x.to(like.dtype))))
+        h = self.down_proj(self.adapter_layer_norm_before(x.to(like.dtype)))
+        z = F.relu(self.between(h))
         return self.up_proj(F.dropout(z, self.dropout, self.training))
+
+    def between(self, h: Tensor) -> Tensor:
+        """What the bottleneck goes through before the ReLU, where ``factors`` is not asked."""
+        return h
 
     def side_problem(self) -> str | None:
         """None when the branch is one operation, or why its submodules run one by one."""

@@ -20,6 +20,7 @@ from samfast.modules.conv_lora import (
     check_depthwise,
     check_experts,
 )
+from samfast.modules.kronecker import KroneckerLinear, check_n
 from samfast.modules.lora import LoraLinear
 from samfast.modules.low_rank import check_alpha, check_bottleneck, check_dropout, check_rank
 from samfast.modules.qkv_lora import QkvLora, checked_slices
@@ -233,6 +234,8 @@ class AdaptFormer(Method):
         check_dropout(self.dropout)
         if not isinstance(self.cobot, bool):
             raise ValueError(f"cobot is {self.cobot!r}; it must be True or False")
+        if self.cobot:
+            check_width("bottleneck", self.bottleneck)
         object.__setattr__(self, "target", _checked_target(self.target))
 
     @property
@@ -246,14 +249,64 @@ class AdaptFormer(Method):
         return (self.bottleneck, self.cobot) == (other.bottleneck, other.cobot)
 
     def check(self, layer: nn.Module) -> None:
-        self._module().check_mlp(layer)
+        importlib.import_module("samfast.modules.adapt_former").AdaptFormerMlp.check_mlp(layer)
 
-    def wrap(self, layer: nn.Module) -> nn.Module:
-        return self._module().from_mlp(layer, self.bottleneck, self.dropout)
+    def build(self, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """With ``cobot``, in the order of the model, which numbers the layers that share."""
+        options = self.bottleneck, self.dropout
+        if not self.cobot:
+            kind = importlib.import_module("samfast.modules.adapt_former").AdaptFormerMlp
+            return {name: kind.from_mlp(layer, *options) for name, layer in layers.items()}
+        kind = importlib.import_module("samfast.modules.cobot_adapt_former").CobotAdaptFormerMlp
+        weight = next(iter(layers.values())).lin1.weight
+        shared = relation(self.bottleneck, len(layers), weight)
+        return {
+            name: kind.from_mlp(layer, *options, shared, index)
+            for index, (name, layer) in enumerate(layers.items())
+        }
 
-    @staticmethod
-    def _module() -> type[nn.Module]:
-        return importlib.import_module("samfast.modules.adapt_former").AdaptFormerMlp
+    def attached(self, model: nn.Module, adapted: dict[str, nn.Module]) -> None:
+        if self.cobot:
+            CobotForward(list(adapted.values())).install(getattr(model, "image_encoder", model))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker(Method):
+    """Sums of Kronecker products of low rank on linear layers (PHM, Compacter), from zero on.
+
+    n: number of products, and side of their rules; it divides the layers' sizes
+    rank: of the large factor of each product; the update is LoRA's of rank n · n · rank
+    alpha: the update is scaled by alpha / rank; None means alpha = rank
+    dropout: on the adapter's input, in training
+    target: as in ``Lora``
+    """
+
+    name: ClassVar[str] = "kronecker"
+
+    n: int = 4
+    rank: int = 1
+    alpha: float | None = None
+    dropout: float = 0.0
+    target: str | tuple[str, ...] = ("qkv", "proj")
+
+    def __post_init__(self):
+        check_n(self.n)
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        check_dropout(self.dropout)
+        object.__setattr__(self, "target", _checked_target(self.target))
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not Kronecker:
+            return False
+        mine, theirs = ((m.n, m.rank, (m.alpha or m.rank) / m.rank) for m in (self, other))
+        return mine == theirs
+
+    def check(self, layer: nn.Linear) -> None:
+        KroneckerLinear.check_sizes(layer.in_features, layer.out_features, self.n, self.rank)
+
+    def wrap(self, layer: nn.Linear) -> nn.Module:
+        return KroneckerLinear.from_linear(layer, self.n, self.rank, self.alpha, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +318,8 @@ class DecoderOnly(Method):
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Lora, ConvLora, CobotLora, AdaptFormer, DecoderOnly)
+    method.name: method
+    for method in (Lora, ConvLora, CobotLora, AdaptFormer, Kronecker, DecoderOnly)
 }
 
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CobotAdaptFormerMlp: published numbers, alone and in fused blocks, files, errors."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from budgets import all_within_budget
+from torch import nn
+
+import samfast
+from samfast import backends
+from samfast.modules import CobotAdaptFormerMlp
+from samfast.modules.cobot import CobotForward, relation
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cobot_adaptformer.safetensors"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+AGREE = 5e-6  # float32 files and a float64 evaluation
+# The authors' state-dict names, by the file's names inside a block.
+PUBLISHED = {
+    "norm.weight": "adapter_layer_norm_before.weight",
+    "norm.bias": "adapter_layer_norm_before.bias",
+    "down.weight": "down_proj.weight",
+    "down.bias": "down_proj.bias",
+    "up.weight": "up_proj.weight",
+    "up.bias": "up_proj.bias",
+    "gamma": "gamma",
+    **{f"head.{c}": f"FacT_d1.{c}_weight" for c in "rijk"},
+}
+
+
+def read():
+    with safetensors.safe_open(GOLDEN, framework="pt") as file:
+        return {name: file.get_tensor(name).to(DEVICE) for name in file.keys()}  # noqa: SIM118
+
+
+def layers_of(tensors, dtype):
+    """The file's three layers; its MLP is one linear layer, so the second is the identity."""
+    shared = relation(16, 3, torch.empty(0, device=DEVICE, dtype=dtype))
+    layers = []
+    for i in range(3):
+        layer = CobotAdaptFormerMlp(
+            32, 32, nn.Identity, 16, 0.1, shared, i, device=DEVICE, dtype=dtype
+        )
+        state = {name: tensors[f"block{i}.{key}"] for key, name in PUBLISHED.items()}
+        state |= {"lin1.weight": tensors[f"block{i}.mlp.weight"], "lin2.weight": torch.eye(32)}
+        state |= {"lin1.bias": tensors[f"block{i}.mlp.bias"], "lin2.bias": torch.zeros(32)}
+        state["FacT_c"] = tensors["relation_coefficients"]
+        state["FacT_p"] = tensors["relation_matrix"]
+        layer.load_state_dict(state)
+        for linear in (layer.lin1, layer.lin2):
+            linear.requires_grad_(False)
+        layers.append(layer.eval())
+    return layers
+
+
+def run(layers, tensors):
+    """Outputs and gradients of Σ y · grad_y by the file's names; the same by parameter."""
+    dtype = layers[0].lin1.weight.dtype
+    found, own, loss = {}, [], 0.0
+    xs = [tensors[f"block{i}.x"].to(dtype, copy=True).requires_grad_() for i in range(3)]
+    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
+        y = layer(x)
+        found[f"block{i}.y"] = y.detach()
+        loss = loss + (y * tensors[f"block{i}.grad_y"].to(dtype)).sum()
+    loss.backward()
+    CobotForward(layers).close(layers[0], (), None)
+    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
+        own += [found[f"block{i}.y"], x.grad, *(p.grad for _, p in layer.adapter_parameters())]
+        found[f"grad.block{i}.x"] = x.grad
+        grads = copy.deepcopy(layer)
+        for name, parameter in layer.adapter_parameters():
+            grads.get_parameter(name).data = parameter.grad
+        state = grads.state_dict()
+        found |= {f"grad.block{i}.{key}": state[name] for key, name in PUBLISHED.items()}
+    found["grad.relation_coefficients"] = layers[0].FacT_c.grad
+    found["grad.relation_matrix"] = layers[0].FacT_p.grad
+    return found, own
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_golden(backend, together, monkeypatch):
+    tensors = read()
+    monkeypatch.setenv("SAMFAST_BACKEND", backend)
+
+    def results(dtype):
+        layers = layers_of(tensors, dtype)
+        if together:
+            CobotForward(layers).open(layers[0], ())
+        return run(layers, tensors)
+
+    try:
+        _, ours = results(torch.float32)
+    except RuntimeError as error:
+        assert backend in ("triton", "cuda") and "cannot run" in str(error)
+        pytest.skip(str(error))
+    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
+    (named, exact), (_, stock) = results(torch.float64), results(torch.float32)
+    given = {name for name in tensors if name.endswith(".y") or name.startswith("grad.")}
+    assert given <= set(named)
+    for name in given:
+        assert (named[name] - tensors[name]).abs().max() <= AGREE * tensors[name].abs().max()
+    all_within_budget(ours, stock, exact, torch.float32, map(str, range(len(exact))))
+
+
+def test_extra_parameters_are_as_many_as_published(tiny_sam):
+    width = 12 * (16 + 4 * 16) + 16 * 12 + 12 * 12  # ViT-B: gammas, heads, C and P
+    assert width == 1296
+    plain, cobot = (
+        samfast.attach(tiny_sam(), samfast.AdaptFormer(cobot=cobot), train=())
+        for cobot in (False, True)
+    )
+    more = samfast.report(cobot).adapter_parameters - samfast.report(plain).adapter_parameters
+    blocks = len(cobot.image_encoder.blocks)
+    assert more == blocks * (16 + 4 * 16) + 16 * blocks + blocks**2
+
+
+def attached(sam, move):
+    samfast.attach(sam, samfast.AdaptFormer(cobot=True), train=())
+    move(sam)
+    return sam.eval()
+
+
+def results(encoder, images):
+    trained = dict(samfast.trainable_parameters(encoder))
+    y = encoder(images)
+    generator = torch.Generator().manual_seed(2)
+    loss = (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum()
+    return [y.detach(), *torch.autograd.grad(loss, list(trained.values()))]
+
+
+def test_in_fused_blocks_and_in_parts(tiny_sam, move):
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    encoder = attached(tiny_sam(), move).image_encoder
+    stock = results(encoder, images)
+    exact = results(copy.deepcopy(encoder).double(), images.double())
+    fused = samfast.fuse(copy.deepcopy(encoder))
+    assert set(samfast.report(fused).blocks.values()) == {"fused"}
+    names = [str(i) for i in range(len(exact))]
+    all_within_budget(results(fused, images), stock, exact, torch.float32, names)
+    for block in fused.blocks:
+        block.mlp.down_proj.register_forward_hook(lambda *_: None)
+    all_within_budget(results(fused, images), stock, exact, torch.float32, names)
+
+
+def test_files(tiny_sam, move, tmp_path):
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    sam = attached(tiny_sam(), move)
+    samfast.save_adapter(sam, tmp_path / "adapter")
+    with safetensors.safe_open(tmp_path / "adapter/adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert sum(name.endswith("FacT_c") for name in names) == 1
+    assert "image_encoder.blocks.1.mlp.FacT_d1.k_weight" in names
+    assert not any("lin1" in name or "lin2" in name for name in names)
+    other = tiny_sam()
+    samfast.load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(other.eval().image_encoder(images), sam.image_encoder(images))
+
+
+def test_bad_input(tiny_sam):
+    with pytest.raises(ValueError, match="bottleneck is 6, but the four parts of a quaternion"):
+        samfast.AdaptFormer(bottleneck=6, cobot=True)
+    with pytest.raises(ValueError, match="slices 3 to 3 are outside the relation matrix of 3"):
+        shared = relation(16, 3, torch.empty(0))
+        CobotAdaptFormerMlp(32, 64, shared=shared, index=3)
+    sam = samfast.attach(tiny_sam(), samfast.AdaptFormer(cobot=True))
+    with pytest.raises(ValueError, match="CobotAdaptFormerMlp, whose update is not linear"):
+        samfast.merge(sam)
