@@ -14,6 +14,7 @@ _EXPORTS = {
     "CobotLora": "samfast.modules.methods",
     "ConvLora": "samfast.modules.methods",
     "DecoderOnly": "samfast.modules.methods",
+    "Kronecker": "samfast.modules.methods",
     "Lora": "samfast.modules.methods",
     "attach": "samfast.modules.attach",
     "merge": "samfast.modules.attach",

@@ -110,11 +110,10 @@ class KroneckerFactorsFunction(torch.autograd.Function):
         needs = [need and there for need, there in zip(ctx.needs_input_grad, given, strict=False)]
         if not any(needs):
             return (None,) * 4
+        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
         with torch._C._AutoDispatchBelowADInplaceOrView():
             grads = iter(
-                torch.ops.samfast.kronecker_factors_backward(
-                    da, db, *ctx.saved_tensors, needs, ctx.backend
-                )
+                torch.ops.samfast.kronecker_factors_backward(da, db, *saved, needs, ctx.backend)
             )
         return *(next(grads) if need else None for need in needs), None
 

@@ -135,11 +135,10 @@ class KroneckerWeightFunction(torch.autograd.Function):
     def backward(ctx, dh):
         scaling, backend = ctx.options
         needs = ctx.needs_input_grad[:2]
+        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
         with torch._C._AutoDispatchBelowADInplaceOrView():
             grads = iter(
-                torch.ops.samfast.kronecker_weight_backward(
-                    dh, *ctx.saved_tensors, scaling, needs, backend
-                )
+                torch.ops.samfast.kronecker_weight_backward(dh, *saved, scaling, needs, backend)
             )
         return *(next(grads) if need else None for need in needs), None, None, None
 
@@ -217,10 +216,11 @@ class HypercomplexLinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         scaling, backend = ctx.options
         needs = ctx.needs_input_grad[:5]
+        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
         with torch._C._AutoDispatchBelowADInplaceOrView():
             grads = iter(
                 torch.ops.samfast.hypercomplex_linear_backward(
-                    dy, *ctx.saved_tensors, scaling, ctx.bias_dtype, needs, backend
+                    dy, *saved, scaling, ctx.bias_dtype, needs, backend
                 )
             )
         return *(next(grads) if need else None for need in needs), None, None

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PHMLinear and QuaternionLinear: their formulas, starts, and what from_linear finds."""
+
+import copy
+import pickle
+
+import black_box
+import pytest
+import torch
+import torch.nn.functional as F
+from black_box import Subject
+from budgets import all_within_budget
+from torch import nn
+
+from samfast.backends import triton_missing
+from samfast.counters import saved_bytes
+from samfast.modules import PHMLinear, QuaternionLinear
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class LiteralPhm(nn.Module):
+    """The formula as the paper writes it."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.rules, self.weights = (
+            nn.Parameter(torch.empty_like(t)) for t in (like.rules, like.weights)
+        )
+        self.bias = nn.Parameter(torch.empty_like(like.bias))
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            h = sum(torch.kron(a, s) for a, s in zip(self.rules, self.weights, strict=True))
+        return F.linear(x, h, self.bias)
+
+
+class LiteralQuaternion(nn.Module):
+    """The block rows as SAM-COBOT's authors put them together."""
+
+    def __init__(self, like):
+        super().__init__()
+        for name, parameter in like.named_parameters():
+            self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
+
+    def forward(self, x):
+        r, i, j, k = self.r_weight, self.i_weight, self.j_weight, self.k_weight
+        rows = [[r, i, j, k], [-i, r, k, -j], [-j, -k, r, i], [-k, j, -i, r]]
+        w = torch.cat([torch.cat(row, dim=1) for row in rows], dim=0)
+        return F.linear(x, w.t(), self.bias)
+
+
+def phm():
+    ours = PHMLinear(12, 18, 3, dtype=torch.float64)
+    return ours, LiteralPhm(ours)
+
+
+def quaternion():
+    ours = QuaternionLinear(12, 20, dtype=torch.float64)
+    return ours, LiteralQuaternion(ours)
+
+
+KINDS = {"PHMLinear": phm, "QuaternionLinear": quaternion}
+
+
+@pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_black_box(make, check, backend, monkeypatch):
+    if backend == "triton" and (reason := triton_missing(DEVICE)):
+        pytest.skip(reason)
+    monkeypatch.setenv("SAMFAST_BACKEND", backend)
+    torch.manual_seed(0)
+    ours, stock = make()
+    x = torch.randn(3, 5, 12, dtype=torch.float64).to(DEVICE)
+    check(Subject(ours.to(DEVICE), stock.to(DEVICE), x))
+
+
+def test_quaternions_multiply_as_hamilton_wrote():
+    """A layer from four features to four is one quaternion times another."""
+    layer = QuaternionLinear(4, 4, bias=False, dtype=torch.float64)
+    a, b, c, d = 2.0, -1.0, 0.5, 3.0
+    with torch.no_grad():
+        for name, value in zip(layer.PARTS, (a, b, c, d), strict=True):
+            layer.get_parameter(name).fill_(value)
+    e, f, g, h = 1.0, 0.25, -2.0, 4.0
+    y = layer(torch.tensor([e, f, g, h], dtype=torch.float64))
+    assert y.tolist() == [
+        a * e - b * f - c * g - d * h,
+        a * f + b * e + c * h - d * g,
+        a * g - b * h + c * e + d * f,
+        a * h + b * g - c * f + d * e,
+    ]
+
+
+def test_starts():
+    """As COBOT's heads and as nn.Linear in variance."""
+    torch.manual_seed(0)
+    layer = QuaternionLinear(64, 128)
+    assert not layer.r_weight.any() and set(layer.state_dict()) == {*layer.PARTS, "bias"}
+    for name in layer.PARTS[1:]:
+        part = layer.get_parameter(name)
+        assert part.min() >= 0 and part.max() < 1 and part.mean().sub(0.5).abs() < 0.05
+    for n in (2, 4, 16):
+        layer, stock = PHMLinear(512, 256, n), nn.Linear(512, 256)
+        assert 0.8 < layer.weight.std() / stock.weight.std() < 1.25
+        assert sum(p.numel() for p in layer.parameters()) == n**3 + 256 * 512 // n + 256
+        before = layer.weights.detach().clone()
+        layer.reset_parameters()
+        assert not torch.equal(layer.weights, before)
+    assert PHMLinear(8, 8, 2, bias=False).bias is None
+    assert PHMLinear(8, 8, 2, device="meta", dtype=torch.bfloat16).rules.is_meta
+    assert QuaternionLinear(8, 8, device="meta", bias=False).rules.is_meta
+
+
+@pytest.mark.parametrize("kind", [QuaternionLinear, PHMLinear])
+def test_weight_is_what_the_layer_multiplies_by(kind):
+    torch.manual_seed(0)
+    layer = kind(12, 20, *([4] if kind is PHMLinear else [])).double()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    all_within_budget(
+        [layer(x)], [layer(x)], [F.linear(x, layer.weight, layer.bias)], torch.float64, ["y"]
+    )
+    assert layer.weight.shape == (20, 12)
+
+
+def test_from_linear_of_a_layer_that_is_one():
+    """What has the form already is found again."""
+    torch.manual_seed(0)
+    for make in (lambda: QuaternionLinear(8, 12), lambda: PHMLinear(8, 12, 2)):
+        like = make().double()
+        linear = nn.Linear(8, 12, dtype=torch.float64)
+        with torch.no_grad():
+            linear.weight.copy_(like.weight)
+        options = [2] if isinstance(like, PHMLinear) else []
+        found = type(like).from_linear(linear.eval(), *options)
+        assert found.bias is linear.bias and not found.training
+        assert found.weight.dtype == torch.float64
+        # a float64 product and a singular value decomposition of float64
+        assert (found.weight - linear.weight).abs().max() <= 64 * torch.finfo(torch.float64).eps
+
+
+def test_from_linear_is_the_nearest():
+    """The gradient of the squared distance is zero there, and others are farther."""
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 24, dtype=torch.float64)
+    for found in (QuaternionLinear.from_linear(linear), PHMLinear.from_linear(linear, 4)):
+        own = [p for name, p in found.named_parameters() if name != "bias"]
+        distance = (found.weight - linear.weight).square().sum()
+        assert 0 < distance < linear.weight.square().sum()
+        grads = torch.autograd.grad(distance, own)
+        assert max(g.abs().max() for g in grads) <= 1000 * torch.finfo(torch.float64).eps
+        for _ in range(5):
+            other = copy.deepcopy(found)
+            with torch.no_grad():
+                for p in other.parameters():
+                    p.add_(0.01 * torch.randn_like(p))
+                assert (other.weight - linear.weight).square().sum() > distance
+    exact = PHMLinear.from_linear(linear, 2)  # four cells have rank four at most; two are kept
+    values = torch.linalg.svdvals(linear.weight.view(2, 12, 2, 8).transpose(1, 2).reshape(4, 96))
+    distance = (exact.weight - linear.weight).square().sum()
+    lost = values[2:].square().sum()
+    assert (distance - lost).abs() <= 1000 * torch.finfo(torch.float64).eps * lost
+
+
+def test_from_linear_with_more_terms_than_there_are():
+    """A part of one element has as many terms as it has positions; the others are zeros."""
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+    found = PHMLinear.from_linear(linear, 4)
+    assert found.bias is None and not found.weights[1:].any()
+    assert (found.weight - linear.weight).abs().max() <= 64 * torch.finfo(torch.float64).eps
+
+
+def test_from_linear_of_a_narrow_layer():
+    linear = nn.Linear(8, 8, dtype=torch.bfloat16)
+    for found in (QuaternionLinear.from_linear(linear), PHMLinear.from_linear(linear, 2)):
+        assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+        assert found(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [QuaternionLinear, PHMLinear])
+def test_what_is_saved_is_x(kind):
+    """And of a quaternion layer the four parts side by side, which are no parameters."""
+    layer = kind(16, 32, *([4] if kind is PHMLinear else []))
+    x = torch.randn(100, 16)
+    saved = saved_bytes(lambda: layer(x), [x, *layer.parameters(), *layer.buffers()])
+    parts = 0 if kind is PHMLinear else 4 * 4 * 8 * 4
+    assert (saved.hooks, saved.living) == (parts, parts)
+
+
+def test_files_and_repr(monkeypatch):
+    monkeypatch.delenv("SAMFAST_BACKEND", raising=False)
+    layer = PHMLinear(8, 12, 2)
+    assert "in_features=8, out_features=12, bias=True, n=2" in repr(layer)
+    x = torch.randn(3, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    other = PHMLinear(8, 12, 2)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    quaternion = QuaternionLinear(8, 12)
+    other = copy.deepcopy(quaternion).half().float()
+    assert torch.equal(other.rules, quaternion.rules)
+    assert layer.double().backends() == {"hypercomplex": "torch"}
+    monkeypatch.setenv("SAMFAST_BACKEND", "cpu")
+    assert "x is torch.float64" in layer.backends()["hypercomplex"]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: QuaternionLinear(10, 8), "four equal parts, but 10 inputs do not divide by 4"),
+        (lambda: QuaternionLinear(8, 6), "four equal parts, but 6 outputs do not divide by 4"),
+        (lambda: QuaternionLinear(0, 8), "0 inputs do not divide by 4"),
+        (lambda: PHMLinear(8, 9, 2), "n is 2, which does not divide the 9 outputs"),
+        (lambda: PHMLinear(7, 9, 3), "n is 3, which does not divide the 7 inputs"),
+        (lambda: PHMLinear(8, 8, 0), "n is 0; it must be a whole number of at least 1"),
+        (lambda: PHMLinear(8, 8, True), "n is True; it must be a whole number of at least 1"),
+    ],
+)
+def test_bad_sizes_end_in_a_sentence(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_from_linear_takes_a_plain_linear_only():
+    with pytest.raises(TypeError, match=r"expected a plain nn\.Linear, got Conv2d"):
+        PHMLinear.from_linear(nn.Conv2d(3, 3, 1), 3)
