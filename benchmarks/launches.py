@@ -223,6 +223,106 @@ def _adapt_former(
     return launches
 
 
+def cobot_fold(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """All of ViT-H's layers at once, and one alone; the widest tile."""
+    yield "cobot_fold float32 v4", _cobot_fold(4, 32, 2, False)
+    if quick:
+        return
+    yield "cobot_fold float32 v16 down", _cobot_fold(16, 32, 1, True)
+    yield "cobot_fold float32 v4 alone", _cobot_fold(4, 1, 2, False)
+    from samfast.kernels.cobot_fold.triton_kernels import MAX_WIDTH
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for down in (False, True):
+            launches = _cobot_fold(MAX_WIDTH, 3, 1, down, dtype)
+            yield f"cobot_fold {str(dtype)[6:]} v{MAX_WIDTH}{' down' if down else ''}", launches
+
+
+def _cobot_fold(width, layers, own, down, dtype=torch.float32, rows=1280) -> list[Launch]:
+    from samfast.kernels.cobot_fold import triton_kernels as kernels
+
+    def meta(*shape):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    slices = max(64, layers * own)
+    lists = [
+        [meta(own * width)] * layers,
+        [meta(own, 4, width // 4, width // 4)] * layers,
+        [meta(width, rows) if down else meta(own * rows, width)] * layers,
+        [meta(width)] * layers if down else [],
+    ]
+    c, p = meta(1, width, slices), meta(slices, slices)
+    with recording() as launches:
+        folded, shifts = kernels.forward(c, p, *lists, 0, down)
+        kernels.backward(folded, shifts if down else None, c, p, *lists, 0, down)
+    return launches
+
+
+def hypercomplex(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """PHM at ViT-B's lin1 and at sizes of heads, each n, and the factors of Kronecker adapters."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    usual, factors = (
+        _hypercomplex(4, 4, 768, 192, bf16),
+        _kronecker_factors(4, 4, 576, 192, 1, fp32),
+    )
+    if quick:
+        yield "hypercomplex bfloat16 n4", usual[:3]
+        yield "hypercomplex factors n4", factors[:2]
+        return
+    yield "hypercomplex bfloat16 n4", usual
+    yield "hypercomplex factors n4", factors
+    for n in (2, 3, 8, 16):
+        yield f"hypercomplex bfloat16 n{n}", _hypercomplex(n, n, 3072 // n, 768 // n, bf16)
+        yield f"hypercomplex float32 n{n}", _hypercomplex(n, n, 3072 // n, 768 // n, fp32)
+    yield "hypercomplex float32 n4", _hypercomplex(4, 4, 1280, 320, fp32)
+    yield "hypercomplex float16 n4", _hypercomplex(4, 4, 1280, 320, fp16)
+    yield "hypercomplex float32 head of 4", _hypercomplex(4, 4, 1, 1, fp32)
+    yield "hypercomplex float32 head of 16", _hypercomplex(4, 4, 4, 4, fp32)
+    yield "hypercomplex bfloat16 n4 odd", _hypercomplex(4, 4, 101, 67, bf16)
+    yield "hypercomplex bfloat16 base", _hypercomplex(4, 1, 960, 320, bf16, base=bf16)
+    yield "hypercomplex bfloat16 float32 base", _hypercomplex(4, 1, 960, 320, bf16, base=fp32)
+    yield "hypercomplex bfloat16 parameters", _hypercomplex(8, 16, 160, 160, bf16, bf16)
+    for n, rank, dtype in ((2, 4, fp32), (8, 2, fp32), (4, 1, bf16), (16, 1, fp16)):
+        launches = _kronecker_factors(n, n, 3840 // n, 1280 // n, rank, dtype)
+        yield f"hypercomplex factors {str(dtype)[6:]} n{n} r{rank}", launches
+    yield "hypercomplex factors odd", _kronecker_factors(1, 3, 101, 67, 3, fp32)
+
+
+def _hypercomplex(n, terms, rows, columns, dtype, parameters=torch.float32, base=None):
+    """The launches of a forward and backward, and of backwards that make less."""
+    from samfast.kernels.hypercomplex import triton_kernels as kernels
+
+    def meta(*shape, dtype=parameters):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    rules, weights = meta(terms, n, n), meta(terms, rows, columns)
+    size = n * rows, n * columns
+    with recording() as launches:
+        base = None if base is None else meta(*size, dtype=base)
+        kernels.build(rules, weights, base, 0.5, dtype)
+        grad = meta(*size, dtype=dtype)
+        for needs in ((True, True), (True, False), (False, True)):
+            kernels.contract(grad, rules, weights, 0.5, needs)
+    return launches
+
+
+def _kronecker_factors(terms, n, rows, columns, rank, dtype) -> list[Launch]:
+    """The launches of a forward and backward, and of backwards that make less."""
+    from samfast.kernels.hypercomplex import triton_factors as kernels
+
+    def meta(*shape):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    parts = meta(terms, n, n), meta(terms, rows, rank), meta(terms, columns, rank)
+    with recording() as launches:
+        da, db = kernels.forward(*parts, dtype)
+        kernels.backward(da, db, *parts, (True, True, True))
+        kernels.backward(None, db, *parts, (True, False, False))
+        kernels.backward(None, db, *parts, (False, True, False))
+        kernels.backward(da, None, *parts, (False, False, True))
+    return launches
+
+
 def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
     """ViT-H's windows and ViT-B's global maps; each width of a head, way of the bias and padding.
 
@@ -365,7 +465,9 @@ OPERATIONS = (
     lora_linear,
     conv_experts,
     expert_gate,
+    cobot_fold,
     adapt_former,
+    hypercomplex,
     relpos_attention,
     sam_block,
 )

@@ -28,6 +28,14 @@ using ConvExpertsBackward = void(const Tensor&, std::optional<Tensor>, const Ten
 ConvExpertsForward conv_experts_forward, conv_experts_cuda_forward, conv_experts_tiles_forward;
 ConvExpertsBackward conv_experts_backward, conv_experts_cuda_backward, conv_experts_tiles_backward;
 
+// Likewise; "blocks" is the code of the GPU's blocks.
+using HypercomplexBuild = void(const Tensor&, const Tensor&, std::optional<Tensor>, double, Tensor);
+using HypercomplexContract = void(const Tensor&, const Tensor&, const Tensor&, double,
+                                  std::optional<Tensor>, std::optional<Tensor>);
+HypercomplexBuild hypercomplex_build, hypercomplex_cuda_build, hypercomplex_blocks_build;
+HypercomplexContract hypercomplex_contract, hypercomplex_cuda_contract,
+    hypercomplex_blocks_contract;
+
 void relpos_attention_forward(const Tensor&, const Tensor&, const Tensor&, std::optional<Tensor>,
                               std::optional<Tensor>, const Tensor&, const Tensor&,
                               std::vector<int64_t>, double, Tensor, Tensor);
@@ -57,6 +65,14 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
   m.def(("conv_experts_backward" + backward).c_str());
   m.def(("conv_experts_tiles_forward" + forward).c_str());
   m.def(("conv_experts_tiles_backward" + backward).c_str());
+  const std::string build = "(Tensor rules, Tensor weights, Tensor? base, float scaling, "
+                            "Tensor(h!) h) -> ()";
+  const std::string contract = "(Tensor grad, Tensor rules, Tensor weights, float scaling, "
+                               "Tensor(a!)? drules, Tensor(b!)? dweights) -> ()";
+  m.def(("hypercomplex_build" + build).c_str());
+  m.def(("hypercomplex_contract" + contract).c_str());
+  m.def(("hypercomplex_blocks_build" + build).c_str());
+  m.def(("hypercomplex_blocks_contract" + contract).c_str());
   const std::string tokens = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, "
                              "Tensor table_h, Tensor table_w, ";
   m.def(("relpos_attention_forward(" + tokens +
@@ -76,6 +92,10 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
   m.impl("conv_experts_backward", TORCH_BOX(&samfast::conv_experts_backward));
   m.impl("conv_experts_tiles_forward", TORCH_BOX(&samfast::conv_experts_tiles_forward));
   m.impl("conv_experts_tiles_backward", TORCH_BOX(&samfast::conv_experts_tiles_backward));
+  m.impl("hypercomplex_build", TORCH_BOX(&samfast::hypercomplex_build));
+  m.impl("hypercomplex_contract", TORCH_BOX(&samfast::hypercomplex_contract));
+  m.impl("hypercomplex_blocks_build", TORCH_BOX(&samfast::hypercomplex_blocks_build));
+  m.impl("hypercomplex_blocks_contract", TORCH_BOX(&samfast::hypercomplex_blocks_contract));
   m.impl("relpos_attention_forward", TORCH_BOX(&samfast::relpos_attention_forward));
   m.impl("relpos_attention_backward", TORCH_BOX(&samfast::relpos_attention_backward));
 }
@@ -84,5 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(samfast_native, CUDA, m) {
   m.impl("conv_experts_forward", TORCH_BOX(&samfast::conv_experts_cuda_forward));
   m.impl("conv_experts_backward", TORCH_BOX(&samfast::conv_experts_cuda_backward));
+  m.impl("hypercomplex_build", TORCH_BOX(&samfast::hypercomplex_cuda_build));
+  m.impl("hypercomplex_contract", TORCH_BOX(&samfast::hypercomplex_cuda_contract));
 }
 #endif

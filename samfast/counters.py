@@ -28,7 +28,8 @@ from samfast.kernels._common.implementation import IMPLEMENTATIONS
 
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _FREE = (*_ALLOCATIONS, "_unsafe_view", "detach", "lift_fresh", "alias", "set_", "sym_size")
-_NATIVE_LAUNCHES = {"conv_experts_backward": 2}  # of CUDA kernels in one call, where not one
+# Of CUDA kernels in one call, where not one.
+_NATIVE_LAUNCHES = {"conv_experts_backward": 2, "hypercomplex_contract": 2}
 _SYNCS = (
     "_local_scalar_dense",
     "equal",

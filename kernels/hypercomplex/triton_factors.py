@@ -60,6 +60,56 @@ def factors_kernel(
 
 
 @triton.jit
+def sum_of_rule(pid, db_ptr, left_ptr, drules_ptr, n, rank, rows, stride_b, BLOCK: tl.constexpr):
+    """Element pid of drules: over rows a and ranks j."""
+    term, p, q = pid // (n * n), pid // n % n, pid % n
+    offs = tl.arange(0, BLOCK).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, rows * rank, BLOCK):
+        live = first + offs < rows * rank
+        a, j = (first + offs) // rank, (first + offs) % rank
+        at = (p * rows + a) * stride_b + (term * n + q) * rank + j
+        db = tl.load(db_ptr + at, live, other=0.0).to(tl.float32)
+        at = term.to(tl.int64) * rows * rank + first + offs
+        total += db * tl.load(left_ptr + at, live, other=0.0).to(tl.float32)
+    tl.store(drules_ptr + pid, tl.sum(total, 0).to(drules_ptr.dtype.element_ty))
+
+
+@triton.jit
+def sums_of_left(
+    pid, db_ptr, rules_ptr, dleft_ptr, terms, n, rank, rows, stride_b, BLOCK: tl.constexpr
+):
+    """BLOCK elements of dleft: over cells (p, q), by rows of cells."""
+    element = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    term, a, j = element // (rows * rank), element // rank % rows, element % rank
+    live = term < terms
+    total = tl.zeros((BLOCK,), tl.float32)
+    for p in range(0, n):
+        of_row = tl.zeros((BLOCK,), tl.float32)
+        for q in range(0, n):
+            at = (p * rows + a) * stride_b + (term * n + q) * rank + j
+            db = tl.load(db_ptr + at, live, other=0.0).to(tl.float32)
+            rule = tl.load(rules_ptr + (term * n + p) * n + q, live, other=0.0)
+            of_row += rule.to(tl.float32) * db
+        total += of_row
+    tl.store(dleft_ptr + element, total.to(dleft_ptr.dtype.element_ty), live)
+
+
+@triton.jit
+def sums_of_right(pid, da_ptr, dright_ptr, terms, n, rank, columns, stride_a, BLOCK: tl.constexpr):
+    """BLOCK elements of dright: over the blocks q that hold it."""
+    element = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    term, j, b = element // (rank * columns), element // columns % rank, element % columns
+    live = term < terms
+    total = tl.zeros((BLOCK,), tl.float32)
+    for q in range(0, n):
+        at = ((term * n + q) * rank + j) * stride_a + q * columns + b
+        total += tl.load(da_ptr + at, live, other=0.0).to(tl.float32)
+    at = (term * columns + b) * rank + j
+    tl.store(dright_ptr + at, total.to(dright_ptr.dtype.element_ty), live)
+
+
+@triton.jit
 def factors_backward_kernel(
     da_ptr,
     db_ptr,
@@ -81,45 +131,19 @@ def factors_backward_kernel(
 ):
     """One element of drules, or after rule_blocks programs BLOCK of dleft, then of dright."""
     pid = tl.program_id(0)
-    offs = tl.arange(0, BLOCK).to(tl.int64)
     if pid < rule_blocks:
         if drules_ptr is not None:
-            term, p, q = pid // (n * n), pid // n % n, pid % n
-            total = tl.zeros((BLOCK,), tl.float32)
-            for first in range(0, rows * rank, BLOCK):
-                live = first + offs < rows * rank
-                a, j = (first + offs) // rank, (first + offs) % rank
-                at = (p * rows + a) * stride_b + (term * n + q) * rank + j
-                db = tl.load(db_ptr + at, live, other=0.0).to(tl.float32)
-                at = term.to(tl.int64) * rows * rank + first + offs
-                total += db * tl.load(left_ptr + at, live, other=0.0).to(tl.float32)
-            tl.store(drules_ptr + pid, tl.sum(total, 0).to(drules_ptr.dtype.element_ty))
+            sum_of_rule(pid, db_ptr, left_ptr, drules_ptr, n, rank, rows, stride_b, BLOCK)
     elif pid < rule_blocks + left_blocks:
         if dleft_ptr is not None:
-            element = (pid - rule_blocks).to(tl.int64) * BLOCK + offs
-            term, a, j = element // (rows * rank), element // rank % rows, element % rank
-            live = term < terms
-            total = tl.zeros((BLOCK,), tl.float32)
-            for p in range(0, n):
-                of_row = tl.zeros((BLOCK,), tl.float32)
-                for q in range(0, n):
-                    at = (p * rows + a) * stride_b + (term * n + q) * rank + j
-                    db = tl.load(db_ptr + at, live, other=0.0).to(tl.float32)
-                    rule = tl.load(rules_ptr + (term * n + p) * n + q, live, other=0.0)
-                    of_row += rule.to(tl.float32) * db
-                total += of_row
-            tl.store(dleft_ptr + element, total.to(dleft_ptr.dtype.element_ty), live)
+            pid -= rule_blocks
+            sums_of_left(
+                pid, db_ptr, rules_ptr, dleft_ptr, terms, n, rank, rows, stride_b, BLOCK
+            )  # fmt: skip
     else:
         if dright_ptr is not None:
-            element = (pid - rule_blocks - left_blocks).to(tl.int64) * BLOCK + offs
-            term, j, b = element // (rank * columns), element // columns % rank, element % columns
-            live = term < terms
-            total = tl.zeros((BLOCK,), tl.float32)
-            for q in range(0, n):
-                at = ((term * n + q) * rank + j) * stride_a + q * columns + b
-                total += tl.load(da_ptr + at, live, other=0.0).to(tl.float32)
-            at = (term * columns + b) * rank + j
-            tl.store(dright_ptr + at, total.to(dright_ptr.dtype.element_ty), live)
+            pid -= rule_blocks + left_blocks
+            sums_of_right(pid, da_ptr, dright_ptr, terms, n, rank, columns, stride_a, BLOCK)
 
 
 def forward(rules, left, right, dtype):
