@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaptFormerMlp, alone and in a SamBlock, through the black-box checks."""
+
+import copy
+
+import black_box
+import pytest
+import torch
+from adapt_former_layers import LiteralAdaptFormer, adapted_mlp, sided
+from black_box import Subject
+from sam_layers import DEVICE
+
+from samfast.backends import NAMES
+from samfast.modules import SamBlock
+
+INTERPRETED = (black_box.error_budget, black_box.empty_batch)
+SIDE = ("adapter_layer_norm_before", "_proj.")
+
+
+def alone():
+    """As attached: the MLP is frozen."""
+    ours = adapted_mlp()
+    for part in (ours.lin1, ours.lin2):
+        part.requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, 7, 40, generator=generator, dtype=torch.float64)
+    return Subject(ours, LiteralAdaptFormer(ours), x.to(DEVICE))
+
+
+def whole():
+    """Every tensor is trained."""
+    ours = adapted_mlp()
+    x = torch.randn(3, 6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return Subject(ours, LiteralAdaptFormer(ours), x.to(DEVICE))
+
+
+def windows():
+    return sided(4, 3, 5, 6, trained=SIDE)
+
+
+def frugal():
+    return sided(0, 3, 5, 6, memory="minimal", trained=(*SIDE, "lin1.bias", "norm1."))
+
+
+CASES = [
+    pytest.param(alone, "auto", id="alone-auto"),
+    pytest.param(whole, "torch", id="whole-torch"),
+    pytest.param(windows, "auto", id="block-fast-auto"),
+    pytest.param(frugal, "torch", id="block-minimal-torch"),
+    pytest.param(alone, "triton", id="alone-triton"),
+    pytest.param(frugal, "triton", id="block-minimal-triton", marks=pytest.mark.slow),
+    pytest.param(windows, "triton", id="block-fast-triton", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(
+            check,
+            id=check.__name__,
+            marks=[pytest.mark.slow] if check is black_box.compiled else [],
+        )
+        for check in black_box.CHECKS
+    ],
+)
+@pytest.mark.parametrize(("make", "backend"), CASES)
+def test_black_box(make, check, backend, monkeypatch):
+    monkeypatch.setenv("SAMFAST_BACKEND", backend)
+    if check is black_box.compiled and make in (whole, frugal):
+        pytest.skip("the compiler sees one operation, whatever runs it")
+    interpreted = backend == "triton" and DEVICE.type == "cpu"
+    if interpreted and check not in INTERPRETED:
+        pytest.skip("too slow in the interpreter")
+    layers = make()
+    block = isinstance(layers.ours, SamBlock)
+    assert not block or layers.ours.block_problem() is None
+    if backend == "triton":
+        choice = copy.deepcopy(layers.ours).float().backends()
+        choice = choice["sam_block" if block else "adapt_former"]
+        if choice not in NAMES:
+            pytest.skip(choice)
+    if interpreted:  # the interpreter's bfloat16 product is wrong
+        layers.low, layers.autocast = (torch.float16,), torch.float16
+    check(layers)
