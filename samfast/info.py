@@ -15,6 +15,7 @@ OPERATIONS = (
     "lora_linear",
     "conv_experts",
     "expert_gate",
+    "cobot_fold",
     "adapt_former",
     "relpos_attention",
     "sam_block",

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_WIDTH = 64
-BLOCK_R = 64
+MAX_WIDTH = 32
+BLOCK_R = 32
 BLOCK_L = 64
 
 
@@ -173,34 +173,34 @@ def shared_backward_kernel(
         for which in tl.static_range(4):
             total = tl.zeros((QUARTER, QUARTER), tl.float32)
             for row in tl.static_range(4):
-                column = row ^ which
                 at = (s * width + row * quarter + offs_q[:, None]) * width
-                at += column * quarter + offs_q[None, :]
+                at += (row ^ which) * quarter + offs_q[None, :]
                 part = tl.load(dw_ptr + at, inside, other=0.0)
-                if (row > 0) and (column == 0 or column == (row + 1) % 3 + 1):
-                    part = -part
-                total += part
-            at = ((s * 4 + which) * quarter + offs_q[:, None]) * quarter + offs_q[None, :]
-            tl.store(dheads_ptr + at, total.to(dheads_ptr.dtype.element_ty), inside)
+                if row > 0 and ((row ^ which) == 0 or (row ^ which) == (row + 1) % 3 + 1):
+                    total -= part
+                else:
+                    total += part
+            head_at = ((s * 4 + which) * quarter + offs_q[:, None]) * quarter + offs_q[None, :]
+            tl.store(dheads_ptr + head_at, total.to(dheads_ptr.dtype.element_ty), inside)
         dlam = tl.load(dlam_ptr + s * width + offs, live, other=0.0)
         for start in range(0, slices, BLOCK_L):
             offs_l = start + tl.arange(0, BLOCK_L)
-            at = c_ptr + offs[:, None] * slices + offs_l[None, :]
-            c = tl.load(at, live[:, None] & (offs_l[None, :] < slices), other=0.0)
-            column = tl.sum(c.to(tl.float32) * dlam[:, None], 0)
-            at = dp_ptr + offs_l * slices + first + s
-            tl.store(at, column.to(dp_ptr.dtype.element_ty), offs_l < slices)
+            c_at = c_ptr + offs[:, None] * slices + offs_l[None, :]
+            c = tl.load(c_at, live[:, None] & (offs_l[None, :] < slices), other=0.0)
+            dp = tl.sum(c.to(tl.float32) * dlam[:, None], 0)
+            dp_at = dp_ptr + offs_l * slices + first + s
+            tl.store(dp_at, dp.to(dp_ptr.dtype.element_ty), offs_l < slices)
     else:
         offs_l = (s - count) * BLOCK_L + tl.arange(0, BLOCK_L)
-        total = tl.zeros((WIDTH, BLOCK_L), tl.float32)
+        dc = tl.zeros((WIDTH, BLOCK_L), tl.float32)
         for i in range(0, count):
             dlam = tl.load(dlam_ptr + i * width + offs, live, other=0.0)
-            at = p_ptr + offs_l * slices + first + i
-            p = tl.load(at, offs_l < slices, other=0.0).to(tl.float32)
-            total += dlam[:, None] * p[None, :]
-        at = dc_ptr + offs[:, None] * slices + offs_l[None, :]
-        inside = live[:, None] & (offs_l[None, :] < slices)
-        tl.store(at, total.to(dc_ptr.dtype.element_ty), inside)
+            p_at = p_ptr + offs_l * slices + first + i
+            p = tl.load(p_at, offs_l < slices, other=0.0).to(tl.float32)
+            dc += dlam[:, None] * p[None, :]
+        dc_at = dc_ptr + offs[:, None] * slices + offs_l[None, :]
+        there = live[:, None] & (offs_l[None, :] < slices)
+        tl.store(dc_at, dc.to(dc_ptr.dtype.element_ty), there)
 
 
 def forward(
