@@ -12,17 +12,8 @@ from samfast.functional import conv_experts
 from samfast.kernels.conv_experts.op import supports
 from samfast.modules import ConvLoraLinear
 
-from .proofs import (
-    CUDA,
-    DEVICE,
-    another_stream,
-    launches_as_profiled,
-    needs_gpu,
-    same,
-    same_bits,
-    saved_as_allocated,
-    steps_under_replay,
-)
+from . import proofs
+from .proofs import CUDA, DEVICE, needs_gpu
 
 REPEATS = 250 if CUDA else 2
 SHAPE = (25, 14, 14, 256) if CUDA else (2, 5, 6, 24)
@@ -52,7 +43,7 @@ def gradients(x, layer, dy, noise):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_every_time(dtype, deterministic, monkeypatch):
     call = problem(dtype)
-    same_bits(lambda: gradients(*call), REPEATS, deterministic, monkeypatch)
+    proofs.same_bits(lambda: gradients(*call), REPEATS, deterministic, monkeypatch)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -72,7 +63,7 @@ def test_experts_repeat_bit_for_bit(backend):
 
     first = run()
     for _ in range(REPEATS):
-        assert same(first, run())
+        assert proofs.same(first, run())
 
 
 def test_optimizer_steps_under_graph_replay_equal_eager():
@@ -88,7 +79,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager():
 
         return value, [p for _, p in layer.adapter_parameters()]
 
-    steps_under_replay(prepare, 20, 0.01)
+    proofs.steps_under_replay(prepare, 20, 0.01)
 
 
 @needs_gpu
@@ -96,16 +87,18 @@ def test_counted_launches_are_the_profilers(monkeypatch):
     """The noise, an input here, is one more in training."""
     monkeypatch.setenv("SAMFAST_BACKEND", "triton")
     call = problem(torch.bfloat16)
-    launches_as_profiled(lambda: gradients(*call))
+    proofs.launches_as_profiled(lambda: gradients(*call))
 
 
 @needs_gpu
 def test_a_stream_that_is_not_the_default():
     call = problem()
-    another_stream(lambda: gradients(*call))
+    proofs.another_stream(lambda: gradients(*call))
 
 
 @needs_gpu
 def test_saved_bytes_are_what_the_allocator_says():
     x, layer, _, noise = problem(torch.bfloat16)
-    saved_as_allocated(lambda: layer(x, noise=noise), [x, noise, *layer.parameters()], tensors=8)
+    proofs.saved_as_allocated(
+        lambda: layer(x, noise=noise), [x, noise, *layer.parameters()], tensors=8
+    )

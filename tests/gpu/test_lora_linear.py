@@ -13,16 +13,8 @@ from samfast.counters import count
 from samfast.functional import lora_linear
 from samfast.modules import LoraLinear
 
-from .proofs import (
-    CUDA,
-    DEVICE,
-    another_stream,
-    launches_as_profiled,
-    needs_gpu,
-    same_bits,
-    saved_as_allocated,
-    steps_under_replay,
-)
+from . import proofs
+from .proofs import CUDA, DEVICE, needs_gpu
 
 REPEATS = 250 if CUDA else 3
 SHAPE = (4, 70, 70, 256) if CUDA else (2, 9, 24)
@@ -53,7 +45,7 @@ def gradients(x, layer, dy, dropout=0.0, seed=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_same_bits_every_time(dtype, deterministic, monkeypatch):
     call, seed = problem(dtype), torch.tensor([9], device=DEVICE)
-    same_bits(lambda: gradients(*call, 0.1, seed), REPEATS, deterministic, monkeypatch)
+    proofs.same_bits(lambda: gradients(*call, 0.1, seed), REPEATS, deterministic, monkeypatch)
 
 
 def test_optimizer_steps_under_graph_replay_equal_eager():
@@ -64,7 +56,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager():
         x.requires_grad_(False)
         return lambda: (layer(x) - target).square().mean(), [layer.lora_A, layer.lora_B]
 
-    steps_under_replay(prepare, 20, 0.05)
+    proofs.steps_under_replay(prepare, 20, 0.05)
 
 
 def test_counted_launches_and_syncs():
@@ -77,7 +69,7 @@ def test_counted_launches_and_syncs():
 @needs_gpu
 def test_a_stream_that_is_not_the_default():
     call = problem()
-    another_stream(lambda: gradients(*call))
+    proofs.another_stream(lambda: gradients(*call))
 
 
 @needs_gpu
@@ -85,10 +77,10 @@ def test_a_stream_that_is_not_the_default():
 def test_saved_bytes_are_what_the_allocator_says(dtype):
     x, layer, _ = problem(dtype)
     known = [x, layer.weight, layer.bias, layer.lora_A, layer.lora_B]
-    saved_as_allocated(lambda: layer(x), known, tensors=1)
+    proofs.saved_as_allocated(lambda: layer(x), known, tensors=1)
 
 
 @needs_gpu
 def test_the_profiler_sees_the_counted_launches():
     call = problem(torch.bfloat16)
-    launches_as_profiled(lambda: gradients(*call))
+    proofs.launches_as_profiled(lambda: gradients(*call))

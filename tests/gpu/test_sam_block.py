@@ -17,17 +17,8 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block import costs
 from samfast.modules import LoraLinear, SamBlock
 
-from .proofs import (
-    CUDA,
-    DEVICE,
-    another_stream,
-    launches_as_profiled,
-    needs_gpu,
-    same,
-    same_bits,
-    saved_as_allocated,
-    steps_under_replay,
-)
+from . import proofs
+from .proofs import CUDA, DEVICE, needs_gpu
 
 REPEATS = 100 if CUDA else 1
 STEPS = 20 if CUDA else 2
@@ -87,7 +78,7 @@ def fused(kind, dtype=torch.float32):
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_same_bits_every_time(kind, dtype, deterministic, monkeypatch):
     call = fused(kind, dtype)
-    same_bits(lambda: gradients(*call), REPEATS, deterministic, monkeypatch)
+    proofs.same_bits(lambda: gradients(*call), REPEATS, deterministic, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("windows", marks=LONG), "global"])
@@ -99,7 +90,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager(kind):
         x.requires_grad_(False)
         return lambda: (block(x) - target).square().mean(), trained(block)
 
-    steps_under_replay(prepare, STEPS, 0.05)
+    proofs.steps_under_replay(prepare, STEPS, 0.05)
 
 
 @pytest.mark.skipif(BACKEND != "triton", reason="counts of the Triton path")
@@ -137,14 +128,14 @@ def test_bfloat16_against_float64(kind, monkeypatch):
 @pytest.mark.parametrize("kind", SIZES)
 def test_counted_launches_are_the_profilers(kind):
     call = fused(kind, torch.bfloat16)
-    launches_as_profiled(lambda: gradients(*call))
+    proofs.launches_as_profiled(lambda: gradients(*call))
 
 
 @needs_gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_stream_that_is_not_the_default(kind):
     call = fused(kind, torch.bfloat16)
-    another_stream(lambda: gradients(*call))
+    proofs.another_stream(lambda: gradients(*call))
 
 
 @needs_gpu
@@ -153,7 +144,7 @@ def test_a_stream_that_is_not_the_default(kind):
 def test_saved_bytes_are_what_the_allocator_says(kind, memory):
     block, x, _ = fused(kind, torch.bfloat16)
     block.memory = memory
-    saved_as_allocated(lambda: block(x), [x, *block.parameters()], tensors=16)
+    proofs.saved_as_allocated(lambda: block(x), [x, *block.parameters()], tensors=16)
 
 
 @needs_gpu
@@ -165,4 +156,4 @@ def test_memory_modes_give_the_same_bits(kind):
         block.memory = memory
         made[memory] = gradients(block, x, dy)
     for memory in ("balanced", "minimal"):
-        assert same(made[memory], made["fast"])
+        assert proofs.same(made[memory], made["fast"])

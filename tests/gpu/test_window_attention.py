@@ -10,16 +10,8 @@ import torch
 from samfast.backends import triton_missing
 from samfast.functional import window_relpos_attention
 
-from .proofs import (
-    CUDA,
-    DEVICE,
-    another_stream,
-    launches_as_profiled,
-    needs_gpu,
-    same_bits,
-    saved_as_allocated,
-    steps_under_replay,
-)
+from . import proofs
+from .proofs import CUDA, DEVICE, needs_gpu
 
 REPEATS = 250 if CUDA else 1
 STEPS = 20 if CUDA else 3
@@ -63,7 +55,7 @@ def gradients(kind, leaves, dout):
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_same_bits_every_time(kind, dtype, deterministic, monkeypatch):
     call = problem(kind, dtype)
-    same_bits(lambda: gradients(kind, *call), REPEATS, deterministic, monkeypatch)
+    proofs.same_bits(lambda: gradients(kind, *call), REPEATS, deterministic, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -74,7 +66,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager(kind):
         leaves, target = problem(kind)
         return lambda: (attend(kind, leaves) - target).square().mean(), leaves[1:]
 
-    steps_under_replay(prepare, STEPS, 1.0)
+    proofs.steps_under_replay(prepare, STEPS, 1.0)
 
 
 @needs_gpu
@@ -104,18 +96,18 @@ def test_bfloat16_against_float64(kind):
 @pytest.mark.parametrize("kind", SIZES)
 def test_counted_launches_are_the_profilers(kind):
     call = problem(kind, torch.bfloat16)
-    launches_as_profiled(lambda: gradients(kind, *call))
+    proofs.launches_as_profiled(lambda: gradients(kind, *call))
 
 
 @needs_gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_stream_that_is_not_the_default(kind):
     call = problem(kind)
-    another_stream(lambda: gradients(kind, *call))
+    proofs.another_stream(lambda: gradients(kind, *call))
 
 
 @needs_gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_saved_bytes_are_what_the_allocator_says(kind):
     leaves, _ = problem(kind, torch.bfloat16)
-    saved_as_allocated(lambda: attend(kind, leaves), leaves, tensors=8)
+    proofs.saved_as_allocated(lambda: attend(kind, leaves), leaves, tensors=8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel compiles for GPUs that are not here: no spills, no float atomics, memory fits.
+"""Every Triton kernel compiles for GPUs that are not here: no spills or atomics, memory fits.
 
 Kernels imported under TRITON_INTERPRET cannot be compiled, so each check has its own process.
 """

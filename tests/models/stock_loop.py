@@ -5,6 +5,8 @@ import copy
 
 import torch
 
+SIDE = 96  # of the small models' images: a grid of 6, whose windows of 7 are padded
+
 
 def double(sam):
     """A float64 copy; segment_anything's position encoding is fixed to float32, so freed here."""

@@ -6,31 +6,11 @@ import copy
 import pytest
 import torch
 from budgets import all_within_budget, within_budget
-from stock_loop import KINDS, double, pooled, prompts, random_boxes, random_points, run, stock
+from stock_loop import KINDS, SIDE, pooled, prompts, random_boxes, random_points, run, stock
 
-from samfast.models import build_sam, decode, encode, segment, unused_by_segment
+from samfast.models import decode, encode, segment, unused_by_segment
 
-SIDE = 96  # a grid of 6: its windows of 7 are padded
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A Sam of two blocks, one with windows and one without."""
-    sam = build_sam("vit_tiny", image_size=SIDE, seed=3)
-    sam.image_encoder.blocks = sam.image_encoder.blocks[1:3]
-    return sam
-
-
-@pytest.fixture(scope="module")
-def small_double(small):
-    return double(small)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize(

@@ -7,34 +7,17 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, within_budget
-from stock_loop import double, pooled, prompts, random_boxes, run, stock
+from stock_loop import SIDE, pooled, prompts, random_boxes, run, stock
 
 import samfast
 from samfast.counters import saved_bytes
 from samfast.models import build_sam, decode, segment
 
-SIDE = 96
 SIZE = (60, SIDE)
 module = importlib.import_module("samfast.models.segment")  # the package has the function
 
 
-@pytest.fixture(scope="module")
-def small():
-    sam = build_sam("vit_tiny", image_size=SIDE, seed=3)
-    sam.image_encoder.blocks = sam.image_encoder.blocks[1:2]
-    return sam
-
-
-@pytest.fixture(scope="module")
-def small_double(small):
-    return double(small)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(11)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@
 import copy
 import io
 import pickle
-from pathlib import Path
 
 import pytest
 import safetensors
 import torch
 from budgets import all_within_budget
+from cobot_files import DEVICE, check, relation_of, state_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,37 +19,20 @@ from samfast.counters import count
 from samfast.modules import CobotQkvLora
 from samfast.modules.cobot import CobotForward, relation
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cobot_lora.safetensors"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-AGREE = 5e-6  # float32 files and a float64 evaluation
-
-
-def read(path=GOLDEN):
-    with safetensors.safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).to(DEVICE) for name in file.keys()}  # noqa: SIM118
-
-
-def published(block: str) -> dict[str, str]:
-    """The authors' state-dict names, by the files' names inside a block."""
-    names = {f"linear_{x}_{s}": f"linear_{x}_{s}.weight" for x in "ab" for s in "qv"}
-    heads = {"head_q": "FacT_d1", "head_v": "FacT_d2"}
-    names |= {f"{h}.{c}": f"{d}.{c}_weight" for h, d in heads.items() for c in "rijk"}
-    return {f"{block}.{short}": name for short, name in (*names.items(), ("gamma", "gamma"))}
+HEADS = {f"head_{s}.{c}": f"FacT_d{d}.{c}_weight" for d, s in ((1, "q"), (2, "v")) for c in "rijk"}
+PUBLISHED = {f"linear_{x}_{s}": f"linear_{x}_{s}.weight" for x in "ab" for s in "qv"}
+PUBLISHED |= {"gamma": "gamma", **HEADS}
 
 
 def layers_of(tensors, dtype):
-    """The three layers of the file, sharing the relation."""
-    width = tensors["relation_coefficients"].shape[1]
-    shared = relation(width, 6, torch.empty(0, device=DEVICE, dtype=dtype))
+    shared = relation_of(tensors, dtype)
     layers = []
     for i in range(3):
         weight = tensors[f"block{i}.qkv.weight"]
         linear = nn.Linear(weight.shape[1], weight.shape[0], device=DEVICE, dtype=dtype)
-        layer = CobotQkvLora.from_linear(linear, width, shared, i)
-        state = {name: tensors[key] for key, name in published(f"block{i}").items()}
-        state |= {"weight": weight, "bias": tensors[f"block{i}.qkv.bias"]}
-        state["FacT_c"] = tensors["relation_coefficients"]
-        state["FacT_p"] = tensors["relation_matrix"]
+        layer = CobotQkvLora.from_linear(linear, shared[0].shape[1], shared, i)
+        state = state_of(tensors, f"block{i}", PUBLISHED)
+        state |= {name: tensors[f"block{i}.qkv.{name}"] for name in ("weight", "bias")}
         layer.load_state_dict(state)
         layer.weight.requires_grad_(False)
         layer.bias.requires_grad_(False)
@@ -57,55 +40,10 @@ def layers_of(tensors, dtype):
     return layers
 
 
-def run(layers, tensors):
-    """Outputs and all gradients of Σ y · grad_y by the file's names; the same by parameter."""
-    dtype = layers[0].weight.dtype
-    found, own, loss = {}, [], 0.0
-    xs = [tensors[f"block{i}.x"].to(dtype, copy=True).requires_grad_() for i in range(3)]
-    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
-        y = layer(x)
-        found[f"block{i}.y"] = y.detach()
-        loss = loss + (y * tensors[f"block{i}.grad_y"].to(dtype)).sum()
-    loss.backward()
-    CobotForward(layers).close(layers[0], (), None)
-    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
-        own += [found[f"block{i}.y"], x.grad, *(p.grad for _, p in layer.adapter_parameters())]
-        found[f"grad.block{i}.x"] = x.grad
-        grads = copy.deepcopy(layer)
-        for name, parameter in layer.adapter_parameters():
-            grads.get_parameter(name).data = parameter.grad
-        state = grads.state_dict()
-        for key, name in published(f"block{i}").items():
-            found[f"grad.{key}"] = state[name]
-    found["grad.relation_coefficients"] = layers[0].FacT_c.grad
-    found["grad.relation_matrix"] = layers[0].FacT_p.grad
-    return found, own
-
-
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_golden(backend, together, monkeypatch):
-    tensors = read()
-    monkeypatch.setenv("SAMFAST_BACKEND", backend)
-
-    def results(dtype):
-        layers = layers_of(tensors, dtype)
-        if together:
-            CobotForward(layers).open(layers[0], ())
-        return run(layers, tensors)
-
-    try:
-        _, ours = results(torch.float32)
-    except RuntimeError as error:
-        assert backend in ("triton", "cuda") and "cannot run" in str(error)
-        pytest.skip(str(error))
-    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
-    (named, exact), (_, stock) = results(torch.float64), results(torch.float32)
-    assert set(named) == {n for n in tensors if n.endswith(".y") or n.startswith("grad.")}
-    for name, value in named.items():
-        assert (value - tensors[name]).abs().max() <= AGREE * tensors[name].abs().max()
-    # Not by the file's names, where a head is four numbers: of one the error is luck.
-    all_within_budget(ours, stock, exact, torch.float32, map(str, range(len(exact))))
+    check("cobot_lora", layers_of, PUBLISHED, backend, together, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,19 @@
 """CobotAdaptFormerMlp: published numbers, alone and in fused blocks, files, errors."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import safetensors
 import torch
 from budgets import all_within_budget
+from cobot_files import DEVICE, check, relation_of, state_of
 from torch import nn
 
 import samfast
 from samfast import backends
 from samfast.modules import CobotAdaptFormerMlp
-from samfast.modules.cobot import CobotForward, relation
+from samfast.modules.cobot import relation
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cobot_adaptformer.safetensors"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-AGREE = 5e-6  # float32 files and a float64 evaluation
 # The authors' state-dict names, by the file's names inside a block.
 PUBLISHED = {
     "norm.weight": "adapter_layer_norm_before.weight",
@@ -31,24 +28,17 @@ PUBLISHED = {
 }
 
 
-def read():
-    with safetensors.safe_open(GOLDEN, framework="pt") as file:
-        return {name: file.get_tensor(name).to(DEVICE) for name in file.keys()}  # noqa: SIM118
-
-
 def layers_of(tensors, dtype):
     """The file's three layers; its MLP is one linear layer, so the second is the identity."""
-    shared = relation(16, 3, torch.empty(0, device=DEVICE, dtype=dtype))
+    shared = relation_of(tensors, dtype)
     layers = []
     for i in range(3):
         layer = CobotAdaptFormerMlp(
             32, 32, nn.Identity, 16, 0.1, shared, i, device=DEVICE, dtype=dtype
         )
-        state = {name: tensors[f"block{i}.{key}"] for key, name in PUBLISHED.items()}
+        state = state_of(tensors, f"block{i}", PUBLISHED)
         state |= {"lin1.weight": tensors[f"block{i}.mlp.weight"], "lin2.weight": torch.eye(32)}
         state |= {"lin1.bias": tensors[f"block{i}.mlp.bias"], "lin2.bias": torch.zeros(32)}
-        state["FacT_c"] = tensors["relation_coefficients"]
-        state["FacT_p"] = tensors["relation_matrix"]
         layer.load_state_dict(state)
         for linear in (layer.lin1, layer.lin2):
             linear.requires_grad_(False)
@@ -56,54 +46,10 @@ def layers_of(tensors, dtype):
     return layers
 
 
-def run(layers, tensors):
-    """Outputs and gradients of Σ y · grad_y by the file's names; the same by parameter."""
-    dtype = layers[0].lin1.weight.dtype
-    found, own, loss = {}, [], 0.0
-    xs = [tensors[f"block{i}.x"].to(dtype, copy=True).requires_grad_() for i in range(3)]
-    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
-        y = layer(x)
-        found[f"block{i}.y"] = y.detach()
-        loss = loss + (y * tensors[f"block{i}.grad_y"].to(dtype)).sum()
-    loss.backward()
-    CobotForward(layers).close(layers[0], (), None)
-    for i, (layer, x) in enumerate(zip(layers, xs, strict=True)):
-        own += [found[f"block{i}.y"], x.grad, *(p.grad for _, p in layer.adapter_parameters())]
-        found[f"grad.block{i}.x"] = x.grad
-        grads = copy.deepcopy(layer)
-        for name, parameter in layer.adapter_parameters():
-            grads.get_parameter(name).data = parameter.grad
-        state = grads.state_dict()
-        found |= {f"grad.block{i}.{key}": state[name] for key, name in PUBLISHED.items()}
-    found["grad.relation_coefficients"] = layers[0].FacT_c.grad
-    found["grad.relation_matrix"] = layers[0].FacT_p.grad
-    return found, own
-
-
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_golden(backend, together, monkeypatch):
-    tensors = read()
-    monkeypatch.setenv("SAMFAST_BACKEND", backend)
-
-    def results(dtype):
-        layers = layers_of(tensors, dtype)
-        if together:
-            CobotForward(layers).open(layers[0], ())
-        return run(layers, tensors)
-
-    try:
-        _, ours = results(torch.float32)
-    except RuntimeError as error:
-        assert backend in ("triton", "cuda") and "cannot run" in str(error)
-        pytest.skip(str(error))
-    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
-    (named, exact), (_, stock) = results(torch.float64), results(torch.float32)
-    given = {name for name in tensors if name.endswith(".y") or name.startswith("grad.")}
-    assert given <= set(named)
-    for name in given:
-        assert (named[name] - tensors[name]).abs().max() <= AGREE * tensors[name].abs().max()
-    all_within_budget(ours, stock, exact, torch.float32, map(str, range(len(exact))))
+    check("cobot_adaptformer", layers_of, PUBLISHED, backend, together, monkeypatch)
 
 
 def test_extra_parameters_are_as_many_as_published(tiny_sam):

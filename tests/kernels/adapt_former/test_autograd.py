@@ -4,6 +4,7 @@
 import pytest
 import torch
 from budgets import all_within_budget
+from layouts import odd_layouts
 
 from samfast.counters import saved_bytes
 from samfast.functional import adapt_former
@@ -136,18 +137,6 @@ def test_saved_bytes(backend, dtype):
     assert kept() == 0
 
 
-def layouts(t):
-    """The same values as a slice with NaN around it, permuted, and at an odd offset."""
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
-    wide[..., ::2] = t
-    yield wide[..., ::2]
-    order = list(range(t.dim()))[::-1]
-    yield t.permute(order).contiguous().permute(order)
-    buffer = t.new_full((t.numel() + 1,), float("nan"))
-    buffer[1:] = t.flatten()
-    yield buffer[1:].view(t.shape)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_memory(backend):
     """Of every input and of the incoming gradient, each in every layout and all at once."""
@@ -156,7 +145,7 @@ def test_odd_memory(backend):
     y = case.call(leaves, backend)
     expected = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     exact = case.run(torch.float64, "literal")
-    for odd in zip(*(layouts(t.detach()) for t in (*leaves, dy)), strict=True):
+    for odd in zip(*(odd_layouts(t.detach()) for t in (*leaves, dy)), strict=True):
         *odd, odd_dy = odd
         odd = [t.requires_grad_() for t in odd]
         for given, incoming in (

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from budgets import all_within_budget
+from layouts import odd_layouts
 
 from samfast.functional import relpos_attention, window_relpos_attention
 
@@ -64,18 +65,6 @@ def test_tables_keep_their_dtype(backend):
         stock = case.run(torch.float16, "reference", torch.float32)
         assert [t.dtype for t in ours] == [t.dtype for t in stock]
         all_within_budget(ours, stock, exact, torch.float16, case.names)
-
-
-def odd_layouts(t):
-    """The same values as a slice with NaN around it, permuted, and at an odd offset."""
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
-    wide[..., ::2] = t
-    yield wide[..., ::2]
-    order = list(range(t.dim()))[::-1]
-    yield t.permute(order).contiguous().permute(order)
-    buffer = t.new_full((t.numel() + 1,), float("nan"))
-    buffer[1:] = t.flatten()
-    yield buffer[1:].view(t.shape)
 
 
 @pytest.mark.parametrize("backend", WHOLE)

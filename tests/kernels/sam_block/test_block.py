@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from budgets import within_budget
+from layouts import odd_layouts
 
 from .cases import BACKENDS, DEVICE, Case, runnable
 
@@ -82,18 +83,6 @@ def test_the_same_bits_again(case, backend):
             assert all(torch.equal(value, again[name]) for name, value in first.items())
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def odd_layouts(t):
-    """The same values as a slice with NaN around it, permuted, and at an odd offset."""
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
-    wide[..., ::2] = t
-    yield wide[..., ::2]
-    order = list(range(t.dim()))[::-1]
-    yield t.permute(order).contiguous().permute(order)
-    buffer = t.new_full((t.numel() + 1,), float("nan"))
-    buffer[1:] = t.flatten()
-    yield buffer[1:].view(t.shape)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
