@@ -39,6 +39,10 @@ class Adapter:
         """The adapter's parameters that are biases whatever their number of dimensions."""
         return iter(())
 
+    def relation_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the adapter's parameters for which the method has a learning rate of its own."""
+        return iter(())
+
     def latest_loss(self) -> "LatestLoss | None":
         """Holder of this layer's own term of the loss, None for a method that has none."""
         return None

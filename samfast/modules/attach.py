@@ -11,7 +11,6 @@ from samfast.models.heads import stock_state_dict
 from samfast.modules.adapter import (
     Adapter,
     Attachment,
-    adapter_parameter_names,
     adapters,
     attachment,
     remember,
@@ -206,22 +205,41 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             yield name, parameter
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    relation_lr: float | None = None,
+) -> list[dict]:
     """Groups for an optimizer: weight decay on matrices and convolutions, none on vectors.
 
     Biases, norms and other one-dimensional parameters get no decay, as users expect; adapters
     are matrices and get it. Groups without parameters are left out.
+
+    relation_lr: learning rate of what ``Adapter.relation_parameters`` lists, in groups of their own
+        behind the others; SAM-COBOT's relation, coefficients and heads, which one of its authors'
+        scripts trains at 100 times the rate of the rest. None: ``lr``, and no groups of their own
     """
-    biases = {id(bias) for layer in adapters(model).values() for bias in layer.biases()}
-    matrices, vectors = [], []
+    layers = adapters(model).values()
+    biases = {id(bias) for layer in layers for bias in layer.biases()}
+    related = {id(p) for layer in layers for p in layer.relation_parameters()}
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (relation, vector): [] for relation in (False, True) for vector in (False, True)
+    }
     for _, parameter in trainable_parameters(model):
-        matrix = parameter.ndim >= 2 and id(parameter) not in biases
-        (matrices if matrix else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        relation = relation_lr is not None and id(parameter) in related
+        vector = parameter.ndim < 2 or id(parameter) in biases
+        kinds[relation, vector].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": relation_lr if relation else lr,
+            "weight_decay": 0.0 if vector else weight_decay,
+        }
+        for (relation, vector), parameters in kinds.items()
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
 
 
 def merge(model: nn.Module) -> nn.Module:

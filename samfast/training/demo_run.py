@@ -36,7 +36,13 @@ def run(output: Path, seed: int = 0) -> bool:
     data = write_coins(output / "data")
     print(f"photographs of coins with their truth are in {data}")
     lora = FinetuneSettings(data=data, output=output, overwrite=True, seed=seed, **TRAINING, **LORA)
-    alone = {"method": "decoder", "rank": None, "alpha": None, "output": output / "decoder_only"}
+    alone = {
+        "method": "decoder",
+        "rank": None,
+        "alpha": None,
+        "target": None,
+        "output": output / "decoder_only",
+    }
     decoder = replace(lora, **alone)
 
     start_model = _untrained(lora)

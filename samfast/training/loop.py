@@ -128,7 +128,9 @@ class Run:
         self.split = split
         side = image_size(sam)
         self.parameters = [parameter for _, parameter in samfast.trainable_parameters(sam)]
-        groups = samfast.parameter_groups(sam, settings.lr, settings.weight_decay)
+        groups = samfast.parameter_groups(
+            sam, settings.lr, settings.weight_decay, relation_lr=settings.relation_lr
+        )
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
         workers = _workers(settings, accelerator.device)
         data = PairDataset(

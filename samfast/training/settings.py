@@ -9,7 +9,15 @@ from pathlib import Path
 
 from tyro.conf import Positional, UseAppendAction
 
-METHODS = ("lora", "conv-lora", "decoder")
+METHODS = (
+    "lora",
+    "conv-lora",
+    "cobot-lora",
+    "adaptformer",
+    "cobot-adaptformer",
+    "kronecker",
+    "decoder",
+)
 PROMPTS = ("none", "box")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "polynomial", "constant")
@@ -40,22 +48,36 @@ class FinetuneSettings:
     image_size: int | None = None
     """Longest side of the images as the model sees them; 1024, for vit_tiny 256, if not given."""
     method: str = "lora"
-    """lora, conv-lora: adapters and mask decoder are trained (conv-lora: with one mask token, as
-    published); decoder: the mask decoder alone."""
+    """The adapters that are trained beside the mask decoder: lora; conv-lora (with one mask token,
+    as published); cobot-lora: SAM-COBOT on q and v; adaptformer: branches beside the MLPs, and
+    cobot-adaptformer: with SAM-COBOT; kronecker: sums of Kronecker products. Or decoder: the mask
+    decoder alone."""
     rank: int | None = None
-    """The adapters' rank; 4, for conv-lora 3, if not given."""
+    """The adapters' rank, for cobot-lora a multiple of 4; 4, for conv-lora 3, for kronecker (whose
+    update has rank kron_n * kron_n * rank) 1, if not given."""
     alpha: float | None = None
-    """The adapters' scaling is alpha / rank; alpha = rank, for conv-lora 32, if not given."""
+    """The adapters' scaling is alpha / rank, where they have one (lora, conv-lora, kronecker);
+    alpha = rank, for conv-lora 32, if not given."""
     experts: int | None = None
     """Of conv-lora: number of convolutions that the gate chooses from; 8 if not given."""
     depthwise: bool = False
     """Of conv-lora: each channel has a convolution of its own."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input."""
-    target: tuple[str, ...] = ("qkv",)
-    """The encoder's linear layers that get an adapter: qkv, proj, lin1, lin2."""
+    bottleneck: int | None = None
+    """Of adaptformer and cobot-adaptformer (a multiple of 4): width of the branches; 16 if not
+    given."""
+    kron_n: int | None = None
+    """Of kronecker: number of products, which divides the layers' sizes; 4 if not given."""
+    zero_start: bool = False
+    """Of cobot-lora: start at the frozen model; as published, cobot-lora starts off it."""
+    dropout: float | None = None
+    """Dropout on the adapters' input, of adaptformer on its bottleneck; 0, for adaptformer and
+    cobot-adaptformer 0.1, if not given. cobot-lora has none."""
+    target: tuple[str, ...] | None = None
+    """The encoder's layers that get an adapter: of qkv, proj, lin1, lin2; of adaptformer mlp. If
+    not given qkv, for kronecker qkv and proj. cobot-lora is on every qkv."""
     slices: tuple[str, ...] | None = None
-    """Adapt only these parts of qkv (q, k, v), each with its own factors and no scaling."""
+    """Of lora: adapt only these parts of qkv (q, k, v), each with its own factors and no
+    scaling."""
     prompt: str = "none"
     """none: the mask decoder is given the image alone; box: and the box around the foreground of
     its mask, one box per image whatever the number of objects (the whole image where there is no
@@ -76,6 +98,9 @@ class FinetuneSettings:
     lr: float | None = None
     """Peak learning rate of AdamW; 1e-3 from random weights, 2e-4 (conv-lora 1e-4) from a
     checkpoint, if not given."""
+    relation_lr: float | None = None
+    """Of cobot-lora and cobot-adaptformer: peak learning rate of the relation, the coefficients and
+    the heads; as --lr if not given. One of the authors' scripts trains them at 100 times --lr."""
     schedule: str | None = None
     """cosine: short warm-up, then a half cosine towards 0; constant: warm-up, then --lr;
     polynomial: from --lr in a straight line to 0. polynomial for conv-lora, else cosine, if not

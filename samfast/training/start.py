@@ -16,6 +16,7 @@ from samfast import backends
 from samfast.integrations import segment_anything
 from samfast.models import TRAINED_DECODER, binary_head, build_sam, image_size, segment
 from samfast.models.architectures import architecture
+from samfast.modules.methods import METHODS as KINDS
 from samfast.modules.methods import Method
 from samfast.training.data import padded_images, valid_region
 from samfast.training.settings import (
@@ -31,22 +32,43 @@ from samfast.training.settings import (
 )
 
 # What each method takes where the settings leave it open. Conv-LoRA's are the authors'.
-_COMMON = {"rank": 4, "schedule": "cosine", "loss": "bce-dice"}
+_TRAINING = {"schedule": "cosine", "loss": "bce-dice"}
+_LORA = {**_TRAINING, "rank": 4, "dropout": 0.0, "target": ("qkv",)}
+_ADAPTFORMER = {**_TRAINING, "bottleneck": 16, "dropout": 0.1, "target": ("mlp",)}
 _RECIPES = {
-    "lora": _COMMON,
+    "lora": _LORA,
     "conv-lora": {
+        **_LORA,
         "rank": 3,
         "alpha": 32.0,
         "experts": 8,
         "schedule": "polynomial",
         "loss": "structure",
     },
-    "decoder": _COMMON,
+    "cobot-lora": {**_TRAINING, "rank": 4},
+    "adaptformer": _ADAPTFORMER,
+    "cobot-adaptformer": _ADAPTFORMER,
+    "kronecker": {**_LORA, "kron_n": 4, "rank": 1, "target": ("qkv", "proj")},
+    "decoder": _TRAINING,
 }
+# The options that are some methods' alone, and which of them a method has.
+_OPTIONS = {
+    "lora": ("rank", "alpha", "dropout", "target", "slices"),
+    "conv-lora": ("rank", "alpha", "dropout", "target", "experts", "depthwise"),
+    "cobot-lora": ("rank", "zero_start"),
+    "adaptformer": ("bottleneck", "dropout", "target"),
+    "cobot-adaptformer": ("bottleneck", "dropout", "target"),
+    "kronecker": ("rank", "alpha", "dropout", "target", "kron_n"),
+    "decoder": (),
+}
+_LACKS = {  # in place of "has none"
+    ("conv-lora", "slices"): "adapts whole layers",
+    ("cobot-lora", "target"): "adapts q and v of every block",
+}
+_RELATED = ("cobot-lora", "cobot-adaptformer")
 _PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BOX_JITTER_SHARE = 50  # of the image's side: 20 pixels of 1024, as many as in SAM's own training
 HEAD_DIM = 64  # of a try-out; SAM's are 64 and 80
-_CONV_LORA = {"experts": None, "depthwise": False}  # its own options, as they are if not given
 
 
 class Segmenter(nn.Module):
@@ -108,17 +130,7 @@ def check_settings(settings: FinetuneSettings) -> None:
     for name, known in (("schedule", SCHEDULES), ("loss", LOSSES), ("memory", MEMORY)):
         if getattr(settings, name) is not None:
             _check_known(settings, **{name: known})
-    if settings.method != "conv-lora":
-        for name, absent in _CONV_LORA.items():
-            if (value := getattr(settings, name)) != absent:
-                raise ValueError(f"{name} is {value}, but method {settings.method} has none")
-    if settings.method == "decoder":
-        for name in ("rank", "alpha", "slices"):
-            if (value := getattr(settings, name)) is not None:
-                raise ValueError(f"{name} is {value}, but method decoder has no adapters")
-    elif settings.method == "conv-lora" and settings.slices is not None:
-        named = ", ".join(settings.slices)
-        raise ValueError(f"slices are {named}, but method conv-lora adapts whole layers")
+    _check_method_options(settings)
     if settings.memory is not None and not settings.fuse:
         raise ValueError(
             f"memory is {settings.memory}, which only the fused encoder has; leave out --no-fuse"
@@ -133,10 +145,27 @@ def check_settings(settings: FinetuneSettings) -> None:
     _check_smallest(settings, 1, "decoder_chunk")
     _check_smallest(settings, 0, "workers", "overlays", "weight_decay", "clip", "seed")
     _check_smallest(settings, 0, "box_jitter")
-    if settings.lr is not None and not (settings.lr > 0 and isfinite(settings.lr)):
-        raise ValueError(f"lr is {settings.lr}; it must be above 0")
+    for name in ("lr", "relation_lr"):
+        rate = getattr(settings, name)
+        if rate is not None and not (rate > 0 and isfinite(rate)):
+            raise ValueError(f"{name} is {rate}; it must be above 0")
     if not 0.0 < settings.val_fraction < 1.0:
         raise ValueError(f"val_fraction is {settings.val_fraction}; it must lie between 0 and 1")
+
+
+def _check_method_options(settings: FinetuneSettings) -> None:
+    """Raise ValueError for an option of another method."""
+    method = settings.method
+    has = (*_OPTIONS[method], *(("relation_lr",) if method in _RELATED else ()))
+    for name in dict.fromkeys(("relation_lr", *(n for own in _OPTIONS.values() for n in own))):
+        value = getattr(settings, name)
+        if name in has or value is None or value is False:
+            continue
+        given = f"{name} is {value}"
+        if isinstance(value, tuple):
+            given = f"{name} {'are' if name == 'slices' else 'is'} {', '.join(value)}"
+        lacks = "has no adapters" if method == "decoder" else "has none"
+        raise ValueError(f"{given}, but method {method} {_LACKS.get((method, name), lacks)}")
 
 
 def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
@@ -178,15 +207,14 @@ def method_of(settings: FinetuneSettings) -> Method:
     settings = with_recipe(settings)
     if settings.method == "decoder":
         return samfast.DecoderOnly()
-    common = {
-        "rank": settings.rank,
-        "alpha": settings.alpha,
-        "dropout": settings.dropout,
-        "target": settings.target[0] if len(settings.target) == 1 else settings.target,
-    }
-    if settings.method == "conv-lora":
-        return samfast.ConvLora(experts=settings.experts, depthwise=settings.depthwise, **common)
-    return samfast.Lora(slices=settings.slices, **common)
+    options = {name: getattr(settings, name) for name in _OPTIONS[settings.method]}
+    if len(options.get("target", ())) == 1:
+        options["target"] = options["target"][0]
+    if settings.method == "cobot-adaptformer":
+        return samfast.AdaptFormer(cobot=True, **options)
+    if settings.method == "kronecker":
+        options["n"] = options.pop("kron_n")
+    return KINDS[settings.method](**options)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -249,17 +277,26 @@ def backend_asked_for(
 def _try_out(method: Method, fuse: bool, device: torch.device, dtype: torch.dtype) -> None:
     """One forward and backward of the smallest layers that the method's options fit."""
     layers = []
+    modules = segment_anything.load().modeling.image_encoder
     if not isinstance(method, samfast.DecoderOnly):
-        width = max(16, method.rank)
-        layers.append((method.wrap(nn.Linear(width, 3 * width, device=device)), width))
+        layer, width = _smallest_layer(method, modules.MLPBlock)
+        layers.append((method.build({"layer": layer.to(device)})["layer"], width))
     if fuse:
-        block = segment_anything.load().modeling.image_encoder.Block
-        block = block(HEAD_DIM, 1, use_rel_pos=True, input_size=(2, 2))
+        block = modules.Block(HEAD_DIM, 1, use_rel_pos=True, input_size=(2, 2))
         layers.append((samfast.fuse(block).to(device), HEAD_DIM))
     for layer, width in layers:
         x = torch.zeros(1, 2, 2, width, device=device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             layer(x).sum().backward()
+
+
+def _smallest_layer(method: Method, mlp: type[nn.Module]) -> tuple[nn.Module, int]:
+    """A layer that the method can adapt, and its number of inputs."""
+    if isinstance(method, samfast.AdaptFormer):
+        width = max(16, method.bottleneck)
+        return mlp(width, width), width
+    width = max(16, method.rank) * getattr(method, "n", 1)
+    return nn.Linear(width, 3 * width), width
 
 
 def output_folder(settings: FinetuneSettings) -> Path:

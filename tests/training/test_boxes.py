@@ -15,11 +15,9 @@ import samfast
 from samfast import cli
 from samfast.integrations import segment_anything
 from samfast.models import build_sam, segment
-from samfast.models.architectures import ARCHITECTURES
 from samfast.training import start
 from samfast.training.boxes import foreground_box, jittered_box, parsed_box, resized_box
 from samfast.training.data import Collate, EpochSampler, PairDataset, model_size, padded_images
-from samfast.training.dry_run import dry_run, text
 from samfast.training.evaluate import evaluate, validation_loader
 from samfast.training.folders import load_split
 from samfast.training.images import read_mask
@@ -283,13 +281,3 @@ def test_the_jitter_is_a_fiftieth_of_the_image_and_runs_have_a_folder_of_their_o
     assert recipe(prompt="box", box_jitter=0.0).box_jitter == 0
     folders = [start.output_folder(recipe(prompt=prompt)).name for prompt in ("none", "box")]
     assert folders == ["cells-vit_b-lora", "cells-vit_b-lora-box"]
-
-
-def test_a_dry_run_counts_the_boxes(monkeypatch):
-    shallow = replace(ARCHITECTURES["vit_tiny"], depth=1, global_blocks=(0,))
-    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", shallow)
-    settings = FinetuneSettings(model="vit_tiny", image_size=64, dry_run=True, batch_size=3)
-    result = dry_run(replace(settings, prompt="box"))
-    image, mask, size, box = 3 * 64 * 64, 64 * 64, 2 * 8, 4 * 4
-    assert result["peak_bytes"]["batch"] == 3 * (image + mask + size + box)
-    assert result["prompt"] == "box" and "1 object per image and its box" in text(result)

@@ -79,6 +79,10 @@ MORE = {
     "conv-lora": {"method": "conv-lora", "dropout": 0.25},
     "lora": {},
     "box": {"prompt": "box"},
+    "cobot-lora": {"method": "cobot-lora", "prompt": "box"},
+    "adaptformer": {"method": "adaptformer"},
+    "cobot-adaptformer": {"method": "cobot-adaptformer"},
+    "kronecker": {"method": "kronecker"},
     "stock": {"fuse": False},
     "decoder": {"method": "decoder"},
     "balanced": {"memory": "balanced", "loss": "structure", "target": ALL},
@@ -177,6 +181,27 @@ def test_the_command_needs_no_file_and_writes_none(capsys, tmp_path, monkeypatch
     assert cli.main(["finetune", "--dry-run"]) == 0
     assert capsys.readouterr().out == f"{text}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_boxes_are_counted():
+    result = dry_run.dry_run(FinetuneSettings(**COMMON, prompt="box"))
+    image, mask, size, box = 3 * 112 * 112, 112 * 112, 2 * 8, 4 * 4
+    assert result["peak_bytes"]["batch"] == image + mask + size + box
+    assert result["prompt"] == "box" and "1 object per image and its box" in dry_run.text(result)
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("cobot-lora", marks=pytest.mark.slow), "cobot-adaptformer", "kronecker"]
+)
+def test_the_command_knows_each_method(method, capsys):
+    arguments = ["--model", "vit_tiny", "--image-size", "64", "--method", method, "--json"]
+    assert cli.main(["finetune", "--dry-run", "--prompt", "box", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    settings = FinetuneSettings(model="vit_tiny", image_size=64, method=method)
+    sam = start.attach_method(start.build_base(settings), settings)
+    assert result["trained_parameters"] == samfast.report(sam).trained_parameters
+    assert (result["method"], result["prompt"]) == (method, "box")
+    assert dry_run.text(result).startswith(f"vit_tiny at 64 pixels, {method}, batches of 2, ")
 
 
 def test_wrong_settings_are_refused(refused):
