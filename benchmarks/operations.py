@@ -2,7 +2,9 @@
 """What --op names: generators of workloads."""
 
 from benchmarks.blocks import block_workloads
+from benchmarks.cobot import cobot_workloads
 from benchmarks.encoder import encoder_workloads
+from benchmarks.hypercomplex import hypercomplex_workloads
 from benchmarks.registry import (
     conv_lora_workloads,
     lora_linear_workloads,
@@ -12,6 +14,8 @@ from benchmarks.registry import (
 OPERATIONS = {
     "lora_linear": lora_linear_workloads,
     "conv_lora": conv_lora_workloads,
+    "cobot": cobot_workloads,
+    "hypercomplex": hypercomplex_workloads,
     "relpos_attention": relpos_attention_workloads,
     "block": block_workloads,
     "encoder": encoder_workloads,

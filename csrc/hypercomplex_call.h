@@ -9,6 +9,8 @@
 
 namespace samfast::hypercomplex {
 
+constexpr int64_t kMost = int64_t{1} << 30;  // positions, which are divided in 32 bits
+
 inline void check(const Tensor& t, const char* name, ScalarType type, int64_t numel,
                   const Tensor& like) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " has another element type than expected");
@@ -21,7 +23,8 @@ inline Sizes sizes_of(const Tensor& rules, const Tensor& weights) {
   STD_TORCH_CHECK(rules.dim() == 3 && weights.dim() == 3, "rules and weights have three dimensions");
   const Sizes z = {rules.size(0), rules.size(1), weights.size(1), weights.size(2)};
   STD_TORCH_CHECK(z.terms > 0 && z.n > 0 && z.n < 1024 && z.positions() > 0, "a size is zero");
-  STD_TORCH_CHECK(z.columns < (int64_t{1} << 30), "a part has ", z.columns, " columns");
+  STD_TORCH_CHECK(z.rows < kMost && z.columns < kMost && z.positions() < kMost, "weights are of ",
+                  z.rows, " x ", z.columns, " elements, more than fit 32 bits");
   check(rules, "rules", ScalarType::Float, z.entries(), weights);
   check(weights, "weights", ScalarType::Float, z.terms * z.positions(), weights);
   return z;

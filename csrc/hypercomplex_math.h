@@ -76,9 +76,10 @@ constexpr int kItemCells = 4, kBuildItems = kTile * kCells / kItemCells;
 template <typename T, typename B>
 SAMFAST_HD void build_item(const Sizes& z, const Built<T, B>& m, int64_t tile, int chunk,
                            int item) {
-  const int64_t position = tile * kTile + item % kTile;
+  // In 32 bits: a GPU calls a function to divide in 64.
+  const int position = static_cast<int>(tile * kTile + item % kTile);
+  const int columns = static_cast<int>(z.columns), a = position / columns, b = position % columns;
   if (position >= z.positions()) return;
-  const int64_t a = position / z.columns, b = position % z.columns;
   const int first = chunk * kCells + item / kTile * kItemCells;
   for (int cell = first; cell < first + kItemCells && cell < z.cells(); ++cell) {
     float h = 0.0f;
@@ -116,8 +117,7 @@ SAMFAST_HD void contract_block(const Sizes& z, const Contracted<T>& m, int64_t b
   for (int64_t turn = 0; turn < per_block; ++turn) {
     const int64_t start = (block * per_block + turn) * kTile;
     if (start >= positions && turn > 0) break;
-    const int64_t row = start / columns;
-    const int column = static_cast<int>(start % columns);
+    const int row = static_cast<int>(start) / columns, column = static_cast<int>(start) % columns;
     const int live = positions - start < kTile ? static_cast<int>(positions - start) : kTile;
     each(terms * kTile, [&](int e) {
       const int i = e / kTile, t = e % kTile;

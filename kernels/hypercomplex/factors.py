@@ -9,11 +9,16 @@ from samfast.kernels._common.autocast import without_autocast
 from samfast.kernels._common.implementation import implement
 from samfast.kernels._common.once import once_differentiable
 from samfast.kernels.hypercomplex import reference, torch_factors
-from samfast.kernels.hypercomplex.op import check_tensors
+from samfast.kernels.hypercomplex.op import MAX_ELEMENTS, check_tensors
 
 
-def supports(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when the backend takes this call, or the sentence that says why it does not."""
+def supports(
+    backend: str, device: torch.device, dtype: torch.dtype, elements: int = 0
+) -> str | None:
+    """None when the backend takes this call, or the sentence that says why it does not.
+
+    elements: of the larger factor
+    """
     if backend in ("reference", "torch"):
         return None
     if backend == "cpu":
@@ -24,22 +29,28 @@ def supports(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return missing
     if dtype == torch.float64:
         return "the factors are torch.float64, but the kernels take float32, float16 and bfloat16"
+    if elements >= MAX_ELEMENTS:
+        return f"a factor has {elements} elements, but the kernels count less than {MAX_ELEMENTS}"
     return None
 
 
-def factors_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def factors_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, elements: int = 0
+) -> str:
     """What makes the factors where the layer around them runs on ``backend``."""
     stand_in = {"cpu": "torch", "cuda": "triton"}
     return backends.resolve(
         "kronecker_factors",
         stand_in.get(backend, backend),
         device,
-        lambda b: supports(b, device, dtype),
+        lambda b: supports(b, device, dtype, elements),
     )
 
 
 def _path(backend, rules, left, right):
-    if factors_backend(backend, rules.device, _dtype(rules, left, right)) == "triton":
+    sizes = rules.shape[1] * left.shape[1], rules.shape[1] * right.shape[1]
+    elements = rules.shape[0] * rules.shape[1] * left.shape[2] * max(sizes)
+    if factors_backend(backend, rules.device, _dtype(rules, left, right), elements) == "triton":
         from samfast.kernels.hypercomplex import triton_factors
 
         return triton_factors

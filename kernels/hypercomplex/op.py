@@ -15,6 +15,7 @@ from samfast.kernels._common.once import once_differentiable
 from samfast.kernels.hypercomplex import reference, torch_path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_ELEMENTS = 2**30  # of one of the weights; the kernels count them in 32 bits
 
 
 def supports(
@@ -36,6 +37,8 @@ def supports(
     for name, kind in named.items():
         if kind == torch.float64:
             return f"{name} is {kind}, but the kernels take float32, float16 and bfloat16"
+    if (elements := weights.shape[1] * weights.shape[2]) >= MAX_ELEMENTS:
+        return f"weights are of {elements} elements, but the kernels count less than {MAX_ELEMENTS}"
     if backend == "cpu":
         return backends.cpu_missing(device, dtype, "hypercomplex_build")
     if backend == "cuda":

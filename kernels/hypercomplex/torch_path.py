@@ -31,8 +31,11 @@ def contract(grad, rules, weights, scaling, needs):
     cells = grad.to(wide).view(n, rows, n, columns).transpose(1, 2).reshape(n * n, rows * columns)
     drules = dweights = None
     if need_rules:
-        flat = weights.to(wide).reshape(terms, rows * columns)
-        drules = (torch.mm(flat, cells.t()) * scaling).view(rules.shape).to(rules.dtype)
+        # by rows and then over rows: one product over all positions would round more
+        of_rows = torch.bmm(
+            weights.to(wide).transpose(0, 1), cells.view(n * n, rows, columns).permute(1, 2, 0)
+        )
+        drules = (of_rows.sum(0) * scaling).view(rules.shape).to(rules.dtype)
     if need_weights:
         mixing = rules.to(wide).reshape(terms, n * n)
         dweights = (torch.mm(mixing, cells) * scaling).view(weights.shape).to(weights.dtype)

@@ -2,7 +2,8 @@
 """``kronecker_factors`` in Triton: one launch each way.
 
 Either launch has programs of several kinds, told apart by their number: for lora_a and for lora_b,
-and for each of the three gradients. Every sum is made by one program in a fixed order.
+and for each of the three gradients. Every sum is made by one program in a fixed order. Elements are
+counted in 32 bits, for dividing in 64 is a call; rows are made wide before they meet a stride.
 """
 
 import contextlib
@@ -39,39 +40,38 @@ def factors_kernel(
 ):
     """BLOCK elements of lora_a, zeros written too, or after a_blocks programs of lora_b."""
     pid = tl.program_id(0)
-    offs = tl.arange(0, BLOCK).to(tl.int64)
     if pid < a_blocks:
-        element = pid.to(tl.int64) * BLOCK + offs
+        element = pid * BLOCK + tl.arange(0, BLOCK)
         r, c = element // (n * columns), element % (n * columns)
         term, q, j = part(r, n, rank)
         mine = (r < width) & (c // columns == q)
         at = (term * columns + c % columns) * rank + j
         a = tl.load(right_ptr + at, mine, other=0.0)
-        tl.store(a_ptr + r * stride_a + c, a.to(a_ptr.dtype.element_ty), r < width)
+        tl.store(a_ptr + r.to(tl.int64) * stride_a + c, a.to(a_ptr.dtype.element_ty), r < width)
     else:
-        element = (pid - a_blocks).to(tl.int64) * BLOCK + offs
+        element = (pid - a_blocks) * BLOCK + tl.arange(0, BLOCK)
         o, r = element // width, element % width
         term, q, j = part(r, n, rank)
         live = o < n * rows
         rule = tl.load(rules_ptr + (term * n + o // rows) * n + q, live, other=0.0)
         left = tl.load(left_ptr + (term * rows + o % rows) * rank + j, live, other=0.0)
         b = rule.to(tl.float32) * left.to(tl.float32)
-        tl.store(b_ptr + o * stride_b + r, b.to(b_ptr.dtype.element_ty), live)
+        tl.store(b_ptr + o.to(tl.int64) * stride_b + r, b.to(b_ptr.dtype.element_ty), live)
 
 
 @triton.jit
 def sum_of_rule(pid, db_ptr, left_ptr, drules_ptr, n, rank, rows, stride_b, BLOCK: tl.constexpr):
     """Element pid of drules: over rows a and ranks j."""
     term, p, q = pid // (n * n), pid // n % n, pid % n
-    offs = tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, rows * rank, BLOCK):
-        live = first + offs < rows * rank
-        a, j = (first + offs) // rank, (first + offs) % rank
-        at = (p * rows + a) * stride_b + (term * n + q) * rank + j
+        element = first + tl.arange(0, BLOCK)
+        live = element < rows * rank
+        a, j = element // rank, element % rank
+        at = (p * rows + a).to(tl.int64) * stride_b + (term * n + q) * rank + j
         db = tl.load(db_ptr + at, live, other=0.0).to(tl.float32)
-        at = term.to(tl.int64) * rows * rank + first + offs
-        total += db * tl.load(left_ptr + at, live, other=0.0).to(tl.float32)
+        left = tl.load(left_ptr + term * rows * rank + element, live, other=0.0)
+        total += db * left.to(tl.float32)
     tl.store(drules_ptr + pid, tl.sum(total, 0).to(drules_ptr.dtype.element_ty))
 
 
@@ -80,14 +80,14 @@ def sums_of_left(
     pid, db_ptr, rules_ptr, dleft_ptr, terms, n, rank, rows, stride_b, BLOCK: tl.constexpr
 ):
     """BLOCK elements of dleft: over cells (p, q), by rows of cells."""
-    element = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = pid * BLOCK + tl.arange(0, BLOCK)
     term, a, j = element // (rows * rank), element // rank % rows, element % rank
     live = term < terms
     total = tl.zeros((BLOCK,), tl.float32)
     for p in range(0, n):
         of_row = tl.zeros((BLOCK,), tl.float32)
         for q in range(0, n):
-            at = (p * rows + a) * stride_b + (term * n + q) * rank + j
+            at = (p * rows + a).to(tl.int64) * stride_b + (term * n + q) * rank + j
             db = tl.load(db_ptr + at, live, other=0.0).to(tl.float32)
             rule = tl.load(rules_ptr + (term * n + p) * n + q, live, other=0.0)
             of_row += rule.to(tl.float32) * db
@@ -98,12 +98,12 @@ def sums_of_left(
 @triton.jit
 def sums_of_right(pid, da_ptr, dright_ptr, terms, n, rank, columns, stride_a, BLOCK: tl.constexpr):
     """BLOCK elements of dright: over the blocks q that hold it."""
-    element = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = pid * BLOCK + tl.arange(0, BLOCK)
     term, j, b = element // (rank * columns), element // columns % rank, element % columns
     live = term < terms
     total = tl.zeros((BLOCK,), tl.float32)
     for q in range(0, n):
-        at = ((term * n + q) * rank + j) * stride_a + q * columns + b
+        at = ((term * n + q) * rank + j).to(tl.int64) * stride_a + q * columns + b
         total += tl.load(da_ptr + at, live, other=0.0).to(tl.float32)
     at = (term * columns + b) * rank + j
     tl.store(dright_ptr + at, total.to(dright_ptr.dtype.element_ty), live)

@@ -22,11 +22,11 @@ SUM_ROWS, SUM_COLUMNS = 64, 16
 
 @triton.jit
 def positions(start, rows, columns, BLOCK_P: tl.constexpr):
-    """Row a and column b, (BLOCK_P,) each, of the positions from ``start`` (int64) on, and which
-    of them exist."""
-    offs = (start % columns).to(tl.int32) + tl.arange(0, BLOCK_P)
-    a = start // columns + offs // columns
-    return a, offs % columns, a < rows
+    """Row a (int64) and column b of the positions from ``start`` on, (BLOCK_P,) each, and which of
+    them exist. There are less than 2**31, and dividing in 64 bits is a call."""
+    position = start + tl.arange(0, BLOCK_P)
+    a = position // columns
+    return a.to(tl.int64), position % columns, a < rows
 
 
 @triton.jit
@@ -47,11 +47,11 @@ def build_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """base + s · Σ_i rules_i ⊗ weights_i for BLOCK_P positions of BLOCK_C cells."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK_P
+    start = tl.program_id(0) * BLOCK_P
     a, b, live = positions(start, rows, columns, BLOCK_P)
     cell = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = cell < n * n
-    at = start + tl.arange(0, BLOCK_P)
+    at = start.to(tl.int64) + tl.arange(0, BLOCK_P)
     acc = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for i in range(0, terms):
         rule = tl.load(rules_ptr + i * n * n + cell, exists, other=0.0).to(tl.float32)
@@ -95,7 +95,7 @@ def contract_kernel(
         out += tl.program_id(0).to(tl.int64) * terms * cells
     total = tl.zeros((BLOCK_I, BLOCK_C), tl.float32)
     for tile in range(0, tiles):
-        start = (tl.program_id(0).to(tl.int64) * tiles + tile) * BLOCK_P
+        start = (tl.program_id(0) * tiles + tile) * BLOCK_P
         a, b, live = positions(start, rows, columns, BLOCK_P)
         at = offs_i.to(tl.int64) * stride_weights + start + tl.arange(0, BLOCK_P)[None, :]
         mine = (offs_i < terms) & live[None, :]

@@ -3,13 +3,12 @@
 
 import copy
 
-import black_box
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from black_box import Subject
 from budgets import within_budget
+from literal_kronecker import LiteralKronecker, filled
 from torch import nn
 
 import samfast
@@ -19,63 +18,6 @@ from samfast.modules import KroneckerLinear, LoraLinear
 from samfast.modules.adapter_files import TENSORS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class LiteralKronecker(nn.Linear):
-    """The update as a matrix, by torch.kron."""
-
-    def __init__(self, like):
-        super().__init__(like.in_features, like.out_features, dtype=torch.float64)
-        for name, parameter in like.adapter_parameters():
-            self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
-        self.scaling = like.scaling
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            parts = zip(self.kron_rules, self.kron_left, self.kron_right, strict=True)
-            delta = sum(torch.kron(a, u @ v.mT) for a, u, v in parts)
-        return super().forward(x) + self.scaling * F.linear(x, delta.to(x.dtype))
-
-
-class LiteralFactors(LiteralKronecker):
-    """The update as LoRA, whose down-projection multiplies zeros too: an infinity among x, where
-    the loss is lost anyway, makes all of kron_rules' gradient NaN, not a column of it alone."""
-
-    def forward(self, x):
-        eye = torch.eye(self.kron_rules.shape[1], dtype=x.dtype)
-        a = torch.cat([torch.kron(eye, v.t().contiguous()) for v in self.kron_right])
-        parts = zip(self.kron_rules, self.kron_left, strict=True)
-        b = torch.cat([torch.kron(rule, u) for rule, u in parts], dim=1)
-        update = F.linear(F.linear(x, a.to(x.device)), b)
-        return nn.Linear.forward(self, x) + self.scaling * update
-
-
-def filled(module, seed=3):
-    """The module with a left factor that is not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        left = 0.5 * torch.randn(module.kron_left.shape, generator=generator)
-        module.kron_left.copy_(left)
-    return module
-
-
-@pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
-def test_black_box(check, backend, monkeypatch):
-    if backend == "triton" and (reason := triton_missing(DEVICE)):
-        pytest.skip(reason)
-    monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    torch.manual_seed(0)
-    ours = filled(KroneckerLinear(12, 18, n=2, rank=2, alpha=3, dtype=torch.float64))
-    ours.weight.requires_grad_(False)
-    ours.bias.requires_grad_(False)
-    x = torch.randn(3, 5, 12, dtype=torch.float64).to(DEVICE)
-    subject = Subject(ours.to(DEVICE), LiteralKronecker(ours).to(DEVICE), x)
-    if check is black_box.infinities:
-        subject = Subject(ours, LiteralFactors(ours), x)
-    if backend == "triton" and DEVICE.type == "cpu":  # the interpreter's bfloat16 product is wrong
-        subject.low, subject.autocast = (torch.float16,), torch.float16
-    check(subject)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import count, saved_bytes
 from samfast.functional import hypercomplex_linear, kronecker_weight
+from samfast.kernels.hypercomplex import costs
 
 from .cases import DEVICE, NAMES, Case, runnable
 
@@ -146,19 +147,26 @@ def test_only_the_wanted_gradients_are_made(wanted, backend):
         assert call.launches["sum_kernel"] == (1 in wanted)
 
 
-def test_launches_and_syncs(backend):
-    """Forward: H and the product. Backward: H, three of the library's, and dH's two passes."""
-    case = Case(n=4, rows=8, columns=8)
-    (x, rules, weights, _, _), dy = case.tensors(torch.float32)
+def test_counts_are_those_of_the_costs(backend):
+    """Forward: H and the product. Backward: H, dx, dH and its two passes. No sync."""
+    case = Case(n=4, rows=8, columns=8, tokens=(96,))
+    (x, rules, weights, bias, _), dy = case.tensors(torch.float32)
+    tokens, inputs, outputs = 96, 32, 32
 
     def call():
-        y = hypercomplex_linear(x, rules, weights, backend=backend)
-        return torch.autograd.grad(y, [x, rules, weights], dy)
+        y = hypercomplex_linear(x, rules, weights, bias, backend=backend)
+        return torch.autograd.grad(y, [x, rules, weights, bias], dy)
 
     counts = count(call)
+    stages = costs.stages(tokens, inputs, outputs, 4, 4)
     assert counts.total_syncs == 0
-    # the torch path copies cells into place and back
-    assert counts.total_launches <= (7 if backend in ("triton", "cpu", "cuda") else 17)
+    if backend == "torch":  # puts cells into place and back; all its products are aten's
+        assert counts.total_launches <= 19
+        assert counts.flops == sum(s.flops for s in stages) - tokens * outputs
+    else:
+        assert counts.total_launches == sum(s.launches for s in stages)
+        assert counts.flops == sum(s.flops for s in stages if s.product)
+    assert counts.largest <= 4 * max(tokens * outputs, outputs * inputs)
 
 
 def layouts(t):
