@@ -57,7 +57,7 @@ class Block:
         x1, u, aux, kept, of_layers, z = self._up_to_gelu(memory)
         g, h = self.stages.gelu(u, self.lin2.fused_down)
         del u
-        bias = None if self.side is None else self.side.bias(self.lin2.bias)
+        bias = None if self.side is None else self.side.bias(self.lin2.bias, g.dtype)
         update, aux_lin2, kept_lin2 = self.lin2.forward(g, h, bias)
         del g, h
         if self.side is not None:
@@ -133,12 +133,12 @@ class Block:
         head = [None] * len(self.head)
         dx1 = dx = None
         if need_u:
-            source = self._normed(x1, 1, dy, norm2, beside if need_n2 else None)
+            source = self._normed(x1, 1, dy, norm2)
             dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2)
-            dx1 = self.lin1.through(du, dh, need_n2, source)
+            dx1 = self.lin1.through(du, dh, need_n2, source, beside)
             head[2:4] = source.grads
             del source  # which holds x1 and dy
-        if beside is not None and not need_n2:
+        elif beside is not None:
             beside(None, self._normed(x1, 1, dy, norm2).rows())
         del du, dy, x1, beside
         if need_x1:
@@ -193,10 +193,10 @@ class Block:
             return None
         return lambda dn, n: self.side.back_to_n(dn, dz, z, n)
 
-    def _normed(self, x: Tensor, which: int, residual: Tensor, needs, beside=None) -> Normed:
+    def _normed(self, x: Tensor, which: int, residual: Tensor, needs) -> Normed:
         weight, bias = self.head[2 * which : 2 * which + 2]
         eps = self.plan.eps[which]
-        return Normed(self.stages, x, weight, bias, eps, self.dtype, residual, needs, beside)
+        return Normed(self.stages, x, weight, bias, eps, self.dtype, residual, needs)
 
     def _as_rows(self, out: Tensor) -> Tensor:
         return out.view(len(self.rows), out.shape[3] * out.shape[4])

@@ -2,9 +2,11 @@
 """What the block costs on a GPU by its design: FLOP, bytes and launches of each stage.
 
 Everything in one dtype, frozen weights, memory "fast", LoRA of one rank on all four layers or none.
+What a branch beside the MLP adds stands by itself.
 """
 
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.adapt_former import costs as branch
 from samfast.kernels.lora_linear import costs as low_rank
 from samfast.kernels.lora_linear.costs import Stage
 from samfast.kernels.relpos_attention import costs as attention
@@ -88,6 +90,11 @@ def stages(windows: Windows, width: int, heads: int, rank: int, itemsize: int) -
     """Forward and backward; rank 0 for a frozen block whose input wants a gradient."""
     sizes = (windows, width, heads, rank, itemsize)
     return [*forward(*sizes), *backward(*sizes)]
+
+
+def side(windows: Windows, width: int, bottleneck: int, itemsize: int) -> list[Stage]:
+    """What adapt_former's branch beside the MLP adds."""
+    return branch.stages(windows.tokens, width, bottleneck, itemsize, inside=True)
 
 
 def _layers(windows, width, rank, itemsize):

@@ -74,13 +74,18 @@ class Layer:
         )
         return dh
 
-    def through(self, dy: Tensor, dh: Tensor | None, need_rows: bool, source) -> Tensor | None:
+    def through(
+        self, dy: Tensor, dh: Tensor | None, need_rows: bool, source, beside=None
+    ) -> Tensor | None:
         """The gradient before ``source``, which made this layer's rows; and of weight and lora_a.
 
         A source has rows(), which makes them again, backward(drows, low, want), as the stages have
         it, and needs_all: whether drows must hold the adapter's part before.
+        beside: adds to drows, given the rows, what another than this layer has for them
         """
         drows = torch.mm(dy, self.weight.to(dy.dtype)) if need_rows else None
+        if beside is not None:
+            beside(drows, source.rows())
         need_a = self.needs[2] and dh is not None
         if need_rows and self.plan.dropout == 0.0 and not source.needs_all:
             low = None if dh is None else (dh, self.lora_a, need_a)
@@ -115,14 +120,11 @@ class Given:
 
 
 class Normed:
-    """LayerNorm of x, to be made again; its gradient goes on beside ``residual``.
+    """LayerNorm of x, to be made again, once; its gradient goes on beside ``residual``."""
 
-    beside: adds to the gradient, given it and the rows, what another than the layer has for it
-    """
-
-    def __init__(self, stages, x, weight, bias, eps, dtype, residual, needs, beside=None):
+    def __init__(self, stages, x, weight, bias, eps, dtype, residual, needs):
         self.stages, self.x, self.residual, self.dtype = stages, x, residual, dtype
-        self.affine, self.needs, self.beside = (weight, bias, eps), needs, beside
+        self.affine, self.needs = (weight, bias, eps), needs
         self.grads: list[Tensor | None] = [None, None]
         self.made: Tensor | None = None
 
@@ -137,8 +139,6 @@ class Normed:
         return self.made
 
     def backward(self, drows, low, want):
-        if self.beside is not None:
-            self.beside(drows, self.rows())
         if self.needs_all:
             self.grads = self.stages.norm_parameters(drows, self.x, *self.affine, self.needs)
         if self.made is None:

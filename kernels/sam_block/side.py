@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A branch beside the block's MLP, in both directions: adapt_former's, on n = norm2(x1)."""
 
+import torch
 from torch import Tensor
 
 from samfast.kernels.adapt_former import engine
@@ -31,9 +32,11 @@ class Side:
             n.dtype,
         )  # fmt: skip
 
-    def bias(self, bias: Tensor | None) -> Tensor:
-        """The bias of lin2 with that of the up-projection."""
-        return self.up_bias if bias is None else bias + self.up_bias
+    def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The bias of lin2 with that of the up-projection, rounded once."""
+        if bias is None:
+            return self.up_bias
+        return torch.add(bias, self.up_bias, out=bias.new_empty(bias.shape, dtype=dtype))
 
     def add_(self, update: Tensor, z: Tensor) -> None:
         """update += z upᵀ."""

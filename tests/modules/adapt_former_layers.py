@@ -30,12 +30,17 @@ class LiteralAdaptFormer(MLPBlock):
 
 
 def fill(mlp, seed=5):
-    """Numbers in all of the adapter, as training would leave them."""
+    """Numbers in all of the adapter, as training would leave them.
+
+    The bottleneck is mostly off or mostly on: near zero rounding decides what a ReLU lets through.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in mlp.adapter_parameters():
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(values * (0.3 if name.endswith("proj.weight") else 1.0))
+            parameter.copy_(values * (0.1 if name.endswith("proj.weight") else 1.0))
+        signs = 1.0 - 2.0 * (torch.arange(mlp.bottleneck, device=mlp.down_proj.bias.device) % 2)
+        mlp.down_proj.bias.copy_(signs * (1 + 0.2 * mlp.down_proj.bias.abs()))
     return mlp
 
 

@@ -17,7 +17,11 @@ BACKENDS = ("torch", "auto")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """shape: of x   mean, spread: of x   tensors are drawn from a seed, in float64"""
+    """shape: of x   mean, spread: of x   tensors are drawn from a seed, in float64
+
+    Few elements of the bottleneck are near zero, where rounding decides what the ReLU lets through
+    and a gradient jumps: its bias puts every other one on, and the others off.
+    """
 
     shape: tuple[int, ...] = (3, 5, 7, 40)
     bottleneck: int = 16
@@ -46,7 +50,9 @@ class Case:
 
         x = self.mean + self.spread * draw(*self.shape, kind=torch.float64)
         leaves = [x.to(dtype), draw(*self.shape, kind=dtype), draw(width), draw(width)]
-        leaves += [draw(bottleneck, width, divisor=width**0.5), draw(bottleneck)]
+        signs = 1.0 - 2.0 * (torch.arange(bottleneck, device=DEVICE) % 2)
+        leaves += [draw(bottleneck, width, divisor=2 * width**0.5)]
+        leaves += [(signs * (1 + draw(bottleneck, divisor=5).abs())).to(small or dtype)]
         leaves += [draw(width, bottleneck, divisor=bottleneck**0.5), draw(width)]
         return [t.requires_grad_() for t in leaves], draw(*self.shape, kind=dtype)
 

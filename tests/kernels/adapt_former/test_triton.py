@@ -18,7 +18,7 @@ if torch.cuda.is_available() or backends.triton_missing(torch.device("cpu")):
 
 from guarded import ORDERS, guarded
 
-from samfast.kernels.adapt_former import torch_path
+from samfast.kernels.adapt_former import costs, torch_path
 from samfast.kernels.adapt_former import triton_kernels as kernels
 
 from .cases import NAMES, Case
@@ -95,6 +95,8 @@ def test_launches_and_syncs():
     case = CASES[1]
     leaves, dy = case.tensors(HALF)
     counts = count(lambda: torch.autograd.grad(case.call(leaves, "triton"), leaves, dy))
+    design = costs.stages(*case.shape, case.bottleneck, HALF.itemsize)
+    assert counts.total_launches == sum(stage.launches for stage in design) == 8
     assert counts.launches == {
         "low_kernel": 1,
         "add": 1,

@@ -15,7 +15,7 @@ CASES = (
     Case(),
     Case(dropout=0.3),
     Case(shape=(2, 14, 14, 64), bottleneck=8),
-    Case(shape=(7, 33), bottleneck=1, dropout=0.1),
+    Case(shape=(70, 33), bottleneck=1, dropout=0.1),
     Case(shape=(1, 63, 48), bottleneck=5),
     Case(shape=(341, 16), bottleneck=64, dropout=0.5),
     Case(shape=(9,), bottleneck=2),

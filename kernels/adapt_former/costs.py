@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the branch costs on a GPU by its design: FLOP, bytes and launches of each stage."""
+
+from samfast.kernels.lora_linear import costs as low_rank
+from samfast.kernels.lora_linear.costs import Stage
+
+_PROGRAM_ROWS = 64  # the usual BLOCK_M of the backward: one float32 partial of G for each
+
+
+def stages(
+    tokens: int, width: int, bottleneck: int, itemsize: int, inside: bool = False
+) -> list[Stage]:
+    """Forward and backward of everything that is trained, x and base wanting gradients too.
+
+    inside: a fused block, where lin2's bias takes b_up with it, x is made again, and its gradient
+        is added to one that is there
+    """
+    rows, product = itemsize * tokens * width, 2 * tokens * width * bottleneck
+    every = low_rank.stages(tokens, width, width, bottleneck, itemsize)
+    up, up_backward, reduce = every[3:6]
+    parts = 4 * bottleneck * width * -(-tokens // _PROGRAM_ROWS)
+    bias = Stage("b_lin2 + b_up", 0, 3 * itemsize * width, 1)
+    return [
+        Stage("LN, down, ReLU, drop", product, rows, 1),
+        bias if inside else Stage("base + b_up", 0, 2 * rows, 1),
+        up,
+        Stage("db_up", 0, rows, 1),
+        up_backward,
+        reduce,
+        *([Stage("x again", 0, 2 * rows, 1)] if inside else []),
+        Stage("norm backward, G", 3 * product, (3 if inside else 2) * rows + parts, 1),
+        Stage("d_down, d_norm, from G", 0, parts, 1),
+    ]
