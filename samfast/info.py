@@ -17,6 +17,7 @@ OPERATIONS = (
     "expert_gate",
     "cobot_fold",
     "adapt_former",
+    "hypercomplex",
     "relpos_attention",
     "sam_block",
 )

@@ -4,10 +4,10 @@
 import torch
 from torch import Tensor, nn
 
-from samfast.backends import requested
+from samfast.backends import requested, resolve
 from samfast.functional import hypercomplex_linear, kronecker_weight
 from samfast.kernels._common.autocast import autocast_input
-from samfast.kernels.hypercomplex.op import path_of
+from samfast.kernels.hypercomplex.op import supports
 from samfast.modules.kronecker import check_divides, reset_rules
 
 # Hamilton's: block (p, q) of the weight (out_features, in_features) is (part, sign).
@@ -58,10 +58,15 @@ class _SumOfProducts(nn.Module):
             rules, weights = self.parts()
         x = autocast_input(weights[:0])
         try:
-            path = path_of(requested("auto"), x.device, x.dtype, rules, weights)
+            name = resolve(
+                "hypercomplex",
+                requested("auto"),
+                x.device,
+                lambda backend: supports(backend, x.device, x.dtype, rules, weights),
+            )
         except RuntimeError as error:
             return {"hypercomplex": str(error)}
-        return {"hypercomplex": path.__name__.rpartition(".")[2].removesuffix("_path")}
+        return {"hypercomplex": name}
 
     def extra_repr(self) -> str:
         return (
