@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What --op names: generators of workloads."""
 
+from benchmarks.adapt_former import adapt_former_workloads
 from benchmarks.blocks import block_workloads
 from benchmarks.cobot import cobot_workloads
 from benchmarks.encoder import encoder_workloads
@@ -17,6 +18,7 @@ OPERATIONS = {
     "cobot": cobot_workloads,
     "hypercomplex": hypercomplex_workloads,
     "relpos_attention": relpos_attention_workloads,
+    "adapt_former": adapt_former_workloads,
     "block": block_workloads,
     "encoder": encoder_workloads,
 }

@@ -6,16 +6,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from samfast.kernels.cobot_fold.reference import quaternion
+from samfast.modules.published import PublishedNames
 
 
-class LiteralCobot(nn.Linear):
+class LiteralCobot(PublishedNames, nn.Linear):
     """Packed qkv with LoRA on q and v, coefficients and heads applied token by token."""
 
     def __init__(self, like):
         super().__init__(like.in_features, like.out_features, dtype=torch.float64)
-        self.first = like.first
+        self.first, self.names = like.first, like.published()
         for name, parameter in like.adapter_parameters():
             self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
+
+    def published(self):
+        return self.names
+
+    def state_problem(self, state):
+        return None
 
     def forward(self, x):
         y = super().forward(x)

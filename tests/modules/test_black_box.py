@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from black_box import Subject
+from literal_cobot import LiteralCobot
 from torch import nn
 
 from samfast.backends import triton_missing
-from samfast.modules import LoraLinear, QkvLora
+from samfast.modules import CobotQkvLora, LoraLinear, QkvLora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -47,8 +48,15 @@ def qkv():
     return ours, LiteralLora(ours, 1.0, ours.ranges)
 
 
+def cobot():
+    ours = CobotQkvLora(40, 60, rank=4, index=1, dtype=torch.float64)
+    for _, parameter in ours.adapter_parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return ours, LiteralCobot(ours)
+
+
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("make", [lora, qkv], ids=["LoraLinear", "QkvLora"])
+@pytest.mark.parametrize("make", [lora, qkv, cobot], ids=["LoraLinear", "QkvLora", "CobotQkvLora"])
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_black_box(make, check, backend, monkeypatch):
     if backend == "triton" and (reason := triton_missing(DEVICE)):
