@@ -208,18 +208,17 @@ def _adapt_former(
     norm = (meta(width), meta(width))
     down, down_bias = meta(bottleneck, width), meta(bottleneck)
     seed = meta(1, dtype=torch.int64) if dropout else None
-    every, none = (True,) * 4, (False,) * 4
     with recording() as launches:
         z = kernels.low(x, *norm, down, down_bias, 1e-5, dropout, seed, dtype)
-        for out, add, needs in (
-            (dx, True, every),
-            (dx, False, every),
-            (dx, False, none),
-            (dx, True, none),
-            (None, False, every),
-            (None, False, (True, False, False, True)),
+        for onto, needs in (
+            (dx, (True,) * 5),
+            (None, (True,) * 5),
+            (None, (True, *(False,) * 4)),
+            (dx, (True, *(False,) * 4)),
+            (None, (False, *(True,) * 4)),
+            (None, (False, True, False, False, True)),
         ):
-            kernels.low_backward(out, add, z, z, x, *norm, down, 1e-5, dropout, needs)
+            kernels.low_backward(onto, z, z, x, *norm, down, 1e-5, dropout, needs)
     return launches
 
 

@@ -45,22 +45,22 @@ def _forward(paths, x, base, norm_weight, norm_bias, down, down_bias, up, up_bia
 
 def _backward(paths, dy, x, z, norm_weight, norm_bias, down, down_bias, up, up_bias, *rest):
     eps, dropout, dtype, needs = rest
-    need_x, *need_low, need_up, need_up_bias = needs
+    *need_low, need_up, need_up_bias = needs
     incoming, rows = _flat(dy), _flat(x)
     with without_autocast(x.device.type):
         path, up_path = paths
-        dx, grads, dup = None, [None] * 4, None
+        grads, dup = [None] * 5, None
         dbias = engine.column_sum(incoming, up_bias) if need_up_bias else None
-        if need_x or any(need_low) or need_up:
+        if any(need_low) or need_up:
             dz, dup = engine.up_backward(up_path, incoming.to(dtype), z, up, need_up)
-        if need_x or any(need_low):
-            dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_x else None
+        if any(need_low):
             grads = path.low_backward(
-                dx, False, dz, z, rows, norm_weight, norm_bias, down, eps, dropout, need_low
+                None, dz, z, rows, norm_weight, norm_bias, down, eps, dropout, need_low
             )
-        if grads[3] is not None:
-            grads[3] = grads[3].to(down_bias.dtype)
-    made = [None if dx is None else dx.view(x.shape), *grads, dup, dbias]
+    dx, *rest, ddown_bias = grads
+    dx = None if dx is None else dx.view(x.shape)
+    ddown_bias = None if ddown_bias is None else ddown_bias.to(down_bias.dtype)
+    made = [dx, *rest, ddown_bias, dup, dbias]
     return [d for d in made if d is not None]
 
 

@@ -5,6 +5,8 @@ x (tokens, D) of any dtype, z (tokens, V) and its gradient of the products' dtyp
 the engine's: out += z upᵀ, and dz = dy up.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,30 +29,31 @@ def low(
 
 
 def low_backward(
-    dx: Tensor | None, add: bool, dz: Tensor, z: Tensor, x: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, down: Tensor, eps: float, dropout: float, needs: tuple[bool, ...],
+    onto: Tensor | None, dz: Tensor, z: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    down: Tensor, eps: float, dropout: float, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """x's gradient into dx where it is given, or added to what is there; returns the gradients of
-    norm_weight, norm_bias, down and down_bias, None where ``needs`` does not want them.
+    """Gradients of x, norm_weight, norm_bias, down and down_bias, None where ``needs`` does not
+    want them.
 
+    onto: a gradient of x that is there; x's is added to it in place
     z > 0 tells what dropout and ReLU let through; a NaN passes, as in torch's ReLU.
     """
     dh = torch.ops.aten.threshold_backward(dz, z, 0)
     if dropout > 0.0:
         dh = dh / (1.0 - dropout)
-    need_weight, need_bias, need_down, need_down_bias = needs
+    *needs_norm, need_down, need_down_bias = needs
     wide, weight, bias = alike(x, norm_weight, norm_bias)
     n, mean, rstd = torch.native_layer_norm(wide, x.shape[1:], weight, bias, eps)
-    made = [None, None]
-    if dx is not None or need_weight or need_bias:
+    made = [None] * 3
+    if any(needs_norm):
         dn = torch.mm(dh, down.to(dh.dtype)).to(wide.dtype)
-        through, *made = torch.ops.aten.native_layer_norm_backward(
-            dn, wide, x.shape[1:], mean, rstd, weight, bias,
-            [dx is not None, need_weight, need_bias],
-        )  # fmt: skip
-        if dx is not None:
-            dx.add_(through) if add else dx.copy_(through)
+        made = torch.ops.aten.native_layer_norm_backward(
+            dn, wide, x.shape[1:], mean, rstd, weight, bias, needs_norm
+        )
+        sources = zip(made, (x, norm_weight, norm_bias), needs_norm, strict=True)
+        made = [d.to(t.dtype) if need else None for d, t, need in sources]
+        if onto is not None and needs[0]:
+            made[0] = onto.add_(made[0])
     ddown = torch.mm(dh.t(), n.to(dh.dtype)).to(down.dtype) if need_down else None
     dbias = dh.sum(0, dtype=torch.promote_types(dh.dtype, down.dtype)) if need_down_bias else None
-    sources = zip(made, (norm_weight, norm_bias), (need_weight, need_bias), strict=True)
-    return [*(d.to(t.dtype) if need else None for d, t, need in sources), ddown, dbias]
+    return [*made, ddown, dbias]

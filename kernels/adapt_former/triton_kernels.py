@@ -7,6 +7,7 @@ second launch adds up in order. Derivations, bytes and launches are in this fold
 """
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -248,15 +249,19 @@ def low(
 
 
 def low_backward(
-    dx: Tensor | None, add: bool, dz: Tensor, z: Tensor, x: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, down: Tensor, eps: float, dropout: float, needs: tuple[bool, ...],
+    onto: Tensor | None, dz: Tensor, z: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    down: Tensor, eps: float, dropout: float, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     x, dz, z, down = _rows(x), dz.contiguous(), z.contiguous(), down.contiguous()
     tokens, (ranks, columns) = x.shape[0], down.shape
     like = (norm_weight, norm_bias, down, down[:, 0])
+    need_x, *needs = needs
     grads = [t.new_empty(t.shape) if need else None for t, need in zip(like, needs, strict=True)]
+    dx = onto
+    if not need_x or onto is None:
+        dx = x.new_empty(x.shape) if need_x else None
     if tokens == 0:
-        return [d if d is None else d.zero_() for d in grads]
+        return [dx, *(d if d is None else d.zero_() for d in grads)]
     block = _tile("low_backward", ranks, columns, x, z)
     parts = triton.cdiv(tokens, block["BLOCK_M"])
     part = sums = None
@@ -266,8 +271,9 @@ def low_backward(
     with _on(x):
         low_backward_kernel[(parts,)](
             dx, dz, z, x, norm_weight.contiguous(), down, part, sums, tokens, columns, ranks,
-            0 if dx is None else dx.stride(0), x.stride(0), eps, 1.0 / (1.0 - dropout), ADD=add,
-            NEED_DX=dx is not None, NEED_PARTS=any(needs), PRECISION=precision(z.dtype), **block,
+            0 if dx is None else dx.stride(0), x.stride(0), eps, 1.0 / (1.0 - dropout),
+            ADD=need_x and onto is not None, NEED_DX=need_x, NEED_PARTS=any(needs),
+            PRECISION=precision(z.dtype), **block,
         )  # fmt: skip
         if any(needs):
             block_n, block_r = 32, block["BLOCK_R"]
@@ -276,7 +282,7 @@ def low_backward(
                 columns, ranks, BLOCK_P=max(1, FOLDED // (block_n * block_r)), BLOCK_N=block_n,
                 BLOCK_R=block_r, num_warps=4,
             )  # fmt: skip
-    return grads
+    return [dx, *grads]
 
 
 def _tile(stage, ranks, columns, x, z):

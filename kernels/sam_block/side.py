@@ -55,10 +55,8 @@ class Side:
     def back_to_n(self, dn: Tensor | None, dz: Tensor, z: Tensor, n: Tensor) -> None:
         """The gradients of what stands before z, and n's, which is added to dn."""
         path = engine.path_of(self.backend, n, len(self.down), n.dtype)
-        grads = path.low_backward(
-            dn, True, dz, z, n, *self.norm, self.down, self.plan.eps, self.plan.dropout,
-            self.needs[:4],
+        _, *grads, dbias = path.low_backward(
+            dn, dz, z, n, *self.norm, self.down, self.plan.eps, self.plan.dropout,
+            [dn is not None, *self.needs[:4]],
         )  # fmt: skip
-        if grads[3] is not None:
-            grads[3] = grads[3].to(self.down_bias.dtype)
-        self.grads[:4] = grads
+        self.grads[:4] = [*grads, None if dbias is None else dbias.to(self.down_bias.dtype)]

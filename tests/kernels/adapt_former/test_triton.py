@@ -24,6 +24,7 @@ from samfast.kernels.adapt_former import triton_kernels as kernels
 from .cases import NAMES, Case
 
 HALF = torch.float16
+EVERY = (True,) * 5
 CASES = (
     Case(shape=(70, 48), bottleneck=16),
     Case(shape=(70, 48), bottleneck=6, dropout=0.3),
@@ -141,10 +142,10 @@ def test_layouts(layout):
         z = kernels.low(given, weight, bias, change(down), down_bias, 1e-5, 0.3, seed, HALF)
         wide = beside_nan(dx) if layout is beside_nan and change is layout else dx.clone()
         grads = kernels.low_backward(
-            wide, True, change(dz), change(z), given, weight, bias, change(down), 1e-5, 0.3,
-            (True,) * 4,
-        )  # fmt: skip
-        results.append([z, wide, *grads])
+            wide, change(dz), change(z), given, weight, bias, change(down), 1e-5, 0.3, EVERY
+        )
+        assert grads[0] is wide
+        results.append([z, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -154,29 +155,30 @@ def test_adding_to_a_gradient_that_is_there(path):
     x, (weight, bias, down, down_bias), dz, dx = arguments(CASES[0], torch.float32)
     z = path.low(x, weight, bias, down, down_bias, 1e-5, 0.0, None, torch.float32)
     rest = (dz, z, x, weight, bias, down, 1e-5, 0.0)
-    fresh, added = torch.full_like(dx, torch.nan), dx.clone()
-    every = path.low_backward(fresh, False, *rest, (True,) * 4)
-    path.low_backward(added, True, *rest, (False,) * 4)
-    assert torch.equal(added, dx + fresh)
-    for i in range(4):
-        needs = tuple(i == j for j in range(4))
-        for out in (None, torch.empty_like(dx)):
-            some = path.low_backward(out, False, *rest, needs)
-            assert [d is not None for d in some] == list(needs)
-            assert torch.equal(some[i], every[i])
-            assert out is None or torch.equal(out, fresh)
+    every, added = path.low_backward(None, *rest, EVERY), dx.clone()
+    assert path.low_backward(added, *rest, (True, *(False,) * 4))[0] is added
+    assert torch.equal(added, dx + every[0])
+    for i in range(5):
+        for needs in ([i == j for j in range(5)], [j in (0, i) for j in range(5)]):
+            some = path.low_backward(None, *rest, needs)
+            assert [d is not None for d in some] == needs
+            assert all(d is None or torch.equal(d, e) for d, e in zip(some, every, strict=True))
+    added = dx.clone()
+    path.low_backward(added, *rest, (False, *(True,) * 4))
+    assert torch.equal(added, dx)
 
 
 def test_a_row_of_nan_is_alone():
-    x, (weight, bias, down, down_bias), dz, dx = arguments(CASES[0], torch.float32)
+    x, (weight, bias, down, down_bias), dz, _ = arguments(CASES[0], torch.float32)
     spoilt = x.clone()
     spoilt[5, 7] = torch.nan
     made = []
     for rows in (x, spoilt):
         z = kernels.low(rows, weight, bias, down, down_bias, 1e-5, 0.0, None, torch.float32)
-        out = torch.empty_like(dx)
-        kernels.low_backward(out, False, dz, z, rows, weight, bias, down, 1e-5, 0.0, (False,) * 4)
-        made.append((z, out))
+        only_x = (True, *(False,) * 4)
+        made.append(
+            (z, kernels.low_backward(None, dz, z, rows, weight, bias, down, 1e-5, 0.0, only_x)[0])
+        )
     others = torch.arange(len(x)) != 5
     for clean, ours in zip(*made, strict=True):
         assert ours[5].isnan().all() and torch.equal(ours[others], clean[others])
@@ -229,10 +231,8 @@ seed = torch.tensor([5])
 
 def stages(x, dx):
     z = kernels.low(x, weight, bias, down, down_bias, 1e-5, 0.2, seed, half)
-    grads = kernels.low_backward(
-        dx, True, dz, z, x, weight, bias, down, 1e-5, 0.2, (True,) * 4
-    )
-    return [z, dx.clone(), *grads]
+    grads = kernels.low_backward(dx, dz, z, x, weight, bias, down, 1e-5, 0.2, (True,) * 5)
+    return [z, grads[0].clone(), *grads[1:]]
 
 with guarded(poison=False):
     same(stages(wide(x), wide(dx)), stages(x.clone(), dx.clone()))
