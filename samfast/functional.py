@@ -3,7 +3,6 @@
 
 from samfast.kernels.adapt_former import adapt_former
 from samfast.kernels.cobot_fold import cobot_fold
-from samfast.kernels.adapt_former import adapt_former
 from samfast.kernels.conv_experts import conv_experts
 from samfast.kernels.conv_experts.conv_lora import conv_lora_linear
 from samfast.kernels.expert_gate import expert_gate
