@@ -15,7 +15,7 @@ import triton.language as tl
 MAX_TERMS = 16  # rows of a program's tile of weights
 CELLS = 16
 BUILD_POSITIONS = 128
-POSITIONS = 32  # more spill in the product over them
+POSITIONS, WARPS = 32, 8  # more positions or fewer warps spill in the product over them
 PROGRAMS = 1024  # about as many, where cells are so few that one program may have many tiles
 SUM_ROWS, SUM_COLUMNS = 64, 16
 
@@ -178,6 +178,7 @@ def contract(grad, rules, weights, scaling, needs):
         contract_kernel[(programs,)](
             grad, rules, weights, dweights, partial, scaling, terms, n, rows, columns, n * columns,
             rows * columns, tiles, ONE=one, BLOCK_I=MAX_TERMS, BLOCK_C=CELLS, BLOCK_P=POSITIONS,
+            num_warps=WARPS,
         )  # fmt: skip
         if need_rules:
             sum_kernel[(triton.cdiv(entries, SUM_COLUMNS),)](
