@@ -13,7 +13,10 @@ from sam_layers import DEVICE, block, check_all_dtypes, subject
 from segment_anything.modeling.common import MLPBlock
 from torch import nn
 
+import samfast
+from benchmarks import saved
 from samfast.counters import count, saved_bytes
+from samfast.models import build_sam
 from samfast.modules import AdaptFormerMlp, ConvLoraLinear, LoraLinear, SamBlock
 
 MODES = ("fast", "balanced", "minimal")
@@ -340,3 +343,22 @@ def test_shapes_that_do_not_chain_are_refused_by_the_block():
     with_side(layers.ours).mlp.down_proj.to("meta")
     with pytest.raises(ValueError, match="down of side is on meta but x is on"):
         layers.ours(layers.x)
+
+
+@pytest.mark.parametrize(
+    "memory", ["fast", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])]
+)
+def test_saved_bytes_of_an_encoder(memory):
+    """ViT-B at 1024², counted without memory: 1.10 of the floor and the bottlenecks' own."""
+    dtype, bottleneck = torch.bfloat16, 16
+    sam = build_sam("vit_b", random_init=True, device="meta")
+    samfast.attach(sam, samfast.AdaptFormer(bottleneck=bottleneck), base_dtype=dtype)
+    encoder = samfast.fuse(sam.image_encoder, memory=memory).train()
+    images = torch.empty(1, 3, 1024, 1024, dtype=dtype, device="meta")
+    known = [images, *encoder.parameters(), *encoder.buffers()]
+    closed = ("samfast::window_relpos_attention_forward",)
+    found = saved_bytes(lambda: encoder(images), known, closed)
+    assert found.living == found.hooks
+    own = 0 if memory == "minimal" else len(encoder.blocks) * 4096 * bottleneck * dtype.itemsize
+    least = saved.floor(encoder, memory, dtype) + own
+    assert found.hooks <= 1.10 * least
