@@ -63,7 +63,7 @@ class FinetuneSettings:
     depthwise: bool = False
     """Of conv-lora: each channel has a convolution of its own."""
     bottleneck: int | None = None
-    """Of adaptformer and cobot-adaptformer (a multiple of 4): width of the branches; 16 if not
+    """Of adaptformer and, a multiple of 4, of cobot-adaptformer: width of the branches; 16 if not
     given."""
     kron_n: int | None = None
     """Of kronecker: number of products, which divides the layers' sizes; 4 if not given."""
