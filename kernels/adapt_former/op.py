@@ -131,14 +131,12 @@ class AdaptFormerFunction(torch.autograd.Function):
         x, z, *params = ctx.saved_tensors
         need_x, need_base, *needs = ctx.needs_input_grad[:8]
         asked = [need_x, *needs]
-        given = iter(())
-        if any(asked):
-            x = dy.new_empty(0, dy.shape[-1]) if x is None else x
-            z = dy.new_empty(0, params[2].shape[0]) if z is None else z
-            with torch._C._AutoDispatchBelowADInplaceOrView():
-                given = iter(
-                    torch.ops.samfast.adapt_former_backward(dy, x, z, *params, *ctx.options, asked)
-                )
+        x = dy.new_empty(0, dy.shape[-1]) if x is None else x
+        z = dy.new_empty(0, params[2].shape[0]) if z is None else z
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            given = iter(
+                torch.ops.samfast.adapt_former_backward(dy, x, z, *params, *ctx.options, asked)
+            )
         dx, *dparams = (next(given) if need else None for need in asked)
         dbase = dy.to(ctx.base_dtype) if need_base else None
         return dx, dbase, *dparams, None, None, None, None, None

@@ -168,6 +168,19 @@ def test_adding_to_a_gradient_that_is_there(path):
     assert torch.equal(added, dx)
 
 
+def test_constant_rows_are_those_of_zeros():
+    """To the bit, as statistics are of a row less its first element."""
+    x, (weight, bias, down, down_bias), dz, _ = arguments(CASES[0], torch.float32)
+    made = []
+    for rows in (torch.zeros_like(x), torch.full_like(x, 0.1), torch.full_like(x, 1e3 / 3)):
+        z = kernels.low(rows, weight, bias, down, down_bias, 1e-5, 0.0, None, torch.float32)
+        made.append(
+            [z, *kernels.low_backward(None, dz, z, rows, weight, bias, down, 1e-5, 0.0, EVERY)]
+        )
+    for other in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(made[0], other, strict=True))
+
+
 def test_a_row_of_nan_is_alone():
     x, (weight, bias, down, down_bias), dz, _ = arguments(CASES[0], torch.float32)
     spoilt = x.clone()
