@@ -56,7 +56,7 @@ def test_unknown_model(refused, shared_data):
 def test_unknown_method(refused, shared_data):
     refused(
         *tiny(shared_data, "--method", "lroa"),
-        pattern="unknown method 'lroa'.*lora, conv-lora, decoder",
+        pattern="unknown method 'lroa'.*lora, conv-lora, cobot-lora, .*, decoder",
     )
 
 
@@ -140,9 +140,9 @@ def test_options_of_conv_lora(refused, shared_data, arguments, pattern):
 
 
 def test_depthwise_belongs_to_conv_lora(refused, shared_data):
-    for method in ("lora", "decoder"):
+    for method, lacks in (("lora", "none"), ("decoder", "no adapters")):
         arguments = tiny(shared_data, "--method", method, "--depthwise")
-        refused(*arguments, pattern=f"depthwise is True, but method {method} has none")
+        refused(*arguments, pattern=f"depthwise is True, but method {method} has {lacks}")
 
 
 def test_the_decoder_alone_has_no_rank(refused, shared_data):

@@ -151,7 +151,15 @@ def test_without_relation_nothing_has_another_rate():
     ]
 
 
-@pytest.mark.parametrize("method", NEW)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "cobot-lora",
+        pytest.param("adaptformer", marks=pytest.mark.slow),
+        "cobot-adaptformer",
+        "kronecker",
+    ],
+)
 def test_two_steps_with_boxes(shared_data, tmp_path, method):
     """Everything that is trained moves, the rest does not, and the files give the same scores."""
     still = {"relation_lr": 1e-30} if method in RELATED else {}
