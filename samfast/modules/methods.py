@@ -197,6 +197,11 @@ class CobotLora(Method):
         return type(other) is CobotLora and self.rank == other.rank
 
     def check(self, layer: nn.Linear) -> None:
+        if layer.out_features != 3 * layer.in_features:
+            raise ValueError(
+                f"a packed qkv layer has three outputs for each input, but this one has "
+                f"{layer.out_features} for {layer.in_features}"
+            )
         CobotQkvLora.check_sizes(layer.in_features, layer.out_features, self.rank)
 
     def build(self, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ from samfast.integrations import segment_anything
 from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import supports
+from samfast.modules.cobot import CobotQkvLora
 from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.kronecker import KroneckerLinear
 from samfast.modules.lora import LoraLinear
@@ -19,7 +20,7 @@ from samfast.modules.stand_in import altered, kind_of, standing_in
 Attention = segment_anything.load().modeling.image_encoder.Attention
 
 # Layers that treat every token alone, and give their bias for a token of zeros.
-TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, KroneckerLinear)
+TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear)
 
 
 class RelPosAttention(Attention):

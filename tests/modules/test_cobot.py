@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import samfast
 from samfast import backends
-from samfast.counters import count
+from samfast.counters import count, saved_bytes
 from samfast.modules import CobotQkvLora
 from samfast.modules.cobot import CobotForward, relation
 
@@ -102,6 +102,20 @@ def test_folding_alone_and_together_are_one(tiny_sam, images, fused):
     both = ([run[n] for n in rest] for run in (found, together))
     exact = step(copy.deepcopy(encoder).double(), images.double())
     all_within_budget(*both, [exact[n] for n in rest], torch.float32, rest)
+
+
+def test_fused_blocks_save_what_lora_saves(tiny_sam, images, move):
+    """And, once for all blocks, the folded factors."""
+    saved = {}
+    for method in (samfast.Lora(rank=4, slices=("q", "v")), samfast.CobotLora()):
+        encoder = samfast.fuse(samfast.attach(tiny_sam(), method, train=()).image_encoder)
+        assert set(samfast.report(encoder).blocks.values()) == {"fused"}
+        known = [images, *encoder.parameters(), *encoder.buffers()]
+        found = saved_bytes(lambda encoder=encoder: encoder(images), known)
+        assert found.hooks == found.living
+        saved[method.name] = found.hooks
+    folded = sum(block.attn.qkv.lora_B.nbytes for block in encoder.blocks)
+    assert saved["cobot-lora"] == saved["lora"] + folded
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -245,5 +259,9 @@ def test_bad_input(tiny_sam):
         CobotQkvLora.from_linear(linear, 4, relation(8, 6, linear.weight), 0)
     with pytest.raises(ValueError, match="already has an adapter"):
         attached(attached(tiny_sam()))
+    with pytest.raises(
+        ValueError, match=r"attn.proj: a packed qkv layer has three outputs for each"
+    ):
+        attached(tiny_sam(), target="proj")
     with pytest.raises(ValueError, match="do not divide by 3"):
         CobotQkvLora.from_linear(nn.Linear(16, 40))
