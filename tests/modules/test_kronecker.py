@@ -145,6 +145,11 @@ def test_defaults_and_counts(tiny_sam):
     assert report.adapter_parameters == depth * sum(each)
     assert set(report.layers.values()) == {"KroneckerLinear"} and len(report.layers) == 2 * depth
     assert {"lora_linear", "kronecker_factors"} <= set(report.backends)
+    model = attached(tiny_sam(), n=2, rank=3, alpha=6, dropout=0.1, target="lin1")
+    layers = [m for m in model.modules() if isinstance(m, KroneckerLinear)]
+    assert len(layers) == depth
+    for layer in layers:
+        assert (layer.n, layer.rank, layer.alpha, layer.dropout) == (2, 3, 6, 0.1)
 
 
 def test_starts_at_the_frozen_model(tiny_sam, images):
