@@ -152,9 +152,10 @@ class ConvExpertsFunction(torch.autograd.Function):
     def backward(ctx, dz):
         need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
         needs = [need_h, need_weight or need_bias]
+        saved = ctx.saved_tensors  # which a checkpoint makes again, with autograd
         with torch._C._AutoDispatchBelowADInplaceOrView():
             grads = torch.ops.samfast.conv_experts_backward(
-                dz, None, *ctx.saved_tensors, *ctx.options, None, None, None, needs, ctx.backend
+                dz, None, *saved, *ctx.options, None, None, None, needs, ctx.backend
             )
         given = iter(grads)
         dh = next(given) if need_h else None

@@ -221,10 +221,9 @@ class ApartFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = ctx.needs_input_grad[:5]
+        saved = ctx.saved_tensors  # which a checkpoint makes again, with autograd
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            made = torch.ops.samfast.relpos_attention_backward(
-                dout, *ctx.saved_tensors, *ctx.options, needs
-            )
+            made = torch.ops.samfast.relpos_attention_backward(dout, *saved, *ctx.options, needs)
         grads = (*made, None, None)[:5]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
@@ -245,9 +244,10 @@ class PackedFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         needs = ctx.needs_input_grad[:6]
+        saved = ctx.saved_tensors  # which a checkpoint makes again, with autograd
         with torch._C._AutoDispatchBelowADInplaceOrView():
             made = torch.ops.samfast.window_relpos_attention_backward(
-                dout, *ctx.saved_tensors, *ctx.options, needs
+                dout, *saved, *ctx.options, needs
             )
         given = iter(made)
         dqkv = next(given)
