@@ -297,8 +297,11 @@ def test_one_sample_that_is_not_a_number(memory):
     assert ours["y"][0].isfinite().all() and ours["y"][1].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize(
+    ("memory", "dtype"),
+    [("fast", torch.bfloat16), ("balanced", torch.float32), ("minimal", torch.bfloat16)],
+    ids=str,
+)
 def test_saved_bytes_of_a_block(memory, dtype):
     """The bottleneck more than without: V per token, nothing in the last mode."""
     kept = {}

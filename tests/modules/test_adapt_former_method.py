@@ -240,6 +240,7 @@ def test_it_trains(attached, images):
     assert not any(torch.equal(p, before[n]) for n, p in trained.items())
 
 
+@pytest.mark.slow
 def test_the_core_needs_no_segment_anything():
     code = "import sys, samfast; samfast.AdaptFormer(); sys.exit('segment_anything' in sys.modules)"
     root = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[3]
-QUICK = ["86", "90"]
+QUICK = ["86"]  # the others with the slow tests
 ALL = ["80", "86", "89", "90", "100", "120"]
 
 
@@ -27,11 +27,10 @@ def compile_all(archs, *options):
 def test_quick():
     done = compile_all(QUICK, "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 compiles of 6 launches, 0 wrong" in done.stdout
+    assert "3 compiles of 3 launches, 0 wrong" in done.stdout
     for name in ("low", "low_backward"):
-        rows = [line for line in done.stdout.splitlines() if f" {name}_kernel " in line]
-        for arch in QUICK:
-            assert any(f"sm_{arch}" in line and "MMA" in line for line in rows), name
+        (row,) = (line for line in done.stdout.splitlines() if f" {name}_kernel " in line)
+        assert "MMA" in row
 
 
 @pytest.mark.slow

@@ -152,17 +152,17 @@ def test_layouts(layout):
 @pytest.mark.parametrize("path", [torch_path, kernels], ids=["torch", "triton"])
 def test_adding_to_a_gradient_that_is_there(path):
     """And only the wanted gradients, with the bits they have beside the others."""
-    x, (weight, bias, down, down_bias), dz, dx = arguments(CASES[0], torch.float32)
+    x, (weight, bias, down, down_bias), dz, dx = arguments(Case(shape=(40, 48)), torch.float32)
     z = path.low(x, weight, bias, down, down_bias, 1e-5, 0.0, None, torch.float32)
     rest = (dz, z, x, weight, bias, down, 1e-5, 0.0)
     every, added = path.low_backward(None, *rest, EVERY), dx.clone()
     assert path.low_backward(added, *rest, (True, *(False,) * 4))[0] is added
     assert torch.equal(added, dx + every[0])
     for i in range(5):
-        for needs in ([i == j for j in range(5)], [j in (0, i) for j in range(5)]):
-            some = path.low_backward(None, *rest, needs)
-            assert [d is not None for d in some] == needs
-            assert all(d is None or torch.equal(d, e) for d, e in zip(some, every, strict=True))
+        needs = [i == j or (i == 2 and j == 0) for j in range(5)]
+        some = path.low_backward(None, *rest, needs)
+        assert [d is not None for d in some] == needs
+        assert all(d is None or torch.equal(d, e) for d, e in zip(some, every, strict=True))
     added = dx.clone()
     path.low_backward(added, *rest, (False, *(True,) * 4))
     assert torch.equal(added, dx)
