@@ -24,7 +24,7 @@ demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -13,16 +13,8 @@ from samfast.functional import hypercomplex_linear
 from samfast.kernels.hypercomplex import cuda_path
 from samfast.modules import KroneckerLinear, PHMLinear, QuaternionLinear
 
-from .proofs import (
-    CUDA,
-    DEVICE,
-    another_stream,
-    launches_as_profiled,
-    needs_gpu,
-    same_bits,
-    saved_as_allocated,
-    steps_under_replay,
-)
+from . import proofs
+from .proofs import CUDA, DEVICE, needs_gpu
 
 REPEATS = 250 if CUDA else 2
 TOKENS, INPUTS, OUTPUTS = (4096, 768, 3072) if CUDA else (12, 16, 32)
@@ -56,7 +48,7 @@ def gradients(leaves, dy, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_bits_every_time(backend, dtype, deterministic, monkeypatch):
     call = problem(dtype)
-    same_bits(lambda: gradients(*call, backend), REPEATS, deterministic, monkeypatch)
+    proofs.same_bits(lambda: gradients(*call, backend), REPEATS, deterministic, monkeypatch)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -75,7 +67,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager(name):
         trained = [p for p in layer.parameters() if p.requires_grad]
         return lambda: (layer(x) - target).square().mean(), trained
 
-    steps_under_replay(prepare, 20, 0.01)
+    proofs.steps_under_replay(prepare, 20, 0.01)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,7 +82,7 @@ def test_counted_launches_and_syncs(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stream_that_is_not_the_default(backend):
     call = problem()
-    another_stream(lambda: gradients(*call, backend))
+    proofs.another_stream(lambda: gradients(*call, backend))
 
 
 @needs_gpu
@@ -98,7 +90,9 @@ def test_a_stream_that_is_not_the_default(backend):
 def test_the_matrix_is_not_kept(backend):
     """Nothing beside x, which is known here: H is gone when y is there."""
     leaves, _ = problem(torch.bfloat16)
-    saved_as_allocated(lambda: hypercomplex_linear(*leaves, backend=backend), leaves, tensors=0)
+    proofs.saved_as_allocated(
+        lambda: hypercomplex_linear(*leaves, backend=backend), leaves, tensors=0
+    )
 
 
 @needs_gpu
@@ -107,4 +101,4 @@ def test_the_profiler_sees_the_counted_launches(backend):
     if backend == "cuda":
         pytest.skip("its kernels carry mangled names, which the counter does not know")
     call = problem(torch.bfloat16)
-    launches_as_profiled(lambda: gradients(*call, backend))
+    proofs.launches_as_profiled(lambda: gradients(*call, backend))

@@ -10,7 +10,7 @@ from samfast.functional import cobot_fold
 from samfast.kernels.cobot_fold import reference
 from samfast.kernels.cobot_fold.op import supports
 
-from .cases import BACKENDS, CASES, Case, runnable
+from .cases import BACKENDS, CASES, DEVICE, Case, runnable
 
 KERNELS = {"fold_kernel": 1, "fold_backward_kernel": 1, "shared_backward_kernel": 1}
 
@@ -75,6 +75,22 @@ def test_all_at_once_are_the_bits_of_each_alone(backend):
             alone = cobot_fold(c, p, *own, i * case.own, down=case.down, backend=backend)
             assert torch.equal(alone[0][0], together[0][i])
             assert not case.down or torch.equal(alone[1][0], together[1][i])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels have no order to choose")
+@pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
+def test_orders_of_programs():
+    """No program reads what another of its launch writes: every order gives the same bits."""
+    from guarded import ORDERS, guarded
+
+    case, runs = Case(4, 2, 2, 40, 4), []
+    sources = case.sources(torch.float32)
+    for order in ORDERS:
+        with guarded(order) as guard:
+            runs.append(case.results(sources, "triton"))
+        assert guard.launches == 3
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
