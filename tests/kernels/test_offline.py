@@ -11,8 +11,10 @@ from benchmarks.launches import OPERATIONS
 
 NAMES = [operation.__name__ for operation in OPERATIONS]
 # What must be on tensor cores, and on sm_90 by which instruction.
-PRODUCTS = {"norm": "MMA", "norm_backward": "MMA", "gelu": "MMA", "gelu_backward": "MMA"}
-PRODUCTS |= {"forward": "WGMMA", "dq": "WGMMA", "dkv": "WGMMA"}
+PRODUCTS = {
+    ("sam_block", kernel): "MMA" for kernel in ("norm", "norm_backward", "gelu", "gelu_backward")
+}
+PRODUCTS |= {("relpos_attention", kernel): "WGMMA" for kernel in ("forward", "dq", "dkv")}
 
 
 def test_usual_configurations():
@@ -23,9 +25,10 @@ def test_usual_configurations():
     for name in NAMES:
         for arch in QUICK:
             assert any(r.startswith(f"{name} ") and f" sm_{arch} " in r for r in rows), name
-    for kernel, instruction in PRODUCTS.items():
-        found = [row for row in rows if f" {kernel}_kernel " in row and " sm_90 " in row]
-        assert found and all(instruction in row for row in found), kernel
+    for (name, kernel), instruction in PRODUCTS.items():
+        found = [row for row in rows if row.startswith(f"{name} ") and f" {kernel}_kernel " in row]
+        found = [row for row in found if " sm_90 " in row]
+        assert found and all(instruction in row for row in found), (name, kernel)
 
 
 @pytest.mark.slow

@@ -379,7 +379,7 @@ LORA = samfast.Lora(rank=2).config()
         (
             lambda f: rewrite(f, record={"method": {"name": "dora"}}),
             ValueError,
-            "unknown method 'dora'; known are lora, conv-lora, decoder",
+            "unknown method 'dora'; known are lora, conv-lora, cobot-lora",
         ),
         (
             lambda f: rewrite(f, record={"method": {"name": "lora", "depth": 1}}),
