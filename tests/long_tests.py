@@ -12,6 +12,7 @@ KINDS = (
     ("lora_linear/test_values.py", "triton-float16"),
     ("expert_gate/test_gate.py", "triton-34x1x2x5x3"),
     ("sam_block/test_stages.py", "triton-21x"),
+    ("adapt_former/test_side.py", "test_triton["),
     ("sam_block/test_autograd.py", "torch.bfloat16"),
 )
 TESTS = (
