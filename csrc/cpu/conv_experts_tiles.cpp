@@ -5,6 +5,7 @@
 // and so does what a launch leaves for the next.
 #include "common.h"
 #include "conv_experts_tile.h"
+#include "cuda_blocks.h"
 
 #include <algorithm>
 
@@ -13,27 +14,6 @@ namespace samfast {
 using namespace experts;
 
 namespace {
-
-constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
-
-struct Turns {
-  bool descending;
-
-  template <typename F>
-  void operator()(int count, const F& item) const {
-    for (int i = 0; i < count; ++i) item(descending ? count - 1 - i : i);
-  }
-};
-
-// Runs f(block, shared memory, turns) for every block.
-template <typename F>
-void launch(int64_t blocks, int64_t floats, F&& f) {
-  std::vector<float> room(floats);
-  for (int64_t block = 0; block < blocks; ++block) {
-    std::fill(room.begin(), room.end(), kPoison);
-    f(block, room.data(), Turns{block % 2 == 1});
-  }
-}
 
 int64_t tiles_of(const Problem& p) {
   const Tiling t(p.windows);

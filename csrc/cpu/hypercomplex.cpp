@@ -7,6 +7,7 @@
 //
 // drules is summed per chunk of rows and added in order; the chunks depend on the sizes only, so
 // the bits do not depend on the number of threads. Everything is accumulated in float.
+#include "cuda_blocks.h"
 #include "hypercomplex_call.h"
 
 #include <algorithm>
@@ -146,27 +147,6 @@ void contract(const Sizes& z, const Contracted<T>& m, float* drules) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     for (int64_t e = 0; e < z.entries(); ++e) drules[e] += partials[chunk * z.entries() + e];
   for (int64_t e = 0; e < z.entries(); ++e) drules[e] *= m.scaling;
-}
-
-constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
-
-struct Turns {
-  bool descending;
-
-  template <typename F>
-  void operator()(int count, const F& item) const {
-    for (int i = 0; i < count; ++i) item(descending ? count - 1 - i : i);
-  }
-};
-
-// Runs f(block, shared memory, turns) for every block.
-template <typename F>
-void launch(int64_t blocks, int64_t floats, F&& f) {
-  std::vector<float> room(floats);
-  for (int64_t block = 0; block < blocks; ++block) {
-    std::fill(room.begin(), room.end(), kPoison);
-    f(block, room.data(), Turns{block % 2 == 1});
-  }
 }
 
 }  // namespace
