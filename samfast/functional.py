@@ -9,6 +9,7 @@ from samfast.kernels.expert_gate import expert_gate
 from samfast.kernels.hypercomplex import hypercomplex_linear, kronecker_weight
 from samfast.kernels.lora_linear import lora_linear
 from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
+from samfast.kernels.task_core import task_core, task_cores
 
 __all__ = [
     "adapt_former",
@@ -20,5 +21,7 @@ __all__ = [
     "kronecker_weight",
     "lora_linear",
     "relpos_attention",
+    "task_core",
+    "task_cores",
     "window_relpos_attention",
 ]

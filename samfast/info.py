@@ -18,6 +18,7 @@ OPERATIONS = (
     "cobot_fold",
     "adapt_former",
     "hypercomplex",
+    "task_core",
     "relpos_attention",
     "sam_block",
 )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``task_core``: operator schemas, autograd and the public function."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from samfast import backends
+from samfast.kernels._common.autocast import without_autocast
+from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.once import once_differentiable
+from samfast.kernels.task_core import reference
+from samfast.kernels.task_core.cores import check_cores, task_cores
+from samfast.kernels.task_core.paths import DTYPES, core_backend, path_of, supports
+
+__all__ = ["core_backend", "supports", "task_core"]
+
+_INPUTS = "Tensor h, Tensor m, Tensor task"
+torch.library.define("samfast::task_core_product", f"({_INPUTS}, str backend) -> Tensor")
+torch.library.define("samfast::task_core_product_forward", f"({_INPUTS}, str backend) -> Tensor")
+torch.library.define(
+    "samfast::task_core_product_backward",
+    f"(Tensor dz, {_INPUTS}, bool[] needs, str backend) -> Tensor[]",
+)
+
+
+@implement("samfast::task_core_product_forward")
+def _forward_impl(h, m, task, backend):
+    _check_entries(h, m, task)
+    path = path_of(backend, h, m)
+    with without_autocast(h.device.type):
+        return path.product(h, m, task)
+
+
+@torch.library.register_fake("samfast::task_core_product_forward")
+def _forward_fake(h, m, task, backend):
+    return h.new_empty(h.shape[0], m.shape[3])
+
+
+@implement("samfast::task_core_product_backward")
+def _backward_impl(dz, h, m, task, needs, backend):
+    path = path_of(backend, h, m)
+    with without_autocast(h.device.type):
+        grads = path.product_backward(dz, h, m, task, tuple(needs))
+    return [g for g in grads if g is not None]
+
+
+@torch.library.register_fake("samfast::task_core_product_backward")
+def _backward_fake(dz, h, m, task, needs, backend):
+    return [t.new_empty(t.shape) for t, need in zip((h, m), needs, strict=True) if need]
+
+
+@implement("samfast::task_core_product")
+def _impl(*args):
+    return torch.ops.samfast.task_core_product_forward(*args)
+
+
+@torch.library.register_fake("samfast::task_core_product")
+def _fake(*args):
+    return _forward_fake(*args)
+
+
+class TaskCoreFunction(torch.autograd.Function):
+    """Saves h, for the gradient of the cores; cores and tasks cost nothing."""
+
+    @staticmethod
+    def forward(ctx, h, m, task, backend):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            z = torch.ops.samfast.task_core_product_forward(h, m, task, backend)
+        ctx.save_for_backward(h, m, task)
+        ctx.backend = backend
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        needs = ctx.needs_input_grad[:2]
+        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            grads = iter(
+                torch.ops.samfast.task_core_product_backward(dz, *saved, needs, ctx.backend)
+            )
+        return *(next(grads) if need else None for need in needs), None, None
+
+
+@torch.library.impl("samfast::task_core_product", "Autograd")
+def _autograd(*args):
+    return TaskCoreFunction.apply(*args)
+
+
+def _check_entries(h: Tensor, m: Tensor, task: Tensor) -> None:
+    """Raise one sentence for rows that entries do not divide, or an unknown task on a CPU."""
+    rows, entries = h.shape[0], task.shape[0]
+    if rows and (entries == 0 or rows % entries):
+        raise ValueError(f"{entries} tasks do not divide the {rows} rows of h")
+    if task.device.type == "cpu" and entries:
+        values = task.detach().numpy()
+        for value in (int(values.min()), int(values.max())):
+            check_task(value, m.shape[-3])
+
+
+def check_task(value: int, tasks: int) -> None:
+    """Raise one sentence when there is no such task."""
+    if not 0 <= value < tasks:
+        raise ValueError(f"task is {value}, but there are tasks 0 to {tasks - 1}")
+
+
+def task_core(
+    h: Tensor,
+    core: Tensor,
+    factor_task: Tensor,
+    task: int | Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """A bottleneck times the core of its task (TA-LoRA, a Tucker decomposition over tasks).
+
+    h: (B, …, R1)   core: G (R1, R2, R3)   factor_task: U3 (T, R3)
+    task: of all of h, or (E,) int64 with E dividing B; row b belongs to entry b · E / B, so T
+        entries are a batch repeated task by task, and B entries a task for each sample
+    out: (B, …, R2) = h M_t with M_t = Σ_v U3[t, v] G[:, :, v]
+
+    The result has h's dtype; M is float32 (float64 for float64), gradients have their tensor's
+    dtype. Saves h and M. Raises ValueError when shapes or tasks do not fit (tasks on a GPU are not
+    read back: rows of one that does not exist become NaN), RuntimeError when a backend asked for
+    by name cannot run.
+    """
+    task = _check(h, core, factor_task, task)
+    asked = backends.requested(backend)
+    if asked == "reference":
+        if task.device.type == "cpu":
+            for value in task.tolist():
+                check_task(value, len(factor_task))
+        with without_autocast(h.device.type):
+            return reference.task_core(h, core, factor_task, task)
+    m = path_cores(h, core, factor_task, asked)
+    rows = h.reshape(math.prod(h.shape[:-1]), h.shape[-1])
+    z = torch.ops.samfast.task_core_product(rows, m, task, asked)
+    return z.view(*h.shape[:-1], m.shape[3])
+
+
+def path_cores(h, core, factor_task, backend):
+    """M (P, T, R1, R2) on the backend that takes h."""
+    name = core_backend(backend, h, core[..., 0])
+    return task_cores([core], [factor_task], backend=name)[0]
+
+
+def _check(h, core, factor_task, task) -> Tensor:
+    """Raise one sentence when arguments do not fit; returns task as a tensor."""
+    check_cores([core], [factor_task])
+    if h.dim() < 2:
+        raise ValueError(f"h has shape {tuple(h.shape)}, but must be (B, …, R1)")
+    if h.shape[-1] != core.shape[0]:
+        raise ValueError(f"h has rank {h.shape[-1]} but the core {tuple(core.shape)} takes rank "
+                         f"{core.shape[0]}")  # fmt: skip
+    if h.dtype not in DTYPES:
+        raise ValueError(f"h is {h.dtype}, but must be float16, bfloat16, float32 or float64")
+    if core.device != h.device:
+        raise ValueError(f"core is on {core.device} but h is on {h.device}")
+    if isinstance(task, int) and not isinstance(task, bool):
+        check_task(task, len(factor_task))
+        return torch.full((1,), task, dtype=torch.int64, device=h.device)
+    if not isinstance(task, Tensor) or task.dtype != torch.int64 or task.dim() != 1:
+        given = f"{task.dtype} {tuple(task.shape)}" if isinstance(task, Tensor) else repr(task)
+        raise ValueError(f"task must be a whole number or int64 of shape (E,), but is {given}")
+    if task.device != h.device:
+        raise ValueError(f"task is on {task.device} but h is on {h.device}")
+    batch, entries = h.shape[0], task.shape[0]
+    if batch and (entries == 0 or batch % entries):
+        raise ValueError(f"{entries} tasks do not divide a batch of {batch}")
+    return task

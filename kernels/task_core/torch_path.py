@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cores of tasks and the product with them in aten calls, for any device and dtype.
+
+cores (N, R1, R2, R3) and factors (N, T, R3) of N layers alike; m (P, T, R1, R2), P times the same;
+h (tokens, R1), task (E,): row n belongs to entry n // (tokens / E). Sums are float32 (float64 for
+float64). The gradient of m comes in P parts, which are its sum only together.
+"""
+
+import torch
+
+PARTS = 1
+
+
+def fold(cores, factors):
+    """M (N, T, R1, R2), of at least float32."""
+    wide = torch.promote_types(cores.dtype, torch.float32)
+    layers, rows, columns, depth = cores.shape
+    flat = cores.to(wide).reshape(layers, rows * columns, depth)
+    return torch.bmm(factors.to(wide), flat.mT).view(layers, factors.shape[1], rows, columns)
+
+
+def fold_backward(dm, cores, factors):
+    """dcores and dfactors from dm (N, P, T, R1, R2), of its dtype."""
+    layers, _, tasks, rows, columns = dm.shape
+    depth = cores.shape[3]
+    dm = dm.sum(1).view(layers, tasks, rows * columns)
+    flat = cores.to(dm.dtype).reshape(layers, rows * columns, depth)
+    dcores = torch.bmm(dm.mT, factors.to(dm.dtype)).view(cores.shape)
+    return dcores, torch.bmm(dm, flat)
+
+
+def product(h, m, task):
+    """z (tokens, R2) of h's dtype."""
+    entries = _entries(h, task)
+    return torch.bmm(entries, _own(m, task).to(h.dtype)).view(h.shape[0], m.shape[3])
+
+
+def product_backward(dz, h, m, task, needs):
+    """dh of h's dtype and dm (P, T, R1, R2) of m's; None unless needed."""
+    need_h, need_m = needs
+    dz = dz.to(h.dtype)
+    dh = dm = None
+    if need_h:
+        dh = torch.bmm(_entries(dz, task), _own(m, task).to(h.dtype).mT).view(h.shape)
+    if need_m:
+        wide = [_entries(t.to(m.dtype), task) for t in (h, dz)]
+        shares = torch.bmm(wide[0].mT, wide[1])  # (E, R1, R2)
+        tasks = torch.arange(m.shape[1], device=task.device)
+        mine = (task == tasks[:, None])[:, :, None, None]  # (T, E, 1, 1)
+        dm = m.new_zeros(m.shape)
+        dm[0] = shares.where(mine, 0.0).sum(1)
+    return dh, dm
+
+
+def _entries(rows, task):
+    """(tokens, R) -> (E, tokens / E, R)"""
+    each = rows.shape[0] // max(1, task.shape[0])
+    return rows.reshape(task.shape[0], each, rows.shape[1])
+
+
+def _own(m, task):
+    """The core of each entry, (E, R1, R2); NaN where there is no such task."""
+    known = (task >= 0) & (task < m.shape[1])
+    return m[0, task.where(known, 0)].where(known[:, None, None], torch.nan)
