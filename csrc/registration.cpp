@@ -36,6 +36,19 @@ HypercomplexBuild hypercomplex_build, hypercomplex_cuda_build, hypercomplex_bloc
 HypercomplexContract hypercomplex_contract, hypercomplex_cuda_contract,
     hypercomplex_blocks_contract;
 
+using TaskCoreProduct = void(const Tensor&, const Tensor&, const Tensor&, Tensor);
+using TaskCoreProductBackward = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                     std::optional<Tensor>, std::optional<Tensor>, int64_t);
+using TaskCoreFold = void(const Tensor&, const Tensor&, Tensor);
+using TaskCoreFoldBackward = void(const Tensor&, const Tensor&, const Tensor&, Tensor, Tensor,
+                                  int64_t);
+TaskCoreProduct task_core_product, task_core_cuda_product, task_core_blocks_product;
+TaskCoreProductBackward task_core_product_backward, task_core_cuda_product_backward,
+    task_core_blocks_product_backward;
+TaskCoreFold task_core_fold, task_core_cuda_fold, task_core_blocks_fold;
+TaskCoreFoldBackward task_core_fold_backward, task_core_cuda_fold_backward,
+    task_core_blocks_fold_backward;
+
 void relpos_attention_forward(const Tensor&, const Tensor&, const Tensor&, std::optional<Tensor>,
                               std::optional<Tensor>, const Tensor&, const Tensor&,
                               std::vector<int64_t>, double, Tensor, Tensor);
@@ -73,6 +86,14 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
   m.def(("hypercomplex_contract" + contract).c_str());
   m.def(("hypercomplex_blocks_build" + build).c_str());
   m.def(("hypercomplex_blocks_contract" + contract).c_str());
+  for (const std::string where : {"task_core_", "task_core_blocks_"}) {
+    m.def((where + "product(Tensor h, Tensor m, Tensor task, Tensor(z!) z) -> ()").c_str());
+    m.def((where + "product_backward(Tensor dz, Tensor h, Tensor m, Tensor task, Tensor(a!)? dh, "
+                   "Tensor(b!)? dm, int parts) -> ()").c_str());
+    m.def((where + "fold(Tensor cores, Tensor factors, Tensor(a!) m) -> ()").c_str());
+    m.def((where + "fold_backward(Tensor dm, Tensor cores, Tensor factors, Tensor(a!) dcores, "
+                   "Tensor(b!) dfactors, int parts) -> ()").c_str());
+  }
   const std::string tokens = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, "
                              "Tensor table_h, Tensor table_w, ";
   m.def(("relpos_attention_forward(" + tokens +
@@ -96,6 +117,16 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
   m.impl("hypercomplex_contract", TORCH_BOX(&samfast::hypercomplex_contract));
   m.impl("hypercomplex_blocks_build", TORCH_BOX(&samfast::hypercomplex_blocks_build));
   m.impl("hypercomplex_blocks_contract", TORCH_BOX(&samfast::hypercomplex_blocks_contract));
+  m.impl("task_core_product", TORCH_BOX(&samfast::task_core_product));
+  m.impl("task_core_product_backward", TORCH_BOX(&samfast::task_core_product_backward));
+  m.impl("task_core_fold", TORCH_BOX(&samfast::task_core_fold));
+  m.impl("task_core_fold_backward", TORCH_BOX(&samfast::task_core_fold_backward));
+  m.impl("task_core_blocks_product", TORCH_BOX(&samfast::task_core_blocks_product));
+  m.impl("task_core_blocks_product_backward",
+         TORCH_BOX(&samfast::task_core_blocks_product_backward));
+  m.impl("task_core_blocks_fold", TORCH_BOX(&samfast::task_core_blocks_fold));
+  m.impl("task_core_blocks_fold_backward",
+         TORCH_BOX(&samfast::task_core_blocks_fold_backward));
   m.impl("relpos_attention_forward", TORCH_BOX(&samfast::relpos_attention_forward));
   m.impl("relpos_attention_backward", TORCH_BOX(&samfast::relpos_attention_backward));
 }
@@ -106,5 +137,9 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CUDA, m) {
   m.impl("conv_experts_backward", TORCH_BOX(&samfast::conv_experts_cuda_backward));
   m.impl("hypercomplex_build", TORCH_BOX(&samfast::hypercomplex_cuda_build));
   m.impl("hypercomplex_contract", TORCH_BOX(&samfast::hypercomplex_cuda_contract));
+  m.impl("task_core_product", TORCH_BOX(&samfast::task_core_cuda_product));
+  m.impl("task_core_product_backward", TORCH_BOX(&samfast::task_core_cuda_product_backward));
+  m.impl("task_core_fold", TORCH_BOX(&samfast::task_core_cuda_fold));
+  m.impl("task_core_fold_backward", TORCH_BOX(&samfast::task_core_cuda_fold_backward));
 }
 #endif
