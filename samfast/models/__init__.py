@@ -5,6 +5,7 @@ build_sam       segment_anything's Sam from a checkpoint or with random weights
 segment         images (and prompts) to logits; encode and decode are its two halves
 image_size      the side of the square that a model sees
 unused_by_segment   the parameters that segment never reads
+MultiTaskSam, Task  one encoder, and a decoder for each of several tasks
 binary_head     one mask token and one hypernetwork; restore_head undoes it, head_of names the head
 stock_state_dict    the state dict as a stock SAM loads it, whatever the head
 TRAINED_DECODER     what ``attach`` trains of the mask decoder for a single mask
@@ -18,10 +19,13 @@ from samfast.models.heads import (
     restore_head,
     stock_state_dict,
 )
+from samfast.models.multi_task import MultiTaskSam, Task
 from samfast.models.segment import decode, encode, segment, unused_by_segment
 
 __all__ = [
     "TRAINED_DECODER",
+    "MultiTaskSam",
+    "Task",
     "binary_head",
     "build_sam",
     "decode",

@@ -3,6 +3,7 @@
 
 "sam"      the decoder as it is: four mask tokens, each with a hypernetwork
 "binary"   token 0 and hypernetwork 0 alone (Conv-LoRA, ICLR 2024)
+"multi-task"   a decoder for each of several tasks; samfast.models.MultiTaskSam is made with it
 
 The decoder carries what a head took away from it, so copies and pickles do too.
 """
@@ -23,6 +24,7 @@ TRAINED_DECODER = (
     "mask_decoder.output_upscaling",
     "mask_decoder.output_hypernetworks_mlps.0",
 )
+MULTI_TASK = "multi-task"
 _ATTRIBUTE = "samfast_taken"
 _TOKENS = "mask_decoder.mask_tokens.weight"
 _NETWORKS = "mask_decoder.output_hypernetworks_mlps"
@@ -38,6 +40,8 @@ class _Taken:
 
 def head_of(model: nn.Module) -> str:
     """The name of the model's head; "sam" for any model that no head was given to."""
+    if hasattr(model, "samfast_head"):
+        return model.samfast_head
     return "sam" if _taken(model) is None else "binary"
 
 
@@ -126,6 +130,9 @@ HEADS: dict[str, Callable[[nn.Module], nn.Module]] = {"sam": restore_head, "bina
 @contextmanager
 def given_head(model: nn.Module, name: str) -> Iterator[None]:
     """Give the model a head of HEADS; when the block raises, it gets back the one it had."""
+    if name == MULTI_TASK:  # the model was made with it
+        yield
+        return
     before, done = head_of(model), False
     decoder = getattr(model, "mask_decoder", None)
     parts = {part: getattr(decoder, part) for part in _PARTS if hasattr(decoder, part)}

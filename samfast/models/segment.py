@@ -84,14 +84,36 @@ def decode(
     _check_size(sam, size)
     count = _count_objects(embeddings, boxes, points)
     check_decoder_chunk(decoder_chunk)
-    tokens = _prompt_tokens(sam.prompt_encoder, shape[0] * count, boxes, points)
-    positions = _encode_grid(sam.prompt_encoder)
-    if decoder_chunk is None or len(tokens) <= decoder_chunk:
-        masks = _predict_masks(sam, embeddings, positions, tokens, 0, count)  # [B*N, 4n, 4n]
-    else:
-        masks = _in_chunks(sam, embeddings, positions, tokens, count, decoder_chunk)
-    masks = _upscale(masks, size, sam.image_encoder.img_size)
+    encoder = sam.prompt_encoder
+    tokens = _prompt_tokens(encoder, shape[0] * count, boxes, points)
+    positions = encode_grid(encoder.pe_layer, shape[2:])
+    dense = encoder.no_mask_embed.weight
+    masks = decode_objects(
+        sam.mask_decoder, embeddings, positions, tokens, dense, count, decoder_chunk
+    )
+    masks = upscale(masks, size, sam.image_encoder.img_size)
     return masks.view(shape[0], count, *size)
+
+
+def decode_objects(
+    decoder: nn.Module,
+    embeddings: Tensor,
+    positions: Tensor,
+    prompts: Tensor,
+    dense: Tensor,
+    count: int,
+    chunk: int | None = None,
+) -> Tensor:
+    """Logits [B * count, 4n, 4n] of the decoder's first mask token, which serves a single mask.
+
+    embeddings: [B, 256, n, n]   positions: [1, 256, n, n]
+    prompts: [B * count, T, 256], those of an image in sequence
+    dense: what is added to each cell of the embeddings, [1, 256], or [count, 256] of each object
+    chunk: as decoder_chunk in segment
+    """
+    if chunk is None or len(prompts) <= chunk:
+        return _predict_masks(decoder, embeddings, positions, prompts, dense, 0, count)
+    return _in_chunks(decoder, embeddings, positions, prompts, dense, count, chunk)
 
 
 def check_decoder_chunk(chunk: int | None) -> None:
@@ -123,7 +145,9 @@ def unused_by_segment(sam: nn.Module) -> list[str]:
 
 
 def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
-    return (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
+    encoder = sam.image_encoder
+    side = encoder.img_size // encoder.patch_embed.proj.stride[0]
+    return (encoder.neck[0].out_channels, side, side)
 
 
 def _check_images(sam: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -190,39 +214,43 @@ def _check_prompt(name: str, values: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} are on {values.device}, the images on {device}")
 
 
-def _encode_positions(encoder: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _encode_positions(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Random Fourier features [..., 256] of x and y [...], fractions of the side.
 
     In float32 at least, also under autocast: a bfloat16 product of the coordinates would misplace
     a point by pixels.
     """
-    matrix = encoder.pe_layer.positional_encoding_gaussian_matrix
-    dtype = _position_dtype(encoder)
+    matrix = layer.positional_encoding_gaussian_matrix
+    dtype = _position_dtype(layer)
     with torch.autocast(matrix.device.type, enabled=False):
         angles = (2 * torch.pi) * ((2 * torch.stack([x, y], dim=-1) - 1) @ matrix.to(dtype))
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def _position_dtype(encoder: nn.Module) -> torch.dtype:
-    matrix = encoder.pe_layer.positional_encoding_gaussian_matrix
-    return torch.promote_types(matrix.dtype, torch.float32)
+def _position_dtype(layer: nn.Module) -> torch.dtype:
+    return torch.promote_types(layer.positional_encoding_gaussian_matrix.dtype, torch.float32)
 
 
 def _encode_pixels(encoder: nn.Module, coords: Tensor) -> Tensor:
     """Features [..., 256] of the centres of pixels x, y [..., 2]."""
-    x, y = (coords.to(_position_dtype(encoder)) + 0.5).unbind(-1)
+    layer = encoder.pe_layer
+    x, y = (coords.to(_position_dtype(layer)) + 0.5).unbind(-1)
     height, width = encoder.input_image_size
-    return _encode_positions(encoder, x / width, y / height)
+    return _encode_positions(layer, x / width, y / height)
 
 
-def _encode_grid(encoder: nn.Module) -> Tensor:
-    """Features [1, 256, n, n] of the centres of the embedding's cells."""
-    height, width = encoder.image_embedding_size
-    options = {"device": encoder.no_mask_embed.weight.device, "dtype": _position_dtype(encoder)}
+def encode_grid(layer: nn.Module, size: tuple[int, int]) -> Tensor:
+    """Features [1, 256, n, n] of the centres of the embedding's cells, size = (n, n).
+
+    layer: the prompt encoder's positional encoding
+    """
+    height, width = size
+    device = layer.positional_encoding_gaussian_matrix.device
+    options = {"device": device, "dtype": _position_dtype(layer)}
     y = (torch.arange(height, **options) + 0.5) / height
     x = (torch.arange(width, **options) + 0.5) / width
     y, x = torch.meshgrid(y, x, indexing="ij")
-    return _encode_positions(encoder, x, y).permute(2, 0, 1)[None]
+    return _encode_positions(layer, x, y).permute(2, 0, 1)[None]
 
 
 def _prompt_tokens(
@@ -247,23 +275,29 @@ def _prompt_tokens(
 
 
 def _in_chunks(
-    sam: nn.Module, embeddings: Tensor, positions: Tensor, prompts: Tensor, count: int, chunk: int
+    decoder: nn.Module,
+    embeddings: Tensor,
+    positions: Tensor,
+    prompts: Tensor,
+    dense: Tensor,
+    count: int,
+    chunk: int,
 ) -> Tensor:
     """_predict_masks of `chunk` objects at a time, each chunk checkpointed where autograd records.
 
     Random numbers are restored for the second time where a module of the decoder may draw some;
     SAM's own draw none, and what touches no generator can be captured as a CUDA graph.
     """
-    predict = partial(_predict_masks, sam)
+    predict = partial(_predict_masks, decoder)
     if torch.is_grad_enabled():
-        draws = any(_may_draw(module) for module in sam.mask_decoder.modules())
+        draws = any(_may_draw(module) for module in decoder.modules())
         predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=draws)
     masks = []
     for first in range(0, len(prompts), chunk):
         some = prompts[first : first + chunk]
         image = first // count
         own = embeddings[image : (first + len(some) - 1) // count + 1]
-        masks.append(predict(own, positions, some, first - image * count, count))
+        masks.append(predict(own, positions, some, dense, first - image * count, count))
     return torch.cat(masks)
 
 
@@ -274,26 +308,28 @@ def _may_draw(module: nn.Module) -> bool:
 
 
 def _predict_masks(
-    sam: nn.Module,
+    decoder: nn.Module,
     embeddings: Tensor,
     positions: Tensor,
     prompts: Tensor,
+    dense: Tensor,
     first: int,
     count: int,
 ) -> Tensor:
-    """Logits [M, 4n, 4n] of the decoder's first mask token, which serves a single mask.
-
-    embeddings: [B, 256, n, n]   positions: [1, 256, n, n]
-    prompts: [M, T, 256] of the objects from `first` on, where each image has `count` in sequence;
-        those of the last image may end early
+    """decode_objects of the objects from `first` on, where each image has `count` in sequence;
+    those of the last image may end early. prompts: [M, T, 256], of these objects
     """
-    encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     dtype = decoder.mask_tokens.weight.dtype
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]
     tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(dtype)], dim=1)
 
-    no_mask = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).to(dtype)
-    source = _of_each_object(embeddings.to(dtype) + no_mask, first, len(prompts), count)
+    embeddings, dense = embeddings.to(dtype), dense.to(dtype)[..., None, None]
+    if len(dense) == 1:
+        source = _of_each_object(embeddings + dense, first, len(prompts), count)
+    else:
+        rows = dense.expand(len(embeddings), *dense.shape).flatten(0, 1)
+        source = _of_each_object(embeddings, first, len(prompts), count)
+        source = source + rows[first : first + len(prompts)]
     positions = positions.to(dtype).expand(len(source), -1, -1, -1)
 
     tokens, source = decoder.transformer(source, positions, tokens)
@@ -318,7 +354,7 @@ def _of_each_object(source: Tensor, first: int, number: int, count: int) -> Tens
     return torch.cat(rows)
 
 
-def _upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
+def upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
     """Masks [M, m, m] resized bilinearly to full x full, of which the first `size` is kept.
 
     Two matrix products: unlike interpolate's, their backward adds in a fixed order on a GPU.

@@ -23,7 +23,8 @@ from torch import nn
 
 import samfast
 from samfast.integrations import peft
-from samfast.models.heads import HEADS, given_head, head_of
+from samfast.models.heads import HEADS, MULTI_TASK, given_head, head_of
+from samfast.models.multi_task import MultiTaskSam, tasks_from_config
 from samfast.modules.adapter import (
     Attachment,
     adapter_parameter_names,
@@ -65,7 +66,8 @@ def save_adapter(
     Plain LoRA beside modules that are trained whole is in PEFT's format. An adapter that is there
     already is replaced in one step.
 
-    head, classes: what the decoder predicts; the head that the model has, if not given
+    head, classes: what the decoder predicts; the head that the model has, and the tasks of a
+        MultiTaskSam, if not given
     image_size: default is the image encoder's
     extra: JSON values that are kept under "extra" in the configuration
 
@@ -78,6 +80,8 @@ def save_adapter(
         raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
     if head in tuple(HEADS) and head != head_of(model):
         raise ValueError(f"head is {head!r}, but the model's is {head_of(model)!r}")
+    if classes is None and isinstance(model, MultiTaskSam):
+        classes = [task.config() for task in model.tasks]
     tensors = trained_tensors(model)
     own = adapter_parameter_names(model)
     beside = {name for name, _ in model.named_parameters() if name in tensors and name not in own}
@@ -128,6 +132,9 @@ def load_adapter(
 ) -> nn.Module:
     """Put a saved adapter on a model, in place, and return the model.
 
+    An adapter of several tasks makes a MultiTaskSam of a stock model, which shares its encoder,
+    and returns that.
+
     A stock model gets head and adapters (and everything frozen, as ``attach`` does); a model with
     the same head and the same method on the same layers gets the tensors alone. The folder may be
     of ``save_adapter`` or LoRA saved by PEFT.
@@ -140,6 +147,7 @@ def load_adapter(
     """
     model = unwrapped(model)
     adapter = read_adapter(folder)
+    model = _with_tasks(model, adapter)
     attached = attachment(model)
     with given_head(model, _head_for(model, adapter)):
         if attached is None:
@@ -370,6 +378,22 @@ def _find_layers(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Module]
         check_layer(adapter.method, name, layer)
         layers[name] = layer
     return layers
+
+
+def _with_tasks(model: nn.Module, adapter: AdapterFile) -> nn.Module:
+    """The MultiTaskSam for an adapter of several tasks; for other adapters the model itself."""
+    if adapter.record.get("head") != MULTI_TASK:
+        return model
+    try:
+        tasks = tasks_from_config(adapter.record.get("classes"))
+        if not isinstance(model, MultiTaskSam):
+            return MultiTaskSam(model, tasks)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
+    if model.tasks != tasks:
+        mine, theirs = (", ".join(map(str, own)) for own in (model.tasks, tasks))
+        raise ValueError(f"adapter {adapter.folder} is of {theirs}, but the model of {mine}")
+    return model
 
 
 def _head_for(model: nn.Module, adapter: AdapterFile) -> str:

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One SAM encoder, several tasks: a mask decoder and no-mask embeddings for each.
+
+SAM's prompt encoder is gone. A task of N channels runs its decoder as if N empty prompts were
+given for each image, told apart by a no-mask embedding each, and mask token 0 gives the channels.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samfast.models.heads import MULTI_TASK, TRAINED_DECODER, head_of
+from samfast.models.segment import (
+    check_decoder_chunk,
+    decode_objects,
+    encode,
+    encode_grid,
+    upscale,
+)
+from samfast.modules.adapter import adapters, attachment
+
+KINDS = ("binary", "semantic", "regression")
+TaskName = str | int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one decoder predicts.
+
+    name: as dictionaries, files and the command line call it
+    kind: "binary", the logit of the foreground; "semantic", a logit of each class; "regression",
+        values
+    channels: 1 for binary, the classes for semantic, values of each pixel for regression
+    """
+
+    name: str
+    kind: str = "binary"
+    channels: int = 1
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(
+                f"task name {self.name!r} is no name of letters, digits and underscores"
+            )
+        if hasattr(nn.ModuleDict(), self.name) or self.name == "all":
+            raise ValueError(f"task name {self.name!r} means something else; choose another")
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"task {self.name} has kind {self.kind!r}; known are {', '.join(KINDS)}"
+            )
+        if isinstance(self.channels, bool) or not isinstance(self.channels, int):
+            raise TypeError(f"task {self.name} has channels {self.channels!r}, not a whole number")
+        least, most = {"binary": (1, 1), "semantic": (2, None), "regression": (1, None)}[self.kind]
+        if self.channels < least or (most is not None and self.channels > most):
+            wanted = f"{least}" if most is not None else f"at least {least}"
+            raise ValueError(
+                f"task {self.name} has {self.channels} channels; {self.kind} has {wanted}"
+            )
+
+    def config(self) -> dict[str, Any]:
+        """The task as JSON values."""
+        return asdict(self)
+
+
+class MultiTaskSam(nn.Module):
+    """SAM for several tasks without prompts.
+
+    sam: segment_anything's Sam; its image encoder is shared, its mask decoder copied for each task
+    tasks: different names
+
+    images [B, 3, H, W] as ``segment`` takes them -> logits [B, channels, H, W] of a task, float32
+    (float64 where sam is). Anything that ``attach`` and ``fuse`` do to a Sam works here, with
+    ``train=model.trained_parts()`` for decoders, no-mask embeddings and the encoder's norms.
+
+    Raises ValueError for tasks of one name and for a sam that has adapters or a head of one class.
+    """
+
+    def __init__(self, sam: nn.Module, tasks: Iterable[Task]):
+        super().__init__()
+        tasks = tuple(tasks)
+        _check(sam, tasks)
+        self.tasks = tasks
+        self.image_encoder = sam.image_encoder
+        self.pe_layer = deepcopy(sam.prompt_encoder.pe_layer)
+        row = sam.prompt_encoder.no_mask_embed.weight.detach()  # [1, 256]
+        self.no_mask_embeds = nn.ParameterDict(
+            {task.name: nn.Parameter(row.repeat(task.channels, 1)) for task in tasks}
+        )
+        self.mask_decoders = nn.ModuleDict(
+            {task.name: deepcopy(sam.mask_decoder) for task in tasks}
+        )
+        self.register_buffer("pixel_mean", sam.pixel_mean.clone(), persistent=False)
+        self.register_buffer("pixel_std", sam.pixel_std.clone(), persistent=False)
+        base = getattr(sam, "samfast_base", None)
+        if base is not None:
+            self.samfast_base = base
+        self.train(sam.training)
+
+    samfast_head = MULTI_TASK
+
+    def trained_parts(self) -> tuple[str, ...]:
+        """What multi-task training trains beside adapters, as ``attach(train=...)`` takes it.
+
+        Decoders without their heads of quality and of other masks, which are never read.
+        """
+        norms = [
+            f"image_encoder.{name}"
+            for name, module in self.image_encoder.named_modules()
+            if isinstance(module, nn.LayerNorm) or type(module).__name__ == "LayerNorm2d"
+        ]
+        decoders = [
+            part.replace("mask_decoder", f"mask_decoders.{task.name}", 1)
+            for task in self.tasks
+            for part in TRAINED_DECODER
+        ]
+        return ("no_mask_embeds", *decoders, *norms)
+
+    def index_of(self, task: TaskName) -> int:
+        """The number of a task; ValueError for a name or number that is none."""
+        names = [known.name for known in self.tasks]
+        if isinstance(task, str) and task in names:
+            return names.index(task)
+        if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(names):
+            return task
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        raise ValueError(f"task {task!r} is none of {known}")
+
+    def forward(
+        self,
+        images: Tensor,
+        task: TaskName | Sequence[TaskName] | Mapping[TaskName, Sequence[int]] | None = None,
+        *,
+        decoder_chunk: int | None = None,
+    ) -> dict[str, Tensor] | Tensor | list[Tensor]:
+        """Logits of images [B, 3, H, W].
+
+        task: None: of every task, {name: [B, channels, H, W]}
+            a name or number: of that task, [B, channels, H, W]
+            B of them: each image's own task, [B, channels, H, W] where all have as many channels,
+                else a list of B [channels, H, W]
+            {name or number: indices of images}: {name: [indices, channels, H, W]}
+        decoder_chunk: a decoder takes at most so many of the images * channels at a time, see
+            ``segment``
+
+        The encoder runs once where nothing in it depends on the task. Otherwise its blocks below
+        the first that does run once, and the rest once for all tasks of all images, one after
+        another in the batch.
+        """
+        check_decoder_chunk(decoder_chunk)
+        count = len(images) if images.dim() else 0
+        chosen, form = self._chosen(task, count)
+        embeddings = self._embed(images, chosen)
+        logits = {
+            i: self._decode(i, own, tuple(images.shape[2:]), decoder_chunk)
+            for i, own in embeddings.items()
+        }
+        if form == "one":
+            return next(iter(logits.values()))
+        if form == "each":
+            rows = [None] * count
+            for i, own in logits.items():
+                for image, row in zip(chosen[i], own, strict=True):
+                    rows[image] = row
+            alike = len({self.tasks[i].channels for i in logits}) == 1
+            return torch.stack(rows) if alike else rows
+        return {self.tasks[i].name: own for i, own in logits.items()}
+
+    def _chosen(self, task, count: int) -> tuple[dict[int, list[int] | None], str]:
+        """By the number of a task its images, None for all of them; and the form of the result."""
+        if task is None:
+            return dict.fromkeys(range(len(self.tasks))), "dict"
+        if isinstance(task, Mapping):
+            chosen = {self.index_of(name): list(images) for name, images in task.items()}
+            for i, images in chosen.items():
+                for image in images:
+                    if not 0 <= image < count:
+                        raise ValueError(
+                            f"task {self.tasks[i].name} asks for image {image} of {count}"
+                        )
+            whole = list(range(count))
+            return {i: None if own == whole else own for i, own in chosen.items()}, "dict"
+        if isinstance(task, str) or not isinstance(task, Sequence):
+            return {self.index_of(task): None}, "one"
+        if len(task) != count or count == 0:
+            raise ValueError(f"there are {len(task)} tasks for {count} images")
+        chosen = {}
+        for image, own in enumerate(task):
+            chosen.setdefault(self.index_of(own), []).append(image)
+        return chosen, "each"
+
+    def _embed(self, images: Tensor, chosen: dict[int, list[int] | None]) -> dict[int, Tensor]:
+        """Image embeddings [images, 256, n, n] of each task's images."""
+        block = _first_dependent_block(self.image_encoder)
+        if block is None:
+            embeddings = encode(self, images)
+            return {i: _rows(embeddings, own) for i, own in chosen.items()}
+        import samfast
+
+        count = len(images)
+        sizes = [count if own is None else len(own) for own in chosen.values()]
+        numbers = [i for i, size in zip(chosen, sizes, strict=True) for _ in range(size)]
+        if len(chosen) == 1:
+            samfast.set_task(self, next(iter(chosen)))
+        elif list(chosen.items()) == [(i, None) for i in range(len(self.tasks))]:
+            samfast.set_task(self, "all")
+        else:
+            samfast.set_task(self, torch.tensor(numbers, device=images.device))
+
+        def split(x: Tensor) -> Tensor:
+            """The rows of every task, task-major."""
+            if all(own is None for own in chosen.values()):
+                return x.expand(len(chosen), *x.shape).flatten(0, 1) if len(chosen) > 1 else x
+            return torch.cat([_rows(x, own) for own in chosen.values()])
+
+        if count == 0 or not numbers:
+            embeddings = encode(self, images[:0])
+        else:
+            with _before(block, split):
+                embeddings = encode(self, images)
+        return dict(zip(chosen, embeddings.split(sizes), strict=True))
+
+    def _decode(
+        self, index: int, embeddings: Tensor, size: tuple[int, int], chunk: int | None
+    ) -> Tensor:
+        """Logits [B, channels, H, W] of a task from embeddings [B, 256, n, n]."""
+        task = self.tasks[index]
+        dense = self.no_mask_embeds[task.name]
+        objects = len(embeddings) * task.channels
+        masks = decode_objects(
+            self.mask_decoders[task.name],
+            embeddings,
+            encode_grid(self.pe_layer, embeddings.shape[2:]),
+            dense.new_empty((objects, 0, dense.shape[1])),
+            dense,
+            task.channels,
+            chunk,
+        )
+        masks = upscale(masks, size, self.image_encoder.img_size)
+        return masks.view(len(embeddings), task.channels, *size)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{task.name}: {task.kind} {task.channels}" for task in self.tasks)
+
+
+def tasks_from_config(config: Any) -> tuple[Task, ...]:
+    """The tasks that ``Task.config`` describes; ValueError when it describes none."""
+    if not isinstance(config, list) or not all(isinstance(task, dict) for task in config):
+        raise ValueError(f"{config!r} does not describe tasks")
+    known = set(Task.__dataclass_fields__)
+    for task in config:
+        if not set(task) <= known or "name" not in task:
+            raise ValueError(f"{task!r} does not describe a task")
+    return tuple(Task(**task) for task in config)
+
+
+def _check(sam: nn.Module, tasks: tuple[Task, ...]) -> None:
+    if not tasks or not all(isinstance(task, Task) for task in tasks):
+        raise ValueError(f"tasks are {tasks!r}; give at least one samfast.models.Task")
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two tasks are called {name}")
+    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
+    if not all(isinstance(getattr(sam, part, None), nn.Module) for part in parts):
+        raise ValueError(f"this {type(sam).__name__} is no Sam of segment_anything")
+    if head_of(sam) != "sam":
+        raise ValueError(
+            f"the model has head {head_of(sam)!r}; samfast.models.restore_head takes it back"
+        )
+    if adapters(sam) or attachment(sam) is not None:
+        raise ValueError("the model has adapters; attach them to the MultiTaskSam instead")
+
+
+def _first_dependent_block(encoder: nn.Module) -> nn.Module | None:
+    """The first block with a module whose result depends on the task, None where none does."""
+    for block in encoder.blocks:
+        if any(getattr(module, "depends_on_task", False) for module in block.modules()):
+            return block
+    return None
+
+
+@contextmanager
+def _before(block: nn.Module, change) -> Iterator[None]:
+    """A block's input is changed on its way in."""
+    handle = block.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _rows(x: Tensor, rows: Sequence[int] | None) -> Tensor:
+    """x[rows], all for None; not by an index, whose backward would add by atomics on a GPU."""
+    if rows is None:
+        return x
+    return torch.stack([x[i] for i in rows]) if len(rows) else x[:0]
