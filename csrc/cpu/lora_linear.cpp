@@ -21,6 +21,7 @@ namespace samfast {
 namespace {
 
 constexpr int64_t kRows = 4, kRanks = 4, kMaxChunks = 16, kChunkRows = 64, kTile = 1024;
+constexpr int64_t kRunRows = 32;
 
 struct Matrix {  // rows of contiguous elements
   int64_t rows, columns, stride;
@@ -170,10 +171,10 @@ void outer_block(const float* const* row, const float* coef, int64_t ranks, floa
     Vec x[kRows];
     for (int i = 0; i < kRows; ++i) load(x[i], row[i] + c);
     for (int k = 0; k < kRanks; ++k) {
-      Vec g;
+      Vec g, part = coef[k] * x[0];
+      for (int i = 1; i < kRows; ++i) part += coef[i * ranks + k] * x[i];
       load(g, grad + k * stride + c);
-      for (int i = 0; i < kRows; ++i) g += coef[i * ranks + k] * x[i];
-      store(grad + k * stride + c, g);
+      store(grad + k * stride + c, g + part);
     }
   }
   for (; c < n; ++c)
@@ -216,6 +217,23 @@ void for_chunks(int64_t rows, F&& f) {
       f(chunk, chunk_start(chunk, chunks, rows), chunk_start(chunk + 1, chunks, rows));
   });
 }
+
+// A sum over the rows of a chunk, by runs.
+struct RowSum {
+  std::vector<float> run;
+  float* total;
+  int64_t rows = 0;
+
+  RowSum(float* total, int64_t n) : run(n, 0.0f), total(total) {}
+
+  // After each block of kRows rows.
+  void next(bool last) {
+    rows += kRows;
+    if (rows < kRunRows && !last) return;
+    for (size_t i = 0; i < run.size(); ++i) total[i] += run[i], run[i] = 0.0f;
+    rows = 0;
+  }
+};
 
 // out = sum over chunks of partial[chunk], each of n floats, in order.
 void reduce_chunks(const std::vector<float>& partial, int64_t chunks, int64_t n, float* out) {
@@ -326,7 +344,7 @@ std::tuple<Tensor, Tensor> lora_up_backward(const Tensor& dy, const Tensor& z, c
     for_chunks(m.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
       RowBlock<T> block(n, false);
       std::vector<float> coef(kRows * width), dots(kRows * width);
-      float* grad = partial.data() + chunk * width * n;
+      RowSum grad(partial.data() + chunk * width * n, width * n);
       for (int64_t first = begin; first < end; first += kRows) {
         block.read(data, m, first, end, Dropout{});
         coefficients(zs, z.stride(0), first, end, ranks, s, coef.data());
@@ -337,9 +355,10 @@ std::tuple<Tensor, Tensor> lora_up_backward(const Tensor& dy, const Tensor& z, c
           for (int64_t i = 0; i < kRows; ++i) row[i] = block.row[i] + c;
           for (int64_t k = 0; k < width; k += kRanks) {
             dot_block(row, factor.data() + k * n + c, n, span, dots.data() + k * kRows);
-            outer_block(row, coef.data() + k, width, grad + k * n + c, n, span);
+            outer_block(row, coef.data() + k, width, grad.run.data() + k * n + c, n, span);
           }
         }
+        grad.next(first + kRows >= end);
         for (int64_t i = 0; i < kRows && first + i < end; ++i)
           for (int64_t k = 0; k < ranks; ++k)
             out[(first + i) * ranks + k] = static_cast<T>(
@@ -374,15 +393,17 @@ Tensor lora_down_backward_(std::optional<Tensor> dx, const Tensor& dh, std::opti
     for_chunks(m.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
       RowBlock<T> block(n, d.active);
       std::vector<float> scratch, coef(kRows * width), factors(d.active ? kRows * n : 0);
+      const bool wanted = x.has_value();
+      RowSum grad(partial.data() + (wanted ? chunk * width * n : 0), wanted ? width * n : 0);
       for (int64_t first = begin; first < end; first += kRows) {
         coefficients(dhs, dh.stride(0), first, end, ranks, 1.0f, coef.data());
         const float* drop[kRows] = {};
-        if (x.has_value()) {
+        if (wanted) {
           block.read(static_cast<const T*>(x->data_ptr()), m, first, end, d);
           std::copy(block.factor, block.factor + kRows, drop);
-          float* grad = partial.data() + chunk * width * n;
           for (int64_t k = 0; k < width; k += kRanks)
-            outer_block(block.row, coef.data() + k, width, grad + k * n, n, n);
+            outer_block(block.row, coef.data() + k, width, grad.run.data() + k * n, n, n);
+          grad.next(first + kRows >= end);
         } else if (d.active) {
           for (int64_t i = 0; i < kRows; ++i) {
             dropout_row(d, std::min(first + i, end - 1), n, factors.data() + i * n);

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fold and its gradient in aten calls over all slices at once, for any device and dtype.
 
-Sums are float32 (float64 for float64). Layers come stacked: gammas (N, n·V), heads (N, n, 4, q, q)
-with q = V/4, factors (N, n·R, V), or (N, V, R) with ``down``, biases (N, V) or empty.
+The fold is made in float32 (float64 for float64), its gradients in float64: they add up all rows of
+a factor to a few numbers. Layers come stacked: gammas (N, n·V), heads (N, n, 4, q, q) with q = V/4,
+factors (N, n·R, V), or (N, V, R) with ``down``, biases (N, V) or empty.
 """
 
 import torch
@@ -18,7 +19,8 @@ def forward(
     biases: list[Tensor], first: int, down: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Factors and biases, folded and stacked, in their dtypes."""
-    lam, w, f, b = _parts(c, p, gammas, heads, factors, biases, first, down)
+    wide = torch.promote_types(factors[0].dtype, torch.float32)
+    lam, w, f, b = _parts(c, p, gammas, heads, factors, biases, first, down, wide)
     k = lam[:, :, None] * w
     folded = torch.matmul(k.mT, f) if down else torch.matmul(f, k.mT)
     folded = folded.reshape(len(factors), *factors[0].shape).to(factors[0].dtype)
@@ -32,7 +34,7 @@ def backward(
     heads: list[Tensor], factors: list[Tensor], biases: list[Tensor], first: int, down: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of c, p, and, stacked, of gammas, heads, factors and biases."""
-    lam, w, f, b = _parts(c, p, gammas, heads, factors, biases, first, down)
+    lam, w, f, b = _parts(c, p, gammas, heads, factors, biases, first, down, torch.float64)
     slices, v = lam.shape
     d = dfolded.to(f.dtype).reshape(f.shape)
     k = lam[:, :, None] * w
@@ -65,10 +67,9 @@ def backward(
     ]
 
 
-def _parts(c, p, gammas, heads, factors, biases, first, down):
+def _parts(c, p, gammas, heads, factors, biases, first, down, wide):
     """λ (S, V), W (S, V, V), the factors (S, R, V) or (S, V, R), and the biases (S, V)."""
     v = c.shape[1]
-    wide = torch.promote_types(factors[0].dtype, torch.float32)
     gamma = torch.cat(gammas).to(wide).view(-1, v)
     slices = len(gamma)
     coefficients = torch.matmul(c[0].to(wide), p.to(wide))  # of all slices: always the same bits
