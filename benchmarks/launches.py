@@ -4,7 +4,7 @@
 One generator for each operation, named after it and listed in ``OPERATIONS``. ``operation(quick)``
 yields (name, launches): a name such as "lora_linear bfloat16 r4", and the list that ``recording()``
 filled while the operation's launchers ran on meta tensors. To add an operation, write its generator
-and list it. With quick it yields one or two configurations of its usual use, otherwise every dtype,
+and list it. With quick it yields a configuration or two of its usual use, otherwise every dtype,
 each tile of its tiles.json, each option, and the largest size that ``supports()`` lets through.
 Launches that lead to the same code cost nothing: they are compiled once.
 """
@@ -24,9 +24,8 @@ def lora_linear(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
     """A windowed qkv of ViT-H at batch 4; every padded rank, divisible by sixteen and not."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     if quick:
-        for rank, dtype, dropout, slices in ((4, bf16, 0.0, False), (16, fp32, 0.1, True)):
-            full, launches = _lora_linear(rank, dtype, dropout, slices)
-            yield f"lora_linear {str(dtype)[6:]} r{rank}", launches[:full]
+        full, launches = _lora_linear(4, bf16)
+        yield "lora_linear bfloat16 r4", launches[:full]
         return
     for dtype, ranks in ((bf16, (1, 4, 16, 32, 64, 128)), (fp32, (4, 16, 32))):
         for rank in ranks:
@@ -98,9 +97,11 @@ def conv_experts(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     windows, whole = Windows(4, 64, 64, 14, 14), Windows.whole(4, 64, 64)
-    yield "conv_experts bfloat16 r3 windows", _conv_experts(windows, 3, bf16)
+    usual = _conv_experts(windows, 3, bf16)
     if quick:
+        yield "conv_experts bfloat16 r3 windows", usual[:3]
         return
+    yield "conv_experts bfloat16 r3 windows", usual
     yield "conv_experts bfloat16 r3 global", _conv_experts(whole, 3, bf16)
     for depthwise in (False, True):
         kind = " depthwise" if depthwise else ""
@@ -321,6 +322,45 @@ def _kronecker_factors(terms, n, rows, columns, rank, dtype) -> list[Launch]:
     return launches
 
 
+def task_core(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
+    """A windowed qkv of ViT-L at batch 4 with three tasks, and the cores of all its layers."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    usual = _task_core((32, 32, 4), bf16)
+    yield "task_core bfloat16 r32", usual[:4] if quick else usual
+    if quick:
+        return
+    for dtype in (bf16, fp16, fp32):
+        for rank in (4, 16, 32, 64):
+            name = f"task_core {str(dtype)[6:]} r{rank}"
+            yield name, _task_core((rank, rank, 4), dtype)
+    yield "task_core float32 r64x5", _task_core((64, 5, 3), fp32, entries=12)
+    yield "task_core bfloat16 r7x64", _task_core((7, 64, 17), bf16, tasks=2)
+    yield "task_core bfloat16 r40x24", _task_core((40, 24, 4), bf16, tokens=4 * 341)
+    yield "task_core bfloat16 cores", _task_core((32, 32, 4), bf16, cores=bf16)
+
+
+def _task_core(
+    ranks, dtype, tasks=3, entries=3, tokens=12 * 4900, cores=torch.float32
+) -> list[Launch]:
+    """The launches of both forwards and backwards, and of the backwards that make less."""
+    from samfast.kernels.task_core import triton_kernels as kernels
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    rows, _, depth = ranks
+    gathered = meta(24, *ranks, dtype=cores), meta(24, tasks, depth, dtype=cores)
+    with recording() as launches:
+        m = kernels.fold(*gathered)[:1].expand(kernels.PARTS, -1, -1, -1)
+        dm = meta(24, kernels.PARTS, *m.shape[1:], dtype=torch.float32)
+        kernels.fold_backward(dm, *gathered)
+        h, task = meta(tokens, rows), meta(entries, dtype=torch.int64)
+        z = kernels.product(h, m, task)
+        for needs in ((True, True), (True, False), (False, True)):
+            kernels.product_backward(z, h, m, task, needs)
+    return launches
+
+
 def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
     """ViT-H's windows and ViT-B's global maps; each width of a head, way of the bias and padding.
 
@@ -330,11 +370,12 @@ def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     windows, whole = Windows(4, 64, 64, 14, 14), Windows.whole(4, 64, 64)
-    for name, arguments in {
-        "bfloat16 hd80 windows": (windows, 16, 80, bf16),
-        "bfloat16 hd64 global": (whole, 12, 64, bf16),
-    }.items():
-        yield f"relpos_attention {name}", _relpos_attention(*arguments)
+    usual = _relpos_attention(whole, 12, 64, bf16)
+    if quick:
+        usual = [launch for launch in usual if not launch.archs or 90 in launch.archs]
+        usual = [dataclasses.replace(launch, archs=(90,)) for launch in usual]
+    yield "relpos_attention bfloat16 hd80 windows", _relpos_attention(windows, 16, 80, bf16)
+    yield "relpos_attention bfloat16 hd64 global", usual
     if quick:
         return
     for name, form in (("windows", windows), ("global", whole)):
@@ -466,6 +507,7 @@ OPERATIONS = (
     cobot_fold,
     adapt_former,
     hypercomplex,
+    task_core,
     relpos_attention,
     sam_block,
 )

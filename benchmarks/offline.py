@@ -226,7 +226,7 @@ def _summary(arch, results):
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="compile every kernel for GPUs that are not here")
     parser.add_argument("--archs", nargs="+", type=int, default=sorted(SHARED_LIMITS))
-    parser.add_argument("--quick", action="store_true", help="two configurations an operation")
+    parser.add_argument("--quick", action="store_true", help="the usual configurations")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--launches", default="benchmarks.launches", help="the module of launches")

@@ -332,13 +332,18 @@ def second_derivative(subject):
             _compare(subject, ours, stock, exact, torch.float32)
 
 
-def compiled(subject):
+def compiled(subject, backend="aot_eager"):
     """torch.compile(fullgraph=True) keeps the numbers."""
     exact, stock = subject.run("stock", torch.float64), subject.run("stock", torch.float32)
     module = subject.module("ours", torch.float32)
-    call = torch.compile(module, fullgraph=True)
+    call = torch.compile(module, fullgraph=True, backend=backend)
     ours = subject.run("ours", torch.float32, module=module, call=call)
     _compare(subject, ours, stock, exact, torch.float32)
+
+
+def generated(subject):
+    """So does the code that the usual compiler writes; this takes seconds."""
+    compiled(subject, "inductor")
 
 
 def empty_batch(subject):
@@ -351,6 +356,7 @@ def empty_batch(subject):
             assert not value.any(), name
 
 
+COMPILED = (compiled, generated)
 CHECKS = (
     error_budget,
     autocast,
@@ -369,6 +375,6 @@ CHECKS = (
     copies,
     written_in_place,
     second_derivative,
-    compiled,
+    *COMPILED,
     empty_batch,
 )

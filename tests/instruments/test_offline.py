@@ -24,7 +24,7 @@ PLANTED = ("--launches", "tests.instruments.planted_kernels")
 
 
 def test_planted_kernels():
-    code, text = gate("--archs", "86", *PLANTED, "--quick")
+    code, text = gate("--archs", "86", *PLANTED, "--quick", "--jobs", "1")
     rows = {
         row.split(" sm_86 ")[1].split()[0]: row for row in text.splitlines() if " sm_86 " in row
     }

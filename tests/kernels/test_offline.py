@@ -14,11 +14,12 @@ NAMES = [operation.__name__ for operation in OPERATIONS]
 PRODUCTS = {
     ("sam_block", kernel): "MMA" for kernel in ("norm", "norm_backward", "gelu", "gelu_backward")
 }
+PRODUCTS |= {("adapt_former", kernel): "MMA" for kernel in ("low", "low_backward")}
 PRODUCTS |= {("relpos_attention", kernel): "WGMMA" for kernel in ("forward", "dq", "dkv")}
 
 
 def test_usual_configurations():
-    code, text = gate("--archs", *QUICK, "--quick")
+    code, text = gate("--archs", *QUICK, "--quick", "--jobs", "1")
     assert code == 0, text
     assert text.count(", 0 wrong") == 1
     rows = [line for line in text.splitlines() if " sm_" in line]

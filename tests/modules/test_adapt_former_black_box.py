@@ -53,21 +53,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        pytest.param(
-            check,
-            id=check.__name__,
-            marks=[pytest.mark.slow] if check is black_box.compiled else [],
-        )
-        for check in black_box.CHECKS
-    ],
-)
+@pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    if check is black_box.compiled and make in (whole, frugal):
+    if check in black_box.COMPILED and make in (whole, frugal):
         pytest.skip("the compiler sees one operation, whatever runs it")
     interpreted = backend == "triton" and DEVICE.type == "cpu"
     if interpreted and check not in INTERPRETED:
