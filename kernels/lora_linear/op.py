@@ -267,8 +267,11 @@ def lora_linear(
     return y
 
 
-def check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> bool:
-    """Raise one sentence when the arguments do not chain; True when slices have their own A."""
+def check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices, middle=None) -> bool:
+    """Raise one sentence when the arguments do not chain; True when slices have their own A.
+
+    middle: (ranks in, ranks out) of a middle map between lora_a and lora_b, which then share it
+    """
     for name, t in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if t.dim() != 2:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, but must be a matrix")
@@ -298,6 +301,13 @@ def check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices) -> b
         raise ValueError(f"dropout is {dropout}, but must be at least 0 and below 1")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed must be one int64 element, but is {seed.dtype} {tuple(seed.shape)}")
+    if middle is not None:
+        if (lora_a.shape[0], rank) != tuple(middle):
+            raise ValueError(
+                f"lora_a has rank {lora_a.shape[0]} and lora_b has rank {rank}, but the map "
+                f"between them is {' x '.join(map(str, middle))}"
+            )
+        lora_a = lora_a[:1].expand(rank, -1)
     if slices is None:
         if lora_a.shape[0] != rank:
             raise ValueError(f"lora_a has rank {lora_a.shape[0]} but lora_b has rank {rank}")

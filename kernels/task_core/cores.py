@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``task_cores``: the cores of all tasks in all layers from one batched operation."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,86 +14,80 @@ from samfast.kernels._common.once import once_differentiable
 from samfast.kernels.task_core import reference
 from samfast.kernels.task_core.paths import DTYPES, path_of
 
-# The gathered cores and factors of all layers are what the backward needs: no second gathering.
-_INPUTS = "Tensor[] cores, Tensor[] factors, int parts, str backend"
-torch.library.define("samfast::task_cores", f"({_INPUTS}) -> Tensor")
-torch.library.define("samfast::task_cores_forward", f"({_INPUTS}) -> (Tensor, Tensor)")
+_INPUTS = "Tensor[] cores, Tensor[] factors"
+torch.library.define("samfast::task_cores", f"({_INPUTS}, str backend) -> Tensor")
+torch.library.define("samfast::task_cores_forward", f"({_INPUTS}, str backend) -> Tensor")
 torch.library.define(
-    "samfast::task_cores_backward", "(Tensor dm, Tensor gathered, str backend) -> (Tensor, Tensor)"
+    "samfast::task_cores_backward", f"(Tensor dm, {_INPUTS}, str backend) -> (Tensor, Tensor)"
 )
 
 
 @implement("samfast::task_cores_forward")
-def _forward_impl(cores, factors, parts, backend):
-    gathered = torch.cat([t.reshape(-1) for t in (*cores, *factors)])
-    path = path_of(backend, gathered, cores[0][..., 0])
-    with without_autocast(gathered.device.type):
-        m = path.fold(*_views(gathered, len(cores), *cores[0].shape[:2], len(factors[0])))
-    return _repeated(m, parts), gathered
+def _forward_impl(cores, factors, backend):
+    path = path_of(backend, cores[0], cores[0][..., 0])
+    with without_autocast(cores[0].device.type):
+        return _repeated(path.fold(*_gathered(cores, factors)), path.PARTS)
 
 
 @torch.library.register_fake("samfast::task_cores_forward")
-def _forward_fake(cores, factors, parts, backend):
-    (rows, columns, _), kinds = cores[0].shape, (cores[0].dtype, factors[0].dtype)
-    kind = torch.promote_types(*kinds)
-    gathered = cores[0].new_empty(sum(t.numel() for t in (*cores, *factors)), dtype=kind)
+def _forward_fake(cores, factors, backend):
+    parts = path_of(backend, cores[0], cores[0][..., 0]).PARTS
+    kind = torch.promote_types(cores[0].dtype, factors[0].dtype)
     wide = torch.promote_types(kind, torch.float32)
-    m = gathered.new_empty(len(cores), len(factors[0]), rows, columns, dtype=wide)
-    return _repeated(m, parts), gathered
+    shape = len(cores), len(factors[0]), *cores[0].shape[:2]
+    return _repeated(cores[0].new_empty(shape, dtype=wide), parts)
 
 
 @implement("samfast::task_cores_backward")
-def _backward_impl(dm, gathered, backend):
-    layers, _, tasks, rows, columns = dm.shape
-    path = path_of(backend, gathered, dm)
+def _backward_impl(dm, cores, factors, backend):
+    path = path_of(backend, cores[0], dm)
     with without_autocast(dm.device.type):
-        return path.fold_backward(dm, *_views(gathered, layers, rows, columns, tasks))
+        return path.fold_backward(dm, *_gathered(cores, factors))
 
 
 @torch.library.register_fake("samfast::task_cores_backward")
-def _backward_fake(dm, gathered, backend):
-    layers, _, tasks, rows, columns = dm.shape
-    cores, factors = _views(gathered, layers, rows, columns, tasks)
-    return dm.new_empty(cores.shape), dm.new_empty(factors.shape)
+def _backward_fake(dm, cores, factors, backend):
+    shapes = ((len(tensors), *tensors[0].shape) for tensors in (cores, factors))
+    return tuple(dm.new_empty(shape) for shape in shapes)
 
 
 @implement("samfast::task_cores")
 def _impl(*args):
-    return torch.ops.samfast.task_cores_forward(*args)[0]
+    return torch.ops.samfast.task_cores_forward(*args)
 
 
 @torch.library.register_fake("samfast::task_cores")
 def _fake(*args):
-    return _forward_fake(*args)[0]
+    return _forward_fake(*args)
 
 
 class TaskCoresFunction(torch.autograd.Function):
-    """Saves the parameters, gathered."""
+    """Saves nothing but the parameters, which cost nothing and are gathered again."""
 
     @staticmethod
-    def forward(ctx, count, parts, backend, *tensors):
-        cores, factors = tensors[:count], tensors[count:]
+    def forward(ctx, count, backend, *tensors):
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            m, gathered = torch.ops.samfast.task_cores_forward(cores, factors, parts, backend)
-        ctx.save_for_backward(gathered)
-        ctx.count, ctx.backend, ctx.dtypes = count, backend, (cores[0].dtype, factors[0].dtype)
+            m = torch.ops.samfast.task_cores_forward(tensors[:count], tensors[count:], backend)
+        ctx.save_for_backward(*tensors)
+        ctx.count, ctx.backend = count, backend
         return m
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dm):
-        (gathered,) = ctx.saved_tensors  # a checkpoint computes again here, with autograd
+        tensors = ctx.saved_tensors  # a checkpoint computes again here, with autograd
+        cores, factors = tensors[: ctx.count], tensors[ctx.count :]
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            stacked = torch.ops.samfast.task_cores_backward(dm, gathered, ctx.backend)
-        grads = [g.to(dtype) for g, dtype in zip(stacked, ctx.dtypes, strict=True)]
+            stacked = torch.ops.samfast.task_cores_backward(dm, cores, factors, ctx.backend)
+        grads = [g.to(own[0].dtype) for g, own in zip(stacked, (cores, factors), strict=True)]
         given = (part for whole in grads for part in whole.unbind())
-        needs = ctx.needs_input_grad[3:]
-        return None, None, None, *(g if n else None for g, n in zip(given, needs, strict=True))
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *(g if n else None for g, n in zip(given, needs, strict=True))
 
 
 @torch.library.impl("samfast::task_cores", "Autograd")
-def _autograd(cores, factors, parts, backend):
-    return TaskCoresFunction.apply(len(cores), parts, backend, *cores, *factors)
+def _autograd(cores, factors, backend):
+    return TaskCoresFunction.apply(len(cores), backend, *cores, *factors)
 
 
 def _repeated(m, parts):
@@ -100,11 +95,12 @@ def _repeated(m, parts):
     return m[:, None].expand(-1, parts, -1, -1, -1)
 
 
-def _views(gathered, layers, rows, columns, tasks):
-    """cores (N, R1, R2, R3) and factors (N, T, R3) of what was gathered."""
-    depth = gathered.numel() // (layers * (rows * columns + tasks))
-    cores, factors = gathered.split([layers * rows * columns * depth, layers * tasks * depth])
-    return cores.view(layers, rows, columns, depth), factors.view(layers, tasks, depth)
+def _gathered(cores, factors):
+    """cores (N, R1, R2, R3) and factors (N, T, R3), by one launch."""
+    whole = torch.cat([t.reshape(-1) for t in (*cores, *factors)])
+    shapes = [(len(tensors), *tensors[0].shape) for tensors in (cores, factors)]
+    parts = whole.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def task_cores(
@@ -116,7 +112,7 @@ def task_cores(
     Returns N of (P, T, R1, R2), float32 (float64 for float64): M, P times without memory for it.
     Whoever uses such an M reads M[0] and writes P parts of its gradient, which are added here: so
     no layer has a launch for that. P is 1 on a CPU and 32 where kernels of a GPU run.
-    Saves a gathered copy of cores and factors. Raises ValueError when the shapes do not fit.
+    Saves nothing but cores and factors themselves. Raises ValueError when the shapes do not fit.
     """
     check_cores(cores, factors)
     asked = backends.requested(backend)
@@ -127,8 +123,7 @@ def task_cores(
         with without_autocast(cores[0].device.type):
             pairs = zip(cores, factors, strict=True)
             return tuple(reference.task_cores(g.to(wide), u.to(wide))[None] for g, u in pairs)
-    parts = path_of(asked, cores[0], cores[0][..., 0]).PARTS
-    return torch.ops.samfast.task_cores(list(cores), list(factors), parts, asked).unbind()
+    return torch.ops.samfast.task_cores(list(cores), list(factors), asked).unbind()
 
 
 def check_cores(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> None:

@@ -15,7 +15,12 @@ def task_cores(core, factor_task):
 def task_core(h, core, factor_task, task):
     """z (B, …, R2) of h (B, …, R1); task: (E,), and row b belongs to entry b · E / B."""
     wide = torch.promote_types(h.dtype, torch.float32)
-    m = task_cores(core.to(wide), factor_task.to(wide)).to(h.dtype)
+    return product(h, task_cores(core.to(wide), factor_task.to(wide)), task)
+
+
+def product(h, m, task):
+    """The same from cores m (T, R1, R2)."""
+    m = m.to(h.dtype)
     if h.numel() == 0:
         return h @ m[0]
     entries = h.chunk(len(task))

@@ -9,6 +9,7 @@ from samfast.modules.hypercomplex import PHMLinear, QuaternionLinear
 from samfast.modules.kronecker import KroneckerLinear
 from samfast.modules.lora import LoraLinear
 from samfast.modules.qkv_lora import QkvLora
+from samfast.modules.task_lora import TaskLoraLinear
 
 # They inherit segment_anything's classes, which are loaded when one of them is first asked for.
 _INHERITING = {
@@ -29,6 +30,7 @@ __all__ = [
     "QuaternionLinear",
     "RelPosAttention",
     "SamBlock",
+    "TaskLoraLinear",
 ]
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every adapted module has in common, and how a model remembers what was attached to it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,11 @@ class Adapter:
 
     def latest_loss(self) -> "LatestLoss | None":
         """Holder of this layer's own term of the loss, None for a method that has none."""
+        return None
+
+    @classmethod
+    def joint_loss(cls, layers: Sequence["Adapter"]) -> torch.Tensor | None:
+        """What all layers of this class in a model add to the loss by their parameters alone."""
         return None
 
     @property

@@ -18,6 +18,7 @@ from samfast.modules.adapter import (
 )
 from samfast.modules.base_digest import fingerprint
 from samfast.modules.methods import Method
+from samfast.modules.task_lora import set_task
 
 ENCODER = "image_encoder"
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -242,14 +243,21 @@ def parameter_groups(
     ]
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
     """Fold every adapter into its layer's weight, in place: from then on no adapter costs time.
 
     The model predicts only; ``unmerge`` puts back the weights, bit for bit. state_dict and
     ``save_adapter`` give the same tensors in both states. Merging again folds the adapters'
     present values anew.
+
+    task: of an adapter for several tasks, the one whose update is folded; None is the one that is
+        set. Raises ValueError when several are set, or the adapter has no tasks.
     """
-    for layer in _mergeable(model):
+    layers = _mergeable(model)
+    if task is not None:
+        unmerge(model)
+        set_task(model, task)
+    for layer in layers:
         layer.merge()
     return model
 

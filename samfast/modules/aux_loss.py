@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from samfast.modules.adapter import adapters, attachment, unwrapped
+from samfast.modules.adapter import Adapter, adapters, attachment, unwrapped
 
 
 class LatestLoss:
@@ -124,11 +124,23 @@ def _sum(values: list[Tensor]) -> Tensor:
     return torch.stack([value.to(device) for value in values]).sum()
 
 
+def _joint_loss(model: nn.Module, layers: list[Adapter]) -> Tensor:
+    """By the layers' parameters alone; zero for methods that have no such term."""
+    kinds = {type(layer): layer for layer in layers}
+    found = [kind.joint_loss([m for m in layers if type(m) is kind]) for kind in kinds]
+    found = [term for term in found if term is not None]
+    if found:
+        return _sum(found)
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
 def aux_loss(model: nn.Module) -> Tensor:
     """What the adapters add to the loss: the sum over layers of their latest forward's term.
 
-    Conv-LoRA's is the gates' balancing loss, its coefficient included; add it to the task's loss
-    with weight 1. Zero for methods that have none. Call it after every forward of training, before
+    Conv-LoRA's is the gates' balancing loss, its coefficient included, TA-LoRA's the penalty that
+    keeps its factors orthogonal, which needs no forward; add it to the task's loss with weight 1.
+    Zero for methods that have none. Call it after every forward of training, before
     the backward. A layer that is called twice in a forward counts with its last call. Both kinds
     of checkpointing, accumulation, DistributedDataParallel and torch.compile will do. In eval it
     is constant.
@@ -145,8 +157,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
     terms = [t for layer in layers.values() if (t := layer.latest_loss()) is not None]
     if not terms:
-        parameter = next(model.parameters(), None)
-        return torch.zeros((), device=None if parameter is None else parameter.device)
+        return _joint_loss(model, list(layers.values()))
     terms = [term for term in terms if term.value is not None]
     if not terms:
         raise RuntimeError(

@@ -7,6 +7,7 @@ keeps nothing; a layer that is called alone, or recomputed by a checkpoint, fold
 """
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from samfast.backends import requested
 from samfast.functional import cobot_fold
 from samfast.kernels.cobot_fold.op import fold_backend
+from samfast.modules.encoder_forward import EncoderForward, SharingLayer
 from samfast.modules.low_rank import check_rank
 from samfast.modules.published import Published, PublishedNames
 from samfast.modules.qkv_lora import QkvLora
@@ -39,7 +41,7 @@ def relation(width: int, slices: int, weight: Tensor) -> tuple[nn.Parameter, nn.
     return nn.Parameter(c), nn.Parameter(p)
 
 
-class CobotLayer(PublishedNames):
+class CobotLayer(SharingLayer, PublishedNames):
     """Mixin of a layer whose factors of low rank are under SAM-COBOT's coefficients and heads.
 
     FacT_c, FacT_p: of the whole model, the same Parameters in every layer   gamma: (n·V,), ones
@@ -73,24 +75,22 @@ class CobotLayer(PublishedNames):
         self.gamma = nn.Parameter(torch.empty(own * width, **options))
         quarter = width // 4
         self.heads = nn.Parameter(torch.empty(own, 4, quarter, quarter, **options))
-        self.given: tuple[Tensor, ...] | None = None  # what the model's forward has folded
 
     def reset_coefficients(self) -> None:
         nn.init.ones_(self.gamma)
         nn.init.zeros_(self.heads[:, 0])
         nn.init.uniform_(self.heads[:, 1:])
 
-    def sources(self) -> list[Tensor]:
+    def own_sources(self) -> list[Tensor]:
         """What the fold takes of this layer: gamma, heads, factor and perhaps bias."""
-        return [self.gamma, self.heads, *(self.get_parameter(name) for name in self.FOLDED)]
+        return [self.gamma, self.heads, *(attrgetter(name)(self) for name in self.FOLDED)]
 
-    def folded(self) -> tuple[Tensor, ...]:
+    def sources(self) -> list[Tensor]:
+        return [self.FacT_c, self.FacT_p, *self.own_sources()]
+
+    def alone(self) -> tuple[Tensor, ...]:
         """The layer's factor, and bias, with coefficients and heads folded in."""
-        if self.given is None:
-            return fold([self])[0]
-        if not torch.is_grad_enabled() or not self.given[0].requires_grad:
-            return self.given
-        return _Given.apply(len(self.given), *self.given, self.FacT_c, self.FacT_p, *self.sources())
+        return fold([self])[0]
 
     def relation_parameters(self) -> Iterator[nn.Parameter]:
         yield from (self.FacT_c, self.FacT_p, self.gamma, self.heads)
@@ -103,7 +103,7 @@ class CobotLayer(PublishedNames):
         return {"heads": (heads, self.heads.shape[2:])}
 
     def fold_backends(self) -> dict[str, str]:
-        factor = self.get_parameter(self.FOLDED[0])
+        factor = attrgetter(self.FOLDED[0])(self)
         try:
             return {"cobot_fold": fold_backend(requested("auto"), self.FacT_c, factor)}
         except RuntimeError as error:
@@ -113,7 +113,9 @@ class CobotLayer(PublishedNames):
 def fold(layers: Sequence[CobotLayer]) -> list[tuple[Tensor, ...]]:
     """(factor, bias if there is one) of each of these layers, whose slices follow one another."""
     lead = layers[0]
-    gammas, heads, factors, *biases = zip(*(layer.sources() for layer in layers), strict=True)
+    gammas, heads, factors, *biases = zip(
+        *(layer.own_sources() for layer in layers), strict=True
+    )
     folded, shifts = cobot_fold(
         lead.FacT_c, lead.FacT_p, gammas, heads, factors, biases[0] if biases else (), lead.first,
         down=lead.down,
@@ -121,56 +123,43 @@ def fold(layers: Sequence[CobotLayer]) -> list[tuple[Tensor, ...]]:
     return list(zip(folded, shifts, strict=True)) if lead.down else [(f,) for f in folded]
 
 
-class _Given(torch.autograd.Function):
-    """What was folded for all layers, for one of them.
+class CobotForward(EncoderForward):
+    """Folds for all layers of one encoder while it runs."""
 
-    It saves what folding alone saves, so that a checkpoint may record the one and recompute the
-    other: of a recomputation only the saved tensors are used.
-    """
+    def make(self) -> list[tuple[Tensor, ...]]:
+        return fold(self.layers)
 
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        ctx.save_for_backward(*tensors[count:])
-        ctx.others = len(tensors) - count
-        ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return None, *grads, *[None] * ctx.others
-
-
-class CobotForward:
-    """Folds for all layers of one encoder while it runs. Copies and pickles go with the model."""
-
-    def __init__(self, layers: Sequence[CobotLayer]):
-        self.layers = list(layers)
-
-    def install(self, encoder: nn.Module) -> None:
-        encoder.register_forward_pre_hook(self.open)
-        encoder.register_forward_hook(self.close, always_call=True)
-
-    def open(self, encoder: nn.Module, args) -> None:
-        if not self._together() or getattr(encoder, "_is_replica", False):
-            return
-        for layer, given in zip(self.layers, fold(self.layers), strict=True):
-            layer.given = given
-
-    def close(self, encoder: nn.Module, args, result) -> None:
-        for layer in self.layers:
-            layer.given = None
-
-    def _together(self) -> bool:
-        """Whether one operation can fold all: they still share, and none is merged or apart."""
+    def together(self) -> bool:
+        """None is merged, and all are alike; RuntimeError when they have nothing in common."""
         lead = self.layers[0]
+        if any(t.FacT_c is not lead.FacT_c or t.FacT_p is not lead.FacT_p for t in self.layers):
+            raise RuntimeError(
+                "the layers of SAM-COBOT have no FacT_c and FacT_p in common any more, as after "
+                "to_empty(); load_state_dict on the encoder or the model ties them again"
+            )
         like = [(t.shape, t.dtype, t.device) for t in lead.sources()]
         return all(
-            not layer.merged
-            and layer.FacT_c is lead.FacT_c
-            and layer.FacT_p is lead.FacT_p
-            and [(t.shape, t.dtype, t.device) for t in layer.sources()] == like
+            not layer.merged and [(t.shape, t.dtype, t.device) for t in layer.sources()] == like
             for layer in self.layers
         )
+
+    def install(self, encoder: nn.Module) -> None:
+        super().install(encoder)
+        encoder.register_load_state_dict_post_hook(self.tie)
+
+    def tie(self, encoder: nn.Module, incompatible) -> None:
+        """After ``load_state_dict(assign=True)``, which gives each layer a relation of its own."""
+        lead = self.layers[0]
+        for name in ("FacT_c", "FacT_p"):
+            kept = getattr(lead, name)
+            for layer in self.layers:
+                own = getattr(layer, name)
+                if own is not kept and not kept.is_meta and not torch.equal(own, kept):
+                    raise RuntimeError(
+                        f"{name} of layer {layer.first // layer.own} and of layer 0 differ, but "
+                        "all layers of SAM-COBOT share one"
+                    )
+                setattr(layer, name, kept)
 
 
 class CobotQkvLora(CobotLayer, QkvLora):
@@ -248,7 +237,7 @@ class CobotQkvLora(CobotLayer, QkvLora):
             self.reset_coefficients()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A, self.folded()[0]
+        return self.lora_A, self.share()[0]
 
     def backends(self) -> dict[str, str]:
         return {**super().backends(), **self.fold_backends()}

@@ -64,7 +64,7 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
         return module
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.folded()
+        return self.share()
 
     def between(self, h: Tensor) -> Tensor:
         coefficients = (self.FacT_c[0] @ self.FacT_p)[:, self.first] + self.gamma

@@ -23,7 +23,15 @@ from samfast.modules.conv_lora import (
 from samfast.modules.kronecker import KroneckerLinear, check_n
 from samfast.modules.lora import LoraLinear
 from samfast.modules.low_rank import check_alpha, check_bottleneck, check_dropout, check_rank
-from samfast.modules.qkv_lora import QkvLora, checked_slices
+from samfast.modules.qkv_lora import QKV, QkvLora, checked_slices
+from samfast.modules.task_lora import (
+    TaskForward,
+    TaskLoraLinear,
+    check_orthogonality,
+    check_ranks,
+    check_scaling,
+    check_tasks,
+)
 
 
 class Method:
@@ -315,6 +323,81 @@ class Kronecker(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class TaLora(Method):
+    """TA-LoRA: low-rank updates for several tasks, which share the factors of one Tucker tensor.
+
+    tasks: how many, or their names   ranks: of the inputs, the outputs and the tasks
+    scaling: of the update   dropout: on the adapter's input, in training
+    enabled: which of ("q", "k", "v") get an update; of all three, layers of other kinds do too
+    orthogonality: weight of the penalty in ``aux_loss``, 0 for none
+    target: as in ``Lora``
+    The authors' article gives no ranks, scaling and dropout; these are their later method's.
+    """
+
+    name: ClassVar[str] = "ta-lora"
+
+    tasks: int | tuple[str, ...] = 2
+    ranks: tuple[int, int, int] = (32, 32, 4)
+    scaling: float = 0.5
+    dropout: float = 0.1
+    enabled: tuple[str, ...] = QKV
+    orthogonality: float = 0.0
+    target: str | tuple[str, ...] = "qkv"
+
+    def __post_init__(self):
+        if isinstance(self.tasks, (tuple, list)):
+            _check_names(self.tasks)
+            object.__setattr__(self, "tasks", tuple(self.tasks))
+        else:
+            check_tasks(self.tasks)
+        check_ranks(self.ranks)
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        check_scaling(self.scaling)
+        check_dropout(self.dropout)
+        object.__setattr__(self, "enabled", checked_slices(self.enabled))
+        check_orthogonality(self.orthogonality)
+        object.__setattr__(self, "target", _checked_target(self.target))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tasks, () where they have numbers alone."""
+        return self.tasks if isinstance(self.tasks, tuple) else ()
+
+    @property
+    def count(self) -> int:
+        return len(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not TaLora:
+            return False
+        mine, theirs = ((m.count, m.names, m.ranks, m.scaling, m.enabled) for m in (self, other))
+        return mine == theirs
+
+    def check(self, layer: nn.Linear) -> None:
+        sizes = layer.in_features, layer.out_features
+        TaskLoraLinear.check_sizes(*sizes, self.count, self.ranks, self.enabled)
+
+    def wrap(self, layer: nn.Linear) -> nn.Module:
+        return TaskLoraLinear.from_linear(
+            layer, self.count, self.ranks, self.scaling, self.dropout, self.enabled,
+            self.orthogonality,
+        )  # fmt: skip
+
+    def attached(self, model: nn.Module, adapted: dict[str, nn.Module]) -> None:
+        TaskForward(list(adapted.values())).install(getattr(model, "image_encoder", model))
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not name or name == "all":
+            raise ValueError(f"tasks has {name!r}, which is no name of a task")
+        if list(names).count(name) > 1:
+            raise ValueError(f"tasks names {name!r} twice")
+    if not names:
+        raise ValueError("tasks is empty; it must name at least one")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderOnly(Method):
     """No adapter at all: what ``attach`` is told to train is all that is trained."""
 
@@ -324,7 +407,7 @@ class DecoderOnly(Method):
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Lora, ConvLora, CobotLora, AdaptFormer, Kronecker, DecoderOnly)
+    for method in (Lora, ConvLora, CobotLora, AdaptFormer, Kronecker, TaLora, DecoderOnly)
 }
 
 

@@ -35,9 +35,9 @@ def model():
 
 def gradients(layers):
     shared = [layers[0].FacT_c, layers[0].FacT_p]
-    lists = zip(*(layer.sources() for layer in layers), strict=True)
+    lists = zip(*(layer.own_sources() for layer in layers), strict=True)
     folded, _ = cobot_fold(*shared, *lists, backend=BACKEND)
-    leaves = [*shared, *(t for layer in layers for t in layer.sources())]
+    leaves = [*shared, *(t for layer in layers for t in layer.own_sources())]
     return [*folded, *torch.autograd.grad(sum(f.square().sum() for f in folded), leaves)]
 
 
