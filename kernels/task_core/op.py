@@ -134,16 +134,10 @@ def task_core(
                 check_task(value, len(factor_task))
         with without_autocast(h.device.type):
             return reference.task_core(h, core, factor_task, task)
-    m = path_cores(h, core, factor_task, asked)
+    (m,) = task_cores([core], [factor_task], backend=asked)
     rows = h.reshape(math.prod(h.shape[:-1]), h.shape[-1])
     z = torch.ops.samfast.task_core_product(rows, m, task, asked)
     return z.view(*h.shape[:-1], m.shape[3])
-
-
-def path_cores(h, core, factor_task, backend):
-    """M (P, T, R1, R2) on the backend that takes h."""
-    name = core_backend(backend, h, core[..., 0])
-    return task_cores([core], [factor_task], backend=name)[0]
 
 
 def _check(h, core, factor_task, task) -> Tensor:

@@ -19,7 +19,7 @@ def supports(backend: str, h: Tensor, m: Tensor) -> str | None:
     """
     if backend in ("reference", "torch"):
         return None
-    for name, t in (("h", h), ("the cores", m)):
+    for name, t in (("the cores", m), ("h", h)):
         if t.dtype == torch.float64:
             verb = "is" if name == "h" else "are"
             return f"{name} {verb} {t.dtype}, but the kernels take float32, float16 and bfloat16"

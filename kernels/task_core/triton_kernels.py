@@ -20,6 +20,7 @@ BLOCK_I, BLOCK_V = 128, 16  # elements of a core, columns of a task factor
 # products of 64 rows would go to tensor cores, in TF32.
 ROWS = {2: 64, 4: 32}
 CORE_ROWS = 32
+BACKWARD_WARPS = 8  # with four, some targets spill
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def load_core(m_ptr, task_ptr, entry, tasks, rows, columns, BLOCK_A: tl.constexp
     t = tl.load(task_ptr + entry)
     known = (t >= 0) & (t < tasks)
     offs_a, offs_b = tl.arange(0, BLOCK_A)[:, None], tl.arange(0, BLOCK_B)[None, :]
-    inside = (offs_a < rows) & (offs_b < columns) & known
+    inside = (offs_a < tl.where(known, rows, 0)) & (offs_b < columns)
     place = (tl.where(known, t, 0) * rows + offs_a) * columns + offs_b
     return tl.load(m_ptr + place, inside, other=0.0), known
 
@@ -179,29 +180,29 @@ def fold_backward_kernel(
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     if program < sums:
         layer, task = (program // tasks).to(tl.int64), program % tasks
-        acc = tl.zeros((BLOCK_V,), tl.float32)
+        du = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, core, BLOCK_I):
-            offs = start + tl.arange(0, BLOCK_I)
-            dm = sum_of_parts(dm_ptr, layer, task, offs, parts, tasks, core, BLOCK_I)
-            place = (layer * core + offs)[:, None] * depth + v[None, :]
-            inside = (offs < core)[:, None] & (v < depth)[None, :]
-            g = tl.load(cores_ptr + place, inside, other=0.0).to(tl.float32)
-            acc += tl.sum(dm[:, None] * g, 0)
-        tl.store(dfactors_ptr + (layer * tasks + task) * depth + v, acc, v < depth)
+            rows = start + tl.arange(0, BLOCK_I)
+            whole = sum_of_parts(dm_ptr, layer, task, rows, parts, tasks, core, BLOCK_I)
+            at = (layer * core + rows)[:, None] * depth + v[None, :]
+            there = (rows < core)[:, None] & (v < depth)[None, :]
+            g = tl.load(cores_ptr + at, there, other=0.0).to(tl.float32)
+            du += tl.sum(whole[:, None] * g, 0)
+        tl.store(dfactors_ptr + (layer * tasks + task) * depth + v, du, v < depth)
     else:
         blocks = tl.cdiv(core, BLOCK_I)
         block = program - sums
         layer = (block // blocks).to(tl.int64)
         offs = block % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
-        acc = tl.zeros((BLOCK_I, BLOCK_V), tl.float32)
+        dg = tl.zeros((BLOCK_I, BLOCK_V), tl.float32)
         for task in range(0, tasks):
             dm = sum_of_parts(dm_ptr, layer, task, offs, parts, tasks, core, BLOCK_I)
             u_at = factors_ptr + (layer * tasks + task) * depth + v
             u = tl.load(u_at, v < depth, other=0.0).to(tl.float32)
-            acc += dm[:, None] * u[None, :]
+            dg += dm[:, None] * u[None, :]
         place = (layer * core + offs)[:, None] * depth + v[None, :]
         inside = (offs < core)[:, None] & (v < depth)[None, :]
-        tl.store(dcores_ptr + place, acc, inside)
+        tl.store(dcores_ptr + place, dg, inside)
 
 
 def fold(cores, factors):
@@ -229,7 +230,7 @@ def fold_backward(dm, cores, factors):
     with _on(cores):
         fold_backward_kernel[grid](
             dm.contiguous(), cores, factors, dcores, dfactors, sums, parts, tasks, core, depth,
-            BLOCK_I=BLOCK_I, BLOCK_V=BLOCK_V,
+            BLOCK_I=BLOCK_I, BLOCK_V=BLOCK_V, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     return dcores, dfactors
 
@@ -262,7 +263,7 @@ def product_backward(dz, h, m, task, needs):
             product_backward_kernel[(programs,)](
                 dz.to(h.dtype).contiguous(), h.contiguous(), m[0].contiguous(), task.contiguous(),
                 dh, dm, sums, parts, sizes.each, sizes.tiles, sizes.of_entry, *m.shape[1:],
-                **sizes.blocks, BLOCK_C=block_c,
+                **sizes.blocks, BLOCK_C=block_c, num_warps=BACKWARD_WARPS,
             )  # fmt: skip
     return dh, None if dm is None else dm.to(m.dtype)
 

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The products as operators: gradcheck, opcheck, compile, memory, launches, what is saved."""
+
+import pytest
+import torch
+from budgets import all_within_budget
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from samfast.counters import count, saved_bytes
+from samfast.functional import task_core, task_cores
+from samfast.kernels.lora_linear.op import low_rank_linear
+from samfast.kernels.task_core import middle_key
+from samfast.kernels.task_core.op import core_backend
+
+from .cases import BACKENDS, DEVICE, NAMES, Case, runnable
+
+CASE = Case(shape=(4, 9), ranks=(6, 5, 3), task=(2, 0))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if reason := runnable(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize("task", [1, (0, 1, 2), (2, 0, 0, 2, 1, 2)], ids=str)
+def test_gradcheck(task):
+    case = Case(shape=(6, 2), ranks=(3, 2, 2), task=task)
+    leaves, _ = case.tensors(torch.float64)
+    assert torch.autograd.gradcheck(lambda *given: case.call(given, "torch"), leaves)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck(requires_grad):
+    (h, core, factor), _ = CASE.tensors(torch.float32)
+    h, core, factor = (t.detach().requires_grad_(requires_grad) for t in (h, core, factor))
+    packet = torch.ops.samfast
+    torch.library.opcheck(packet.task_cores, ([core, core], [factor, factor], "auto"))
+    m = torch.randn(3, 6, 5, device=DEVICE).expand(3, -1, -1, -1)
+    rows = h.detach().reshape(36, 6).requires_grad_(requires_grad)
+    arguments = (rows, m.detach().clone().requires_grad_(requires_grad), CASE.given())
+    for backend in ("auto", "torch"):
+        torch.library.opcheck(packet.task_core_product, (*arguments, backend))
+
+
+def test_opcheck_of_the_backwards(backend):
+    """What the fakes promise is what the bodies return, strides too."""
+    h, dz = torch.randn(36, 6, device=DEVICE), torch.randn(36, 5, device=DEVICE)
+    m = torch.randn(3, 6, 5, device=DEVICE).expand(4, -1, -1, -1)
+    cores, factors = (
+        [torch.randn(6, 5, 2, device=DEVICE)] * 2,
+        [torch.randn(3, 2, device=DEVICE)] * 2,
+    )
+    gathered = torch.randn(2 * (6 * 5 + 3) * 2, device=DEVICE)
+    dm = torch.randn(2, 4, 3, 6, 5, device=DEVICE)
+    packet, task = torch.ops.samfast, CASE.given()
+    calls = [
+        (packet.task_core_product_forward, (h, m, task, backend)),
+        (packet.task_core_product_backward, (dz, h, m, task, [True, True], backend)),
+        (packet.task_core_product_backward, (dz, h, m, task, [False, True], backend)),
+        (packet.task_cores_forward, (cores, factors, backend)),
+        (packet.task_cores_backward, (dm, gathered, backend)),
+    ]
+
+    def described(made):
+        made = [made] if isinstance(made, torch.Tensor) else made
+        return [(t.shape, t.stride(), t.dtype) for t in made]
+
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        with FakeTensorMode() as mode:
+            fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+            promised = described(operator(*fakes))
+        assert promised == described(operator(*arguments))
+
+
+def layer(x, weight, lora_a, lora_b, cores, factors, task, backend="auto"):
+    """Two layers with one operation for the cores of both."""
+    for m in task_cores(cores, factors, backend=backend):
+        x, _, _ = low_rank_linear(
+            x, weight, None, lora_a, lora_b, 0.5, middle=middle_key(backend), params=[m, task],
+            backend="torch" if backend == "cuda" else backend,
+        )  # fmt: skip
+    return x
+
+
+def layer_tensors(dtype=torch.float32):
+    """Small whole numbers, so that every sum is exact."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(6, 10, 12), (12, 12), (8, 12), (12, 5), (8, 5, 3), (8, 5, 3), (4, 3), (4, 3)]
+    made = [torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes]
+    made = [(0.6 * t).round().to(DEVICE, dtype).requires_grad_() for t in made]
+    x, weight, a, b, *cores = made
+    weight.requires_grad_(False)
+    return [x, weight, a, b, cores[:2], cores[2:]]
+
+
+def layer_leaves(tensors):
+    x, _, a, b, cores, factors = tensors
+    return [x, a, b, *cores, *factors]
+
+
+def literal(x, weight, a, b, cores, factors, task):
+    for core, factor in zip(cores, factors, strict=True):
+        m = torch.einsum("abv,tv->tab", core, factor)
+        z = torch.cat([h @ m[t] for h, t in zip((x @ a.t()).chunk(len(task)), task, strict=True)])
+        x = x @ weight.t() + 0.5 * z @ b.t()
+    return x
+
+
+@pytest.mark.parametrize("task", [[1], [0, 1, 2], [3, 0, 0, 3, 1, 1]], ids=str)
+def test_middle_map(task, backend):
+    """In the engine, with every gradient; the same tasks for rows of one entry, and of each."""
+    given = torch.tensor(task, device=DEVICE)
+    results = []
+    for dtype, call in (
+        (torch.float32, lambda *t: layer(*t, given, backend)),
+        (torch.float64, lambda *t: literal(*t, task)),
+    ):
+        tensors = layer_tensors(dtype)
+        y = call(*tensors)
+        results.append([y, *torch.autograd.grad(y, layer_leaves(tensors), torch.ones_like(y))])
+    assert all(torch.equal(ours.double(), exact) for ours, exact in zip(*results, strict=True))
+
+
+def test_compile_fullgraph():
+    """Forward and backward in one graph, bits as in eager mode."""
+    tensors, task = layer_tensors(), torch.tensor([2, 0, 1], device=DEVICE)
+    leaves, results = layer_leaves(tensors), []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = call(*tensors, task)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(torch.equal(e, t) for e, t in zip(*results, strict=True))
+
+
+def test_compile_the_function():
+    (h, core, factor), dz = CASE.tensors(torch.float32)
+    task, results = CASE.given(), []
+    for call in (task_core, torch.compile(task_core, fullgraph=True, backend="aot_eager")):
+        z = call(h, core, factor, task)
+        results.append([z, *torch.autograd.grad(z, [h, core, factor], dz)])
+    assert all(torch.equal(e, t) for e, t in zip(*results, strict=True))
+
+
+def test_launches(backend):
+    """Product 1 + 1, cores 2 + 2 whatever the number of layers; no host sync."""
+    (h, core, factor), dz = CASE.tensors(torch.float32)
+    rows, m = h.detach().reshape(36, 6), task_cores([core], [factor], backend=backend)[0].detach()
+    operators, task = torch.ops.samfast, CASE.given()
+    forward = count(lambda: operators.task_core_product_forward(rows, m, task, backend))
+    arguments = dz.reshape(36, 5), rows, m, task, [True, True], backend
+    backward = count(lambda: operators.task_core_product_backward(*arguments))
+    cores = [core.detach().clone().requires_grad_() for _ in range(5)]
+    factors = [factor.detach().clone().requires_grad_() for _ in range(5)]
+    fold = count(lambda: task_cores(cores, factors, backend=backend))
+    made = task_cores(cores, factors, backend=backend)
+    grads = [torch.randn_like(m) for m in made]
+    back = count(lambda: torch.autograd.grad(made, [*cores, *factors], grads, retain_graph=True))
+    counts = [forward, backward, fold, back]
+    assert [c.total_syncs for c in counts] == [0] * 4
+    if backend != "torch":
+        assert [c.total_launches for c in counts] == [1, 1, 2, 2]
+
+
+def test_nothing_as_wide_as_the_update_is_made(backend):
+    """The largest tensor of a layer is y, however many tasks there are."""
+    tensors, task = layer_tensors(), torch.tensor([1], device=DEVICE)
+    leaves = layer_leaves(tensors)
+
+    def call():
+        y = layer(*tensors, task, backend)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    x, parts = tensors[0], task_cores(*tensors[4:], backend=backend)[0].shape[0]
+    assert count(call).largest <= max(4 * x.numel(), 4 * 2 * parts * 4 * 8 * 5)
+
+
+def test_saves_h_and_cores(backend):
+    (h, core, factor), _ = CASE.tensors(torch.float32)
+    known = [h, core, factor]
+    saved = saved_bytes(lambda: CASE.call(known, backend), known)
+    m, gathered = 4 * 3 * 6 * 5, 4 * (core.numel() + factor.numel())
+    assert saved.living <= m + gathered + 8 * 2  # the tasks
+
+
+def test_only_the_wanted_gradients_are_made(backend):
+    tensors, dz = CASE.tensors(torch.float32)
+    full = torch.autograd.grad(CASE.call(tensors, backend), tensors, dz)
+    for wanted in (0,), (1,), (2,), (0, 2), (1, 2):
+        some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        grads = torch.autograd.grad(CASE.call(some, backend), [some[i] for i in wanted], dz)
+        for i, grad in zip(wanted, grads, strict=True):
+            assert torch.equal(grad, full[i]), NAMES[i + 1]
+
+
+def layouts(t):
+    """The values of t in slices with NaN in the gaps, transposed, and expanded from the first."""
+    gaps = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
+    gaps[..., 2:-3] = t
+    turned = t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return gaps[..., 2:-3], turned, t[:1].expand_as(t)
+
+
+def test_odd_memory(backend):
+    """Of h, both parameters and dz: the bits of the same values in dense memory."""
+    tensors, dz = CASE.tensors(torch.float32)
+    for i in range(4):
+        for odd in layouts((*tensors, dz)[i].detach()):
+            given = [t.detach() for t in (*tensors, dz)]
+            given[i] = odd
+            dense = [t.clone(memory_format=torch.contiguous_format) for t in given]
+            results = []
+            for *leaves, incoming in (given, dense):
+                leaves = [t.requires_grad_() for t in leaves]
+                z = CASE.call(leaves, backend)
+                results.append([z, *torch.autograd.grad(z, leaves, incoming)])
+            if backend != "torch":
+                assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+                continue
+            wide = [t.detach().double().requires_grad_() for t in dense[:3]]
+            exact = CASE.call(wide, "reference")
+            exact = [exact, *torch.autograd.grad(exact, wide, dense[3].double())]
+            all_within_budget(*results, exact, torch.float32, NAMES)
+
+
+def test_nothing_is_written_and_bits_repeat(backend):
+    tensors, dz = CASE.tensors(torch.float32)
+    before = [t.detach().clone() for t in (*tensors, dz)]
+    runs = []
+    for deterministic in (False, False, True):
+        torch.use_deterministic_algorithms(deterministic)  # poisons what is not written
+        try:
+            z = CASE.call(tensors, backend)
+            runs.append([z, *torch.autograd.grad(z, tensors, dz)])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    assert all(torch.equal(b, t) for b, t in zip(before, (*tensors, dz), strict=True))
+
+
+@pytest.mark.parametrize("task", [1, (0, 1, 2), ()], ids=str)
+def test_an_empty_batch(task, backend):
+    case = Case(shape=(0, 5), task=task)
+    leaves, dz = case.tensors(torch.float32)
+    for which in (backend, "reference"):
+        z = case.call(leaves, which)
+        assert z.shape == (0, 5, 5)
+        assert not any(g.any() for g in torch.autograd.grad(z, leaves, dz))
+
+
+def test_a_second_derivative_is_refused():
+    tensors, _ = CASE.tensors(torch.float32)
+    for i in (0, 1):
+        z = CASE.call(tensors, "auto").square().sum()
+        (grad,) = torch.autograd.grad(z, tensors[i], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
+
+def test_which_backend_is_told():
+    (h, core, _), _ = CASE.tensors(torch.float32)
+    assert core_backend("torch", h, core[..., 0]) == "torch"
+    expected = "cpu" if runnable("cpu") is None else "torch"
+    if DEVICE.type == "cpu":
+        assert core_backend("auto", h, core[..., 0]) == expected
+        assert core_backend("auto", h.double(), core[..., 0]) == "torch"
