@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``cobot_fold``: backend choice, operator schemas, autograd and the public function."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -116,7 +117,7 @@ class CobotFoldFunction(torch.autograd.Function):
         if dfolded is None:
             dfolded = factor.new_zeros(ctx.count, *factor.shape)
         if dshifts is None and down:
-            dshifts = factor.new_zeros(ctx.count, factor.shape[0])
+            dshifts = lists[3][0].new_zeros(ctx.count, factor.shape[0])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             dc, dp, *stacked = torch.ops.samfast.cobot_fold_backward(
                 dfolded, dshifts if down else None, c, p, *lists, *ctx.options
@@ -169,9 +170,15 @@ def cobot_fold(
     _check(c, p, gammas, heads, factors, biases, first, down)
     asked = backends.requested(backend)
     if asked == "reference":
+        given = [[c, p], gammas, heads, factors, biases]
+        kinds = {t.dtype for part in given for t in part}
+        if len(kinds) > 1:  # the specification is of one dtype
+            wide = functools.reduce(torch.promote_types, kinds, torch.float32)
+            given = [[t.to(wide) for t in part] for part in given]
         with without_autocast(c.device.type):
-            folded, shifts = reference.cobot_fold(c, p, gammas, heads, factors, biases, first, down)
-        return tuple(folded), tuple(shifts)
+            folded, shifts = reference.cobot_fold(*given[0], *given[1:], first, down)
+        pairs = ((folded, factors), (shifts, biases))
+        return tuple(tuple(f.to(like[0].dtype) for f in made) for made, like in pairs)
     folded, shifts = torch.ops.samfast.cobot_fold(
         c, p, list(gammas), list(heads), list(factors), list(biases), first, down, asked
     )

@@ -45,7 +45,7 @@ def backward(
         db = torch.matmul(ds[:, None], k.mT)[:, 0].to(biases[0].dtype)
     else:
         df, dk = torch.matmul(d, k), torch.matmul(d.mT, f)
-        db = f.new_empty(0)
+        db = factors[0].new_empty(0)
     dlam = (dk * w).sum(2)
     quarters = (lam[:, :, None] * dk).view(slices, 4, v // 4, 4, v // 4)
     dheads = f.new_zeros(slices, 4, v // 4, v // 4)

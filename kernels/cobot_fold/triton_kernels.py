@@ -209,7 +209,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gathered, sizes = _gathered(c, gammas, heads, factors, biases, down)
     folded = factors[0].new_empty(len(factors), *factors[0].shape)
-    shifts = folded.new_empty(len(biases), c.shape[1]) if down else folded.new_empty(0)
+    shifts = biases[0].new_empty(len(biases), c.shape[1]) if down else folded.new_empty(0)
     slices, width, rows = sizes
     with _on(c):
         fold_kernel[(slices, triton.cdiv(rows, BLOCK_R))](
@@ -229,7 +229,7 @@ def backward(
     c, p = c.contiguous(), p.contiguous()
     layers = len(gammas)
     df = factors[0].new_empty(layers, *factors[0].shape)
-    db = df.new_empty(layers, width) if down else df.new_empty(0)
+    db = biases[0].new_empty(layers, width) if down else df.new_empty(0)
     dlam = df.new_empty(slices, width, dtype=torch.float32)
     dw = df.new_empty(slices, width, width, dtype=torch.float32)
     dheads = heads[0].new_empty(layers, *heads[0].shape)

@@ -52,8 +52,11 @@ class Case(NamedTuple):
             [draw(v) for _ in each] if self.down else [],
         ]
 
-    def results(self, sources, backend) -> list[torch.Tensor]:
-        """Folded factors and biases, then the gradients of all sources, of fixed products."""
+    def results(self, sources, backend, incoming=None) -> list[torch.Tensor]:
+        """Folded factors and biases, then the gradients of all sources, of fixed products.
+
+        incoming: what is done to the gradients that come in
+        """
         c, p, *lists = sources
         flat = [t.detach().requires_grad_() for t in (c, p, *(t for part in lists for t in part))]
         each = [flat[2 + i * self.layers : 2 + (i + 1) * self.layers] for i in range(4)]
@@ -62,6 +65,7 @@ class Case(NamedTuple):
         generator = torch.Generator().manual_seed(1)
         given = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in made]
         given = [g.to(t.device, t.dtype) for g, t in zip(given, made, strict=True)]
+        given = given if incoming is None else [incoming(g) for g in given]
         grads = torch.autograd.grad(made, flat, given)
         return [t.detach() for t in (*made, *grads)]
 

@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from budgets import all_within_budget
+from budgets import all_within_budget, within_budget
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import count
 from samfast.functional import cobot_fold
@@ -12,6 +13,7 @@ from samfast.kernels.cobot_fold.op import supports
 
 from .cases import BACKENDS, CASES, DEVICE, Case, runnable
 
+SMALL = (Case(4, 2, 2, 3, 5, 1), Case(8, 2, 1, 3, 3, 1, True))
 KERNELS = {"fold_kernel": 1, "fold_backward_kernel": 1, "shared_backward_kernel": 1}
 
 
@@ -33,6 +35,66 @@ def test_budget(case, backend, dtype):
     all_within_budget(ours, stock, exact, dtype, map(str, range(len(exact))))
 
 
+KINDS = {  # of c and p, gammas, heads, factors and biases
+    "narrow-factors": (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32),
+    "narrow-biases": (torch.float32, torch.float32, torch.float32, torch.float32, torch.float16),
+    "bfloat16": (torch.bfloat16,) * 5,
+    "all": (torch.float32, torch.float16, torch.bfloat16, torch.float16, torch.float32),
+}
+
+
+def of_kinds(sources, kinds):
+    c, p, *lists = sources
+    lists = [[t.to(kind) for t in ts] for ts, kind in zip(lists, kinds[1:], strict=True)]
+    return [c.to(kinds[0]), p.to(kinds[0]), *lists]
+
+
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_mixed_dtypes(case, backend, kinds):
+    """Each result and gradient in its own dtype, and within the budget of that."""
+    skip_unless(backend)
+    sources = of_kinds(case.sources(torch.bfloat16), kinds)
+    exact = case.results(of_kinds(sources, [torch.float64] * 5), "reference")
+    stock = case.results(sources, "reference")
+    ours = case.results(sources, backend)
+    of_kind, of_c = dict(zip(("gamma", "head", "factor", "bias"), kinds[1:], strict=True)), kinds[0]
+    made = [of_kind["factor"]] * case.layers + [of_kind["bias"]] * case.layers * case.down
+    lists = [kind for kind in kinds[1 : 5 if case.down else 4] for _ in range(case.layers)]
+    assert [t.dtype for t in ours] == [*made, of_c, of_c, *lists] == [t.dtype for t in stock]
+    for i, (mine, theirs, true) in enumerate(zip(ours, stock, exact, strict=True)):
+        within_budget(mine, theirs, true, mine.dtype, str(i))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = torch.ops.samfast.cobot_fold(*sources, case.first, case.down, backend)
+    assert [f.dtype for f in fakes] == [of_kind["factor"], made[-1]]
+
+
+def in_gaps(t, layout):
+    """The same values at odd strides and an odd offset, with NaN between them."""
+    if layout == "turned":
+        return t.movedim(0, -1).contiguous().movedim(-1, 0)
+    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"))
+    wide[..., 1 : 1 + 2 * t.shape[-1] : 2] = t
+    return wide[..., 1 : 1 + 2 * t.shape[-1] : 2]
+
+
+@pytest.mark.parametrize("layout", ["gaps", "turned"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_odd_memory(backend, layout):
+    """Of every source, and of the gradients that come in: as good as dense ones."""
+    skip_unless(backend)
+    for case in SMALL:
+        c, p, *lists = case.sources(torch.float32)
+        odd = [in_gaps(c, layout), in_gaps(p, layout)]
+        odd += [[in_gaps(t, layout) for t in part] for part in lists]
+        assert layout == "turned" or not any(t.is_contiguous() for t in (odd[0], *odd[2], *odd[4]))
+        exact = case.results(case.sources(torch.float32, then=torch.float64), "reference")
+        stock = case.results([c, p, *lists], "reference")
+        found = case.results(odd, backend, lambda g: in_gaps(g, layout))
+        all_within_budget(found, stock, exact, torch.float32, map(str, range(len(exact))))
+
+
 def test_the_quaternion_head_is_a_hamilton_product():
     """For a quaternion x, x W is the product x̄ w̄ with its vector part negated, that is w x."""
     x, w = torch.randn(2, 4, dtype=torch.float64)
@@ -50,7 +112,7 @@ def test_the_quaternion_head_is_a_hamilton_product():
     all_within_budget([ours], [product], [product], torch.float64, ["w x"])
 
 
-@pytest.mark.parametrize("case", [Case(4, 2, 2, 3, 5, 1), Case(8, 2, 1, 3, 3, 1, True)], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradcheck(case):
     c, p, *lists = case.sources()
     flat = [t.requires_grad_() for t in (c, p, *(t for part in lists for t in part))]
@@ -79,12 +141,14 @@ def test_all_at_once_are_the_bits_of_each_alone(backend):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels have no order to choose")
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
-def test_orders_of_programs():
+@pytest.mark.parametrize(
+    "case", [Case(4, 2, 2, 40, 4), Case(8, 2, 1, 40, 3, 1, down=True)], ids=str
+)
+def test_orders_of_programs(case):
     """No program reads what another of its launch writes: every order gives the same bits."""
     from guarded import ORDERS, guarded
 
-    case, runs = Case(4, 2, 2, 40, 4), []
-    sources = case.sources(torch.float32)
+    runs, sources = [], case.sources(torch.float32)
     for order in ORDERS:
         with guarded(order) as guard:
             runs.append(case.results(sources, "triton"))
