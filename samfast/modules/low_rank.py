@@ -4,7 +4,7 @@
 import torch
 
 from samfast.backends import requested, resolve
-from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear.op import supports
 from samfast.kernels.sam_block.plan import LayerPlan
@@ -122,10 +122,14 @@ class LowRankLinear(AdaptedLinear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapter into the weight. Merging again folds the present adapter anew."""
+        """Fold the adapter into the weight. Merging again folds the present adapter anew.
+
+        Autocast has no say in it: a merged weight is the same whatever is on around the call.
+        """
         kept = self.weight.data if self.unmerged_weight is None else self.unmerged_weight
         wide = torch.promote_types(kept.dtype, torch.float32)
-        merged = (kept.to(wide) + self.delta_weight().to(wide)).to(kept.dtype)
+        with without_autocast(kept.device.type):
+            merged = (kept.to(wide) + self.delta_weight().to(wide)).to(kept.dtype)
         self.unmerged_weight = kept
         self.weight.data = merged
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import samfast
 from samfast.backends import triton_missing
 from samfast.modules import LoraLinear, QkvLora
 
@@ -344,3 +345,26 @@ def test_the_backend_named_is_the_one_a_forward_takes_under_autocast(monkeypatch
     wide = LoraLinear(160, 120, rank=100, dtype=torch.float64)
     with torch.autocast("cpu", torch.float16):
         assert "x is torch.float64" in wide.backends()["lora_linear"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        samfast.Lora(rank=2),
+        samfast.Lora(rank=2, slices=("q", "v")),
+        samfast.CobotLora(),
+        samfast.Kronecker(n=2, rank=2),
+    ],
+    ids=["lora", "sliced", "cobot", "kronecker"],
+)
+def test_autocast_has_no_say_in_a_merged_weight(toy, move, method):
+    """Products in bfloat16 would be folded in otherwise; merged state dicts and loading too."""
+    model = move(samfast.attach(toy(), method, train=()))
+    expected = samfast.merged_state_dict(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = samfast.merged_state_dict(model)
+        samfast.merge(model)
+        model.load_state_dict(model.state_dict())
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in expected.items():
+        assert torch.equal(found[name], value) and torch.equal(now[name], value), name
