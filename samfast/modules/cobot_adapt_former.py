@@ -43,6 +43,7 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
         dtype=None,
     ):
         check_width("bottleneck", bottleneck)
+        _check_index(index)
         super().__init__(embedding_dim, mlp_dim, act, bottleneck, dropout, device, dtype)
         self.add_coefficients(bottleneck, 1, index, shared)
         self.reset_coefficients()
@@ -58,10 +59,16 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
     ) -> "CobotAdaptFormerMlp":
         """The bottleneck beside ``mlp``, whose lin1, lin2 and act it takes over."""
         check_width("bottleneck", bottleneck)
+        _check_index(index)
         module = super().from_mlp(mlp, bottleneck, dropout)
         module.add_coefficients(bottleneck, 1, index, shared)
         module.reset_coefficients()
         return module
+
+    def reset_adapter(self) -> None:
+        super().reset_adapter()
+        if "gamma" in self._parameters:  # the layer below calls this before they exist
+            self.reset_coefficients()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.share()
@@ -84,3 +91,8 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, index={self.first}"
+
+
+def _check_index(index: int) -> None:
+    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+        raise ValueError(f"index is {index!r}; it must be a whole number of at least 0")

@@ -8,6 +8,7 @@ import safetensors
 import torch
 from budgets import all_within_budget
 from cobot_files import DEVICE, check, relation_of, state_of
+from segment_anything.modeling.common import MLPBlock
 from torch import nn
 
 import samfast
@@ -64,6 +65,18 @@ def test_extra_parameters_are_as_many_as_published(tiny_sam):
     assert more == blocks * (16 + 4 * 16) + 16 * blocks + blocks**2
 
 
+def test_reset_is_the_published_start(tiny_sam, move):
+    """Of the shared relation nothing: it is the model's, not this layer's."""
+    layer = attached(tiny_sam(), move).image_encoder.blocks[1].mlp
+    relation_before = layer.FacT_c.detach().clone()
+    layer.reset_adapter()
+    assert (layer.gamma == 1).all() and not layer.heads[:, 0].any()
+    rest = layer.heads[:, 1:]
+    assert rest.min() >= 0 and rest.max() < 1 and len(rest.unique()) > rest.numel() / 2
+    assert not layer.up_proj.weight.any() and layer.down_proj.weight.abs().max() <= 192**-0.5
+    assert torch.equal(layer.FacT_c, relation_before)
+
+
 def attached(sam, move):
     samfast.attach(sam, samfast.AdaptFormer(cobot=True), train=())
     move(sam)
@@ -112,6 +125,13 @@ def test_bad_input(tiny_sam):
     with pytest.raises(ValueError, match="slices 3 to 3 are outside the relation matrix of 3"):
         shared = relation(16, 3, torch.empty(0))
         CobotAdaptFormerMlp(32, 64, shared=shared, index=3)
+    mlp = MLPBlock(32, 64)
+    for index in (1.0, "1", True, -1):
+        sentence = rf"index is {index!r}; it must be a whole number of at least 0"
+        with pytest.raises(ValueError, match=sentence):
+            CobotAdaptFormerMlp(32, 64, index=index)
+        with pytest.raises(ValueError, match=sentence):
+            CobotAdaptFormerMlp.from_mlp(mlp, index=index)
     sam = samfast.attach(tiny_sam(), samfast.AdaptFormer(cobot=True))
     with pytest.raises(ValueError, match="CobotAdaptFormerMlp, whose update is not linear"):
         samfast.merge(sam)
