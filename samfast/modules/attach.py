@@ -221,10 +221,16 @@ def parameter_groups(
     relation_lr: learning rate of what ``Adapter.relation_parameters`` lists, in groups of their own
         behind the others; SAM-COBOT's relation, coefficients and heads, which one of its authors'
         scripts trains at 100 times the rate of the rest. None: ``lr``, and no groups of their own
+
+    Raises ValueError for a ``relation_lr`` that is no rate, or where no adapter has a relation.
     """
+    if relation_lr is not None and not _is_rate(relation_lr):
+        raise ValueError(f"relation_lr is {relation_lr!r}; it must be a finite number, 0 or above")
     layers = adapters(model).values()
     biases = {id(bias) for layer in layers for bias in layer.biases()}
     related = {id(p) for layer in layers for p in layer.relation_parameters()}
+    if relation_lr is not None and not related:
+        raise ValueError(f"relation_lr is {relation_lr}, but no adapter here has a relation")
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {
         (relation, vector): [] for relation in (False, True) for vector in (False, True)
     }
@@ -241,6 +247,11 @@ def parameter_groups(
         for (relation, vector), parameters in kinds.items()
         if parameters
     ]
+
+
+def _is_rate(value: float) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < float("inf")
 
 
 def merge(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
