@@ -16,8 +16,9 @@ from samfast import backends
 from samfast.integrations import segment_anything
 from samfast.models import TRAINED_DECODER, binary_head, build_sam, image_size, segment
 from samfast.models.architectures import architecture
+from samfast.modules.attach import find_layers
 from samfast.modules.methods import METHODS as KINDS
-from samfast.modules.methods import Method
+from samfast.modules.methods import Kronecker, Method
 from samfast.training.data import padded_images, valid_region
 from samfast.training.settings import (
     BASE_DTYPES,
@@ -142,9 +143,14 @@ def check_settings(settings: FinetuneSettings) -> None:
     if settings.data is None and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
     _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")
-    _check_smallest(settings, 1, "decoder_chunk")
+    _check_smallest(settings, 1, "decoder_chunk", "kron_n")
     _check_smallest(settings, 0, "workers", "overlays", "weight_decay", "clip", "seed")
     _check_smallest(settings, 0, "box_jitter")
+    side = settings.image_size or architecture(settings.model).image_size
+    if settings.box_jitter is not None and settings.box_jitter > side:
+        raise ValueError(
+            f"box_jitter is {settings.box_jitter}; it must be at most {side}, the image's side"
+        )
     for name in ("lr", "relation_lr"):
         rate = getattr(settings, name)
         if rate is not None and not (rate > 0 and isfinite(rate)):
@@ -198,8 +204,20 @@ def attach_method(
     method = method_of(settings)
     if settings.method == "conv-lora":
         binary_head(sam)
+    if isinstance(method, Kronecker):
+        _check_kron_n(sam, method)
     samfast.attach(sam, method, train=TRAINED_DECODER, base_dtype=base_dtype)
     return samfast.fuse(sam, memory=settings.memory or MEMORY[0]) if settings.fuse else sam
+
+
+def _check_kron_n(sam: nn.Module, method: Kronecker) -> None:
+    """Raise ValueError, by the option's name, for a layer that has no n · n equal parts."""
+    for name, layer in find_layers(sam, dataclasses.replace(method, n=1)).items():
+        for size, what in ((layer.in_features, "inputs"), (layer.out_features, "outputs")):
+            if size % method.n:
+                raise ValueError(
+                    f"kron_n is {method.n}, which does not divide the {size} {what} of {name}"
+                )
 
 
 def method_of(settings: FinetuneSettings) -> Method:

@@ -265,6 +265,7 @@ def test_an_adapter_says_what_prompts_it(run, refused, tmp_path):
         (("--box-jitter", "5"), r"box_jitter is 5\.0, but prompt none has no box"),
         (("--prompt", "box", "--box-jitter", "-1"), r"box_jitter is -1\.0; it must be at least 0"),
         (("--prompt", "box", "--box-jitter", "nan"), "box_jitter is nan"),
+        (("--prompt", "box", "--box-jitter", "65"), r"box_jitter is 65\.0; it must be at most 64,"),
     ],
 )
 def test_options_of_prompts(refused, shared_data, arguments, pattern):

@@ -80,8 +80,8 @@ def test_options_reach_the_method(method, options, expected):
         ("lora", ("--zero-start",), "zero_start is True, but method lora has none"),
         ("kronecker", ("--relation-lr", 0.1), r"relation_lr is 0\.1, but method kronecker"),
         ("kronecker", ("--slices", "q", "v"), "slices are q, v, but method kronecker has none"),
-        ("kronecker", ("--kron-n", 5), r"blocks\.0\.attn\.\w+: n is 5, which does not"),
-        ("kronecker", ("--kron-n", 0), "n is 0"),
+        ("kronecker", ("--kron-n", 5), r"kron_n is 5, which does not divide the \d+ inputs of im"),
+        ("kronecker", ("--kron-n", 0), "kron_n is 0; it must be at least 1"),
         ("kronecker", ("--rank", 0), "rank is 0"),
         ("cobot-lora", ("--rank", 6), "rank is 6, but the four parts of a quaternion"),
         ("cobot-lora", ("--alpha", 8), r"alpha is 8\.0, but method cobot-lora has none"),
@@ -142,13 +142,17 @@ def test_relation_and_heads_have_groups_of_their_own(name):
     torch.optim.AdamW(groups)
 
 
-def test_without_relation_nothing_has_another_rate():
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf"), True, "0.1"])
+def test_a_relation_has_a_rate_that_is_one(rate):
+    sam = samfast.attach(build_sam("vit_tiny", image_size=64, seed=0), samfast.CobotLora())
+    with pytest.raises(ValueError, match=r"relation_lr is .*; it must be a finite number, 0"):
+        samfast.parameter_groups(sam, 1e-3, relation_lr=rate)
+
+
+def test_without_relation_it_has_no_rate():
     sam = samfast.attach(build_sam("vit_tiny", image_size=64, seed=0), samfast.Lora())
-    groups = samfast.parameter_groups(sam, 1e-3, 0.1, relation_lr=0.1)
-    plain = samfast.parameter_groups(sam, 1e-3, 0.1)
-    assert [(g["lr"], len(g["params"])) for g in groups] == [
-        (g["lr"], len(g["params"])) for g in plain
-    ]
+    with pytest.raises(ValueError, match=r"relation_lr is 0\.1, but no adapter here has"):
+        samfast.parameter_groups(sam, 1e-3, 0.1, relation_lr=0.1)
 
 
 @pytest.mark.parametrize(
