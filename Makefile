@@ -40,6 +40,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --op conv_lora --record
 	$(BIN)/python -m benchmarks.run --op cobot --record
 	$(BIN)/python -m benchmarks.run --op hypercomplex --record
+	$(BIN)/python -m benchmarks.run --op task_core --record
 	$(BIN)/python -m benchmarks.run --op adapt_former --record
 	$(BIN)/python -m benchmarks.run --op relpos_attention --record
 	$(BIN)/python -m benchmarks.run --op block --record
@@ -47,7 +48,7 @@ bench: $(VENV)/.dev
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	for op in lora_linear conv_lora cobot hypercomplex adapt_former relpos_attention block; do $(PYTHON) -m benchmarks.run --op $$op \
+	for op in lora_linear conv_lora cobot hypercomplex task_core adapt_former relpos_attention block; do $(PYTHON) -m benchmarks.run --op $$op \
 	  --device cuda --dtype bfloat16 --model vit_h --batch 4 --repeats 50 --compiled --record || exit 1; done
 	for model in vit_b vit_l vit_h; do $(PYTHON) -m benchmarks.run --op encoder --device cuda \
 	  --dtype bfloat16 --model $$model --batch 4 --repeats 9 --compiled --record || exit 1; done

@@ -11,12 +11,14 @@ from benchmarks.registry import (
     lora_linear_workloads,
     relpos_attention_workloads,
 )
+from benchmarks.task_core import task_core_workloads
 
 OPERATIONS = {
     "lora_linear": lora_linear_workloads,
     "conv_lora": conv_lora_workloads,
     "cobot": cobot_workloads,
     "hypercomplex": hypercomplex_workloads,
+    "task_core": task_core_workloads,
     "relpos_attention": relpos_attention_workloads,
     "adapt_former": adapt_former_workloads,
     "block": block_workloads,

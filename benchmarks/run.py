@@ -50,7 +50,7 @@ class Settings:
     image_size: int = 1024
     """Of block and encoder: the side of the images."""
     rank: int | None = None
-    """None: 4 for lora_linear, 3 for conv_lora."""
+    """None: 4, of conv_lora 3, of task_core 32."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal[tuple(DTYPES)] = "float32"
     repeats: int = 9
@@ -79,7 +79,7 @@ def main(settings: Settings) -> int:
     print(f"measured here: {rates[0] / 1e12:.2f} TFLOP/s in products, {rates[1] / 1e9:.1f} GB/s")
     make = OPERATIONS[settings.op]
     rows, failed = [], False
-    rank = settings.rank or {"conv_lora": 3}.get(settings.op, 4)
+    rank = settings.rank or {"conv_lora": 3, "task_core": 32}.get(settings.op, 4)
     sized = settings.op in ("block", "encoder")
     options = {"image_size": settings.image_size} if sized else {}
     workloads = make(

@@ -9,6 +9,7 @@ float64). The gradient of m comes in P parts, which are its sum only together.
 import torch
 
 PARTS = 1
+RUN = 128  # rows
 
 
 def fold(cores, factors):
@@ -44,12 +45,25 @@ def product_backward(dz, h, m, task, needs):
         dh = torch.bmm(_entries(dz, task), _own(m, task).to(h.dtype).mT).view(h.shape)
     if need_m:
         wide = [_entries(t.to(m.dtype), task) for t in (h, dz)]
-        shares = torch.bmm(wide[0].mT, wide[1])  # (E, R1, R2)
+        shares = _shares(*wide)  # (E, R1, R2)
         tasks = torch.arange(m.shape[1], device=task.device)
         mine = (task == tasks[:, None])[:, :, None, None]  # (T, E, 1, 1)
         dm = m.new_zeros(m.shape)
         dm[0] = shares.where(mine, 0.0).sum(1)
     return dh, dm
+
+
+def _shares(h, dz):
+    """hᵀ dz of each entry, by runs of rows: one long sum would lose more in float32."""
+    entries, each, _ = h.shape
+    runs = each // RUN
+    ends = [t[:, runs * RUN :] for t in (h, dz)]
+    shares = torch.bmm(ends[0].mT, ends[1])
+    if runs:
+        whole = [t[:, : runs * RUN].reshape(entries * runs, RUN, -1) for t in (h, dz)]
+        parts = torch.bmm(whole[0].mT, whole[1])
+        shares += parts.view(entries, runs, *shares.shape[1:]).sum(1)
+    return shares
 
 
 def _entries(rows, task):

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the stages cost by their design: FLOP, bytes and launches of the GPU path."""
+
+from samfast.kernels.lora_linear import costs as lora_costs
+from samfast.kernels.lora_linear.costs import Stage
+
+_SINGLE = 4  # cores, their factors and all gradients of both are float32
+_PARTS = 32  # of a core's gradient on a GPU
+
+
+def product(tokens: int, rows: int, columns: int, tasks: int, itemsize: int) -> list[Stage]:
+    """z = h M_t, and dh and the parts of dM, of one layer."""
+    flops, core = 2 * tokens * rows * columns, _SINGLE * tasks * rows * columns
+    moved = itemsize * tokens * (rows + columns)
+    return [
+        Stage("z = h M", flops, moved + core, 1),
+        Stage("dh, dM", 2 * flops, 2 * moved + core + _PARTS * core, 1),
+    ]
+
+
+def cores(layers: int, rows: int, columns: int, depth: int, tasks: int) -> list[Stage]:
+    """The cores of all layers and, from their gradients, those of what they are made of."""
+    given = _SINGLE * layers * depth * (rows * columns + tasks)
+    made = _SINGLE * layers * tasks * rows * columns
+    flops = 2 * layers * tasks * rows * columns * depth
+    parts = _PARTS * made
+    adding = layers * tasks * rows * columns * _PARTS
+    return [
+        Stage("gather", 0, 2 * given, 1),
+        Stage("M", flops, given + made, 1),
+        Stage("stack dM", 0, 2 * parts, 1),
+        Stage("dG, dU3", 2 * flops + adding, parts + 2 * given, 1),
+    ]
+
+
+def stages(
+    tokens: int, features: int, out: int, ranks: tuple[int, int, int], tasks: int, itemsize: int
+) -> list[Stage]:
+    """Forward and backward of one adapted layer with an operation for its own cores alone. LoRA's
+    part is that of the larger rank."""
+    rows, columns, depth = ranks
+    return [
+        *lora_costs.stages(tokens, features, out, max(rows, columns), itemsize),
+        *product(tokens, rows, columns, tasks, itemsize),
+        *cores(1, rows, columns, depth, tasks),
+    ]
