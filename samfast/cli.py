@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``samfast {finetune,predict,info}``, also ``python -m samfast``.
+"""The command line: ``samfast {finetune,evaluate,predict,info}``, also ``python -m samfast``.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
 and exit code 2; an interrupt in exit code 130. SAMFAST_TRACEBACK=1 shows where it arose.
@@ -67,10 +67,11 @@ def let_waiting_threads_sleep() -> None:
 def _parsed(argv: list[str]):
     import tyro
 
-    from samfast.training.settings import FinetuneSettings, PredictSettings
+    from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
     command = (
         Annotated[FinetuneSettings, tyro.conf.subcommand("finetune")]
+        | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
         | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
         | Annotated[InfoSettings, tyro.conf.subcommand("info")]
     )
@@ -83,17 +84,23 @@ def _parsed(argv: list[str]):
 
 
 def _run(settings) -> int:
-    from samfast.training.settings import PredictSettings
+    from samfast.training.settings import EvaluateSettings, PredictSettings
 
     if isinstance(settings, InfoSettings):
         from samfast import info
 
         return info.main(check=settings.check, json=settings.json)
-    if isinstance(settings, PredictSettings):
+    if isinstance(settings, EvaluateSettings):
+        from samfast.training.score import score
+
+        result = score(settings)
+        closing = result.pop("table")
+    elif isinstance(settings, PredictSettings):
         from samfast.training.predict import predict
 
         result = predict(settings)
-        closing = f"{len(result['images'])} masks and overlays are in {result['output']}"
+        count = sum(len(image.get("tasks", [image])) for image in result["images"])
+        closing = f"{count} masks and overlays are in {result['output']}"
     else:
         from samfast.training import dry_run
         from samfast.training.loop import finetune

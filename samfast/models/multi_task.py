@@ -197,6 +197,7 @@ class MultiTaskSam(nn.Module):
         """Image embeddings [images, 256, n, n] of each task's images."""
         block = _first_dependent_block(self.image_encoder)
         if block is None:
+            self._check_merged(chosen)
             embeddings = encode(self, images)
             return {i: _rows(embeddings, own) for i, own in chosen.items()}
         import samfast
@@ -209,7 +210,7 @@ class MultiTaskSam(nn.Module):
         elif list(chosen.items()) == [(i, None) for i in range(len(self.tasks))]:
             samfast.set_task(self, "all")
         else:
-            samfast.set_task(self, torch.tensor(numbers, device=images.device))
+            samfast.set_task(self, torch.tensor(numbers))
 
         def split(x: Tensor) -> Tensor:
             """The rows of every task, task-major."""
@@ -223,6 +224,16 @@ class MultiTaskSam(nn.Module):
             with _before(block, split):
                 embeddings = encode(self, images)
         return dict(zip(chosen, embeddings.split(sizes), strict=True))
+
+    def _check_merged(self, chosen: Iterable[int]) -> None:
+        """Raise ValueError where the update of one task is in the weights and another is asked."""
+        for name, layer in adapters(self).items():
+            entries = getattr(layer, "entries", None)  # of TA-LoRA
+            if layer.merged and entries is not None and set(chosen) != {own := int(entries[0])}:
+                raise ValueError(
+                    f"{name} has the update of task {self.tasks[own].name} merged, so no other can "
+                    "run; call unmerge() first"
+                )
 
     def _decode(
         self, index: int, embeddings: Tensor, size: tuple[int, int], chunk: int | None

@@ -33,7 +33,7 @@ def resize_image(image: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
-    """bool (H, W) -> bool (h, w), longest side ``image_size``, nearest neighbour."""
+    """(H, W) -> (h, w), bool, int32 or float32, longest side ``image_size``, nearest neighbour."""
     height, width = model_size(*mask.shape, image_size)
     resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
     return np.asarray(resized)
@@ -42,6 +42,12 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
 def binary_mask(values: np.ndarray, foreground: Sequence[int] | None = None) -> np.ndarray:
     """Mask values (H, W) -> bool (H, W): value > 0, or value in ``foreground``."""
     return values > 0 if foreground is None else np.isin(values, foreground)
+
+
+def flipped_axes(seed: int, number: int, index: int) -> list[int]:
+    """Which of the axes 0 and 1 of image ``index`` are mirrored in pass ``number``."""
+    rng = np.random.default_rng((seed, number, index))
+    return np.flatnonzero(rng.random(2) < 0.5).tolist()
 
 
 _BOX_STREAM = 1  # keeps the numbers that move boxes apart from those that choose flips
@@ -131,8 +137,7 @@ class PairDataset(Dataset):
         image = read_image(pair.image)
         truth = binary_mask(read_mask(pair.mask), self.foreground)
         if self.flips:
-            rng = np.random.default_rng((self.seed, number, index))
-            for axis in np.flatnonzero(rng.random(2) < 0.5):
+            for axis in flipped_axes(self.seed, number, index):
                 image, truth = np.flip(image, axis), np.flip(truth, axis)
         image, truth = np.ascontiguousarray(image), np.ascontiguousarray(truth)
         mask = resize_mask(truth, self.image_size)

@@ -18,9 +18,13 @@ def full_size_mask(logits: Tensor, height: int, width: int, shape: Sequence[int]
 
     The logits, not the mask, are resized (bilinear), so that edges stay smooth.
     """
-    real = logits[None, None, :height, :width]
-    size = tuple(shape)
-    return F.interpolate(real, size=size, mode="bilinear", align_corners=False)[0, 0] > 0
+    return full_size(logits[None], height, width, shape)[0] > 0
+
+
+def full_size(maps: Tensor, height: int, width: int, shape: Sequence[int]) -> Tensor:
+    """maps (C, S, S), of which (height, width) are real -> (C, *shape), bilinear."""
+    real = maps[None, :, :height, :width]
+    return F.interpolate(real, size=tuple(shape), mode="bilinear", align_corners=False)[0]
 
 
 def validation_loader(

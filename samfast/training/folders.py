@@ -44,9 +44,24 @@ def find_split(folder: Path | str, *, val_fraction: float = 0.2, seed: int = 0) 
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
+    if not given_parts(folder):
+        return split_pairs(find_pairs(folder), val_fraction, seed)
+    return Split(find_pairs(folder / "train"), find_pairs(folder / "val"))
+
+
+def find_scored(folder: Path | str) -> tuple[Pair, ...]:
+    """The pairs of a folder that a score is of: all, or those in val/ where it is split."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
+    return find_pairs(folder / "val" if given_parts(folder) else folder)
+
+
+def given_parts(folder: Path) -> tuple[str, ...]:
+    """("train", "val") of a folder that is split already, () of one that is not."""
     given = [name for name in ("train", "val") if (folder / name).is_dir()]
     if not given:
-        return split_pairs(find_pairs(folder), val_fraction, seed)
+        return ()
     for name in ("images", "masks"):
         if (folder / name).is_dir():
             raise ValueError(
@@ -56,7 +71,7 @@ def find_split(folder: Path | str, *, val_fraction: float = 0.2, seed: int = 0) 
     if len(given) == 1:
         other = "val" if given[0] == "train" else "train"
         raise FileNotFoundError(f"{folder} has {given[0]}/ but no {other}/")
-    return Split(find_pairs(folder / "train"), find_pairs(folder / "val"))
+    return ("train", "val")
 
 
 def load_split(
@@ -74,8 +89,8 @@ def load_split(
 
 def find_pairs(folder: Path) -> tuple[Pair, ...]:
     """Match ``images/`` and ``masks/`` of a folder by stem, sorted; every file must match."""
-    images = _files_by_stem(folder, "images")
-    masks = _files_by_stem(folder, "masks")
+    images = files_by_stem(folder, "images")
+    masks = files_by_stem(folder, "masks")
     if not images:
         raise ValueError(f"{folder / 'images'} holds no image ({', '.join(SUFFIXES)})")
     for stem, path in images.items():
@@ -87,7 +102,8 @@ def find_pairs(folder: Path) -> tuple[Pair, ...]:
     return tuple(Pair(stem, images[stem], masks[stem]) for stem in sorted(images))
 
 
-def _files_by_stem(folder: Path, name: str) -> dict[str, Path]:
+def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
+    """The files of a subfolder, sorted; ValueError for what is none of the suffixes."""
     subfolder = folder / name
     if not subfolder.is_dir():
         raise FileNotFoundError(f"{folder} has no folder {name}/")
@@ -97,8 +113,8 @@ def _files_by_stem(folder: Path, name: str) -> dict[str, Path]:
             continue
         if path.is_dir():
             raise ValueError(f"{subfolder} holds a folder, {path.name}/; put the files directly")
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}; move it elsewhere")
+        if path.suffix.lower() not in suffixes:
+            raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere")
         if path.stem in files:
             raise ValueError(
                 f"{subfolder} holds two files of the stem {path.stem}: "
@@ -123,51 +139,63 @@ def check_pairs(pairs: Sequence[Pair], foreground: Sequence[int] | None = None) 
                 for value in values:
                     seen.setdefault(value, pair.mask)
                 if foreground is None:
-                    _check_binary(pair, values, seen)
+                    check_binary(pair, values, seen)
         finally:
             pool.shutdown(cancel_futures=True)
     if foreground is None and not any(value > 0 for value in seen):
         raise ValueError(f"no mask in {pairs[0].mask.parent} has a foreground pixel (value > 0)")
     if foreground is not None and not set(foreground) & set(seen):
         raise ValueError(
-            f"foreground {_listed(foreground)} occurs in no mask in {pairs[0].mask.parent}, which "
-            f"hold {_listed(sorted(seen))}"
+            f"foreground {listed(foreground)} occurs in no mask in {pairs[0].mask.parent}, which "
+            f"hold {listed(sorted(seen))}"
         )
 
 
 def _check_pair(pair: Pair) -> list[float]:
     image, mask = read_image(pair.image), read_mask(pair.mask)
-    if image.shape[:2] != mask.shape:
+    check_sizes(pair, image, mask)
+    return values_of(mask)
+
+
+def check_sizes(pair: Pair, image: np.ndarray, mask: np.ndarray) -> None:
+    """Raise ValueError when image and mask have different heights or widths."""
+    if image.shape[:2] != mask.shape[:2]:
         raise ValueError(
             f"mask {pair.mask} is {mask.shape[1]}x{mask.shape[0]} (width x height) but image "
             f"{pair.image} is {image.shape[1]}x{image.shape[0]}"
         )
+
+
+def values_of(mask: np.ndarray) -> list[float]:
+    """The values that a mask holds, each once."""
     if mask.dtype == np.uint8:
         return np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
     return np.unique(mask).tolist()
 
 
-def _check_binary(pair: Pair, values: list[float], seen: dict[float, Path]) -> None:
+def check_binary(pair: Pair, values: list[float], seen: dict[float, Path]) -> None:
+    """Raise ValueError when a mask's values, together with those seen so far, have no obvious
+    foreground."""
     advice = "name the foreground's values with --foreground (foreground=)"
     if len(values) > 2:
         raise ValueError(
-            f"mask {pair.mask} holds {len(values)} values ({_listed(values)}) where two are "
+            f"mask {pair.mask} holds {len(values)} values ({listed(values)}) where two are "
             f"expected; {advice}"
         )
     if len(seen) > 2:
         other = next(path for value, path in seen.items() if value not in values)
         raise ValueError(
             f"masks disagree: {other} and {pair.mask} together hold the values "
-            f"{_listed(sorted(seen))}; {advice}"
+            f"{listed(sorted(seen))}; {advice}"
         )
     if len(seen) == 2 and 0 not in seen:
         raise ValueError(
-            f"mask {pair.mask}: the values so far are {_listed(sorted(seen))}, none of them the "
+            f"mask {pair.mask}: the values so far are {listed(sorted(seen))}, none of them the "
             f"background 0; {advice}"
         )
 
 
-def _listed(values: Sequence[float]) -> str:
+def listed(values: Sequence[float]) -> str:
     shown = ", ".join(f"{value:g}" for value in values[:_SHOWN_VALUES])
     return shown + (", …" if len(values) > _SHOWN_VALUES else "")
 

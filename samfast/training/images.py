@@ -90,6 +90,52 @@ def read_mask(path: Path) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
+def read_values(path: Path, channels: int) -> np.ndarray:
+    """Measured values of each pixel: float32 (H, W, channels); NaN says that there is none.
+
+    Images of any number of bits, with the values they store, and .npy files of numbers, (H, W) for
+    one channel or (H, W, channels).
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        values = _npy_array(path)
+    else:
+        image = _open(path)
+        values = _deep_array(path, image)
+        if values is None:
+            if image.mode not in ("1", "L", "P", "RGB"):
+                raise ValueError(
+                    f"mask {path} has the colour mode {image.mode}; save it as grey or RGB"
+                )
+            values = _upright(np.asarray(image), image)
+    if channels == 1 and values.ndim == 3:
+        values = _one_channel(path, values)
+    values = values[..., None] if values.ndim == 2 else values
+    if values.ndim != 3 or values.shape[2] != channels or 0 in values.shape:
+        held = "an array of shape " + str(values.shape)
+        if values.ndim == 3 and values.size:
+            held = f"{values.shape[2]} channel{'s' if values.shape[2] > 1 else ''}"
+        raise ValueError(f"mask {path} holds {held}, where {channels} are expected")
+    values = np.ascontiguousarray(values, np.float32)
+    if np.isinf(values).any():
+        raise ValueError(f"mask {path} holds values that are infinite")
+    return values
+
+
+def _npy_array(path: Path) -> np.ndarray:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be decoded: {_one_line(error)}") from None
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+        raise ValueError(f"{path} holds no array of numbers")
+    return values
+
+
 def _open(path: Path) -> Image.Image:
     """Decode one file completely, or say in one sentence why not."""
     if not path.exists():

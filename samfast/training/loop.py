@@ -17,14 +17,12 @@ from torch.utils.data import DataLoader
 import samfast
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
-from samfast.training import pictures, start
-from samfast.training.data import Batch, Collate, EpochSampler, PairDataset, binary_mask
+from samfast.training import start
+from samfast.training.data import EpochSampler
 from samfast.training.dry_run import dry_run
-from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
-from samfast.training.folders import Pair, Split, check_pairs, find_split
-from samfast.training.images import read_image, read_mask
-from samfast.training.losses import LOSSES
-from samfast.training.metrics import all_foreground_scores
+from samfast.training.many_tasks import ManyTasks
+from samfast.training.one_mask import OneMask
+from samfast.training.pictures import curves_png
 from samfast.training.progress import Losses, Progress, peak_memory_mib
 from samfast.training.records import RunFolder
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Say = Callable[[str], None]
+Goal = OneMask | ManyTasks
 
 
 def finetune(settings: FinetuneSettings) -> dict:
@@ -48,24 +47,24 @@ def finetune(settings: FinetuneSettings) -> dict:
     start.check_settings(settings)
     settings = start.with_recipe(settings)
     output = start.output_folder(settings)
-    split = find_split(settings.data, val_fraction=settings.val_fraction, seed=settings.seed)
+    goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     accelerator, dtype = _accelerator(settings)
     try:
-        method = start.method_of(settings)
+        method = start.method_of(settings, goal.tasks)
         with start.backend_asked_for(
             settings.backend, method, settings.fuse, accelerator.device, dtype
         ):
-            return _finetune(settings, split, output, accelerator, dtype)
+            return _finetune(settings, goal, output, accelerator, dtype)
     finally:
         _release(accelerator)
 
 
 def _finetune(
     settings: FinetuneSettings,
-    split: Split,
+    goal: Goal,
     output: Path,
     accelerator: "Accelerator",
     dtype: torch.dtype,
@@ -74,31 +73,26 @@ def _finetune(
     base = start.base_dtype(settings.base_dtype, dtype, accelerator.device)
     sam = start.build_base(settings)
     seed_everything(settings.seed)
-    start.attach_method(sam, settings, base)
-    check_pairs((*split.train, *split.val), settings.foreground)
-    truths = (binary_mask(read_mask(pair.mask), settings.foreground) for pair in split.val)
-    all_foreground = all_foreground_scores(torch.from_numpy(truth) for truth in truths)
+    sam = start.attach_method(sam, settings, base, goal.tasks)
+    goal.check()
     trainable = sum(parameter.numel() for _, parameter in samfast.trainable_parameters(sam))
     say(
         f"{settings.model} at {image_size(sam)} pixels, {settings.method}, {trainable:,} trained "
         f"parameters, {str(dtype).removeprefix('torch.')} on {accelerator.device.type}"
     )
-    if settings.prompt == "box":
-        say(
-            "each image is prompted by the box around its foreground, whose sides move by up to "
-            f"{settings.box_jitter:g} pixels in training"
-        )
-    say(
-        f"{len(split.train)} training and {len(split.val)} validation images; calling everything "
-        f"foreground scores Dice {all_foreground[0]:.4f}, IoU {all_foreground[1]:.4f}"
-    )
+    for sentence in goal.sentences():
+        say(sentence)
     saved = {
         **dataclasses.asdict(settings),
-        "train": [pair.stem for pair in split.train],
-        "val": [pair.stem for pair in split.val],
+        "train": [pair.stem for pair in goal.split.train],
+        "val": [pair.stem for pair in goal.split.val],
     }
-    run = Run(settings, accelerator, sam, dtype, split, say)
-    folder = RunFolder(output, saved, all_foreground)
+    run = Run(settings, accelerator, sam, dtype, goal, say)
+
+    def draw(rows: list[dict]) -> bytes:
+        return curves_png(rows, goal.loss_name, goal.curves, goal.baseline_line())
+
+    folder = RunFolder(output, saved, goal.columns, draw)
     try:
         return run.train(folder)
     except KeyboardInterrupt:
@@ -117,7 +111,7 @@ class Run:
         accelerator: "Accelerator",
         sam: nn.Module,
         dtype: torch.dtype,
-        split: Split,
+        goal: Goal,
         say: Say,
     ):
         self.settings = settings
@@ -125,7 +119,7 @@ class Run:
         self.say = say
         self.sam = sam
         self.dtype = dtype
-        self.split = split
+        self.goal = goal
         side = image_size(sam)
         self.parameters = [parameter for _, parameter in samfast.trainable_parameters(sam)]
         groups = samfast.parameter_groups(
@@ -133,27 +127,19 @@ class Run:
         )
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
         workers = _workers(settings, accelerator.device)
-        data = PairDataset(
-            split.train,
-            side,
-            foreground=settings.foreground,
-            flips=settings.flips,
-            prompt=settings.prompt,
-            box_jitter=settings.box_jitter,
-            seed=settings.seed,
-        )
+        data, collate = goal.training_data(side)
         loader = DataLoader(
             data,
             batch_size=settings.batch_size,
             sampler=EpochSampler(
                 len(data), settings.seed, _repeats(settings, len(data), accelerator.num_processes)
             ),
-            collate_fn=Collate(side, truths=False),
+            collate_fn=collate,
             num_workers=workers,
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=workers > 0,
         )
-        self.plain_model = start.Segmenter(sam, dtype, settings.decoder_chunk)
+        self.plain_model = goal.segmenter(sam, dtype)
         self.model, self.optimizer, self.loader = accelerator.prepare(
             self.plain_model, optimizer, loader
         )
@@ -162,20 +148,18 @@ class Run:
             optimizer, _schedule(settings.schedule, steps)
         )
         # Not prepared: a loader evened out over processes would repeat images and falsify scores.
-        mine = split.val[accelerator.process_index :: accelerator.num_processes]
-        self.val_loader = validation_loader(
-            mine, side, settings.batch_size, settings.foreground, workers, settings.prompt
-        )
+        mine = goal.split.val[accelerator.process_index :: accelerator.num_processes]
+        self.val_loader = goal.validation_loader(mine, side, settings.batch_size, workers)
         self.step = 0
         self.best: dict | None = None
 
     def train(self, folder: RunFolder) -> dict:
-        settings, main = self.settings, self.accelerator.is_main_process
+        settings, goal, main = self.settings, self.goal, self.accelerator.is_main_process
         began = time.perf_counter()
         for epoch in range(1, settings.epochs + 1):
             row = self.train_epoch(epoch)
-            row["val_dice"], row["val_iou"] = evaluate(self.plain_model, self.val_loader)
-            improved = self.best is None or row["val_dice"] > self.best["val_dice"]
+            row.update(goal.scores(self.plain_model, self.val_loader))
+            improved = self.best is None or row[goal.score] > self.best[goal.score]
             if improved:
                 self.best = row
             if main:
@@ -187,17 +171,13 @@ class Run:
             self.accelerator.wait_for_everyone()
             self.say(
                 f"epoch {epoch}/{settings.epochs}  loss {row['train_loss']:.4f}  "
-                f"val Dice {row['val_dice']:.4f} (all foreground "
-                f"{folder.all_foreground[0]:.4f})  IoU {row['val_iou']:.4f}  "
-                f"{row['images_per_second']:.1f} images/s{'  best' if improved else ''}"
+                f"{goal.epoch_text(row)}  {row['images_per_second']:.1f} images/s"
+                f"{'  best' if improved else ''}"
             )
         summary = {
             "output": str(folder.folder),
             "best_epoch": self.best["epoch"],
-            "val_dice": self.best["val_dice"],
-            "val_iou": self.best["val_iou"],
-            "all_foreground_dice": folder.all_foreground[0],
-            "all_foreground_iou": folder.all_foreground[1],
+            **goal.summary(self.best),
             "epochs": settings.epochs,
             "steps": self.step,
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
@@ -209,10 +189,7 @@ class Run:
         }
         if main:
             folder.write_json("summary.json", summary)
-        self.say(
-            f"best validation Dice {self.best['val_dice']:.4f} in epoch {self.best['epoch']} (all "
-            f"foreground {folder.all_foreground[0]:.4f}); results are in {folder.folder}"
-        )
+        self.say(f"{goal.closing(self.best)}; results are in {folder.folder}")
         return summary
 
     def train_epoch(self, epoch: int) -> dict:
@@ -265,44 +242,23 @@ class Run:
             "lr": lr,
         }
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The settings' loss, and what the adapters add to it."""
-        logits, valid = self.model(batch.images, batch.sizes, batch.boxes)
-        loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
-        return loss + samfast.aux_loss(self.sam)
+    def loss(self, batch) -> Tensor:
+        """The goal's loss, and what the adapters add to it."""
+        return self.goal.loss(self.model, batch) + samfast.aux_loss(self.sam)
 
     def save(self, folder: Path, row: dict) -> None:
-        foreground = self.settings.foreground
-        samfast.save_adapter(
-            self.sam,
-            folder,
-            epoch=row["epoch"],
-            val_dice=row["val_dice"],
-            val_iou=row["val_iou"],
-            foreground=None if foreground is None else list(foreground),
-            prompt=self.settings.prompt,
-            box_jitter=self.settings.box_jitter,
-        )
+        scores = {name: row[name] for name in ("epoch", *self.goal.columns)}
+        samfast.save_adapter(self.sam, folder, **scores, **self.goal.remembered())
 
     def draw_overlays(self, folder: RunFolder) -> None:
         """image | truth | prediction of a few validation images, spread over the set."""
-        count = min(self.settings.overlays, len(self.split.val))
+        val = self.goal.split.val
+        count = min(self.settings.overlays, len(val))
         if count == 0:
             return
-        chosen = [self.split.val[i * len(self.split.val) // count] for i in range(count)]
-        settings = self.settings
-        panels = overlay_panels(self.plain_model, chosen, settings.foreground, settings.prompt)
-        for pair, panel in panels:
-            folder.add_overlay(pair.stem, panel)
-
-
-def overlay_panels(model: start.Segmenter, pairs: list[Pair], foreground=None, prompt="none"):
-    """(pair, image | truth | prediction at the image's size) for each pair."""
-    loader = validation_loader(pairs, image_size(model.sam), 1, foreground, prompt=prompt)
-    for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
-        image = read_image(pair.image)
-        panel = pictures.overlay_panel(image, truth.cpu().numpy(), predicted.cpu().numpy())
-        yield pair, panel
+        chosen = [val[i * len(val) // count] for i in range(count)]
+        for name, panel in self.goal.overlays(self.plain_model, chosen, image_size(self.sam)):
+            folder.add_overlay(name, panel)
 
 
 def seed_everything(seed: int) -> None:

@@ -87,6 +87,56 @@ def balanced_bce_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
     return (_image_sum(weight * _cross_entropy(logits, target)) / count).mean()
 
 
+def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of classes. logits (B, C, H, W), labels int64 (B, H, W), -1 counts nowhere.
+
+    Mean over the labelled pixels of each image, then over the images; 0 for an image without any.
+    """
+    _check_maps(logits, labels[:, None], "labels")
+    valid = labels >= 0
+    logits = torch.where(valid[:, None], _wide(logits), 0.0)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    own = labels[:, None] == classes[:, None, None]  # (B, C, H, W)
+    # Not by gathering the labels' logits, whose backward would add by atomics on a GPU.
+    loss = logits.logsumexp(1) - torch.where(own, logits, 0.0).sum(1)
+    return _image_mean(torch.where(valid, loss, 0.0), valid)
+
+
+def value_loss(values: Tensor, truth: Tensor) -> Tensor:
+    """Mean absolute error. values and truth (B, C, H, W); a NaN in the truth counts nowhere."""
+    _check_maps(values, truth, "truth", values.shape[1])
+    valid = truth.isfinite()
+    difference = torch.where(valid, _wide(values), 0.0) - torch.where(valid, truth, 0.0)
+    return _image_mean(difference.abs(), valid)
+
+
+def direction_loss(values: Tensor, truth: Tensor) -> Tensor:
+    """1 - cosine of the angle. values and truth (B, 3, H, W), of any length; pixels with a NaN in
+    the truth, or with no length there, count nowhere."""
+    _check_maps(values, truth, "truth", values.shape[1])
+    valid = (truth.isfinite().all(1) & (truth != 0).any(1))[:, None]
+    values, truth = (torch.where(valid, _wide(t), 0.0) for t in (values, truth))
+    cosine = F.cosine_similarity(values, truth, dim=1)
+    return _image_mean(torch.where(valid[:, 0], 1.0 - cosine, 0.0), valid[:, 0])
+
+
+def _check_maps(values: Tensor, truth: Tensor, name: str, channels: int = 1) -> None:
+    if truth.shape != (len(values), channels, *values.shape[2:]):
+        raise ValueError(
+            f"logits and {name} have different shapes: {tuple(values.shape)}, {tuple(truth.shape)}"
+        )
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _image_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """The mean of each image's valid values, which alone are not 0, and of these the mean."""
+    count = valid.flatten(1).sum(1).clamp(min=1)
+    return (_image_sum(values) / count).mean()
+
+
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LOSSES: dict[str, Loss] = {
     "bce-dice": bce_dice_loss,

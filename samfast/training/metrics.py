@@ -40,6 +40,67 @@ class ForegroundScores:
         return self._dice.compute().item(), self._iou.compute().item()
 
 
+class ClassScores:
+    """Mean IoU and pixel accuracy of classes, from counts summed over all images.
+
+    The mean is over the classes that truth or prediction has somewhere; 0 where nothing counts.
+    """
+
+    def __init__(self, classes: int, device: torch.device | str = "cpu"):
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        self._matrix = MulticlassConfusionMatrix(classes, validate_args=False).to(device)
+
+    def update(self, predicted: Tensor, truth: Tensor) -> None:
+        """Add one image; int64 (H, W) both, truth -1 counts nowhere."""
+        counts = truth >= 0
+        self._matrix.update(predicted[counts], truth[counts])
+
+    def compute(self) -> tuple[float, float]:
+        """(mean IoU, pixel accuracy) over everything added so far, in every process."""
+        matrix = self._matrix.compute().double()
+        right = matrix.diagonal()
+        union = matrix.sum(0) + matrix.sum(1) - right
+        iou = right[union > 0] / union[union > 0]
+        total = matrix.sum().clamp(min=1)
+        return iou.sum().item() / max(1, len(iou)), (right.sum() / total).item()
+
+
+class ValueScores:
+    """Mean absolute and mean relative error of values; of directions the mean angle in degrees.
+
+    relative: |prediction - truth| / |truth|, where the truth is not 0
+    """
+
+    def __init__(self, directions: bool = False, device: torch.device | str = "cpu"):
+        from torchmetrics import SumMetric
+
+        self.directions = directions
+        self._sums = [SumMetric().set_dtype(torch.float64).to(device) for _ in range(4)]
+
+    def update(self, predicted: Tensor, truth: Tensor) -> None:
+        """Add one image; (C, H, W) both, a NaN in the truth counts nowhere."""
+        if self.directions:
+            valid = truth.isfinite().all(0) & (truth != 0).any(0)
+            cosine = torch.cosine_similarity(predicted, truth, dim=0)[valid]
+            errors = [torch.rad2deg(cosine.clamp(-1, 1).acos()), truth.new_empty(0)]
+        else:
+            valid = truth.isfinite()
+            predicted, truth = predicted[valid], truth[valid]
+            error = (predicted - truth).abs()
+            errors = [error, (error / truth.abs())[truth != 0]]
+        for i, error in enumerate(errors):
+            self._sums[2 * i].update(error.double().sum())
+            self._sums[2 * i + 1].update(float(error.numel()))
+
+    def compute(self) -> tuple[float, ...]:
+        """(absolute, relative) or (angle,) over everything added so far, in every process."""
+        absolute, count, relative, others = (total.compute().item() for total in self._sums)
+        if self.directions:
+            return (absolute / max(1.0, count),)
+        return absolute / max(1.0, count), relative / max(1.0, others)
+
+
 def all_foreground_scores(truths: Iterable[Tensor]) -> tuple[float, float]:
     """(Dice, IoU) of calling every pixel foreground: what a useful model must beat."""
     scores = ForegroundScores()

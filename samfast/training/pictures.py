@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures a person looks at: masks over images, and the curves of a run."""
 
+import colorsys
 import io
 from collections.abc import Sequence
 
@@ -33,15 +34,56 @@ def _border(mask: np.ndarray, width: int) -> np.ndarray:
 
 def overlay_panel(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Image.Image:
     """image | truth | prediction side by side, each at the image's own size."""
-    gap = np.full((image.shape[0], _GAP, 3), 255, np.uint8)
-    parts = (
+    return side_by_side(
         image,
-        gap,
         tinted(image, truth, TRUTH_COLOUR),
-        gap,
         tinted(image, predicted, PREDICTION_COLOUR),
     )
-    return Image.fromarray(np.concatenate(parts, axis=1))
+
+
+def side_by_side(*images: np.ndarray) -> Image.Image:
+    """uint8 (H, W, 3) each, with gaps."""
+    gap = np.full((images[0].shape[0], _GAP, 3), 255, np.uint8)
+    parts = [part for image in images for part in (gap, image)]
+    return Image.fromarray(np.concatenate(parts[1:], axis=1))
+
+
+def classes_over(image: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) with a colour for each class of an integer (H, W); none where it is < 0."""
+    colours = np.stack([_class_colour(i) for i in range(max(0, int(classes.max(initial=0))) + 1)])
+    known = classes >= 0
+    out = image.astype(np.float32)
+    out[known] = 0.35 * out[known] + 0.65 * colours[classes[known]]
+    return out.round().astype(np.uint8)
+
+
+def _class_colour(index: int) -> np.ndarray:
+    """Neighbouring numbers are far apart in hue, and every other one is darker."""
+    hue = index * 0.618034 % 1.0
+    return 255 * np.array(colorsys.hsv_to_rgb(hue, 0.75, (1.0, 0.6)[index % 2]), np.float32)
+
+
+def heat(values: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
+    """Colours uint8 (H, W, 3) of float (H, W), grey where there is no value.
+
+    limits: the values of the first and the last colour, the smallest and largest if not given
+    """
+    from matplotlib import colormaps
+
+    known = np.isfinite(values)
+    if limits is None:
+        limits = (values[known].min(), values[known].max()) if known.any() else (0.0, 1.0)
+    share = (np.where(known, values, limits[0]) - limits[0]) / max(limits[1] - limits[0], 1e-12)
+    colours = colormaps["viridis"](share.clip(0, 1), bytes=True)[..., :3]
+    return np.where(known[..., None], colours, 128).astype(np.uint8)
+
+
+def directions(values: np.ndarray) -> np.ndarray:
+    """Colours uint8 (H, W, 3) of directions float (3, H, W), grey where there is none."""
+    length = np.sqrt((values**2).sum(0, keepdims=True))
+    known = np.isfinite(length) & (length > 0)
+    unit = np.divide(values, length, out=np.zeros_like(values), where=known)
+    return (127.5 * (unit + 1)).round().astype(np.uint8).transpose(1, 2, 0)
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:
@@ -52,8 +94,19 @@ def png_bytes(image: Image.Image | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def curves_png(rows: Sequence[dict], all_foreground: float, loss: str) -> bytes:
-    """Training loss (``loss`` is its name), validation Dice and IoU, over metrics.csv's epochs."""
+_MARKS = "os^vDP*X"
+
+
+def curves_png(
+    rows: Sequence[dict],
+    loss: str,
+    scores: Sequence[tuple[str, str]],
+    baseline: tuple[float, str] | None = None,
+) -> bytes:
+    """Training loss (``loss`` is its name) and validation scores over metrics.csv's epochs.
+
+    scores: (column, name) of each   baseline: height and name of a line beside them
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -65,9 +118,11 @@ def curves_png(rows: Sequence[dict], all_foreground: float, loss: str) -> bytes:
     epochs = [row["epoch"] for row in rows]
     left.plot(epochs, [row["train_loss"] for row in rows], marker="o", color="C0")
     left.set(xlabel="epoch", ylabel=f"training loss ({loss})")
-    right.plot(epochs, [row["val_dice"] for row in rows], marker="o", color="C1", label="Dice")
-    right.plot(epochs, [row["val_iou"] for row in rows], marker="s", color="C2", label="IoU")
-    right.axhline(all_foreground, color="grey", ls="--", label="Dice of all foreground")
+    for i, (column, name) in enumerate(scores):
+        style = {"marker": _MARKS[i % len(_MARKS)], "color": f"C{1 + i % 9}"}
+        right.plot(epochs, [row[column] for row in rows], label=name, **style)
+    if baseline is not None:
+        right.axhline(baseline[0], color="grey", ls="--", label=baseline[1])
     right.set(xlabel="epoch", ylabel="validation", ylim=(0, 1.02))
     right.legend(loc="lower right")
     for axes in (left, right):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks for new photographs from a saved adapter."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,9 +19,11 @@ from samfast.training.boxes import check_box, parsed_box, resized_box
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
 from samfast.training.images import SUFFIXES, read_image
+from samfast.training.many_tasks import TaskSegmenter, picture, predicted_tasks
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, tinted
 from samfast.training.records import write_whole
 from samfast.training.settings import PROMPTS, PredictSettings
+from samfast.training.tasks import TaskSpec, chosen_specs
 
 
 def predict(settings: PredictSettings) -> dict:
@@ -39,7 +43,8 @@ def predict(settings: PredictSettings) -> dict:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = start.autocast_dtype(settings.precision, device)
-    adapter = read_adapter(_adapter_folder(settings.adapter))
+    adapter = read_adapter(adapter_folder(settings.adapter))
+    specs = chosen_specs(adapter.folder, adapter.record, settings.task)
     boxes = boxes_for(settings, prompt_of(adapter), shapes)
     with start.backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
@@ -48,7 +53,8 @@ def predict(settings: PredictSettings) -> dict:
             start.base_dtype("auto", dtype, device),
             fuse=settings.fuse,
         )
-        model = start.Segmenter(sam, dtype, settings.decoder_chunk).to(device)
+        kind = TaskSegmenter if specs else start.Segmenter
+        model = kind(sam, dtype, settings.decoder_chunk).to(device)
         loader = DataLoader(
             _Photographs(paths, image_size(sam), boxes),
             batch_size=settings.batch_size,
@@ -56,6 +62,14 @@ def predict(settings: PredictSettings) -> dict:
         )
         settings.output.mkdir(parents=True, exist_ok=True)
         written = []
+        if specs:
+            found = predicted_tasks(model, loader, specs)
+            for path, name, maps in zip(paths, names, found, strict=True):
+                written.append(_write_tasks(settings.output, name, path, maps))
+                if not settings.json:
+                    masks = (task["mask"] for task in written[-1]["tasks"].values())
+                    print(f"{path}: {', '.join(masks)}", flush=True)
+            return {"output": str(settings.output), "images": written}
         masks = (mask.cpu().numpy() for mask, _ in predicted_masks(model, loader))
         for path, name, mask in zip(paths, names, masks, strict=True):
             written.append(_write(settings.output, name, path, mask))
@@ -131,13 +145,14 @@ def load_adapted(
     base_dtype: torch.dtype | None = None,
     fuse: bool = True,
 ) -> nn.Module:
-    """The SAM that an adapter folder was trained on, with the adapter, in eval mode, on the CPU.
+    """The SAM that an adapter folder was trained on, with the adapter, in eval mode, on the CPU;
+    a MultiTaskSam for an adapter of several tasks.
 
     fuse: whether attention runs fused, as ``finetune`` trains it unless told otherwise
     adapter may also be a folder with ``best/`` in it. Random bases are drawn again from the
     recorded seed; others need ``checkpoint``, and a wrong one is noticed by its digest.
     """
-    adapter = _adapter_folder(adapter)
+    adapter = adapter_folder(adapter)
     base = read_adapter(adapter).record["base"]
     if base.get("name") is None:
         raise ValueError(f"adapter {adapter} does not say which model it was trained on")
@@ -163,11 +178,12 @@ def load_adapted(
         random_init=checkpoint is None,
         seed=base.get("seed"),
     )
-    samfast.load_adapter(sam, adapter, base_dtype=base_dtype).eval()
+    sam = samfast.load_adapter(sam, adapter, base_dtype=base_dtype).eval()
     return samfast.fuse(sam) if fuse else sam
 
 
-def _adapter_folder(given: Path) -> Path:
+def adapter_folder(given: Path) -> Path:
+    """The folder itself, or ``best/`` in it."""
     inside = given / "best"
     return inside if not (given / "adapter_config.json").exists() and inside.is_dir() else given
 
@@ -213,3 +229,33 @@ def _write(folder: Path, name: str, path: Path, mask: np.ndarray) -> dict:
         "overlay": str(overlay_path),
         "foreground": float(mask.mean()),
     }
+
+
+def _write_tasks(
+    folder: Path, name: str, path: Path, maps: list[tuple[TaskSpec, np.ndarray]]
+) -> dict:
+    """A file of each task with its classes or values, and a picture of it."""
+    image, tasks = read_image(path), {}
+    for spec, values in maps:
+        suffix, data = _file_of(spec, values)
+        mask_path = folder / f"{name}_{spec.name}{suffix}"
+        overlay_path = folder / f"{name}_{spec.name}_overlay.png"
+        write_whole(mask_path, data)
+        write_whole(overlay_path, png_bytes(picture(spec)(image, values)))
+        tasks[spec.name] = {"mask": str(mask_path), "overlay": str(overlay_path)}
+    return {"image": str(path), "tasks": tasks}
+
+
+def _file_of(spec: TaskSpec, values: np.ndarray) -> tuple[str, bytes]:
+    """Suffix and content of the file that holds a task's prediction."""
+    if spec.kind == "binary":
+        return ".png", png_bytes(values.astype(np.uint8) * 255)
+    if spec.kind == "semantic":
+        dtype = np.uint8 if spec.channels <= 256 else np.uint16
+        return ".png", png_bytes(values.astype(dtype))
+    buffer = io.BytesIO()
+    if spec.channels == 1:
+        Image.fromarray(values[0].astype(np.float32)).save(buffer, format="TIFF")
+        return ".tif", buffer.getvalue()
+    np.save(buffer, values.astype(np.float32).transpose(1, 2, 0), allow_pickle=False)
+    return ".npy", buffer.getvalue()

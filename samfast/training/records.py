@@ -7,22 +7,16 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from samfast.training.pictures import curves_png, png_bytes
+from samfast.training.pictures import png_bytes
 
-COLUMNS = (
-    "epoch",
-    "step",
-    "train_loss",
-    "val_dice",
-    "val_iou",
-    "images_per_second",
-    "peak_memory_mib",
-    "lr",
-)
+COLUMNS_BEFORE = ("epoch", "step", "train_loss")
+COLUMNS_AFTER = ("images_per_second", "peak_memory_mib", "lr")
+COLUMNS = (*COLUMNS_BEFORE, "val_dice", "val_iou", *COLUMNS_AFTER)  # of one mask
 _SECONDS_BETWEEN_DRAWINGS = 30  # a drawing costs about as much as a short epoch
 _FOLDERS = ("adapter", "overlays", "tensorboard")
 _FILES = ("metrics.csv", "curves.png", "settings.json", "summary.json")
@@ -45,12 +39,22 @@ def clear_results(folder: Path) -> None:
 
 
 class RunFolder:
-    """The output folder of one run. Nothing is created before the first result is there."""
+    """The output folder of one run. Nothing is created before the first result is there.
 
-    def __init__(self, folder: Path, settings: dict, all_foreground: tuple[float, float]):
+    scores: the table's columns of scores   draw: the rows so far as a picture of curves
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        scores: Sequence[str],
+        draw: Callable[[list[dict]], bytes],
+    ):
         self.folder = folder
         self.settings = settings
-        self.all_foreground = all_foreground
+        self.columns = (*COLUMNS_BEFORE, *scores, *COLUMNS_AFTER)
+        self.draw = draw
         self.rows: list[dict] = []
         self._board = None
         self._drawn = time.perf_counter()
@@ -64,18 +68,18 @@ class RunFolder:
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
     def add_epoch(self, row: dict) -> None:
-        """Append one row (the keys are COLUMNS) to table, curves and TensorBoard."""
+        """Append one row (the keys are the columns) to table, curves and TensorBoard."""
         if self._board is None:
             self._open()
         self.rows.append(row)
         table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(table, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_whole(self.folder / "metrics.csv", table.getvalue().encode())
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
-        for name in COLUMNS[2:]:
+        for name in self.columns[2:]:
             self._board.add_scalar(name, row[name], row["epoch"])
         self._board.flush()
 
@@ -97,5 +101,4 @@ class RunFolder:
 
     def _draw(self) -> None:
         self._drawn = time.perf_counter()
-        curves = curves_png(self.rows, self.all_foreground[0], self.settings["loss"])
-        write_whole(self.folder / "curves.png", curves)
+        write_whole(self.folder / "curves.png", self.draw(self.rows))

@@ -16,6 +16,7 @@ METHODS = (
     "adaptformer",
     "cobot-adaptformer",
     "kronecker",
+    "ta-lora",
     "decoder",
 )
 PROMPTS = ("none", "box")
@@ -24,6 +25,11 @@ SCHEDULES = ("cosine", "polynomial", "constant")
 MEMORY = ("fast", "balanced", "minimal")
 BASE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOSSES = ("bce-dice", "structure", "structure-weighted", "balanced-bce")
+TASK_LOSSES = {  # of each kind of task, the first unless told otherwise
+    "binary": LOSSES,
+    "semantic": ("cross-entropy",),
+    "regression": ("l1", "cosine"),
+}
 STEPS_PER_EPOCH = 50  # the least, where the settings leave the number of repeats open
 
 
@@ -39,6 +45,11 @@ class FinetuneSettings:
     data: Path | None = None
     """Folder with images/ and masks/, or with train/ and val/ that hold them; only --dry-run can do
     without."""
+    tasks: Path | None = None
+    """A YAML file with several tasks that share the encoder, each with a mask decoder of its own:
+    under tasks: a list of name, kind (binary, semantic, regression), channels, folder, weight,
+    loss, ignore, foreground, scale, offset, and derive with from. Masks then lie in the tasks'
+    folders, and no --prompt, --loss and --foreground are given."""
     model: str = "vit_b"
     """vit_b, vit_l, vit_h (these need --checkpoint or --random-init) or vit_tiny."""
     checkpoint: Path | None = None
@@ -50,11 +61,11 @@ class FinetuneSettings:
     method: str = "lora"
     """The adapters that are trained beside the mask decoder: lora; conv-lora (with one mask token,
     as published); cobot-lora: SAM-COBOT on q and v; adaptformer: branches beside the MLPs, and
-    cobot-adaptformer: with SAM-COBOT; kronecker: sums of Kronecker products. Or decoder: the mask
-    decoder alone."""
+    cobot-adaptformer: with SAM-COBOT; kronecker: sums of Kronecker products; ta-lora, of --tasks:
+    an update for each task from one tensor. Or decoder: the mask decoder alone."""
     rank: int | None = None
     """The adapters' rank, for cobot-lora a multiple of 4; 4, for conv-lora 3, for kronecker (whose
-    update has rank kron_n * kron_n * rank) 1, if not given."""
+    update has rank kron_n * kron_n * rank) 1, for ta-lora 32, if not given."""
     alpha: float | None = None
     """The adapters' scaling is alpha / rank, where they have one (lora, conv-lora, kronecker);
     alpha = rank, for conv-lora 32, if not given."""
@@ -69,12 +80,14 @@ class FinetuneSettings:
     """Of kronecker: number of products, which divides the layers' sizes; 4 if not given."""
     zero_start: bool = False
     """Of cobot-lora: start at the frozen model; as published, cobot-lora starts off it."""
+    orthogonality: float | None = None
+    """Of ta-lora: weight of the penalty that keeps its factors near orthogonal; 0 if not given."""
     dropout: float | None = None
-    """Dropout on the adapters' input, of adaptformer on its bottleneck; 0, for adaptformer and
-    cobot-adaptformer 0.1, if not given. cobot-lora has none."""
+    """Dropout on the adapters' input, of adaptformer on its bottleneck; 0, for adaptformer,
+    cobot-adaptformer and ta-lora 0.1, if not given. cobot-lora has none."""
     target: tuple[str, ...] | None = None
     """The encoder's layers that get an adapter: of qkv, proj, lin1, lin2; of adaptformer mlp. If
-    not given qkv, for kronecker qkv and proj. cobot-lora is on every qkv."""
+    not given qkv, for kronecker qkv and proj. cobot-lora and ta-lora are on every qkv."""
     slices: tuple[str, ...] | None = None
     """Of lora: adapt only these parts of qkv (q, k, v), each with its own factors and no
     scaling."""
@@ -162,14 +175,22 @@ class FinetuneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSettings:
-    """Segment images with a fine-tuned adapter: one mask (0 and 255) and one overlay each."""
+    """Segment images with a fine-tuned adapter: one mask and one overlay each.
+
+    A mask is 0 and 255. Of an adapter of several tasks, each task gives its own: 0 and 255 of a
+    binary task, the class of each pixel of a semantic one, and the values of a regression in a
+    float32 TIFF, of several channels in a .npy file.
+    """
 
     images: Positional[tuple[Path, ...]]
     """Image files, or folders of them."""
     adapter: Path
     """Adapter folder that finetune wrote, such as runs/NAME/adapter/best."""
     output: Path = Path("predictions")
-    """Folder for NAME_mask.png and NAME_overlay.png; existing files of these names are replaced."""
+    """Folder for NAME_mask.png and NAME_overlay.png, of several tasks NAME_TASK.png and
+    NAME_TASK_overlay.png; existing files of these names are replaced."""
+    task: str | None = None
+    """Of an adapter of several tasks: predict this one alone; all if not given."""
     checkpoint: Path | None = None
     """The SAM weights the adapter was trained on; not needed where these were random."""
     box: UseAppendAction[tuple[str, ...]] = ()
@@ -189,3 +210,34 @@ class PredictSettings:
     """CPU threads torch uses; torch's own choice if not given."""
     json: bool = False
     """Print a summary as JSON on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Score a fine-tuned adapter on images with their masks."""
+
+    adapter: Path
+    """Adapter folder that finetune wrote, such as runs/NAME/adapter/best."""
+    data: Path
+    """Folder with images/ and masks/ (the tasks' folders), all of which are scored; or with train/
+    and val/, of which val/ is."""
+    task: str | None = None
+    """Of an adapter of several tasks: score this one alone; all if not given."""
+    checkpoint: Path | None = None
+    """The SAM weights the adapter was trained on; not needed where these were random."""
+    output: Path | None = None
+    """Folder for overlays of every image; none are drawn if not given."""
+    batch_size: int = 4
+    """Images in one forward pass."""
+    precision: str = "auto"
+    """auto: bf16 on a GPU that has it, else fp16 on a GPU, fp32 on a CPU; or bf16, fp16, fp32."""
+    decoder_chunk: int | None = None
+    """Objects that the mask decoder takes at a time; all if not given."""
+    fuse: bool = True
+    """Run the encoder's attention fused; --no-fuse runs segment_anything's own, to compare."""
+    backend: str = "auto"
+    """Which kernels run: auto, reference, torch, cpu, triton or cuda."""
+    threads: int | None = None
+    """CPU threads torch uses; torch's own choice if not given."""
+    json: bool = False
+    """Print the scores as JSON on stdout."""

@@ -3,7 +3,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
@@ -14,7 +14,15 @@ from torch import Tensor, nn
 import samfast
 from samfast import backends
 from samfast.integrations import segment_anything
-from samfast.models import TRAINED_DECODER, binary_head, build_sam, image_size, segment
+from samfast.models import (
+    TRAINED_DECODER,
+    MultiTaskSam,
+    Task,
+    binary_head,
+    build_sam,
+    image_size,
+    segment,
+)
 from samfast.models.architectures import architecture
 from samfast.modules.attach import find_layers
 from samfast.modules.methods import METHODS as KINDS
@@ -50,8 +58,10 @@ _RECIPES = {
     "adaptformer": _ADAPTFORMER,
     "cobot-adaptformer": _ADAPTFORMER,
     "kronecker": {**_LORA, "kron_n": 4, "rank": 1, "target": ("qkv", "proj")},
+    "ta-lora": {**_TRAINING, "rank": 32, "dropout": 0.1, "orthogonality": 0.0},
     "decoder": _TRAINING,
 }
+TASK_RANK = 4  # the third of TA-LoRA's ranks, which --rank leaves alone
 # The options that are some methods' alone, and which of them a method has.
 _OPTIONS = {
     "lora": ("rank", "alpha", "dropout", "target", "slices"),
@@ -60,11 +70,13 @@ _OPTIONS = {
     "adaptformer": ("bottleneck", "dropout", "target"),
     "cobot-adaptformer": ("bottleneck", "dropout", "target"),
     "kronecker": ("rank", "alpha", "dropout", "target", "kron_n"),
+    "ta-lora": ("rank", "dropout", "orthogonality"),
     "decoder": (),
 }
 _LACKS = {  # in place of "has none"
     ("conv-lora", "slices"): "adapts whole layers",
     ("cobot-lora", "target"): "adapts q and v of every block",
+    ("ta-lora", "target"): "adapts q, k and v of every block",
 }
 _RELATED = ("cobot-lora", "cobot-adaptformer")
 _PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -140,6 +152,7 @@ def check_settings(settings: FinetuneSettings) -> None:
         raise ValueError(
             f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
         )
+    _check_tasks(settings)
     if settings.data is None and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
     _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")
@@ -157,6 +170,24 @@ def check_settings(settings: FinetuneSettings) -> None:
             raise ValueError(f"{name} is {rate}; it must be above 0")
     if not 0.0 < settings.val_fraction < 1.0:
         raise ValueError(f"val_fraction is {settings.val_fraction}; it must lie between 0 and 1")
+
+
+def _check_tasks(settings: FinetuneSettings) -> None:
+    """Raise ValueError for what goes with several tasks only, or not at all."""
+    if settings.tasks is None:
+        if settings.method == "ta-lora":
+            raise ValueError("method ta-lora is for several tasks; name their file with --tasks")
+        return
+    if settings.dry_run:
+        raise ValueError("a dry run counts a model of one mask; leave out --tasks or --dry-run")
+    if settings.prompt != "none":
+        raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
+    for name in ("loss", "foreground"):
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"{name} is an option of one mask; with several tasks it is a key of each task in "
+                f"{settings.tasks}"
+            )
 
 
 def _check_method_options(settings: FinetuneSettings) -> None:
@@ -198,15 +229,25 @@ def build_base(settings: FinetuneSettings) -> nn.Module:
 
 
 def attach_method(
-    sam: nn.Module, settings: FinetuneSettings, base_dtype: torch.dtype | None = None
+    sam: nn.Module,
+    settings: FinetuneSettings,
+    base_dtype: torch.dtype | None = None,
+    tasks: Sequence[Task] | None = None,
 ) -> nn.Module:
-    """Freeze the model, add the settings' adapters, leave the mask decoder to be trained; fuse."""
-    method = method_of(settings)
-    if settings.method == "conv-lora":
+    """Freeze the model, add the settings' adapters, leave the mask decoder to be trained; fuse.
+
+    With tasks, the result is another module, a MultiTaskSam.
+    """
+    method = method_of(settings, tasks)
+    train = TRAINED_DECODER
+    if tasks is not None:
+        sam = MultiTaskSam(sam, tasks)
+        train = sam.trained_parts()
+    elif settings.method == "conv-lora":
         binary_head(sam)
     if isinstance(method, Kronecker):
         _check_kron_n(sam, method)
-    samfast.attach(sam, method, train=TRAINED_DECODER, base_dtype=base_dtype)
+    samfast.attach(sam, method, train=train, base_dtype=base_dtype)
     return samfast.fuse(sam, memory=settings.memory or MEMORY[0]) if settings.fuse else sam
 
 
@@ -220,7 +261,7 @@ def _check_kron_n(sam: nn.Module, method: Kronecker) -> None:
                 )
 
 
-def method_of(settings: FinetuneSettings) -> Method:
+def method_of(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) -> Method:
     """What the settings attach; ValueError when an option of it is wrong."""
     settings = with_recipe(settings)
     if settings.method == "decoder":
@@ -232,6 +273,10 @@ def method_of(settings: FinetuneSettings) -> Method:
         return samfast.AdaptFormer(cobot=True, **options)
     if settings.method == "kronecker":
         options["n"] = options.pop("kron_n")
+    if settings.method == "ta-lora":
+        rank = options.pop("rank")
+        options["ranks"] = (rank, rank, TASK_RANK)
+        options["tasks"] = tuple(task.name for task in tasks)
     return KINDS[settings.method](**options)
 
 
@@ -313,7 +358,8 @@ def _smallest_layer(method: Method, mlp: type[nn.Module]) -> tuple[nn.Module, in
     if isinstance(method, samfast.AdaptFormer):
         width = max(16, method.bottleneck)
         return mlp(width, width), width
-    width = max(16, method.rank) * getattr(method, "n", 1)
+    rank = max(method.ranks) if hasattr(method, "ranks") else method.rank
+    width = max(16, rank) * getattr(method, "n", 1)
     return nn.Linear(width, 3 * width), width
 
 
@@ -321,6 +367,7 @@ def output_folder(settings: FinetuneSettings) -> Path:
     """Where the results go; ValueError when something is there already."""
     method = f"{settings.method}-depthwise" if settings.depthwise else settings.method
     prompt = "" if settings.prompt == "none" else f"-{settings.prompt}"
+    prompt = prompt if settings.tasks is None else f"-{settings.tasks.stem}"
     name = f"{settings.data.resolve().name}-{settings.model}-{method}{prompt}"
     output = settings.output if settings.output is not None else Path("runs") / name
     if output.exists() and not output.is_dir():

@@ -22,8 +22,10 @@ DEFAULTS = {
     "adaptformer": lambda: samfast.AdaptFormer(),
     "cobot-adaptformer": lambda: samfast.AdaptFormer(cobot=True),
     "kronecker": lambda: samfast.Kronecker(),
+    "ta-lora": lambda: samfast.TaLora(tasks=("classes", "depth")),
     "decoder": lambda: samfast.DecoderOnly(),
 }
+TASKS = (Task("classes", "semantic", 3), Task("depth", "regression"))
 RELATED = ("cobot-lora", "cobot-adaptformer")
 NEW = ("cobot-lora", "adaptformer", "cobot-adaptformer", "kronecker")
 
@@ -32,7 +34,8 @@ def test_a_recipe_has_the_library_s_defaults():
     assert tuple(DEFAULTS) == METHODS == tuple(start._RECIPES) == tuple(start._OPTIONS)
     for name, default in DEFAULTS.items():
         settings = FinetuneSettings(model="vit_tiny", method=name)
-        assert start.method_of(settings) == default()
+        tasks = TASKS if name == "ta-lora" else None
+        assert start.method_of(settings, tasks) == default()
         recipe = start.with_recipe(settings)
         assert recipe.relation_lr is None  # as --lr; 100 times that is for who asks for it
         expected = ("polynomial", "structure") if name == "conv-lora" else ("cosine", "bce-dice")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning for one binary mask per image: its data, loss, scores and pictures.
+
+What ``samfast.training.loop`` asks of a goal; ``many_tasks`` is the other one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from samfast.training import pictures, start
+from samfast.training.data import Batch, Collate, PairDataset, binary_mask
+from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
+from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
+from samfast.training.images import read_image, read_mask
+from samfast.training.losses import LOSSES
+from samfast.training.metrics import all_foreground_scores
+from samfast.training.settings import FinetuneSettings
+
+
+class OneMask:
+    """The foreground of each image's mask, with or without a box around it.
+
+    score: the column that says which epoch is the best   columns: of the table, with scores
+    """
+
+    score = "val_dice"
+    columns = ("val_dice", "val_iou")
+    curves = (("val_dice", "Dice"), ("val_iou", "IoU"))
+
+    def __init__(self, settings: FinetuneSettings, only_score: bool = False):
+        """Finds the files; opens none. only_score: nothing is for training."""
+        self.settings = settings
+        if only_score:
+            self.split = Split((), find_scored(settings.data))
+        else:
+            self.split = find_split(
+                settings.data, val_fraction=settings.val_fraction, seed=settings.seed
+            )
+        self.loss_name = settings.loss
+        self.tasks = None
+
+    def check(self) -> None:
+        """Decode every file and check it, or raise the first broken rule."""
+        split, foreground = self.split, self.settings.foreground
+        check_pairs((*split.train, *split.val), foreground)
+        truths = (binary_mask(read_mask(pair.mask), foreground) for pair in split.val)
+        dice, iou = all_foreground_scores(torch.from_numpy(truth) for truth in truths)
+        self.baseline = {"dice": dice, "iou": iou}
+
+    def sentences(self) -> Iterator[str]:
+        """What a run says before it begins."""
+        if self.settings.prompt == "box":
+            yield (
+                "each image is prompted by the box around its foreground, whose sides move by up "
+                f"to {self.settings.box_jitter:g} pixels in training"
+            )
+        yield (
+            f"{len(self.split.train)} training and {len(self.split.val)} validation images; "
+            f"calling everything foreground scores Dice {self.baseline['dice']:.4f}, IoU "
+            f"{self.baseline['iou']:.4f}"
+        )
+
+    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return start.Segmenter(sam, dtype, self.settings.decoder_chunk)
+
+    def training_data(self, side: int) -> tuple[Dataset, Collate]:
+        settings = self.settings
+        data = PairDataset(
+            self.split.train,
+            side,
+            foreground=settings.foreground,
+            flips=settings.flips,
+            prompt=settings.prompt,
+            box_jitter=settings.box_jitter,
+            seed=settings.seed,
+        )
+        return data, Collate(side, truths=False)
+
+    def validation_loader(
+        self, pairs: tuple[Pair, ...], side: int, batch_size: int, workers: int = 0
+    ) -> DataLoader:
+        settings = self.settings
+        return validation_loader(
+            pairs, side, batch_size, settings.foreground, workers, settings.prompt
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits, valid = model(batch.images, batch.sizes, batch.boxes)
+        return LOSSES[self.settings.loss](logits, batch.masks, valid)
+
+    def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
+        return dict(zip(self.columns, evaluate(model, loader), strict=True))
+
+    def epoch_text(self, row: dict) -> str:
+        return (
+            f"val Dice {row['val_dice']:.4f} (all foreground {self.baseline['dice']:.4f})  "
+            f"IoU {row['val_iou']:.4f}"
+        )
+
+    def closing(self, best: dict) -> str:
+        return (
+            f"best validation Dice {best['val_dice']:.4f} in epoch {best['epoch']} (all "
+            f"foreground {self.baseline['dice']:.4f})"
+        )
+
+    def table(self, row: dict) -> str:
+        return (
+            f"Dice {row['val_dice']:.4f}  IoU {row['val_iou']:.4f}  (all foreground Dice "
+            f"{self.baseline['dice']:.4f} IoU {self.baseline['iou']:.4f})"
+        )
+
+    def summary(self, best: dict) -> dict:
+        return {
+            **{name: best[name] for name in self.columns},
+            "all_foreground_dice": self.baseline["dice"],
+            "all_foreground_iou": self.baseline["iou"],
+        }
+
+    def remembered(self) -> dict:
+        """What the adapter's folder keeps for prediction."""
+        foreground = self.settings.foreground
+        return {
+            "foreground": None if foreground is None else list(foreground),
+            "prompt": self.settings.prompt,
+            "box_jitter": self.settings.box_jitter,
+        }
+
+    def baseline_line(self) -> tuple[float, str]:
+        """A line in the curves: its height and its name."""
+        return self.baseline["dice"], "Dice of all foreground"
+
+    def overlays(
+        self, model: nn.Module, pairs: list[Pair], side: int
+    ) -> Iterator[tuple[str, Image.Image]]:
+        """(name, image | truth | prediction at the image's size) for each pair."""
+        loader = self.validation_loader(pairs, side, 1)
+        for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
+            image = read_image(pair.image)
+            yield (
+                pair.stem,
+                pictures.overlay_panel(image, truth.cpu().numpy(), predicted.cpu().numpy()),
+            )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of a saved adapter on a folder of images and masks."""
+
+import torch
+
+from samfast.integrations.torchvision import declare_missing_schemas
+from samfast.models import image_size
+from samfast.modules.adapter_files import read_adapter
+from samfast.training import start
+from samfast.training.many_tasks import ManyTasks
+from samfast.training.one_mask import OneMask
+from samfast.training.pictures import png_bytes
+from samfast.training.predict import adapter_folder, load_adapted, prompt_of
+from samfast.training.records import write_whole
+from samfast.training.settings import EvaluateSettings, FinetuneSettings
+from samfast.training.tasks import chosen_specs
+
+
+def score(settings: EvaluateSettings) -> dict:
+    """The scores as ``summary.json`` of a run has them, and a table of them as text.
+
+    Every file is decoded and checked first: a bad one is a ValueError with one sentence.
+    """
+    start.check_prediction(settings)
+    output = settings.output
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file, not a folder")
+    adapter = read_adapter(adapter_folder(settings.adapter))
+    specs = chosen_specs(adapter.folder, adapter.record, settings.task)
+    foreground = adapter.record["extra"].get("foreground")
+    as_trained = FinetuneSettings(
+        data=settings.data,
+        prompt=prompt_of(adapter),
+        foreground=None if foreground is None else tuple(foreground),
+        decoder_chunk=settings.decoder_chunk,
+        box_jitter=0.0,
+    )
+    if specs:
+        goal = ManyTasks(as_trained, specs, only_score=True)
+    else:
+        goal = OneMask(as_trained, only_score=True)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = start.autocast_dtype(settings.precision, device)
+    with start.backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
+        base = start.base_dtype("auto", dtype, device)
+        sam = load_adapted(settings.adapter, settings.checkpoint, base, fuse=settings.fuse)
+        goal.check()
+        model = goal.segmenter(sam, dtype).to(device)
+        items, side = goal.split.val, image_size(sam)
+        row = goal.scores(model, goal.validation_loader(items, side, settings.batch_size))
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            for name, panel in goal.overlays(model, items, side):
+                write_whole(output / f"{name}.png", png_bytes(panel))
+    return {
+        "adapter": str(adapter.folder),
+        "data": str(settings.data),
+        "images": len(items),
+        **goal.summary(row),
+        "table": goal.table(row),
+    }

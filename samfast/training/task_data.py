@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with the truth of several tasks as batches: derived maps, resizing, flips, padding.
+
+A truth is int32 (H, W) of binary (0, 1) and semantic tasks, -1 where nothing counts, and float32
+(C, H, W) of regression, NaN where there is no value.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from samfast.training.data import (
+    binary_mask,
+    flipped_axes,
+    resize_image,
+    resize_mask,
+)
+from samfast.training.images import read_image
+from samfast.training.task_files import Item, read_stored
+from samfast.training.tasks import UNLABELLED, TaskSpec
+
+
+def boundary(labels: np.ndarray) -> np.ndarray:
+    """int32 (H, W): 1 where a pixel above, below, left or right has another class, else 0.
+
+    labels: int32 (H, W); -1 is no class and makes no boundary, and stays -1
+    """
+    edge = np.zeros(labels.shape, bool)
+    known = labels >= 0
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = (labels[a] != labels[b]) & known[a] & known[b]
+        edge[a] |= differ
+        edge[b] |= differ
+    return np.where(known, edge, -1).astype(np.int32)
+
+
+def distance(labels: np.ndarray) -> np.ndarray:
+    """float32 (H, W): pixels to the nearest of the boundary, 0 on it; NaN where labels are -1, and
+    everywhere in an image without a boundary."""
+    from scipy.ndimage import distance_transform_edt  # comes with scikit-image
+
+    edge = boundary(labels)
+    if not (edge == 1).any():
+        return np.full(labels.shape, np.nan, np.float32)
+    return np.where(edge < 0, np.nan, distance_transform_edt(edge != 1)).astype(np.float32)
+
+
+def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
+    """The truth of a task from what its file stores."""
+    ignored = np.isin(stored, spec.ignore)
+    if spec.labels:
+        ignored |= stored == UNLABELLED
+        labels = np.where(ignored, np.int32(-1), stored.astype(np.int32))
+        if spec.derive is None:
+            return labels
+        if spec.derive == "boundary":
+            return boundary(labels)
+        return spec.scale * distance(labels)[None] + np.float32(spec.offset)
+    if spec.kind == "binary":
+        foreground = binary_mask(stored, spec.foreground).astype(np.int32)
+        return np.where(ignored, np.int32(-1), foreground)
+    values = np.where(ignored, np.nan, stored).astype(np.float32)
+    return np.moveaxis(spec.scale * values + np.float32(spec.offset), -1, 0)
+
+
+def flipped(spec: TaskSpec, truth: np.ndarray, axes: Iterable[int]) -> np.ndarray:
+    """The truth of the mirrored image; axis 0 is the height, 1 the width.
+
+    Directions are mirrored too: x, channel 0, along the width and y, channel 1, along the height.
+    """
+    for axis in axes:
+        truth = np.flip(truth, axis - 2)
+        if spec.loss == "cosine":
+            truth = truth.copy()
+            truth[1 - axis] *= -1
+    return np.ascontiguousarray(truth)
+
+
+def resized(truth: np.ndarray, image_size: int) -> np.ndarray:
+    """A truth at the model's size, nearest neighbour."""
+    if truth.ndim == 2:
+        return resize_mask(truth, image_size)
+    return np.stack([resize_mask(channel, image_size) for channel in truth])
+
+
+class TaskSample(NamedTuple):
+    """One image at the model's size; truths at that size and at the file's own, by task."""
+
+    image: np.ndarray  # uint8 (h, w, 3)
+    targets: dict[str, np.ndarray]
+    truths: dict[str, np.ndarray]
+
+
+class TaskBatch(NamedTuple):
+    """A batch of images, each with the truth of the tasks that have it. S: the image size."""
+
+    images: Tensor  # uint8 (B, 3, S, S), 0 in the padding
+    sizes: Tensor  # int64 (B, 2), the valid height and width
+    rows: dict[str, list[int]]  # by task, the images that have its truth
+    targets: dict[str, Tensor]  # int64 (rows, S, S) or float32 (rows, C, S, S); -1, NaN: padding
+    truths: dict[str, list[Tensor]]  # at the files' own sizes; empty in training
+
+
+class TaskDataset(Dataset):
+    """Items as samples; a key is an index or (index, pass), and flips are as in PairDataset.
+
+    Every file is read once, whatever the number of tasks it serves.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        specs: Sequence[TaskSpec],
+        image_size: int,
+        *,
+        flips: bool = False,
+        seed: int = 0,
+    ):
+        self.items = tuple(items)
+        self.specs = tuple(specs)
+        self.image_size = image_size
+        self.flips = flips
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> TaskSample:
+        index, number = key if isinstance(key, tuple) else (key, 0)
+        item = self.items[index]
+        axes = flipped_axes(self.seed, number, index) if self.flips else []
+        image = read_image(item.image)
+        for axis in axes:
+            image = np.flip(image, axis)
+        truths, files = {}, {}
+        for spec in self.specs:
+            if spec.name in item.targets:
+                file = item.targets[spec.name], spec.labels or spec.kind == "binary"
+                if file not in files:
+                    files[file] = read_stored(spec, file[0])
+                truths[spec.name] = flipped(spec, truth_of(spec, files[file]), axes)
+        targets = {name: resized(truth, self.image_size) for name, truth in truths.items()}
+        image = resize_image(np.ascontiguousarray(image), self.image_size)
+        return TaskSample(image, targets, truths)
+
+
+class TaskCollate:
+    """Pad samples to the square and stack them; ``truths`` keeps those at the files' sizes."""
+
+    def __init__(self, specs: Sequence[TaskSpec], image_size: int, *, truths: bool):
+        self.specs = tuple(specs)
+        self.image_size = image_size
+        self.truths = truths
+
+    def __call__(self, samples: Sequence[TaskSample]) -> TaskBatch:
+        side = self.image_size
+        images = np.zeros((len(samples), 3, side, side), np.uint8)
+        sizes = np.zeros((len(samples), 2), np.int64)
+        for i, sample in enumerate(samples):
+            height, width = sizes[i] = sample.image.shape[:2]
+            images[i, :, :height, :width] = sample.image.transpose(2, 0, 1)
+        rows, targets, truths = {}, {}, {}
+        for spec in self.specs:
+            name = spec.name
+            rows[name] = [i for i, sample in enumerate(samples) if name in sample.targets]
+            values = spec.kind == "regression"
+            shape = (len(rows[name]), *((spec.channels,) if values else ()), side, side)
+            target = np.full(shape, np.nan if values else -1, np.float32 if values else np.int64)
+            for to, i in zip(target, rows[name], strict=True):
+                height, width = sizes[i]
+                to[..., :height, :width] = samples[i].targets[name]
+            targets[name] = torch.from_numpy(target)
+            kept = rows[name] if self.truths else []
+            truths[name] = [torch.from_numpy(samples[i].truths[name]) for i in kept]
+        return TaskBatch(torch.from_numpy(images), torch.from_numpy(sizes), rows, targets, truths)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tasks.yaml: what each of several tasks predicts, where its truth lies, and what it weighs.
+
+    tasks:
+      - name: classes
+        kind: semantic
+        channels: 11
+        ignore: 11
+      - name: boundary
+        derive: boundary
+        from: classes
+
+Every mistake is one ValueError or FileNotFoundError, a sentence with the file and the values.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from samfast.models import Task
+from samfast.models.heads import MULTI_TASK
+from samfast.training.settings import TASK_LOSSES
+
+UNLABELLED = 255  # of semantic masks, whatever else is ignored
+DERIVED = {"boundary": "binary", "distance": "regression"}
+_OF_KIND = {"foreground": "binary", "scale": "regression", "offset": "regression"}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of a run.
+
+    name, kind, channels: as in ``samfast.models.Task``
+    folder: its masks under the data folder (with train/ and val/, under each of them); or a folder
+        with images/ and masks/ of its own
+    derive: made of the folder's class labels: "boundary", the pixels next to another class, or
+        "distance", in pixels to the nearest of these
+    weight: of its loss in the sum   loss: see samfast.training.settings.TASK_LOSSES
+    ignore: stored values that count nowhere; of semantic tasks 255 too
+    foreground: of binary tasks, stored values that are foreground; values > 0 if not given
+    scale, offset: of regression, the model predicts scale * stored value + offset
+    """
+
+    name: str
+    kind: str = "binary"
+    channels: int = 1
+    folder: str = "masks"
+    derive: str | None = None
+    weight: float = 1.0
+    loss: str = ""
+    ignore: tuple[float, ...] = ()
+    foreground: tuple[int, ...] | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def __post_init__(self):
+        task = self.task  # checks name, kind and channels
+        losses = TASK_LOSSES[self.kind]
+        object.__setattr__(self, "loss", self.loss or losses[0])
+        if self.loss not in losses:
+            raise ValueError(
+                f"task {task.name} has loss {self.loss!r}; of {self.kind} tasks known are "
+                f"{', '.join(losses)}"
+            )
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"task {task.name} has weight {self.weight:g}; it must be above 0")
+        if self.scale == 0 or not (math.isfinite(self.scale) and math.isfinite(self.offset)):
+            raise ValueError(f"task {task.name} has scale {self.scale:g}; it must not be 0")
+        if self.derive is not None and (self.kind, self.channels) != (DERIVED[self.derive], 1):
+            raise ValueError(
+                f"task {task.name} is {self.kind} with {self.channels} channels, but derive "
+                f"{self.derive} is {DERIVED[self.derive]} with 1"
+            )
+        for key, kind in _OF_KIND.items():
+            if getattr(self, key) != TaskSpec.__dataclass_fields__[key].default:
+                if self.kind != kind or (key == "foreground" and self.derive is not None):
+                    raise ValueError(f"task {task.name} has {key}, which only {kind} masks have")
+        if self.loss == "cosine" and self.channels != 3:
+            raise ValueError(
+                f"task {task.name} has {self.channels} channels, but loss cosine is for 3, the "
+                "x, y and z of directions"
+            )
+        parts = PurePath(self.folder).parts
+        if not parts or PurePath(self.folder).is_absolute() or ".." in parts:
+            raise ValueError(
+                f"task {task.name} has folder {self.folder!r}, which is no folder inside the data "
+                "folder"
+            )
+
+    @property
+    def task(self) -> Task:
+        return Task(self.name, self.kind, self.channels)
+
+    @property
+    def labels(self) -> bool:
+        """Whether its files hold class labels."""
+        return self.kind == "semantic" or self.derive is not None
+
+    def config(self) -> dict[str, Any]:
+        """The task as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def specs_from_config(config: Any) -> tuple[TaskSpec, ...]:
+    """The tasks that ``TaskSpec.config`` describes; ValueError when it describes none."""
+    known = set(TaskSpec.__dataclass_fields__)
+    if not isinstance(config, list) or not all(
+        isinstance(task, dict) and "name" in task and set(task) <= known for task in config
+    ):
+        raise ValueError(f"{config!r} does not describe tasks")
+    return tuple(
+        TaskSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in task.items()})
+        for task in config
+    )
+
+
+def chosen_specs(folder: Path, record: dict[str, Any], task: str | None) -> tuple[TaskSpec, ...]:
+    """The tasks of an adapter's record, or the one of this name; () for an adapter of one mask.
+
+    folder: the adapter's, for the sentence when there is no such task
+    """
+    if record.get("head") != MULTI_TASK:
+        if task is not None:
+            raise ValueError(f"adapter {folder} has one mask and no tasks; leave out --task")
+        return ()
+    # An adapter that the command line did not write knows what its decoders predict.
+    config = record["extra"].get("tasks", record["classes"])
+    try:
+        specs = specs_from_config(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"adapter {folder} cannot be used: {error}") from None
+    if task is None:
+        return specs
+    names = [spec.name for spec in specs]
+    if task not in names:
+        raise ValueError(f"adapter {folder} has no task {task!r}; {_nearest(task, names)}")
+    return (specs[names.index(task)],)
+
+
+_KEYS = {
+    "name": str,
+    "kind": str,
+    "channels": int,
+    "folder": str,
+    "weight": float,
+    "loss": str,
+    "ignore": list,
+    "foreground": list,
+    "scale": float,
+    "offset": float,
+    "derive": str,
+    "from": str,
+}
+
+
+def read_tasks(path: Path | str) -> tuple[TaskSpec, ...]:
+    """The tasks of a YAML file, checked."""
+    import yaml  # comes with accelerate
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"tasks file {path} does not exist or is no file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return parsed(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parsed(content: Any) -> tuple[TaskSpec, ...]:
+    """The tasks of what a YAML file holds."""
+    if not isinstance(content, dict):
+        raise ValueError("there is no list under tasks:")
+    _check_keys("the file", content, ("tasks",))
+    given = content.get("tasks")
+    if not isinstance(given, list) or not given:
+        raise ValueError("there is no list under tasks:")
+    for number, entry in enumerate(given, start=1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError(f"task {number} has no name")
+    names = [entry["name"] for entry in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two tasks are called {name}")
+    entries = {entry["name"]: _checked(entry) for entry in given}
+    return tuple(_spec(entry, entries) for entry in entries.values())
+
+
+def _check_keys(what: str, entry: dict, known: Collection[str]) -> None:
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"{what} has an unknown key {key!r}; {_nearest(key, known)}")
+
+
+def _nearest(given: Any, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(given), known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+
+
+def _checked(entry: dict) -> dict:
+    """The entry with its values' types checked."""
+    name = entry["name"]
+    _check_keys(f"task {name}", entry, _KEYS)
+    checked = {}
+    for key, value in entry.items():
+        kind = _KEYS[key]
+        if kind is list and isinstance(value, (int, float)):
+            value = [value]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        right = {
+            str: isinstance(value, str),
+            int: number and isinstance(value, int),
+            float: number,
+            list: isinstance(value, list) and all(_is_number(v) for v in value),
+        }[kind]
+        if not right:
+            wanted = {str: "a text", int: "a whole number", float: "a number"}
+            raise ValueError(f"task {name} has {key} {value!r}, not {wanted.get(kind, 'numbers')}")
+        if key == "foreground" and not value:
+            raise ValueError(f"task {name} has an empty foreground; name at least one value")
+        checked[key] = tuple(value) if kind is list else value
+    return checked
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _spec(entry: dict, entries: dict[str, dict]) -> TaskSpec:
+    """The task of an entry; one derived from another task takes its folder and what it ignores."""
+    entry, name = dict(entry), entry["name"]
+    derive, source = entry.get("derive"), entry.pop("from", None)
+    if derive is not None:
+        if derive not in DERIVED:
+            raise ValueError(
+                f"task {name} has an unknown derive {derive!r}; {_nearest(derive, DERIVED)}"
+            )
+        entry.setdefault("kind", DERIVED[derive])
+    if source is not None:
+        if derive is None:
+            raise ValueError(f"task {name} has from {source!r}, but no derive")
+        origin = entries.get(source)
+        if origin is None or origin.get("kind") != "semantic":
+            known = [n for n, other in entries.items() if other.get("kind") == "semantic"]
+            raise ValueError(
+                f"task {name} is derived from {source!r}, which is no semantic task; "
+                + (f"semantic tasks are {', '.join(known)}" if known else "there is none")
+            )
+        for key in ("folder", "ignore"):
+            if key in entry:
+                raise ValueError(
+                    f"task {name} has {key}, but takes it from task {source}; leave one out"
+                )
+            if key in origin:
+                entry[key] = origin[key]
+    if entry.get("kind") == "semantic" and "channels" not in entry:
+        raise ValueError(f"task {name} is semantic, so say its number of classes with channels:")
+    return TaskSpec(**entry)
