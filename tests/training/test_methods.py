@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import samfast
-from samfast.models import TRAINED_DECODER, build_sam
+from samfast.models import TRAINED_DECODER, Task, build_sam
 from samfast.training import loop, start
 from samfast.training.evaluate import evaluate, validation_loader
 from samfast.training.folders import load_split
