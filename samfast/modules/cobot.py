@@ -236,6 +236,13 @@ class CobotQkvLora(CobotLayer, QkvLora):
         if "gamma" in self._parameters:  # the layer below calls this before they exist
             self.reset_coefficients()
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "FacT_p" in self._parameters:  # nn.Linear calls this before they exist
+            nn.init.ones_(self.FacT_c)
+            nn.init.eye_(self.FacT_p)
+            self.reset_adapter()
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, self.share()[0]
 

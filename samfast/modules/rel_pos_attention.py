@@ -16,11 +16,12 @@ from samfast.modules.kronecker import KroneckerLinear
 from samfast.modules.lora import LoraLinear
 from samfast.modules.qkv_lora import QkvLora
 from samfast.modules.stand_in import altered, kind_of, standing_in
+from samfast.modules.task_lora import TaskLoraLinear
 
 Attention = segment_anything.load().modeling.image_encoder.Attention
 
 # Layers that treat every token alone, and give their bias for a token of zeros.
-TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear)
+TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear, TaskLoraLinear)
 
 
 class RelPosAttention(Attention):

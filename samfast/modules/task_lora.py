@@ -135,6 +135,11 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         module.entries = torch.zeros(1, dtype=torch.int64, device=linear.weight.device)
         return module
 
+    def add_adapter(self, **shapes) -> None:
+        super().add_adapter(**shapes)
+        # In memory as the engine takes it, which would copy it at each call otherwise.
+        self.td_U1 = nn.Parameter(self.td_U1.data.t().contiguous().t())
+
     def reset_adapter(self) -> None:
         nn.init.zeros_(self.td_G)
         for factor in (self.td_U1, self.td_U2, self.td_U3):

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from black_box import Subject
 from literal_cobot import LiteralCobot
+from literal_task_lora import LiteralTaskLora
 from torch import nn
 
 from samfast.backends import triton_missing
-from samfast.modules import CobotQkvLora, LoraLinear, QkvLora
+from samfast.modules import CobotQkvLora, LoraLinear, QkvLora, TaskLoraLinear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -40,11 +41,13 @@ class LiteralLora(nn.Linear):
 
 def lora():
     ours = LoraLinear(40, 56, rank=4, alpha=8, dtype=torch.float64)
+    nn.init.normal_(ours.lora_B)
     return ours, LiteralLora(ours, ours.scaling)
 
 
 def qkv():
     ours = QkvLora(40, 60, rank=3, slices=("q", "v"), dtype=torch.float64)
+    nn.init.normal_(ours.lora_B)
     return ours, LiteralLora(ours, 1.0, ours.ranges)
 
 
@@ -55,8 +58,21 @@ def cobot():
     return ours, LiteralCobot(ours)
 
 
+def tasks():
+    """A task for each sample; the first two samples have one."""
+    options = {"tasks": 3, "ranks": (5, 4, 2), "dropout": 0.0, "enabled": ("q", "v")}
+    ours = TaskLoraLinear(40, 60, **options, dtype=torch.float64)
+    nn.init.normal_(ours.td_G)
+    ours.entries = torch.tensor([2, 2, 0])
+    return ours, LiteralTaskLora(ours)
+
+
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("make", [lora, qkv, cobot], ids=["LoraLinear", "QkvLora", "CobotQkvLora"])
+@pytest.mark.parametrize(
+    "make",
+    [lora, qkv, cobot, tasks],
+    ids=["LoraLinear", "QkvLora", "CobotQkvLora", "TaskLoraLinear"],
+)
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_black_box(make, check, backend, monkeypatch):
     if backend == "triton" and (reason := triton_missing(DEVICE)):
@@ -66,7 +82,6 @@ def test_black_box(make, check, backend, monkeypatch):
     # eight draws two are beyond it, by 1.22 and 1.001, where all tokens have one gradient.
     torch.manual_seed(2 if make is cobot else 0)
     ours, stock = make()
-    nn.init.normal_(ours.lora_B)
     ours.weight.requires_grad_(False)
     ours.bias.requires_grad_(False)
     x = torch.randn(3, 5, 7, 40, dtype=torch.float64).to(DEVICE)

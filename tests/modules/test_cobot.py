@@ -156,6 +156,83 @@ def test_a_failed_forward_leaves_nothing_behind(tiny_sam, images):
     assert all(block.attn.qkv.given is None for block in encoder.blocks)
 
 
+def test_an_interrupt_leaves_nothing_that_is_used(tiny_sam, images, move):
+    """Hooks do not run then: what was folded stays behind, and is not taken once a weight moves."""
+    sam = attached(tiny_sam())
+    block = sam.image_encoder.blocks[1]
+    interrupt = block.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sam.image_encoder(images)
+    interrupt.remove()
+    qkv = block.attn.qkv
+    assert qkv.given is not None and copy.deepcopy(qkv).given is None
+    move(sam)
+    other = attached(tiny_sam())
+    other.load_state_dict(sam.state_dict())
+    x = torch.randn(2, qkv.in_features)
+    assert torch.equal(qkv(x), other.image_encoder.blocks[1].attn.qkv(x))
+    ours, theirs = (samfast.merged_state_dict(model) for model in (sam, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_prediction_beside_a_training_step_takes_no_gradient_away(tiny_sam, images):
+    """As by another thread with the same model: its shares have no graph."""
+    encoder = attached(tiny_sam()).image_encoder
+    expected = step(encoder, images)
+    shared = CobotForward([block.attn.qkv for block in encoder.blocks])
+
+    def predict(*_):
+        with torch.no_grad():
+            shared.open(encoder, ())
+
+    encoder.blocks[1].register_forward_pre_hook(predict)
+    found = step(encoder, images)
+    names = [n for n in expected if not n.endswith(("FacT_c", "FacT_p"))]
+    assert all(torch.equal(expected[n], found[n]) for n in names)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_replicas_and_functional_calls(tiny_sam, images, fused):
+    """Where parameters are plain tensors."""
+    encoder = attached(tiny_sam()).image_encoder
+    if fused:
+        samfast.fuse(encoder)
+    plain = {name: p.detach() + 0 for name, p in encoder.named_parameters()}
+    plain |= {
+        f"blocks.{i}.attn.qkv.{name}": plain[f"blocks.0.attn.qkv.{name}"]
+        for i in range(len(encoder.blocks))
+        for name in ("FacT_c", "FacT_p")
+    }
+    with torch.no_grad():
+        y = torch.func.functional_call(encoder, plain, (images,))
+        assert torch.equal(y, encoder(images))
+        replicas = {name: m._replicate_for_data_parallel() for name, m in encoder.named_modules()}
+        for name, replica in replicas.items():
+            for child in dict(encoder.get_submodule(name).named_children()):
+                replica._modules[child] = replicas[f"{name}.{child}" if name else child]
+            for own, p in encoder.get_submodule(name)._parameters.items():
+                given = None if p is None else plain[f"{name}.{own}" if name else own]
+                setattr(replica, own, given)
+        assert torch.equal(replicas[""](images), y)
+
+
+def test_a_relation_that_came_apart_is_tied_or_refused(tiny_sam, images):
+    sam = attached(tiny_sam())
+    state = {name: t.clone() for name, t in sam.state_dict().items()}
+    y = sam.image_encoder(images)
+    sam.load_state_dict(state, assign=True)
+    layers = [block.attn.qkv for block in sam.image_encoder.blocks]
+    assert len({id(layer.FacT_c) for layer in layers} | {id(layer.FacT_p) for layer in layers}) == 2
+    assert torch.equal(sam.image_encoder(images), y)
+    layers[1].FacT_p = nn.Parameter(layers[1].FacT_p.detach().clone())
+    with pytest.raises(RuntimeError, match="have no FacT_c and FacT_p in common any more"):
+        sam.image_encoder(images)
+    (name,) = (n for n in state if n.endswith("blocks.1.attn.qkv.FacT_p"))
+    state[name] = state[name] + 1
+    with pytest.raises(RuntimeError, match="FacT_p of layer 1 and of layer 0 differ"):
+        sam.load_state_dict(state, assign=True)
+
+
 def test_an_update_of_the_weights_is_seen_at_once(tiny_sam, images):
     encoder = attached(tiny_sam()).image_encoder
     before = encoder(images)
@@ -247,6 +324,14 @@ def test_launches_beyond_plain_lora(tiny_sam, monkeypatch):
         "shared_backward_kernel": 1,
     }
     assert counts.total_syncs == 0
+
+
+def test_made_without_memory_and_filled_later():
+    layer = CobotQkvLora(16, 48, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert torch.equal(layer.FacT_c, torch.ones(1, 4, 2))
+    assert torch.equal(layer.FacT_p, torch.eye(2))
+    assert torch.equal(layer.gamma, torch.ones(8))
 
 
 def test_bad_input(tiny_sam):
