@@ -20,6 +20,7 @@ KINDS = (
     ("lora_linear/test_guarded.py", "-forward"),
     ("conv_experts/test_guarded.py", "-forward"),
     ("modules/test_saved_bytes.py", "[vit_l-"),
+    ("modules/test_cobot.py", "test_launches_of_a_whole_encoder"),
 )
 TESTS = (
     "conv_experts/test_conv_lora.py::test_published_numbers[windows_train-triton]",

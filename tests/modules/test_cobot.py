@@ -326,6 +326,42 @@ def test_launches_beyond_plain_lora(tiny_sam, monkeypatch):
     assert counts.total_syncs == 0
 
 
+PAIRS = {
+    "lora": (samfast.Lora(rank=4, slices=("q", "v")), samfast.CobotLora(), {"cat": 2, "stack": 1}),
+    "adaptformer": (
+        samfast.AdaptFormer(dropout=0.0),
+        samfast.AdaptFormer(cobot=True, dropout=0.0),
+        {"cat": 2, "stack": 2},  # of factors' gradients and of biases'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_launches_of_a_whole_encoder(tiny_sam, images, name, monkeypatch):
+    """In fused blocks nothing more than without a relation, whatever their number."""
+    if (reason := backends.triton_missing(DEVICE)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("SAMFAST_BACKEND", "triton")
+    plain, related, gathered = PAIRS[name]
+    found = []
+    for method in (plain, related):
+        encoder = tiny_sam().image_encoder.to(DEVICE)
+        encoder.blocks = encoder.blocks[:2]
+        samfast.fuse(samfast.attach(encoder, method, train=()))
+        assert set(samfast.report(encoder).blocks.values()) == {"fused"}
+        trained = [p for _, p in samfast.trainable_parameters(encoder)]
+
+        def run(encoder=encoder, trained=trained):
+            torch.autograd.grad(encoder(images.to(DEVICE)).sum(), trained)
+
+        found.append(count(run))
+    without, counts = found
+    folding = {"fold_kernel": 1, "fold_backward_kernel": 1, "shared_backward_kernel": 1}
+    assert counts.launches - without.launches == gathered | folding
+    assert not without.launches - counts.launches
+    assert counts.total_syncs == without.total_syncs == 0
+
+
 def test_made_without_memory_and_filled_later():
     layer = CobotQkvLora(16, 48, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
