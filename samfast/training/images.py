@@ -108,8 +108,8 @@ def read_values(path: Path, channels: int) -> np.ndarray:
                     f"mask {path} has the colour mode {image.mode}; save it as grey or RGB"
                 )
             values = _upright(np.asarray(image), image)
-    if channels == 1 and values.ndim == 3:
-        values = _one_channel(path, values)
+        if channels == 1 and values.ndim == 3:
+            values = _one_channel(path, values)
     values = values[..., None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[2] != channels or 0 in values.shape:
         held = "an array of shape " + str(values.shape)

@@ -48,10 +48,11 @@ def find_items(
 ) -> Split:
     """Find the images of all tasks and split them; no file is opened.
 
-    What lies in train/ and val/ is split already. The rest is split by ``seed``, all of it
-    together; with ``only_score`` all the rest validates and nothing is for training. Raises
-    ValueError or FileNotFoundError for an image without truth, truth without an image, and a task
-    that has no image to train or none to validate.
+    What lies in train/ and val/ is split already. The rest is split by ``seed``, images that have
+    the same tasks together, so that each task has its share; with ``only_score`` all the rest
+    validates and nothing is for training. Raises ValueError or FileNotFoundError for an image
+    without truth, truth without an image, and a task that has no image to train or none to
+    validate.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -83,7 +84,7 @@ def find_items(
                     f"image {images[stem]} has no mask of the same stem in {place / name}"
                 )
     for part, path in sorted(shared):
-        if path not in parts[part]:
+        if path not in parts[part] and not only_score:
             raise ValueError(f"image {path} has no mask of the same stem in any task's folder")
     split = _split(parts, val_fraction, seed, only_score)
     for spec in specs:
@@ -114,8 +115,14 @@ def _split(
     train, val, rest = map(ordered, ("train", "val", ""))
     if only_score:
         return Split((), val + rest)
-    if rest:
-        own = split_pairs(rest, val_fraction, seed)
+    alike: dict[tuple[str, ...], list[Item]] = {}
+    for item in rest:
+        alike.setdefault(tuple(sorted(item.targets)), []).append(item)
+    for items in alike.values():
+        if len(items) == 1 and len(alike) > 1:
+            train += tuple(items)
+            continue
+        own = split_pairs(items, val_fraction, seed)
         train, val = train + own.train, val + own.val
     return Split(train, val)
 
