@@ -104,6 +104,20 @@ TESTS = (
     "models/test_segment.py::test_equals_the_stock_loop[one box-size1]",
     "models/test_segment.py::test_equals_the_stock_loop[one point-size3]",
     "models/test_segment.py::test_equals_the_stock_loop[three boxes-size7]",
+    "modules/test_task_lora.py::test_golden[ta_lora_qkv-triton-together]",
+    "conv_experts/test_triton.py::test_values[8x1x1x1x1-r1-12345678]",
+    "relpos_attention/test_triton.py::test_only_what_is_wanted[False-True]",
+    "relpos_attention/test_triton.py::test_several_tiles_to_a_line",
+    "relpos_attention/test_triton.py::test_sizes[1x9x13x9x13]",
+    "relpos_attention/test_triton.py::test_negative_and_no_scale",
+    "test_packaging.py::test_a_wheel_works_elsewhere_without_an_extension",
+    "test_packaging.py::test_auto_without_a_compiler_builds_pure_python_and_says_so",
+    "models/test_segment.py::test_compiles_without_a_graph_break",
+    "training/test_conv_lora_recipe.py::test_the_balancing_loss_is_trained_with_weight_one",
+    "sam_block/test_stages.py::test_far_from_zero[triton]",
+    "models/test_integrations.py::test_without_segment_anything_one_sentence_says_how_to_install_it",
+    "relpos_attention/test_values.py::test_a_map_of_sam[cpu]",
+    "expert_gate/test_triton.py::test_more_samples_than_a_block[True]",
 )
 
 
