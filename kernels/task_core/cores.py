@@ -140,6 +140,8 @@ def check_cores(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
             f"a task factor has shape {tuple(factor.shape)}, but the core "
             f"{tuple(core.shape)} needs (tasks, {core.shape[2]})"
         )
+    if core.dtype != factor.dtype:
+        raise ValueError(f"cores are {core.dtype} but task factors are {factor.dtype}")
     for name, tensors in (("core", cores), ("task factor", factors)):
         for t in tensors:
             if t.shape != tensors[0].shape:

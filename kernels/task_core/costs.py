@@ -29,6 +29,7 @@ def cores(layers: int, rows: int, columns: int, depth: int, tasks: int) -> list[
         Stage("gather", 0, 2 * given, 1),
         Stage("M", flops, given + made, 1),
         Stage("stack dM", 0, 2 * parts, 1),
+        Stage("gather again", 0, 2 * given, 1),
         Stage("dG, dU3", 2 * flops + adding, parts + 2 * given, 1),
     ]
 

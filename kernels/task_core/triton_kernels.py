@@ -20,7 +20,7 @@ BLOCK_I, BLOCK_V = 128, 16  # elements of a core, columns of a task factor
 # products of 64 rows would go to tensor cores, in TF32.
 ROWS = {2: 64, 4: 32}
 CORE_ROWS = 32
-BACKWARD_WARPS = 8  # with four, some targets spill
+WARPS = 8  # with four, some targets spill
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def fold_backward(dm, cores, factors):
     with _on(cores):
         fold_backward_kernel[grid](
             dm.contiguous(), cores, factors, dcores, dfactors, sums, parts, tasks, core, depth,
-            BLOCK_I=BLOCK_I, BLOCK_V=BLOCK_V, num_warps=BACKWARD_WARPS,
+            BLOCK_I=BLOCK_I, BLOCK_V=BLOCK_V, num_warps=WARPS,
         )  # fmt: skip
     return dcores, dfactors
 
@@ -243,7 +243,7 @@ def product(h, m, task):
         with _on(h):
             product_kernel[(sizes.tiles,)](
                 h.contiguous(), m[0].contiguous(), task.contiguous(), z, sizes.each,
-                sizes.of_entry, *m.shape[1:], **sizes.blocks,
+                sizes.of_entry, *m.shape[1:], **sizes.blocks, num_warps=WARPS,
             )  # fmt: skip
     return z
 
@@ -263,7 +263,7 @@ def product_backward(dz, h, m, task, needs):
             product_backward_kernel[(programs,)](
                 dz.to(h.dtype).contiguous(), h.contiguous(), m[0].contiguous(), task.contiguous(),
                 dh, dm, sums, parts, sizes.each, sizes.tiles, sizes.of_entry, *m.shape[1:],
-                **sizes.blocks, BLOCK_C=block_c, num_warps=BACKWARD_WARPS,
+                **sizes.blocks, BLOCK_C=block_c, num_warps=WARPS,
             )  # fmt: skip
     return dh, None if dm is None else dm.to(m.dtype)
 

@@ -38,7 +38,7 @@ def test_a_task_out_of_range(task, value, backend):
         ({"h": torch.zeros(6, 8, device="meta")}, "core is on cpu but h is on meta"),
         ({"core": torch.zeros(8, 4)}, r"a core has shape \(8, 4\), but must be \(R1, R2, R3\)"),
         ({"core": torch.zeros(8, 0, 2)}, r"a core has shape \(8, 0, 2\), but must be"),
-        ({"core": torch.zeros(8, 4, 2).long()}, "a core is torch.int64, but must be float16"),
+        ({"core": torch.zeros(8, 4, 2).long()}, "cores are torch.int64 but task factors are"),
         ({"factor_task": torch.zeros(3, 4)}, r"\(3, 4\), but the core \(8, 4, 2\) needs \(tasks"),
         ({"factor_task": torch.zeros(0, 2)}, r"a task factor has shape \(0, 2\), but the core"),
         ({"factor_task": torch.zeros(3, 2, device="meta")}, "factor is on meta but the first core"),
@@ -61,6 +61,13 @@ def test_layers_that_are_not_alike():
         task_cores([core, core], [factor, factor.double()])
 
 
+def test_cores_and_factors_of_two_dtypes():
+    with pytest.raises(
+        ValueError, match=r"cores are torch\.float32 but task factors are torch\.fl"
+    ):
+        call(factor_task=torch.zeros(3, 2).half())
+
+
 def test_a_named_backend_that_cannot_run_raises_its_sentence():
     with pytest.raises(
         RuntimeError, match="'cuda' cannot run task_core: h is on cpu, but the CUDA"
@@ -72,7 +79,11 @@ def test_a_named_backend_that_cannot_run_raises_its_sentence():
         ):
             call(h=torch.zeros(6, 8).double(), backend=backend)
     with pytest.raises(RuntimeError, match=r"cores are torch\.float64, but the kernels take"):
-        call(core=torch.zeros(8, 4, 2).double(), backend="cpu")
+        call(
+            core=torch.zeros(8, 4, 2).double(),
+            factor_task=torch.zeros(3, 2).double(),
+            backend="cpu",
+        )
 
 
 def test_a_rank_above_the_tiles(monkeypatch):
