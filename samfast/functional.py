@@ -6,7 +6,11 @@ from samfast.kernels.cobot_fold import cobot_fold
 from samfast.kernels.conv_experts import conv_experts
 from samfast.kernels.conv_experts.conv_lora import conv_lora_linear
 from samfast.kernels.expert_gate import expert_gate
-from samfast.kernels.hypercomplex import hypercomplex_linear, kronecker_weight
+from samfast.kernels.hypercomplex import (
+    hypercomplex_linear,
+    kronecker_factors,
+    kronecker_weight,
+)
 from samfast.kernels.lora_linear import lora_linear
 from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
 from samfast.kernels.task_core import task_core, task_cores
@@ -18,6 +22,7 @@ __all__ = [
     "conv_lora_linear",
     "expert_gate",
     "hypercomplex_linear",
+    "kronecker_factors",
     "kronecker_weight",
     "lora_linear",
     "relpos_attention",

@@ -51,6 +51,19 @@ def mixing(tokens: int, features: int, out: int, n: int, itemsize: int) -> tuple
     return products + mixed, moved + 2 * results
 
 
+def token(
+    features: int, out: int, n: int, terms: int, rank: int, base: bool | None = None
+) -> tuple[int, int]:
+    """Multiply-adds a token of a step with factored weights: by LoRA's products, and built.
+
+    base: None without one, otherwise whether it is trained; one that is frozen needs no gradient
+    of the whole matrix unless the update is part of it. What is once a call is not counted.
+    """
+    whole, low = out * features, terms * n * rank * (features + out)
+    beside = 0 if base is None else (3 if base else 2) * whole
+    return beside + 3 * low, 3 * whole
+
+
 def factors(features: int, out: int, n: int, terms: int, rank: int) -> list[Stage]:
     """lora_a and lora_b of an adapter, and the gradients of what they are made of."""
     width = terms * n * rank

@@ -242,7 +242,7 @@ def _rows(t):
 def hypercomplex_linear(
     x: Tensor,
     rules: Tensor,
-    weights: Tensor,
+    weights: Tensor | tuple[Tensor, Tensor],
     bias: Tensor | None = None,
     *,
     base: Tensor | None = None,
@@ -255,14 +255,25 @@ def hypercomplex_linear(
     base: (n · P, n · Q) or None
     out: (..., n · P) = x (base + scaling · Σ_i rules_i ⊗ weights_i)ᵀ + bias
 
-    m = n is PHM, m = n = 4 with fixed rules a quaternion layer, m = 1 beside a frozen base KronA.
+    m = n is PHM, m = n = 4 with fixed rules a quaternion layer, m = 1 beside a frozen base KronA,
+    ΔW = scaling · (A ⊗ B) with rules A[None] and weights B[None].
+    weights as a pair (left (m, P, k), right (m, Q, k)) is weights_i = left_i right_iᵀ (Compacter,
+    Mahabadi et al. 2021). Where that is fewer FLOP a token it runs as two products of rank
+    m · n · k, no matrix is made, and x, their bottleneck and both factors are saved; where not,
+    weights are made and saved with x.
     The result has x's dtype, or the autocast dtype; the matrix is summed in float32 (float64 for
     float64), rounded once to that dtype for the product, and never kept. Rules, weights, base and
     bias may be of other dtypes than x; their gradients come in their own.
     Saves x and the parameters. Raises ValueError when shapes or dtypes do not fit, RuntimeError
     when a backend asked for by name cannot run.
     """
-    check_linear(x, rules, weights, bias, base)
+    if isinstance(weights, (tuple, list)):
+        left, right = check_pair(weights)
+        asked = backends.requested(backend)
+        return _factored().linear(x, rules, left, right, bias, base, float(scaling), asked)
+    check_parts(rules, weights)
+    check_linear(x, rules, weights.shape[1:], bias, base)
+    check_tensors({"x": x, "weights": weights})
     x = autocast_input(x)
     if backends.requested(backend) == "reference":
         with without_autocast(x.device.type):
@@ -273,13 +284,21 @@ def hypercomplex_linear(
 
 
 def kronecker_weight(
-    rules: Tensor, weights: Tensor, *, scaling: float = 1.0, backend: str = "auto"
+    rules: Tensor,
+    weights: Tensor | tuple[Tensor, Tensor],
+    *,
+    scaling: float = 1.0,
+    backend: str = "auto",
 ) -> Tensor:
-    """scaling · Σ_i rules_i ⊗ weights_i: (n · P, n · Q), of the wider of both dtypes.
+    """scaling · Σ_i rules_i ⊗ weights_i: (n · P, n · Q), of the widest of the dtypes.
 
-    rules: (m, n, n)   weights: (m, P, Q)
-    Saves both. Raises ValueError when the shapes do not chain.
+    rules: (m, n, n)   weights: (m, P, Q), or a pair (left (m, P, k), right (m, Q, k)) for
+        weights_i = left_i right_iᵀ
+    Saves rules and weights. Raises ValueError when the shapes do not chain.
     """
+    if isinstance(weights, (tuple, list)):
+        left, right = check_pair(weights)
+        return _factored().weight(rules, left, right, float(scaling), backends.requested(backend))
     check_parts(rules, weights)
     check_tensors({"rules": rules, "weights": weights})
     dtype = torch.promote_types(rules.dtype, weights.dtype)
@@ -290,6 +309,22 @@ def kronecker_weight(
     return torch.ops.samfast.kronecker_weight(
         rules, weights, float(scaling), dtype, backends.requested(backend)
     )
+
+
+def _factored():
+    from samfast.kernels.hypercomplex import factored  # which calls the operators of this file
+
+    return factored
+
+
+def check_pair(weights) -> tuple[Tensor, Tensor]:
+    """Raise one sentence when these are not the two factors of weights."""
+    if len(weights) != 2 or not all(isinstance(t, Tensor) for t in weights):
+        raise ValueError(
+            f"weights is a {type(weights).__name__} of {len(weights)}, but must be a tensor or the "
+            "pair (left, right)"
+        )
+    return tuple(weights)
 
 
 def check_parts(rules: Tensor, weights: Tensor) -> None:
@@ -317,10 +352,10 @@ def check_tensors(named: dict[str, Tensor | None]) -> None:
             )
 
 
-def check_linear(x, rules, weights, bias, base) -> None:
-    check_parts(rules, weights)
+def check_linear(x, rules, part, bias, base) -> None:
+    """Raise one sentence when x, bias and base do not go with weights whose parts are (P, Q)."""
     n = rules.shape[1]
-    outputs, inputs = n * weights.shape[1], n * weights.shape[2]
+    outputs, inputs = n * part[0], n * part[1]
     if x.dim() == 0:
         raise ValueError("x is a single number, but must be (..., features)")
     if x.shape[-1] % n:
@@ -333,4 +368,4 @@ def check_linear(x, rules, weights, bias, base) -> None:
         raise ValueError(
             f"base has shape {tuple(base.shape)} but rules and weights make ({outputs}, {inputs})"
         )
-    check_tensors({"x": x, "rules": rules, "weights": weights, "bias": bias, "base": base})
+    check_tensors({"x": x, "rules": rules, "bias": bias, "base": base})

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from samfast.backends import requested
-from samfast.functional import kronecker_weight, lora_linear
-from samfast.kernels.hypercomplex import kronecker_factors
+from samfast.functional import kronecker_factors, kronecker_weight, lora_linear
 from samfast.kernels.hypercomplex.factors import factors_backend
 from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.modules.low_rank import LowRankLinear, check_alpha, check_dropout, check_rank
@@ -21,6 +20,8 @@ def check_divides(n: int, in_features: int, out_features: int) -> None:
     """Raise ValueError when a layer of this size has no n × n parts."""
     check_n(n)
     for size, what in ((in_features, "inputs"), (out_features, "outputs")):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"a linear layer has a whole number of {what} above 0, not {size!r}")
         if size % n:
             raise ValueError(f"n is {n}, which does not divide the {size} {what} of a linear layer")
 
@@ -110,10 +111,8 @@ class KroneckerLinear(LowRankLinear):
 
     def delta_weight(self) -> Tensor:
         wide = torch.promote_types(self.kron_rules.dtype, torch.float32)
-        rules, left, right = (
-            t.to(wide) for t in (self.kron_rules, self.kron_left, self.kron_right)
-        )
-        return kronecker_weight(rules, left @ right.mT, scaling=self.scaling)
+        rules, *pair = (t.to(wide) for t in (self.kron_rules, self.kron_left, self.kron_right))
+        return kronecker_weight(rules, pair, scaling=self.scaling)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from budgets import all_within_budget
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import saved_bytes
-from samfast.modules import PHMLinear, QuaternionLinear
+from samfast.modules import PHMLinear, QuaternionLinear, hypercomplex
+from samfast.modules.hypercomplex import hamilton_rules
 
 
 def test_quaternions_multiply_as_hamilton_wrote():
@@ -48,7 +50,8 @@ def test_starts():
         assert not torch.equal(layer.weights, before)
     assert PHMLinear(8, 8, 2, bias=False).bias is None
     assert PHMLinear(8, 8, 2, device="meta", dtype=torch.bfloat16).rules.is_meta
-    assert QuaternionLinear(8, 8, device="meta", bias=False).rules.is_meta
+    assert PHMLinear(8, 8, 2, 1, device="meta").weight.is_meta
+    assert QuaternionLinear(8, 8, device="meta", bias=False).weight.is_meta
 
 
 @pytest.mark.parametrize("kind", [QuaternionLinear, PHMLinear])
@@ -122,7 +125,8 @@ def test_what_is_saved_is_x(kind):
     """And of a quaternion layer the four parts side by side, which are no parameters."""
     layer = kind(16, 32, *([4] if kind is PHMLinear else []))
     x = torch.randn(100, 16)
-    saved = saved_bytes(lambda: layer(x), [x, *layer.parameters(), *layer.buffers()])
+    rules = layer.parts()[0]
+    saved = saved_bytes(lambda: layer(x), [x, rules, *layer.parameters()])
     parts = 0 if kind is PHMLinear else 4 * 4 * 8 * 4
     assert (saved.hooks, saved.living) == (parts, parts)
 
@@ -137,11 +141,94 @@ def test_files_and_repr(monkeypatch):
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
     quaternion = QuaternionLinear(8, 12)
-    other = copy.deepcopy(quaternion).half().float()
-    assert torch.equal(other.rules, quaternion.rules)
+    other = copy.deepcopy(quaternion).half()
+    assert torch.equal(copy.deepcopy(other).float().half()(x.half()), other(x.half()))
     assert layer.double().backends() == {"hypercomplex": "torch"}
     monkeypatch.setenv("SAMFAST_BACKEND", "cpu")
     assert "x is torch.float64" in layer.backends()["hypercomplex"]
+
+
+@pytest.mark.parametrize("way", ["to_empty", "assign", "half and back"])
+def test_signs_of_a_quaternion_layer_are_never_lost(way):
+    layer = QuaternionLinear(8, 12)
+    if way == "half and back":
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(parameter.half())
+        other = copy.deepcopy(layer).half().float()
+    else:
+        other = QuaternionLinear(8, 12, device="meta")
+        other = other.to_empty(device="cpu") if way == "to_empty" else other
+        other.load_state_dict(layer.state_dict(), assign=way == "assign")
+    x = torch.randn(3, 8)
+    assert torch.equal(other(x), layer(x)) and torch.equal(other.weight, layer.weight)
+    assert not list(layer.buffers())
+
+
+def test_signs_are_made_once_and_of_real_tensors(monkeypatch):
+    """Not of what stands for one: a trace, a transform or inference leaves nothing behind."""
+    monkeypatch.setattr(hypercomplex, "_kept", {})
+    layer, x = QuaternionLinear(8, 12), torch.randn(3, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = copy.deepcopy(layer)
+        for name in layer.PARTS:
+            setattr(fake, name, torch.nn.Parameter(mode.from_tensor(layer.get_parameter(name))))
+        assert fake.weight.shape == (12, 8)
+    torch.func.grad(lambda t: (t.sum() * hamilton_rules(layer.bias)).sum())(x)
+    torch.compile(layer, fullgraph=True, backend="eager")(x)
+    assert not hypercomplex._kept
+    with torch.inference_mode():
+        expected = layer(x)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, expected) and layer.i_weight.grad is not None
+    assert layer.parts()[0] is copy.deepcopy(layer).parts()[0] and len(hypercomplex._kept) == 1
+    with mode:
+        assert fake.weight.shape == (12, 8)  # not by the ones that are kept, which are no fakes
+
+
+def test_factored_weights():
+    """As many parameters, nn.Linear's variance at the start, files, what a forward saves."""
+    torch.manual_seed(0)
+    for n, rank in ((16, 2), (8, 3), (4, 8)):
+        layer, stock = PHMLinear(512, 256, n, rank), nn.Linear(512, 256)
+        assert 0.8 < layer.weight.std() / stock.weight.std() < 1.25
+        assert sum(p.numel() for p in layer.parameters()) == n**3 + rank * (512 + 256) + 256
+    assert set(layer.state_dict()) == {"rules", "left", "right", "bias"}
+    assert "n=4, rank=8" in repr(layer)
+    assert pickle.loads(pickle.dumps(layer)).left.equal(layer.left)
+    assert layer.backends() == {"kronecker_factors": "torch"}
+    x, columns = torch.randn(100, 512), 4 * 4 * 8
+    saved = saved_bytes(lambda: layer(x), [x, *layer.parameters()])
+    assert saved.hooks <= 4 * columns * (100 + 512 + 256)  # their bottleneck and two factors
+    assert "hypercomplex" in PHMLinear(8, 8, 2, 3).backends()  # where the matrix is fewer FLOP
+
+
+def test_factored_from_linear():
+    """What has the form is found again; otherwise each weight is cut to its rank."""
+    torch.manual_seed(0)
+    like, linear = PHMLinear(8, 12, 2, 1).double(), nn.Linear(8, 12, dtype=torch.float64)
+    with torch.no_grad():
+        like.rules[1].zero_()
+        linear.weight.copy_(like.weight)
+    found = PHMLinear.from_linear(linear, 2, 1)
+    assert found.bias is linear.bias and found.rank == 1
+    assert (found.weight - linear.weight).abs().max() <= 64 * torch.finfo(torch.float64).eps
+    linear = nn.Linear(8, 12, dtype=torch.float64)
+    full, cut = PHMLinear.from_linear(linear, 2), PHMLinear.from_linear(linear, 2, 2)
+    values = torch.linalg.svdvals(full.weights)
+    lost = (cut.left @ cut.right.mT - full.weights).square().sum((1, 2))
+    kept = values[:, 2:].square().sum(1)
+    assert (lost - kept).abs().max() <= 1000 * torch.finfo(torch.float64).eps * kept.max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_from_linear_of_a_weight_that_is_not_finite(bad):
+    linear = nn.Linear(8, 8)
+    with torch.no_grad():
+        linear.weight[1, 2] = bad
+    with pytest.raises(ValueError, match="the weight has NaN or infinity, to which no sum"):
+        PHMLinear.from_linear(linear, 2)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +237,11 @@ def test_files_and_repr(monkeypatch):
         (lambda: QuaternionLinear(10, 8), "four equal parts, but 10 inputs do not divide by 4"),
         (lambda: QuaternionLinear(8, 6), "four equal parts, but 6 outputs do not divide by 4"),
         (lambda: QuaternionLinear(0, 8), "0 inputs do not divide by 4"),
+        (lambda: QuaternionLinear(8.0, 8), r"equal parts, but 8\.0 inputs do not divide by 4"),
+        (lambda: PHMLinear(0, 16, 4), "a whole number of inputs above 0, not 0"),
+        (lambda: PHMLinear(16, True, 1), "a whole number of outputs above 0, not True"),
+        (lambda: PHMLinear(8, 8, 2, 5), "rank 5 is above 4, the smaller side of parts of 4 x 4"),
+        (lambda: PHMLinear(8, 8, 2, 0), "rank is 0; it must be a whole number of at least 1"),
         (lambda: PHMLinear(8, 9, 2), "n is 2, which does not divide the 9 outputs"),
         (lambda: PHMLinear(7, 9, 3), "n is 3, which does not divide the 7 inputs"),
         (lambda: PHMLinear(8, 8, 0), "n is 0; it must be a whole number of at least 1"),
