@@ -21,12 +21,6 @@ from guarded import ORDERS, guarded
 from samfast.kernels.task_core import torch_path, triton_kernels
 
 
-@pytest.fixture(autouse=True)
-def fewer_parts(monkeypatch):
-    """Each still has several tiles, or none."""
-    monkeypatch.setattr(triton_kernels, "PARTS", 2)
-
-
 @pytest.mark.parametrize(
     "case",
     [
