@@ -15,6 +15,7 @@ PRODUCTS = {
     ("sam_block", kernel): "MMA" for kernel in ("norm", "norm_backward", "gelu", "gelu_backward")
 }
 PRODUCTS |= {("adapt_former", kernel): "MMA" for kernel in ("low", "low_backward")}
+PRODUCTS |= {("task_core", kernel): "MMA" for kernel in ("product", "product_backward")}
 PRODUCTS |= {("relpos_attention", kernel): "WGMMA" for kernel in ("forward", "dq", "dkv")}
 
 
