@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from sam_layers import DEVICE, block, subject
 from segment_anything.modeling.common import MLPBlock
+from torch import nn
 
-from samfast.modules import AdaptFormerMlp, SamBlock
+from samfast.modules import AdaptFormerMlp, CobotAdaptFormerMlp, SamBlock
+from samfast.modules.cobot import relation
 
 
 class LiteralAdaptFormer(MLPBlock):
@@ -25,8 +27,11 @@ class LiteralAdaptFormer(MLPBlock):
 
     def forward(self, x):
         n = self.adapter_layer_norm_before(x)
-        z = F.dropout(F.relu(self.down_proj(n)), self.dropout, self.training)
+        z = F.dropout(F.relu(self.between(self.down_proj(n))), self.dropout, self.training)
         return super().forward(x) + self.up_proj(z)
+
+    def between(self, h):
+        return h
 
 
 def fill(mlp, seed=5):
@@ -41,6 +46,11 @@ def fill(mlp, seed=5):
             parameter.copy_(values * (0.1 if name.endswith("proj.weight") else 1.0))
         signs = 1.0 - 2.0 * (torch.arange(mlp.bottleneck, device=mlp.down_proj.bias.device) % 2)
         mlp.down_proj.bias.copy_(signs * (1 + 0.2 * mlp.down_proj.bias.abs()))
+        if isinstance(mlp, CobotAdaptFormerMlp):  # near one and the identity, for the same reason
+            mlp.FacT_c.mul_(0.2)
+            mlp.gamma.mul_(0.1).add_(1.0)
+            mlp.heads.mul_(0.05)
+            mlp.heads[0, 0] += torch.eye(mlp.bottleneck // 4, dtype=mlp.heads.dtype)
     return mlp
 
 
@@ -50,13 +60,33 @@ def adapted_mlp(dim=40, hidden=56, bottleneck=6, dropout=0.0):
     return fill(AdaptFormerMlp(dim, hidden, **options)).to(DEVICE)
 
 
-def with_side(stock, bottleneck=6, dropout=0.0):
+def cobot_mlp(dim=40, hidden=56, bottleneck=8, dropout=0.0):
+    """The second of three layers that share."""
+    torch.manual_seed(0)
+    shared = relation(bottleneck, 3, torch.empty(0, dtype=torch.float64))
+    options = {"shared": shared, "index": 1, "dtype": torch.float64}
+    return fill(CobotAdaptFormerMlp(dim, hidden, nn.GELU, bottleneck, dropout, **options)).to(
+        DEVICE
+    )
+
+
+def with_side(stock, bottleneck=6, dropout=0.0, kind=AdaptFormerMlp):
     """The block with the branch, filled, beside its MLP."""
-    stock.mlp = fill(AdaptFormerMlp.from_mlp(stock.mlp, bottleneck, dropout))
+    stock.mlp = fill(kind.from_mlp(stock.mlp, bottleneck, dropout))
     return stock
 
 
-def sided(window, batch, height, width, change=None, memory="fast", trained=("",), **options):
+def sided(
+    window,
+    batch,
+    height,
+    width,
+    change=None,
+    memory="fast",
+    trained=("",),
+    literal=LiteralAdaptFormer,
+    **options,
+):
     """The literal block and the fused one; change: what is done to the block before."""
     stock = with_side(block(window, (height, width)), **options)
     if change is not None:
@@ -64,5 +94,5 @@ def sided(window, batch, height, width, change=None, memory="fast", trained=("",
     for name, parameter in stock.named_parameters():
         parameter.requires_grad_(any(part in name for part in trained))
     fused = SamBlock.from_block(copy.deepcopy(stock), memory)
-    stock.mlp = LiteralAdaptFormer(stock.mlp)
+    stock.mlp = literal(stock.mlp)
     return subject(stock, batch, height, width, ours=fused)

@@ -3,10 +3,23 @@
 
 import torch
 import torch.nn.functional as F
+from adapt_former_layers import LiteralAdaptFormer
 from torch import nn
 
-from samfast.kernels.cobot_fold.reference import quaternion
 from samfast.modules.published import PublishedNames
+
+
+def quaternion(head):
+    """W of y = x W from the quarters r, i, j, k, block row by block row."""
+    r, i, j, k = head.unbind()
+    return torch.cat(
+        [
+            torch.cat([r, i, j, k], dim=1),
+            torch.cat([-i, r, k, -j], dim=1),
+            torch.cat([-j, -k, r, i], dim=1),
+            torch.cat([-k, j, -i, r], dim=1),
+        ]
+    )
 
 
 class LiteralCobot(PublishedNames, nn.Linear):
@@ -36,3 +49,24 @@ class LiteralCobot(PublishedNames, nn.Linear):
             updates.append(F.linear(torch.matmul(h, quaternion(head)), b))
         q, v = updates
         return y + torch.cat([q, torch.zeros_like(q), v], dim=-1)
+
+
+class LiteralCobotAdaptFormer(PublishedNames, LiteralAdaptFormer):
+    """AdaptFormer with coefficients and a head applied to its bottleneck, token by token."""
+
+    def __init__(self, like):
+        super().__init__(like)
+        self.first, self.names = like.first, like.published()
+        for name in ("FacT_c", "FacT_p", "gamma", "heads"):
+            like_one = like.get_parameter(name)
+            self.register_parameter(name, nn.Parameter(like_one.detach().clone()))
+
+    def published(self):
+        return self.names
+
+    def state_problem(self, state):
+        return None
+
+    def between(self, h):
+        coefficients = (self.FacT_c[0] @ self.FacT_p)[:, self.first]
+        return torch.matmul((coefficients + self.gamma) * h, quaternion(self.heads[0]))

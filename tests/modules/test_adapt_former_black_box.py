@@ -1,30 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaptFormerMlp, alone and in a SamBlock, through the black-box checks."""
+"""AdaptFormerMlp and CobotAdaptFormerMlp, alone and in a SamBlock, through the black-box checks."""
 
 import copy
 
 import black_box
 import pytest
 import torch
-from adapt_former_layers import LiteralAdaptFormer, adapted_mlp, sided
+from adapt_former_layers import LiteralAdaptFormer, adapted_mlp, cobot_mlp, sided
 from black_box import Subject
+from literal_cobot import LiteralCobotAdaptFormer
 from sam_layers import DEVICE
 
 from samfast.backends import NAMES
-from samfast.modules import SamBlock
+from samfast.modules import CobotAdaptFormerMlp, SamBlock
 
 INTERPRETED = (black_box.error_budget, black_box.empty_batch)
 SIDE = ("adapter_layer_norm_before", "_proj.")
+RELATED = (*SIDE, "gamma", "heads", "FacT_")
+COBOT = {"bottleneck": 8, "kind": CobotAdaptFormerMlp, "literal": LiteralCobotAdaptFormer}
 
 
-def alone():
-    """As attached: the MLP is frozen."""
-    ours = adapted_mlp()
+def attached(ours, literal):
+    """The MLP is frozen."""
     for part in (ours.lin1, ours.lin2):
         part.requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 5, 7, 40, generator=generator, dtype=torch.float64)
-    return Subject(ours, LiteralAdaptFormer(ours), x.to(DEVICE))
+    return Subject(ours, literal(ours), x.to(DEVICE))
+
+
+def alone():
+    return attached(adapted_mlp(), LiteralAdaptFormer)
+
+
+def related():
+    return attached(cobot_mlp(), LiteralCobotAdaptFormer)
 
 
 def whole():
@@ -42,11 +52,23 @@ def frugal():
     return sided(0, 3, 5, 6, memory="minimal", trained=(*SIDE, "lin1.bias", "norm1."))
 
 
+def related_windows():
+    return sided(4, 3, 5, 6, trained=RELATED, **COBOT)
+
+
+def related_frugal():
+    return sided(0, 3, 5, 6, memory="minimal", trained=(*RELATED, "lin1.bias", "norm1."), **COBOT)
+
+
 CASES = [
     pytest.param(alone, "auto", id="alone-auto"),
     pytest.param(whole, "torch", id="whole-torch"),
     pytest.param(windows, "auto", id="block-fast-auto"),
     pytest.param(frugal, "torch", id="block-minimal-torch"),
+    pytest.param(related, "auto", id="cobot-alone-auto"),
+    pytest.param(related_windows, "auto", id="cobot-block-fast-auto"),
+    pytest.param(related_frugal, "torch", id="cobot-block-minimal-torch", marks=pytest.mark.slow),
+    pytest.param(related, "triton", id="cobot-alone-triton", marks=pytest.mark.slow),
     pytest.param(alone, "triton", id="alone-triton"),
     pytest.param(frugal, "triton", id="block-minimal-triton", marks=pytest.mark.slow),
     pytest.param(windows, "triton", id="block-fast-triton", marks=pytest.mark.slow),
@@ -57,7 +79,7 @@ CASES = [
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    if check in black_box.COMPILED and make in (whole, frugal):
+    if check in black_box.COMPILED and make in (whole, frugal, related_windows, related_frugal):
         pytest.skip("the compiler sees one operation, whatever runs it")
     interpreted = backend == "triton" and DEVICE.type == "cpu"
     if interpreted and check not in INTERPRETED:

@@ -10,6 +10,7 @@ from benchmarks.peers import sharing
 from samfast.counters import counting, saved_bytes
 from samfast.kernels.sam_block.block import Block
 from samfast.kernels.sam_block.plan import MEMORY
+from samfast.models import build_sam
 
 MOST = {"vit_b": 1.10, "vit_l": 1.10, "vit_h": 1.05}  # of the floor, for "fast"
 DTYPE = torch.bfloat16
@@ -40,6 +41,28 @@ def test_little_more_than_the_floor(model, memory, monkeypatch):
     again = made_again(fused, monkeypatch) if memory == "minimal" else 0
     most = MOST[name] if memory == "fast" else 1.10
     assert found.hooks + again <= most * saved.floor(fused, memory, DTYPE)
+
+
+@pytest.mark.parametrize("memory", ["fast", "minimal"])
+@pytest.mark.parametrize(
+    ("method", "width"),
+    [(samfast.CobotLora(), 2 * 4), (samfast.AdaptFormer(cobot=True), 16)],
+    ids=["cobot-lora", "cobot-adaptformer"],
+)
+def test_little_more_than_the_floor_and_the_bottleneck(method, width, memory, monkeypatch):
+    """Under SAM-COBOT: what blocks keep, and ``width`` elements a token of a bottleneck."""
+    sam = build_sam("vit_b", random_init=True, device="meta")
+    samfast.attach(sam, method, train=(), base_dtype=DTYPE)
+    fused = samfast.fuse(sam.image_encoder, memory=memory)
+    assert set(samfast.report(fused).blocks.values()) == {"fused"}
+    images = torch.empty(1, 3, 1024, 1024, dtype=DTYPE, device="meta")
+    known = [images, *fused.parameters(), *fused.buffers()]
+    found = saved_bytes(lambda: fused(images), known, ATTENTION)
+    assert found.living == found.hooks
+    again = made_again(fused, monkeypatch) if memory == "minimal" else 0
+    kept = len(fused.blocks) if memory == "fast" else 1
+    own = kept * (fused.img_size // 16) ** 2 * width * DTYPE.itemsize
+    assert found.hooks + again <= 1.10 * (saved.floor(fused, memory, DTYPE) + own)
 
 
 def made_again(encoder, monkeypatch):
