@@ -6,6 +6,7 @@ import torch
 from budgets import all_within_budget
 
 from samfast.functional import task_core, task_cores
+from samfast.kernels.task_core import torch_path
 
 from .cases import BACKENDS, DEVICE, NAMES, Case, literal, runnable
 
@@ -162,3 +163,14 @@ def test_many_rows_are_as_exact_as_torch(backend):
 
     exact, stock = run("reference", torch.float64), run("reference", torch.float32)
     all_within_budget(run(backend, torch.float32), stock, exact, torch.float32, NAMES)
+
+
+def test_a_task_that_is_not_there():
+    """On the torch path, whose tasks on a GPU are not read back: NaN, in its own rows alone."""
+    h, dz = torch.randn(12, 4), torch.randn(12, 3)
+    m, task = torch.randn(1, 2, 4, 3), torch.tensor([0, 2, -1])
+    z = torch_path.product(h, m, task)
+    dh, dm = torch_path.product_backward(dz, h, m, task, (True, True))
+    assert z[4:].isnan().all() and dh[4:].isnan().all()
+    assert z[:4].isfinite().all() and dh[:4].isfinite().all()
+    assert dm[0, 0].isfinite().all() and dm[0, 0].any() and not dm[0, 1].any()
