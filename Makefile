@@ -14,9 +14,9 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # Tests of modules that a GPU runs too.
-ON_GPU := adapt_former adapt_former_black_box aux_loss black_box conv_lora_black_box \
-  conv_lora_golden conv_lora_in_windows fuse \
-  rel_pos_attention rel_pos_attention_black_box sam_block sam_block_black_box
+ON_GPU := adapt_former adapt_former_black_box aux_loss black_box cobot cobot_adapt_former \
+  conv_lora_black_box conv_lora_golden conv_lora_in_windows fuse \
+  rel_pos_attention rel_pos_attention_black_box sam_block sam_block_black_box task_lora
 
 .PHONY: demo test test-slow test-gpu bench bench-gpu lint clean
 
