@@ -269,6 +269,42 @@ def test_gradients_of_all_tasks_are_those_of_each(dependent):
         assert error < torch.finfo(torch.float32).eps
 
 
+def test_ta_lora_of_all_tasks_is_that_of_each():
+    """In float64: logits and the gradients of all that trains, tasks together and one by one."""
+    tasks = TASKS[1:]
+    model = MultiTaskSam(build_sam("vit_tiny", image_size=64, seed=1).double(), tasks)
+    method = samfast.TaLora(tasks=("classes", "depth"), ranks=(3, 2, 2), dropout=0.0)
+    moved(samfast.attach(model, method, train=model.trained_parts()))
+    samfast.fuse(model)
+    images = torch.rand(2, 3, 64, 60, dtype=torch.float64) * 255
+    names, parameters = zip(*samfast.trainable_parameters(model), strict=True)
+
+    def results(logits):
+        loss = sum(values.square().mean() for values in logits.values())
+        gradients = torch.autograd.grad(loss, parameters)
+        adapters = [g for name, g in zip(names, gradients, strict=True) if ".td_" in name]
+        return [*logits.values(), *adapters, torch.cat([g.flatten() for g in gradients])]
+
+    together = results(model(images))
+    apart = results({task.name: each_row(model, images, task.name) for task in tasks})
+    some = model(images, {"depth": [1, 0], "classes": [1, 0]})
+    mixed = results({name: some[name].flip(0) for name in ("classes", "depth")})
+    rounding = 1e4 * torch.finfo(torch.float64).eps  # of some hundred products in a row
+    for ours in (together, mixed):
+        for mine, theirs in zip(ours, apart, strict=True):
+            assert (mine - theirs).norm() <= rounding * theirs.norm()
+    assert (together[0][:, :1] - together[1][:, :1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="has the update of task classes merged, so no other can"):
+        samfast.merge(model.eval(), task="classes")
+        model(images)
+    within = model(images, "classes")
+    assert (within - together[0]).norm() <= rounding * together[0].norm()
+
+
+def each_row(model, images, task):
+    return torch.cat([model(image[None], task) for image in images])
+
+
 def moved(model):
     with torch.no_grad():
         for _, parameter in samfast.trainable_parameters(model):
