@@ -13,7 +13,7 @@ class LiteralKronecker(nn.Linear):
         super().__init__(like.in_features, like.out_features, dtype=torch.float64)
         for name, parameter in like.adapter_parameters():
             self.register_parameter(name, nn.Parameter(torch.empty_like(parameter)))
-        self.scaling = like.scaling
+        self.scaling = like.alpha / like.rank
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
