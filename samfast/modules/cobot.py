@@ -113,9 +113,7 @@ class CobotLayer(SharingLayer, PublishedNames):
 def fold(layers: Sequence[CobotLayer]) -> list[tuple[Tensor, ...]]:
     """(factor, bias if there is one) of each of these layers, whose slices follow one another."""
     lead = layers[0]
-    gammas, heads, factors, *biases = zip(
-        *(layer.own_sources() for layer in layers), strict=True
-    )
+    gammas, heads, factors, *biases = zip(*(layer.own_sources() for layer in layers), strict=True)
     folded, shifts = cobot_fold(
         lead.FacT_c, lead.FacT_p, gammas, heads, factors, biases[0] if biases else (), lead.first,
         down=lead.down,
