@@ -2,7 +2,7 @@
 """TA-LoRA: one low-rank update of a layer for each of several tasks, from one Tucker tensor."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,11 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         super().reset_parameters()
         if "td_G" in self._parameters:  # nn.Linear calls this before the adapter exists
             self.reset_adapter()
+
+    def relation_parameters(self) -> Iterator[nn.Parameter]:
+        """The core: between factors of unit variance a step of it moves the layer as a step some
+        twenty times as large moves LoRA's factors."""
+        yield self.td_G
 
     @property
     def depends_on_task(self) -> bool:

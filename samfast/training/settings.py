@@ -112,8 +112,9 @@ class FinetuneSettings:
     """Peak learning rate of AdamW; 1e-3 from random weights, 2e-4 (conv-lora 1e-4) from a
     checkpoint, if not given."""
     relation_lr: float | None = None
-    """Of cobot-lora and cobot-adaptformer: peak learning rate of the relation, the coefficients and
-    the heads; as --lr if not given. One of the authors' scripts trains them at 100 times --lr."""
+    """Peak learning rate of what relates blocks or tasks. Of cobot-lora and cobot-adaptformer the
+    relation, the coefficients and the heads; as --lr if not given, and one of the authors' scripts
+    trains them at 100 times --lr. Of ta-lora the core; a twentieth of --lr if not given."""
     schedule: str | None = None
     """cosine: short warm-up, then a half cosine towards 0; constant: warm-up, then --lr;
     polynomial: from --lr in a straight line to 0. polynomial for conv-lora, else cosine, if not

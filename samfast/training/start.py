@@ -78,7 +78,8 @@ _LACKS = {  # in place of "has none"
     ("cobot-lora", "target"): "adapts q and v of every block",
     ("ta-lora", "target"): "adapts q, k and v of every block",
 }
-_RELATED = ("cobot-lora", "cobot-adaptformer")
+_RELATED = ("cobot-lora", "cobot-adaptformer", "ta-lora")
+_CORE_SHARE = 0.05  # TA-LoRA's core beside the rest; see TaskLoraLinear.relation_parameters
 _PRECISION_OF = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BOX_JITTER_SHARE = 50  # of the image's side: 20 pixels of 1024, as many as in SAM's own training
 HEAD_DIM = 64  # of a try-out; SAM's are 64 and 80
@@ -210,6 +211,8 @@ def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
     recipe = dict(_RECIPES[settings.method])
     trained = settings.checkpoint is not None
     recipe["lr"] = (1e-4 if settings.method == "conv-lora" else 2e-4) if trained else 1e-3
+    if settings.method == "ta-lora":
+        recipe["relation_lr"] = _CORE_SHARE * (settings.lr or recipe["lr"])
     if settings.prompt == "box":
         side = settings.image_size or architecture(settings.model).image_size
         recipe["box_jitter"] = float(round(side / BOX_JITTER_SHARE))
