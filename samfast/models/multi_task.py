@@ -47,7 +47,8 @@ class Task:
             raise ValueError(
                 f"task name {self.name!r} is no name of letters, digits and underscores"
             )
-        if hasattr(nn.ModuleDict(), self.name) or self.name == "all":
+        taken = (nn.ModuleDict(), nn.ParameterDict())
+        if any(hasattr(known, self.name) for known in taken) or self.name == "all":
             raise ValueError(f"task name {self.name!r} means something else; choose another")
         if self.kind not in KINDS:
             raise ValueError(
@@ -174,6 +175,10 @@ class MultiTaskSam(nn.Module):
         """By the number of a task its images, None for all of them; and the form of the result."""
         if task is None:
             return dict.fromkeys(range(len(self.tasks))), "dict"
+        if isinstance(task, Mapping) and not task:
+            raise ValueError("no task is asked for; name at least one")
+        if isinstance(task, Tensor):
+            task = task.tolist()
         if isinstance(task, Mapping):
             chosen = {self.index_of(name): list(images) for name, images in task.items()}
             for i, images in chosen.items():
@@ -205,12 +210,14 @@ class MultiTaskSam(nn.Module):
         count = len(images)
         sizes = [count if own is None else len(own) for own in chosen.values()]
         numbers = [i for i, size in zip(chosen, sizes, strict=True) for _ in range(size)]
-        if len(chosen) == 1:
-            samfast.set_task(self, next(iter(chosen)))
+        if not numbers:
+            pass  # no image, no task
+        elif len(chosen) == 1:
+            samfast.set_task(self, next(iter(chosen)), repeated=True)
         elif list(chosen.items()) == [(i, None) for i in range(len(self.tasks))]:
-            samfast.set_task(self, "all")
+            samfast.set_task(self, "all", repeated=True)
         else:
-            samfast.set_task(self, torch.tensor(numbers))
+            samfast.set_task(self, torch.tensor(numbers), repeated=True)
 
         def split(x: Tensor) -> Tensor:
             """The rows of every task, task-major."""

@@ -153,6 +153,7 @@ def load_adapter(
         if attached is None:
             check_attachable(model, base_dtype)
             layers = _find_layers(model, adapter)
+            adapter.method.check_model(model, layers)
             adapted = adapter.method.build(layers)
         else:
             _check_same(attached, adapter)

@@ -18,7 +18,7 @@ from samfast.modules.adapter import (
 )
 from samfast.modules.base_digest import fingerprint
 from samfast.modules.methods import Method
-from samfast.modules.task_lora import set_task
+from samfast.modules.task_lora import numbers_of, set_task
 
 ENCODER = "image_encoder"
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +55,7 @@ def attach(
         raise TypeError(f"method is {method!r}, which is not one of samfast's methods")
     check_attachable(model, base_dtype)
     layers = find_layers(model, method)
+    method.check_model(model, layers)
     trained = find_trained(model, train)
     return attach_to(model, method, layers, method.build(layers), trained, base_dtype)
 
@@ -266,6 +267,7 @@ def merge(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
     """
     layers = _mergeable(model)
     if task is not None:
+        numbers_of(model, task)  # before anything is changed
         unmerge(model)
         set_task(model, task)
     for layer in layers:

@@ -142,8 +142,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     keeps its factors orthogonal, which needs no forward; add it to the task's loss with weight 1.
     Zero for methods that have none. Call it after every forward of training, before
     the backward. A layer that is called twice in a forward counts with its last call. Both kinds
-    of checkpointing, accumulation, DistributedDataParallel and torch.compile will do. In eval it
-    is constant.
+    of checkpointing, accumulation, DistributedDataParallel and torch.compile will do. In eval
+    Conv-LoRA's is constant.
 
     Reentrant checkpoints ask for more: aux_loss after each forward, its term in the same backward
     as a loss that reaches every layer, no layer called twice, no compiled modules inside. What

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 Share = tuple[Tensor, ...]
 
@@ -50,10 +51,14 @@ class SharingLayer(nn.Module):
 
 
 def stamp(tensors: Sequence[Tensor]) -> tuple:
-    """Another one once a tensor is replaced or written to; () while a graph is traced."""
-    if torch.compiler.is_compiling():
+    """Another one once a tensor is replaced, moved or written to; () while a graph is traced."""
+    if torch.compiler.is_compiling() or any(_without_memory(t) for t in tensors):
         return ()
-    return tuple((id(t), None if t.is_inference() else t._version) for t in tensors)
+    return tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+
+
+def _without_memory(t: Tensor) -> bool:
+    return t.is_meta or is_fake(t) or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 class _Given(torch.autograd.Function):

@@ -49,6 +49,9 @@ class Method:
     def check(self, layer: nn.Module) -> None:
         """Raise ValueError when this layer cannot be adapted; changes nothing."""
 
+    def check_model(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        """Raise ValueError when these layers of the model cannot be adapted together."""
+
     def wrap(self, layer: nn.Module) -> nn.Module:
         """The adapted module that takes the place of one layer, sharing its Parameters."""
         raise NotImplementedError
@@ -372,6 +375,22 @@ class TaLora(Method):
             return False
         mine, theirs = ((m.count, m.names, m.ranks, m.scaling, m.enabled) for m in (self, other))
         return mine == theirs
+
+    def check_model(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        """The tasks are those of a MultiTaskSam, and the layers in the encoder."""
+        known = getattr(model, "tasks", None)
+        if known is None:
+            return
+        names = tuple(task.name for task in known)
+        if self.count != len(names) or (self.names and self.names != names):
+            given = ", ".join(self.names) or f"{self.count} of them"
+            raise ValueError(
+                f"the tasks of ta-lora are {given}, but those of the model {', '.join(names)}; "
+                "they must be the same, in the same order"
+            )
+        for name in layers:
+            if not name.startswith("image_encoder."):
+                raise ValueError(f"{name} is outside the image encoder, where no task is set")
 
     def check(self, layer: nn.Linear) -> None:
         sizes = layer.in_features, layer.out_features

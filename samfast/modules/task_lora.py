@@ -15,6 +15,7 @@ from samfast.kernels.task_core.middle_map import middle_key
 from samfast.kernels.task_core.op import check_task, core_backend
 from samfast.kernels.task_core.task_lora import task_lora_linear
 from samfast.modules.adapter import adapters, attachment, unwrapped
+from samfast.modules.aux_loss import recomputing
 from samfast.modules.block_layer import BlockLayer
 from samfast.modules.encoder_forward import EncoderForward, SharingLayer
 from samfast.modules.low_rank import LowRankLinear, check_dropout
@@ -103,7 +104,10 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
             td_U2=(rows, rank_out),
             td_U3=(tasks, depth),
         )
-        self.entries = torch.zeros(1, dtype=torch.int64, device=device)
+        self.choose((0,))
+        self.ran: tuple = ()  # tasks of forwards since a backward last ran them again, two at most
+        self.again = False  # such a backward has begun
+        self.repeated = False  # see set_task
         self.reset_adapter()
 
     @staticmethod
@@ -132,8 +136,49 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
             linear, tasks=tasks, ranks=ranks, scaling=scaling, dropout=dropout, enabled=enabled,
             orthogonality=orthogonality,
         )  # fmt: skip
-        module.entries = torch.zeros(1, dtype=torch.int64, device=linear.weight.device)
+        module.choose((0,))
         return module
+
+    def choose(self, tasks: tuple[int, ...], entries: Tensor | None = None) -> None:
+        """Work for these from now on; entries: the same on the layer's device, if at hand."""
+        if entries is None:
+            entries = torch.tensor(tasks, dtype=torch.int64, device=self.weight.device)
+        self.chosen, self.entries = tasks, entries
+
+    def tasks_now(self, samples: int) -> Tensor:
+        """The entries of this forward of so many samples.
+
+        A checkpoint runs a forward again in the backward, when other tasks may be set: it gets
+        those of the forwards before. RuntimeError where these had different tasks, for which one
+        it is cannot be told.
+        """
+        chosen, entries = self.chosen, self.entries
+        if not torch.compiler.is_compiling():
+            if recomputing():
+                self.again = True
+                if len(self.ran) > 1:
+                    raise RuntimeError(
+                        "a checkpoint runs a layer with tasks again, but since its forward other "
+                        "tasks were set and ran; run the backward of each first, or use "
+                        "samfast.fuse(memory='minimal'), which keeps the tasks of each forward"
+                    )
+                if self.ran:
+                    chosen, entries = self.ran[0]
+            elif self.training or torch.is_grad_enabled():
+                before = () if self.again else self.ran
+                self.again = False
+                if chosen not in [ran for ran, _ in before]:
+                    before = (*before[-1:], (chosen, entries))
+                self.ran = before
+        count = len(chosen)
+        if count > 1 and getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                f"{count} tasks are set, which DataParallel does not share out with the batch; use "
+                "DistributedDataParallel, or one task at a time"
+            )
+        if samples % count:
+            raise ValueError(f"{count} tasks are set, which do not divide a batch of {samples}")
+        return entries if entries.device == self.weight.device else entries.to(self.weight.device)
 
     def add_adapter(self, **shapes) -> None:
         super().add_adapter(**shapes)
@@ -172,15 +217,15 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
 
     def delta_weight(self) -> Tensor:
         """Of the one task that is set."""
-        if len(self.entries) != 1:
+        if len(self.chosen) != 1:
             raise ValueError(
-                f"{len(self.entries)} tasks are set; merge(model, task=...) takes one of them"
+                f"{len(self.chosen)} tasks are set; merge(model, task=...) takes one of them"
             )
         wide = torch.promote_types(self.td_G.dtype, torch.float32)
         core, into, out, kinds = (
             t.to(wide) for t in (self.td_G, self.td_U1, self.td_U2, self.td_U3)
         )
-        update = self.scaling * out @ (core @ kinds[self.entries[0]]).t() @ into.t()
+        update = self.scaling * out @ (core @ kinds[self.chosen[0]]).t() @ into.t()
         if self.ranges is None:
             return update
         delta = update.new_zeros(self.out_features, self.in_features)
@@ -190,7 +235,8 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         return task_lora_linear(
-            x, self.weight, self.bias, self.td_U1, self.td_U2, *self.share(), self.entries,
+            x, self.weight, self.bias, self.td_U1, self.td_U2, *self.share(),
+            self.tasks_now(x.shape[0] if x.dim() > 1 else 1),
             self.scaling, dropout=self.dropout if self.training else 0.0, slices=self.ranges,
         )  # fmt: skip
 
@@ -198,11 +244,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         share = super().block_layer(x, windows)
         if self.merged:
             return share
-        if windows.batch % len(self.entries):
-            raise ValueError(
-                f"{len(self.entries)} tasks are set, which do not divide a batch of {windows.batch}"
-            )
-        return dataclasses.replace(share, params=(*self.share(), self.entries))
+        return dataclasses.replace(share, params=(*self.share(), self.tasks_now(windows.batch)))
 
     def layer_plan(self, dropout: float) -> LayerPlan:
         starts = () if self.ranges is None else tuple(start for start, _ in self.ranges)
@@ -231,8 +273,16 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         return torch.stack(terms).sum() / len(layers)
 
     def _apply(self, fn, recurse=True):
-        self.entries = fn(self.entries)
-        return super()._apply(fn, recurse)
+        module = super()._apply(fn, recurse)
+        if self.entries.device != self.weight.device:
+            self.choose(self.chosen)
+        return module
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # as files want it
+            name = f"{prefix}td_U1"
+            destination[name] = destination[name].contiguous()
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, tasks={self.tasks}, ranks={self.ranks}"
@@ -270,23 +320,41 @@ class TaskForward(EncoderForward):
         ]
         return not any(layer.merged for layer in self.layers) and len(set(like)) == 1
 
+    def open(self, encoder: nn.Module, args) -> None:
+        lead, images = self.layers[0], args[0].shape[0] if args else 0
+        if images % len(lead.chosen) and not lead.repeated and not lead.merged:
+            raise ValueError(
+                f"{len(lead.chosen)} tasks are set, which do not divide a batch of {images}"
+            )
+        super().open(encoder, args)
 
-def set_task(model: nn.Module, task: int | str | Tensor) -> nn.Module:
+
+def set_task(model: nn.Module, task: int | str | Tensor, *, repeated: bool = False) -> nn.Module:
     """Say which tasks the TA-LoRA layers of a model work for from now on, in place.
 
     task: the number or name of one task for the whole batch; "all", for a batch that is repeated
         for each task, (task 0's samples, then task 1's, …); or numbers of tasks, int64 (E,), where
         E divides the batch and entry i is that of the i-th part of it, such as one for each sample
-    A tensor on a GPU is read once, which waits for the GPU. Raises ValueError when the model has no
-    such layers, a task does not exist, or a task is merged into the weights.
+    repeated: the batch is repeated for the tasks inside the encoder, as MultiTaskSam does it
+
+    The tasks are the model's, whichever thread runs it. A tensor on a GPU is read, which waits for
+    the GPU. Under torch's checkpoints run the backward before other tasks are set and run. Raises
+    ValueError when the model has no such layers, a task does not exist, or a task is merged into
+    the weights.
     """
     layers = _task_layers(model)
-    entries = _entries(model, task, next(iter(layers.values())).tasks)
+    chosen = numbers_of(model, task)
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} has the update of a task merged; call unmerge() first")
+    moved: dict[torch.device, Tensor] = {}
     for layer in layers.values():
-        layer.entries = entries.to(layer.weight.device)
+        device = layer.weight.device
+        if device not in moved:
+            moved[device] = torch.tensor(chosen, dtype=torch.int64, device=device)
+        if layer.chosen != chosen or layer.entries.device != device:
+            layer.choose(chosen, moved[device])
+        layer.repeated = repeated
     return model
 
 
@@ -299,17 +367,20 @@ def _task_layers(model: nn.Module) -> dict[str, TaskLoraLinear]:
     return layers
 
 
-def _entries(model: nn.Module, task, tasks: int) -> Tensor:
+def numbers_of(model: nn.Module, task: int | str | Tensor) -> tuple[int, ...]:
+    """What ``set_task`` takes as numbers; ValueError where one does not exist."""
+    tasks = next(iter(_task_layers(model).values())).tasks
     if isinstance(task, Tensor):
         if task.dtype != torch.int64 or task.dim() != 1 or not len(task):
             raise ValueError(
                 f"task is {task.dtype} of shape {tuple(task.shape)}; it must be int64 of (entries,)"
             )
-        for value in task.tolist():
+        numbers = tuple(task.tolist())
+        for value in numbers:
             check_task(value, tasks)
-        return task.detach().clone()
-    if task == "all":
-        return torch.arange(tasks)
+        return numbers
+    if isinstance(task, str) and task == "all":
+        return tuple(range(tasks))
     attached = attachment(unwrapped(model))
     names = getattr(getattr(attached, "method", None), "names", None) or ()
     if isinstance(task, str):
@@ -320,4 +391,4 @@ def _entries(model: nn.Module, task, tasks: int) -> Tensor:
     if isinstance(task, bool) or not isinstance(task, int):
         raise ValueError(f"task is {task!r}; it must be a number, a name, 'all' or an int64 tensor")
     check_task(task, tasks)
-    return torch.tensor([task])
+    return (task,)

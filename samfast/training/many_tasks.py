@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -72,11 +73,20 @@ def predicted(spec: TaskSpec, maps: Tensor) -> Tensor:
     """What maps (C, H, W) say: bool or int64 (H, W), of regression (C, H, W) in stored units."""
     if spec.kind == "binary":
         return maps[0] > 0
-    return maps.argmax(0) if spec.kind == "semantic" else stored_units(spec, maps)
+    if spec.kind == "semantic":
+        return maps.argmax(0)
+    if spec.loss == "cosine":  # of any length, but scale and offset are those of unit length
+        maps = F.normalize(maps, dim=0)
+    return stored_units(spec, maps)
 
 
 def stored_units(spec: TaskSpec, values: Tensor) -> Tensor:
     return (values - spec.offset) / spec.scale
+
+
+def model_units(spec: TaskSpec, stored):
+    """Of a tensor or an array."""
+    return spec.scale * stored + spec.offset
 
 
 @torch.no_grad()
@@ -140,6 +150,8 @@ class TaskScores:
         if self.spec.kind == "binary":
             counts = truth >= 0
             prediction, truth = prediction[counts], truth[counts] == 1
+        elif self.spec.loss == "cosine":  # an angle is one between directions, wherever they start
+            prediction = model_units(self.spec, prediction)
         elif self.spec.kind == "regression":
             truth = stored_units(self.spec, truth)
         self._scores.update(prediction, truth)
@@ -200,6 +212,14 @@ class ManyTasks:
             for item in self.split.val:
                 if (path := item.targets.get(spec.name)) is not None:
                     yield torch.from_numpy(truth_of(spec, read_stored(spec, path)))
+
+        def counted(truth: Tensor) -> bool:
+            return bool((truth.isfinite() if spec.kind == "regression" else truth >= 0).any())
+
+        if not any(map(counted, truths())):
+            raise ValueError(
+                f"task {spec.name} cannot be scored: no pixel of its validation masks counts"
+            )
 
         if spec.kind == "binary":
             constant = torch.tensor(True)
@@ -328,7 +348,7 @@ def picture(
     if spec.kind == "semantic":
         return pictures.classes_over
     if spec.loss == "cosine":
-        return lambda image, values: pictures.directions(values)
+        return lambda image, values: pictures.directions(model_units(spec, values))
     return lambda image, values: pictures.heat(values[0], limits)
 
 

@@ -45,6 +45,7 @@ def predict(settings: PredictSettings) -> dict:
     dtype = start.autocast_dtype(settings.precision, device)
     adapter = read_adapter(adapter_folder(settings.adapter))
     specs = chosen_specs(adapter.folder, adapter.record, settings.task)
+    _check_files(names, specs)
     boxes = boxes_for(settings, prompt_of(adapter), shapes)
     with start.backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
@@ -216,6 +217,21 @@ def _output_names(paths: Sequence[Path]) -> list[str]:
         if names.count(name) > 1:
             raise ValueError(f"two of the images are called {name}; predict them separately")
     return names
+
+
+def _check_files(names: Sequence[str], specs: Sequence[TaskSpec]) -> None:
+    """Raise ValueError where images and tasks have such names that two files would have one."""
+    files: dict[str, str] = {}
+    for name in names:
+        for spec in specs:
+            for file in (f"{name}_{spec.name}", f"{name}_{spec.name}_overlay"):
+                what = f"image {name} and task {spec.name}"
+                if file in files:
+                    raise ValueError(
+                        f"{files[file]}, and {what}, would both write a file called {file}; "
+                        "predict them separately, with --task"
+                    )
+                files[file] = what
 
 
 def _write(folder: Path, name: str, path: Path, mask: np.ndarray) -> dict:

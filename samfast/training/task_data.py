@@ -20,7 +20,7 @@ from samfast.training.data import (
     resize_mask,
 )
 from samfast.training.images import read_image
-from samfast.training.task_files import Item, read_stored
+from samfast.training.task_files import Item, is_ignored, read_stored
 from samfast.training.tasks import UNLABELLED, TaskSpec
 
 
@@ -49,17 +49,22 @@ def distance(labels: np.ndarray) -> np.ndarray:
     return np.where(edge < 0, np.nan, distance_transform_edt(edge != 1)).astype(np.float32)
 
 
+def labels_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
+    """int32 (H, W): the classes that a file stores, -1 where none counts."""
+    ignored = is_ignored(spec, stored) | (stored == UNLABELLED)
+    return np.where(ignored, np.int32(-1), stored.astype(np.int32))
+
+
 def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
     """The truth of a task from what its file stores."""
-    ignored = np.isin(stored, spec.ignore)
     if spec.labels:
-        ignored |= stored == UNLABELLED
-        labels = np.where(ignored, np.int32(-1), stored.astype(np.int32))
+        labels = labels_of(spec, stored)
         if spec.derive is None:
             return labels
         if spec.derive == "boundary":
             return boundary(labels)
         return spec.scale * distance(labels)[None] + np.float32(spec.offset)
+    ignored = is_ignored(spec, stored)
     if spec.kind == "binary":
         foreground = binary_mask(stored, spec.foreground).astype(np.int32)
         return np.where(ignored, np.int32(-1), foreground)
@@ -136,14 +141,19 @@ class TaskDataset(Dataset):
         image = read_image(item.image)
         for axis in axes:
             image = np.flip(image, axis)
-        truths, files = {}, {}
+        truths, targets, files = {}, {}, {}
         for spec in self.specs:
             if spec.name in item.targets:
                 file = item.targets[spec.name], spec.labels or spec.kind == "binary"
                 if file not in files:
                     files[file] = read_stored(spec, file[0])
-                truths[spec.name] = flipped(spec, truth_of(spec, files[file]), axes)
-        targets = {name: resized(truth, self.image_size) for name, truth in truths.items()}
+                truth = flipped(spec, truth_of(spec, files[file]), axes)
+                truths[spec.name] = truth
+                if spec.derive == "boundary":  # a line of a few pixels, which resizing would break
+                    labels = flipped(spec, labels_of(spec, files[file]), axes)
+                    targets[spec.name] = boundary(resized(labels, self.image_size))
+                else:
+                    targets[spec.name] = resized(truth, self.image_size)
         image = resize_image(np.ascontiguousarray(image), self.image_size)
         return TaskSample(image, targets, truths)
 

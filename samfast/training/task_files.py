@@ -134,6 +134,12 @@ def read_stored(spec: TaskSpec, path: Path) -> np.ndarray:
     return read_mask(path)
 
 
+def is_ignored(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
+    """Which stored values the task's ``ignore`` names, as floats of the file's precision."""
+    ignore = np.asarray(spec.ignore)
+    return np.isin(stored, ignore.astype(stored.dtype) if stored.dtype.kind == "f" else ignore)
+
+
 def check_items(items: Sequence[Item], specs: Sequence[TaskSpec]) -> None:
     """Decode every file and check sizes and values, or raise the first broken rule."""
     seen: dict[str, dict[float, Path]] = {spec.name: {} for spec in specs}
@@ -179,7 +185,7 @@ def _checked_values(spec: TaskSpec, item: Item, image: np.ndarray) -> list[float
     stored = read_stored(spec, path)
     check_sizes(Pair(item.stem, item.image, path), image, stored)
     if spec.kind == "regression" and not spec.labels:
-        counted = np.isfinite(stored) & ~np.isin(stored, spec.ignore)
+        counted = np.isfinite(stored) & ~is_ignored(spec, stored)
         return [0.0] if counted.any() else []
     values = [value for value in values_of(stored) if value not in spec.ignore]
     if not spec.labels:

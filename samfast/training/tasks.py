@@ -68,8 +68,12 @@ class TaskSpec:
             )
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"task {task.name} has weight {self.weight:g}; it must be above 0")
-        if self.scale == 0 or not (math.isfinite(self.scale) and math.isfinite(self.offset)):
-            raise ValueError(f"task {task.name} has scale {self.scale:g}; it must not be 0")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(
+                f"task {task.name} has scale {self.scale:g}; it must be a finite number, not 0"
+            )
+        if not math.isfinite(self.offset):
+            raise ValueError(f"task {task.name} has offset {self.offset:g}; it must be finite")
         if self.derive is not None and (self.kind, self.channels) != (DERIVED[self.derive], 1):
             raise ValueError(
                 f"task {task.name} is {self.kind} with {self.channels} channels, but derive "
@@ -183,8 +187,10 @@ def parsed(content: Any) -> tuple[TaskSpec, ...]:
     if not isinstance(given, list) or not given:
         raise ValueError("there is no list under tasks:")
     for number, entry in enumerate(given, start=1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        if not isinstance(entry, dict) or "name" not in entry:
             raise ValueError(f"task {number} has no name")
+        if not isinstance(entry["name"], str):
+            raise ValueError(f"task {number} has name {entry['name']!r}, not a text; quote it")
     names = [entry["name"] for entry in given]
     for name in names:
         if names.count(name) > 1:

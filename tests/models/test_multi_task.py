@@ -199,7 +199,7 @@ def dependent(small, monkeypatch):
     attention = own.image_encoder.blocks[2].attn
     attention.qkv = TaskScale(attention.qkv, len(TASKS))
 
-    def set_task(model, task):
+    def set_task(model, task, repeated=False):
         model.image_encoder.blocks[2].attn.qkv.task = task
 
     monkeypatch.setattr(samfast, "set_task", set_task, raising=False)
@@ -368,6 +368,12 @@ def test_bad_tasks(arguments, sentence):
         Task(*arguments)
 
 
+def test_names_of_dictionaries_methods_are_refused():
+    for name in ("get", "copy", "items"):
+        with pytest.raises(ValueError, match=f"task name '{name}' means something else"):
+            Task(name)
+
+
 def test_bad_models_and_calls(model, small):
     with pytest.raises(ValueError, match="two tasks are called a"):
         MultiTaskSam(small, [Task("a"), Task("b"), Task("a", "semantic", 3)])
@@ -385,6 +391,7 @@ def test_bad_models_and_calls(model, small):
         (True, "task True is none of"),
         (["cells"], "there are 1 tasks for 2 images"),
         ({"cells": [2]}, "task cells asks for image 2 of 2"),
+        ({}, "no task is asked for"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             model(images, task)

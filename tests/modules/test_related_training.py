@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with SAM-COBOT and with Kronecker products is training with the literal methods."""
+"""Training with SAM-COBOT, TA-LoRA and Kronecker products is training with the literal methods."""
 
 import pytest
 import torch
 from literal_cobot import LiteralCobot, LiteralCobotAdaptFormer
 from literal_kronecker import LiteralKronecker
+from literal_task_lora import LiteralTaskLora
 from segment_anything.modeling.common import MLPBlock
 from torch.nn import functional as F
 
@@ -18,6 +19,10 @@ METHODS = {
     "cobot-adaptformer": (
         lambda: samfast.AdaptFormer(bottleneck=8, dropout=0.0, cobot=True),
         LiteralCobotAdaptFormer,
+    ),
+    "ta-lora": (
+        lambda: samfast.TaLora(tasks=2, ranks=(6, 5, 2), dropout=0.0, target="lin1"),
+        LiteralTaskLora,
     ),
     "kronecker": (lambda: samfast.Kronecker(n=3, rank=2, alpha=4), LiteralKronecker),
 }

@@ -2,16 +2,15 @@
 """TaskLoraLinear: published numbers, tasks of every form, lifetimes of cores, merging, errors."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from budgets import all_within_budget
 from literal_task_lora import LiteralTaskLora
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import samfast
@@ -202,27 +201,62 @@ def test_compiled_whole(attached, images):
     assert all(torch.equal(plain[name], found[name]) for name in plain)
 
 
-def test_no_weight_of_an_update_is_ever_made(images):
-    """No tensor of as many elements as the update of all tasks, or of one, has in a layer."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_runs_again_with_the_tasks_of_its_forward(reentrant):
+    """Whatever is set, or predicted, in between; or it says that it cannot know them."""
+    linear = nn.Linear(16, 48).requires_grad_(False)
+    layer = TaskLoraLinear.from_linear(linear, 3, (4, 3, 2), dropout=0.0)
+    nn.init.normal_(layer.td_G)
+    x = torch.randn(2, 5, 16).requires_grad_()
+    trained = [p for _, p in layer.adapter_parameters()]
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.update(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
+    def forward(task):
+        samfast.set_task(layer, task)
+        return checkpoint(layer, x, use_reentrant=reentrant).square().sum()
 
-    width, tasks = 64, 3
-    linear = nn.Linear(width, 3 * width).requires_grad_(False)
-    layer = TaskLoraLinear.from_linear(linear, tasks, (8, 6, 2))
-    x, sizes = torch.randn(3, 5, width).requires_grad_(), set()
-    samfast.set_task(layer, "all")
-    with Watch():
-        layer(x).sum().backward()
-    update = 3 * width * width
-    assert max(sizes - {update}) < update  # the frozen weight itself, turned
-    with Watch():
-        LiteralTaskLora(layer).to(x)(x)
-    assert tasks * update in sizes
+    def gradients(loss):
+        layer.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in trained]
+
+    expected = {}
+    for task in (0, 1):
+        samfast.set_task(layer, task)
+        expected[task] = gradients(layer(x).square().sum())
+        for _ in range(2):  # step after step, with other tasks
+            layer.again = True
+            assert all(map(torch.equal, gradients(forward(task)), expected[task]))
+    loss = forward(0)
+    layer.eval()
+    with torch.no_grad():
+        samfast.set_task(layer, 1)
+        layer(x)
+    layer.train()
+    assert all(map(torch.equal, gradients(loss), expected[0]))
+    with pytest.raises(RuntimeError, match="since its forward other tasks were set and ran"):
+        gradients(forward(0) + forward(1))
+
+
+def test_no_weight_of_an_update_is_ever_made(tiny_sam, images):
+    """Of all tasks in a step of whole blocks: no tensor is as large as the updates of one layer,
+    operators looked into."""
+    sizes = {}
+    for literal in (False, True):
+        encoder = samfast.attach(tiny_sam(), METHOD, train=()).image_encoder
+        qkv = encoder.blocks[0].attn.qkv
+        trained = [p for _, p in samfast.trainable_parameters(encoder)]
+        samfast.set_task(encoder, "all")
+        if literal:
+            encoder.blocks[0].attn.qkv = LiteralTaskLora(qkv.double()).requires_grad_(False).float()
+        else:
+            samfast.fuse(encoder)
+
+        def run(encoder=encoder, trained=trained):
+            torch.autograd.grad(encoder(images).sum(), trained, allow_unused=True)
+
+        sizes[literal] = count(run).largest
+    updates = 3 * qkv.out_features * qkv.in_features * 4
+    assert sizes[False] < updates <= sizes[True]
 
 
 def test_launches_beyond_plain_lora(monkeypatch):
@@ -267,7 +301,9 @@ def test_saved_bytes(tiny_sam, images):
         encoder = samfast.attach(tiny_sam(), method, train=()).image_encoder
         encoder = samfast.fuse(encoder)
         layers = [block.attn.qkv for block in encoder.blocks]
-        tasks = [layer.entries for layer in layers if method is METHOD]
+        tasks = []
+        if method is METHOD:
+            tasks = [samfast.set_task(encoder, 1).blocks[0].attn.qkv.entries]
         known = [images, *encoder.parameters(), *encoder.buffers(), *tasks]
         found = saved_bytes(lambda encoder=encoder: encoder(images), known)
         assert found.hooks == found.living
@@ -323,6 +359,41 @@ def test_the_penalty_is_the_mean_over_layers(attached):
     for mine, theirs in zip((loss, *grads), own, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert samfast.aux_loss(attached()) == 0
+
+
+def test_moves_and_files_keep_the_tasks(attached, tmp_path):
+    sam = samfast.set_task(attached(), "all")
+    layer = sam.image_encoder.blocks[0].attn.qkv
+    safetensors.torch.save_file(sam.image_encoder.state_dict(), tmp_path / "state.safetensors")
+    sam.to("meta").to_empty(device="cpu")
+    assert layer.entries.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="there is no task 'typo'"):
+        samfast.merge(samfast.merge(sam, task=0), task="typo")
+    assert layer.merged
+
+
+def test_tasks_are_those_of_the_model(tiny_sam):
+    def model():
+        names = ("edges", "parts", "depth")
+        return samfast.models.MultiTaskSam(tiny_sam(), [samfast.models.Task(n) for n in names])
+
+    for tasks in (2, ("parts", "edges", "depth")):
+        with pytest.raises(ValueError, match="must be the same, in the same order"):
+            samfast.attach(model(), samfast.TaLora(tasks=tasks), train=())
+    outside = samfast.TaLora(tasks=3, target=r"mask_decoders\..*q_proj")
+    with pytest.raises(ValueError, match="is outside the image encoder, where no task is set"):
+        samfast.attach(model(), outside, train=())
+    samfast.attach(model(), samfast.TaLora(tasks=3), train=())
+
+
+def test_windows_do_not_hide_a_batch_that_does_not_fit(tiny_sam, images):
+    """A layer sees windows, of which three tasks may divide the number."""
+    sam = tiny_sam()
+    target = r"image_encoder\.blocks\.0\.attn\.qkv"
+    samfast.attach(sam, dataclasses.replace(METHOD, target=target), train=())
+    samfast.set_task(sam, "all")
+    with pytest.raises(ValueError, match="3 tasks are set, which do not divide a batch of 1"):
+        sam.image_encoder(images[:1])
 
 
 def test_bad_input(attached, images):

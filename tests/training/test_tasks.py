@@ -8,13 +8,15 @@ from PIL import Image
 
 from samfast.training import losses
 from samfast.training.images import read_values
-from samfast.training.many_tasks import TaskScores, task_loss
+from samfast.training.many_tasks import ManyTasks, TaskScores, predicted, task_loss
+from samfast.training.predict import _check_files
 from samfast.training.task_data import (
     TaskCollate,
     TaskDataset,
     boundary,
     distance,
     flipped,
+    resized,
     truth_of,
 )
 from samfast.training.task_files import check_items, find_items
@@ -401,6 +403,56 @@ def test_scores_of_directions_are_angles():
     truth = torch.tensor([[[1.0, 1.0, torch.nan]], [[0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]])
     scores.update(torch.tensor([[[2.0, 0, 1]], [[0.0, 3, 1]], [[0.0, 0, 1]]]), truth)
     assert scores.compute() == pytest.approx({"angle": 45.0})
+
+
+def test_angles_of_directions_as_colours():
+    """Their length, scale and offset do not matter: 0 to 255 for -1 to 1 is the same direction."""
+    spec = TaskSpec("n", "regression", 3, loss="cosine", scale=2 / 255, offset=-1.0)
+    maps = torch.tensor([0.6, 0.0, 0.8]).view(3, 1, 1)
+    for factor, angle in ((1.0, 0.0), (3.0, 0.0), (0.1, 0.0), (-1.0, 180.0)):
+        scores = TaskScores(spec)
+        scores.update(predicted(spec, factor * maps), maps)
+        assert scores.compute()["angle"] == pytest.approx(angle, abs=0.05)  # acos near 1
+
+
+def test_values_to_ignore_are_those_of_the_file():
+    """-99.9 is no float32."""
+    spec = TaskSpec("a", "regression", ignore=(-99.9,))
+    assert np.isnan(truth_of(spec, np.full((2, 2, 1), -99.9, np.float32))).all()
+
+
+def test_a_boundary_survives_the_model_s_size(tmp_path):
+    """It is found at that size: every edge is there, whatever the file's."""
+    labels = np.zeros((300, 300), np.uint8)
+    for i in range(10):
+        labels[:, 15 + 30 * i :] += 1
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(np.zeros((300, 300, 3), np.uint8)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(labels).save(tmp_path / "masks" / "a.png")
+    spec = TaskSpec("edges", derive="boundary")
+    (item,) = find_items(tmp_path, (spec,), only_score=True).val
+    sample = TaskDataset([item], (spec,), 32)[0]
+    assert np.array_equal(sample.targets["edges"], boundary(resized(labels.astype(np.int32), 32)))
+    assert (np.diff(sample.targets["edges"][0]) == 1).sum() >= 9
+    assert sample.truths["edges"].shape == (300, 300)
+
+
+def test_files_of_one_name_are_refused():
+    road, overlay = TaskSpec("road"), TaskSpec("road_overlay")
+    _check_files(["x", "y"], (road,))
+    with pytest.raises(ValueError, match="image x and task road, and image x and task road_ov"):
+        _check_files(["x"], (road, overlay))
+    with pytest.raises(ValueError, match="would both write a file called x_road_mask;"):
+        _check_files(["x", "x_road"], (TaskSpec("mask"), TaskSpec("road_mask")))
+
+
+def test_a_task_whose_validation_masks_are_empty(data):
+    specs = (TaskSpec("classes", "semantic", 3, ignore=(0, 1, 2, 9)),)
+    goal = ManyTasks.__new__(ManyTasks)
+    goal.specs, goal.split = specs, find_items(data, SPECS, only_score=True)
+    with pytest.raises(ValueError, match="task classes cannot be scored: no pixel of its valid"):
+        goal._constant(specs[0])
 
 
 def test_scores_of_a_mask_leave_out_what_counts_nowhere():
