@@ -147,7 +147,9 @@ def unused_by_segment(sam: nn.Module) -> list[str]:
 def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
     encoder = sam.image_encoder
     side = encoder.img_size // encoder.patch_embed.proj.stride[0]
-    return (encoder.neck[0].out_channels, side, side)
+    # Not of the neck, in whose place another library may have put a wrapper.
+    grid = getattr(sam, "pe_layer", None) or sam.prompt_encoder.pe_layer
+    return (2 * grid.positional_encoding_gaussian_matrix.shape[1], side, side)
 
 
 def _check_images(sam: nn.Module, images: Tensor) -> tuple[int, int]:
