@@ -370,12 +370,11 @@ def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     windows, whole = Windows(4, 64, 64, 14, 14), Windows.whole(4, 64, 64)
-    usual = _relpos_attention(whole, 12, 64, bf16)
-    if quick:
-        usual = [launch for launch in usual if not launch.archs or 90 in launch.archs]
-        usual = [dataclasses.replace(launch, archs=(90,)) for launch in usual]
-    yield "relpos_attention bfloat16 hd80 windows", _relpos_attention(windows, 16, 80, bf16)
-    yield "relpos_attention bfloat16 hd64 global", usual
+    cut, uncut = _relpos_attention(windows, 16, 80, bf16), _relpos_attention(whole, 12, 64, bf16)
+    if quick:  # the one for WGMMA, the other for HMMA
+        cut, uncut = _only(90, cut), _only(86, uncut)
+    yield "relpos_attention bfloat16 hd80 windows", cut
+    yield "relpos_attention bfloat16 hd64 global", uncut
     if quick:
         return
     for name, form in (("windows", windows), ("global", whole)):
@@ -399,6 +398,11 @@ def relpos_attention(quick: bool) -> Iterator[tuple[str, list[Launch]]]:
             yield f"relpos_attention bfloat16 pads {pads}{'' if wanted else ' fixed'}", launches
     launches = _relpos_attention(windows, 12, 64, bf16, "bias", False, False)
     yield "relpos_attention bfloat16 hd64 fixed", launches
+
+
+def _only(arch: int, launches: list[Launch]) -> list[Launch]:
+    chosen = [launch for launch in launches if not launch.archs or arch in launch.archs]
+    return [dataclasses.replace(launch, archs=(arch,)) for launch in chosen]
 
 
 def _relpos_attention(
