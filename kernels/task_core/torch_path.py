@@ -21,13 +21,14 @@ def fold(cores, factors):
 
 
 def fold_backward(dm, cores, factors):
-    """dcores and dfactors from dm (N, P, T, R1, R2), of its dtype."""
+    """dcores and dfactors from dm (N, P, T, R1, R2), of its dtype; in float64, for a factor's few
+    numbers each add up a whole core."""
     layers, _, tasks, rows, columns = dm.shape
-    depth = cores.shape[3]
-    dm = dm.sum(1).view(layers, tasks, rows * columns)
-    flat = cores.to(dm.dtype).reshape(layers, rows * columns, depth)
-    dcores = torch.bmm(dm.mT, factors.to(dm.dtype)).view(cores.shape)
-    return dcores, torch.bmm(dm, flat)
+    depth, dtype = cores.shape[3], dm.dtype
+    dm = dm.double().sum(1).view(layers, tasks, rows * columns)
+    flat = cores.double().reshape(layers, rows * columns, depth)
+    dcores = torch.bmm(dm.mT, factors.double()).view(cores.shape)
+    return dcores.to(dtype), torch.bmm(dm, flat).to(dtype)
 
 
 def product(h, m, task):
