@@ -21,6 +21,7 @@ from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, class_loss, direction_loss, value_loss
 from samfast.training.metrics import ClassScores, ForegroundScores, ValueScores
 from samfast.training.settings import FinetuneSettings
+from samfast.training.start import Segmenter
 from samfast.training.task_data import TaskBatch, TaskCollate, TaskDataset, truth_of
 from samfast.training.task_files import Item, check_items, find_items, read_stored
 from samfast.training.tasks import TaskSpec, read_tasks
@@ -28,24 +29,13 @@ from samfast.training.tasks import TaskSpec, read_tasks
 _SAMPLED = 4096  # values of each image that the best constant is found from
 
 
-class TaskSegmenter(nn.Module):
+class TaskSegmenter(Segmenter):
     """Several tasks: padded images in, maps of every task out.
 
     images (B, 3, S, S) uint8, sizes int64 (B, 2), rows: by task, its images -> {task: logits
     float32 (rows, channels, S, S)}. Runs under autocast of ``dtype`` unless that is float32;
     decoder_chunk as in ``segment``.
     """
-
-    def __init__(
-        self,
-        sam: nn.Module,
-        dtype: torch.dtype = torch.float32,
-        decoder_chunk: int | None = None,
-    ):
-        super().__init__()
-        self.sam = sam
-        self.dtype = dtype
-        self.decoder_chunk = decoder_chunk
 
     def forward(
         self, images: Tensor, sizes: Tensor, rows: dict[str, list[int]]
