@@ -104,6 +104,21 @@ def triton_missing(device: torch.device) -> str | None:
     return None
 
 
+def cuda_missing(device: torch.device, operator: str) -> str | None:
+    """None when this GPU and the extension run a native operator, or the sentence why not."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CUDA:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if (absent := native_missing()) is not None:
+        return absent
+    if not hasattr(torch.ops.samfast_native, operator):
+        return f"the native extension is older than {operator}; install samfast again"
+    name = f"samfast_native::{operator}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        return f"the extension has no CUDA kernels ({build_record()['reason']})"
+    return None
+
+
 def cpu_missing(device: torch.device, dtype: torch.dtype, operator: str) -> str | None:
     """None when the C++ backend takes such a tensor, or the sentence that says why not.
 

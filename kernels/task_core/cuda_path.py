@@ -4,8 +4,6 @@
 The native operators are one for both devices, so the calls are those of cpu_path.
 """
 
-import torch
-
 from samfast import backends
 from samfast.kernels.task_core.cpu_path import fold, fold_backward, product, product_backward
 
@@ -21,14 +19,4 @@ def missing(device, rank):
         return f"h is on {device.type}, but the CUDA kernels need a CUDA device"
     if rank > MAX_RANK:
         return f"rank {rank} is above {MAX_RANK}, the most a block has shared memory for"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < backends.OLDEST_CUDA:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if (absent := backends.native_missing()) is not None:
-        return absent
-    operator = "samfast_native::task_core_product"
-    if not hasattr(torch.ops.samfast_native, "task_core_product"):
-        return "the native extension is older than task_core; install samfast again"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"):
-        return f"the extension has no CUDA kernels ({backends.build_record()['reason']})"
-    return None
+    return backends.cuda_missing(device, "task_core_product")
