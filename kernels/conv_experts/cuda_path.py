@@ -27,14 +27,4 @@ def missing(h, weight):
         return f"rank {rank} is above {MAX_RANK}, the most a block has shared memory for"
     if experts > MAX_EXPERTS:
         return f"{experts} experts are more than the {MAX_EXPERTS} the kernels take"
-    capability = torch.cuda.get_device_capability(h.device)
-    if capability < backends.OLDEST_CUDA:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if (absent := backends.native_missing()) is not None:
-        return absent
-    operator = "samfast_native::conv_experts_forward"
-    if not hasattr(torch.ops.samfast_native, "conv_experts_forward"):
-        return "the native extension is older than conv_experts; install samfast again"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"):
-        return f"the extension has no CUDA kernels ({backends.build_record()['reason']})"
-    return None
+    return backends.cuda_missing(h.device, "conv_experts_forward")
