@@ -16,7 +16,7 @@ Every mistake is one ValueError or FileNotFoundError, a sentence with the file a
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -168,14 +168,40 @@ def read_tasks(path: Path | str) -> tuple[TaskSpec, ...]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"tasks file {path} does not exist or is no file")
+    twice: list[str] = []
+
+    class Loader(yaml.SafeLoader):
+        """Notices a key that stands twice in one place, of which YAML keeps the last."""
+
+        def compose_mapping_node(self, anchor):
+            node = super().compose_mapping_node(anchor)  # before << brings keys from elsewhere
+            twice.extend(_keys_given_twice(node))
+            return node
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
+        if twice:
+            raise ValueError(twice[0])
         return parsed(content)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _keys_given_twice(mapping: Any) -> Iterator[str]:
+    """A sentence for each key that a mapping of YAML has had before."""
+    lines: dict[tuple[str, str], int] = {}
+    names = [value.value for key, value in mapping.value if key.value == "name"]
+    what = f"task {names[0]}" if names and isinstance(names[0], str) else "the file"
+    for key, _ in mapping.value:
+        kind, line = (key.tag, str(key.value)), key.start_mark.line + 1
+        if kind in lines and not key.tag.endswith(":merge"):
+            yield (
+                f"{what} has the key {key.value!r} twice, in line {lines[kind]} and in line {line}"
+            )
+        lines.setdefault(kind, line)
 
 
 def parsed(content: Any) -> tuple[TaskSpec, ...]:

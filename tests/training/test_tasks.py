@@ -106,6 +106,29 @@ def test_bad_files(tmp_path):
         read_tasks(tmp_path / "nothing.yaml")
 
 
+def test_a_key_given_twice(tmp_path):
+    path = tmp_path / "tasks.yaml"
+    for text, sentence in [
+        (
+            "tasks:\n  - name: a\n    channels: 3\n    kind: regression\n    'channels': 3",
+            "task a has the key 'channels' twice, in line 3 and in line 5",
+        ),
+        ("tasks:\n  - {name: a, name: b}", "task a has the key 'name' twice, in line 2 and in l"),
+        ("tasks: [{name: a}]\ntasks: [{name: b}]", "the file has the key 'tasks' twice, in line 1"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=sentence) as error:
+            read_tasks(path)
+        assert str(error.value).startswith(f"{path}: ")
+    # What << brings from elsewhere may be given anew, and from several places.
+    path.write_text(
+        "tasks:\n  - &a {name: a, weight: 2, channels: 3, kind: regression}\n"
+        "  - &b {<<: *a, name: b, weight: 3}\n  - {<<: *b, name: c, channels: 1}\n"
+    )
+    specs = [(spec.name, spec.weight, spec.channels) for spec in read_tasks(path)]
+    assert specs == [("a", 2, 3), ("b", 3, 3), ("c", 3, 1)]
+
+
 def save(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
