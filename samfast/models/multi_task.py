@@ -155,7 +155,7 @@ class MultiTaskSam(nn.Module):
         check_decoder_chunk(decoder_chunk)
         count = len(images) if images.dim() else 0
         chosen, form = self._chosen(task, count)
-        embeddings = self._embed(images, chosen)
+        embeddings = self.encode_for(images, chosen)
         logits = {
             i: self._decode(i, own, tuple(images.shape[2:]), decoder_chunk)
             for i, own in embeddings.items()
@@ -198,7 +198,7 @@ class MultiTaskSam(nn.Module):
             chosen.setdefault(self.index_of(own), []).append(image)
         return chosen, "each"
 
-    def _embed(self, images: Tensor, chosen: dict[int, list[int] | None]) -> dict[int, Tensor]:
+    def encode_for(self, images: Tensor, chosen: dict[int, list[int] | None]) -> dict[int, Tensor]:
         """Image embeddings [images, 256, n, n] of each task's images."""
         block = _first_dependent_block(self.image_encoder)
         if block is None:

@@ -4,11 +4,13 @@
 The model of the settings is built, and one forward and backward run, on torch's fake tensors: meta
 tensors that know which device they stand for, so that autocast casts as it will. A batch is
 ``batch_size`` images padded to the square that the model sees, whatever the files' sizes, each
-with the one object that is trained, with a box or without; so no file is needed.
+with the one object that is trained, with a box or without, or with the truth of every task; so no
+file is needed but that of the tasks.
 
-Counted is samfast's torch path, which keeps the same tensors as all others, with attention and
-Conv-LoRA's experts as one kernel that makes nothing but its results, as C++ and Triton have them;
-the experts' own FLOP, less than a hundredth, are left out. Peak memory is
+Counted is samfast's torch path, which keeps the same tensors as all others, with attention,
+Conv-LoRA's experts and the product with TA-LoRA's cores as one kernel each that makes nothing but
+its results, as C++ and Triton have them; the FLOP of experts and cores, less than a hundredth, are
+left out. Peak memory is
 
     model       parameters and buffers
     + gradients of the trained parameters, all of them (a batch that is accumulated finds them)
@@ -26,7 +28,7 @@ GPU), to a loader's processes, and to copies for several GPUs.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +42,17 @@ from samfast.models import build_sam, encode, image_size
 from samfast.training import start
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.losses import LOSSES
+from samfast.training.many_tasks import TaskSegmenter, tasks_loss
 from samfast.training.settings import MEMORY, FinetuneSettings
+from samfast.training.task_data import TaskBatch
+from samfast.training.tasks import TaskSpec, read_tasks
 
 KERNELS = (
     *attention_flops.OPERATORS,
     "samfast::conv_experts_forward",
     "samfast::conv_experts_backward",
+    "samfast::task_core_product_forward",
+    "samfast::task_core_product_backward",
 )
 
 
@@ -53,25 +60,32 @@ def dry_run(settings: FinetuneSettings) -> dict:
     """The settings that matter, and what a step takes: counts of bytes, parameters and FLOP.
 
     FLOP are of one batch; ``accumulate`` of these make an optimizer step. Raises ValueError for
-    settings that are wrong, as ``finetune`` does, but opens no file.
+    settings that are wrong, as ``finetune`` does, but opens no file but that of the tasks.
     """
     start.check_settings(settings)
     settings = start.with_recipe(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = start.autocast_dtype(settings.precision, device)
     base = start.base_dtype(settings.base_dtype, dtype, device)
-    method = start.method_of(settings)
+    specs = None if settings.tasks is None else read_tasks(settings.tasks)
+    tasks = None if specs is None else [spec.task for spec in specs]
+    method = start.method_of(settings, tasks)
     with start.backend_asked_for(settings.backend, method, settings.fuse, device, dtype):
         pass
     sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
+    sam = start.for_tasks(sam, tasks)  # copies of fake tensors would be of another mode
     with _counted_path(settings.backend), FakeTensorMode():
         _stand_for(sam, device)
         # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
         half = {torch.float16: torch.bfloat16}
         start.attach_method(sam, settings, half.get(base, base))
-        model = start.Segmenter(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
-        batch = _batch(settings.batch_size, image_size(sam), device, settings.prompt)
-        step = _Step(model, settings, batch)
+        kind = start.Segmenter if specs is None else TaskSegmenter
+        model = kind(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
+        count, side = settings.batch_size, image_size(sam)
+        if specs is None:
+            step = _Step(model, settings, _batch(count, side, device, settings.prompt))
+        else:
+            step = _TaskStep(model, specs, _task_batch(count, side, device, specs))
         counts = step.counts()
         fused = "fused" in samfast.report(sam).blocks.values()
     return {
@@ -80,7 +94,8 @@ def dry_run(settings: FinetuneSettings) -> dict:
         "method": settings.method,
         "prompt": settings.prompt,
         "batch_size": settings.batch_size,
-        "objects_per_image": 1,
+        "tasks": None if tasks is None else {task.name: task.channels for task in tasks},
+        "objects_per_image": 1 if tasks is None else sum(task.channels for task in tasks),
         "fuse": fused,
         "memory": (settings.memory or MEMORY[0]) if fused else None,
         "decoder_chunk": settings.decoder_chunk,
@@ -91,27 +106,31 @@ def dry_run(settings: FinetuneSettings) -> dict:
     }
 
 
-class _Step:
-    """One forward and backward of a training step, and its counts."""
+class _Counted:
+    """One forward and backward of a training step, and its counts.
 
-    def __init__(self, model: start.Segmenter, settings: FinetuneSettings, batch: Batch):
-        self.model, self.settings, self.batch = model, settings, batch
+    given: the tensors of its batch
+    """
+
+    def __init__(self, model: start.Segmenter, batch: Batch | TaskBatch, given: list[Tensor]):
+        self.model, self.batch, self.given = model, batch, given
         self.trained = [p for _, p in samfast.trainable_parameters(model.sam)]
         self.own = [*model.parameters(), *model.buffers()]
-        self.given = [batch.images, batch.masks, batch.sizes]
-        self.given += [] if batch.boxes is None else [batch.boxes]
 
     def loss(self) -> Tensor:
-        logits, valid = self.model(self.batch.images, self.batch.sizes, self.batch.boxes)
-        loss = LOSSES[self.settings.loss](logits, self.batch.masks, valid)
-        return loss + samfast.aux_loss(self.model.sam)
+        """Of a training step."""
+        raise NotImplementedError
 
-    def embeddings(self) -> Tensor:
+    def encoded(self, images: Tensor) -> Tensor | dict[int, Tensor]:
+        """What the encoder makes of padded images."""
+        raise NotImplementedError
+
+    def embeddings(self) -> Tensor | dict[int, Tensor]:
         sam, dtype = self.model.sam, self.model.dtype
         images, lower = self.batch.images, dtype != torch.float32
         valid = valid_region(self.batch.sizes, image_size(sam))
         with torch.autocast(images.device.type, dtype=dtype, enabled=lower):
-            return encode(sam, padded_images(images, valid, sam.pixel_mean))
+            return self.encoded(padded_images(images, valid, sam.pixel_mean))
 
     def counts(self) -> dict:
         known = [*self.own, *self.given]
@@ -139,14 +158,49 @@ class _Step:
         }
 
 
+class _Step(_Counted):
+    """Of one mask."""
+
+    def __init__(self, model: start.Segmenter, settings: FinetuneSettings, batch: Batch):
+        boxes = [] if batch.boxes is None else [batch.boxes]
+        super().__init__(model, batch, [batch.images, batch.masks, batch.sizes, *boxes])
+        self.settings = settings
+
+    def loss(self) -> Tensor:
+        logits, valid = self.model(self.batch.images, self.batch.sizes, self.batch.boxes)
+        loss = LOSSES[self.settings.loss](logits, self.batch.masks, valid)
+        return loss + samfast.aux_loss(self.model.sam)
+
+    def encoded(self, images: Tensor) -> Tensor:
+        return encode(self.model.sam, images)
+
+
+class _TaskStep(_Counted):
+    """Of several tasks, which every image has."""
+
+    def __init__(self, model: TaskSegmenter, specs: Sequence[TaskSpec], batch: TaskBatch):
+        super().__init__(model, batch, [batch.images, batch.sizes, *batch.targets.values()])
+        self.specs = specs
+
+    def loss(self) -> Tensor:
+        return tasks_loss(self.model, self.batch, self.specs) + samfast.aux_loss(self.model.sam)
+
+    def encoded(self, images: Tensor) -> dict[int, Tensor]:
+        return self.model.sam.encode_for(images, dict.fromkeys(range(len(self.specs))))
+
+
 def text(result: dict) -> str:
     """``dry_run``'s result for readers."""
     chunk, peak = result["decoder_chunk"], result["peak_bytes"]
     encoder = f"fused, memory {result['memory']}" if result["fuse"] else "not fused"
-    boxes = " and its box" if result["prompt"] == "box" else ""
+    objects = f"{result['objects_per_image']} object per image"
+    objects += " and its box" if result["prompt"] == "box" else ""
+    if result["tasks"] is not None:
+        channels = ", ".join(f"{name} {count}" for name, count in result["tasks"].items())
+        objects = f"channels of tasks: {channels}"
     head = (
         f"{result['model']} at {result['image_size']} pixels, {result['method']}, batches of "
-        f"{result['batch_size']}, {result['objects_per_image']} object per image{boxes}, encoder "
+        f"{result['batch_size']}, {objects}, encoder "
         f"{encoder}, base {result['base_dtype']}, precision {result['precision']} on "
         f"{result['device']}" + (f", decoder in chunks of {chunk}" if chunk else "")
     )
@@ -196,6 +250,22 @@ def _batch(count: int, side: int, device: torch.device, prompt: str) -> Batch:
     sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
     boxes = torch.zeros(count, 4, device=device) if prompt == "box" else None
     return Batch(images, masks, sizes, [], boxes)
+
+
+def _task_batch(
+    count: int, side: int, device: torch.device, specs: Sequence[TaskSpec]
+) -> TaskBatch:
+    """As TaskCollate makes it of images that have every task."""
+    images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
+    targets = {}
+    for spec in specs:
+        if spec.kind == "regression":
+            targets[spec.name] = torch.zeros(count, spec.channels, side, side, device=device)
+        else:
+            targets[spec.name] = torch.zeros(count, side, side, dtype=torch.int64, device=device)
+    rows = {spec.name: list(range(count)) for spec in specs}
+    return TaskBatch(images, sizes, rows, targets, {spec.name: [] for spec in specs})
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -71,9 +71,9 @@ def _finetune(
 ) -> dict:
     say = _speaker(settings, accelerator)
     base = start.base_dtype(settings.base_dtype, dtype, accelerator.device)
-    sam = start.build_base(settings)
+    sam = start.build_base(settings, goal.tasks)
     seed_everything(settings.seed)
-    sam = start.attach_method(sam, settings, base, goal.tasks)
+    start.attach_method(sam, settings, base)
     goal.check()
     trainable = sum(parameter.numel() for _, parameter in samfast.trainable_parameters(sam))
     say(

@@ -59,6 +59,14 @@ def task_loss(spec: TaskSpec, logits: Tensor, targets: Tensor) -> Tensor:
     return LOSSES[spec.loss](logits[:, 0], targets == 1, targets >= 0)
 
 
+def tasks_loss(model: nn.Module, batch: TaskBatch, specs: Sequence[TaskSpec]) -> Tensor:
+    """The weighted sum of the tasks' losses; model: a TaskSegmenter, wrapped or not."""
+    logits = model(batch.images, batch.sizes, batch.rows)
+    return sum(
+        spec.weight * task_loss(spec, logits[spec.name], batch.targets[spec.name]) for spec in specs
+    )
+
+
 def predicted(spec: TaskSpec, maps: Tensor) -> Tensor:
     """What maps (C, H, W) say: bool or int64 (H, W), of regression (C, H, W) in stored units."""
     if spec.kind == "binary":
@@ -262,11 +270,7 @@ class ManyTasks:
         )
 
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
-        logits = model(batch.images, batch.sizes, batch.rows)
-        return sum(
-            spec.weight * task_loss(spec, logits[spec.name], batch.targets[spec.name])
-            for spec in self.specs
-        )
+        return tasks_loss(model, batch, self.specs)
 
     def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
         device = next(model.parameters()).device

@@ -167,9 +167,9 @@ class FinetuneSettings:
     threads: int | None = None
     """CPU threads torch uses; torch's own choice if not given."""
     dry_run: bool = False
-    """Train nothing, read and write no file: print what one step would take with these settings,
-    counted on a model without memory: trained parameters, bytes kept for the backward, peak memory
-    and FLOP. --data and --checkpoint are not needed."""
+    """Train nothing, read no file but that of --tasks, write none: print what one step would take
+    with these settings, counted on a model without memory: trained parameters, bytes kept for the
+    backward, peak memory and FLOP. --data and --checkpoint are not needed."""
     json: bool = False
     """Print a summary as JSON on stdout; the running text goes to stderr."""
 

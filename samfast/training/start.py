@@ -179,8 +179,6 @@ def _check_tasks(settings: FinetuneSettings) -> None:
         if settings.method == "ta-lora":
             raise ValueError("method ta-lora is for several tasks; name their file with --tasks")
         return
-    if settings.dry_run:
-        raise ValueError("a dry run counts a model of one mask; leave out --tasks or --dry-run")
     if settings.prompt != "none":
         raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
     for name in ("loss", "foreground"):
@@ -220,31 +218,30 @@ def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
     return dataclasses.replace(settings, **open_)
 
 
-def build_base(settings: FinetuneSettings) -> nn.Module:
-    """The SAM the settings name, on the CPU."""
-    return build_sam(
+def build_base(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) -> nn.Module:
+    """The SAM the settings name, on the CPU; of several tasks a MultiTaskSam."""
+    sam = build_sam(
         settings.model,
         checkpoint=settings.checkpoint,
         image_size=settings.image_size,
         random_init=settings.random_init,
         seed=settings.seed,
     )
+    return for_tasks(sam, tasks)
+
+
+def for_tasks(sam: nn.Module, tasks: Sequence[Task] | None) -> nn.Module:
+    """The sam itself where no tasks are named."""
+    return sam if tasks is None else MultiTaskSam(sam, tasks)
 
 
 def attach_method(
-    sam: nn.Module,
-    settings: FinetuneSettings,
-    base_dtype: torch.dtype | None = None,
-    tasks: Sequence[Task] | None = None,
+    sam: nn.Module, settings: FinetuneSettings, base_dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Freeze the model, add the settings' adapters, leave the mask decoder to be trained; fuse.
-
-    With tasks, the result is another module, a MultiTaskSam.
-    """
-    method = method_of(settings, tasks)
+    """Freeze the model, add the settings' adapters, leave the mask decoder to be trained; fuse."""
+    method = method_of(settings, getattr(sam, "tasks", None))
     train = TRAINED_DECODER
-    if tasks is not None:
-        sam = MultiTaskSam(sam, tasks)
+    if isinstance(sam, MultiTaskSam):
         train = sam.trained_parts()
     elif settings.method == "conv-lora":
         binary_head(sam)

@@ -18,8 +18,17 @@ from samfast.models.architectures import ARCHITECTURES
 from samfast.training import dry_run, loop, start
 from samfast.training.data import padded_images, valid_region
 from samfast.training.losses import LOSSES
+from samfast.training.many_tasks import TaskSegmenter, tasks_loss
 from samfast.training.settings import FinetuneSettings
+from samfast.training.task_data import TaskBatch
+from samfast.training.tasks import read_tasks
 
+TASKS = """
+tasks:
+  - {name: classes, kind: semantic, channels: 3}
+  - {name: edges, derive: boundary, from: classes, weight: 0.5}
+  - {name: slopes, kind: regression, channels: 3, loss: cosine, folder: slopes}
+"""
 COMMON = {"model": "vit_tiny", "image_size": 112, "batch_size": 1, "dry_run": True}
 
 
@@ -47,8 +56,9 @@ class RealStep:
         self.sizes = torch.full((settings.batch_size, 2), side)
         self.known = [*self.sam.parameters(), *self.sam.buffers()]
         self.boxes = torch.rand(settings.batch_size, 4) * side if settings.prompt == "box" else None
-        self.known += [self.images, self.masks, self.sizes]
-        self.known += [] if self.boxes is None else [self.boxes]
+        self.given = [self.images, self.masks, self.sizes]
+        self.given += [] if self.boxes is None else [self.boxes]
+        self.known += self.given
         if settings.method == "conv-lora":
             self.loss()  # the first call of experts makes matrices that stay
 
@@ -67,8 +77,46 @@ class RealStep:
         return max(saved.hooks, saved.living)
 
 
+class RealTaskStep(RealStep):
+    """Of several tasks, which every image has."""
+
+    def __init__(self, settings: FinetuneSettings):
+        settings = start.with_recipe(settings)
+        self.specs = read_tasks(settings.tasks)
+        sam = start.build_base(settings, [spec.task for spec in self.specs])
+        self.sam = start.attach_method(sam, settings)
+        self.model = TaskSegmenter(self.sam, torch.float32, settings.decoder_chunk).train()
+        count, side = settings.batch_size, image_size(sam)
+        images = torch.randint(0, 256, (count, 3, side, side)).byte()
+        targets = {
+            "classes": torch.randint(0, 3, (count, side, side)),
+            "edges": torch.randint(0, 2, (count, side, side)),
+            "slopes": torch.randn(count, 3, side, side),
+        }
+        rows = {name: list(range(count)) for name in targets}
+        sizes = torch.full((count, 2), side)
+        self.batch = TaskBatch(images, sizes, rows, targets, {})
+        self.given = [images, sizes, *targets.values()]
+        self.known = [*self.sam.parameters(), *self.sam.buffers(), *self.given]
+        self.embeddings()  # the tasks, once set, stay
+
+    def loss(self):
+        return tasks_loss(self.model, self.batch, self.specs) + samfast.aux_loss(self.sam)
+
+    def embeddings(self):
+        valid = valid_region(self.batch.sizes, image_size(self.sam))
+        images = padded_images(self.batch.images, valid, self.sam.pixel_mean)
+        return self.sam.encode_for(images, dict.fromkeys(range(len(self.specs))))
+
+
 def bytes_of(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def tasks_file(folder):
+    path = folder / "tasks.yaml"
+    path.write_text(TASKS)
+    return path
 
 
 ALL = ("qkv", "proj", "lin1", "lin2")
@@ -87,6 +135,9 @@ MORE = {
     "decoder": {"method": "decoder"},
     "balanced": {"memory": "balanced", "loss": "structure", "target": ALL},
     "reference": {"backend": "reference"},
+    "ta-lora": {"tasks": TASKS, "method": "ta-lora", "image_size": 64},
+    "tasks-lora": {"tasks": TASKS, "batch_size": 2, "decoder_chunk": 2, "memory": "minimal"},
+    "tasks-penalty": {"tasks": TASKS, "method": "ta-lora", "batch_size": 2, "orthogonality": 1.0},
     "conv-lora-stock": {"method": "conv-lora", "depthwise": True, "fuse": False},
 }
 quick = [pytest.param(options, id=name) for name, options in CASES.items()]
@@ -94,8 +145,11 @@ slow = [pytest.param(o, id=name, marks=pytest.mark.slow) for name, o in MORE.ite
 
 
 @pytest.mark.parametrize("options", quick + slow)
-def test_equals_a_real_step(monkeypatch, options):
+def test_equals_a_real_step(monkeypatch, tmp_path, options):
     """And leaves nothing behind: no setting, no random number, no fake tensor in a cache."""
+    options, kind = dict(options), RealStep
+    if "tasks" in options:
+        kind, options["tasks"] = RealTaskStep, tasks_file(tmp_path)
     settings = FinetuneSettings(**{**COMMON, **options})
     monkeypatch.delenv("SAMFAST_BACKEND", raising=False)
     state = torch.get_rng_state()
@@ -103,7 +157,7 @@ def test_equals_a_real_step(monkeypatch, options):
     assert torch.equal(torch.get_rng_state(), state)
     assert "SAMFAST_BACKEND" not in os.environ
     monkeypatch.setenv("SAMFAST_BACKEND", options.get("backend", "torch"))
-    real = RealStep(settings)
+    real = kind(settings)
     assert result["saved_bytes"]["encoder"] == real.saved(real.embeddings)
     assert result["saved_bytes"]["step"] == real.saved(real.loss)
     trained = [p for _, p in samfast.trainable_parameters(real.sam)]
@@ -124,8 +178,7 @@ def test_equals_a_real_step(monkeypatch, options):
     assert peak["optimizer"] == bytes_of(state)
     assert peak["model"] == bytes_of([*real.sam.parameters(), *real.sam.buffers()])
     assert peak["saved"] == result["saved_bytes"]["step"]
-    given = [real.images, real.masks, real.sizes, *([] if real.boxes is None else [real.boxes])]
-    assert peak["batch"] == bytes_of(given)
+    assert peak["batch"] == bytes_of(real.given)
     assert peak["transient"] == worst - peak["saved"] > 0
     assert peak["total"] == sum(size for name, size in peak.items() if name != "total")
 
@@ -204,11 +257,30 @@ def test_the_command_knows_each_method(method, capsys):
     assert dry_run.text(result).startswith(f"vit_tiny at 64 pixels, {method}, batches of 2, ")
 
 
+def test_the_command_counts_tasks(capsys, tmp_path):
+    """Without a data folder."""
+    arguments = ["--model", "vit_tiny", "--image-size", "64", "--batch-size", "1", "--json"]
+    arguments += ["--tasks", str(tasks_file(tmp_path)), "--method", "ta-lora"]
+    assert cli.main(["finetune", "--dry-run", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tasks"] == {"classes": 3, "edges": 1, "slopes": 3}
+    assert result["objects_per_image"] == 7
+    assert result["peak_bytes"]["batch"] == 64 * 64 * (3 + 2 * 8 + 3 * 4) + 2 * 8
+    settings = FinetuneSettings(model="vit_tiny", image_size=64, method="ta-lora")
+    tasks = [spec.task for spec in read_tasks(tmp_path / "tasks.yaml")]
+    sam = start.attach_method(start.build_base(settings, tasks), settings)
+    assert result["trained_parameters"] == samfast.report(sam).trained_parameters
+    assert "channels of tasks: classes 3, edges 1, slopes 3" in dry_run.text(result)
+    assert list(tmp_path.iterdir()) == [tmp_path / "tasks.yaml"]
+
+
 def test_wrong_settings_are_refused(refused):
     for options, pattern in (
         (("--model", "vit_bb"), "unknown model 'vit_bb'"),
         (("--model", "vit_tiny", "--image-size", 100), "image size 100 is not"),
         (("--model", "vit_tiny", "--rank", 0), "rank is 0"),
+        (("--model", "vit_tiny", "--tasks", "no.yaml"), "tasks file no.yaml does not exist"),
+        (("--model", "vit_tiny", "--method", "ta-lora"), "name their file with --tasks"),
         (("--model", "vit_tiny", "--target", "qvk"), "target 'qvk' matches no layer"),
         (("--model", "vit_tiny", "--memory", "fast", "--no-fuse"), "memory is fast, which only"),
     ):
