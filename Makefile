@@ -18,7 +18,10 @@ ON_GPU := adapt_former adapt_former_black_box aux_loss black_box cobot cobot_ada
   conv_lora_black_box conv_lora_golden conv_lora_in_windows fuse \
   rel_pos_attention rel_pos_attention_black_box sam_block sam_block_black_box task_lora
 
-.PHONY: demo test test-slow test-gpu bench bench-gpu lint clean
+# Beside a GPU, where pytest-xdist is installed: most of the time goes to compiling kernels.
+GPU_WORKERS ?= 8
+
+.PHONY: demo test test-slow test-gpu sanitize-gpu bench bench-gpu lint clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
@@ -32,8 +35,17 @@ test-slow: $(VENV)/.dev
 # On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
 test-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/kernels tests/test_counters.py \
+	$(PYTHON) -m pytest -q -m "not slow" \
+	  $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo -n $(GPU_WORKERS) --dist worksteal) \
+	  tests/gpu tests/kernels tests/test_counters.py tests/test_benchmarks.py \
 	  tests/instruments $(addprefix tests/modules/test_, $(addsuffix .py, $(ON_GPU)))
+
+# Every operation and backend at small sizes, each allocation by itself so that its bounds are known.
+sanitize-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	for tool in memcheck racecheck initcheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -c \
+	  'from samfast.info import main; raise SystemExit(main(check=True))' || exit 1; done
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --op lora_linear --record
@@ -48,10 +60,7 @@ bench: $(VENV)/.dev
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	for op in lora_linear conv_lora cobot hypercomplex task_core adapt_former relpos_attention block; do $(PYTHON) -m benchmarks.run --op $$op \
-	  --device cuda --dtype bfloat16 --model vit_h --batch 4 --repeats 50 --compiled --record || exit 1; done
-	for model in vit_b vit_l vit_h; do $(PYTHON) -m benchmarks.run --op encoder --device cuda \
-	  --dtype bfloat16 --model $$model --batch 4 --repeats 9 --compiled --record || exit 1; done
+	$(PYTHON) -m benchmarks.gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)

@@ -5,11 +5,13 @@ Each takes q, k, v (n, tokens, head_dim), the unscaled queries' factors rel_h (n
 (n, H, W, W), the scale, and gives (n, tokens, head_dim); n counts windows and heads.
 """
 
+import contextlib
 import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def factors(q: Tensor, table_h: Tensor, table_w: Tensor, size: tuple[int, int]):
@@ -49,6 +51,19 @@ def augmented(q, k, v, rel_h, rel_w, scale):
     v = F.pad(v, (0, height + width))  # as wide as q and k, or the fused kernels are not taken
     out = F.scaled_dot_product_attention(*(t[None] for t in (q, k, v)), scale=1.0)[0]
     return out[..., :head_dim]
+
+
+def without_bias(device: str) -> dict[str, SDPBackend | None]:
+    """Ways to attend where there is no bias: torch's choice, on a GPU also each fast kernel."""
+    chosen = {"SDPA without bias": None}
+    if device == "cuda":
+        chosen["flash without bias"] = SDPBackend.FLASH_ATTENTION
+        chosen["cuDNN without bias"] = SDPBackend.CUDNN_ATTENTION
+    return chosen
+
+
+def only(kernels: SDPBackend | None):
+    return contextlib.nullcontext() if kernels is None else sdpa_kernel(kernels)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.peers import STOCK, peers, randomise, sharing, trained
@@ -23,7 +24,8 @@ ADAPTERS = {"LoRA on qkv": ("qkv",), "LoRA on all": ALL, "Conv-LoRA on qkv": ("q
 def block_workloads(
     model, batch, rank, device, dtype, compiled=False, image_size=1024
 ) -> Iterator[Workload]:
-    """A windowed and a global block under each kind of adapter; ratios are to our frozen block."""
+    """A windowed and a global block under each kind of adapter; ratios are to our frozen block.
+    Beside Conv-LoRA stands LoRA of its rank, alone."""
     side = image_size // 16
     for window in (WINDOW, 0):
         for adapters in ADAPTERS:
@@ -37,18 +39,12 @@ def block_workload(
 ) -> Workload:
     encoder = ENCODERS[model]
     generator = torch.Generator().manual_seed(0)
-    size = (window or side, window or side)
-    block = Block(encoder.width, encoder.heads, window_size=window, use_rel_pos=True,
-                  input_size=size).requires_grad_(False)  # fmt: skip
-    for name in ADAPTERS[adapters]:
-        parent = block.attn if hasattr(block.attn, name) else block.mlp
-        setattr(parent, name, _adapted(adapters, getattr(parent, name), rank))
-    randomise(block, generator)
-    block.eval().to(device)  # Conv-LoRA's gate without noise
-    for p in block.parameters():
-        p.data = p.data if p.requires_grad else p.data.to(dtype)
+    block = _block(encoder, window, side, adapters, rank, device, dtype, generator)
     shape = (batch, side, side, encoder.width)
-    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    x = torch.randn(shape, generator=generator)
+    if adapters.startswith("Conv"):
+        x += 4 * _directions(block, shape, window or side, generator)
+    x = x.to(device, dtype).requires_grad_()
     dy = torch.randn(shape, generator=generator).to(device, dtype)
 
     def provider(module: nn.Module, **options) -> Provider:
@@ -60,12 +56,20 @@ def block_workload(
         _replace(frozen, p)
     others, missing = peers(block, device)
     providers = {"samfast, frozen": provider(frozen, checked=False)}
-    providers |= {name: provider(module) for name, module in others.items()}
+    waits = adapters.startswith("Conv")  # the literal method's routing does
+    for name, module in others.items():
+        providers[name] = provider(module, captured=not waits)
     providers |= {f"samfast, {memory}": provider(module) for memory, module in ours.items()}
+    known = [x, *block.parameters()]
+    if adapters.startswith("Conv"):
+        plain = _block(encoder, window, side, "LoRA on qkv", rank, device, dtype, generator)
+        providers["samfast, LoRA"] = provider(SamBlock.from_block(plain), checked=False)
+        known += plain.parameters()
     if compiled:
         for name in ("eager", "SDPA + mask, PEFT"):
             if name in others:
-                providers[f"{name}, compiled"] = provider(torch.compile(others[name]))
+                compiled = torch.compile(others[name])
+                providers[f"{name}, compiled"] = provider(compiled, captured=not waits)
 
     def exact():
         wide = copy.deepcopy(others["eager"]).double()
@@ -82,9 +86,39 @@ def block_workload(
         providers,
         exact,
         dy,
-        [x, *block.parameters()],
+        known,
         missing,
     )
+
+
+def _block(encoder, window, side, adapters, rank, device, dtype, generator) -> nn.Module:
+    """segment_anything's, frozen and in dtype, with our adapters in float32."""
+    size = (window or side, window or side)
+    block = Block(encoder.width, encoder.heads, window_size=window, use_rel_pos=True,
+                  input_size=size).requires_grad_(False)  # fmt: skip
+    for name in ADAPTERS[adapters]:
+        parent = block.attn if hasattr(block.attn, name) else block.mlp
+        setattr(parent, name, _adapted(adapters, getattr(parent, name), rank))
+    randomise(block, generator)
+    block.eval().to(device)  # Conv-LoRA's gate without noise
+    for p in block.parameters():
+        p.data = p.data if p.requires_grad else p.data.to(dtype)
+    return block
+
+
+@torch.no_grad()
+def _directions(block, shape, window, generator) -> torch.Tensor:
+    """One for each sample of Conv-LoRA, all of which the gate is made to know: a choice that hung
+    on rounding would be no measure of anybody's error."""
+    batch, height, width, columns = shape
+    layer, across = block.attn.qkv, -(-width // window)
+    drawn = torch.randn(len(layer.ratios), columns, generator=generator)
+    like = block.norm1.weight
+    normed = block.norm1(drawn.to(like)).to(layer.lora_A.dtype)
+    layer.w_gate.copy_(F.normalize(normed @ layer.lora_A.T).T)
+    places = torch.arange(height)[:, None] // window * across + torch.arange(width) // window
+    samples = places + across * -(-height // window) * torch.arange(batch)[:, None, None]
+    return drawn[samples % len(drawn)]
 
 
 def _adapted(adapters: str, linear: nn.Linear, rank: int) -> nn.Module:

@@ -6,11 +6,8 @@ from benchmarks.blocks import block_workloads
 from benchmarks.cobot import cobot_workloads
 from benchmarks.encoder import encoder_workloads
 from benchmarks.hypercomplex import hypercomplex_workloads
-from benchmarks.registry import (
-    conv_lora_workloads,
-    lora_linear_workloads,
-    relpos_attention_workloads,
-)
+from benchmarks.registry import conv_lora_workloads, lora_linear_workloads
+from benchmarks.relpos_attention import relpos_attention_workloads
 from benchmarks.task_core import task_core_workloads
 
 OPERATIONS = {

@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from benchmarks import attention
 from benchmarks.shapes import ENCODERS, linears
-from samfast.functional import conv_lora_linear, lora_linear, window_relpos_attention
+from samfast.functional import conv_lora_linear, lora_linear
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import costs as experts_costs
 from samfast.kernels.lora_linear import costs
-from samfast.kernels.relpos_attention import costs as attention_costs
 
 
 @dataclasses.dataclass
@@ -29,6 +27,7 @@ class Provider:
     leaves: list[torch.Tensor]
     stages: list = dataclasses.field(default_factory=list)  # cost by design, where known
     checked: bool = True  # against float64; the baseline computes something else
+    captured: bool = True  # as a CUDA graph too; False where it waits for the host
 
 
 @dataclasses.dataclass
@@ -210,7 +209,7 @@ def conv_lora_workload(width, windows, index, rank, depthwise, device, dtype) ->
     design += experts_costs.stages(windows, index, ratios, rank, depthwise, dtype.itemsize)
     providers = {
         "frozen linear": Provider(lambda: F.linear(x, weight, bias), [x], frozen, checked=False),
-        "literal Conv-LoRA": Provider(lambda: call(leaves, "reference"), leaves),
+        "literal Conv-LoRA": Provider(lambda: call(leaves, "reference"), leaves, captured=False),
         "samfast": Provider(lambda: call(leaves, "auto"), leaves, design),
         "samfast torch": Provider(lambda: call(leaves, "torch"), leaves),
     }
@@ -224,78 +223,4 @@ def conv_lora_workload(width, windows, index, rank, depthwise, device, dtype) ->
         exact,
         dy,
         [weight, bias, noise, chosen, *leaves],
-    )
-
-
-def relpos_attention_workloads(
-    model, batch, rank, device, dtype, compiled=False
-) -> Iterator[Workload]:
-    """The attention of a global block and of a windowed one whose windows are already cut."""
-    side, window = 64, 14
-    windows = batch * (-(-side // window)) ** 2
-    encoder = ENCODERS[model]
-    for layout in (Windows.whole(batch, side, side), Windows.whole(windows, window, window)):
-        yield relpos_attention_workload(encoder, layout, device, dtype, compiled)
-
-
-def relpos_attention_workload(encoder, windows, device, dtype, compiled=False) -> Workload:
-    generator = torch.Generator().manual_seed(0)
-    heads, head_dim = encoder.heads, encoder.width // encoder.heads
-    size = windows.height, windows.width
-    tokens, scale = windows.height * windows.width, head_dim**-0.5
-
-    def draw(*size, scale=1.0):
-        return (scale * torch.randn(*size, generator=generator)).to(device, dtype)
-
-    qkv = draw(windows.samples, *size, 3 * encoder.width).requires_grad_()
-    tables = [draw(2 * n - 1, head_dim, scale=0.3).requires_grad_() for n in size]
-    dy = draw(windows.samples, *size, encoder.width)
-    leaves = [qkv, *tables]
-
-    def other(attend):
-        q, k, v = (
-            qkv.view(-1, tokens, 3, heads, head_dim)
-            .permute(2, 0, 3, 1, 4)
-            .reshape(3, -1, tokens, head_dim)
-        )
-        out = attend(q, k, v, *attention.factors(q, *tables, size), scale)
-        return out.unflatten(0, (-1, heads)).transpose(1, 2).reshape(dy.shape)
-
-    def plain():
-        q, k, v = qkv.unflatten(3, (3, heads, head_dim)).flatten(1, 2).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(dy.shape)
-
-    def ours(backend, tensors=leaves):
-        return window_relpos_attention(tensors[0], heads, size, *tensors[1:], backend=backend)
-
-    def exact():
-        wide = [t.detach().double().requires_grad_() for t in leaves]
-        return forward_backward(Provider(lambda: ours("torch", wide), wide), dy.double())
-
-    design = attention_costs.stages if device == "cuda" else attention_costs.cpu_stages
-    layout = windows, heads, head_dim, dtype.itemsize
-    providers = {
-        "eager": Provider(lambda: other(attention.eager), leaves),
-        "SDPA + mask": Provider(lambda: other(attention.masked), leaves),
-        "augmented SDPA": Provider(lambda: other(attention.augmented), leaves),
-        "SDPA without bias": Provider(plain, [qkv], checked=False),
-        "samfast": Provider(lambda: ours("auto"), leaves, design(*layout)),
-        "samfast torch": Provider(lambda: ours("torch"), leaves),
-    }
-    if device == "cuda":
-        providers["FlexAttention"] = Provider(lambda: other(attention.flex), leaves)
-    if compiled:
-        for name in ("eager", "SDPA + mask"):
-            call = torch.compile(providers[name].forward)
-            providers[f"{name} compiled"] = Provider(call, leaves)
-    return Workload(
-        f"attention {'x'.join(map(str, qkv.shape[:3]))}, {heads} heads of {head_dim}",
-        ("out", "dqkv", "dtable_h", "dtable_w"),
-        "eager",
-        ("eager",),
-        providers,
-        exact,
-        dy,
-        leaves,
-        logits=attention_costs.logits_bytes(*layout[:2], dtype.itemsize),
     )

@@ -30,13 +30,13 @@ from benchmarks.graph import captured
 from benchmarks.operations import OPERATIONS
 from benchmarks.registry import Workload
 from benchmarks.shapes import ENCODERS
-from benchmarks.verify import verify
+from benchmarks.verify import REFUSALS, refusal, verify
 from samfast.counters import saved_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLUMNS = (
     "operation provider mode shape dtype p20_ms p50_ms p80_ms ratio predicted_ms peak_mib "
-    "saved_mib gb_s tflop_s note machine torch triton samfast date"
+    "resident_mib saved_mib gb_s tflop_s note machine torch triton samfast date"
 ).split()
 
 
@@ -78,7 +78,19 @@ def main(settings: Settings) -> int:
     print(f"{machine.name(device)}, torch {torch.__version__}, {settings.dtype}, fwd + bwd")
     print(f"measured here: {rates[0] / 1e12:.2f} TFLOP/s in products, {rates[1] / 1e9:.1f} GB/s")
     make = OPERATIONS[settings.op]
-    rows, failed = [], False
+    files = [settings.csv] if settings.csv else []
+    if settings.record:
+        files.append(Path(__file__).with_name("results") / f"{machine.slug(device)}.csv")
+    common = {
+        "operation": settings.op,
+        "dtype": settings.dtype,
+        "machine": machine.name(device),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "samfast": samfast.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    failed = False
     rank = settings.rank or {"conv_lora": 3, "task_core": 32}.get(settings.op, 4)
     sized = settings.op in ("block", "encoder")
     options = {"image_size": settings.image_size} if sized else {}
@@ -87,27 +99,17 @@ def main(settings: Settings) -> int:
     )
     for workload in workloads:
         wrong = verify(workload.verified or workload, dtype)
-        failed |= any(name.startswith("samfast") for name in wrong)
         print(f"\n{workload.name}")
+        rows = []
         for mode in ("eager", "graph") if device == "cuda" else ("eager",):
             rows += measure(workload, wrong, mode, settings, rates)
         for name, sentence in {**wrong, **workload.skipped}.items():
             print(f"  {name:20} no time: {sentence}")
             rows.append({"provider": name, "shape": workload.name, "note": sentence})
-    files = [settings.csv] if settings.csv else []
-    if settings.record:
-        files.append(Path(__file__).with_name("results") / f"{machine.slug(device)}.csv")
-    for file in files:
-        common = {
-            "operation": settings.op,
-            "dtype": settings.dtype,
-            "machine": machine.name(device),
-            "torch": torch.__version__,
-            "triton": _triton_version(),
-            "samfast": samfast.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
-        append(file, [{**common, **row} for row in rows])
+        for file in files:
+            append(file, [{**common, **row} for row in rows])
+        untimed = (row["provider"] for row in rows if "p50_ms" not in row)
+        failed |= any(name.startswith("samfast") for name in untimed)
     return 1 if failed else 0
 
 
@@ -116,23 +118,23 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
     device = settings.device
     alone = mode == "graph" and workload.images > 0  # graphs of whole encoders, one at a time
     names = [name for name in workload.providers if name not in wrong]
-    times = {}
+    times, rows = {}, []
     for group in [[name] for name in names] if alone else [names]:
         calls = {}
         for name in group:
-            call = functools.partial(workload.run, name)
             try:
-                calls[name] = captured(call) if mode == "graph" else call
+                calls[name] = prepared(workload, name, mode)
                 calls[name]()
-            except torch.OutOfMemoryError as error:
+            except REFUSALS as error:
                 calls.pop(name, None)
-                wrong[name] = f"{mode}: {str(error).splitlines()[0]}"
-                torch.cuda.empty_cache()
+                print(f"  {name:20} {mode:5} no time: {refusal(error)}")
+                row = {"provider": name, "mode": mode, "shape": workload.name}
+                rows.append(row | {"note": refusal(error)})
+                if device == "cuda":
+                    torch.cuda.empty_cache()
         times |= interleaved(calls, settings.repeats, device)
-    names = [name for name in names if name in times]
     base = quantile(times[workload.baseline], 0.5) if workload.baseline in times else math.nan
-    rows = []
-    for name in names:
+    for name in times:
         provider, (p20, p50, p80) = (
             workload.providers[name],
             (quantile(times[name], q) for q in (0.2, 0.5, 0.8)),
@@ -141,6 +143,7 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
         row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": p50 / base}
         row["saved_mib"] = saved_bytes(provider.forward, workload.known).hooks / 2**20
         row["peak_mib"] = peak(lambda name=name: workload.run(name), device)
+        row["resident_mib"] = resident(workload) / 2**20
         if workload.logits:
             row["note"] = working_memory(workload, name, row["peak_mib"])
         if provider.stages:
@@ -154,11 +157,28 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
             f"{row['peak_mib']:7.1f} MiB{predicted}"
         )
         if workload.images:
-            row["note"] = f"{workload.images / p50:.3g} images/s"
+            whole = (row["peak_mib"] + row["resident_mib"]) / 2**10
+            row["note"] = f"{workload.images / p50:.3g} images/s; peak with weights {whole:.2f} GiB"
         if "note" in row:
             print(f"  {'':20} {row['note']}")
         rows.append(row)
     return rows
+
+
+def prepared(workload: Workload, name: str, mode: str):
+    """What is timed: the call, or its graph's replay."""
+    call = functools.partial(workload.run, name)
+    if mode == "eager":
+        return call
+    if not workload.providers[name].captured:
+        raise NotImplementedError("waits for the host, which no graph can")
+    return captured(call)
+
+
+def resident(workload: Workload) -> int:
+    """Bytes of what is there before a call: inputs and parameters, each storage once."""
+    storages = [t.untyped_storage() for t in [*workload.known, workload.dy]]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def working_memory(workload: Workload, name: str, peak_mib: float) -> str:
@@ -221,6 +241,10 @@ def quantile(samples, q):
 def append(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.is_file()
+    if not new and (
+        header := path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+    ) != ",".join(COLUMNS):
+        raise ValueError(f"{path} has the columns {header}, not {','.join(COLUMNS)}; move it away")
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if new:

@@ -6,7 +6,23 @@ import torch
 from benchmarks.registry import Workload
 from samfast.kernels._common.budget import over_budget
 
-REFUSALS = (torch.OutOfMemoryError, NotImplementedError, RuntimeError)
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """No kernel, or one too large for this device."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
+# NotImplementedError, a compiler's and memory's errors among them: a provider that cannot is a row.
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, *_triton_errors())
+
+
+def refusal(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["without a word"]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
@@ -18,7 +34,7 @@ def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
         try:
             results = workload.run(name)
         except REFUSALS as error:
-            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            found[name] = refusal(error)
             continue
         if not provider.checked:
             continue

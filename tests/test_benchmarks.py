@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks themselves: the right is timed, what cannot run is a row, goals are read off."""
+
+import subprocess
+
+import pytest
+import torch
+
+from benchmarks import goals, gpu
+from benchmarks.blocks import block_workload
+from benchmarks.operations import OPERATIONS
+from benchmarks.registry import Provider, Workload
+from benchmarks.relpos_attention import relpos_attention_workload
+from benchmarks.run import COLUMNS, Settings, append, measure
+from benchmarks.shapes import ENCODERS, Encoder
+from benchmarks.verify import verify
+from samfast.kernels._common.windows import Windows
+
+TINY = Encoder("tiny", 32, 2, 2)
+
+
+def row(provider, operation="block", shape="LoRA on qkv r4", mode="graph", **numbers):
+    return dict.fromkeys(COLUMNS, "") | {
+        "operation": operation, "shape": shape, "provider": provider, "mode": mode,
+    } | {name: str(value) for name, value in numbers.items()}  # fmt: skip
+
+
+def lines(rows, number):
+    return [line for line in goals.table(rows) if line.startswith(f"{number} ") and "(" in line]
+
+
+def test_goals_are_read_off_the_newest_rows():
+    old, new = (row(goals.FAST, p50_ms=9, ratio=ratio) for ratio in (2.0, 1.1))
+    (line,) = lines([old, new], "P1")
+    assert "goal 1.12" in line and "graph 1.100, met" in line
+    (line,) = lines([new, old], "P1")
+    assert line.endswith("graph 2.000, MISSED  (LoRA on qkv r4)")
+
+
+def test_a_goal_beside_another_provider():
+    shape = "windows, Conv-LoRA on qkv r4"
+    rows = [row(goals.FAST, shape=shape, p50_ms=12), row("samfast, LoRA", shape=shape, p50_ms=10)]
+    assert "graph 1.200, MISSED" in lines(rows, "P4")[0]
+    assert lines(rows, "P1") == []  # another goal's shape
+
+
+def test_a_peak_counts_what_was_there():
+    rows = [row(goals.FAST, "encoder", "vit_h", p50_ms=30, predicted_ms=20, peak_mib=2**13,
+                resident_mib=2**12)]  # fmt: skip
+    assert "graph 12.885, met" in lines(rows, "P8")[0]
+    assert "graph 1.500, met" in lines(rows, "P6")[0]
+
+
+def test_what_has_no_time_says_why():
+    rows = [row(goals.FAST, mode="", note="OutOfMemoryError: too much")]
+    assert "samfast, fast: OutOfMemoryError: too much" in lines(rows, "P1")[0]
+    assert all(line.endswith("no row") for line in goals.table([]))
+
+
+def test_one_job_that_fails_or_hangs_costs_no_other(monkeypatch):
+    def process(command, timeout):
+        name = command[4]
+        if name == "hangs":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 3 if name == "fails" else 0)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    ends = gpu.run(["fails --x", "hangs", "ends"], ["--record"], 60)
+    assert ends["fails --x"].startswith("FAILED: exit status 3")
+    assert ends["hangs"].startswith("stopped: no time left")
+    assert ends["ends"].startswith("done")
+    assert gpu.run(["ends"], [], 0) == {"ends": "not run: no time left"}
+
+
+def test_the_jobs_are_options_of_run():
+    for job in gpu.JOBS:
+        operation, *options = job.split()
+        assert operation in OPERATIONS
+        assert {o[2:] for o in options if o.startswith("--")} <= set(vars(Settings()))
+
+
+def test_a_provider_that_refuses_is_a_row():
+    x = torch.randn(3, requires_grad=True)
+
+    def refuses():
+        raise NotImplementedError("not here")
+
+    providers = {"good": Provider(lambda: 2 * x, [x]), "bad": Provider(refuses, [x])}
+    workload = Workload("w", ("y", "dx"), "good", ("good",), providers, list, torch.ones(3), [x])
+    rows = measure(workload, {}, "eager", Settings(repeats=1), (1.0, 1.0))
+    by_name = {r["provider"]: r for r in rows}
+    assert by_name["bad"]["note"] == "NotImplementedError: not here"
+    assert by_name["good"]["ratio"] == 1.0 and by_name["good"]["resident_mib"] == 24 / 2**20
+
+
+def test_rows_of_other_columns_are_not_mixed(tmp_path):
+    file = tmp_path / "a.csv"
+    append(file, [{"provider": "ours", "p50_ms": 1.23456}])
+    append(file, [{"provider": "theirs"}])
+    assert [line.count(",") for line in file.read_text().splitlines()] == [len(COLUMNS) - 1] * 3
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has the columns a,b, not operation,provider"):
+        append(file, [{"provider": "ours"}])
+    assert file.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize("windows", [Windows(1, 6, 5, 4, 4), Windows.whole(2, 3, 4)], ids=str)
+def test_all_attentions_compute_the_same(windows):
+    workload = relpos_attention_workload(TINY, windows, "cpu", torch.float32)
+    assert verify(workload, torch.float32) == {}
+    assert ("SDPA without bias" in workload.providers) == (windows.pads == 0)
+
+
+@pytest.mark.parametrize("window", [14, 0])
+def test_routing_does_not_hang_on_rounding(window, monkeypatch):
+    """Else bfloat16 would choose other experts than float64, and no comparison mean anything."""
+    monkeypatch.setitem(ENCODERS, "tiny", TINY)
+    for dtype in (torch.float32, torch.bfloat16):
+        workload = block_workload(
+            "tiny", 1, 4, window, "Conv-LoRA on qkv", "cpu", dtype, side=20 if window else 8
+        )
+        assert verify(workload, dtype) == {}
+        assert {"samfast, LoRA", "samfast, frozen"} <= workload.providers.keys()
