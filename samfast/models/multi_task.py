@@ -78,6 +78,9 @@ class MultiTaskSam(nn.Module):
     (float64 where sam is). Anything that ``attach`` and ``fuse`` do to a Sam works here, with
     ``train=model.trained_parts()`` for decoders, no-mask embeddings and the encoder's norms.
 
+    ``torch.compile(model, fullgraph=True)`` makes a graph for each way to name tasks. In it the
+    patch embedding and the blocks below the first that depends on the task run for each task too.
+
     Raises ValueError for tasks of one name and for a sam that has adapters or a head of one class.
     """
 
@@ -205,19 +208,17 @@ class MultiTaskSam(nn.Module):
             self._check_merged(chosen)
             embeddings = encode(self, images)
             return {i: _rows(embeddings, own) for i, own in chosen.items()}
-        import samfast
-
         count = len(images)
         sizes = [count if own is None else len(own) for own in chosen.values()]
         numbers = [i for i, size in zip(chosen, sizes, strict=True) for _ in range(size)]
         if not numbers:
             pass  # no image, no task
         elif len(chosen) == 1:
-            samfast.set_task(self, next(iter(chosen)), repeated=True)
+            self._set_tasks(next(iter(chosen)), numbers[:1])
         elif list(chosen.items()) == [(i, None) for i in range(len(self.tasks))]:
-            samfast.set_task(self, "all", repeated=True)
+            self._set_tasks("all", list(chosen))
         else:
-            samfast.set_task(self, torch.tensor(numbers), repeated=True)
+            self._set_tasks(torch.tensor(numbers), numbers)
 
         def split(x: Tensor) -> Tensor:
             """The rows of every task, task-major."""
@@ -227,10 +228,25 @@ class MultiTaskSam(nn.Module):
 
         if count == 0 or not numbers:
             embeddings = encode(self, images[:0])
+        elif torch.compiler.is_compiling():  # no hook can be set while a graph is traced
+            embeddings = encode(self, split(images))
         else:
             with _before(block, split):
                 embeddings = encode(self, images)
         return dict(zip(chosen, embeddings.split(sizes), strict=True))
+
+    def _set_tasks(self, task: int | str | Tensor, numbers: list[int]) -> None:
+        """task: as samfast.set_task takes it   numbers: the same as its layers keep it"""
+        if not torch.compiler.is_compiling():
+            import samfast
+
+            samfast.set_task(self, task, repeated=True)
+            return
+        # What was set before is not looked at: a graph would hold for that alone.
+        for layer in adapters(self).values():
+            if getattr(layer, "depends_on_task", False):
+                layer.choose(tuple(numbers))
+                layer.repeated = True
 
     def _check_merged(self, chosen: Iterable[int]) -> None:
         """Raise ValueError where the update of one task is in the weights and another is asked."""
