@@ -22,7 +22,7 @@ def skip_unless(backend):
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_budget(case, backend, dtype):
@@ -181,6 +181,24 @@ def test_bits_repeat_and_only_wanted_gradients_come(backend):
     folded[1].sum().backward()
     assert gammas[1].grad is not None
     assert all(t.grad is None for t in (c, p, gammas[0], *heads, *factors))
+
+
+@pytest.mark.parametrize("used", ["folded", "shifts"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_result_that_nobody_used_counts_as_zeros(backend, used):
+    """Its gradient does not come at all: the bits of one of zeros."""
+    skip_unless(backend)
+    for case in (case for case in SMALL if case.down or used == "folded"):
+        c, p, *lists = case.sources(torch.float32)
+        flat = [t.requires_grad_() for t in (c, p, *(t for part in lists for t in part))]
+        folded, shifts = cobot_fold(c, p, *lists, case.first, down=case.down, backend=backend)
+        some, others = (folded, shifts) if used == "folded" else (shifts, folded)
+        given = [torch.ones_like(t) for t in some]
+        zeros = [torch.zeros_like(t) for t in others]
+        alone = torch.autograd.grad(some, flat, given, retain_graph=True, allow_unused=True)
+        both = torch.autograd.grad([*some, *others], flat, [*given, *zeros])
+        for mine, whole in zip(alone, both, strict=True):
+            assert torch.equal(mine, whole)
 
 
 def test_opcheck():
