@@ -16,10 +16,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+WHEEL = {"bdist_wheel": {"py_limited_api": "cp310"}}
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
@@ -35,6 +36,8 @@ def find_nvcc():
 
 def plan():
     """What to build, why in one sentence, and torch's builder or None."""
+    if int(setuptools.__version__.split(".")[0]) < 77:  # whose own sentence is about a licence
+        raise SystemExit(f"samfast needs setuptools 77 or newer, this is {setuptools.__version__}")
     wanted, nvcc = os.environ.get("SAMFAST_BUILD", "auto"), find_nvcc()
     if wanted not in ("auto", "cuda", "cpu", "none"):
         raise SystemExit(f"SAMFAST_BUILD is {wanted!r}; it must be auto, cuda, cpu or none")
@@ -63,12 +66,11 @@ def plan():
 def nvcc_objects(include_dirs):
     """Compile csrc/cuda/*.cu to objects; works beside a CPU-only torch."""
     flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC"]
-    flags += [STABLE_ABI, "-DUSE_CUDA", *(f"-I{d}" for d in include_dirs)]
+    flags += [*STABLE_ABI, "-DUSE_CUDA", *(f"-I{d}" for d in include_dirs)]
     for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS).replace(" ", ";").split(";"):
         number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if "+PTX" in arch else [])]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
     Path("build").mkdir(exist_ok=True)
     objects = {source: f"build/{Path(source).stem}.cuda.o" for source in sources("cuda", ".cu")}
     commands = [[find_nvcc(), *flags, "-c", s, "-o", o] for s, o in objects.items()]
@@ -82,39 +84,35 @@ def nvcc_objects(include_dirs):
 
 def native_build(kind, cpp_extension):
     """The extension and the command that builds it, as arguments of setup()."""
-    define = ["-DUSE_CUDA"] if kind == "cuda" else []
     # Python's own flags ask for debug information, a quarter of the compiler's time.
-    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", STABLE_ABI]
-    flags.append("-DPy_LIMITED_API=0x030A0000")
-    extension = Extension(
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *STABLE_ABI]
+    extension = setuptools.Extension(
         "samfast._C",
         sources=sources(".", ".cpp") + sources("cpu", ".cpp"),
         include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
-        extra_compile_args=flags + define,
+        extra_compile_args=flags + (["-DUSE_CUDA"] if kind == "cuda" else []),
         py_limited_api=True,
     )
 
     class BuildExt(cpp_extension.BuildExtension):
         def build_extensions(self):
-            if define:
+            if kind == "cuda":
                 extension.extra_objects = nvcc_objects(extension.include_dirs)
             super().build_extensions()
 
     cmdclass = {"build_ext": BuildExt.with_options(use_ninja=bool(shutil.which("ninja")))}
-    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return {"ext_modules": [extension], "cmdclass": cmdclass, "options": options}
+    return {"ext_modules": [extension], "cmdclass": cmdclass, "options": WHEEL}
 
 
 kind, reason, builder = plan()
 if {"build_ext", "build_py", "bdist_wheel", "editable_wheel"} & set(sys.argv):  # for samfast info
-    record = json.dumps({"build": kind, "reason": reason})
-    (ROOT / "samfast" / "_build.json").write_text(record + "\n", encoding="utf-8")
+    (ROOT / "samfast/_build.json").write_text(json.dumps({"build": kind, "reason": reason}) + "\n")
 folders = [p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py")]
 operations = {f"samfast.kernels.{name}": f"kernels/{name}" for name in sorted(folders)}
-setup(
-    packages=[*find_packages(include=["samfast", "samfast.*"]), *operations],
+setuptools.setup(
+    packages=[*setuptools.find_packages(include=["samfast", "samfast.*"]), *operations],
     package_dir={"": ".", **operations},
     package_data={"samfast": ["_build.json"], **{name: ["*.json"] for name in operations}},
     **(native_build(kind, builder) if builder else {}),

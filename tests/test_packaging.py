@@ -191,6 +191,13 @@ def test_an_unknown_build_is_refused(source_tree):
     assert "SAMFAST_BUILD is 'metal'; it must be auto, cuda, cpu or none" in done.stderr
 
 
+def test_an_old_setuptools_is_refused(source_tree, tmp_path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\n")
+    done = run_setup(source_tree, "none", "--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "samfast needs setuptools 77 or newer, this is 65.5.0" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("build", "environment", "sentence"),
     [

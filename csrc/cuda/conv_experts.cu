@@ -1,32 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // conv_experts on a GPU: one block a tile (conv_experts_tile.h), one launch forward, two backward.
-#include "common.h"
 #include "conv_experts_tile.h"
-
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-// A CPU-only torch lacks it, and the extension must load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "launch.h"
 
 namespace samfast {
 namespace experts {
 namespace {
 
-constexpr int kThreads = 256, kMaxExperts = 64;
+constexpr int kMaxExperts = 64;
 constexpr int kBlocks = 2;  // at a time on a multiprocessor: 128 registers a thread, and no spills
 
 struct Ratios {
   int value[kMaxExperts];
-};
-
-struct Threads {
-  template <typename F>
-  __device__ void operator()(int count, const F& item) const {
-    for (int i = threadIdx.x; i < count; i += kThreads) item(i);
-    __syncthreads();
-  }
 };
 
 template <typename T>
@@ -64,14 +49,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  const int32_t device = static_cast<int32_t>(t.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 Ratios pack(const std::vector<int64_t>& ratios) {
   STD_TORCH_CHECK(ratios.size() <= kMaxExperts, ratios.size(), " experts are more than ",
                   kMaxExperts);
@@ -80,21 +57,13 @@ Ratios pack(const std::vector<int64_t>& ratios) {
   return packed;
 }
 
-unsigned grid(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), blocks, " blocks are too many for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
-void launched(cudaError_t code) {
-  STD_TORCH_CHECK(code == cudaSuccess, "conv_experts: ", cudaGetErrorString(code));
-}
-
 template <typename Kernel>
 int shared_bytes(Kernel kernel, const Problem& p, bool backward) {
   STD_TORCH_CHECK(p.rank <= kMaxRank, "rank ", p.rank, " is above ", kMaxRank);
   const int bytes = static_cast<int>(sizeof(float) * room_of(p.rank, p.inputs, backward));
   if (bytes > 48 * 1024)
-    launched(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    launched("conv_experts", cudaFuncSetAttribute(
+                                 kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   return bytes;
 }
 
@@ -127,7 +96,7 @@ void conv_experts_cuda_forward(const Tensor& h, const Tensor& weight, const Tens
     m.z_pad = static_cast<T*>(z_pad.mutable_data_ptr());
     const int bytes = shared_bytes(forward_kernel<T>, p, false);
     forward_kernel<T><<<grid(tiles_of(p)), kThreads, bytes, current_stream(h)>>>(p, packed, m);
-    launched(cudaGetLastError());
+    launched("conv_experts");
   });
 }
 
@@ -166,7 +135,7 @@ void conv_experts_cuda_backward(
     if (reach + parts > 0) {
       const int bytes = shared_bytes(backward_kernel<T>, p, true);
       backward_kernel<T><<<grid(tiles), kThreads, bytes, stream>>>(p, packed, m);
-      launched(cudaGetLastError());
+      launched("conv_experts");
     }
     const int64_t weight_blocks = dweight.has_value() ? p.experts * sum_blocks(p) : 0;
     const int64_t elements = dh.has_value() ? h.numel() : 0;
@@ -175,7 +144,7 @@ void conv_experts_cuda_backward(
     if (blocks == 0) return;
     reduce_kernel<T><<<grid(blocks), kThreads, 0, stream>>>(p, m, balance, weights, biases,
                                                             weight_blocks, elements, gates);
-    launched(cudaGetLastError());
+    launched("conv_experts");
   });
 }
 

@@ -1,29 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The hypercomplex passes on a GPU (hypercomplex_math.h): one launch forward, two backward.
 #include "hypercomplex_call.h"
-
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-// A CPU-only torch lacks it, and the extension must load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "launch.h"
 
 namespace samfast {
 namespace hypercomplex {
 namespace {
 
-constexpr int kThreads = 256;
 static_assert(kBuildItems == kThreads && kSumWidth * kSumParts == kThreads);
 static_assert(sizeof(float) * kRoom <= 48 * 1024, "a block has no more without asking");
-
-struct Threads {
-  template <typename F>
-  __device__ void operator()(int count, const F& item) const {
-    for (int i = threadIdx.x; i < count; i += kThreads) item(i);
-    __syncthreads();
-  }
-};
 
 template <typename T, typename B>
 __global__ void __launch_bounds__(kThreads)
@@ -44,24 +29,6 @@ __global__ void __launch_bounds__(kThreads)
   sum_block(z, partials, drules, blockIdx.x, room, Threads{});
 }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  const int32_t device = static_cast<int32_t>(t.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-unsigned grid(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), blocks, " blocks are too many for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
-void launched() {
-  const cudaError_t code = cudaGetLastError();
-  STD_TORCH_CHECK(code == cudaSuccess, "hypercomplex: ", cudaGetErrorString(code));
-}
-
 }  // namespace
 }  // namespace hypercomplex
 
@@ -74,7 +41,7 @@ void hypercomplex_cuda_build(const Tensor& rules, const Tensor& weights, std::op
   with_built(z, rules, weights, base, scaling, h, [&](const auto& m) {
     const dim3 blocks(grid(z.tiles()), (z.cells() + kCells - 1) / kCells);
     build_kernel<<<blocks, kThreads, 0, current_stream(weights)>>>(z, m);
-    launched();
+    launched("hypercomplex");
   });
 }
 
@@ -92,12 +59,12 @@ void hypercomplex_cuda_contract(const Tensor& grad, const Tensor& rules, const T
   with_contracted(z, grad, rules, weights, scaling, dweights, [&](auto m) {
     m.partials = partials;
     contract_kernel<<<grid(z.blocks()), kThreads, 0, stream>>>(z, m);
-    launched();
+    launched("hypercomplex");
   });
   if (sums == nullptr) return;
   const int64_t groups = (z.entries() + kSumWidth - 1) / kSumWidth;
   sum_kernel<<<grid(groups), kThreads, 0, stream>>>(z, partials, sums);
-  launched();
+  launched("hypercomplex");
 }
 
 }  // namespace samfast

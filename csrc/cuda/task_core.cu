@@ -1,29 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // z = h M_t and the cores M_t on a GPU (task_core_math.h): one launch each way.
 #include "task_core_call.h"
-
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-// A CPU-only torch lacks it, and the extension must load there too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "launch.h"
 
 namespace samfast {
 namespace task_core {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kBackwardRoom = kProductRoom > kGradientRoom ? kProductRoom : kGradientRoom;
 static_assert(sizeof(float) * kBackwardRoom <= 48 * 1024, "a block has no more without asking");
-
-struct Threads {
-  template <typename F>
-  __device__ void operator()(int count, const F& item) const {
-    for (int i = threadIdx.x; i < count; i += kThreads) item(i);
-    __syncthreads();
-  }
-};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -64,25 +49,7 @@ __global__ void __launch_bounds__(kThreads)
   if (e < z.layers * z.core * z.depth) dcores[e] = core_gradient(z, dm, factors, e);
 }
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  const int32_t device = static_cast<int32_t>(t.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-unsigned grid(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < kMost, blocks, " blocks are too many for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
 unsigned blocks_for(int64_t elements) { return grid((elements + kThreads - 1) / kThreads); }
-
-void launched() {
-  const cudaError_t code = cudaGetLastError();
-  STD_TORCH_CHECK(code == cudaSuccess, "task_core: ", cudaGetErrorString(code));
-}
 
 }  // namespace
 }  // namespace task_core
@@ -96,7 +63,7 @@ void task_core_cuda_product(const Tensor& h, const Tensor& m, const Tensor& task
   with_product(sizes, h, m, task, z, false, [&](const auto& p) {
     if (sizes.tiles() == 0) return;
     product_kernel<<<grid(sizes.tiles()), kThreads, 0, current_stream(m)>>>(sizes, p);
-    launched();
+    launched("task_core");
   });
 }
 
@@ -116,7 +83,7 @@ void task_core_cuda_product_backward(const Tensor& dz, const Tensor& h, const Te
     with_gradient(sizes, dz, h, m, task, no_dm, [&](const auto& g) {
       if constexpr (std::is_same_v<Kind, std::decay_t<decltype(*g.h)>>) {
         backward_kernel<<<grid(sums + tiles), kThreads, 0, current_stream(m)>>>(sizes, p, g, sums);
-        launched();
+        launched("task_core");
       }
     });
   });
@@ -127,7 +94,7 @@ void task_core_cuda_fold(const Tensor& cores, const Tensor& factors, Tensor m) {
   const torch::stable::accelerator::DeviceGuard guard(cores.get_device_index());
   fold_kernel<<<blocks_for(m.numel()), kThreads, 0, current_stream(cores)>>>(
       z, floats(cores), floats(factors), out_floats(m));
-  launched();
+  launched("task_core");
 }
 
 void task_core_cuda_fold_backward(const Tensor& dm, const Tensor& cores, const Tensor& factors,
@@ -141,7 +108,7 @@ void task_core_cuda_fold_backward(const Tensor& dm, const Tensor& cores, const T
   fold_backward_kernel<<<blocks, kThreads, 0, current_stream(cores)>>>(
       z, floats(dm), floats(cores), floats(factors), out_floats(dcores), out_floats(dfactors),
       sums);
-  launched();
+  launched("task_core");
 }
 
 }  // namespace samfast
