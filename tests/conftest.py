@@ -48,6 +48,18 @@ def patched_once():
     InterpretedFunction.__call__ = patching
 
 
+@pytest.fixture(scope="session", autouse=True)
+def right_bfloat16():
+    """Of the interpreter, by itself wrong."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from bfloat16 import mended
+
+    with mended():
+        yield
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

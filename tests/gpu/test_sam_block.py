@@ -110,7 +110,7 @@ def test_counted_launches_and_syncs(kind):
 @needs_gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_bfloat16_against_float64(kind, monkeypatch):
-    """The interpreter multiplies bfloat16 wrongly, so that this is its only test."""
+    """At the sizes of SAM, which the interpreter has no time for."""
     from budgets import within_budget
 
     stock, x, dy = problem(kind, torch.bfloat16)

@@ -72,7 +72,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager(kind):
 @needs_gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_bfloat16_against_float64(kind):
-    """The interpreter multiplies bfloat16 wrongly, so that this is its only test."""
+    """At the sizes of SAM, which the interpreter has no time for."""
     from budgets import all_within_budget
 
     leaves, dout = problem(kind, torch.bfloat16)

@@ -5,7 +5,6 @@ import copy
 
 import black_box
 import pytest
-import torch
 from sam_layers import DEVICE, attention, block, subject
 from test_black_box import LiteralLora
 from torch import nn
@@ -60,6 +59,4 @@ def test_black_box(make, check, backend, monkeypatch):
         if (choice := probe.backends()["relpos_attention"]) not in NAMES:
             pytest.skip(choice)
     layers = make()
-    if interpreted:  # the interpreter's bfloat16 product is wrong
-        layers.low, layers.autocast = (torch.float16,), torch.float16
     check(layers)

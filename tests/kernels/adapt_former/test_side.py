@@ -231,7 +231,7 @@ def test_launches_of_a_block(rank):
 
 @triton
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_whole_blocks_in_triton(dtype):
     exact, stock = SMALL.run(torch.float64, "reference"), SMALL.run(dtype, "reference")
     ours = SMALL.run(dtype, "triton")

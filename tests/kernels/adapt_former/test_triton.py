@@ -35,7 +35,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.id}-{case.mean}")
 def test_budget(case, dtype):
     exact = case.run(torch.float64, "literal")

@@ -43,8 +43,6 @@ def backend_parameters():
         reason = runnable(backend)
         marks = [pytest.mark.skip(reason=reason)] if reason else []
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            if backend == "triton" and dtype == torch.bfloat16 and DEVICE.type == "cpu":
-                continue  # the interpreter's bfloat16 product is wrong
             name = f"{backend}-{str(dtype).removeprefix('torch.')}"
             parameters.append(pytest.param(backend, dtype, id=name, marks=marks))
     return parameters

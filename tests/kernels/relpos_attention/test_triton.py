@@ -46,6 +46,7 @@ def tiles(monkeypatch):
     [
         ("bias", torch.float32),
         pytest.param("rows", torch.float16, marks=SLOW),
+        pytest.param("bias", torch.bfloat16, marks=SLOW),
         pytest.param(None, torch.float32, marks=SLOW),
     ],
 )
@@ -76,8 +77,16 @@ def test_sizes(windows):
     Call(windows, heads=1).check(kernels)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("head_dim", [48, 80, pytest.param(112, marks=SLOW)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        pytest.param(48, torch.float32, marks=SLOW),  # wider ones are refused in float32
+        pytest.param(48, torch.float16, marks=SLOW),
+        pytest.param(80, torch.float16, marks=SLOW),
+        (80, torch.bfloat16),
+        pytest.param(112, torch.float16, marks=SLOW),
+    ],
+)
 def test_heads_in_two_parts(head_dim, dtype):
     for windows in (Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)):
         Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)

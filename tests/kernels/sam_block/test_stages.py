@@ -48,7 +48,6 @@ def test_budget(path, call):
     call.check(path, low_rank=path is not torch_path)
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter multiplies bfloat16 wrongly")
 @pytest.mark.parametrize("residual", [torch.float32, BRAIN])
 def test_bfloat16_products(residual):
     Call(70, 1280, rank=4, dtype=BRAIN, residual=residual).check(kernels(), low_rank=True)

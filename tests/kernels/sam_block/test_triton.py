@@ -121,6 +121,8 @@ SLOW = [pytest.mark.slow]
         ("global", torch.float32),
         pytest.param("windows", torch.float32, marks=SLOW),
         pytest.param("global", HALF, marks=SLOW),
+        ("windows", torch.bfloat16),
+        pytest.param("global", torch.bfloat16, marks=SLOW),
     ],
 )
 def test_whole_blocks(kind, dtype):

@@ -47,7 +47,11 @@ def test_values(case, dtype, backend):
     check(case, dtype, backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "case",
     [
@@ -57,7 +61,7 @@ def test_values(case, dtype, backend):
     ids=lambda case: case.id,
 )
 def test_interpreted(case, dtype):
-    """The Triton kernels where no GPU is. The interpreter rounds bfloat16 as nobody else does."""
+    """The Triton kernels where no GPU is."""
     if reason := runnable("triton"):
         pytest.skip(reason)
     check(case, dtype, "triton")
