@@ -39,7 +39,7 @@ test-slow: $(VENV)/.dev
 # On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
 test-gpu:
 	$(BUILD_HERE)
-	$(PYTHON) -m pytest -q -m "not slow" \
+	$(PYTHON) -m pytest -q -m "not slow" --ignore-glob='*/test_*offline.py' \
 	  $$($(PYTHON) -c 'import xdist' 2>/dev/null && printf '%s ' -n $(GPU_WORKERS) --dist worksteal) \
 	  tests/gpu tests/kernels tests/test_counters.py tests/test_benchmarks.py \
 	  tests/instruments $(addprefix tests/modules/test_, $(addsuffix .py, $(ON_GPU)))
