@@ -78,9 +78,7 @@ def test_black_box(make, check, backend, monkeypatch):
     if backend == "triton" and (reason := triton_missing(DEVICE)):
         pytest.skip(reason)
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    # The budget of the few numbers of C and P hangs on how exact the stock module happens to be: of
-    # eight draws two are beyond it, by 1.22 and 1.001, where all tokens have one gradient.
-    torch.manual_seed(2 if make is cobot else 0)
+    torch.manual_seed(0)
     ours, stock = make()
     ours.weight.requires_grad_(False)
     ours.bias.requires_grad_(False)
