@@ -46,3 +46,15 @@ def move():
         return model
 
     return fill
+
+
+@pytest.fixture
+def one_layout():
+    """Give an encoder's neck one layout of memory, whatever blocks leave: torch's convolutions are
+    up to twice less exact on what whole blocks give, which is channels-last."""
+
+    def hook(encoder):
+        encoder.neck.register_forward_pre_hook(lambda _, args: args[0].contiguous())
+        return encoder
+
+    return hook

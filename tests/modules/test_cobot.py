@@ -151,6 +151,27 @@ def test_micro_batches_accumulate(tiny_sam, images):
     all_within_budget(both, stock, exact, torch.float32, map(str, range(len(exact))))
 
 
+def test_an_encoder_never_folds_layer_by_layer(tiny_sam, images, monkeypatch):
+    """In training and in prediction: each layer takes its share."""
+    encoder = attached(tiny_sam()).image_encoder
+    expected = encoder(images)
+
+    def alone(self):
+        raise AssertionError("a layer folded for itself")
+
+    monkeypatch.setattr(CobotQkvLora, "alone", alone)
+    assert torch.equal(encoder(images), expected)
+    with torch.no_grad():
+        assert torch.equal(encoder(images), expected)
+
+
+def test_relation_parameters_are_coefficients_and_heads(tiny_sam):
+    """Which a method may give another learning rate."""
+    layer = attached(tiny_sam()).image_encoder.blocks[1].attn.qkv
+    expected = (layer.FacT_c, layer.FacT_p, layer.gamma, layer.heads)
+    assert all(a is b for a, b in zip(layer.relation_parameters(), expected, strict=True))
+
+
 def test_a_failed_forward_leaves_nothing_behind(tiny_sam, images):
     encoder = attached(tiny_sam()).image_encoder
     with pytest.raises(RuntimeError):
@@ -175,6 +196,25 @@ def test_an_interrupt_leaves_nothing_that_is_used(tiny_sam, images, move):
     assert torch.equal(qkv(x), other.image_encoder.blocks[1].attn.qkv(x))
     ours, theirs = (samfast.merged_state_dict(model) for model in (sam, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_share_is_not_taken_once_a_tensor_is_another(tiny_sam):
+    """Or has other memory, though none was written to."""
+    layers = [block.attn.qkv for block in attached(tiny_sam()).image_encoder.blocks]
+    shared, layer = CobotForward(layers), layers[1]
+
+    def replace():
+        layer.gamma = nn.Parameter(2 * layer.gamma.detach())
+
+    def other_memory():
+        layer.gamma.data = 2 * layer.gamma.detach()
+
+    for change in (replace, other_memory):
+        shared.open(layer, ())
+        stale = layer.factors()[1]
+        change()
+        fresh = layer.factors()[1]
+        assert torch.equal(fresh, layer.alone()[0]) and not torch.equal(fresh, stale)
 
 
 def test_a_prediction_beside_a_training_step_takes_no_gradient_away(tiny_sam, images):
@@ -364,6 +404,13 @@ def test_launches_of_a_whole_encoder(tiny_sam, images, name, monkeypatch):
     assert counts.total_syncs == without.total_syncs == 0
 
 
+def test_a_wide_layer_has_a_wide_relation():
+    linear = nn.Linear(16, 48, dtype=torch.float64)
+    wide = CobotQkvLora(16, 48, dtype=torch.float64), CobotQkvLora.from_linear(linear)
+    for layer in wide:
+        assert {p.dtype for _, p in layer.adapter_parameters()} == {torch.float64}
+
+
 def test_made_without_memory_and_filled_later():
     layer = CobotQkvLora(16, 48, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
@@ -380,6 +427,9 @@ def test_bad_input(tiny_sam):
         CobotQkvLora.from_linear(linear, 4, relation(4, 6, linear.weight), 3)
     with pytest.raises(ValueError, match="the relation has 8 coefficients a slice"):
         CobotQkvLora.from_linear(linear, 4, relation(8, 6, linear.weight), 0)
+    for index in (True, 1.0, "1", -1):
+        with pytest.raises(ValueError, match=rf"index is {index!r}; it must be a whole number"):
+            CobotQkvLora(16, 48, index=index)
     with pytest.raises(ValueError, match="already has an adapter"):
         attached(attached(tiny_sam()))
     with pytest.raises(

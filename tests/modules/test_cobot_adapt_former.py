@@ -93,18 +93,24 @@ def results(encoder, images):
     return [y.detach(), *torch.autograd.grad(loss, list(trained.values()))]
 
 
-def test_in_fused_blocks_and_in_parts(tiny_sam, move):
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    encoder = attached(tiny_sam(), move).image_encoder
-    stock = results(encoder, images)
-    exact = results(copy.deepcopy(encoder).double(), images.double())
+def test_in_fused_blocks_and_in_parts(tiny_sam, move, one_layout):
+    encoder = one_layout(attached(tiny_sam(), move).image_encoder)
+    wide = copy.deepcopy(encoder).double()
+
+    def pictures(i):
+        return torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1 + i))
+
+    def draw(i):
+        return results(encoder, pictures(i)), results(wide, pictures(i).double())
+
+    images, (stock, exact) = pictures(0), draw(0)
     fused = samfast.fuse(copy.deepcopy(encoder))
     assert set(samfast.report(fused).blocks.values()) == {"fused"}
     names = [str(i) for i in range(len(exact))]
-    all_within_budget(results(fused, images), stock, exact, torch.float32, names)
+    all_within_budget(results(fused, images), stock, exact, torch.float32, names, draw)
     for block in fused.blocks:
         block.mlp.down_proj.register_forward_hook(lambda *_: None)
-    all_within_budget(results(fused, images), stock, exact, torch.float32, names)
+    all_within_budget(results(fused, images), stock, exact, torch.float32, names, draw)
 
 
 def gradients(encoder, *images):
@@ -177,6 +183,10 @@ def test_files(tiny_sam, move, tmp_path):
     other = tiny_sam()
     samfast.load_adapter(other, tmp_path / "adapter")
     assert torch.equal(other.eval().image_encoder(images), sam.image_encoder(images))
+
+
+def test_what_folds_is_among_the_backends():
+    assert CobotAdaptFormerMlp(32, 64).backends()["cobot_fold"] in backends.NAMES
 
 
 def test_bad_input(tiny_sam):
