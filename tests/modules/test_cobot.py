@@ -217,6 +217,14 @@ def test_a_share_is_not_taken_once_a_tensor_is_another(tiny_sam):
         assert torch.equal(fresh, layer.alone()[0]) and not torch.equal(fresh, stale)
 
 
+def test_a_replica_hands_the_layers_of_the_model_nothing(tiny_sam):
+    """Its own thread would do so in the midst of another's forward."""
+    encoder = attached(tiny_sam()).image_encoder
+    layers = [block.attn.qkv for block in encoder.blocks]
+    CobotForward(layers).open(encoder._replicate_for_data_parallel(), ())
+    assert all(layer.given is None for layer in layers)
+
+
 def test_a_prediction_beside_a_training_step_takes_no_gradient_away(tiny_sam, images):
     """As by another thread with the same model: its shares have no graph."""
     encoder = attached(tiny_sam()).image_encoder
