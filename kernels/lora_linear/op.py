@@ -335,7 +335,7 @@ def _check_slices(weight, lora_a, lora_b, slices) -> bool:
             f"slices {tuple(slices)} must be of one length and together as long as lora_b's "
             f"{lora_b.shape[0]} rows"
         )
-    if lora_a.shape[0] not in (rank, n * rank):
+    if lora_a.shape[0] != rank and lora_a.shape[0] != n * rank:  # "in" fails for symbolic sizes
         raise ValueError(
             f"lora_a has {lora_a.shape[0]} rows, but {n} slices of rank {rank} need "
             f"{rank} (shared) or {n * rank}"

@@ -89,6 +89,20 @@ def test_compile_fullgraph(autocast):
     assert all(torch.equal(e, t) for e, t in zip(expected, actual, strict=True))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_compile_slices_of_a_rank_that_changes(shared):
+    """The width of lora_b is a symbol there, the rows of lora_a, a Parameter, a number."""
+    slices = ((0, 20), (40, 60))
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    for rank in (3, 5):
+        case = Case(shape=(4, 30), out=60, rank=rank, slices=slices, shared=shared)
+        (*leaves, b), _ = case.tensors(torch.float32)
+        leaves[3] = torch.nn.Parameter(leaves[3].detach())
+        torch._dynamo.maybe_mark_dynamic(b, 1)
+        made = compiled(*leaves, b, 0.5, slices=slices)
+        assert torch.equal(made, lora_linear(*leaves, b, 0.5, slices=slices))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_is_as_good_as_a_stock_linear_layer(backend):
     if reason := runnable(backend):
