@@ -23,7 +23,7 @@ ARCH = $$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capa
 BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) setup.py --quiet build_ext --inplace
 
 # Beside a GPU, where pytest-xdist is installed: most of the time goes to compiling kernels.
-GPU_WORKERS ?= 8
+GPU_WORKERS ?= 12
 
 .PHONY: demo test test-slow test-gpu sanitize-gpu bench bench-gpu lint clean
 

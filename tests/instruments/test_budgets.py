@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from budgets import FEW, LEAST, all_within_budget, within_budget
+from budgets import FEW, all_within_budget, within_budget
 
 EPS = torch.finfo(torch.float32).eps
 EXACT = torch.ones(1, dtype=torch.float64)
@@ -38,17 +38,22 @@ def test_more_than_twice_the_largest_error_fails():
 
 
 def test_neither_errors_nor_draws_without_end():
-    """NaN in a draw excuses nothing; a large tensor, or one of zeros, has few draws."""
+    """NaN in a draw excuses nothing; a large tensor has one, unless more are asked for."""
     with pytest.raises(AssertionError):
         redraw = draws([0] + [float("nan")] * FEW)
         within_budget(EXACT + 6 * EPS, EXACT, EXACT, torch.float32, "dp", redraw)
     large = torch.arange(1, 1 + FEW, dtype=torch.float64)
     repeated = EXACT.expand(FEW)  # one number all the same
-    for exact, last in ((large, LEAST), (0 * EXACT, FEW), (repeated, FEW)):
+    for exact, least, last in (
+        (large, 1, 1),
+        (large, 3, 3),
+        (0 * EXACT, 1, FEW),
+        (repeated, 1, FEW),
+    ):
         asked = []
         with pytest.raises(AssertionError):
             redraw = draws([], asked)
-            within_budget(exact + 999 * EPS, exact, exact, torch.float32, "dp", redraw)
+            within_budget(exact + 999 * EPS, exact, exact, torch.float32, "dp", redraw, least)
         assert asked == list(range(1, last))
 
 
