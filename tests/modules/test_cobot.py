@@ -412,6 +412,22 @@ def test_launches_of_a_whole_encoder(tiny_sam, images, name, monkeypatch):
     assert counts.total_syncs == without.total_syncs == 0
 
 
+def test_layers_of_several_widths_fold_by_themselves():
+    """No operation stacks them; each is what it is alone."""
+    narrow, wide = nn.Linear(16, 48), nn.Linear(24, 72)
+    shared = relation(4, 4, narrow.weight)
+    layers = [
+        CobotQkvLora.from_linear(layer, 4, shared, i) for i, layer in enumerate((narrow, wide))
+    ]
+    fold = CobotForward(layers)
+    assert not fold.together() and CobotForward(layers[:1]).together()
+    x = torch.randn(3, 24)
+    alone = layers[1](x)
+    fold.open(layers[0], ())
+    assert torch.equal(layers[1](x), alone)
+    fold.close(layers[0], (), None)
+
+
 def test_a_wide_layer_has_a_wide_relation():
     linear = nn.Linear(16, 48, dtype=torch.float64)
     wide = CobotQkvLora(16, 48, dtype=torch.float64), CobotQkvLora.from_linear(linear)

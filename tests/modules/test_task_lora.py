@@ -235,6 +235,21 @@ def test_a_checkpoint_runs_again_with_the_tasks_of_its_forward(reentrant):
         gradients(forward(0) + forward(1))
 
 
+def test_a_checkpoint_around_a_whole_block_has_the_tasks_of_its_forward(attached, images):
+    encoder = samfast.fuse(attached()).image_encoder
+    trained = [p for _, p in samfast.trainable_parameters(encoder)]
+    samfast.set_task(encoder, 0)
+    expected = torch.autograd.grad(encoder(images).square().sum(), trained)
+    first = encoder.blocks[0]
+    first.forward = lambda x, f=first.forward: checkpoint(f, x, use_reentrant=False)
+    loss = encoder(images).square().sum()
+    with torch.no_grad():
+        samfast.set_task(encoder.eval(), 1)
+        encoder(images)
+    found = torch.autograd.grad(loss, trained)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_no_weight_of_an_update_is_ever_made(tiny_sam, images):
     """Of all tasks in a step of whole blocks: no tensor is as large as the updates of one layer,
     operators looked into."""
