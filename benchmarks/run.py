@@ -141,11 +141,7 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
         )
         row = {"provider": name, "mode": mode, "shape": workload.name}
         row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": p50 / base}
-        row["saved_mib"] = saved_bytes(provider.forward, workload.known).hooks / 2**20
-        row["peak_mib"] = peak(lambda name=name: workload.run(name), device)
-        row["resident_mib"] = resident(workload) / 2**20
-        if workload.logits:
-            row["note"] = working_memory(workload, name, row["peak_mib"])
+        row |= memory(workload, name, device)
         if provider.stages:
             row["predicted_ms"] = machine.predict(provider.stages, device, *rates) * 1e3
             row["gb_s"] = sum(s.bytes for s in provider.stages) / p50 / 1e9
@@ -153,16 +149,36 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
         predicted = f"  predicted {row['predicted_ms']:.2f}" if provider.stages else ""
         print(
             f"  {name:20} {mode:5} {p50 * 1e3:9.3f} ms  [{p20 * 1e3:.3f}, {p80 * 1e3:.3f}]"
-            f"  ratio {p50 / base:5.2f}  saved {row['saved_mib']:7.2f} MiB beside x, peak "
-            f"{row['peak_mib']:7.1f} MiB{predicted}"
+            f"  ratio {p50 / base:5.2f}  saved {row.get('saved_mib', math.nan):7.2f} MiB beside x, "
+            f"peak {row.get('peak_mib', math.nan):7.1f} MiB{predicted}"
         )
-        if workload.images:
+        if workload.images and "peak_mib" in row:
             whole = (row["peak_mib"] + row["resident_mib"]) / 2**10
-            row["note"] = f"{workload.images / p50:.3g} images/s; peak with weights {whole:.2f} GiB"
+            note = f"{workload.images / p50:.3g} images/s; peak with weights {whole:.2f} GiB"
+            row["note"] = "; ".join([note, row["note"]] if "note" in row else [note])
         if "note" in row:
             print(f"  {'':20} {row['note']}")
         rows.append(row)
     return rows
+
+
+def memory(workload: Workload, name: str, device: str) -> dict:
+    """What a provider takes, or a note: compiled code may refuse to be looked into."""
+    found, missing = {"resident_mib": resident(workload) / 2**20}, []
+    measures = {
+        "saved_mib": lambda: (
+            saved_bytes(workload.providers[name].forward, workload.known).hooks / 2**20
+        ),
+        "peak_mib": lambda: peak(lambda: workload.run(name), device),
+    }
+    for what, measured in measures.items():
+        try:
+            found[what] = measured()
+        except REFUSALS as error:
+            missing.append(f"no {what}: {refusal(error)}")
+    if workload.logits and "peak_mib" in found:
+        missing.append(working_memory(workload, name, found["peak_mib"]))
+    return found | ({"note": "; ".join(missing)} if missing else {})
 
 
 def prepared(workload: Workload, name: str, mode: str):

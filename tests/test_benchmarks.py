@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from benchmarks import goals, gpu
 from benchmarks.blocks import block_workload
@@ -91,6 +92,35 @@ def test_a_provider_that_refuses_is_a_row():
     by_name = {r["provider"]: r for r in rows}
     assert by_name["bad"]["note"] == "NotImplementedError: not here"
     assert by_name["good"]["ratio"] == 1.0 and by_name["good"]["resident_mib"] == 24 / 2**20
+
+
+def test_who_cannot_be_counted_or_judged_costs_no_other():
+    """Compiled attention under a dispatch mode, a peer that finds no kernel."""
+    x = torch.randn(3, requires_grad=True)
+
+    def alone():
+        if _get_current_dispatch_mode() is not None:
+            raise NotImplementedError("not under a mode")
+        return 2 * x
+
+    def refuses():
+        raise RuntimeError("no kernel")
+
+    providers = {name: Provider(lambda: 2 * x, [x]) for name in ("good", "last")}
+    providers = {"alone": Provider(alone, [x]), "bad": Provider(refuses, [x]), **providers}
+    exact = [2 * x.detach().double(), torch.full((3,), 2.0, dtype=torch.float64)]
+    workload = Workload(
+        "w", ("y", "dx"), "good", ("bad", "good"), providers, lambda: exact, torch.ones(3), [x]
+    )
+    wrong = verify(workload, torch.float32)
+    assert wrong == {"bad": "RuntimeError: no kernel"}
+    rows = measure(workload, wrong, "eager", Settings(repeats=1), (1.0, 1.0))
+    assert [r["provider"] for r in rows] == ["alone", "good", "last"]
+    assert rows[0]["note"] == "no saved_mib: NotImplementedError: not under a mode"
+    assert rows[0]["p50_ms"] > 0 and "saved_mib" not in rows[0] and "saved_mib" in rows[2]
+    workload.stock = ("bad",)
+    with pytest.raises(RuntimeError, match=r"nobody's errors make the budget of w: .*no kernel"):
+        verify(workload, torch.float32)
 
 
 def test_rows_of_other_columns_are_not_mixed(tmp_path):
