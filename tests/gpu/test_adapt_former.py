@@ -141,7 +141,7 @@ def test_a_stream_that_is_not_the_default(kind):
 def test_saved_bytes_are_what_the_allocator_says(memory):
     module, x, _ = problem("block", torch.bfloat16)
     module.memory = memory
-    saved_as_allocated(lambda: module(x), [x, *module.parameters()], tensors=16)
+    saved_as_allocated(lambda: module(x), [x, *module.parameters()])
 
 
 @needs_gpu

@@ -114,9 +114,7 @@ def test_a_stream_that_is_not_the_default(backend):
 def test_cores_alone_are_kept(backend):
     """Beside h, the parameters and tasks, which are known here."""
     leaves, task, _ = problem(torch.bfloat16)
-    proofs.saved_as_allocated(
-        lambda: task_core(*leaves, task, backend=backend), [*leaves, task], tensors=1
-    )
+    proofs.saved_as_allocated(lambda: task_core(*leaves, task, backend=backend), [*leaves, task])
 
 
 @needs_gpu
