@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.peers import STOCK, peers, randomise, sharing, trained
+from benchmarks.peers import INDEXED_BY_HOST, STOCK, peers, randomise, sharing, trained
 from benchmarks.registry import Provider, Workload, forward_backward
 from benchmarks.shapes import ENCODERS
 from samfast.kernels.sam_block.plan import MEMORY
@@ -58,7 +58,7 @@ def block_workload(
     providers = {"samfast, frozen": provider(frozen, checked=False)}
     waits = adapters.startswith("Conv")  # the literal method's routing does
     for name, module in others.items():
-        providers[name] = provider(module, captured=not waits)
+        providers[name] = provider(module, captured=not waits and name not in INDEXED_BY_HOST)
     providers |= {f"samfast, {memory}": provider(module) for memory, module in ours.items()}
     known = [x, *block.parameters()]
     if adapters.startswith("Conv"):
@@ -68,8 +68,8 @@ def block_workload(
     if compiled:
         for name in ("eager", "SDPA + mask, PEFT"):
             if name in others:
-                compiled = torch.compile(others[name])
-                providers[f"{name}, compiled"] = provider(compiled, captured=not waits)
+                module, captured = torch.compile(others[name]), providers[name].captured
+                providers[f"{name}, compiled"] = provider(module, captured=captured)
 
     def exact():
         wide = copy.deepcopy(others["eager"]).double()

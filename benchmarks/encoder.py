@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import samfast
-from benchmarks.peers import STOCK, peers, sharing, trained
+from benchmarks.peers import INDEXED_BY_HOST, STOCK, peers, sharing, trained
 from benchmarks.registry import Provider, Workload, forward_backward
 from samfast.kernels.lora_linear.costs import Stage
 from samfast.kernels.sam_block.plan import MEMORY
@@ -58,7 +58,10 @@ def _workload(encoder: nn.Module, batch: int, device: str, compiled: bool) -> Wo
         return Provider(lambda: module(images), trained(module), **options)
 
     others, missing = peers(encoder, device)
-    providers = {name: provider(module) for name, module in others.items()}
+    providers = {
+        name: provider(module, captured=name not in INDEXED_BY_HOST)
+        for name, module in others.items()
+    }
     for memory in MEMORY:
         ours = samfast.fuse(sharing(encoder), memory=memory)
         stages = [Stage("step", step_flops(encoder, batch), 0, 0)] if memory == "fast" else []
@@ -66,7 +69,8 @@ def _workload(encoder: nn.Module, batch: int, device: str, compiled: bool) -> Wo
     if compiled:
         for name in ("eager", "SDPA + mask, PEFT"):
             if name in others:
-                providers[f"{name}, compiled"] = provider(_compiled(others[name]))
+                module, captured = _compiled(others[name]), providers[name].captured
+                providers[f"{name}, compiled"] = provider(module, captured=captured)
 
     def exact():
         wide = copy.deepcopy(others["eager"]).double()

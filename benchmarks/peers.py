@@ -21,6 +21,9 @@ from samfast.modules.lora import LoraLinear
 
 # Whose errors make the budget: rounding differs along the many layers of a block.
 STOCK = {"eager", "SDPA + mask, PEFT", "augmented SDPA"}
+# segment_anything's attention takes its tables at places that are made on the CPU at every call:
+# a copy that waits, which ends a graph's capture and leaves the allocator in the middle of it.
+INDEXED_BY_HOST = {"eager"}
 
 
 class EagerLora(nn.Module):

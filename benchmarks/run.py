@@ -131,7 +131,8 @@ def measure(workload: Workload, wrong, mode, settings, rates) -> list[dict]:
                 row = {"provider": name, "mode": mode, "shape": workload.name}
                 rows.append(row | {"note": refusal(error)})
                 if device == "cuda":
-                    torch.cuda.empty_cache()
+                    with contextlib.suppress(*REFUSALS):  # as after a capture that broke off
+                        torch.cuda.empty_cache()
         times |= interleaved(calls, settings.repeats, device)
     base = quantile(times[workload.baseline], 0.5) if workload.baseline in times else math.nan
     for name in times:

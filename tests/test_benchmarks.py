@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from benchmarks import goals, gpu
 from benchmarks.blocks import block_workload
@@ -151,3 +151,27 @@ def test_routing_does_not_hang_on_rounding(window, monkeypatch):
         )
         assert verify(workload, dtype) == {}
         assert {"samfast, LoRA", "samfast, frozen"} <= workload.providers.keys()
+
+
+class IndexedByHost(TorchDispatchMode):
+    """Whether a tensor elsewhere is indexed by one on the CPU, for which a GPU waits."""
+
+    found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor and not args[0].is_cpu:
+            self.found |= any(t is not None and t.is_cpu for t in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [14, 0])
+def test_who_waits_for_the_host_is_not_captured(window, monkeypatch):
+    """A capture that breaks off leaves the allocator in the middle of it, for all that follow."""
+    monkeypatch.setitem(ENCODERS, "tiny", TINY)
+    side = 16 if window else 8
+    workload = block_workload("tiny", 1, 4, window, "LoRA on qkv", "meta", torch.float32, side=side)
+    for name, provider in workload.providers.items():
+        with IndexedByHost() as mode:
+            provider.forward()
+        assert provider.captured == (not mode.found), name
+    assert not workload.providers["eager"].captured
