@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of calls that ask for different things."""
+
+from budgets import within_budget
+from torch import Tensor
+
+
+def assert_alike(some: Tensor, every: Tensor, what: str = "result") -> None:
+    """The same bits; beside a GPU, where a kernel is compiled for what is wanted, in the budget."""
+    if some.is_cuda:
+        within_budget(some, every, every.double(), every.dtype, what)
+    else:
+        assert some.equal(every), what
