@@ -21,6 +21,7 @@ class Subject:
     """A drop-in and its stock module, both float64, with equal parameters, and an input.
 
     x: (batch, ...) float64   low: narrow dtypes to try   loss of a module: sum(y · dy)
+    draws: of a whole model three, as ``least`` of budgets.within_budget
     """
 
     ours: nn.Module
@@ -28,6 +29,7 @@ class Subject:
     x: torch.Tensor
     low: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     autocast: torch.dtype = torch.bfloat16
+    draws: int = 1
 
     def __post_init__(self):
         ours, stock = self.ours.state_dict(), self.stock.state_dict()
@@ -71,7 +73,7 @@ def _compare(ours, runs, dtype):
     assert set(ours) == set(exact), f"gradients of {set(ours) ^ set(exact)}"
     for name, value in ours.items():
         redraw = lambda i, name=name: tuple(run[name] for run in runs(i))  # noqa: E731
-        within_budget(value, stock[name], exact[name], dtype, name, redraw)
+        within_budget(value, stock[name], exact[name], dtype, name, redraw, runs.draws)
 
 
 def _stock(subject, dtype, run=None):
@@ -83,6 +85,7 @@ def _stock(subject, dtype, run=None):
         each = ("stock", dtype), ("stock", torch.float64)
         return tuple((run or Subject.run)(other, *options) for options in each)
 
+    runs.draws = subject.draws
     return runs
 
 
