@@ -15,7 +15,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # Tests of modules that a GPU runs too.
 ON_GPU := adapt_former adapt_former_black_box aux_loss black_box cobot cobot_adapt_former \
-  conv_lora_black_box conv_lora_golden conv_lora_in_windows fuse \
+  conv_lora_black_box conv_lora_golden conv_lora_in_windows fuse hypercomplex_black_box \
+  kronecker kronecker_black_box \
   rel_pos_attention rel_pos_attention_black_box sam_block sam_block_black_box task_lora
 
 # For the GPU that is here alone: six architectures take six times as long.
@@ -39,7 +40,7 @@ test-slow: $(VENV)/.dev
 # On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
 test-gpu:
 	$(BUILD_HERE)
-	$(PYTHON) -m pytest -q -m "not slow" --ignore-glob='*/test_*offline.py' \
+	TORCHINDUCTOR_COMPILE_THREADS=2 $(PYTHON) -m pytest -q -m "not slow" --ignore-glob='*/test_*offline.py' \
 	  $$($(PYTHON) -c 'import xdist' 2>/dev/null && printf '%s ' -n $(GPU_WORKERS) --dist worksteal) \
 	  tests/gpu tests/kernels tests/test_counters.py tests/test_benchmarks.py \
 	  tests/instruments $(addprefix tests/modules/test_, $(addsuffix .py, $(ON_GPU)))

@@ -42,7 +42,8 @@ def move():
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter += std * torch.randn(parameter.shape, generator=generator)
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter += std * noise.to(parameter)
         return model
 
     return fill

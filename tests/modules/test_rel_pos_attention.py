@@ -198,7 +198,7 @@ def test_sharing():
 
 
 def test_backend_of_one_layer(monkeypatch):
-    layer = RelPosAttention.from_attention(attention((4, 4)))
+    layer = RelPosAttention.from_attention(attention((4, 4)).cpu())
     x = torch.randn(1, 4, 4, 32, dtype=torch.float64)
     assert "backend" not in str(layer) and layer.backends() == {"relpos_attention": "torch"}
     layer.backend = "nonsense"
