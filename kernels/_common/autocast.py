@@ -5,15 +5,17 @@ import contextlib
 
 import torch
 
-
-@torch.compiler.assume_constant_result  # which torch 2.11 cannot trace
-def _available(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+# For graphs: torch 2.11 cannot trace is_autocast_available.
+_KNOWN = frozenset(filter(torch.amp.is_autocast_available, "cpu cuda xpu mps hpu mtia".split()))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast asks for on this device, or None where it is off or unknown."""
-    if _available(device_type) and torch.is_autocast_enabled(device_type):
+    if torch.compiler.is_compiling():
+        available = device_type in _KNOWN
+    else:
+        available = torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -18,7 +18,7 @@ if runnable("triton") or torch.cuda.is_available():
 
 from guarded import ORDERS, guarded
 
-from samfast.kernels.task_core import torch_path, triton_kernels
+from samfast.kernels.task_core import triton_kernels
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,14 @@ def test_only_what_is_wanted():
 def test_more_columns_of_a_task_factor_than_a_block():
     cores, factors = torch.randn(2, 3, 50, 20), torch.randn(2, 3, 20)
     dm = torch.randn(2, 4, 3, 3, 50)
+
+    def by_autograd(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (cores, factors)]
+        m = torch.einsum("labv,ltv->ltab", *leaves)
+        return [m.detach(), *torch.autograd.grad(m, leaves, dm.to(dtype).sum(1))]
+
     made = [triton_kernels.fold(cores, factors), *triton_kernels.fold_backward(dm, cores, factors)]
-    stock = [torch_path.fold(cores, factors), *torch_path.fold_backward(dm, cores, factors)]
-    wide = [t.double() for t in (cores, factors)]
-    exact = [torch_path.fold(*wide), *torch_path.fold_backward(dm.double(), *wide)]
+    stock, exact = by_autograd(torch.float32), by_autograd(torch.float64)
     all_within_budget(made, stock, exact, torch.float32, ("m", "dcores", "dfactors"))
 
 
