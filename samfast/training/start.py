@@ -338,7 +338,15 @@ def backend_asked_for(
 
 
 def _try_out(method: Method, fuse: bool, device: torch.device, dtype: torch.dtype) -> None:
-    """One forward and backward of the smallest layers that the method's options fit."""
+    """One forward and backward of the smallest layers that the method's options fit; their random
+    numbers are none of the run's."""
+    with torch.random.fork_rng():
+        _run_smallest_layers(method, fuse, device, dtype)
+
+
+def _run_smallest_layers(
+    method: Method, fuse: bool, device: torch.device, dtype: torch.dtype
+) -> None:
     layers = []
     modules = segment_anything.load().modeling.image_encoder
     if not isinstance(method, samfast.DecoderOnly):
