@@ -7,6 +7,7 @@ python -m benchmarks.goals benchmarks/results/<gpu>.csv
 import argparse
 import csv
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -98,11 +99,11 @@ def _measured(goal: Goal, shape: str, newest) -> str:
             for provider in (goal.provider, goal.over or goal.provider)
         )
         if ours.get("p50_ms") and other.get("p50_ms"):
-            if goal.over:
-                values.append(_time(ours) / _time(other))
-            else:
-                values.append((goal.value or _ratio)(ours))
-            words.append(f"{mode} {values[-1]:.3f}")
+            value = _time(ours) / _time(other) if goal.over else (goal.value or _ratio)(ours)
+            words.append(
+                f"{mode} baseline not timed" if math.isnan(value) else f"{mode} {value:.3f}"
+            )
+            values += [] if math.isnan(value) else [value]
         else:
             words += [
                 f"{mode} {r['provider']}: {r['note']}" for r in (ours, other) if r.get("note")

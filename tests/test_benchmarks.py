@@ -52,6 +52,11 @@ def test_a_peak_counts_what_was_there():
     assert "graph 1.500, met" in lines(rows, "P6")[0]
 
 
+def test_a_ratio_without_its_baseline_is_no_verdict():
+    (line,) = lines([row(goals.FAST, p50_ms=9, ratio="nan")], "P1")
+    assert "graph baseline not timed" in line and "MISSED" not in line
+
+
 def test_what_has_no_time_says_why():
     rows = [row(goals.FAST, mode="", note="OutOfMemoryError: too much")]
     assert "samfast, fast: OutOfMemoryError: too much" in lines(rows, "P1")[0]
@@ -61,6 +66,7 @@ def test_what_has_no_time_says_why():
 def test_one_job_that_fails_or_hangs_costs_no_other(monkeypatch):
     def process(command, timeout):
         name = command[4]
+        assert timeout <= 20  # a third of the time
         if name == "hangs":
             raise subprocess.TimeoutExpired(command, timeout)
         return subprocess.CompletedProcess(command, 3 if name == "fails" else 0)
@@ -68,7 +74,7 @@ def test_one_job_that_fails_or_hangs_costs_no_other(monkeypatch):
     monkeypatch.setattr(subprocess, "run", process)
     ends = gpu.run(["fails --x", "hangs", "ends"], ["--record"], 60)
     assert ends["fails --x"].startswith("FAILED: exit status 3")
-    assert ends["hangs"].startswith("stopped: no time left")
+    assert ends["hangs"].startswith("STOPPED: no time left")
     assert ends["ends"].startswith("done")
     assert gpu.run(["ends"], [], 0) == {"ends": "not run: no time left"}
 

@@ -23,9 +23,8 @@ def same(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def same_bits(call, repeats, deterministic, monkeypatch):
+def same_bits(call, repeats, deterministic):
     """``call()`` gives the same tensors every time; deterministic: under torch's own guard too."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     try:
         first = call()

@@ -71,9 +71,9 @@ def gradients(module, x, dy, seed=3):
 
 @pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=LONG)])
 @pytest.mark.parametrize("kind", BLOCK)
-def test_the_same_bits_every_time(kind, deterministic, monkeypatch):
+def test_the_same_bits_every_time(kind, deterministic):
     call = problem(kind, torch.float16)
-    same_bits(lambda: gradients(*call), REPEATS, deterministic, monkeypatch)
+    same_bits(lambda: gradients(*call), REPEATS, deterministic)
 
 
 @pytest.mark.parametrize("kind", BLOCK)

@@ -42,9 +42,9 @@ def gradients(layers):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_same_bits_every_time(deterministic, monkeypatch):
+def test_the_same_bits_every_time(deterministic):
     layers = model()
-    proofs.same_bits(lambda: gradients(layers), REPEATS, deterministic, monkeypatch)
+    proofs.same_bits(lambda: gradients(layers), REPEATS, deterministic)
 
 
 def test_optimizer_steps_under_graph_replay_equal_eager():
