@@ -9,6 +9,7 @@
 // Rows go in blocks of four against four ranks: sixteen accumulators. Sums over rows are made per
 // chunk and added in a fixed order; the chunks depend on the sizes only, so the bits do not depend
 // on the number of threads. Everything is accumulated in float.
+#include "capability.h"
 #include "common.h"
 #include "philox.h"
 
@@ -110,8 +111,8 @@ struct RowBlock {
 };
 
 // out[i][k] += sum_c row[i][c] a[k][c] for four rows and four ranks.
-SAMFAST_CLONES
-void dot_block(const float* const* row, const float* a, int64_t stride, int64_t n, float* out) {
+SAMFAST_INLINE void dot_block_body(const float* const* row, const float* a, int64_t stride,
+                                   int64_t n, float* out) {
   Vec acc[kRows][kRanks] = {};
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
@@ -130,11 +131,12 @@ void dot_block(const float* const* row, const float* a, int64_t stride, int64_t 
       out[i * kRanks + k] += total;
     }
 }
+constexpr EachProcessor<dot_block_body> dot_block;
 
 // row[i][c] += factor[i][c] sum_k coef[i][k] b[k][c] for four rows and any number of ranks.
-SAMFAST_CLONES
-void axpy_block(float* const* row, const float* const* factor, const float* coef, int64_t ranks,
-                const float* b, int64_t stride, int64_t n) {
+SAMFAST_INLINE void axpy_block_body(float* const* row, const float* const* factor,
+                                    const float* coef, int64_t ranks, const float* b,
+                                    int64_t stride, int64_t n) {
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
     Vec acc[kRows] = {};
@@ -161,11 +163,11 @@ void axpy_block(float* const* row, const float* const* factor, const float* coef
       row[i][c] += factor[i] != nullptr ? factor[i][c] * total : total;
     }
 }
+constexpr EachProcessor<axpy_block_body> axpy_block;
 
 // grad[k][c] += sum_i coef[i][k] row[i][c] for four rows and four ranks.
-SAMFAST_CLONES
-void outer_block(const float* const* row, const float* coef, int64_t ranks, float* grad,
-                 int64_t stride, int64_t n) {
+SAMFAST_INLINE void outer_block_body(const float* const* row, const float* coef, int64_t ranks,
+                                     float* grad, int64_t stride, int64_t n) {
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
     Vec x[kRows];
@@ -181,6 +183,7 @@ void outer_block(const float* const* row, const float* coef, int64_t ranks, floa
     for (int k = 0; k < kRanks; ++k)
       for (int i = 0; i < kRows; ++i) grad[k * stride + c] += coef[i * ranks + k] * row[i][c];
 }
+constexpr EachProcessor<outer_block_body> outer_block;
 
 int64_t padded(int64_t ranks) { return (ranks + kRanks - 1) / kRanks * kRanks; }
 
