@@ -26,13 +26,16 @@ constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kGrain = 1 << 15;  // elements of H that are worth a thread
 
 // out[c] = scale * sum_i factor[i * step] * values[i * plane + c] for n elements.
+template <int kBytes>
 SAMFAST_INLINE void mix_row_body(float* out, int64_t count, const float* factor, int64_t step,
                                  const float* values, int64_t plane, float scale, int64_t n) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    Vec total = {};
+    V total = {};
     mix(total, count, factor, step,
-        [&](int64_t i, Vec& v) { load(v, values + i * plane + c); });
+        [&](int64_t i, V& v) { load(v, values + i * plane + c); });
     store(out + c, scale * total);
   }
   for (; c < n; ++c) {
@@ -41,19 +44,22 @@ SAMFAST_INLINE void mix_row_body(float* out, int64_t count, const float* factor,
     out[c] = scale * total;
   }
 }
-constexpr EachProcessor<mix_row_body> mix_row;
+constexpr EachProcessor<mix_row_body<16>, mix_row_body<32>, mix_row_body<64>> mix_row;
 
 // out[c] = scale * sum over the cells (p, q) of factor[p * n + q] * row_p[q * columns + c], by
 // rows of cells, so that no sum is long.
+template <int kBytes>
 SAMFAST_INLINE void mix_cells_body(float* out, const Sizes& z, const float* factor,
                                    const float* const* row, float scale) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= z.columns; c += kLanes) {
-    Vec all = {};
+    V all = {};
     for (int64_t p = 0; p < z.n; ++p) {
-      Vec total = {};
+      V total = {};
       mix(total, z.n, factor + p * z.n, 1,
-          [&](int64_t q, Vec& v) { load(v, row[p] + q * z.columns + c); });
+          [&](int64_t q, V& v) { load(v, row[p] + q * z.columns + c); });
       all += total;
     }
     store(out + c, scale * all);
@@ -69,7 +75,7 @@ SAMFAST_INLINE void mix_cells_body(float* out, const Sizes& z, const float* fact
     out[c] = scale * all;
   }
 }
-constexpr EachProcessor<mix_cells_body> mix_cells;
+constexpr EachProcessor<mix_cells_body<16>, mix_cells_body<32>, mix_cells_body<64>> mix_cells;
 
 // sum_c x[c] * y[c]
 SAMFAST_INLINE float dot_row_body(const float* x, const float* y, int64_t n) {

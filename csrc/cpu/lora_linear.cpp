@@ -134,22 +134,25 @@ SAMFAST_INLINE void dot_block_body(const float* const* row, const float* a, int6
 constexpr EachProcessor<dot_block_body> dot_block;
 
 // row[i][c] += factor[i][c] sum_k coef[i][k] b[k][c] for four rows and any number of ranks.
+template <int kBytes>
 SAMFAST_INLINE void axpy_block_body(float* const* row, const float* const* factor,
                                     const float* coef, int64_t ranks, const float* b,
                                     int64_t stride, int64_t n) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    Vec acc[kRows] = {};
+    V acc[kRows] = {};
     for (int64_t k = 0; k < ranks; ++k) {
-      Vec w;
+      V w;
       load(w, b + k * stride + c);
       for (int i = 0; i < kRows; ++i) acc[i] += coef[i * ranks + k] * w;
     }
     for (int i = 0; i < kRows; ++i) {
-      Vec y;
+      V y;
       load(y, row[i] + c);
       if (factor[i] != nullptr) {
-        Vec f;
+        V f;
         load(f, factor[i] + c);
         acc[i] *= f;
       }
@@ -163,17 +166,20 @@ SAMFAST_INLINE void axpy_block_body(float* const* row, const float* const* facto
       row[i][c] += factor[i] != nullptr ? factor[i][c] * total : total;
     }
 }
-constexpr EachProcessor<axpy_block_body> axpy_block;
+constexpr EachProcessor<axpy_block_body<16>, axpy_block_body<32>, axpy_block_body<64>> axpy_block;
 
 // grad[k][c] += sum_i coef[i][k] row[i][c] for four rows and four ranks.
+template <int kBytes>
 SAMFAST_INLINE void outer_block_body(const float* const* row, const float* coef, int64_t ranks,
                                      float* grad, int64_t stride, int64_t n) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    Vec x[kRows];
+    V x[kRows];
     for (int i = 0; i < kRows; ++i) load(x[i], row[i] + c);
     for (int k = 0; k < kRanks; ++k) {
-      Vec g, part = coef[k] * x[0];
+      V g, part = coef[k] * x[0];
       for (int i = 1; i < kRows; ++i) part += coef[i * ranks + k] * x[i];
       load(g, grad + k * stride + c);
       store(grad + k * stride + c, g + part);
@@ -183,7 +189,8 @@ SAMFAST_INLINE void outer_block_body(const float* const* row, const float* coef,
     for (int k = 0; k < kRanks; ++k)
       for (int i = 0; i < kRows; ++i) grad[k * stride + c] += coef[i * ranks + k] * row[i][c];
 }
-constexpr EachProcessor<outer_block_body> outer_block;
+constexpr EachProcessor<outer_block_body<16>, outer_block_body<32>, outer_block_body<64>>
+    outer_block;
 
 int64_t padded(int64_t ranks) { return (ranks + kRanks - 1) / kRanks * kRanks; }
 

@@ -50,12 +50,15 @@ struct KeyRange {
 };
 
 // s[j] = rel_h[row of key j] + rel_w[column of key j].
+template <int kBytes>
 SAMFAST_INLINE void fill_bias_body(const KeyRange& keys, int64_t lanes, const float* rel_h,
                                    const float* rel_w, float* s) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t h = keys.first / keys.width, w = keys.first % keys.width;
   for (int64_t j = 0; j < keys.count; ++j) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Vec down, along;
+      V down, along;
       load(down, rel_h + h * kPitch + i);
       load(along, rel_w + w * kPitch + i);
       store(s + j * kPitch + i, down + along);
@@ -63,7 +66,7 @@ SAMFAST_INLINE void fill_bias_body(const KeyRange& keys, int64_t lanes, const fl
     if (++w == keys.width) w = 0, ++h;
   }
 }
-constexpr EachProcessor<fill_bias_body> fill_bias;
+constexpr EachProcessor<fill_bias_body<16>, fill_bias_body<32>, fill_bias_body<64>> fill_bias;
 
 // One more tile of an online softmax: s becomes e^(s - maximum). Returns whether any of what was
 // summed before must be multiplied by correction. The maximum passes over NaN: it spreads through
@@ -100,17 +103,20 @@ SAMFAST_INLINE bool softmax_tile_body(float* s, int64_t keys, int64_t lanes, flo
 constexpr EachProcessor<softmax_tile_body<16>, softmax_tile_body<32>, softmax_tile_body<64>>
     softmax_tile;
 
+template <int kBytes>
 SAMFAST_INLINE void scale_rows_body(float* rows, int64_t count, int64_t lanes,
                                     const float* factor) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Vec x, f;
+      V x, f;
       load(x, rows + r * kPitch + i);
       load(f, factor + i);
       store(rows + r * kPitch + i, x * f);
     }
 }
-constexpr EachProcessor<scale_rows_body> scale_rows;
+constexpr EachProcessor<scale_rows_body<16>, scale_rows_body<32>, scale_rows_body<64>> scale_rows;
 
 // s: logits, becomes the weights p = e^(s - lse), whose sums over the keys are added to total, and
 // those of p (dp - delta) to moment: of small numbers where delta is already nearly right.
@@ -142,13 +148,16 @@ constexpr EachProcessor<weights_tile_body<16>, weights_tile_body<32>, weights_ti
 
 // p becomes factor p, and its gradient dp that of the logits, p (dp - delta), whose sums over rows
 // and columns of the map are added to drel_h and drel_w.
+template <int kBytes>
 SAMFAST_INLINE void gradient_tile_body(const KeyRange& keys, int64_t lanes, const float* factor,
                                        const float* delta, float* p, float* dp, float* drel_h,
                                        float* drel_w) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t h = keys.first / keys.width, w = keys.first % keys.width;
   for (int64_t j = 0; j < keys.count; ++j) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Vec x, y, g;
+      V x, y, g;
       load(x, p + j * kPitch + i);
       load(y, factor + i);
       x *= y;
@@ -165,7 +174,8 @@ SAMFAST_INLINE void gradient_tile_body(const KeyRange& keys, int64_t lanes, cons
     if (++w == keys.width) w = 0, ++h;
   }
 }
-constexpr EachProcessor<gradient_tile_body> gradient_tile;
+constexpr EachProcessor<gradient_tile_body<16>, gradient_tile_body<32>, gradient_tile_body<64>>
+    gradient_tile;
 
 // For one query: dq += sum_k drel[k] row_k and, where wanted, drow_k += drel[k] q. row_k is k rows
 // before first; the rows that the query does not reach are not touched.
