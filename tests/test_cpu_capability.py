@@ -88,7 +88,8 @@ def test_no_instruction_is_beyond_its_processor():
     for name, code in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", listing, re.MULTILINE):
         kind = re.search(r"EachProcessor<.*::(plain|avx2|avx512)\(", name)
         functions.setdefault(kind.group(1) if kind else "shared", []).append((name, code))
-    beyond = {"shared": r"\tv[a-z]|%[yz]mm", "plain": r"\tv[a-z]|%[yz]mm", "avx2": r"%zmm|%k[1-7]"}
+    avx, avx512 = r"\tv[a-z]|%[yz]mm", r"%zmm|%k[0-7]|mm(1[6-9]|2\d|3[01])\b|\{1to"
+    beyond = {"shared": avx, "plain": avx, "avx2": avx512}
     for kind, pattern in beyond.items():
         assert [name for name, code in functions[kind] if re.search(pattern, code)] == []
     for kind, register in (("avx2", "%ymm"), ("avx512", "%zmm")):
