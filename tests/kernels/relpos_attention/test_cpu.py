@@ -58,6 +58,23 @@ def test_maps_of_other_shapes(windows, dtype):
     Call(windows).check(cpu_path, dtype)
 
 
+def test_far_keys_keep_their_digits():
+    """Each weight by itself, however small it is beside the largest."""
+    logit = torch.linspace(-80, 0, 8191)
+    q, k, v = (torch.zeros(8191, 1, 1, 2, 16) for _ in range(3))
+    q[..., 0] = 4 * logit[:, None, None, None]  # 1 / 4 is the scale
+    k[..., 1, 0] = v[..., 1, 0] = 1.0
+    weight = relpos_attention(q, k, v, torch.zeros(1, 16), torch.zeros(3, 16), backend="cpu")
+    pair = torch.stack([torch.zeros(8191), logit], 1)
+    exact = pair.double().softmax(1)[:, 1]
+
+    def relative(dtype):
+        return pair.to(dtype).softmax(1)[:, 1] / exact
+
+    stock, one = (partial(relative, t) for t in (torch.float32, torch.float64))
+    within_budget(weight[:, 0, 0, 0, 0] / exact, stock, one, torch.float32)
+
+
 @pytest.mark.slow_on_cpu
 def test_a_global_map_of_sam():
     Call(Windows.whole(1, 64, 64), heads=1, head_dim=64).check(cpu_path)
