@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from budgets import all_within_budget, keep
+from budgets import all_within_budget, keep, within_budget
 
 from samfast import backends
 from samfast.functional import relpos_attention, window_relpos_attention
