@@ -43,7 +43,7 @@ def layers_of(tensors, dtype):
 
 @pytest.mark.slow_on_cpu("triton-alone")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
-@pytest.mark.parametrize("backend", backends.NAMES)
+@pytest.mark.parametrize("backend", [name for name in backends.NAMES if name != "cuda"])
 def test_golden(backend, together, monkeypatch):
     check("cobot_lora", layers_of, PUBLISHED, backend, together, monkeypatch)
 

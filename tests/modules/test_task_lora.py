@@ -57,6 +57,7 @@ def results(tensors, enabled, dtype, together):
     return {name: t.grad if name.startswith("grad.") else t for name, t in found.items()}
 
 
+@pytest.mark.gpu("cuda")
 @pytest.mark.slow_on_cpu("triton-alone", "ta_lora_qkv-triton")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
