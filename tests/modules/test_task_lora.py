@@ -58,7 +58,7 @@ def results(tensors, enabled, dtype, together):
 
 
 @pytest.mark.gpu("cuda")
-@pytest.mark.slow_on_cpu("triton-alone", "ta_lora_qkv-triton")
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("name", FILES)
