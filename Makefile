@@ -13,6 +13,9 @@ WORKERS ?= 2
 # Threads that wait without spinning: on shared cores that is the difference of a factor of ten.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Without bytecode each of the tests' processes compiles the sources of torch again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests of modules that a GPU runs too.
 ON_GPU := adapt_former adapt_former_black_box aux_loss black_box cobot cobot_adapt_former \
   conv_lora_black_box conv_lora_golden conv_lora_in_windows fuse hypercomplex_black_box \
@@ -32,10 +35,11 @@ demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not (slow or slow_on_cpu or gpu)"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 \
+	  -m "not (slow or slow_on_cpu)"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "(slow or slow_on_cpu) and not gpu"
+	$(BIN)/python -m pytest -q -m "slow or slow_on_cpu"
 
 # On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
 test-gpu:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs before any test module is imported."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -75,6 +76,22 @@ def pytest_pycollect_makeitem():
     if isinstance(made, list) and made:  # the cases of one test
         keep_where_meant(made, strict=not torch.cuda.is_available())
     return made
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """What needs a GPU is left out where there is none."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish():
+    """What lives until the end need not be looked through whenever saved bytes are counted."""
+    gc.collect()
+    gc.freeze()
 
 
 SMALL_MODELS = ("models", "modules", "training")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mark ``slow_on_cpu``: takes long without a GPU, so it waits for `make test-slow`.
+"""Two marks that may name the cases of a test which they are for.
+
+``slow_on_cpu`` takes long without a GPU, so it waits for `make test-slow`; ``gpu`` needs a GPU.
 
     @pytest.mark.slow_on_cpu                        every case of the test
     @pytest.mark.slow_on_cpu("triton", "cpu-half")  the cases whose id has one of these parts
@@ -8,19 +10,22 @@
 A part is the id of one parameter, or of several in a row, as pytest prints it between dashes.
 """
 
-NAME = "slow_on_cpu"
+import pytest
+
+NAMES = ("slow_on_cpu", "gpu")
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)  # among the backends of a test
 
 
 def keep_where_meant(cases, strict):
-    """Take the mark from the cases of one test that it does not mean.
+    """Take a mark from the cases of one test that it does not mean.
 
     strict: a part that no case has is an error
     """
-    for mark in [mark for mark in cases[0].own_markers if mark.name == NAME]:
+    for mark in [mark for mark in cases[0].own_markers if mark.name in NAMES]:
         but = mark.kwargs.get("but", ())
         for part in (*mark.args, *but):
             if strict and not any(_has(case, part) for case in cases):
-                raise ValueError(f"{NAME} of {cases[0].originalname}: no case has {part!r}")
+                raise ValueError(f"{mark.name} of {cases[0].originalname}: no case has {part!r}")
         for case in cases:
             named = any(_has(case, part) for part in (*mark.args, *but))
             if (mark.args and not named) or (but and named):

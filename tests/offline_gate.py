@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[1]
-QUICK = ["86", "90"]
 ALL = ["80", "86", "89", "90", "100", "120"]
 
 

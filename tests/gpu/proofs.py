@@ -4,7 +4,6 @@
 import gc
 from collections import Counter
 
-import pytest
 import torch
 
 from benchmarks.graph import captured
@@ -12,11 +11,6 @@ from samfast.counters import count, saved_bytes
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-_missing = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
-
-
-def needs_gpu(test):
-    return pytest.mark.gpu(_missing(test))
 
 
 def same(first, second) -> bool:

@@ -22,7 +22,6 @@ from .proofs import (
     DEVICE,
     another_stream,
     launches_as_profiled,
-    needs_gpu,
     same,
     same_bits,
     saved_as_allocated,
@@ -104,7 +103,7 @@ def test_counted_launches_and_syncs():
     assert counts.total_syncs == 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_against_float64(kind, monkeypatch):
     """At the sizes of SAM, which the interpreter has no time for."""
@@ -122,21 +121,21 @@ def test_bfloat16_against_float64(kind, monkeypatch):
         within_budget(*three, torch.bfloat16, name)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_counted_launches_are_the_profilers(kind):
     call = problem(kind, torch.bfloat16)
     launches_as_profiled(lambda: gradients(*call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_that_is_not_the_default(kind):
     call = problem(kind, torch.bfloat16)
     another_stream(lambda: gradients(*call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("memory", ["fast", "balanced", "minimal"])
 def test_saved_bytes_are_what_the_allocator_says(memory):
     module, x, _ = problem("block", torch.bfloat16)
@@ -144,7 +143,7 @@ def test_saved_bytes_are_what_the_allocator_says(memory):
     saved_as_allocated(lambda: module(x), [x, *module.parameters()])
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_memory_modes_give_the_same_bits():
     made = {}
     for memory in ("fast", "balanced", "minimal"):

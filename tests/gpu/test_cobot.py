@@ -14,7 +14,7 @@ from samfast.modules import CobotQkvLora
 from samfast.modules.cobot import CobotForward, relation
 
 from . import proofs
-from .proofs import CUDA, DEVICE, needs_gpu
+from .proofs import CUDA, DEVICE
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -69,13 +69,13 @@ def test_optimizer_steps_under_graph_replay_equal_eager():
     proofs.steps_under_replay(prepare, 20, 0.01)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_stream_that_is_not_the_default():
     layers = model()
     proofs.another_stream(lambda: gradients(layers))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_profiler_sees_the_counted_launches():
     layers = model()
     proofs.launches_as_profiled(lambda: gradients(layers))

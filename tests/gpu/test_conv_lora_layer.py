@@ -13,7 +13,7 @@ from samfast.kernels.conv_experts.op import supports
 from samfast.modules import ConvLoraLinear
 
 from . import proofs
-from .proofs import CUDA, DEVICE, needs_gpu
+from .proofs import CUDA, DEVICE
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -48,6 +48,7 @@ def test_the_same_bits_every_time(dtype, deterministic):
     proofs.same_bits(lambda: gradients(*call), REPEATS, deterministic)
 
 
+@pytest.mark.gpu("cuda")
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_experts_repeat_bit_for_bit(backend):
     torch.manual_seed(0)
@@ -84,7 +85,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager():
     proofs.steps_under_replay(prepare, 20, 0.01)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_counted_launches_are_the_profilers(monkeypatch):
     """The noise, an input here, is one more in training."""
     monkeypatch.setenv("SAMFAST_BACKEND", "triton")
@@ -92,13 +93,13 @@ def test_counted_launches_are_the_profilers(monkeypatch):
     proofs.launches_as_profiled(lambda: gradients(*call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_stream_that_is_not_the_default():
     call = problem()
     proofs.another_stream(lambda: gradients(*call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_saved_bytes_are_what_the_allocator_says():
     x, layer, _, noise = problem(torch.bfloat16)
     known, loss = (

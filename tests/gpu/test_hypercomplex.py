@@ -14,7 +14,7 @@ from samfast.kernels.hypercomplex import cuda_path
 from samfast.modules import KroneckerLinear, PHMLinear, QuaternionLinear
 
 from . import proofs
-from .proofs import CUDA, DEVICE, needs_gpu
+from .proofs import CUDA, DEVICE
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -80,14 +80,14 @@ def test_counted_launches_and_syncs(backend):
     assert counts.total_syncs == 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stream_that_is_not_the_default(backend):
     call = problem()
     proofs.another_stream(lambda: gradients(*call, backend))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_matrix_is_not_kept(backend):
     """Nothing beside x, which is known here: H is gone when y is there."""
@@ -95,7 +95,7 @@ def test_the_matrix_is_not_kept(backend):
     proofs.saved_as_allocated(lambda: hypercomplex_linear(*leaves, backend=backend), leaves)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_profiler_sees_the_counted_launches(backend):
     if backend == "cuda":

@@ -14,7 +14,7 @@ from samfast.functional import lora_linear
 from samfast.modules import LoraLinear
 
 from . import proofs
-from .proofs import CUDA, DEVICE, needs_gpu
+from .proofs import CUDA, DEVICE
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -68,13 +68,13 @@ def test_counted_launches_and_syncs():
     assert counts.total_syncs == 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_stream_that_is_not_the_default():
     call = problem()
     proofs.another_stream(lambda: gradients(*call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_bytes_are_what_the_allocator_says(dtype):
     x, layer, _ = problem(dtype)
@@ -82,7 +82,7 @@ def test_saved_bytes_are_what_the_allocator_says(dtype):
     proofs.saved_as_allocated(lambda: layer(x), known)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_profiler_sees_the_counted_launches():
     call = problem(torch.bfloat16)
     proofs.launches_as_profiled(lambda: gradients(*call))

@@ -18,7 +18,7 @@ from samfast.kernels.sam_block import costs
 from samfast.modules import LoraLinear, SamBlock
 
 from . import proofs
-from .proofs import CUDA, DEVICE, needs_gpu
+from .proofs import CUDA, DEVICE
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -108,7 +108,7 @@ def test_counted_launches_and_syncs(kind):
     assert counts.total_syncs == 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_bfloat16_against_float64(kind, monkeypatch):
     """At the sizes of SAM, which the interpreter has no time for."""
@@ -125,21 +125,21 @@ def test_bfloat16_against_float64(kind, monkeypatch):
         within_budget(*three, torch.bfloat16, name)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_counted_launches_are_the_profilers(kind):
     call = fused(kind, torch.bfloat16)
     proofs.launches_as_profiled(lambda: gradients(*call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_stream_that_is_not_the_default(kind):
     call = fused(kind, torch.bfloat16)
     proofs.another_stream(lambda: gradients(*call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("memory", ["fast", "balanced", "minimal"])
 @pytest.mark.parametrize("kind", SIZES)
 def test_saved_bytes_are_what_the_allocator_says(kind, memory):
@@ -148,7 +148,7 @@ def test_saved_bytes_are_what_the_allocator_says(kind, memory):
     proofs.saved_as_allocated(lambda: block(x), [x, *block.parameters()])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_memory_modes_give_the_same_bits(kind):
     made = {}

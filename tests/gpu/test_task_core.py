@@ -14,7 +14,7 @@ from samfast.kernels.lora_linear.op import low_rank_linear
 from samfast.kernels.task_core import cuda_path, middle_key
 
 from . import proofs
-from .proofs import CUDA, DEVICE, needs_gpu
+from .proofs import CUDA, DEVICE
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -92,7 +92,7 @@ def test_launches(backend):
     assert counts.total_syncs == 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_task_that_is_not_there(backend):
     """It is not read back: its rows become NaN, and no core's gradient sees them."""
@@ -104,14 +104,14 @@ def test_a_task_that_is_not_there(backend):
     assert dcore.isfinite().all() and dfactor[0].any() and not dfactor[1:].any()
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stream_that_is_not_the_default(backend):
     call = problem()
     proofs.another_stream(lambda: gradients(*call, backend))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cores_alone_are_kept(backend):
     """Beside h, the parameters and tasks, which are known here."""
@@ -119,7 +119,7 @@ def test_cores_alone_are_kept(backend):
     proofs.saved_as_allocated(lambda: task_core(*leaves, task, backend=backend), [*leaves, task])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_profiler_sees_the_counted_launches(backend):
     if backend == "cuda":

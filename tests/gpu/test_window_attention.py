@@ -11,7 +11,7 @@ from samfast.backends import triton_missing
 from samfast.functional import window_relpos_attention
 
 from . import proofs
-from .proofs import CUDA, DEVICE, needs_gpu
+from .proofs import CUDA, DEVICE
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -71,7 +71,7 @@ def test_optimizer_steps_under_graph_replay_equal_eager(kind):
     proofs.steps_under_replay(prepare, STEPS, 1.0)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_bfloat16_against_float64(kind):
     """At the sizes of SAM, which the interpreter has no time for."""
@@ -94,21 +94,21 @@ def test_bfloat16_against_float64(kind):
     all_within_budget(ours, stock, reference(torch.float64), torch.bfloat16, names)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_counted_launches_are_the_profilers(kind):
     call = problem(kind, torch.bfloat16)
     proofs.launches_as_profiled(lambda: gradients(kind, *call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_stream_that_is_not_the_default(kind):
     call = problem(kind)
     proofs.another_stream(lambda: gradients(kind, *call))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
 def test_saved_bytes_are_what_the_allocator_says(kind):
     leaves, _ = problem(kind, torch.bfloat16)

@@ -13,7 +13,7 @@ from samfast.models import decode, encode, segment, unused_by_segment
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
-@pytest.mark.slow_on_cpu("size0", "size1", "size3", "size7")
+@pytest.mark.slow_on_cpu("size0", "size1", "size2", "size3", "size7")
 @pytest.mark.parametrize(
     ("kind", "size"),
     [*((kind, (50, 95)) for kind in KINDS), ("none", (SIDE, SIDE)), ("three boxes", (95, 1))],

@@ -348,6 +348,7 @@ def test_shapes_that_do_not_chain_are_refused_by_the_block():
         layers.ours(layers.x)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     "memory", ["fast", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])]
 )

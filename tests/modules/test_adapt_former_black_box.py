@@ -15,6 +15,8 @@ from samfast.backends import NAMES
 from samfast.modules import CobotAdaptFormerMlp, SamBlock
 
 INTERPRETED = (black_box.error_budget, black_box.empty_batch)
+# What takes minutes in the interpreter.
+LONG = [check.__name__ for check in black_box.CHECKS if check not in INTERPRETED]
 SIDE = ("adapter_layer_norm_before", "_proj.")
 RELATED = (*SIDE, "gamma", "heads", "FacT_")
 COBOT = {"bottleneck": 8, "kind": CobotAdaptFormerMlp, "literal": LiteralCobotAdaptFormer}
@@ -75,16 +77,12 @@ CASES = [
 ]
 
 
-@pytest.mark.slow_on_cpu("triton", "generated")
+@pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
+@pytest.mark.slow_on_cpu("triton", "generated", "torch-compiled", "cobot-block-fast-auto")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    if check in black_box.COMPILED and make in (whole, frugal, related_windows, related_frugal):
-        pytest.skip("the compiler sees one operation, whatever runs it")
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    if interpreted and check not in INTERPRETED:
-        pytest.skip("too slow in the interpreter")
     layers = make()
     block = isinstance(layers.ours, SamBlock)
     assert not block or layers.ours.block_problem() is None

@@ -37,9 +37,12 @@ class Stock(LiteralConvLora):
 
 
 INTERPRETED = (black_box.error_budget, black_box.empty_batch)
+# What takes minutes in the interpreter.
+LONG = [check.__name__ for check in black_box.CHECKS if check not in INTERPRETED]
 CASES = [("auto", False), ("auto", True), ("torch", True), ("triton", False), ("triton", True)]
 
 
+@pytest.mark.gpu(*(f"triton-{kind}-{name}" for kind in ("full", "depthwise") for name in LONG))
 @pytest.mark.slow_on_cpu("triton", "generated")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
@@ -52,9 +55,6 @@ def test_black_box(check, backend, depthwise, monkeypatch):
         12, 18, rank=3, alpha=4, experts=4, ratios=(1, 2, 3, 8), depthwise=depthwise,
         device=DEVICE, dtype=torch.float64,
     )  # fmt: skip
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    if interpreted and check not in INTERPRETED:
-        pytest.skip("too slow in the interpreter")
     if backend == "triton":
         for choice in ours.float().backends().values():
             if choice not in NAMES:

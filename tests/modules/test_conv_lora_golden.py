@@ -16,7 +16,6 @@ from samfast.modules import ConvLoraLinear
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = sorted((Path(__file__).parents[1] / "golden").glob("conv_lora_*.safetensors"))
 # The interpreter is slow; these have an even and odd ratios, both gates and a 3-D input.
-INTERPRETED = ("scale2", "tokens_train")
 AGREE = 5e-6  # float32 files and a float64 evaluation, so that the latter is no wrong reference
 EXPERT = "expert.{}.{}"
 # The authors' full state-dict names of what the files abbreviate.
@@ -71,7 +70,8 @@ def run(module, tensors, call):
     return found
 
 
-@pytest.mark.slow_on_cpu("scale2-triton", "tokens_train-triton")
+@pytest.mark.gpu("cuda", "global_eval-triton", "rect_eval-triton")  # minutes in the interpreter
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton", "cuda"])
 @pytest.mark.parametrize(
     "path", CASES, ids=[path.stem.removeprefix("conv_lora_") for path in CASES]
@@ -83,9 +83,6 @@ def test_golden(path, backend, monkeypatch):
     for choice in module.backends().values():
         if choice not in NAMES:
             pytest.skip(choice)
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    if interpreted and not any(name in path.stem for name in INTERPRETED):
-        pytest.skip("too slow in the interpreter")
     index, noise = tensors["expert_index"], tensors.get("noise")
     ours = run(module, tensors, lambda x: module(x, noise=noise, return_aux=True))
     forced = module(tensors["x"], noise=noise, expert_index=index)

@@ -85,7 +85,9 @@ def quaternion():
 KINDS = {"PHMLinear": phm, "PHMLinear-factored": factored, "QuaternionLinear": quaternion}
 
 
-@pytest.mark.slow_on_cpu("triton", "generated")
+@pytest.mark.slow_on_cpu(
+    "triton", "generated", "torch-PHMLinear-factored", "torch-QuaternionLinear"
+)
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])

@@ -42,19 +42,17 @@ CASES = [
     )
 ]
 INTERPRETED = (black_box.error_budget, black_box.empty_batch)
+# What takes minutes in the interpreter.
+LONG = [check.__name__ for check in black_box.CHECKS if check not in INTERPRETED]
 
 
+@pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
 @pytest.mark.slow_on_cpu("torch", "triton", "generated")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
     monkeypatch.setattr(SamBlock, "block_problem", lambda self: "asked for")
-    if backend == "torch" and check in black_box.COMPILED:
-        pytest.skip("the compiler sees one operation, whatever runs it")
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    if interpreted and check not in INTERPRETED:
-        pytest.skip("too slow in the interpreter")
     if backend == "triton":
         probe = RelPosAttention.from_attention(attention(SIZE)).float()
         if (choice := probe.backends()["relpos_attention"]) not in NAMES:

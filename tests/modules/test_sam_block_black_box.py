@@ -65,18 +65,18 @@ CASES = [
     pytest.param(windows, "triton", id="windows-fast-triton", marks=pytest.mark.slow),
 ]
 INTERPRETED = (black_box.error_budget, black_box.empty_batch)
+# What takes minutes in the interpreter.
+LONG = [check.__name__ for check in black_box.CHECKS if check not in INTERPRETED]
 
 
-@pytest.mark.slow_on_cpu("generated")
+@pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
+@pytest.mark.slow_on_cpu(
+    "generated", "map-balanced-torch-compiled", "windows-minimal-auto-compiled"
+)
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
-    if check in black_box.COMPILED and make is not windows:
-        pytest.skip("the compiler sees one operation, whatever runs it")
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    if interpreted and check not in INTERPRETED:
-        pytest.skip("too slow in the interpreter")
     layers = make()
     assert layers.ours.block_problem() is None
     if backend == "triton":

@@ -143,6 +143,10 @@ def test_memory_modes_give_the_same_bits(method, move):
             assert torch.equal(value, actual[name]), (memory, name)
 
 
+@pytest.mark.slow_on_cpu(
+    "True-everywhere-fast", "True-conv-lora-balanced", "True-everywhere-minimal",
+    "False-conv-lora-fast", "False-everywhere-balanced", "False-conv-lora-minimal",
+)  # fmt: skip
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("method", ["everywhere", "conv-lora"])
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -57,7 +57,8 @@ def results(tensors, enabled, dtype, together):
     return {name: t.grad if name.startswith("grad.") else t for name, t in found.items()}
 
 
-@pytest.mark.slow_on_cpu("triton-alone", "ta_lora_qkv-triton")
+@pytest.mark.gpu("cuda")
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("name", FILES)

@@ -240,8 +240,8 @@ def test_whole_blocks_in_triton(dtype):
 
 
 @pytest.mark.slow_on_cpu
+@pytest.mark.gpu  # the interpreter has cases of its own
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has cases of its own")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_triton(case, dtype):

@@ -46,8 +46,8 @@ def test_budget(case, backend, dtype):
     check(case, backend, dtype)
 
 
+@pytest.mark.gpu  # the interpreter has cases of its own
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has cases of its own")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *HARD.values()], ids=lambda case: case.id)
 def test_triton(case, dtype):

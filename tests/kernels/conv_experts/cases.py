@@ -4,6 +4,7 @@
 import dataclasses
 
 import torch
+from marks import CUDA
 
 from samfast import backends
 from samfast.functional import conv_experts
@@ -11,7 +12,7 @@ from samfast.kernels.conv_experts.op import supports
 
 NAMES = ("z", "dh", "dweight", "dbias")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("torch", "cpu", "triton", "cuda")
+BACKENDS = ("torch", "cpu", "triton", CUDA)
 # Those that are fast enough for every case; the interpreter has cases of its own.
 WHOLE = ("torch", "triton", "cuda") if DEVICE.type == "cuda" else ("torch", "cpu")
 

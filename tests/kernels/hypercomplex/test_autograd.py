@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget
+from marks import CUDA
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import count, saved_bytes
@@ -16,7 +17,7 @@ from samfast.kernels.hypercomplex import costs
 from ..alike import assert_alike
 from .cases import DEVICE, NAMES, Case, runnable
 
-BACKENDS = ("torch", "cpu", "triton", "cuda")
+BACKENDS = ("torch", "cpu", "triton", CUDA)
 CASE = Case(n=3, rows=4, columns=5, base=True, scaling=0.5)
 
 

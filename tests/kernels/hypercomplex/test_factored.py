@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget, assert_same_dtypes, keep
+from marks import CUDA
 
 from samfast.counters import count, saved_bytes
 from samfast.functional import hypercomplex_linear, kronecker_weight
@@ -17,7 +18,7 @@ from samfast.kernels.hypercomplex.factored import by_factors
 
 from .cases import DEVICE, draw, runnable
 
-BACKENDS = ("torch", "cpu", "triton", "cuda")
+BACKENDS = ("torch", "cpu", "triton", CUDA)
 NAMES = ("y", "dx", "drules", "dleft", "dright", "dbias", "dbase")
 
 
@@ -97,13 +98,11 @@ def backend(request):
     return request.param
 
 
+@pytest.mark.slow_on_cpu(*(f"triton-{case.id}" for i, case in enumerate(CASES) if i not in (1, 3)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_values(case, dtype, backend):
     """Of all gradients, with parameters of x's dtype and float32 ones beside a narrow x."""
-    if backend == "triton" and DEVICE.type == "cpu":
-        if case not in (CASES[1], CASES[3]):
-            pytest.skip("takes the interpreter long")
     for parameters in {dtype, torch.float32}:
         exact = partial(case.run, torch.float64, "literal")
         stock = partial(case.run, dtype, "literal", parameters)

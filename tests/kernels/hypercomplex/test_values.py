@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, within_budget
+from marks import CUDA
 
 from samfast.functional import hypercomplex_linear, kronecker_weight
 
 from .cases import DEVICE, NAMES, Case, runnable
 
-BACKENDS = ("torch", "cpu", "triton", "cuda")
+BACKENDS = ("torch", "cpu", "triton", CUDA)
 CASES = [
     Case(n=2, rows=7, columns=31),
     Case(n=3, rows=1, columns=5, bias=False),
@@ -54,11 +55,10 @@ def check(case, dtype, backend):
         all_within_budget(ours, partial(literal, case, dtype, parameters), exact, dtype, NAMES)
 
 
+@pytest.mark.gpu("triton")  # interpreted in a test of its own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_values(case, dtype, backend):
-    if backend == "triton" and DEVICE.type == "cpu":
-        pytest.skip("interpreted in a test of its own")
     check(case, dtype, backend)
 
 
@@ -94,10 +94,9 @@ def test_float64_equals_the_sum_of_kronecker_products(n):
         assert torch.equal(ours, exact)
 
 
+@pytest.mark.slow_on_cpu("triton-16")
 @pytest.mark.parametrize("n", [2, 4, 16])
 def test_whole_numbers_are_exact(n, backend):
-    if backend == "triton" and DEVICE.type == "cpu" and n > 2:
-        pytest.skip("takes the interpreter long")
     case = Case(n=n, rows=6, columns=19, terms=3, whole=True, base=True)
     for ours, exact in zip(
         case.run(torch.float32, backend), literal(case, torch.float64), strict=True

@@ -80,6 +80,7 @@ def test_flops_of_the_torch_backend():
     assert counts.flops == frozen + 6 * T * D * R + 6 * T * O * R
 
 
+@pytest.mark.slow_on_cpu(but=["0.1", "0.0-torch"])
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_saved_bytes(backend, dropout):

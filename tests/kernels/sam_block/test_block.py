@@ -11,7 +11,7 @@ from layouts import odd_layouts
 
 from samfast.kernels._common.budget import Budget
 
-from .cases import BACKENDS, DEVICE, Case, runnable
+from .cases import BACKENDS, Case, runnable
 
 CASES = (
     Case(),
@@ -189,8 +189,8 @@ def test_images_do_not_see_each_other():
     within_budget(alone, both, both, torch.float64)
 
 
+@pytest.mark.gpu  # the interpreter has cases of its own
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has cases of its own")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_triton(case, dtype):

@@ -4,12 +4,13 @@
 import dataclasses
 
 import torch
+from marks import CUDA
 
 from samfast.functional import task_core
 from samfast.kernels.task_core.op import supports
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("torch", "cpu", "triton", "cuda")
+BACKENDS = ("torch", "cpu", "triton", CUDA)
 NAMES = ("z", "dh", "dcore", "dfactor_task")
 
 

@@ -44,11 +44,10 @@ def check(case, dtype, backend):
         all_within_budget(ours, stock, exact, dtype, NAMES)
 
 
+@pytest.mark.gpu("triton")  # interpreted in a test of its own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_values(case, dtype, backend):
-    if backend == "triton" and DEVICE.type == "cpu":
-        pytest.skip("interpreted in a test of its own")
     check(case, dtype, backend)
 
 
