@@ -29,7 +29,7 @@ BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) se
 # Beside a GPU, where pytest-xdist is installed: most of the time goes to compiling kernels.
 GPU_WORKERS ?= 12
 
-.PHONY: demo test test-slow test-gpu sanitize-gpu bench bench-gpu lint clean
+.PHONY: demo test test-slow test-elsewhere test-gpu sanitize-gpu bench bench-gpu lint clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
@@ -40,6 +40,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "slow or slow_on_cpu"
+
+# As processors of other kinds would compute: half an hour at most.
+test-elsewhere: $(VENV)/.dev
+	$(BIN)/python tests/elsewhere.py
 
 # On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
 test-gpu:

@@ -64,9 +64,31 @@ def right_bfloat16():
         yield
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--draws", default="1", metavar="N", help="run tests on N draws of their numbers, or on M:N"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    draws = [int(number) for number in metafunc.config.getoption("draws").split(":")]
+    if draws not in ([1], [0, 1]):
+        metafunc.parametrize("same_numbers", range(*draws), indirect=True, ids="draw{}".format)
+
+
 @pytest.fixture(autouse=True)
-def same_numbers():
-    """In every run, whichever tests ran before in this process."""
+def same_numbers(request, monkeypatch):
+    """In every run, whichever tests ran before in this process; other ones in other draws."""
+    draw = getattr(request, "param", 0)
+    if draw:
+
+        class Generator(torch.Generator):
+            def manual_seed(self, seed):
+                return super().manual_seed(seed + draw * 1_000_003)
+
+        seed = torch.manual_seed
+        monkeypatch.setattr(torch, "Generator", Generator)
+        monkeypatch.setattr(torch, "manual_seed", lambda given: seed(given + draw * 1_000_003))
     torch.manual_seed(0)
 
 
