@@ -98,7 +98,7 @@ class Reordered(Seen):
 
     def _narrow(self, func, packet, args, kwargs, like):
         """A result in the dtype of ``like``, rounded once, and in place where the operation is."""
-        wide = [t.float() if isinstance(t, Tensor) and t.dtype in NARROW else t for t in args]
+        wide = [_wide(t) for t in args]
         made = self._reordered(func, packet, wide, kwargs)
         if func._schema.name.endswith("_"):
             return args[0].copy_(self._by_chance(made, args[0]))
@@ -217,6 +217,13 @@ class Reordered(Seen):
     def _added(self, func, t, dim, index, source, **kwargs):
         order = self._order(index, len(index))
         return func(t, dim, index[order], source.index_select(dim, order), **kwargs)
+
+
+def _wide(given):
+    """Tensors in float32, and the dtype where an operation is told one."""
+    if isinstance(given, Tensor):
+        return given.float() if given.dtype in NARROW else given
+    return torch.float32 if isinstance(given, torch.dtype) and given in NARROW else given
 
 
 def axes(t: Tensor, rest) -> list[int]:

@@ -99,7 +99,7 @@ def test_golden(path, backend, monkeypatch):
     stock, exact = (partial(literal, dtype) for dtype in (torch.float32, torch.float64))
     budget = Budget(stock, exact, torch.float32)
     given = {name: tensors[name] for name in ours if name in tensors}
-    assert len(given) > 10
+    assert {"y", "moe_loss", "grad.x"} <= set(given)
     for name in set(ours) - set(given):  # the authors give no gradient where it is zero
         assert not ours[name].any(), name
     keep(budget, given)
