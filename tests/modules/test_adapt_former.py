@@ -250,7 +250,7 @@ def training_run(model, dtype, seed=11):
     torch.manual_seed(seed)
     y = model(x.requires_grad_())
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(y, [x, *named.values()], dy)
+    grads = torch.autograd.grad(y, [x, *named.values()], dy, materialize_grads=True)
     return dict(zip(["y", "dx", *named], [y.detach(), *grads], strict=True))
 
 
