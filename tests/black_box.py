@@ -52,7 +52,7 @@ class Subject:
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         y = (module if call is None else call)(x)
         dy = self.dy.to(y.dtype) if dy is None else dy
-        grads = torch.autograd.grad(y, [x, *trained.values()], dy)
+        grads = torch.autograd.grad(y, [x, *trained.values()], dy, materialize_grads=True)
         return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
 
 

@@ -353,7 +353,7 @@ def _of_each_object(source: Tensor, first: int, number: int, count: int) -> Tens
     for i, row in enumerate(source):
         own = min(last, (i + 1) * count) - max(first, i * count)
         rows.append(row.expand(own, *row.shape))
-    return torch.cat(rows)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:

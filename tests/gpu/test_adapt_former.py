@@ -105,20 +105,19 @@ def test_counted_launches_and_syncs():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_against_float64(kind, monkeypatch):
+def test_bfloat16_against_float64(kind):
     """At the sizes of SAM, which the interpreter has no time for."""
-    from budgets import within_budget
+    from budgets import all_within_budget
+    from stock_runs import by_reference
 
     module, x, dy = problem(kind, torch.bfloat16)
     module.eval()
     ours = gradients(module, x, dy)
-    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
-    plain = gradients(module, x, dy)
-    wide = copy.deepcopy(module).double()
-    exact = gradients(wide, x.detach().double().requires_grad_(), dy.double())
+    stock_run = by_reference(gradients, module, x, dy)
+    wide, wide_x = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    exact = by_reference(gradients, wide, wide_x, dy.double())
     names = ["y", "dx", *(n for n, p in module.named_parameters() if p.requires_grad)]
-    for name, *three in zip(names, ours, plain, exact, strict=True):
-        within_budget(*three, torch.bfloat16, name)
+    all_within_budget(ours, stock_run, exact, torch.bfloat16, names)
 
 
 @pytest.mark.gpu

@@ -110,19 +110,18 @@ def test_counted_launches_and_syncs(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", SIZES)
-def test_bfloat16_against_float64(kind, monkeypatch):
+def test_bfloat16_against_float64(kind):
     """At the sizes of SAM, which the interpreter has no time for."""
-    from budgets import within_budget
+    from budgets import all_within_budget
+    from stock_runs import by_reference
 
     stock, x, dy = problem(kind, torch.bfloat16)
     ours = gradients(SamBlock.from_block(copy.deepcopy(stock)), x, dy)
-    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
-    plain = gradients(stock, x, dy)
-    wide = copy.deepcopy(stock).double()
-    exact = gradients(wide, x.detach().double().requires_grad_(), dy.double())
+    stock_run = by_reference(gradients, stock, x, dy)
+    wide, wide_x = copy.deepcopy(stock).double(), x.detach().double().requires_grad_()
+    exact = by_reference(gradients, wide, wide_x, dy.double())
     names = ["y", "dx", *(n for n, p in stock.named_parameters() if p.requires_grad)]
-    for name, *three in zip(names, ours, plain, exact, strict=True):
-        within_budget(*three, torch.bfloat16, name)
+    all_within_budget(ours, stock_run, exact, torch.bfloat16, names)
 
 
 @pytest.mark.gpu

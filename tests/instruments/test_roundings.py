@@ -146,6 +146,18 @@ def test_narrow_results_have_the_dtypes_they_have(dtype):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_everything_has_narrow_roundings(name, dtype):
+    """The gradients too, some of whose operations are told a dtype."""
+    expected = run(name, dtype)
+    with Reordered(0):
+        made = run(name, dtype)
+    for mine, theirs in zip(made, expected, strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == dtype
+        assert mine.isfinite().all() and mine.any()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_least_error_is_of_the_size_of_real_ones(name):
     """Not far above what float32 does here in any order, nor below it."""
     exact = run(name, torch.float64)

@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from stock_loop import SIDE, double
+from stock_loop import SIDE
+from stock_runs import double
 
 from samfast.models import build_sam
 

@@ -1,29 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_anything's own loop over images, prompts for it, and results to compare."""
 
-import copy
-
 import torch
 
 SIDE = 96  # of the small models' images: a grid of 6, whose windows of 7 are padded
-
-
-def double(sam):
-    """A float64 copy; segment_anything's position encoding is fixed to float32, so freed here."""
-    sam = copy.deepcopy(sam).double()
-
-    class Positions(type(sam.prompt_encoder.pe_layer)):
-        def forward(self, size):
-            height, width = size
-            y, x = (torch.arange(n, dtype=torch.float64).add(0.5) / n for n in (height, width))
-            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-            return self._pe_encoding(grid).permute(2, 0, 1)
-
-        def forward_with_coords(self, coords, image_size):
-            return self._pe_encoding(coords.double() / coords.new_tensor(image_size[::-1]))
-
-    sam.prompt_encoder.pe_layer.__class__ = Positions
-    return sam
 
 
 def stock(sam, images, boxes=None, points=None):
@@ -94,7 +74,7 @@ def run(function, sam, images, arguments, weights):
 
 
 def pooled(results):
-    """Gradients joined per module: alone, those that nearly cancel consist of rounding only."""
+    """Gradients joined per module, for fewer sentences where much is wrong."""
     groups = {}
     for name, values in results.items():
         groups.setdefault(name.rsplit(".", 2)[0], []).append(values.flatten())

@@ -3,11 +3,13 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
-from budgets import within_budget
-from stock_loop import double, pooled, prompts, run, stock
+from budgets import all_within_budget
+from stock_loop import prompts, run, stock
+from stock_runs import double
 from torch import nn
 
 import samfast
@@ -97,11 +99,10 @@ def one_mask_double(base):
 def test_equals_segment_anythings_decoder_of_one_mask(base, sam, images, one_mask_double, kind):
     arguments = prompts(kind, 2, SIZE)
     weights = torch.randn(*SIZE)
-    exact = pooled(run(stock, one_mask_double, images, arguments, weights))
-    theirs = pooled(run(stock, one_mask(base), images, arguments, weights))
-    ours = pooled(run(segment, binary_head(sam), images, arguments, weights))
-    for name, mine in ours.items():
-        within_budget(mine, theirs[name], exact[name], torch.float32, name)
+    exact = partial(run, stock, one_mask_double, images, arguments, weights)
+    theirs = partial(run, stock, one_mask(base), images, arguments, weights)
+    ours = run(segment, binary_head(sam), images, arguments, weights)
+    all_within_budget(ours, theirs, exact, torch.float32)
 
 
 def test_the_other_mask_tokens_take_part_in_a_stock_decoder(base, sam, images):

@@ -2,15 +2,19 @@
 """MultiTaskSam: its decoders against separate calls, pairing, encoder runs, adapter folders."""
 
 import copy
+import itertools
+from functools import partial
 
 import pytest
 import torch
-from budgets import within_budget
-from stock_loop import SIDE
+from budgets import all_within_budget, keep
+from stock_loop import SIDE, stock
+from stock_runs import by_reference
 from torch import nn
 
 import samfast
-from samfast.models import MultiTaskSam, Task, binary_head, build_sam, encode, segment
+from samfast.kernels._common.budget import Budget
+from samfast.models import MultiTaskSam, Task, binary_head, build_sam, encode
 
 pytestmark = pytest.mark.usefixtures("seeded")
 TASKS = (Task("cells"), Task("classes", "semantic", 3), Task("depth", "regression", 2))
@@ -71,15 +75,6 @@ def run(model, call, images, weights):
     return {**{f"{n}.logits.all": v.detach() for n, v in logits.items()}, **gradients}
 
 
-def pooled(results):
-    """Gradients joined per part of a model: alone, small ones consist of rounding only."""
-    groups = {}
-    for name, values in results.items():
-        if values.any():  # stock decoders give zeros to the networks of other masks
-            groups.setdefault(".".join(name.split(".")[:3]), []).append(values.flatten())
-    return {name: torch.cat(values) for name, values in groups.items()}
-
-
 @pytest.mark.slow_on_cpu("None")
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_equals_separate_decoder_calls(model, small, small_double, chunk):
@@ -94,57 +89,57 @@ def test_equals_separate_decoder_calls(model, small, small_double, chunk):
         sam = small_double if own is exact_model else small
         return {task.name: separate_calls(own, sam, images, task.name) for task in TASKS}
 
-    results = [
-        run(own, call, images, weights) for own in (model, exact_model) for call in (ours, theirs)
-    ]
-    assert {n for n, v in results[0].items() if v.any()} == {
-        n for n, v in results[3].items() if v.any()
-    }
-    mine, stock, mine_exact, exact = map(pooled, results)
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    for name in mine:
-        within_budget(mine[name], stock[name], exact[name], torch.float32, name)
-        # float64 has no finer reference: both sides' float32 errors, scaled, stand for theirs
-        errors = [(result[name] - exact[name]).abs() * ratio for result in (stock, mine)]
-        within_budget(mine_exact[name], exact[name] + sum(errors), exact[name], torch.float64, name)
+    def moved(results):  # stock decoders give zeros to the networks of other masks
+        return {name: values for name, values in results.items() if values.any()}
+
+    exact = partial(run, exact_model, theirs, images, weights)
+    for dtype, own in ((torch.float32, model), (torch.float64, exact_model)):
+        budget = Budget(partial(run, own, theirs, images, weights), exact, dtype)
+        mine = moved(run(own, ours, images, weights))
+        assert set(mine) == set(moved(budget.exact))
+        keep(budget, mine)
 
 
 def test_starts_as_sam_in_every_channel(small, small_double):
     images = images_of(2)
     with torch.no_grad():
         logits = MultiTaskSam(small, TASKS)(images)
-        alone, exact = segment(small, images), segment(small_double, images)
+    theirs, exact = (partial(stock, sam, images) for sam in (small, small_double))
+    budget = Budget(theirs, exact, torch.float32)
     assert list(logits) == [task.name for task in TASKS]
     for task in TASKS:
         assert logits[task.name].shape == (2, task.channels, *SIZE)
         for channel in logits[task.name].unbind(1):
-            within_budget(channel, alone[:, 0], exact[:, 0], torch.float32, task.name)
+            keep(budget, [channel[:, None]])
 
 
 class Separate:
-    """Logits of one image and task at a time, in float32 and in float64."""
+    """What logits of one image and task at a time leave."""
 
-    def __init__(self, model, exact, images):
-        def of(own, name):
-            return torch.cat([own(image[None], name) for image in images])
+    def __init__(self, model, images):
+        self.names = [task.name for task in TASKS]
+        wide = copy.deepcopy(model).double()
+        stock, exact = (by_reference(self.alone, own, images) for own in (model, wide))
+        self.budget = Budget(stock, exact, torch.float32)
 
-        names = [task.name for task in TASKS]
+    def alone(self, model, images):
         with torch.no_grad():
-            self.alone = {name: of(model, name) for name in names}
-            self.exact = {name: of(exact, name) for name in names}
+            rows = [(name, i) for name in self.names for i in range(len(images))]
+            return {f"{name}.{i}": model(images[i : i + 1], name)[0] for name, i in rows}
 
-    def check(self, logits, name, rows=...):
-        """logits are those of these images, and not as near to those in another order."""
-        alone, exact = self.alone[name][rows], self.exact[name][rows]
-        within_budget(logits, alone, exact, torch.float32, name)
-        if len(alone) > 1:
-            with pytest.raises(AssertionError):
-                within_budget(logits.flip(0), alone, exact, torch.float32, name)
+    def check(self, logits, name, rows=None):
+        """logits are those of these images, and nearer to them than to another's."""
+        rows = range(len(logits)) if rows is None else rows
+        found = {f"{name}.{i}": row for i, row in zip(rows, logits, strict=True)}
+        keep(self.budget, found)
+        for (own, row), other in itertools.product(found.items(), found):
+            errors = [(row - self.budget.exact[key]).norm() for key in (own, other)]
+            assert own == other or errors[0] < errors[1], (own, other)
 
 
 def test_one_task_and_each_image_its_own(model):
     images = images_of(3)
-    separate = Separate(model, copy.deepcopy(model).double(), images)
+    separate = Separate(model, images)
     with torch.no_grad():
         everything = model(images)
         for i, task in enumerate(TASKS):
@@ -241,8 +236,7 @@ def test_images_and_tasks_belong_together(dependent, fused):
     if fused:
         samfast.fuse(dependent)
     images = images_of(2)
-    exact = copy.deepcopy(dependent).double()
-    separate = Separate(dependent, exact, images)
+    separate = Separate(dependent, images)
     with torch.no_grad():
         everything = dependent(images)
         for task in TASKS:
@@ -257,17 +251,18 @@ def test_images_and_tasks_belong_together(dependent, fused):
 
 
 def test_gradients_of_all_tasks_are_those_of_each(dependent):
-    """In float64, where sums in another order differ in the last bits alone."""
-    images, exact = images_of(2), copy.deepcopy(dependent).double()
-    scale = exact.image_encoder.blocks[2].attn.qkv
-    parameters = [scale.scale, exact.image_encoder.pos_embed, exact.no_mask_embeds["depth"]]
-    together = sum(v.square().sum() for v in exact(images).values())
-    one_by_one = sum(exact(images, task.name).square().sum() for task in TASKS)
+    """In float64."""
+    images, own = images_of(2), copy.deepcopy(dependent).double()
+    scale = own.image_encoder.blocks[2].attn.qkv
+    parameters = [scale.scale, own.image_encoder.pos_embed, own.no_mask_embeds["depth"]]
+
+    def one_by_one():
+        loss = sum(own(images, task.name).square().sum() for task in TASKS)
+        return torch.autograd.grad(loss, parameters)
+
+    together = sum(v.square().sum() for v in own(images).values())
     ours = torch.autograd.grad(together, parameters)
-    theirs = torch.autograd.grad(one_by_one, parameters)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        error = (mine - wanted).abs().max() / wanted.abs().max()
-        assert error < torch.finfo(torch.float32).eps
+    all_within_budget(ours, by_reference(one_by_one), by_reference(one_by_one), torch.float64)
 
 
 def test_ta_lora_of_all_tasks_is_that_of_each():
@@ -283,23 +278,28 @@ def test_ta_lora_of_all_tasks_is_that_of_each():
     def results(logits):
         loss = sum(values.square().mean() for values in logits.values())
         gradients = torch.autograd.grad(loss, parameters)
-        adapters = [g for name, g in zip(names, gradients, strict=True) if ".td_" in name]
-        return [*logits.values(), *adapters, torch.cat([g.flatten() for g in gradients])]
+        return {**logits, **dict(zip(names, gradients, strict=True))}
 
+    def one_by_one():
+        return results({task.name: each_row(model, images, task.name) for task in tasks})
+
+    budget = Budget(by_reference(one_by_one), by_reference(one_by_one), torch.float64)
     together = results(model(images))
-    apart = results({task.name: each_row(model, images, task.name) for task in tasks})
+    keep(budget, together)
     some = model(images, {"depth": [1, 0], "classes": [1, 0]})
-    mixed = results({name: some[name].flip(0) for name in ("classes", "depth")})
-    rounding = 1e4 * torch.finfo(torch.float64).eps  # of some hundred products in a row
-    for ours in (together, mixed):
-        for mine, theirs in zip(ours, apart, strict=True):
-            assert (mine - theirs).norm() <= rounding * theirs.norm()
-    assert (together[0][:, :1] - together[1][:, :1]).abs().max() > 1e-3
+    keep(budget, results({name: some[name].flip(0) for name in ("classes", "depth")}))
+    assert (together["classes"][:, :1] - together["depth"][:, :1]).abs().max() > 1e-3
+    alone = copy.deepcopy(model)
     with pytest.raises(ValueError, match="has the update of task classes merged, so no other can"):
         samfast.merge(model.eval(), task="classes")
         model(images)
-    within = model(images, "classes")
-    assert (within - together[0]).norm() <= rounding * together[0].norm()
+
+    def unmerged():
+        return alone(images, "classes")
+
+    budget = Budget(by_reference(unmerged), by_reference(unmerged), torch.float64)
+    keep(budget, [model(images, "classes")])
+    keep(budget, [together["classes"]])
 
 
 def each_row(model, images, task):

@@ -112,7 +112,7 @@ def subject():
         literal = LiteralTasks(sam, model)
         x = torch.rand(2, 3, *SIZE, dtype=torch.float64) * 255
         ours = Joined(samfast.fuse(model)).double()
-        return Subject(ours, Joined(literal).double(), x, draws=3)
+        return Subject(ours, Joined(literal).double(), x)
 
 
 # An empty batch has no graph, as in ``segment``: nothing is run. The compiler's code for a whole

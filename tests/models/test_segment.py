@@ -2,12 +2,14 @@
 """segment against segment_anything's own loop over images."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from budgets import all_within_budget, within_budget
-from stock_loop import KINDS, SIDE, pooled, prompts, random_boxes, random_points, run, stock
+from budgets import keep, within_budget
+from stock_loop import KINDS, SIDE, prompts, random_boxes, random_points, run, stock
 
+from samfast.kernels._common.budget import Budget
 from samfast.models import decode, encode, segment, unused_by_segment
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -22,24 +24,16 @@ def test_equals_the_stock_loop(small, small_double, kind, size):
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     arguments = prompts(kind, 2, size)
     weights = torch.randn(*size)
-    exact = run(stock, small_double, images, arguments, weights)
-    theirs = run(stock, small, images, arguments, weights)
-    ours = run(segment, small, images, arguments, weights)
-    ours_exact = run(segment, small_double, images, arguments, weights)
+    exact = partial(run, stock, small_double, images, arguments, weights)
 
     def moved(results):
-        return {name for name, values in results.items() if values.any()}
+        return {name: values for name, values in results.items() if values.any()}
 
-    assert moved(ours) == moved(exact)
-
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    exact, theirs, ours, ours_exact = map(pooled, (exact, theirs, ours, ours_exact))
-    for name, mine in ours.items():
-        within_budget(mine, theirs[name], exact[name], torch.float32, name)
-        # float64 has no finer reference: both sides' float32 errors, scaled, stand for theirs
-        errors = [(result[name] - exact[name]).abs() * ratio for result in (theirs, ours)]
-        stand_in = exact[name] + sum(errors)
-        within_budget(ours_exact[name], stand_in, exact[name], torch.float64, f"{name}, float64")
+    for dtype, sam in ((torch.float32, small), (torch.float64, small_double)):
+        budget = Budget(partial(run, stock, sam, images, arguments, weights), exact, dtype)
+        ours = moved(run(segment, sam, images, arguments, weights))
+        assert set(ours) == set(moved(budget.exact))
+        keep(budget, ours)
 
 
 def test_unused_parameters_are_those_without_a_gradient(small):
@@ -58,16 +52,18 @@ def test_low_precision(small, small_double, how, dtype):
     size = (70, SIDE)
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     arguments = prompts("boxes and points", 2, size)
-    exact = stock(small_double, images, **arguments)
     model = small
     if how == "base":
         model = copy.deepcopy(small)
         model.image_encoder.to(dtype)
-    with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
-        theirs = stock(model, images, **arguments)
-        ours = segment(model, images, **arguments)
+
+    def narrow(function):
+        with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
+            return function(model, images, **arguments)
+
+    ours, exact = narrow(segment), partial(stock, small_double, images, **arguments)
     assert ours.dtype == torch.float32
-    all_within_budget([ours], [theirs], [exact], dtype, ["logits"])
+    within_budget(ours, partial(narrow, stock), exact, dtype)
 
 
 def test_a_model_cast_as_a_whole_runs(small, small_double):

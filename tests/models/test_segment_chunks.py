@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from budgets import all_within_budget, within_budget
-from stock_loop import SIDE, pooled, prompts, random_boxes, run, stock
+from budgets import all_within_budget
+from stock_loop import SIDE, prompts, random_boxes, run, stock
 
 import samfast
 from samfast.counters import saved_bytes
@@ -47,12 +47,12 @@ def test_equals_the_stock_loop(small, small_double, checkpoints, chunk, sizes):
     weights = torch.randn(SIZE)
     ours = run(partial(segment, decoder_chunk=chunk), small, images, arguments, weights)
     assert checkpoints == sizes
-    theirs = run(stock, small, images, arguments, weights)
-    exact = run(stock, small_double, images, arguments, weights)
-    assert {n for n, v in ours.items() if v.any()} == {n for n, v in exact.items() if v.any()}
-    ours, theirs, exact = map(pooled, (ours, theirs, exact))
-    for name, mine in ours.items():
-        within_budget(mine, theirs[name], exact[name], torch.float32, name)
+    theirs, exact = (
+        partial(run, stock, sam, images, arguments, weights) for sam in (small, small_double)
+    )
+    ours = {name: values for name, values in ours.items() if values.any()}
+    assert set(ours) == {name for name, values in exact().items() if values.any()}
+    all_within_budget(ours, theirs, exact, torch.float32)
 
 
 def test_under_autocast(small, small_double, checkpoints):
@@ -67,23 +67,22 @@ def test_under_autocast(small, small_double, checkpoints):
 
     weights = torch.randn(SIZE)
     ours = run(cast(segment, decoder_chunk=2), small, images, arguments, weights)
-    whole = run(cast(segment), small, images, arguments, weights)
-    exact = run(stock, small_double, images, arguments, weights)
     assert checkpoints == [2, 2, 2] and ours["logits"].dtype == torch.float32
-    assert ours.keys() == whole.keys()
-    ours, whole, exact = map(pooled, (ours, whole, exact))
-    names = list(ours)
-    parts = ([values[name] for name in names] for values in (ours, whole, exact))
-    all_within_budget(*parts, torch.bfloat16, names)
+    assert ours.keys() == run(cast(segment), small, images, arguments, weights).keys()
+    theirs = partial(run, cast(stock), small, images, arguments, weights)
+    exact = partial(run, stock, small_double, images, arguments, weights)
+    all_within_budget(ours, theirs, exact, torch.bfloat16)
 
 
 def test_a_chunk_has_the_bits_of_its_objects_alone(small):
-    """Where the arithmetic is the same, so are the bits."""
-    embeddings = torch.randn(1, 256, SIDE // 16, SIDE // 16)
-    boxes = random_boxes(1, 5, SIZE)
-    chunks = decode(small, embeddings, SIZE, boxes, decoder_chunk=2)
-    alone = [decode(small, embeddings, SIZE, some) for some in boxes.split(2, dim=1)]
-    assert torch.equal(chunks, torch.cat(alone, dim=1))
+    """In the decoder, of one image's objects: the same code runs on the same layout. What comes
+    before and after it has other sizes."""
+    embeddings, tokens = torch.randn(1, 256, SIDE // 16, SIDE // 16), torch.randn(5, 3, 256)
+    positions = small.prompt_encoder.get_dense_pe()
+    dense = small.prompt_encoder.no_mask_embed.weight
+    masks = partial(module.decode_objects, small.mask_decoder, embeddings, positions)
+    alone = [masks(some, dense, len(some)) for some in tokens.split(2)]
+    assert torch.equal(masks(tokens, dense, 5, 2), torch.cat(alone))
 
 
 def test_computing_again_changes_no_bit(small, monkeypatch):

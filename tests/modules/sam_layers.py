@@ -5,10 +5,12 @@ import copy
 
 import torch
 from black_box import Subject
-from budgets import within_budget
+from budgets import keep
 from segment_anything.modeling.image_encoder import Attention, Block
+from stock_runs import by_reference
 from torch import nn
 
+from samfast.kernels._common.budget import Budget
 from samfast.modules import RelPosAttention, SamBlock
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,18 +52,9 @@ def subject(stock, batch, height, width, ours=None):
 
 
 def check_all_dtypes(subject, low=(torch.float16, torch.bfloat16), beside=()):
-    """Result and every gradient but those named ``beside`` in the budget.
-
-    float64 may be as wrong as float32, scaled by their epsilons, and the reference beside it.
-    """
-    exact = subject.run("stock", torch.float64)
-    single = subject.run("stock", torch.float32)
-    scale = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    double = {name: e + scale * (single[name] - e) for name, e in exact.items()}
-    stocks = {torch.float64: double, torch.float32: single}
-    stocks |= {dtype: subject.run("stock", dtype) for dtype in low}
-    for dtype, stock in stocks.items():
-        ours = subject.run("ours", dtype)
-        assert set(ours) == set(exact)
-        for name in set(ours) - set(beside):
-            within_budget(ours[name], stock[name], exact[name], dtype, f"{name} in {dtype}")
+    """Result and every gradient but those named ``beside`` in the budget."""
+    for dtype in (torch.float64, torch.float32, *low):
+        stock, exact = (by_reference(subject.run, "stock", t) for t in (dtype, torch.float64))
+        ours, budget = subject.run("ours", dtype), Budget(stock, exact, dtype)
+        assert set(ours) == set(budget.exact)
+        keep(budget, {name: t for name, t in ours.items() if name not in beside})

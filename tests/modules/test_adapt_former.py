@@ -8,14 +8,16 @@ import pytest
 import torch
 from adapt_former_layers import LiteralAdaptFormer, adapted_mlp, fill, sided, with_side
 from black_box import Subject
-from budgets import within_budget
+from budgets import all_within_budget, keep
 from sam_layers import DEVICE, block, check_all_dtypes, subject
 from segment_anything.modeling.common import MLPBlock
+from stock_runs import by_reference
 from torch import nn
 
 import samfast
 from benchmarks import saved
 from samfast.counters import count, saved_bytes
+from samfast.kernels._common.budget import Budget
 from samfast.models import build_sam
 from samfast.modules import AdaptFormerMlp, ConvLoraLinear, LoraLinear, SamBlock
 
@@ -47,6 +49,12 @@ def lora(kind=LoraLinear, places=LINEARS, **options):
     return change
 
 
+def budget_of(run, model, dtype):
+    """What the results of run(model, dtype) leave, by the reference backend."""
+    stock, exact = (by_reference(run, model, kind) for kind in (dtype, torch.float64))
+    return Budget(stock, exact, dtype)
+
+
 def test_alone():
     check_all_dtypes(alone())
 
@@ -54,16 +62,16 @@ def test_alone():
 def test_narrow_base_and_float32_branch():
     """As attached with base_dtype: products are rounded as the literal narrow module's."""
     layers = alone()
-    exact, stock = layers.run("stock", torch.float64), layers.run("stock", torch.bfloat16)
     module = layers.module("ours", torch.bfloat16)
     for (_, parameter), (_, wide) in zip(
         module.adapter_parameters(), layers.ours.adapter_parameters(), strict=True
     ):
         parameter.data = wide.data.float()
-    for name, value in layers.run("ours", torch.bfloat16, module=module).items():
+    ours = layers.run("ours", torch.bfloat16, module=module)
+    for name, value in ours.items():
         narrow = name in ("y", "dx") or name.startswith("lin")
         assert value.dtype == (torch.bfloat16 if narrow else torch.float32), name
-        within_budget(value, stock[name], exact[name], torch.bfloat16, name)
+    keep(budget_of(layers.run, "stock", torch.bfloat16), ours)
 
 
 def test_init_names_and_sizes():
@@ -225,15 +233,14 @@ def test_only_some_are_trained(trained, backend, monkeypatch):
     layers = sided(*WINDOW, trained=trained)
     assert layers.ours.block_problem() is None
     check_all_dtypes(layers, low=(torch.bfloat16,))
-    exact = layers.run("stock", torch.float64)
     results = {}
     for which in ("ours", "stock"):
         model = layers.module(which, torch.float32)
         model(layers.x.float()).backward(layers.dy.float())
         results[which] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert set(results["ours"]) == set(results["stock"]) == set(exact) - {"y", "dx"}
-    for name, value in results["ours"].items():
-        within_budget(value, results["stock"][name], exact[name], torch.float32, name)
+    budget = budget_of(layers.run, "stock", torch.float32)
+    assert set(results["ours"]) == set(results["stock"]) == set(budget.exact) - {"y", "dx"}
+    keep(budget, results["ours"])
 
 
 def training_run(model, dtype, seed=11):
@@ -243,7 +250,7 @@ def training_run(model, dtype, seed=11):
     torch.manual_seed(seed)
     y = model(x.requires_grad_())
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(y, [x, *named.values()], dy)
+    grads = torch.autograd.grad(y, [x, *named.values()], dy, materialize_grads=True)
     return dict(zip(["y", "dx", *named], [y.detach(), *grads], strict=True))
 
 
@@ -266,9 +273,9 @@ def test_memory_modes_and_parts_draw_the_same(kind, sizes, monkeypatch):
     ours = training_run(SamBlock.from_block(copy.deepcopy(stock)), torch.float32)
     monkeypatch.setattr(SamBlock, "block_problem", lambda self: "asked for")
     in_parts = SamBlock.from_block(copy.deepcopy(stock))
-    theirs, exact = training_run(in_parts, torch.float32), training_run(in_parts, torch.float64)
-    for name, value in ours.items():
-        within_budget(value, theirs[name], exact[name], torch.float32, name)
+    budget = budget_of(training_run, in_parts, torch.float32)
+    keep(budget, ours)
+    keep(budget, training_run(in_parts, torch.float32))
 
 
 @pytest.mark.parametrize("memory", MODES)
@@ -278,11 +285,9 @@ def test_hard_rows(value, memory):
     layers.x = value + 0.1 * layers.x if value == 1e3 else torch.full_like(layers.x, value)
     for dtype in (torch.float32, torch.bfloat16):
         x = layers.x.to(dtype)
-        exact = layers.run("stock", torch.float64, x=x.double())
-        ours, stock = layers.run("ours", dtype, x=x), layers.run("stock", dtype, x=x)
-        for name, got in ours.items():
-            assert got.isfinite().all() == stock[name].isfinite().all()
-            within_budget(got, stock[name], exact[name], dtype, f"{name} in {dtype}")
+        stock = by_reference(layers.run, "stock", dtype, x=x)
+        exact = by_reference(layers.run, "stock", torch.float64, x=x.double())
+        all_within_budget(layers.run("ours", dtype, x=x), stock, exact, dtype)
 
 
 @pytest.mark.parametrize("memory", MODES)

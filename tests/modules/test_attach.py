@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from budgets import within_budget
+from stock_runs import by_reference
 from torch import nn
 from torch.nn import functional as F
 
@@ -302,10 +303,11 @@ def test_merge_and_unmerge(toy, move, slices):
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     images = torch.randn(2, 3, 16, 16)
     unmerged = model(images)
-    with torch.no_grad():
-        reference = copy.deepcopy(model).double()
-        exact = reference.image_encoder(images.double())
-    stock = model.image_encoder(images)
+    before, wide = copy.deepcopy(model), copy.deepcopy(model).double()
+    stock, exact = (
+        by_reference(before.image_encoder, images),
+        by_reference(wide.image_encoder, images.double()),
+    )
     assert samfast.merge(model) is model
     assert not torch.equal(model(images), unmerged)
     within_budget(model.image_encoder(images), stock, exact, torch.float32)

@@ -8,14 +8,16 @@ import pickle
 import pytest
 import safetensors
 import torch
-from budgets import all_within_budget
+from budgets import all_within_budget, keep, within_budget
 from cobot_files import DEVICE, check, relation_of, state_of
+from stock_runs import by_reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import samfast
 from samfast import backends
 from samfast.counters import count, saved_bytes
+from samfast.kernels._common.budget import Budget
 from samfast.models import build_sam
 from samfast.modules import CobotQkvLora
 from samfast.modules.cobot import CobotForward, relation
@@ -103,9 +105,11 @@ def test_folding_alone_and_together_are_one(tiny_sam, images, fused):
     found = step(alone, images)
     assert all(torch.equal(together[n], found[n]) for n in names)
     rest = [n for n in together if n not in names]  # summed over the layers in another order
-    both = ([run[n] for n in rest] for run in (found, together))
-    exact = step(copy.deepcopy(encoder).double(), images.double())
-    all_within_budget(*both, [exact[n] for n in rest], torch.float32, rest)
+    wide = copy.deepcopy(alone).double()
+    stock, exact = by_reference(step, alone, images), by_reference(step, wide, images.double())
+    budget = Budget(stock, exact, torch.float32)
+    for run in (found, together):
+        keep(budget, {n: run[n] for n in rest})
 
 
 def test_fused_blocks_save_what_lora_saves(tiny_sam, images, move):
@@ -139,18 +143,26 @@ def test_checkpointed_blocks(tiny_sam, images, reentrant):
 def test_micro_batches_accumulate(tiny_sam, images):
     """Two forwards before one backward, and each with its own: neither reuses a graph."""
     encoder = attached(tiny_sam()).image_encoder
-    trained = [p for _, p in samfast.trainable_parameters(encoder)]
-    first, second = encoder(images).sum(), encoder(images.flip(3)).sum()
-    both = torch.autograd.grad(first + second, trained)
-    one = torch.autograd.grad(encoder(images).sum(), trained)
-    two = torch.autograd.grad(encoder(images.flip(3)).sum(), trained)
+
+    def losses(encoder, images):
+        """Of the images and of their mirror images, in that order."""
+        return (encoder(x).sum() for x in (images, images.flip(3)))
+
+    def gradients(encoder, loss):
+        trained = dict(samfast.trainable_parameters(encoder))
+        return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+    def one_by_one(encoder, images):
+        one, two = (gradients(encoder, loss) for loss in losses(encoder, images))
+        return {name: one[name] + two[name] for name in one}
+
+    both = gradients(encoder, sum(losses(encoder, images)))
     wide = copy.deepcopy(encoder).double()
-    trained = [p for _, p in samfast.trainable_parameters(wide)]
-    exact = torch.autograd.grad(
-        wide(images.double()).sum() + wide(images.flip(3).double()).sum(), trained
+    stock, exact = (
+        by_reference(one_by_one, encoder, images),
+        by_reference(one_by_one, wide, images.double()),
     )
-    stock = [a + b for a, b in zip(one, two, strict=True)]
-    all_within_budget(both, stock, exact, torch.float32, map(str, range(len(exact))))
+    all_within_budget(both, stock, exact, torch.float32)
 
 
 def test_an_encoder_never_folds_layer_by_layer(tiny_sam, images, monkeypatch):
@@ -324,11 +336,11 @@ def test_zero_start_is_the_frozen_model(tiny_sam, images):
 def test_merged_equals_unmerged(tiny_sam, images, move):
     sam = attached(tiny_sam()).eval()
     move(sam)
-    exact = copy.deepcopy(sam).double().image_encoder(images.double())
-    unmerged = sam.image_encoder(images)
+    unmerged, wide = copy.deepcopy(sam).image_encoder, copy.deepcopy(sam).double().image_encoder
     names = set(sam.state_dict())
     samfast.merge(sam)
-    all_within_budget([sam.image_encoder(images)], [unmerged], [exact], torch.float32, ["y"])
+    stock, exact = by_reference(unmerged, images), by_reference(wide, images.double())
+    within_budget(sam.image_encoder(images), stock, exact, torch.float32)
     assert set(sam.state_dict()) == names
     plain = tiny_sam()
     state = samfast.merged_state_dict(sam)

@@ -7,14 +7,16 @@ import pickle
 import pytest
 import safetensors
 import torch
-from budgets import all_within_budget, within_budget
+from budgets import all_within_budget, keep
 from cobot_files import DEVICE, check, relation_of, state_of
 from segment_anything.modeling.common import MLPBlock
+from stock_runs import by_reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import samfast
 from samfast import backends
+from samfast.kernels._common.budget import Budget
 from samfast.models import build_sam
 from samfast.modules import CobotAdaptFormerMlp
 from samfast.modules.cobot import relation
@@ -91,27 +93,25 @@ def results(encoder, images):
     y = encoder(images)
     generator = torch.Generator().manual_seed(2)
     loss = (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum()
-    return [y.detach(), *torch.autograd.grad(loss, list(trained.values()))]
+    grads = torch.autograd.grad(loss, list(trained.values()))
+    return {"y": y.detach(), **dict(zip(trained, grads, strict=True))}
 
 
 def test_in_fused_blocks_and_in_parts(tiny_sam, move, one_layout):
     encoder = one_layout(attached(tiny_sam(), move).image_encoder)
     wide = copy.deepcopy(encoder).double()
-
-    def pictures(i):
-        return torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1 + i))
-
-    def draw(i):
-        return results(encoder, pictures(i)), results(wide, pictures(i).double())
-
-    images, (stock, exact) = pictures(0), draw(0)
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    stock, exact = (
+        by_reference(results, encoder, images),
+        by_reference(results, wide, images.double()),
+    )
+    budget = Budget(stock, exact, torch.float32)
     fused = samfast.fuse(copy.deepcopy(encoder))
     assert set(samfast.report(fused).blocks.values()) == {"fused"}
-    names = [str(i) for i in range(len(exact))]
-    all_within_budget(results(fused, images), stock, exact, torch.float32, names, draw)
+    keep(budget, results(fused, images))
     for block in fused.blocks:
         block.mlp.down_proj.register_forward_hook(lambda *_: None)
-    all_within_budget(results(fused, images), stock, exact, torch.float32, names, draw)
+    keep(budget, results(fused, images))
 
 
 def gradients(encoder, *images):
@@ -133,29 +133,34 @@ def without_dropout(tiny_sam, move):
 def test_checkpointed_blocks(without_dropout, reentrant, fused):
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     encoder = samfast.fuse(without_dropout) if fused else without_dropout
-    plain = gradients(encoder, images.requires_grad_())
-    exact = gradients(copy.deepcopy(encoder).double(), images.double())
+    expected = gradients(encoder, images.requires_grad_())
+    unchanged, wide = copy.deepcopy(encoder), copy.deepcopy(encoder).double()
     for block in encoder.blocks:
         forward = block.forward
         block.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=reentrant)
     trained = dict(samfast.trainable_parameters(encoder))
     encoder(images).square().sum().backward()  # reentrant ones know no torch.autograd.grad
+    summed = {}  # over the layers, in another order
     for name, parameter in trained.items():
-        if reentrant and name.endswith(("FacT_c", "FacT_p")):  # summed in another order
-            within_budget(parameter.grad, plain[name], exact[name], torch.float32, name)
+        if reentrant and name.endswith(("FacT_c", "FacT_p")):
+            summed[name] = parameter.grad
         else:
-            assert torch.equal(parameter.grad, plain[name]), name
+            assert torch.equal(parameter.grad, expected[name]), name
+    stock, exact = (
+        by_reference(gradients, unchanged, images),
+        by_reference(gradients, wide, images.double()),
+    )
+    all_within_budget(summed, stock, exact, torch.float32)
 
 
 def test_two_forwards_before_a_backward(without_dropout):
     encoder = without_dropout
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(1, 3, 64, 64, generator=generator) for _ in range(2)]
-    both = gradients(encoder, *images)
-    one, two = (gradients(encoder, x) for x in images)
-    exact = gradients(copy.deepcopy(encoder).double(), *(x.double() for x in images))
-    stock = [one[n] + two[n] for n in both]
-    all_within_budget(both.values(), stock, exact.values(), torch.float32, both)
+    wide = copy.deepcopy(encoder).double()
+    stock = by_reference(gradients, encoder, *images)
+    exact = by_reference(gradients, wide, *(x.double() for x in images))
+    all_within_budget(gradients(encoder, *images), stock, exact, torch.float32)
 
 
 def test_copies_and_pickles_share_among_themselves(without_dropout):

@@ -10,6 +10,7 @@ import torch
 from budgets import within_budget
 from literal_conv_lora import translated
 from safetensors.torch import load, save
+from stock_runs import by_reference
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -145,12 +146,15 @@ def test_dropout_acts_in_training_only(linear):
 def test_a_forced_choice_is_kept(module):
     x = torch.randn(EXPERTS, 4, 4, 12)
     index = torch.arange(EXPERTS)
-    h = F.linear(x, module.lora_A)
-    z = conv_experts(h, module.expert_weight, module.expert_bias, index, module.ratios)
-    expected = F.linear(x, module.weight, module.bias) + module.scaling * F.linear(z, module.lora_B)
-    wide = copy.deepcopy(module).double().eval()
-    exact = wide(x.double(), expert_index=index)
-    within_budget(module.eval()(x, expert_index=index), expected, exact, torch.float32)
+
+    def literal(m, x):
+        h = F.linear(x, m.lora_A)
+        z = conv_experts(h, m.expert_weight, m.expert_bias, index, m.ratios)
+        return F.linear(x, m.weight, m.bias) + m.scaling * F.linear(z, m.lora_B)
+
+    wide = copy.deepcopy(module).double()
+    stock, exact = by_reference(literal, module, x), by_reference(literal, wide, x.double())
+    within_budget(module.eval()(x, expert_index=index), stock, exact, torch.float32)
     with pytest.raises(ValueError, match="expert_index has 4, but there are experts 0 to 3"):
         module(x, expert_index=index + 1)
     with pytest.raises(ValueError, match=r"must be int64 of shape \(4,\)"):

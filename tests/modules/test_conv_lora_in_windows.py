@@ -6,12 +6,14 @@ there. The fused block never cuts a window out; the stock block gives the litera
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from budgets import within_budget
+from budgets import all_within_budget, within_budget
 from literal_conv_lora import LiteralConvLora
 from sam_layers import DEVICE, block
+from stock_runs import by_reference
 from torch import nn
 
 import samfast
@@ -84,16 +86,11 @@ def test_as_the_literal_block(training, depthwise, backend, fixed_noise, monkeyp
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
     fused, stock = blocks(training, depthwise=depthwise)
     assert fused.window_order() is None
-    exact = run(stock, torch.float64)
+    exact = partial(run, stock, torch.float64)
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         ours = run(fused, dtype)
-        theirs = run(stock, torch.float32 if dtype == torch.float64 else dtype)
-        if dtype == torch.float64:  # as float32, scaled by the epsilons; the reference errs too
-            scale = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-            theirs = {name: e + scale * (theirs[name] - e) for name, e in exact.items()}
-        assert set(ours) == set(exact) and ours["attn.qkv.lora_B"].any()
-        for name, value in ours.items():
-            within_budget(value, theirs[name], exact[name], dtype, f"{name} in {dtype}")
+        assert set(ours) == set(exact()) and ours["attn.qkv.lora_B"].any()
+        all_within_budget(ours, partial(run, stock, dtype), exact, dtype)
 
 
 def test_dropout_and_the_padding(fixed_noise):
@@ -101,11 +98,11 @@ def test_dropout_and_the_padding(fixed_noise):
     fused, _ = blocks(True, dropout=0.5)
     zeros = torch.zeros(2, 6, 7, 32, dtype=torch.float64, device=DEVICE)
     y, pad_h, pad_b = fused.attn.qkv.forward_windows(zeros, 4)
-    cut = fused.attn.qkv(torch.zeros(WINDOWS, 4, 4, 32, dtype=torch.float64, device=DEVICE))
+    windows = torch.zeros(WINDOWS, 4, 4, 32, dtype=torch.float64, device=DEVICE)
+    cut = by_reference(lambda: fused.attn.qkv(windows)[[0, 1], [0, 0], [0, 3]])
     rows = fused.attn.qkv.bias + pad_h @ pad_b.mT
     assert rows.shape == (2 * (8 * 8 - 6 * 7), 96) and y.shape == (2, 6, 7, 96)
-    within_budget(y[0, 0, 0], cut[0, 0, 0], cut[0, 0, 0], torch.float32)
-    within_budget(rows[0], cut[1, 0, 3], cut[1, 0, 3], torch.float32)
+    within_budget(torch.stack([y[0, 0, 0], rows[0]]), cut, cut, torch.float64)
 
 
 def test_both_checkpoint_modes(fixed_noise):
@@ -129,10 +126,5 @@ def test_whole_windows_are_the_literal_too(fixed_noise):
     own = copy.deepcopy(stock)
     own.attn = RelPosAttention.from_attention(copy.deepcopy(stock.attn))
     own.attn.qkv = fused.attn.qkv
-    exact, theirs, ours = (
-        run(stock, torch.float64),
-        run(stock, torch.float32),
-        run(own, torch.float32),
-    )
-    for name, value in ours.items():
-        within_budget(value, theirs[name], exact[name], torch.float32, name)
+    of_stock, exact = (partial(run, stock, dtype) for dtype in (torch.float32, torch.float64))
+    all_within_budget(run(own, torch.float32), of_stock, exact, torch.float32)

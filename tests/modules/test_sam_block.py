@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
-from budgets import within_budget
+from budgets import all_within_budget, keep
 from sam_layers import DEVICE, block, check_all_dtypes, subject
+from stock_runs import by_reference
 from torch import nn
 
 import samfast
+from samfast.kernels._common.budget import Budget
 from samfast.modules import ConvLoraLinear, LoraLinear, QkvLora, SamBlock
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
@@ -86,6 +88,12 @@ def seeded_run(model, dtype, seed=11):
     return dict(zip(["y", "aux", "dx", *named], [y.detach(), aux.detach(), *grads], strict=True))
 
 
+def budget_of(run, model, dtype):
+    """What the results of run(model, dtype) leave, by the reference backend."""
+    stock, exact = (by_reference(run, model, kind) for kind in (dtype, torch.float64))
+    return Budget(stock, exact, dtype)
+
+
 def conv_lora(window, places, **options):
     stock = block(window, (6, 7))
     options = {"rank": 3, "experts": 3, "alpha": 3, **options}
@@ -112,16 +120,10 @@ def test_conv_lora(window, places):
     stock = conv_lora(window, places)
     fused = SamBlock.from_block(copy.deepcopy(stock))
     assert fused.block_problem() is None
-    exact, single = seeded_run(stock, torch.float64), seeded_run(stock, torch.float32)
-    scale = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     for dtype in (torch.float64, torch.float32):
-        ours = seeded_run(fused, dtype)
-        assert set(ours) == set(exact)
-        for name, value in ours.items():
-            beside = single[name]
-            if dtype == torch.float64:
-                beside = exact[name] + scale * (beside - exact[name])
-            within_budget(value, beside, exact[name], dtype, name)
+        ours, budget = seeded_run(fused, dtype), budget_of(seeded_run, stock, dtype)
+        assert set(ours) == set(budget.exact)
+        keep(budget, ours)
 
 
 def test_conv_lora_on_proj_of_windows_runs_in_parts():
@@ -129,9 +131,7 @@ def test_conv_lora_on_proj_of_windows_runs_in_parts():
     stock = conv_lora(4, LINEARS[1:2])
     fused = SamBlock.from_block(copy.deepcopy(stock))
     assert "may look at whole windows" in fused.block_problem()
-    exact, theirs = seeded_run(stock, torch.float64), seeded_run(stock, torch.float32)
-    for name, value in seeded_run(fused, torch.float32).items():
-        within_budget(value, theirs[name], exact[name], torch.float32, name)
+    keep(budget_of(seeded_run, stock, torch.float32), seeded_run(fused, torch.float32))
 
 
 @SIZES
@@ -156,12 +156,12 @@ def test_memory_modes_and_parts_draw_the_same(method, sizes, monkeypatch):
         for dtype in (torch.float32, torch.float64):
             for name, value in results["fast", dtype].items():
                 assert torch.equal(value, results[memory, dtype][name]), (memory, name)
-    monkeypatch.setattr(SamBlock, "block_problem", lambda self: "asked for")
     run = lora_run if method == "lora" else seeded_run
+    monkeypatch.setattr(SamBlock, "block_problem", lambda self: "asked for")
     in_parts = SamBlock.from_block(copy.deepcopy(stock))
-    theirs, exact = run(in_parts, torch.float32), run(in_parts, torch.float64)
-    for name, value in results["fast", torch.float32].items():
-        within_budget(value, theirs[name], exact[name], torch.float32, name)
+    budget = budget_of(run, in_parts, torch.float32)
+    keep(budget, results["fast", torch.float32])
+    keep(budget, run(in_parts, torch.float32))
 
 
 def lora_run(model, dtype, seed=11):
@@ -197,17 +197,17 @@ def test_merged(kind, sizes):
         model.attn.qkv.merge()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" not in name)
+
+    def run(which, dtype):
+        model = copy.deepcopy(getattr(layers, which))
+        model.attn.qkv.unmerge()
+        model = model.to(dtype)
+        model.attn.qkv.merge()
+        return layers.run(which, dtype, module=model)
+
     for dtype in (torch.float32, torch.bfloat16):
-        results = []
-        for which in ("ours", "stock"):
-            model = copy.deepcopy(getattr(layers, which))
-            model.attn.qkv.unmerge()
-            model = model.to(dtype)
-            model.attn.qkv.merge()
-            results.append(layers.run(which, dtype, module=model))
-        for name, value in results[0].items():
-            exact = layers.run("stock", torch.float64, module=copy.deepcopy(layers.stock))
-            within_budget(value, results[1][name], exact[name], dtype, name)
+        stock, exact = (by_reference(run, "stock", t) for t in (dtype, torch.float64))
+        all_within_budget(run("ours", dtype), stock, exact, dtype)
     with torch.no_grad():
         assert layers.ours.train().block_problem() is None
         layers.ours(layers.x)
@@ -238,9 +238,7 @@ def test_no_bias_on_qkv():
     stock = conv_lora(4, LINEARS[:1])
     stock.attn.qkv.bias = None
     fused = SamBlock.from_block(copy.deepcopy(stock))
-    exact, theirs = seeded_run(stock, torch.float64), seeded_run(stock, torch.float32)
-    for name, value in seeded_run(fused, torch.float32).items():
-        within_budget(value, theirs[name], exact[name], torch.float32, name)
+    keep(budget_of(seeded_run, stock, torch.float32), seeded_run(fused, torch.float32))
 
 
 @pytest.mark.parametrize("memory", MODES)
@@ -252,11 +250,9 @@ def test_hard_rows(value, memory):
     layers.x = value + 0.1 * layers.x if value == 1e3 else torch.full_like(layers.x, value)
     for dtype in (torch.float32, torch.bfloat16):
         x = layers.x.to(dtype)
-        exact = layers.run("stock", torch.float64, x=x.double())
-        ours, stock = layers.run("ours", dtype, x=x), layers.run("stock", dtype, x=x)
-        for name, got in ours.items():
-            assert got.isfinite().all() == stock[name].isfinite().all()
-            within_budget(got, stock[name], exact[name], dtype, f"{name} in {dtype}")
+        stock = by_reference(layers.run, "stock", dtype, x=x)
+        exact = by_reference(layers.run, "stock", torch.float64, x=x.double())
+        all_within_budget(layers.run("ours", dtype, x=x), stock, exact, dtype)
 
 
 @pytest.mark.parametrize("memory", MODES)

@@ -7,14 +7,16 @@ import functools
 import numpy as np
 import pytest
 import torch
-from budgets import within_budget
+from budgets import all_within_budget, keep
 from sam_layers import random_tables
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from stock_runs import by_reference, double
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import samfast
 from samfast.counters import saved_bytes
+from samfast.kernels._common.budget import Budget
 from samfast.models import build_sam
 
 MODES = ("fast", "balanced", "minimal")
@@ -80,54 +82,54 @@ def run(sam, dtype=None, images=IMAGES, autocast=None, seed=4):
     return dict(zip(["y", "aux", *named], [y.detach(), aux.detach(), *grads], strict=True))
 
 
-def same(ours, stock, exact, dtype):
-    assert set(ours) == set(exact)
-    for name, value in ours.items():
-        within_budget(value, stock[name], exact[name].double(), dtype, name)
+def same(ours, budget):
+    assert set(ours) == set(budget.exact)
+    keep(budget, ours)
 
 
 @pytest.mark.slow_on_cpu(but=["everywhere", "conv-lora", "conv-lora, mlp"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_whole_encoder(method, move):
-    """Against segment_anything's blocks with the same adapters and noise: float64 and the budget.
+    """Against segment_anything's blocks with the same adapters and noise, float64 too.
 
     In training, but for dropout, which they draw for windows and their padding, in their order.
     """
     stock = in_token_order(attached(method, move)).train(method.dropout == 0)
-    exact, single = run(stock, torch.float64), run(stock, torch.float32)
-    scale = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    double = {name: e + scale * (single[name] - e) for name, e in exact.items()}
-    assert bool(exact["aux"]) == isinstance(method, samfast.ConvLora)
+    single, exact = (by_reference(run, stock, t) for t in (torch.float32, torch.float64))
+    budgets = {torch.float32: Budget(single, exact, torch.float32)}
+    budgets[torch.float64] = Budget(exact, exact, torch.float64)
+    assert bool(exact()["aux"]) == isinstance(method, samfast.ConvLora)
     for memory in MODES:
         fused = samfast.fuse(copy.deepcopy(stock), memory)
         assert set(samfast.report(fused).blocks.values()) == {"fused"}
-        same(run(fused, torch.float32), single, exact, torch.float32)
-        same(run(fused, torch.float64), double, exact, torch.float64)
+        for dtype, budget in budgets.items():
+            same(run(fused, dtype), budget)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_whole_encoder_of_a_narrow_base(dtype, move):
     """attach(base_dtype=…): base and stream narrow, adapters and their gradients float32."""
     method = samfast.Lora(rank=2, target=EVERYWHERE)
-    exact = run(attached(method, move), torch.float64)
-    stock = in_token_order(attached(method, move, base_dtype=dtype))
+    exact = by_reference(run, attached(method, move), torch.float64)
+    stock = by_reference(run, in_token_order(attached(method, move, base_dtype=dtype)))
     fused = samfast.fuse(attached(method, move, base_dtype=dtype))
     assert set(samfast.report(fused).blocks.values()) == {"fused"}
     ours = run(fused)
     assert ours["y"].dtype == dtype
     assert all(ours[name].dtype == torch.float32 for name in ours if "lora" in name)
-    same(ours, run(stock), exact, dtype)
+    same(ours, Budget(stock, exact, dtype))
 
 
 @pytest.mark.parametrize("base", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_whole_encoder_under_autocast(base, move):
     method = samfast.Lora(rank=2, target=EVERYWHERE)
-    exact = run(attached(method, move), torch.float64)
+    exact = by_reference(run, attached(method, move), torch.float64)
     stock = in_token_order(attached(method, move, base_dtype=base))
     fused = samfast.fuse(attached(method, move, base_dtype=base))
-    ours, theirs = run(fused, autocast=torch.bfloat16), run(stock, autocast=torch.bfloat16)
-    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in theirs.items()}
-    same(ours, theirs, exact, torch.bfloat16)
+    ours = run(fused, autocast=torch.bfloat16)
+    budget = Budget(by_reference(run, stock, autocast=torch.bfloat16), exact, torch.bfloat16)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in budget.stock.items()}
+    same(ours, budget)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -193,17 +195,6 @@ def test_what_an_encoder_saves(memory, move):
     assert (saved.hooks, saved.living) == (expected, expected)
 
 
-class InDouble(nn.Module):
-    """An encoder for a predictor, which gives float32."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self.img_size = encoder.double(), encoder.img_size
-
-    def forward(self, x):
-        return self.encoder(x.double()).float()
-
-
 @pytest.mark.parametrize("method", ["lora", "everywhere", "conv-lora"])
 def test_predictor_and_mask_generator(method, move, monkeypatch):
     """What segment_anything's own tools make of a fused, adapted model.
@@ -215,22 +206,20 @@ def test_predictor_and_mask_generator(method, move, monkeypatch):
         lambda boxes, scores, *_, **__: torch.arange(len(scores)),
     )
     stock = in_token_order(attached(METHODS[method], move)).eval()
-    fused, exact = samfast.fuse(copy.deepcopy(stock)), copy.deepcopy(stock)
-    exact.image_encoder = InDouble(exact.image_encoder)
+    fused, wide = samfast.fuse(copy.deepcopy(stock)), double(stock)
     image = 255 * torch.rand(60, 80, 3, generator=torch.Generator().manual_seed(3))
     image = image.numpy().astype(np.uint8)
-    predictors = [SamPredictor(sam) for sam in (fused, stock, exact)]
-    for predictor in predictors:
-        predictor.set_image(image)
-    ours, theirs, truth = (predictor.features for predictor in predictors)
-    within_budget(ours, theirs, truth.double(), torch.float32)
     points = {"point_coords": np.array([[30, 20]]), "point_labels": np.array([1])}
-    ours, theirs, truth = (
-        [torch.from_numpy(t) for t in predictor.predict(**points, return_logits=True)]
-        for predictor in predictors
-    )
-    for mine, other, true in zip(ours, theirs, truth, strict=True):
-        within_budget(mine, other, true.double(), torch.float32)
+
+    def predicted(sam):
+        """The image's features, masks, their qualities and small masks."""
+        predictor = SamPredictor(sam)
+        predictor.set_image(image)
+        made = predictor.predict(**points, return_logits=True)
+        return [predictor.features, *map(torch.from_numpy, made)]
+
+    theirs, exact = by_reference(predicted, stock), by_reference(predicted, wide)
+    all_within_budget(predicted(fused), theirs, exact, torch.float32)
     ours, theirs = (
         SamAutomaticMaskGenerator(
             sam, points_per_side=3, pred_iou_thresh=-10, stability_score_thresh=-10
@@ -259,24 +248,20 @@ def test_compiled_whole(method, batches, move):
         fused.image_encoder.blocks[1].attn.qkv.alpha = 7
     torch._dynamo.reset()
     compiled = torch.compile(fused.image_encoder, fullgraph=True, backend="aot_eager")
-    trained = dict(samfast.trainable_parameters(fused))
+    wide = copy.deepcopy(fused).double()
     for batch in batches:
         images, dy = torch.randn(batch, 3, SIZE, SIZE), torch.randn(batch, 256, 5, 5)
-        runs = []
-        double = copy.deepcopy(fused).double()
-        exact = dict(samfast.trainable_parameters(double))
-        for call, cast, leaves in (
-            (compiled, torch.float32, trained),
-            (fused.image_encoder, torch.float32, trained),
-            (double.image_encoder, torch.float64, exact),
-        ):
-            y = call(images.to(cast))
-            grads = torch.autograd.grad(
-                y, list(leaves.values()), dy.to(cast), materialize_grads=True
-            )
-            runs.append([y, *grads])
-        for ours, eager, true in zip(*runs, strict=True):
-            within_budget(ours, eager, true, torch.float32)
+
+        def results(sam, dtype, call, images=images, dy=dy):
+            trained = dict(samfast.trainable_parameters(sam))
+            leaves, y = list(trained.values()), call(images.to(dtype))
+            grads = torch.autograd.grad(y, leaves, dy.to(dtype), materialize_grads=True)
+            return {"y": y, **dict(zip(trained, grads, strict=True))}
+
+        ours = results(fused, torch.float32, compiled)
+        eager = by_reference(results, fused, torch.float32, fused.image_encoder)
+        exact = by_reference(results, wide, torch.float64, wide.image_encoder)
+        all_within_budget(ours, eager, exact, torch.float32)
 
 
 def test_copies_after_a_forward(move):

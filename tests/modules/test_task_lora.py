@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from budgets import all_within_budget
+from budgets import all_within_budget, keep, within_budget
 from literal_task_lora import LiteralTaskLora
+from stock_runs import by_reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import samfast
 from samfast import backends
 from samfast.counters import count, saved_bytes
+from samfast.kernels._common.budget import Budget
 from samfast.modules import LoraLinear, TaskLoraLinear
 from samfast.modules.task_lora import TaskForward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-AGREE = 5e-6  # float32 files and a float64 evaluation
 NAMES = {"core": "td_G", "factor_in": "td_U1", "factor_out": "td_U2", "factor_task": "td_U3"}
 FILES = {"ta_lora_qkv": ("q", "k", "v"), "ta_lora_qv": ("q", "v")}
 METHOD = samfast.TaLora(tasks=("edges", "parts", "depth"), ranks=(8, 6, 3), dropout=0.0)
@@ -70,18 +71,16 @@ def test_golden(name, backend, together, monkeypatch):
     except RuntimeError as error:
         assert backend in ("triton", "cuda") and "cannot run" in str(error)
         pytest.skip(str(error))
-    monkeypatch.setenv("SAMFAST_BACKEND", "reference")
-    exact, stock = (
-        results(tensors, FILES[name], d, together) for d in (torch.float64, torch.float32)
+    stock, exact = (
+        by_reference(results, tensors, FILES[name], dtype, together)
+        for dtype in (torch.float32, torch.float64)
     )
+    budget = Budget(stock, exact, torch.float32)
     given = {key for key in tensors if key.endswith(".y") or key.startswith("grad.")}
     given.add("orthogonal_penalty")
-    assert given == set(exact)
-    for key in given:
-        assert (exact[key] - tensors[key]).abs().max() <= AGREE * tensors[key].abs().max()
-    all_within_budget(
-        *([r[key] for key in exact] for r in (ours, stock, exact)), torch.float32, exact
-    )
+    assert given == set(ours)
+    keep(budget, {key: tensors[key] for key in given})
+    keep(budget, ours)
 
 
 def test_as_many_parameters_as_published():
@@ -106,13 +105,9 @@ def attached(tiny_sam):
     return make
 
 
-def pictures(seed=1):
-    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def images():
-    return pictures()
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def step(encoder, images, task=None):
@@ -132,17 +127,20 @@ MIXED = torch.tensor([2, 0, 2])
 def test_a_task_for_each_sample_is_that_of_the_sample_alone(attached, images):
     encoder = attached().image_encoder
     wide, same = copy.deepcopy(encoder).double(), images[:1].repeat(3, 1, 1, 1)
-    with torch.no_grad():
-        for task, batch in ((MIXED, images), ("all", same)):
-            numbers = task.tolist() if task is MIXED else range(3)
+
+    def alone(encoder, batch, numbers):
+        with torch.no_grad():
+            rows = zip(batch.split(1), numbers, strict=True)
+            return torch.cat([samfast.set_task(encoder, task)(row) for row, task in rows])
+
+    for task, batch in ((MIXED, images), ("all", same)):
+        numbers = task.tolist() if task is MIXED else range(3)
+        with torch.no_grad():
             whole = samfast.set_task(encoder, task)(batch)
-            alone, exact = [], []
-            for i, number in enumerate(numbers):
-                alone.append(samfast.set_task(encoder, number)(batch[i : i + 1]))
-                exact.append(samfast.set_task(wide, number)(batch[i : i + 1].double()))
-            runs = [whole], [torch.cat(alone)], [torch.cat(exact)]
-            all_within_budget(*runs, torch.float32, ["y"])
-            assert not torch.equal(whole[0], whole[1])
+        stock = by_reference(alone, encoder, batch, numbers)
+        exact = by_reference(alone, wide, batch.double(), numbers)
+        within_budget(whole, stock, exact, torch.float32)
+        assert not torch.equal(whole[0], whole[1])
 
 
 def with_literal_layers(encoder):
@@ -165,18 +163,12 @@ def test_blocks_and_the_literal_form(attached, images, one_layout, memory, task)
     sam = samfast.set_task(attached(), task)
     one_layout(sam.image_encoder)
     literal = with_literal_layers(copy.deepcopy(sam.image_encoder))
+    narrow = copy.deepcopy(literal).float()
     if memory is not None:
         samfast.fuse(sam, memory=memory)
         assert set(samfast.report(sam).blocks.values()) == {"fused"}
-
-    ours = step(sam.image_encoder, images)
-
-    def draw(i):
-        x = pictures(1 + i)
-        runs = step(copy.deepcopy(literal).float(), x), step(literal, x.double())
-        return tuple([run[name] for name in ours] for run in runs)
-
-    all_within_budget(ours.values(), *draw(0), torch.float32, ours, draw, least=3)
+    stock, exact = (lambda: step(narrow, images)), (lambda: step(literal, images.double()))
+    all_within_budget(step(sam.image_encoder, images), stock, exact, torch.float32)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -334,13 +326,14 @@ def test_merged_equals_unmerged(attached, images, tiny_sam):
     sam = attached().eval()
     for task in ("parts", 2):
         samfast.set_task(sam, task)
-        exact = copy.deepcopy(sam).double().image_encoder(images.double())
+        before, wide = (copy.deepcopy(sam).image_encoder for _ in range(2))
+        stock, exact = by_reference(before, images), by_reference(wide.double(), images.double())
         unmerged = sam.image_encoder(images)
         samfast.set_task(sam, "all")
         samfast.merge(sam, task=task)
         merged = sam.image_encoder(images)
         assert not any(block.attn.qkv.depends_on_task for block in sam.image_encoder.blocks)
-        all_within_budget([merged], [unmerged], [exact], torch.float32, ["y"])
+        within_budget(merged, stock, exact, torch.float32)
         with pytest.raises(ValueError, match="has the update of a task merged"):
             samfast.set_task(sam, 0)
         plain = tiny_sam()
@@ -382,32 +375,35 @@ def test_replicas_of_several_tasks_are_refused():
     assert samfast.set_task(layer, 2)(torch.randn(3, 16)).shape == (3, 48)
 
 
+def penalty(layers, dtype):
+    """By its formula: the mean over layers, and the gradients of the second factors."""
+    losses, trained = [], []
+    for layer in layers:
+        core, second, first = (p.to(dtype) for p in (layer.td_G, layer.td_U2, layer.td_U1))
+        trained.append(second)
+        matrices = [first, second, *core.unbind(2)]
+        norms = [(m.t() @ m - torch.eye(m.shape[1])).norm() for m in matrices]
+        losses.append(layer.orthogonality * torch.stack(norms).mean())
+    loss = torch.stack(losses).mean()
+    return [loss, *torch.autograd.grad(loss, trained)]
+
+
 def test_layers_may_differ_in_what_the_penalty_counts(attached):
     sam = attached(samfast.TaLora(tasks=2, ranks=(4, 3, 2), orthogonality=0.5))
     layers = [block.attn.qkv for block in sam.image_encoder.blocks]
-    alone = [TaskLoraLinear.joint_loss([layer]) for layer in layers]
     for layer in layers[1:]:
         layer.orthogonality = 0.0
-    whole = samfast.aux_loss(sam)
-    expected = alone[0].double() / len(layers)
-    all_within_budget([whole], [alone[0] / len(layers)], [expected], torch.float32, ["penalty"])
+    stock, exact = ((lambda t=t: penalty(layers, t)[0]) for t in (torch.float32, torch.float64))
+    within_budget(samfast.aux_loss(sam), stock, exact, torch.float32, "penalty")
 
 
 def test_the_penalty_is_the_mean_over_layers(attached):
     sam = attached(samfast.TaLora(tasks=2, ranks=(4, 3, 2), orthogonality=0.5))
     layers = [block.attn.qkv for block in sam.image_encoder.blocks]
     loss = samfast.aux_loss(sam)
-    expected = []
-    for layer in layers:
-        matrices = [layer.td_U1, layer.td_U2, *layer.td_G.unbind(2)]
-        norms = [(m.t() @ m - torch.eye(m.shape[1])).norm() for m in matrices]
-        expected.append(0.5 * torch.stack(norms).mean())
-    expected = torch.stack(expected).mean()
-    trained = [layer.td_U2 for layer in layers]
-    grads = torch.autograd.grad(loss, trained, retain_graph=True)
-    own = (expected, *torch.autograd.grad(expected, trained))
-    for mine, theirs in zip((loss, *grads), own, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    grads = torch.autograd.grad(loss, [layer.td_U2 for layer in layers])
+    stock, exact = ((lambda t=t: penalty(layers, t)) for t in (torch.float32, torch.float64))
+    all_within_budget([loss, *grads], stock, exact, torch.float32)
     assert samfast.aux_loss(attached()) == 0
 
 

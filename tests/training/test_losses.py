@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from budgets import within_budget
+from budgets import all_within_budget, keep
 
+from samfast.kernels._common.budget import Budget
 from samfast.training.data import valid_region
 from samfast.training.losses import LOSSES, balanced_bce_loss, bce_dice_loss, structure_loss
 from samfast.training.settings import LOSSES as NAMES
@@ -72,14 +73,18 @@ FORMULAS = {
 def test_value_and_gradient_are_those_of_the_formula(name):
     fast, formula = FORMULAS[name]
     logits, masks = inputs()
-    results = []
-    for form in ("ours", torch.float32, torch.float64):
-        x = logits.to(torch.float32 if form == "ours" else form, copy=True).requires_grad_(True)
-        loss = fast(x, masks, VALID) if form == "ours" else by_image(formula, x, masks, form)
-        loss.backward()
-        results.append((loss.detach(), x.grad))
-    for ours, stock, exact in zip(*results, strict=True):
-        within_budget(ours, stock, exact, torch.float32)
+
+    def results(function, dtype):
+        x = logits.to(dtype, copy=True).requires_grad_(True)
+        loss = function(x)
+        return [loss.detach(), *torch.autograd.grad(loss, x)]
+
+    def literal(dtype):
+        return results(lambda x: by_image(formula, x, masks, dtype), dtype)
+
+    ours = results(lambda x: fast(x, masks, VALID), torch.float32)
+    stock, exact = (partial(literal, dtype) for dtype in (torch.float32, torch.float64))
+    all_within_budget(ours, stock, exact, torch.float32, ("loss", "gradient"))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -123,10 +128,8 @@ def test_cross_entropy_and_soft_dice_by_hand():
     x = logits.clone().requires_grad_(True)
     loss = bce_dice_loss(x, masks)
     loss.backward()
-    for ours, stock, exact in zip(
-        (loss.detach(), x.grad), by_hand(torch.float32), by_hand(torch.float64), strict=True
-    ):
-        within_budget(ours, stock, exact, torch.float32)
+    stock, exact = (partial(by_hand, dtype) for dtype in (torch.float32, torch.float64))
+    all_within_budget([loss.detach(), x.grad], stock, exact, torch.float32, ("loss", "gradient"))
 
 
 def test_the_command_line_knows_every_loss():
@@ -138,17 +141,28 @@ def test_edges_weigh_up_to_six_times():
     masks = torch.zeros(1, 40, 40, dtype=torch.bool)
     masks[0, 20, 20] = True
     at, beside, far = 5 * (1 - 1 / 961) + 1, 1 + 5 / 961, 1.0
-    x = torch.zeros(1, 40, 40, dtype=torch.float64, requires_grad=True)
-    structure_loss(x, masks, weighted_bce=True).backward()
-    cross_entropy_alone = x.grad.clone()
-    x.grad = None
-    structure_loss(x, masks).backward()
     total = at + beside * (31**2 - 1) + far * (40**2 - 31**2)
-    for (i, j), weight in {(20, 20): at, (5, 35): beside, (4, 20): far}.items():
-        residual = 0.5 - masks[0, i, j].double()
-        change = (cross_entropy_alone - x.grad)[0, i, j]
-        exact = residual * (weight / total - 1 / 1600)
-        within_budget(change, exact.float(), exact, torch.float32)
+    places = {(20, 20): at, (5, 35): beside, (4, 20): far}
+
+    def by_weights():
+        """What weighting the cross-entropy too changes in the gradient."""
+        weights = torch.tensor(list(places.values()), dtype=torch.float64)
+        residuals = 0.5 - torch.stack([masks[0, i, j] for i, j in places]).double()
+        return residuals * (weights / total - 1 / 1600)
+
+    def change(function):
+        x = torch.zeros(40, 40, dtype=torch.float64, requires_grad=True)
+        both = (torch.autograd.grad(function(x, flag), x)[0] for flag in (True, False))
+        found = next(both) - next(both)
+        return torch.stack([found[i, j] for i, j in places])
+
+    def literal():
+        return change(lambda x, weighted: structure(x, masks[0].double(), weighted))
+
+    budget = Budget(literal, by_weights, torch.float64)
+    keep(
+        budget, [change(lambda x, weighted: structure_loss(x[None], masks, weighted_bce=weighted))]
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)

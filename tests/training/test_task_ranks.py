@@ -8,21 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from budgets import within_budget
+from budgets import keep
+from stock_runs import by_reference
 from task_ranks import SPECS, STEPS, alone, batch, build
 
 import samfast
+from samfast.kernels._common.budget import Budget
 from samfast.training.many_tasks import TaskSegmenter, tasks_loss
 
 HERE = Path(__file__).parent
-
-
-def pooled(results):
-    """Gradients joined per part of a model: alone, small ones consist of rounding only."""
-    groups = {}
-    for name, values in results.items():
-        groups.setdefault(".".join(name.split(".")[:3]), []).append(values.double().flatten())
-    return {name: torch.cat(values) for name, values in groups.items()}
 
 
 def test_a_batch_without_a_task_leaves_no_parameter_without_gradient():
@@ -58,10 +52,12 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path, method):
         assert set(a) == set(joined)
         for name in a:
             assert torch.equal(a[name], b[name]), (number, name)
-        reference = alone(method, number, torch.float64)
-        mine, theirs, exact = map(pooled, (a, joined, reference))
-        for name in mine:
-            within_budget(mine[name], theirs[name], exact[name], torch.float32, name)
+        stock, exact = (
+            by_reference(alone, method, number, dtype) for dtype in (torch.float32, torch.float64)
+        )
+        budget = Budget(stock, exact, torch.float32)
+        keep(budget, a)
+        keep(budget, joined)
     for task, number in (("classes", 3), ("depth", 2)):  # one rank has images, the other none
         assert first[number][f"no_mask_embeds.{task}"].any()
     assert not first[3]["no_mask_embeds.depth"].any()
