@@ -10,6 +10,7 @@ in torchvision's own message that its operators are missing.
 """
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
 
@@ -50,6 +51,24 @@ def declare_missing_schemas() -> bool:
     for name in missing:
         _library.define(_SCHEMAS[name])
     return True
+
+
+def operators_problem() -> str | None:
+    """Why torchvision's C++ operators do not load, and what to install; None where they do.
+
+    None, too, where torchvision is not installed: samfast does not need it.
+    """
+    if not installed("torchvision") or _load_operators():
+        return None
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
+    return (
+        f"torchvision {version} was not built for torch {torch.__version__}, so its operators are "
+        'missing; install the torchvision built for this torch (pytorch.org, "Get started"); '
+        "samfast works without them"
+    )
 
 
 def _load_operators() -> bool:
