@@ -26,7 +26,7 @@ from samfast.models import architectures
 from samfast.training.tasks import read_tasks
 
 LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
-SLOW = ("samfast info --check", "--image-size 256")
+SLOW = ("samfast info --check", "--dry-run", "--image-size 256")
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = [
     pytest.param(b, id=str(b), marks=[pytest.mark.slow] if any(map(b.source.count, SLOW)) else [])
