@@ -121,13 +121,14 @@ def python(arguments):
 
 def pip(arguments):
     assert arguments[0] == "install"
-    known = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--help"], capture_output=True, text=True
-    ).stdout
+    command = [sys.executable, "-m", "pip", "install", "--help"]
+    known = subprocess.run(command, capture_output=True, text=True)
+    if known.returncode:
+        pytest.skip("there is no pip in this environment")
     dependencies = [Requirement(line).name for line in project()["dependencies"]]
     for argument in arguments[1:]:
         if argument.startswith("-"):
-            assert argument in re.findall(r"--?[\w-]+", known)
+            assert argument in re.findall(r"--?[\w-]+", known.stdout)
         elif argument.startswith("."):
             extras = re.fullmatch(r"\.(?:\[(.*)\])?", argument)[1] or ""
             assert set(filter(None, extras.split(","))) <= set(project()["optional-dependencies"])
