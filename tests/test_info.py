@@ -2,7 +2,9 @@
 """``samfast info`` beside a torchvision whose operators load, do not load, or that is absent."""
 
 import importlib.metadata
+import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,3 +55,16 @@ def test_it_agrees_with_torchvision():
     import torchvision
 
     assert (ours.operators_problem() is None) == torchvision.extension._has_ops()
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_stable"])
+def test_the_library_is_found_by_either_name(name, tmp_path, monkeypatch):
+    """Missed, its operators would be declared twice, and torch ends the process."""
+    (tmp_path / f"{name}.so").touch()
+    (tmp_path / "image.so").touch()
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    loaded = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: package)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert ours.operators_problem() is None
+    assert loaded == [str(tmp_path / f"{name}.so")]

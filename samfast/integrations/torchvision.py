@@ -20,6 +20,7 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
+_LIBRARIES = ("_C_stable", "_C")  # since torchvision 0.29, and before
 _library = None  # the registration ends with this object
 
 
@@ -75,8 +76,8 @@ def _load_operators() -> bool:
     """Loads torchvision's operator library, as its own import does; False where that fails."""
     suffixes = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
     for folder in importlib.util.find_spec("torchvision").submodule_search_locations or ():
-        spec = importlib.machinery.FileFinder(folder, suffixes).find_spec("_C")
-        if spec is not None:
+        finder = importlib.machinery.FileFinder(folder, suffixes)
+        for spec in filter(None, map(finder.find_spec, _LIBRARIES)):
             try:
                 torch.ops.load_library(spec.origin)
             except OSError:  # built for another torch: symbols or libraries are missing
