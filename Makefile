@@ -32,10 +32,10 @@ demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not (slow or slow_on_cpu or gpu)"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "(slow or slow_on_cpu) and not gpu"
 
 # On a machine with a GPU, in whatever environment PYTHON is: nothing is downloaded.
 test-gpu:

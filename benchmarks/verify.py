@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Correctness first: no time is reported for a provider that fails the error budget."""
 
+from functools import partial
+
 import torch
 
 from benchmarks.registry import Workload
-from samfast.kernels._common.budget import over_budget
+from samfast.kernels._common.budget import Budget
 
 
 def _triton_errors() -> tuple[type[Exception], ...]:
@@ -27,13 +29,15 @@ def refusal(error: Exception) -> str:
 
 def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
     """Provider -> sentence, for every provider that refuses or is outside the error budget."""
-    exact, stock, found = workload.exact(), [], {}
+    budgets, found = [], {}
     for name in workload.stock:
         try:
-            stock.append(workload.run(name))
+            workload.run(name)
         except REFUSALS as error:
             found[name] = refusal(error)
-    if not stock:
+            continue
+        budgets.append(Budget(partial(workload.run, name), workload.exact, dtype))
+    if not budgets:
         raise RuntimeError(f"nobody's errors make the budget of {workload.name}: {found}")
     for name, provider in workload.providers.items():
         if name in found:
@@ -45,10 +49,8 @@ def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
             continue
         if not provider.checked:
             continue
-        rows = zip(workload.results, results, exact, *stock, strict=True)
-        for what, mine, truth, *theirs in rows:
-            problems = [over_budget(mine, other, truth, dtype) for other in theirs]
-            if None not in problems:
-                found[name] = f"{what}: {problems[0]}"
-                break
+        problems = [budget.problems(results) for budget in budgets]
+        if all(problems):
+            place, text = next(iter(problems[0].items()))
+            found[name] = f"{workload.results[int(place)]}: {text}"
     return found

@@ -5,12 +5,13 @@ import importlib
 import importlib.metadata
 import json as json_format
 import platform
+from functools import partial
 
 import torch
 
 from samfast import __version__, backends
 from samfast.integrations.torchvision import operators_problem
-from samfast.kernels._common.budget import over_budget
+from samfast.kernels._common.budget import Budget
 
 OPERATIONS = (
     "lora_linear",
@@ -68,16 +69,18 @@ def self_check(device: torch.device) -> list[dict]:
     rows = []
     for name in OPERATIONS:
         example = _example(name)
-        exact = [t.detach() for t in example.run("reference", device, torch.float64)]
         for dtype in _DTYPES:
-            stock = example.run("reference", device, dtype)
+            stock, exact = (
+                partial(example.run, "reference", device, kind) for kind in (dtype, torch.float64)
+            )
+            budget = Budget(stock, exact, dtype)
             for backend in backends.NAMES[1:]:
                 row = {"operation": name, "backend": backend, "dtype": str(dtype)[6:]}
                 row["skipped"] = _missing(example, backend, device, dtype)
                 row["error"] = None
                 if row["skipped"] is None:
                     ours = example.run(backend, device, dtype)
-                    row["error"] = _first_problem(example.RESULTS, ours, stock, exact, dtype)
+                    row["error"] = _first_problem(example.RESULTS, budget.problems(ours))
                 rows.append(row)
     return rows
 
@@ -93,12 +96,8 @@ def _missing(example, backend, device, dtype):
     return example.missing(backend, device, dtype)
 
 
-def _first_problem(names, ours, stock, exact, dtype):
-    for name, mine, theirs, truth in zip(names, ours, stock, exact, strict=True):
-        problem = over_budget(mine.detach(), theirs.detach(), truth, dtype)
-        if problem is not None:
-            return f"{name}: {problem}"
-    return None
+def _first_problem(names, problems):
+    return next((f"{names[int(place)]}: {text}" for place, text in problems.items()), None)
 
 
 def _choices(operation, device):

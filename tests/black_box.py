@@ -7,13 +7,15 @@ same state-dict keys; the stock one is plain PyTorch and states the literal meth
 
 import copy
 import dataclasses
-import functools
 import pickle
+from functools import partial
 
 import torch
-from budgets import within_budget
+from budgets import keep
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from samfast.kernels._common.budget import Budget
 
 
 @dataclasses.dataclass
@@ -21,7 +23,6 @@ class Subject:
     """A drop-in and its stock module, both float64, with equal parameters, and an input.
 
     x: (batch, ...) float64   low: narrow dtypes to try   loss of a module: sum(y · dy)
-    draws: of a whole model three, as ``least`` of budgets.within_budget
     """
 
     ours: nn.Module
@@ -29,7 +30,6 @@ class Subject:
     x: torch.Tensor
     low: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     autocast: torch.dtype = torch.bfloat16
-    draws: int = 1
 
     def __post_init__(self):
         ours, stock = self.ours.state_dict(), self.stock.state_dict()
@@ -44,17 +44,6 @@ class Subject:
     def module(self, which: str, dtype: torch.dtype) -> nn.Module:
         return copy.deepcopy(getattr(self, which)).to(dtype)
 
-    def drawn(self, i: int) -> "Subject":
-        """Draw i: the same numbers of x and dy in other places; draw 0 is the subject itself."""
-        if i == 0:
-            return self
-        generator, other = torch.Generator().manual_seed(i), copy.copy(self)
-        for name in ("x", "dy"):
-            own = getattr(self, name)
-            order = torch.randperm(own.numel(), generator=generator).to(own.device)
-            setattr(other, name, own.flatten()[order].view(own.shape))
-        return other
-
     def run(self, which, dtype, x=None, dy=None, module=None, call=None):
         """{"y", "dx", every trained parameter}: the result and all gradients."""
         module = module or self.module(which, dtype)
@@ -67,26 +56,20 @@ class Subject:
         return {"y": y.detach(), "dx": grads[0], **dict(zip(trained, grads[1:], strict=True))}
 
 
-def _compare(ours, runs, dtype):
-    """runs(i): what the stock module gives for draw i of the subject, and what is exact."""
-    stock, exact = runs(0)
-    assert set(ours) == set(exact), f"gradients of {set(ours) ^ set(exact)}"
-    for name, value in ours.items():
-        redraw = lambda i, name=name: tuple(run[name] for run in runs(i))  # noqa: E731
-        within_budget(value, stock[name], exact[name], dtype, name, redraw, runs.draws)
+def _budget(subject, dtype, run=None):
+    """What the stock module's results leave; run(subject, which, dtype): all of a module's."""
+    run = run or Subject.run
+    stock, exact = (partial(run, subject, "stock", kind) for kind in (dtype, torch.float64))
+    return Budget(stock, exact, dtype)
 
 
-def _stock(subject, dtype, run=None):
-    """``runs`` as _compare wants them; run(subject, which, dtype): one of them."""
+def _compare(ours, budget):
+    assert set(ours) == set(budget.exact), f"gradients of {set(ours) ^ set(budget.exact)}"
+    keep(budget, ours)
 
-    @functools.cache
-    def runs(i):
-        other = subject.drawn(i)
-        each = ("stock", dtype), ("stock", torch.float64)
-        return tuple((run or Subject.run)(other, *options) for options in each)
 
-    runs.draws = subject.draws
-    return runs
+def _same_dtypes(ours, stock):
+    assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in stock.items()}
 
 
 def _equal(first, second):
@@ -97,10 +80,9 @@ def _equal(first, second):
 def error_budget(subject):
     """Result and every gradient, in float32 and the narrow dtypes."""
     for dtype in (torch.float32, *subject.low):
-        ours, runs = subject.run("ours", dtype), _stock(subject, dtype)
-        stock, _ = runs(0)
-        assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in stock.items()}
-        _compare(ours, runs, dtype)
+        ours, budget = subject.run("ours", dtype), _budget(subject, dtype)
+        _same_dtypes(ours, budget.stock)
+        _compare(ours, budget)
 
 
 def autocast(subject):
@@ -117,10 +99,10 @@ def autocast(subject):
         grads = torch.autograd.grad(y, [x, *leaves], subject.dy.to(y.dtype))
         return dict(zip(["y", "dx", *names], [y, *grads], strict=True))
 
-    ours, runs = run(subject, "ours", torch.float32), _stock(subject, torch.float32, run)
-    stock, _ = runs(0)
-    assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in stock.items()}
-    _compare(ours, runs, subject.autocast)
+    stock, exact = (partial(run, subject, "stock", t) for t in (torch.float32, torch.float64))
+    ours, budget = run(subject, "ours", torch.float32), Budget(stock, exact, subject.autocast)
+    _same_dtypes(ours, budget.stock)
+    _compare(ours, budget)
 
 
 def _layouts(t):
@@ -136,13 +118,13 @@ def _layouts(t):
 def odd_inputs(subject):
     """Inputs and incoming gradients of any layout give the numbers of contiguous ones."""
     for dtype in (torch.float32, *subject.low):
-        runs = _stock(subject, dtype)
+        budget = _budget(subject, dtype)
         for name, x in _layouts(subject.x.to(dtype)).items():
             leaf = x.detach().requires_grad_()
             assert leaf.stride() == x.stride(), name
-            _compare(subject.run("ours", dtype, x=leaf), runs, dtype)
+            _compare(subject.run("ours", dtype, x=leaf), budget)
         for dy in _layouts(subject.dy.to(dtype)).values():
-            _compare(subject.run("ours", dtype, dy=dy), runs, dtype)
+            _compare(subject.run("ours", dtype, dy=dy), budget)
 
 
 def expanded(subject):
@@ -163,7 +145,7 @@ def expanded(subject):
             def run(subject, which, kind, of_x=of_x, of_dy=of_dy):
                 return subject.run(which, kind, x=of_x(subject.x, kind), dy=of_dy(subject.dy, kind))
 
-            _compare(run(subject, "ours", dtype), _stock(subject, dtype, run), dtype)
+            _compare(run(subject, "ours", dtype), _budget(subject, dtype, run))
 
 
 def evaluation(subject):
@@ -173,7 +155,7 @@ def evaluation(subject):
         return subject.run(which, dtype, module=subject.module(which, dtype).eval())
 
     ours = run(subject, "ours", torch.float32)
-    _compare(ours, _stock(subject, torch.float32, run), torch.float32)
+    _compare(ours, _budget(subject, torch.float32, run))
 
 
 def nothing_mutated(subject):
@@ -258,7 +240,6 @@ def without_gradients(subject):
 def frozen(subject):
     """Frozen parameters get no gradient; with everything frozen, x still does, unless it asks
     for none."""
-    expected = subject.run("ours", torch.float32)
     module, x = subject.module("ours", torch.float32), subject.x.float().requires_grad_()
     module(x).backward(subject.dy.float())
     for name, parameter in module.named_parameters():
@@ -267,19 +248,16 @@ def frozen(subject):
     module.requires_grad_(False)
     module(x).backward(subject.dy.float())
     assert all(p.grad is None for p in module.parameters())
-    within_budget(x.grad, expected["dx"], expected["dx"].double(), torch.float32, "dx")
+    keep(_budget(subject, torch.float32), {"dx": x.grad})
     assert not module(subject.x.float()).requires_grad
 
 
 def input_without_gradient(subject):
     """Parameters train when x asks for no gradient."""
-    expected = subject.run("ours", torch.float32)
     module = subject.module("ours", torch.float32)
     module(subject.x.float()).backward(subject.dy.float())
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            exact = expected[name]
-            within_budget(parameter.grad, exact, exact.double(), torch.float32, name)
+    grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    keep(_budget(subject, torch.float32), grads)
 
 
 def infinities(subject):
@@ -350,14 +328,14 @@ def second_derivative(subject):
             grads = torch.autograd.grad(loss, [x, *trained.values()])
             return dict(zip(("dx", *trained), grads, strict=True))
 
-        runs = _stock(subject, torch.float32, run)
-        runs(0)  # the stock module's must work
+        budget = _budget(subject, torch.float32, run)
+        assert budget.stock, "the stock module's must work"
         try:
             ours = run(subject, "ours", torch.float32)
         except RuntimeError as error:
             assert "differentiable" in str(error), error
         else:
-            _compare(ours, runs, torch.float32)
+            _compare(ours, budget)
 
 
 def compiled(subject, backend="aot_eager"):
@@ -366,7 +344,7 @@ def compiled(subject, backend="aot_eager"):
     torch._dynamo.reset()  # one forward may be compiled eight times, whichever tests ran before
     call = torch.compile(module, fullgraph=True, backend=backend)
     ours = subject.run("ours", torch.float32, module=module, call=call)
-    _compare(ours, _stock(subject, torch.float32), torch.float32)
+    _compare(ours, _budget(subject, torch.float32))
 
 
 def generated(subject):

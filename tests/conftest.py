@@ -23,7 +23,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from long_tests import is_long
+from marks import keep_where_meant
 
 from samfast.integrations.torchvision import declare_missing_schemas
 
@@ -69,13 +69,12 @@ def same_numbers():
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if is_long(item.nodeid):
-            item.add_marker(pytest.mark.slow)
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    made = yield
+    if isinstance(made, list) and made:  # the cases of one test
+        keep_where_meant(made, strict=not torch.cuda.is_available())
+    return made
 
 
 SMALL_MODELS = ("models", "modules", "training")

@@ -69,6 +69,7 @@ def test_wheel_content(pure_wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_wheel_works_elsewhere_without_an_extension(pure_wheel, tmp_path):
     code = """
 import torch, samfast.kernels.lora_linear.op as op
@@ -84,6 +85,7 @@ print(backends.native_missing())
     assert why == "the native extension was not built (SAMFAST_BUILD=none)"
 
 
+@pytest.mark.slow_on_cpu("elsewhere")
 @pytest.mark.parametrize("where", ["checkout", "elsewhere"])
 def test_imports_of_this_installation(where, tmp_path):
     cwd = ROOT if where == "checkout" else tmp_path
@@ -92,6 +94,7 @@ def test_imports_of_this_installation(where, tmp_path):
     assert python(code, cwd, **path) == str(ROOT / "kernels" / "lora_linear" / "op.py")
 
 
+@pytest.mark.slow_on_cpu
 def test_an_editable_installation_works_elsewhere(tmp_path):
     try:
         installed = importlib.metadata.distribution("samfast")
@@ -151,8 +154,8 @@ def test_the_suite_without_the_extension(source_tree, tmp_path):
     )
     shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "benchmarks", tree / "benchmarks")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/kernels"]
-    command += ["tests/modules", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not (slow or slow_on_cpu)"]
+    command += ["tests/kernels", "tests/modules", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -167,6 +170,7 @@ print([name for name in {HEAVY} if name in sys.modules])
     assert python(code, ROOT) == "[]"
 
 
+@pytest.mark.slow_on_cpu
 def test_transformers_imports_from_the_checkout_root():
     code = """
 from samfast.integrations.torchvision import declare_missing_schemas
@@ -198,6 +202,7 @@ def test_an_old_setuptools_is_refused(source_tree, tmp_path):
     assert "samfast needs setuptools 77 or newer, this is 65.5.0" in done.stderr
 
 
+@pytest.mark.slow_on_cpu("cuda")
 @pytest.mark.parametrize(
     ("build", "environment", "sentence"),
     [
@@ -213,6 +218,7 @@ def test_a_build_asked_for_by_name_must_be_possible(source_tree, build, environm
     assert f"SAMFAST_BUILD={build} cannot be built: {sentence}" in done.stderr
 
 
+@pytest.mark.slow_on_cpu
 def test_auto_without_a_compiler_builds_pure_python_and_says_so(source_tree):
     record = source_tree / "samfast" / "_build.json"
     before = record.read_text() if record.exists() else None

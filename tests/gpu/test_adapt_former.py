@@ -29,14 +29,14 @@ from .proofs import (
     steps_under_replay,
 )
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 100 if CUDA else 1
 STEPS = 20 if CUDA else 2
 BACKEND = "triton" if triton_missing(DEVICE) is None else "torch"
 BOTTLENECK, WINDOW = (16, 14) if CUDA else (4, 2)
 SIDE, WIDTH, HEADS = (64, 1280, 16) if CUDA else (3, 16, 1)
 KINDS = ("alone", "block")
-LONG = () if CUDA else (pytest.mark.slow,)  # the interpreter takes its time
-BLOCK = [pytest.param(kind, marks=LONG if kind == "block" else ()) for kind in KINDS]
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +69,14 @@ def gradients(module, x, dy, seed=3):
     return [y.detach(), *torch.autograd.grad(y, [x, *trained(module)], dy)]
 
 
-@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=LONG)])
-@pytest.mark.parametrize("kind", BLOCK)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_every_time(kind, deterministic):
     call = problem(kind, torch.float16)
     same_bits(lambda: gradients(*call), REPEATS, deterministic)
 
 
-@pytest.mark.parametrize("kind", BLOCK)
+@pytest.mark.parametrize("kind", KINDS)
 def test_optimizer_steps_under_graph_replay_equal_eager(kind):
     """The branch's tensors, updated between replays, must be seen."""
 

@@ -16,6 +16,8 @@ from samfast.modules.cobot import CobotForward, relation
 from . import proofs
 from .proofs import CUDA, DEVICE, needs_gpu
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 250 if CUDA else 2
 LAYERS, WIDTH = (12, 768) if CUDA else (2, 16)
 BACKEND = "torch" if triton_missing(DEVICE) else "triton"

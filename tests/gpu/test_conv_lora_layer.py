@@ -15,6 +15,8 @@ from samfast.modules import ConvLoraLinear
 from . import proofs
 from .proofs import CUDA, DEVICE, needs_gpu
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 250 if CUDA else 2
 SHAPE = (25, 14, 14, 256) if CUDA else (2, 5, 6, 24)
 

@@ -16,6 +16,8 @@ from samfast.modules import KroneckerLinear, PHMLinear, QuaternionLinear
 from . import proofs
 from .proofs import CUDA, DEVICE, needs_gpu
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 250 if CUDA else 2
 TOKENS, INPUTS, OUTPUTS = (4096, 768, 3072) if CUDA else (12, 16, 32)
 N = 4

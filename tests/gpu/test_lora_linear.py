@@ -16,6 +16,8 @@ from samfast.modules import LoraLinear
 from . import proofs
 from .proofs import CUDA, DEVICE, needs_gpu
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 250 if CUDA else 3
 SHAPE = (4, 70, 70, 256) if CUDA else (2, 9, 24)
 BACKEND = "triton" if triton_missing(DEVICE) is None else "torch"

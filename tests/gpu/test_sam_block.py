@@ -20,6 +20,8 @@ from samfast.modules import LoraLinear, SamBlock
 from . import proofs
 from .proofs import CUDA, DEVICE, needs_gpu
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 100 if CUDA else 1
 STEPS = 20 if CUDA else 2
 BACKEND = "triton" if triton_missing(DEVICE) is None else "torch"
@@ -29,7 +31,6 @@ SIZES = {
     "windows": (64, 14, 1280, 16) if CUDA else (3, 2, 16, 1),
     "global": (64, 0, 768, 12) if CUDA else (2, 0, 16, 1),
 }
-LONG = () if CUDA else (pytest.mark.slow,)  # the interpreter takes its time
 
 
 @pytest.fixture(autouse=True)
@@ -73,15 +74,15 @@ def fused(kind, dtype=torch.float32):
     return block, x, dy
 
 
-@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=LONG)])
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=LONG), torch.float16])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_same_bits_every_time(kind, dtype, deterministic):
     call = fused(kind, dtype)
     proofs.same_bits(lambda: gradients(*call), REPEATS, deterministic)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("windows", marks=LONG), "global"])
+@pytest.mark.parametrize("kind", ["windows", "global"])
 def test_optimizer_steps_under_graph_replay_equal_eager(kind):
     """Factors updated between replays must be seen: nothing of them may be frozen in the graph."""
 

@@ -16,6 +16,8 @@ from samfast.kernels.task_core import cuda_path, middle_key
 from . import proofs
 from .proofs import CUDA, DEVICE, needs_gpu
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 250 if CUDA else 2
 SAMPLES, TOKENS, WIDTH = (6, 4096, 1024) if CUDA else (3, 5, 12)
 RANKS, TASKS = (32, 24, 4) if CUDA else (4, 3, 2), 3

@@ -13,6 +13,8 @@ from samfast.functional import window_relpos_attention
 from . import proofs
 from .proofs import CUDA, DEVICE, needs_gpu
 
+pytestmark = pytest.mark.slow_on_cpu
+
 REPEATS = 250 if CUDA else 1
 STEPS = 20 if CUDA else 3
 BACKEND = "triton" if triton_missing(DEVICE) is None else "torch"

@@ -1,73 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The budget over several draws: luck of the stock module is no failure, a larger error is one."""
+"""The budget: luck is not a failure, a larger error is one, and NaN excuses nothing."""
 
 import pytest
 import torch
-from budgets import FEW, all_within_budget, within_budget
+from budgets import all_within_budget, keep, within_budget
+
+from samfast.kernels._common.budget import ROUNDINGS, Budget
 
 EPS = torch.finfo(torch.float32).eps
 EXACT = torch.ones(1, dtype=torch.float64)
 
 
-def draws(errors, asked=None):
-    """redraw(i) whose stock module is errors[i] beside what is exact, then ever exact."""
+def after(*errors):
+    """A stock module whose runs are that far from one, and then exact; ``asked`` counts them."""
 
-    def redraw(i):
-        if asked is not None:
-            asked.append(i)
-        exact = EXACT * (1 + i)
-        return exact + (errors[i] if i < len(errors) else 0.0), exact
+    def run():
+        run.asked += 1
+        error = errors[run.asked - 1] if run.asked <= len(errors) else 0.0
+        return EXACT.float() + error
 
-    return redraw
+    run.asked = 0
+    return run
 
 
-def test_the_luck_of_one_draw_is_no_failure():
-    """Errors of 6 eps beside a stock module that has 0 and, in another draw, 4."""
-    ours = EXACT + 6 * EPS
-    with pytest.raises(AssertionError, match="dp: max-norm error"):
-        within_budget(ours, EXACT, EXACT, torch.float32, "dp")
-    within_budget(ours, EXACT, EXACT, torch.float32, "dp", draws([0, 0, 0, 4 * EPS]))
+def test_the_luck_of_one_run_is_no_failure():
+    """6 eps off, where the stock module is exact and, in another order of its sums, 4 eps off."""
+    ours = EXACT.float() + 6 * EPS
+    with pytest.raises(AssertionError, match=r"dp: max-norm error 7\.153e-07 is .* of the budget"):
+        within_budget(ours, after(), EXACT, torch.float32, "dp")
+    within_budget(ours, after(0, 0, 0, 4 * EPS), EXACT, torch.float32, "dp")
 
 
 def test_more_than_twice_the_largest_error_fails():
-    asked, ours = [], EXACT + 11 * EPS  # above 2 * (4 + 1)
-    with pytest.raises(AssertionError, match="dp: max-norm error"):
-        redraw = draws([0, 2 * EPS, 4 * EPS], asked)
-        within_budget(ours, EXACT, EXACT, torch.float32, "dp", redraw)
-    assert asked == list(range(1, FEW))
+    stock = after(0, 2 * EPS, 4 * EPS)
+    with pytest.raises(AssertionError, match="max-norm error"):
+        within_budget(EXACT.float() + 10 * EPS, stock, EXACT, torch.float32)
+    assert stock.asked == ROUNDINGS
 
 
-def test_neither_errors_nor_draws_without_end():
-    """NaN in a draw excuses nothing; a large tensor has one, unless more are asked for."""
-    with pytest.raises(AssertionError):
-        redraw = draws([0] + [float("nan")] * FEW)
-        within_budget(EXACT + 6 * EPS, EXACT, EXACT, torch.float32, "dp", redraw)
-    large = torch.arange(1, 1 + FEW, dtype=torch.float64)
-    repeated = EXACT.expand(FEW)  # one number all the same
-    for exact, least, last in (
-        (large, 1, 1),
-        (large, 3, 3),
-        (0 * EXACT, 1, FEW),
-        (repeated, 1, FEW),
-    ):
-        asked = []
-        with pytest.raises(AssertionError):
-            redraw = draws([], asked)
-            within_budget(exact + 999 * EPS, exact, exact, torch.float32, "dp", redraw, least)
-        assert asked == list(range(1, last))
+def test_what_is_within_a_few_roundings_asks_for_no_more():
+    stock = after(4 * EPS)
+    within_budget(EXACT.float() + 6 * EPS, stock, EXACT, torch.float32)
+    assert stock.asked == 1
 
 
-def test_each_name_asks_for_its_own_part():
-    """And a draw runs once for all of them."""
-    runs = []
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_excuses_nothing(value):
+    with pytest.raises(AssertionError, match="max-norm error"):
+        within_budget(EXACT + 6 * EPS, after(*[value] * ROUNDINGS), EXACT, torch.float32)
+    with pytest.raises(AssertionError, match=r"max-norm error (nan|inf)"):
+        within_budget(EXACT * value, after(), EXACT, torch.float32)
 
-    def redraw(i):
-        runs.append(i)
-        exact = [EXACT, 3 * EXACT]
-        return [exact[0], exact[1] + 4 * EPS], exact
 
-    ours, exact = [EXACT, EXACT + 6 * EPS], [EXACT, EXACT]
-    all_within_budget(ours, exact, exact, torch.float32, ["a", "b"], redraw)
-    with pytest.raises(AssertionError, match="a: "):
-        all_within_budget(ours[::-1], exact, exact, torch.float32, ["a", "b"], redraw)
-    assert runs == [1, *range(1, FEW)]
+def test_the_2_norm_sees_what_the_max_norm_does_not():
+    """Every number off by what the stock module's worst number is."""
+    exact = torch.ones(1000, dtype=torch.float64)
+    stock = exact.float()
+    stock[0] += 100 * EPS
+    with pytest.raises(AssertionError, match="2-norm error"):
+        within_budget(exact.float() + 100 * EPS, stock, exact, torch.float32)
+
+
+def test_the_least_error_is_that_of_its_precision():
+    """Of sums, and of the result in its own dtype: both where the stock module makes none."""
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).double()
+    ones = torch.ones(512, 1, dtype=torch.float64)
+    exact = x @ ones
+
+    def share(off, dtype, kind):
+        ours = (exact * (1 + off)).to(kind)
+        return Budget(exact.to(kind).double(), lambda: x @ ones, dtype).shares([ours])["0"]
+
+    assert share(1e-7, torch.float32, torch.float32) < 1 < share(1e-5, torch.float32, torch.float32)
+    assert (
+        share(1e-16, torch.float64, torch.float64) < 1 < share(1e-14, torch.float64, torch.float64)
+    )
+    stock = exact.bfloat16()
+    all_within_budget([exact.bfloat16()], stock, lambda: x @ ones, torch.bfloat16)
+
+
+def test_functions_find_the_same_random_numbers_and_leave_the_callers():
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    stock, exact = (lambda: torch.randn(9, 9).sum(1)), (lambda: torch.randn(9, 9).double().sum(1))
+    budget = Budget(stock, exact, torch.float32)
+    ours = budget.stock["0"] + 100
+    assert budget.problems([ours]) and not budget.problems([budget.exact["0"]])
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_results_by_name():
+    exact = {"a": EXACT, "b": 3 * EXACT}
+    budget = Budget({"a": EXACT.float(), "b": 3 * EXACT.float()}, exact, torch.float32)
+    keep(budget, {"b": 3 * EXACT})
+    with pytest.raises(AssertionError, match="b: max-norm error"):
+        keep(budget, {"a": EXACT, "b": EXACT})
+    with pytest.raises(AssertionError, match="no exact c"):
+        keep(budget, {"c": EXACT})
+    with pytest.raises(AssertionError, match="1 results beside 2 exact ones"):
+        all_within_budget([EXACT], [EXACT] * 2, [EXACT] * 2, torch.float32)
+    with pytest.raises(AssertionError, match=r"result: shape \(2,\) is not \(1,\)"):
+        within_budget(EXACT.expand(2), EXACT, EXACT, torch.float32)
+
+
+def test_results_without_numbers():
+    none = torch.empty(0, 3)
+    within_budget(none, none, none.double(), torch.float32)

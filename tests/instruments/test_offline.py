@@ -39,12 +39,14 @@ def test_planted_kernels():
     assert "7 compiles of 8 launches, 4 wrong" in text
 
 
+@pytest.mark.slow_on_cpu
 def test_a_product_less_exact_than_asked():
     code, text = gate("--archs", "100", *PLANTED, "--only", "narrowed")
     assert code == 1
     assert "NOT CLEAN, TF32 unasked" in text
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_cuda_sources(tmp_path):
     source = tmp_path / "planted.cu"

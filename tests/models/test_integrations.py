@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 HIDE = """
@@ -29,6 +31,7 @@ def run(code: str, hidden: str = "") -> str:
     return done.stdout
 
 
+@pytest.mark.slow_on_cpu
 def test_schemas_are_declared_only_where_torchvision_lacks_them():
     run("""
 import sys, torch
@@ -57,6 +60,7 @@ if declared:
 """)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_sam_trains_without_torchvision():
     run(
         """
@@ -101,6 +105,7 @@ else:
     )
 
 
+@pytest.mark.slow_on_cpu
 def test_without_segment_anything_one_sentence_says_how_to_install_it():
     out = run(
         """

@@ -80,6 +80,7 @@ def pooled(results):
     return {name: torch.cat(values) for name, values in groups.items()}
 
 
+@pytest.mark.slow_on_cpu("None")
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_equals_separate_decoder_calls(model, small, small_double, chunk):
     images = images_of(2)

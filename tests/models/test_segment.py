@@ -13,6 +13,7 @@ from samfast.models import decode, encode, segment, unused_by_segment
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
+@pytest.mark.slow_on_cpu("size0", "size1", "size3", "size7")
 @pytest.mark.parametrize(
     ("kind", "size"),
     [*((kind, (50, 95)) for kind in KINDS), ("none", (SIDE, SIDE)), ("three boxes", (95, 1))],
@@ -143,6 +144,7 @@ def test_empty_batches_and_no_objects(small, batch, count):
     assert segment(small, images).shape == (batch, 1, 30, 40)
 
 
+@pytest.mark.slow_on_cpu
 def test_compiles_without_a_graph_break(small):
     images = torch.randint(0, 256, (1, 3, 30, SIDE), dtype=torch.uint8)
     arguments = prompts("boxes and points", 1, (30, SIDE))

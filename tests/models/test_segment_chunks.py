@@ -132,6 +132,7 @@ def test_every_run_gives_the_same_bits(small):
         assert all(torch.equal(other[name], first[name]) for name in first)
 
 
+@pytest.mark.slow_on_cpu
 def test_what_is_kept_is_no_decoder_graph(small):
     """Of each object only its prompt tokens and its masks, seen by hooks and by living storages."""
     embeddings = torch.randn(1, 256, SIDE // 16, SIDE // 16, requires_grad=True)
@@ -176,6 +177,7 @@ def test_nothing_to_decode(small, batch, count):
     assert logits.shape == (batch, count, 30, 40)
 
 
+@pytest.mark.slow_on_cpu
 def test_compiles_without_a_graph_break(small):
     images, arguments = images_of(1), prompts("three boxes", 1, SIZE)
     compiled = torch.compile(segment, fullgraph=True, backend="eager")

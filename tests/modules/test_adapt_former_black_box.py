@@ -75,6 +75,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow_on_cpu("triton", "generated")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):

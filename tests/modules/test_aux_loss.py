@@ -296,6 +296,7 @@ def test_frozen_adapters_give_a_constant(build, images):
         assert model.mask_decoder.lin1.weight.grad is not None
 
 
+@pytest.mark.slow_on_cpu
 def test_compiled_model(build, images):
     model = build()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

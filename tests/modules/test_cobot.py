@@ -41,6 +41,7 @@ def layers_of(tensors, dtype):
     return layers
 
 
+@pytest.mark.slow_on_cpu("triton-alone")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_golden(backend, together, monkeypatch):
@@ -306,6 +307,7 @@ def test_copies_and_pickles_share_among_themselves(tiny_sam, images):
         assert equal(step(other.image_encoder, images), step(sam.image_encoder, images))
 
 
+@pytest.mark.slow_on_cpu
 def test_compiled_whole(tiny_sam, images):
     encoder = attached(tiny_sam()).image_encoder
     compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
@@ -386,6 +388,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("name", PAIRS)
 def test_launches_of_a_whole_encoder(tiny_sam, images, name, monkeypatch):
     """In fused blocks nothing more than without a relation, whatever their number."""

@@ -50,6 +50,7 @@ def layers_of(tensors, dtype):
     return layers
 
 
+@pytest.mark.slow_on_cpu("cuda-alone", "triton-alone")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_golden(backend, together, monkeypatch):

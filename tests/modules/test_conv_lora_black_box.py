@@ -40,6 +40,7 @@ INTERPRETED = (black_box.error_budget, black_box.empty_batch)
 CASES = [("auto", False), ("auto", True), ("torch", True), ("triton", False), ("triton", True)]
 
 
+@pytest.mark.slow_on_cpu("triton", "generated")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
     ("backend", "depthwise"), CASES, ids=[f"{b}-{'depthwise' if d else 'full'}" for b, d in CASES]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from samfast.modules import ConvLoraLinear
@@ -24,6 +25,7 @@ print("compiled first")
 """
 
 
+@pytest.mark.slow_on_cpu
 def test_the_first_call_of_a_process_may_be_a_compiled_one():
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment["PYTHONPATH"] = str(ROOT)
@@ -32,6 +34,7 @@ def test_the_first_call_of_a_process_may_be_a_compiled_one():
     assert done.stdout.strip() == "compiled first", done.stderr
 
 
+@pytest.mark.slow_on_cpu
 def test_batches_and_token_counts_may_change():
     torch.manual_seed(0)
     layer = ConvLoraLinear(12, 18, experts=3).train()

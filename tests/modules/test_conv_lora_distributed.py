@@ -13,6 +13,7 @@ from two_ranks import STEPS
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.skipif(
     not torch.distributed.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"
 )

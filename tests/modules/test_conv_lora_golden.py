@@ -71,6 +71,7 @@ def run(module, tensors, call):
     return found
 
 
+@pytest.mark.slow_on_cpu("scale2-triton", "tokens_train-triton")
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton", "cuda"])
 @pytest.mark.parametrize(
     "path", CASES, ids=[path.stem.removeprefix("conv_lora_") for path in CASES]

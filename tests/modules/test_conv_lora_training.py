@@ -74,6 +74,7 @@ def compare(attached, stock, forward, images, target):
     assert (ours.sum(1) - theirs.sum(1)).abs().max() <= 2e-6
 
 
+@pytest.mark.slow_on_cpu("depthwise")
 @pytest.mark.parametrize("depthwise", [False, True], ids=["full", "depthwise"])
 def test_converges_as_the_literal_method(toy, depthwise):
     torch.manual_seed(0)
@@ -83,6 +84,7 @@ def test_converges_as_the_literal_method(toy, depthwise):
     compare(attached, toy(width=24), lambda model, x: model(x), images, target)
 
 
+@pytest.mark.slow_on_cpu
 def test_vit_tiny_converges_as_the_literal_method(tiny_sam, data):
     torch.manual_seed(0)
     # A block with windows and one without; the others would only take time.

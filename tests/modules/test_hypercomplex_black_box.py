@@ -85,6 +85,7 @@ def quaternion():
 KINDS = {"PHMLinear": phm, "PHMLinear-factored": factored, "QuaternionLinear": quaternion}
 
 
+@pytest.mark.slow_on_cpu("triton", "generated")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])

@@ -13,6 +13,7 @@ from samfast.modules import KroneckerLinear
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow_on_cpu("triton", "generated")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_black_box(check, backend, monkeypatch):

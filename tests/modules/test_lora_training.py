@@ -83,6 +83,7 @@ def test_converges_as_the_literal_method(toy, method):
     assert (ours - theirs).abs().max() <= 2e-6
 
 
+@pytest.mark.slow_on_cpu
 def test_vit_tiny_converges_as_the_literal_method(tiny_sam):
     torch.manual_seed(0)
     attached = samfast.attach(tiny_sam(), samfast.Lora(rank=4), train=())

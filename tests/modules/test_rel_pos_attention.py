@@ -22,6 +22,7 @@ def test_attention_of_maps(height, width, tables, backend, monkeypatch):
     check_all_dtypes(subject(attention(tables or (height, width)), 2, height, width))
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_attention_of_a_large_map(backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)

@@ -44,6 +44,7 @@ CASES = [
 INTERPRETED = (black_box.error_budget, black_box.empty_batch)
 
 
+@pytest.mark.slow_on_cpu("torch", "triton", "generated")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):

@@ -84,6 +84,7 @@ def pair(request, toy):
     return attached, literal, torch.randn(8, 3, 16, 16), torch.rand(8, 16).round()
 
 
+@pytest.mark.slow_on_cpu("cobot-lora")
 def test_converges_as_the_literal_method(pair):
     attached, literal, *data = pair
     ours, theirs = train(attached, *data), train(literal, *data)
@@ -91,6 +92,7 @@ def test_converges_as_the_literal_method(pair):
     assert (ours - theirs).abs().max() <= 2e-6
 
 
+@pytest.mark.slow_on_cpu
 def test_in_bfloat16(pair):
     attached, literal, *data = pair
     ours, theirs = (train(model, *data, dtype=torch.bfloat16) for model in (attached, literal))

@@ -86,6 +86,7 @@ def same(ours, stock, exact, dtype):
         within_budget(value, stock[name], exact[name].double(), dtype, name)
 
 
+@pytest.mark.slow_on_cpu(but=["everywhere", "conv-lora", "conv-lora, mlp"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_whole_encoder(method, move):
     """Against segment_anything's blocks with the same adapters and noise: float64 and the budget.
@@ -238,6 +239,7 @@ def test_predictor_and_mask_generator(method, move, monkeypatch):
         assert mine["bbox"] == other["bbox"] and mine["point_coords"] == other["point_coords"]
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     ("method", "batches"),
     [

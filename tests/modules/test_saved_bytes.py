@@ -27,6 +27,7 @@ def model(request):
     return request.param, saved.encoder(request.param, DTYPE)
 
 
+@pytest.mark.slow_on_cpu(but=["vit_b", "vit_h-fast"])
 @pytest.mark.parametrize("memory", MEMORY)
 def test_little_more_than_the_floor(model, memory, monkeypatch):
     """By what is passed to autograd, and by what is alive after the forward; for "minimal" with
@@ -43,6 +44,7 @@ def test_little_more_than_the_floor(model, memory, monkeypatch):
     assert found.hooks + again <= most * saved.floor(fused, memory, DTYPE)
 
 
+@pytest.mark.slow_on_cpu("minimal")
 @pytest.mark.parametrize("memory", ["fast", "minimal"])
 @pytest.mark.parametrize(
     ("method", "width"),

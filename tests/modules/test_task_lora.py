@@ -57,6 +57,7 @@ def results(tensors, enabled, dtype, together):
     return {name: t.grad if name.startswith("grad.") else t for name, t in found.items()}
 
 
+@pytest.mark.slow_on_cpu("triton-alone", "ta_lora_qkv-triton")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 @pytest.mark.parametrize("name", FILES)
@@ -155,6 +156,7 @@ def with_literal_layers(encoder):
     return encoder.double()
 
 
+@pytest.mark.slow_on_cpu("one", "minimal", "balanced")
 @pytest.mark.parametrize("memory", [None, "fast", "balanced", "minimal"])
 @pytest.mark.parametrize("task", [1, MIXED], ids=["one", "mixed"])
 def test_blocks_and_the_literal_form(attached, images, one_layout, memory, task):
@@ -191,6 +193,7 @@ def test_checkpointed_blocks(attached, images, reentrant):
     assert all(torch.equal(plain[name], p.grad) for name, p in trained.items())
 
 
+@pytest.mark.slow_on_cpu
 def test_compiled_whole(attached, images):
     encoder = attached().image_encoder
     plain = step(encoder, images, MIXED)

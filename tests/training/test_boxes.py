@@ -174,6 +174,7 @@ def seen(monkeypatch):
     return batches
 
 
+@pytest.mark.slow_on_cpu
 def test_the_same_seed_gives_the_same_bytes_and_the_boxes_are_those_of_the_data(
     run, tmp_path, seen
 ):

@@ -108,6 +108,7 @@ def test_a_schedule_resumes_where_it_was():
     assert part + list(rates(*second, 4)) == whole
 
 
+@pytest.mark.slow_on_cpu
 def test_the_balancing_loss_is_trained_with_weight_one(shared_data, tmp_path, monkeypatch):
     """Without the task's loss the gates move all the same, and the loss is the balance alone."""
     monkeypatch.setitem(LOSSES, "structure", lambda logits, *_: 0.0 * logits.sum())
@@ -162,6 +163,7 @@ def test_predict_writes_masks_that_score_the_same(run, tmp_path, capsys):
     assert scores.compute() == (summary["val_dice"], summary["val_iou"])
 
 
+@pytest.mark.slow_on_cpu
 def test_two_runs_with_one_seed_are_equal(run, tmp_path):
     settings, _ = run
     again = replace(settings, output=tmp_path / "again")

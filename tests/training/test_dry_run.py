@@ -145,6 +145,7 @@ quick = [pytest.param(options, id=name) for name, options in CASES.items()]
 slow = [pytest.param(o, id=name, marks=pytest.mark.slow) for name, o in MORE.items()]
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("options", quick + slow)
 def test_equals_a_real_step(monkeypatch, tmp_path, options):
     """And leaves nothing behind: no setting, no random number, no fake tensor in a cache."""
@@ -190,6 +191,7 @@ def test_trying_a_backend_takes_no_random_number():
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("base", [pytest.param("auto", marks=pytest.mark.slow), "bfloat16"])
 def test_casts_as_autocast_does(monkeypatch, base):
     """To a few numbers a norm: torch's fake LayerNorm has another dtype for its statistics."""
@@ -222,6 +224,7 @@ def test_options_save_what_they_promise():
     assert chunked["step"] - chunked["encoder"] < 0.4 * (whole["step"] - whole["encoder"])
 
 
+@pytest.mark.slow_on_cpu
 def test_the_command_needs_no_file_and_writes_none(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--model", "vit_tiny", "--image-size", 64, "--batch-size", 3, "--rank", 2)
@@ -243,6 +246,7 @@ def test_the_command_needs_no_file_and_writes_none(capsys, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow_on_cpu
 def test_boxes_are_counted():
     result = dry_run.dry_run(FinetuneSettings(**COMMON, prompt="box"))
     image, mask, size, box = 3 * 112 * 112, 112 * 112, 2 * 8, 4 * 4
@@ -250,6 +254,7 @@ def test_boxes_are_counted():
     assert result["prompt"] == "box" and "1 object per image and its box" in dry_run.text(result)
 
 
+@pytest.mark.slow_on_cpu("cobot-adaptformer")
 @pytest.mark.parametrize(
     "method", [pytest.param("cobot-lora", marks=pytest.mark.slow), "cobot-adaptformer", "kronecker"]
 )

@@ -136,6 +136,7 @@ def test_predict_writes_masks_that_score_the_same(run, tmp_path, capsys):
     assert scores.compute() == (summary["val_dice"], summary["val_iou"])
 
 
+@pytest.mark.slow_on_cpu
 def test_two_runs_with_one_seed_are_equal(run, tmp_path):
     settings, _ = run
     finetune(replace(settings, output=tmp_path / "again"))

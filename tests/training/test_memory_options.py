@@ -104,6 +104,7 @@ def run(*arguments):
     assert cli.main([str(argument) for argument in arguments]) == 0
 
 
+@pytest.mark.slow_on_cpu
 def test_the_same_training_whatever_is_kept(shared_data, tmp_path):
     """To the bit on a CPU; and in bfloat16, with chunks, to an adapter that predicts."""
     common = ["finetune", "--data", shared_data, "--model", "vit_tiny", "--image-size", 64]

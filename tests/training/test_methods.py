@@ -159,6 +159,7 @@ def test_without_relation_it_has_no_rate():
         samfast.parameter_groups(sam, 1e-3, 0.1, relation_lr=0.1)
 
 
+@pytest.mark.slow_on_cpu(but=["lora"])
 @pytest.mark.parametrize(
     "method",
     [

@@ -49,6 +49,7 @@ def test_opcheck(backend, requires_grad):
     torch.library.opcheck(torch.ops.samfast.adapt_former, arguments)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [

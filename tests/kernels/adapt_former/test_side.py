@@ -242,6 +242,7 @@ def test_whole_blocks_in_triton(dtype):
         assert all(torch.equal(value, again[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter has cases of its own")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -35,6 +35,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow_on_cpu("v1", "v6", "v16")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.id}-{case.mean}")
 def test_budget(case, dtype):

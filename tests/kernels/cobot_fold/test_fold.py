@@ -22,6 +22,7 @@ def skip_unless(backend):
         pytest.skip(reason)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -49,6 +50,7 @@ def of_kinds(sources, kinds):
     return [c.to(kinds[0]), p.to(kinds[0]), *lists]
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SMALL, ids=str)

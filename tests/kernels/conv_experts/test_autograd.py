@@ -34,6 +34,7 @@ def test_opcheck(requires_grad, backend):
     torch.library.opcheck(torch.ops.samfast.conv_experts, arguments)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_of_the_two_halves(backend):
     if reason := runnable(backend):
@@ -68,6 +69,7 @@ def test_compile_fullgraph():
     assert all(torch.equal(e, t) for e, t in zip(expected, actual, strict=True))
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
 def test_only_the_wanted_gradients_are_made(backend, wanted):
@@ -82,6 +84,7 @@ def test_only_the_wanted_gradients_are_made(backend, wanted):
         assert_alike(grad, full[i + 1])
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_memory(backend):
     if reason := runnable(backend):
@@ -107,6 +110,7 @@ def test_odd_memory(backend):
         all_within_budget(*results, torch.float32, NAMES)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_are_not_written_and_bits_repeat(backend):
     if reason := runnable(backend):

@@ -85,6 +85,7 @@ def published_cases():
             yield pytest.param(path, backend, id=f"{path.stem[10:]}-{backend}", marks=marks)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize(("path", "backend"), list(published_cases()))
 def test_published_numbers(path, backend):
     """The published module is the stock one of the budget; float64 of the same formula is exact."""
@@ -149,6 +150,7 @@ def fresh_noise(layer, backend):
     return layer.both(backend, noise=torch.randn_like(layer.noise))
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_fourteen_launches_and_no_sync(depthwise, capsys):
     if reason := runnable("triton"):
@@ -177,6 +179,7 @@ def test_the_native_experts_count_three_launches():
     assert counts["conv_experts_backward"] == 2
 
 
+@pytest.mark.slow_on_cpu
 def test_no_large_allocation():
     """Nothing much larger than h beside the layer's own x, y and their partial sums."""
     if reason := runnable("triton"):
@@ -198,6 +201,7 @@ def test_no_large_allocation():
     assert count(call).largest <= max(6 * h.numel() * 4, weights)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saved_bytes(backend):
     """x, h, z, a choice and r numbers a sample, 2·r·M numbers; the noise is an input."""
@@ -210,6 +214,7 @@ def test_saved_bytes(backend):
     assert saved.hooks == 2 * tokens * rank * 4 + samples * (8 + rank * 4) + 2 * rank * experts * 4
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_that_is_not_used_gives_the_gate_zeros(backend):
     if reason := runnable(backend):

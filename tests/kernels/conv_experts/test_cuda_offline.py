@@ -24,6 +24,7 @@ def check(archs):
         assert all(kernel.clean for kernel in kernels), kernels
 
 
+@pytest.mark.slow_on_cpu
 @needs_nvcc
 def test_quick():
     """The target with the least shared memory; at the highest rank the source asserts its share."""

@@ -34,6 +34,7 @@ PADDED = Windows(1, 20, 17, 14, 14)
 SMALL = Windows(1, 3, 4, 3, 2)
 
 
+@pytest.mark.slow_on_cpu(but=["2x14x14x14x14-r3-23"])
 @pytest.mark.parametrize("problem", EVERY_SCALE + CHANNELS, ids=lambda problem: problem.id)
 def test_values(problem):
     exact, stock = problem.literal(torch.float64), problem.literal(torch.float32)
@@ -41,6 +42,7 @@ def test_values(problem):
     all_within_budget(ours, stock, exact, torch.float32, RESULTS)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float16, marks=SLOW), torch.bfloat16]
 )
@@ -96,6 +98,7 @@ def test_launches(guarded_kernels):
     assert guarded_kernels.launches - before == 3
 
 
+@pytest.mark.slow_on_cpu(but=["True", "needs2"])
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("balanced", [True, False])
 def test_only_what_is_needed(needs, balanced, guarded_kernels):

@@ -42,6 +42,7 @@ def run(leaves, noise, backend, **options):
     return index, [loss, *torch.autograd.grad(loss, leaves)]
 
 
+@pytest.mark.slow_on_cpu("triton-34x1x2x5x3", "triton-25x14x14x3x8")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(

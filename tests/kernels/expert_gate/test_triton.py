@@ -73,6 +73,7 @@ def test_narrow_inputs(dtype):
     check(PADDED, 3, 4, dtype)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("forced", [True, False])
 def test_more_samples_than_a_block(forced):
     check(Windows.whole(70, 2, 3), 5, 4, forced=forced)

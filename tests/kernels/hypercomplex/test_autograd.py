@@ -54,6 +54,7 @@ def test_opcheck(requires_grad):
     torch.library.opcheck(torch.ops.samfast.kronecker_weight, arguments)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_opcheck_of_the_backwards(backend):
     """What the fakes promise is what the bodies return, strides too."""
     tensors, dy = CASE.tensors(torch.float32)
@@ -96,6 +97,7 @@ def test_compile_fullgraph():
     assert all(torch.equal(e, t) for e, t in zip(*results, strict=True))
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_autocast_is_as_good_as_a_stock_linear_layer(backend):
     dtype = torch.float16 if backend == "triton" and DEVICE.type == "cpu" else torch.bfloat16
     (x, rules, weights, bias, _), dy = Case(n=4, rows=12, columns=9).tensors(torch.float32)
@@ -130,6 +132,7 @@ def test_saves_x_alone():
     assert (saved.hooks, saved.living) == (0, 0)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 2), (1, 3)])
 def test_only_the_wanted_gradients_are_made(wanted, backend):
     tensors, dy = CASE.tensors(torch.float32)
@@ -148,6 +151,7 @@ def test_only_the_wanted_gradients_are_made(wanted, backend):
         assert call.launches["sum_kernel"] == (1 in wanted)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_counts_are_those_of_the_costs(backend):
     """Forward: H and the product. Backward: H, dx, dH and its two passes. No sync."""
     case = Case(n=4, rows=8, columns=8, tokens=(96,))
@@ -178,6 +182,7 @@ def layouts(t):
     return gaps[..., 2:-3], turned, t[:1].expand_as(t)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_odd_memory(backend):
     """Of x, dy and every parameter."""
     tensors, dy = CASE.tensors(torch.float32)
@@ -202,6 +207,7 @@ def test_odd_memory(backend):
             all_within_budget(*results, torch.float32, NAMES)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_nothing_is_written_and_bits_repeat(backend):
     tensors, dy = CASE.tensors(torch.float32)
     before = [t.detach().clone() for t in (*tensors, dy)]
@@ -218,6 +224,7 @@ def test_nothing_is_written_and_bits_repeat(backend):
     assert all(torch.equal(b, t) for b, t in zip(before, (*tensors, dy), strict=True))
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_an_empty_batch(backend):
     tensors, dy = Case(n=2, rows=3, columns=4, tokens=(0, 5), base=True).tensors(torch.float32)
     y = CASE.call(tensors, backend)

@@ -41,6 +41,7 @@ def test_their_product_is_the_sum_of_kronecker_products(case):
             assert torch.equal(lora_b @ lora_a, expected)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_values(case, dtype, backend):

@@ -41,6 +41,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(call, tensors)
 
 
+@pytest.mark.slow_on_cpu("torch")
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_opcheck(requires_grad, backend):
@@ -51,6 +52,7 @@ def test_opcheck(requires_grad, backend):
     torch.library.opcheck(torch.ops.samfast.lora_linear, arguments)
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_of_the_two_halves(backend):
     """With factors in a transposed layout: what the fakes promise is what the bodies return."""
@@ -103,6 +105,7 @@ def test_compile_slices_of_a_rank_that_changes(shared):
         assert torch.equal(made, lora_linear(*leaves, b, 0.5, slices=slices))
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_is_as_good_as_a_stock_linear_layer(backend):
     if reason := runnable(backend):
@@ -189,6 +192,7 @@ def test_frozen_adapters_save_no_activation():
     del y
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", [(0,), (3,), (4,), (1, 2), (2, 4)])
 def test_only_the_wanted_gradients_are_made(backend, wanted):
@@ -203,6 +207,7 @@ def test_only_the_wanted_gradients_are_made(backend, wanted):
         all_within_budget([grad], [full[i]], [full[i].double()], torch.float32, [NAMES[i + 1]])
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_odd_memory(backend):
     if reason := runnable(backend):
@@ -233,6 +238,7 @@ def _in_float64(x, weight, bias, a, b, dy):
     return [y, *torch.autograd.grad(y, [x, a, b], dy.double())]
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_and_incoming_gradients_are_not_written(backend):
     if reason := runnable(backend):
@@ -243,6 +249,7 @@ def test_inputs_and_incoming_gradients_are_not_written(backend):
     assert all(torch.equal(b, t) for b, t in zip(before, (*tensors, dy), strict=True))
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_infinity_spreads_as_in_a_stock_layer(backend):
     if reason := runnable(backend):

@@ -28,6 +28,7 @@ def layer(dtype=torch.float32, backend="triton", **options):
     return (x, weight, bias, a, b), forward, both
 
 
+@pytest.mark.slow_on_cpu("dtype1")
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

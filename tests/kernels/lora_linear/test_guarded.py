@@ -25,6 +25,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow_on_cpu("float16", "forward")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -122,6 +123,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow_on_cpu
 def test_offsets_beyond_two_to_the_31():
     root = Path(__file__).parents[3]
     command = [sys.executable, "-c", FAR_ROWS]

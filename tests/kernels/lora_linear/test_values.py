@@ -48,6 +48,7 @@ def backend_parameters():
     return parameters
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize(("backend", "dtype"), backend_parameters())
 @pytest.mark.parametrize("case", AWKWARD + SAM, ids=lambda case: case.id)
 def test_error_budget(case, backend, dtype):

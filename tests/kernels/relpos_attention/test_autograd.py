@@ -49,6 +49,7 @@ def test_opcheck(case, requires_grad, backend):
     torch.library.opcheck(operator, (*inputs, windows, 0.25, backend))
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
 def test_opcheck_of_the_two_halves(case, backend):
@@ -67,6 +68,7 @@ def test_opcheck_of_the_two_halves(case, backend):
         torch.library.opcheck(backward, grads, test_utils=checks)
 
 
+@pytest.mark.slow_on_cpu("windows")
 @pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
 def test_compile_fullgraph(case):
     leaves, dout = case.tensors(torch.float32)
@@ -112,6 +114,7 @@ def test_a_table_resized_by_shapes_alone_leaves_no_trace():
     assert torch.autograd.grad(case.call(leaves, "torch"), leaves, dout)[3].isfinite().all()
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
 def test_only_the_wanted_gradients_are_made(case, backend):
@@ -125,6 +128,7 @@ def test_only_the_wanted_gradients_are_made(case, backend):
         assert_alike(grad, full[wanted])
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
 def test_an_expanded_gradient_is_like_a_dense_one(case, backend):

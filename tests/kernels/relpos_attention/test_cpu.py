@@ -55,6 +55,7 @@ def test_maps_of_other_shapes(windows, dtype):
     Call(windows).check(cpu_path, dtype)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_global_map_of_sam():
     Call(Windows.whole(1, 64, 64), heads=1, head_dim=64).check(cpu_path)
 

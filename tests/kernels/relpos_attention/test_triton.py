@@ -41,6 +41,7 @@ def tiles(monkeypatch):
     monkeypatch.setattr(tiling, "_sizes", lambda *_: [16, 16, 4, 1])
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     ("pads", "dtype"),
     [
@@ -54,12 +55,14 @@ def test_padded_windows(pads, dtype):
     Call(PADDED, heads=1, pads=pads).check(kernels, dtype)
 
 
+@pytest.mark.slow_on_cpu(but=["one-hot-None"])
 @pytest.mark.parametrize("pads", ["bias", "rows", None])
 @pytest.mark.parametrize("windows", [SMALL, Windows(1, 3, 19, 2, 18)], ids=["one-hot", "lines"])
 def test_kinds_of_padding(windows, pads):
     Call(windows, heads=1, pads=pads).check(kernels)
 
 
+@pytest.mark.slow_on_cpu("1x9x13x9x13")
 @pytest.mark.parametrize(
     "windows",
     [
@@ -92,10 +95,12 @@ def test_heads_in_two_parts(head_dim, dtype):
         Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
 
 
+@pytest.mark.slow_on_cpu
 def test_several_tiles_to_a_line(tiles):
     Call(TWO_TILES, heads=1).check(kernels)
 
 
+@pytest.mark.slow_on_cpu
 def test_tiles_that_are_full(tiles):
     """No masks where every tile of queries and of keys is full."""
     Call(Windows.whole(1, 2, 32), heads=1).check(kernels)
@@ -128,6 +133,7 @@ def of_tokens(layout):
     return lambda t: layout(t) if t.dim() == 5 else t
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("layout", [packed, turned, spread])
 @pytest.mark.parametrize(
     "windows",
@@ -151,6 +157,7 @@ def test_dout_seen_everywhere():
     assert equal(seen, dense)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(("want_pads", "need_tables"), [(True, False), (False, True)])
 def test_only_what_is_wanted(want_pads, need_tables, guarded_kernels):
     windows = SMALL
@@ -164,6 +171,7 @@ def test_only_what_is_wanted(want_pads, need_tables, guarded_kernels):
     assert all(torch.equal(a, b) for a, b in zip(some, every, strict=True) if a is not None)
 
 
+@pytest.mark.slow_on_cpu("one-hot")
 @pytest.mark.parametrize("windows", [SMALL, TWO_TILES], ids=["one-hot", "lines"])
 def test_every_order_gives_the_same_bits(windows):
     results = []
@@ -200,6 +208,7 @@ def test_limits():
     assert "programs" in sentence(Windows.whole(2**20, 64, 64))
 
 
+@pytest.mark.slow_on_cpu
 def test_negative_and_no_scale():
     """The bias does not hang on the scale."""
     for scale, windows in ((-0.3, TWO_TILES), (0.0, Windows.whole(1, 2, 3))):
@@ -275,6 +284,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow_on_cpu
 def test_offsets_beyond_two_to_the_31():
     root = Path(__file__).parents[3]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -40,6 +40,7 @@ def test_budget(case, backend, dtype):
     all_within_budget(ours, stock, exact, dtype, case.names)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("backend", WHOLE)
 def test_a_map_of_sam(backend):
     """Each of float16's products over it takes long on a CPU."""

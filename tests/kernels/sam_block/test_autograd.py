@@ -179,6 +179,7 @@ def pieces(case, width):
     return saved
 
 
+@pytest.mark.slow_on_cpu("torch.bfloat16", "minimal-auto", "balanced-torch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @MEMORY

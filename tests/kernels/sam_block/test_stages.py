@@ -43,11 +43,13 @@ def path(request):
     return torch_path if request.param == "torch" else kernels()
 
 
+@pytest.mark.slow_on_cpu("triton-21x33", "triton-21x48", "triton-21x100")
 @pytest.mark.parametrize("call", CASES, ids=lambda call: call.id)
 def test_budget(path, call):
     call.check(path, low_rank=path is not torch_path)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("residual", [torch.float32, BRAIN])
 def test_bfloat16_products(residual):
     Call(70, 1280, rank=4, dtype=BRAIN, residual=residual).check(kernels(), low_rank=True)
@@ -88,6 +90,7 @@ def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
     assert h is h_alone is None or torch.equal(h, h_alone)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_far_from_zero(path):
     """A variance from one pass of squares would be rounding alone, here as large as x's own."""
     for call in (Call(mean=1e3, spread=0.1), Call(mean=1e3, spread=0.1, dtype=HALF)):

@@ -114,6 +114,7 @@ BLOCKS = {
 SLOW = [pytest.mark.slow]
 
 
+@pytest.mark.slow_on_cpu("dtype0")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -163,6 +164,7 @@ class Adapted:
         return {"y": y.detach(), **dict(zip(("x", *named), grads, strict=True))}
 
 
+@pytest.mark.slow_on_cpu("3")
 @pytest.mark.parametrize(
     ("kind", "rank"), [("windows", 3), ("global", 0), pytest.param("global", 3, marks=SLOW)]
 )
@@ -274,6 +276,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow_on_cpu
 def test_offsets_beyond_two_to_the_31():
     root = Path(__file__).parents[3]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

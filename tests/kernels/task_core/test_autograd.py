@@ -44,6 +44,7 @@ def test_opcheck(requires_grad):
         torch.library.opcheck(packet.task_core_product, (*arguments, backend))
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_opcheck_of_the_backwards(backend):
     """What the fakes promise is what the bodies return, strides too."""
     h, dz = torch.randn(36, 6, device=DEVICE), torch.randn(36, 5, device=DEVICE)
@@ -108,6 +109,7 @@ def literal(x, weight, a, b, cores, factors, task):
     return x
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("task", [[1], [0, 1, 2], [3, 0, 0, 3, 1, 1]], ids=str)
 def test_middle_map(task, backend):
     """In the engine, with every gradient; the same tasks for rows of one entry, and of each."""
@@ -142,6 +144,7 @@ def test_compile_the_function():
     assert all(torch.equal(e, t) for e, t in zip(*results, strict=True))
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_launches(backend):
     """Product 1 + 1, cores 2 + 3 whatever the number of layers; no host sync."""
     (h, core, factor), dz = CASE.tensors(torch.float32)
@@ -162,6 +165,7 @@ def test_launches(backend):
         assert [c.total_launches for c in counts] == [1, 1, 2, 3]
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_nothing_as_wide_as_the_update_is_made(backend):
     """The largest tensor of a layer is y, however many tasks there are."""
     tensors, task = layer_tensors(), torch.tensor([1], device=DEVICE)
@@ -175,6 +179,7 @@ def test_nothing_as_wide_as_the_update_is_made(backend):
     assert count(call).largest <= max(4 * x.numel(), 4 * 2 * parts * 4 * 8 * 5)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_saves_h_and_one_m(backend):
     (h, core, factor), _ = CASE.tensors(torch.float32)
     known = [h, core, factor]
@@ -182,6 +187,7 @@ def test_saves_h_and_one_m(backend):
     assert saved.living <= 4 * 3 * 6 * 5 + 8 * 2  # M and the tasks
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_only_the_wanted_gradients_are_made(backend):
     tensors, dz = CASE.tensors(torch.float32)
     full = torch.autograd.grad(CASE.call(tensors, backend), tensors, dz)
@@ -200,6 +206,7 @@ def layouts(t):
     return gaps[..., 2:-3], turned, t[:1].expand_as(t)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_odd_memory(backend):
     """Of h, both parameters and dz: the bits of the same values in dense memory."""
     tensors, dz = CASE.tensors(torch.float32)
@@ -222,6 +229,7 @@ def test_odd_memory(backend):
             all_within_budget(*results, exact, torch.float32, NAMES)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_nothing_is_written_and_bits_repeat(backend):
     tensors, dz = CASE.tensors(torch.float32)
     before = [t.detach().clone() for t in (*tensors, dz)]
@@ -238,6 +246,7 @@ def test_nothing_is_written_and_bits_repeat(backend):
     assert all(torch.equal(b, t) for b, t in zip(before, (*tensors, dz), strict=True))
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("task", [1, (0, 1, 2), ()], ids=str)
 def test_an_empty_batch(task, backend):
     case = Case(shape=(0, 5), task=task)
