@@ -19,21 +19,28 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One body compiled for three instruction sets; the loader picks at start-up.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SAMFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SAMFAST_CLONES
-#endif
+// Floats in registers of kBytes, and as many integers.
+template <int kBytes>
+struct Lanes {
+  typedef float Vector __attribute__((vector_size(kBytes)));
+  typedef int32_t Integers __attribute__((vector_size(kBytes)));
+  static constexpr int64_t kCount = kBytes / sizeof(float);
+};
 
-typedef float Vec __attribute__((vector_size(64)));
+using Vec = Lanes<64>::Vector;
 constexpr int64_t kLanes = 16;
 
 #define SAMFAST_INLINE inline __attribute__((always_inline))
 
 // Through a reference: a 64-byte vector by value would change the calling convention.
-SAMFAST_INLINE void load(Vec& v, const float* p) { std::memcpy(&v, p, sizeof(Vec)); }
-SAMFAST_INLINE void store(float* p, const Vec& v) { std::memcpy(p, &v, sizeof(Vec)); }
+template <typename V>
+SAMFAST_INLINE void load(V& v, const float* p) {
+  std::memcpy(&v, p, sizeof(V));
+}
+template <typename V>
+SAMFAST_INLINE void store(float* p, const V& v) {
+  std::memcpy(p, &v, sizeof(V));
+}
 SAMFAST_INLINE float sum(const Vec& v) {
   float total = 0.0f;
   for (int i = 0; i < kLanes; ++i) total += v[i];

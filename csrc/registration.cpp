@@ -8,6 +8,9 @@
 #include <vector>
 
 namespace samfast {
+std::string cpu_capability();
+std::string choose_cpu_capability(std::string, std::string);
+
 void lora_down(const Tensor&, const Tensor&, Tensor, double, std::optional<Tensor>, int64_t);
 void lora_up_(Tensor, const Tensor&, const Tensor&, double);
 std::tuple<Tensor, Tensor> lora_up_backward(const Tensor&, const Tensor&, const Tensor&, double);
@@ -60,6 +63,8 @@ void relpos_attention_backward(const Tensor&, const Tensor&, const Tensor&, cons
 }  // namespace samfast
 
 STABLE_TORCH_LIBRARY(samfast_native, m) {
+  m.def("cpu_capability() -> str");
+  m.def("choose_cpu_capability(str asked, str best) -> str");
   m.def(
       "lora_down(Tensor x, Tensor a, Tensor(h!) h, float p, Tensor? seed, int threshold) -> ()");
   m.def("lora_up_(Tensor(y!) y, Tensor z, Tensor b, float scaling) -> ()");
@@ -102,6 +107,11 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
          "Tensor out, Tensor lse, int[] windows, float scale, Tensor(a!) dq, Tensor(b!) dk, "
          "Tensor(c!) dv, Tensor(d!)? dpad_k, Tensor(e!)? dpad_v, Tensor(f!)? dtable_h, "
          "Tensor(g!)? dtable_w) -> ()").c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(samfast_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&samfast::cpu_capability));
+  m.impl("choose_cpu_capability", TORCH_BOX(&samfast::choose_cpu_capability));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {

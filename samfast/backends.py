@@ -67,7 +67,10 @@ def build_record() -> dict:
 
 @functools.cache
 def native_missing() -> str | None:
-    """Load the native extension once; None, or the sentence that says why it is not there."""
+    """Load the native extension once; None, or the sentence that says why it is not there.
+
+    Raises ValueError where SAMFAST_CPU_CAPABILITY asks for code that does not run here.
+    """
     library = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
     if library is None:
         return f"the native extension was not built ({build_record()['reason']})"
@@ -75,7 +78,25 @@ def native_missing() -> str | None:
         torch.ops.load_library(library)
     except OSError as error:
         return f"the native extension does not load: {error.__cause__ or error}"
+    _loaded_capability()
     return None
+
+
+def cpu_capability() -> str | None:
+    """The instruction set of the C++ code that runs: default, avx2 or avx512.
+
+    None without the extension. SAMFAST_CPU_CAPABILITY chooses, else the processor decides.
+    """
+    return _loaded_capability() if native_missing() is None else None
+
+
+def _loaded_capability() -> str | None:
+    if not hasattr(torch.ops.samfast_native, "cpu_capability"):
+        return None  # an extension built earlier
+    try:
+        return torch.ops.samfast_native.cpu_capability()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 @functools.cache

@@ -25,6 +25,7 @@ OPERATIONS = (
     "sam_block",
 )
 _OTHERS = ("triton", "segment-anything", "torchvision", "peft", "transformers", "accelerate")
+_CODE = {"default": "plain", "avx2": "AVX2", "avx512": "AVX-512"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,6 +60,7 @@ def summary(device: torch.device) -> dict:
         "build": build["build"],
         "build_reason": build["reason"],
         "native": "loaded" if native is None else native,
+        "cpu_capability": backends.cpu_capability(),
         "torchvision_problem": operators_problem(),
         "operations": {name: _choices(name, device) for name in OPERATIONS},
     }
@@ -118,11 +120,18 @@ def _choices(operation, device):
     }
 
 
+def _code(capability):
+    if capability is None:
+        return ""
+    choices = "|".join(_CODE)
+    return f", {_CODE[capability]} code (SAMFAST_CPU_CAPABILITY={choices} chooses)"
+
+
 def _as_text(record):
     lines = [f"samfast {record['versions']['samfast']} on {record['device']}"]
     lines += [f"  {name} {version}" for name, version in list(record["versions"].items())[1:]]
     lines.append(f"build: {record['build']} ({record['build_reason']})")
-    lines.append(f"native extension: {record['native']}")
+    lines.append(f"native extension: {record['native']}{_code(record['cpu_capability'])}")
     if record["torchvision_problem"] is not None:
         lines.append(record["torchvision_problem"])
     for name, choice in record["operations"].items():

@@ -17,9 +17,11 @@ def within_budget(ours: Tensor, stock, exact, dtype: torch.dtype, what: str = "r
     all_within_budget([ours], stock, exact, dtype, [what])
 
 
-def all_within_budget(ours, stock, exact, dtype: torch.dtype, names=()) -> None:
+def all_within_budget(ours, stock, exact, dtype: torch.dtype, names=()) -> Budget:
     """The rule for outputs and gradients; names: of those that are a sequence."""
-    keep(Budget(stock, exact, dtype), ours, names)
+    budget = Budget(stock, exact, dtype)
+    keep(budget, ours, names)
+    return budget
 
 
 def keep(budget: Budget, ours, names=()) -> None:
@@ -27,3 +29,9 @@ def keep(budget: Budget, ours, names=()) -> None:
     names = dict(zip(map(str, range(len(ours))), names, strict=True)) if names else {}
     problems = budget.problems(ours).items()
     assert not problems, "; ".join(f"{names.get(key, key)}: {text}" for key, text in problems)
+
+
+def assert_same_dtypes(ours, budget: Budget) -> None:
+    """As the stock module's results."""
+    ours = list(ours.values() if isinstance(ours, dict) else ours)
+    assert [t.dtype for t in ours] == [t.dtype for t in budget.stock.values()]

@@ -82,9 +82,12 @@ def test_yaml(block, tmp_path):
 
 
 @pytest.mark.parametrize("block", SHELL)
-def test_commands(block, reader):
+def test_commands(block, reader, monkeypatch):
     for line in filter(None, block.source.splitlines()):
         program, *arguments = shlex.split(line, comments=True)
+        while "=" in program:
+            monkeypatch.setenv(*program.split("=", 1))
+            program, *arguments = arguments
         START[program](arguments)
 
 
@@ -137,4 +140,15 @@ def pip(arguments):
             assert Requirement(argument).name in [*dependencies, "setuptools"]
 
 
-START = {"samfast": samfast, "make": make, "python": python, "python3": python, "pip": pip}
+def pytest_(arguments):
+    assert all((ROOT / argument).exists() for argument in arguments)
+
+
+START = {
+    "samfast": samfast,
+    "make": make,
+    "python": python,
+    "python3": python,
+    "pip": pip,
+    "pytest": pytest_,
+}

@@ -8,6 +8,7 @@
 // time. The backward repeats this, and its tiles write their reach of dh and their sums for the
 // weights apart; both are added in an order that depends on the sizes only, so the bits do not
 // depend on the number of threads. Everything is computed in float.
+#include "capability.h"
 #include "common.h"
 #include "conv_experts_call.h"
 
@@ -19,10 +20,17 @@
 namespace samfast {
 namespace experts {
 
-typedef int32_t IntVec __attribute__((vector_size(64)));
 template <>
-struct Bits<Vec> {
-  using type = IntVec;
+struct Bits<Lanes<16>::Vector> {
+  using type = Lanes<16>::Integers;
+};
+template <>
+struct Bits<Lanes<32>::Vector> {
+  using type = Lanes<32>::Integers;
+};
+template <>
+struct Bits<Lanes<64>::Vector> {
+  using type = Lanes<64>::Integers;
 };
 
 namespace {
@@ -33,7 +41,7 @@ constexpr int64_t kWholeRows = 16, kTileRows = 8;  // windows in one tile, large
 constexpr int64_t kMaxChunks = 64, kChunkFloats = 1 << 22;
 
 // Zeroed vectors at addresses that every instruction set accepts: what the compiler takes to be the
-// alignment of Vec differs between the clones of a function.
+// alignment of Vec differs between them.
 class Vectors {
  public:
   explicit Vectors(int64_t count) : count_(count), room_((count + 1) * kLanes, 0.0f) {}
@@ -134,7 +142,20 @@ SAMFAST_INLINE void convolve(const Tile& t, int64_t o, int line, Vec* acc) {
   }
 }
 
-template <int kP>
+// In registers of kBytes: compilers choose among the elements of a wider vector one by one.
+template <int kBytes>
+SAMFAST_INLINE void activate_lanes(bool is_gelu, const Vec& x, Vec& value, Vec& slope) {
+  SAMFAST_UNROLL
+  for (size_t at = 0; at < sizeof(Vec); at += kBytes) {
+    typename Lanes<kBytes>::Vector part, part_value, part_slope;
+    std::memcpy(&part, reinterpret_cast<const char*>(&x) + at, kBytes);
+    activate<typename Lanes<kBytes>::Vector>(is_gelu, part, part_value, part_slope);
+    std::memcpy(reinterpret_cast<char*>(&value) + at, &part_value, kBytes);
+    std::memcpy(reinterpret_cast<char*>(&slope) + at, &part_slope, kBytes);
+  }
+}
+
+template <int kP, int kBytes>
 SAMFAST_INLINE void forward_cells(const Tile& t, Vec* out) {
   interpolate_across<kP>(t);
   for (int64_t row = 0; row < t.rows; ++row)
@@ -149,7 +170,7 @@ SAMFAST_INLINE void forward_cells(const Tile& t, Vec* out) {
           SAMFAST_UNROLL
           for (int j = 0; j < kP; ++j) {
             Vec value, slope;
-            activate<Vec>(t.is_gelu, acc[j], value, slope);
+            activate_lanes<kBytes>(t.is_gelu, acc[j], value, slope);
             total += down * t.weigh[j * t.blocks + block] * value;
           }
         }
@@ -165,7 +186,7 @@ struct Gradient {
   float* patch;  // (rank, rows + 6, source_pitch): adjoint of Tile::patch
 };
 
-template <int kP>
+template <int kP, int kBytes>
 SAMFAST_INLINE void point_gradients(const Tile& t, const Gradient& g, int64_t row, int64_t block) {
   for (int64_t o = 0; o < t.rank; ++o) {
     Vec target, total = {};
@@ -177,7 +198,7 @@ SAMFAST_INLINE void point_gradients(const Tile& t, const Gradient& g, int64_t ro
       SAMFAST_UNROLL
       for (int j = 0; j < kP; ++j) {
         Vec value, slope;
-        activate<Vec>(t.is_gelu, acc[j], value, slope);
+        activate_lanes<kBytes>(t.is_gelu, acc[j], value, slope);
         const Vec point = slope * (down * t.weigh[j * t.blocks + block] * target);
         g.points[(o * kP + line) * kP + j] = point;
         total += point;
@@ -268,36 +289,40 @@ SAMFAST_INLINE void gather_across(const Tile& t, const Gradient& g) {
   }
 }
 
-template <int kP>
+template <int kP, int kBytes>
 SAMFAST_INLINE void backward_cells(const Tile& t, const Gradient& g) {
   interpolate_across<kP>(t);
   for (int64_t row = 0; row < t.rows; ++row)
     for (int64_t block = 0; block < t.blocks; ++block) {
       interpolate_down<kP>(t, row, block);
-      point_gradients<kP>(t, g, row, block);
+      point_gradients<kP, kBytes>(t, g, row, block);
       if (g.kernel != nullptr) kernel_gradients<kP>(t, g);
       if (g.across != nullptr) source_gradients<kP>(t, g, row, block);
     }
   if (g.across != nullptr) gather_across<kP>(t, g);
 }
 
-SAMFAST_CLONES
-void forward_tile(const Tile& t, Vec* out) {
+template <int kBytes>
+SAMFAST_INLINE void forward_tile_body(const Tile& t, Vec* out) {
   if (points_of(t.ratio) == 1) {
-    forward_cells<1>(t, out);
+    forward_cells<1, kBytes>(t, out);
   } else {
-    forward_cells<kPoints>(t, out);
+    forward_cells<kPoints, kBytes>(t, out);
   }
 }
+constexpr EachProcessor<forward_tile_body<16>, forward_tile_body<32>, forward_tile_body<64>>
+    forward_tile;
 
-SAMFAST_CLONES
-void backward_tile(const Tile& t, const Gradient& g) {
+template <int kBytes>
+SAMFAST_INLINE void backward_tile_body(const Tile& t, const Gradient& g) {
   if (points_of(t.ratio) == 1) {
-    backward_cells<1>(t, g);
+    backward_cells<1, kBytes>(t, g);
   } else {
-    backward_cells<kPoints>(t, g);
+    backward_cells<kPoints, kBytes>(t, g);
   }
 }
+constexpr EachProcessor<backward_tile_body<16>, backward_tile_body<32>, backward_tile_body<64>>
+    backward_tile;
 
 // How samples fall into tiles.
 struct Tiling {

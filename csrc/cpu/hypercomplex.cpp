@@ -7,6 +7,7 @@
 //
 // drules is summed per chunk of rows and added in order; the chunks depend on the sizes only, so
 // the bits do not depend on the number of threads. Everything is accumulated in float.
+#include "capability.h"
 #include "cuda_blocks.h"
 #include "hypercomplex_call.h"
 
@@ -25,14 +26,16 @@ constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kGrain = 1 << 15;  // elements of H that are worth a thread
 
 // out[c] = scale * sum_i factor[i * step] * values[i * plane + c] for n elements.
-SAMFAST_CLONES
-void mix_row(float* out, int64_t count, const float* factor, int64_t step, const float* values,
-             int64_t plane, float scale, int64_t n) {
+template <int kBytes>
+SAMFAST_INLINE void mix_row_body(float* out, int64_t count, const float* factor, int64_t step,
+                                 const float* values, int64_t plane, float scale, int64_t n) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    Vec total = {};
+    V total = {};
     mix(total, count, factor, step,
-        [&](int64_t i, Vec& v) { load(v, values + i * plane + c); });
+        [&](int64_t i, V& v) { load(v, values + i * plane + c); });
     store(out + c, scale * total);
   }
   for (; c < n; ++c) {
@@ -41,19 +44,22 @@ void mix_row(float* out, int64_t count, const float* factor, int64_t step, const
     out[c] = scale * total;
   }
 }
+constexpr EachProcessor<mix_row_body<16>, mix_row_body<32>, mix_row_body<64>> mix_row;
 
 // out[c] = scale * sum over the cells (p, q) of factor[p * n + q] * row_p[q * columns + c], by
 // rows of cells, so that no sum is long.
-SAMFAST_CLONES
-void mix_cells(float* out, const Sizes& z, const float* factor, const float* const* row,
-               float scale) {
+template <int kBytes>
+SAMFAST_INLINE void mix_cells_body(float* out, const Sizes& z, const float* factor,
+                                   const float* const* row, float scale) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= z.columns; c += kLanes) {
-    Vec all = {};
+    V all = {};
     for (int64_t p = 0; p < z.n; ++p) {
-      Vec total = {};
+      V total = {};
       mix(total, z.n, factor + p * z.n, 1,
-          [&](int64_t q, Vec& v) { load(v, row[p] + q * z.columns + c); });
+          [&](int64_t q, V& v) { load(v, row[p] + q * z.columns + c); });
       all += total;
     }
     store(out + c, scale * all);
@@ -69,10 +75,10 @@ void mix_cells(float* out, const Sizes& z, const float* factor, const float* con
     out[c] = scale * all;
   }
 }
+constexpr EachProcessor<mix_cells_body<16>, mix_cells_body<32>, mix_cells_body<64>> mix_cells;
 
 // sum_c x[c] * y[c]
-SAMFAST_CLONES
-float dot_row(const float* x, const float* y, int64_t n) {
+SAMFAST_INLINE float dot_row_body(const float* x, const float* y, int64_t n) {
   Vec acc = {};
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
@@ -85,6 +91,7 @@ float dot_row(const float* x, const float* y, int64_t n) {
   mix(total, n - c, x + c, 1, [&](int64_t i, float& v) { v = y[c + i]; });
   return sum(acc) + total;
 }
+constexpr EachProcessor<dot_row_body> dot_row;
 
 template <typename T, typename B>
 void build(const Sizes& z, const Built<T, B>& m) {

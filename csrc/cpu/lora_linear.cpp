@@ -9,6 +9,7 @@
 // Rows go in blocks of four against four ranks: sixteen accumulators. Sums over rows are made per
 // chunk and added in a fixed order; the chunks depend on the sizes only, so the bits do not depend
 // on the number of threads. Everything is accumulated in float.
+#include "capability.h"
 #include "common.h"
 #include "philox.h"
 
@@ -110,8 +111,8 @@ struct RowBlock {
 };
 
 // out[i][k] += sum_c row[i][c] a[k][c] for four rows and four ranks.
-SAMFAST_CLONES
-void dot_block(const float* const* row, const float* a, int64_t stride, int64_t n, float* out) {
+SAMFAST_INLINE void dot_block_body(const float* const* row, const float* a, int64_t stride,
+                                   int64_t n, float* out) {
   Vec acc[kRows][kRanks] = {};
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
@@ -130,24 +131,28 @@ void dot_block(const float* const* row, const float* a, int64_t stride, int64_t 
       out[i * kRanks + k] += total;
     }
 }
+constexpr EachProcessor<dot_block_body> dot_block;
 
 // row[i][c] += factor[i][c] sum_k coef[i][k] b[k][c] for four rows and any number of ranks.
-SAMFAST_CLONES
-void axpy_block(float* const* row, const float* const* factor, const float* coef, int64_t ranks,
-                const float* b, int64_t stride, int64_t n) {
+template <int kBytes>
+SAMFAST_INLINE void axpy_block_body(float* const* row, const float* const* factor,
+                                    const float* coef, int64_t ranks, const float* b,
+                                    int64_t stride, int64_t n) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    Vec acc[kRows] = {};
+    V acc[kRows] = {};
     for (int64_t k = 0; k < ranks; ++k) {
-      Vec w;
+      V w;
       load(w, b + k * stride + c);
       for (int i = 0; i < kRows; ++i) acc[i] += coef[i * ranks + k] * w;
     }
     for (int i = 0; i < kRows; ++i) {
-      Vec y;
+      V y;
       load(y, row[i] + c);
       if (factor[i] != nullptr) {
-        Vec f;
+        V f;
         load(f, factor[i] + c);
         acc[i] *= f;
       }
@@ -161,17 +166,20 @@ void axpy_block(float* const* row, const float* const* factor, const float* coef
       row[i][c] += factor[i] != nullptr ? factor[i][c] * total : total;
     }
 }
+constexpr EachProcessor<axpy_block_body<16>, axpy_block_body<32>, axpy_block_body<64>> axpy_block;
 
 // grad[k][c] += sum_i coef[i][k] row[i][c] for four rows and four ranks.
-SAMFAST_CLONES
-void outer_block(const float* const* row, const float* coef, int64_t ranks, float* grad,
-                 int64_t stride, int64_t n) {
+template <int kBytes>
+SAMFAST_INLINE void outer_block_body(const float* const* row, const float* coef, int64_t ranks,
+                                     float* grad, int64_t stride, int64_t n) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    Vec x[kRows];
+    V x[kRows];
     for (int i = 0; i < kRows; ++i) load(x[i], row[i] + c);
     for (int k = 0; k < kRanks; ++k) {
-      Vec g, part = coef[k] * x[0];
+      V g, part = coef[k] * x[0];
       for (int i = 1; i < kRows; ++i) part += coef[i * ranks + k] * x[i];
       load(g, grad + k * stride + c);
       store(grad + k * stride + c, g + part);
@@ -181,6 +189,8 @@ void outer_block(const float* const* row, const float* coef, int64_t ranks, floa
     for (int k = 0; k < kRanks; ++k)
       for (int i = 0; i < kRows; ++i) grad[k * stride + c] += coef[i * ranks + k] * row[i][c];
 }
+constexpr EachProcessor<outer_block_body<16>, outer_block_body<32>, outer_block_body<64>>
+    outer_block;
 
 int64_t padded(int64_t ranks) { return (ranks + kRanks - 1) / kRanks * kRanks; }
 

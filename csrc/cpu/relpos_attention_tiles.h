@@ -6,6 +6,7 @@
 // a row and for a column of the map, whatever its width.
 #pragma once
 
+#include "capability.h"
 #include "common.h"
 
 #include <algorithm>
@@ -18,25 +19,28 @@ constexpr int64_t kPanel = 64;  // queries of a panel
 constexpr int64_t kPitch = 80;  // between rows across queries; 64 would use a quarter of L1
 constexpr float kLog2E = 1.44269504f;
 
-typedef int32_t IntVec __attribute__((vector_size(64)));
-
-// e^y for y up to 88 without branches, to about one ulp; NaN stays NaN, what would be below the
-// normal numbers is zero or nearly so.
-SAMFAST_INLINE void exponential(const Vec& y, Vec& result) {
-  const Vec bounded = y < -88.0f ? Vec{} - 88.0f : y;
-  const Vec shifted = bounded * kLog2E + 12582912.0f;  // the power of two stands in the low bits
-  const Vec f = bounded * kLog2E - (shifted - 12582912.0f);
-  Vec p = f * 1.54697320e-4f + 1.34004322e-3f;
-  p = p * f + 9.61802560e-3f;
-  p = p * f + 5.55032721e-2f;
-  p = p * f + 2.40226512e-1f;
-  p = p * f + 6.93147207e-1f;
+// e^y for y up to 88 without branches, to 1.2 ulp with and without fused multiply-adds; NaN stays
+// NaN, what would be below the normal numbers is zero or nearly so. Registers are of kBytes, for
+// compilers choose among the elements of a wider vector one by one.
+template <int kBytes>
+SAMFAST_INLINE void exponential(const typename Lanes<kBytes>::Vector& y,
+                                typename Lanes<kBytes>::Vector& result) {
+  using V = typename Lanes<kBytes>::Vector;
+  const V bounded = y < -88.0f ? V{} - 88.0f : y;
+  const V shifted = bounded * kLog2E + 12582912.0f;  // the power of two stands in the low bits
+  const V n = shifted - 12582912.0f;
+  const V f = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  V p = f * 1.38144672e-3f + 8.36878084e-3f;
+  p = p * f + 4.16683927e-2f;
+  p = p * f + 1.66665196e-1f;
+  p = p * f + 4.99999940e-1f;
   p = p * f + 1.0f;
-  IntVec bits;
-  std::memcpy(&bits, &shifted, sizeof(Vec));
+  p = p * f + 1.0f;
+  typename Lanes<kBytes>::Integers bits;
+  std::memcpy(&bits, &shifted, sizeof(V));
   bits = (bits << 23) + 0x3F800000;
-  Vec power;
-  std::memcpy(&power, &bits, sizeof(Vec));
+  V power;
+  std::memcpy(&power, &bits, sizeof(V));
   result = p * power;  // a product, for NaN has bits that an addition would change
 }
 
@@ -46,13 +50,15 @@ struct KeyRange {
 };
 
 // s[j] = rel_h[row of key j] + rel_w[column of key j].
-SAMFAST_CLONES
-void fill_bias(const KeyRange& keys, int64_t lanes, const float* rel_h, const float* rel_w,
-               float* s) {
+template <int kBytes>
+SAMFAST_INLINE void fill_bias_body(const KeyRange& keys, int64_t lanes, const float* rel_h,
+                                   const float* rel_w, float* s) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t h = keys.first / keys.width, w = keys.first % keys.width;
   for (int64_t j = 0; j < keys.count; ++j) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Vec down, along;
+      V down, along;
       load(down, rel_h + h * kPitch + i);
       load(along, rel_w + w * kPitch + i);
       store(s + j * kPitch + i, down + along);
@@ -60,29 +66,31 @@ void fill_bias(const KeyRange& keys, int64_t lanes, const float* rel_h, const fl
     if (++w == keys.width) w = 0, ++h;
   }
 }
+constexpr EachProcessor<fill_bias_body<16>, fill_bias_body<32>, fill_bias_body<64>> fill_bias;
 
 // One more tile of an online softmax: s becomes e^(s - maximum). Returns whether any of what was
 // summed before must be multiplied by correction. The maximum passes over NaN: it spreads through
 // the weights. The first maximum is finite, so that keys of -inf weigh nothing beside later ones.
-SAMFAST_CLONES
-bool softmax_tile(float* s, int64_t keys, int64_t lanes, float* maximum, float* total,
-                  float* correction) {
-  for (int64_t i = 0; i < lanes; i += kLanes) {
-    Vec before, most, x, e;
+template <int kBytes>
+SAMFAST_INLINE bool softmax_tile_body(float* s, int64_t keys, int64_t lanes, float* maximum,
+                                      float* total, float* correction) {
+  using V = typename Lanes<kBytes>::Vector;
+  for (int64_t i = 0; i < lanes; i += Lanes<kBytes>::kCount) {
+    V before, most, x, e;
     load(before, maximum + i);
     most = before;
     for (int64_t j = 0; j < keys; ++j) {
       load(x, s + j * kPitch + i);
       most = x > most ? x : most;
     }
-    Vec sum = {};
+    V sum = {};
     for (int64_t j = 0; j < keys; ++j) {
       load(x, s + j * kPitch + i);
-      exponential(x - most, e);
+      exponential<kBytes>(x - most, e);
       store(s + j * kPitch + i, e);
       sum += e;
     }
-    exponential(before - most, e);
+    exponential<kBytes>(before - most, e);
     load(x, total + i);
     store(total + i, x * e + sum);
     store(maximum + i, most);
@@ -92,30 +100,38 @@ bool softmax_tile(float* s, int64_t keys, int64_t lanes, float* maximum, float* 
   for (int64_t i = 0; i < lanes; ++i) changed |= correction[i] != 1.0f;
   return changed;
 }
+constexpr EachProcessor<softmax_tile_body<16>, softmax_tile_body<32>, softmax_tile_body<64>>
+    softmax_tile;
 
-SAMFAST_CLONES
-void scale_rows(float* rows, int64_t count, int64_t lanes, const float* factor) {
+template <int kBytes>
+SAMFAST_INLINE void scale_rows_body(float* rows, int64_t count, int64_t lanes,
+                                    const float* factor) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   for (int64_t r = 0; r < count; ++r)
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Vec x, f;
+      V x, f;
       load(x, rows + r * kPitch + i);
       load(f, factor + i);
       store(rows + r * kPitch + i, x * f);
     }
 }
+constexpr EachProcessor<scale_rows_body<16>, scale_rows_body<32>, scale_rows_body<64>> scale_rows;
 
 // s: logits, becomes the weights p = e^(s - lse), whose sums over the keys are added to total, and
 // those of p (dp - delta) to moment: of small numbers where delta is already nearly right.
-SAMFAST_CLONES
-void weights_tile(int64_t keys, int64_t lanes, const float* lse, const float* delta, float* s,
-                  const float* dp, float* total, float* moment) {
-  for (int64_t i = 0; i < lanes; i += kLanes) {
-    Vec most, mean, x, p, sum = {}, dot = {};
+template <int kBytes>
+SAMFAST_INLINE void weights_tile_body(int64_t keys, int64_t lanes, const float* lse,
+                                      const float* delta, float* s, const float* dp, float* total,
+                                      float* moment) {
+  using V = typename Lanes<kBytes>::Vector;
+  for (int64_t i = 0; i < lanes; i += Lanes<kBytes>::kCount) {
+    V most, mean, x, p, sum = {}, dot = {};
     load(most, lse + i);
     load(mean, delta + i);
     for (int64_t j = 0; j < keys; ++j) {
       load(x, s + j * kPitch + i);
-      exponential(x - most, p);
+      exponential<kBytes>(x - most, p);
       store(s + j * kPitch + i, p);
       load(x, dp + j * kPitch + i);
       sum += p;
@@ -127,16 +143,21 @@ void weights_tile(int64_t keys, int64_t lanes, const float* lse, const float* de
     store(moment + i, x + dot);
   }
 }
+constexpr EachProcessor<weights_tile_body<16>, weights_tile_body<32>, weights_tile_body<64>>
+    weights_tile;
 
 // p becomes factor p, and its gradient dp that of the logits, p (dp - delta), whose sums over rows
 // and columns of the map are added to drel_h and drel_w.
-SAMFAST_CLONES
-void gradient_tile(const KeyRange& keys, int64_t lanes, const float* factor, const float* delta,
-                   float* p, float* dp, float* drel_h, float* drel_w) {
+template <int kBytes>
+SAMFAST_INLINE void gradient_tile_body(const KeyRange& keys, int64_t lanes, const float* factor,
+                                       const float* delta, float* p, float* dp, float* drel_h,
+                                       float* drel_w) {
+  using V = typename Lanes<kBytes>::Vector;
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
   int64_t h = keys.first / keys.width, w = keys.first % keys.width;
   for (int64_t j = 0; j < keys.count; ++j) {
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Vec x, y, g;
+      V x, y, g;
       load(x, p + j * kPitch + i);
       load(y, factor + i);
       x *= y;
@@ -153,6 +174,8 @@ void gradient_tile(const KeyRange& keys, int64_t lanes, const float* factor, con
     if (++w == keys.width) w = 0, ++h;
   }
 }
+constexpr EachProcessor<gradient_tile_body<16>, gradient_tile_body<32>, gradient_tile_body<64>>
+    gradient_tile;
 
 // For one query: dq += sum_k drel[k] row_k and, where wanted, drow_k += drel[k] q. row_k is k rows
 // before first; the rows that the query does not reach are not touched.
@@ -185,9 +208,8 @@ SAMFAST_INLINE void spread(const float* drel, int64_t size, const float* first, 
   for (int v = 0; v < kVectors; ++v) store(dq + v * kLanes, sum[v]);
 }
 
-SAMFAST_CLONES
-void spread_query(const float* drel, int64_t size, const float* first, const float* q, float* dq,
-                  float* dfirst, int64_t head_dim) {
+SAMFAST_INLINE void spread_query_body(const float* drel, int64_t size, const float* first,
+                                      const float* q, float* dq, float* dfirst, int64_t head_dim) {
   switch (head_dim / kLanes) {
     case 1: return spread<1>(drel, size, first, q, dq, dfirst);
     case 2: return spread<2>(drel, size, first, q, dq, dfirst);
@@ -199,6 +221,7 @@ void spread_query(const float* drel, int64_t size, const float* first, const flo
     default: return spread<8>(drel, size, first, q, dq, dfirst);
   }
 }
+constexpr EachProcessor<spread_query_body> spread_query;
 
 }  // namespace
 }  // namespace samfast

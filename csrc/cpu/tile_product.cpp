@@ -3,6 +3,7 @@
 // shape of the block is what the registers of the instruction set hold.
 #include "tile_product.h"
 
+#include "capability.h"
 #include "common.h"
 
 namespace samfast {
@@ -10,15 +11,10 @@ namespace {
 
 #define SAMFAST_EACH _Pragma("GCC unroll 8")
 
-template <int kBytes>
-struct Lanes {
-  typedef float Vector __attribute__((vector_size(kBytes)));
-};
-
 template <int kBytes, int kAtMost>
 struct Registers {
   using Vector = typename Lanes<kBytes>::Vector;
-  static constexpr int kLanes = kBytes / sizeof(float), kVectors = kAtMost;
+  static constexpr int kLanes = Lanes<kBytes>::kCount, kVectors = kAtMost;
 };
 
 template <class R, int kBlock, int kVectors, bool kTurned>
@@ -94,20 +90,13 @@ SAMFAST_INLINE void product(const TileProduct& p) {
     all_columns<R, false>(p);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// 32 registers of 64 bytes, 16 of 32 and 16 of 16; the loader picks at start-up.
-__attribute__((target("arch=x86-64-v4"))) void run(const TileProduct& p) {
-  product<Registers<64, 4>>(p);
-}
-__attribute__((target("arch=x86-64-v3"))) void run(const TileProduct& p) {
-  product<Registers<32, 2>>(p);
-}
-__attribute__((target("default"))) void run(const TileProduct& p) { product<Registers<16, 2>>(p); }
-#elif defined(__aarch64__)
-void run(const TileProduct& p) { product<Registers<16, 4>>(p); }  // 32 registers
+#if defined(__aarch64__)
+using Plain = Registers<16, 4>;  // 32 registers of 16 bytes
 #else
-void run(const TileProduct& p) { product<Registers<16, 2>>(p); }
+using Plain = Registers<16, 2>;  // 16
 #endif
+// 16 registers of 32 bytes and 32 of 64.
+constexpr EachProcessor<product<Plain>, product<Registers<32, 2>>, product<Registers<64, 4>>> run;
 
 }  // namespace
 

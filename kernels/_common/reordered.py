@@ -91,15 +91,17 @@ class Reordered(Seen):
     """
 
     def seen(self, func, packet, args, kwargs):
-        tensors = [t for t in args if isinstance(t, Tensor) and t.is_floating_point()]
-        if packet not in ROUNDING or not tensors or tensors[0].dtype not in NARROW:
-            return self._reordered(func, packet, args, kwargs)
-        return self._narrow(func, packet, args, kwargs, tensors[0])
+        tensors = [t for t in args if isinstance(t, Tensor) and t.dim() and t.is_floating_point()]
+        kinds = {t.dtype for t in tensors} | ({kwargs["dtype"]} if kwargs.get("dtype") else set())
+        if packet in ROUNDING and len(kinds) == 1 and kinds <= set(NARROW):
+            return self._narrow(func, packet, args, kwargs, tensors[0])
+        return self._reordered(func, packet, args, kwargs)
 
     def _narrow(self, func, packet, args, kwargs, like):
         """A result in the dtype of ``like``, rounded once, and in place where the operation is."""
-        wide = [t.float() if isinstance(t, Tensor) and t.dtype in NARROW else t for t in args]
-        made = self._reordered(func, packet, wide, kwargs)
+        wide = [_widened(t) for t in args]
+        options = {name: _widened(value) for name, value in kwargs.items()}
+        made = self._reordered(func, packet, wide, options)
         if func._schema.name.endswith("_"):
             return args[0].copy_(self._by_chance(made, args[0]))
         if not isinstance(made, tuple):
@@ -217,6 +219,13 @@ class Reordered(Seen):
     def _added(self, func, t, dim, index, source, **kwargs):
         order = self._order(index, len(index))
         return func(t, dim, index[order], source.index_select(dim, order), **kwargs)
+
+
+def _widened(given):
+    """float32 for a narrow tensor, and for a narrow dtype that is asked for."""
+    if isinstance(given, Tensor):
+        return given.float() if given.dtype in NARROW else given
+    return torch.float32 if isinstance(given, torch.dtype) and given in NARROW else given
 
 
 def axes(t: Tensor, rest) -> list[int]:

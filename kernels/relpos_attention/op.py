@@ -120,6 +120,11 @@ def _table_grads(grads, table_h, table_w):
     return [torch.empty_like(t).copy_(g) for g, t in made]
 
 
+def _dense(t, dtype):
+    """Libraries round a product by another route where a factor lies otherwise in memory."""
+    return t.to(dtype).contiguous()
+
+
 def _padding(pad_bias, pad_h, pad_b, windows, qkv):
     """The padding's k and v, (batch, pads, heads, head_dim); None where there is none to see.
 
@@ -131,8 +136,8 @@ def _padding(pad_bias, pad_h, pad_b, windows, qkv):
     width = heads * head_dim
     kv = None if pad_bias is None else pad_bias[width:].to(qkv.dtype)
     if pad_h is not None:
-        factor = pad_b[width:].to(qkv.dtype).T
-        rows = pad_h.to(qkv.dtype)
+        factor = _dense(pad_b[width:], qkv.dtype).T
+        rows = _dense(pad_h, qkv.dtype)
         kv = rows @ factor if kv is None else torch.addmm(kv, rows, factor)
         kv = kv.view(windows.batch, windows.pads, 2, heads, head_dim)
     else:
@@ -187,9 +192,9 @@ def _padding_grads(dpads, pad_bias, pad_h, pad_b, windows, needs):
         total = rows.sum(0, dtype=torch.promote_types(rows.dtype, pad_bias.dtype))
         grads.append(torch.cat([total.new_zeros(width), total]).to(pad_bias.dtype))
     if needs[1]:
-        grads.append((rows @ pad_b[width:].to(rows.dtype)).to(pad_h.dtype))
+        grads.append((rows @ _dense(pad_b[width:], rows.dtype)).to(pad_h.dtype))
     if needs[2]:
-        update = (rows.T @ pad_h.to(rows.dtype)).to(pad_b.dtype)
+        update = (rows.T @ _dense(pad_h, rows.dtype)).to(pad_b.dtype)
         grads.append(torch.cat([update.new_zeros(width, update.shape[1]), update]))
     return grads
 

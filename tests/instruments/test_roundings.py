@@ -121,6 +121,30 @@ def test_narrow_results_round_by_chance(dtype):
         assert y.dtype == dtype and ((y.double() - exact).abs() < step * (1 + 1e-4)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_results_have_the_dtypes_they_have(dtype):
+    """Beside wide tensors, of a dtype that is asked for, and of every function above."""
+    x, wide = torch.randn(9, 20).to(dtype), torch.randn(20)
+    calls = [
+        lambda: x * wide,
+        lambda: x * wide[0],
+        lambda: x.sum(1, dtype=torch.float32),
+        lambda: x.softmax(1, dtype=torch.float32),
+        lambda: F.layer_norm(x, (20,)),
+        *(lambda name=name: run(name, dtype) for name in FUNCTIONS),
+    ]
+    for call in calls:
+        expected = call()
+        with Reordered(0):
+            made = call()
+        pairs = (
+            [(made, expected)]
+            if isinstance(made, torch.Tensor)
+            else zip(made, expected, strict=True)
+        )
+        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_least_error_is_of_the_size_of_real_ones(name):
     """Not far above what float32 does here in any order, nor below it."""

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The branch's operators: opcheck, compile, what they save, what they make and never write to."""
 
+from functools import partial
+
 import pytest
 import torch
-from budgets import all_within_budget
+from budgets import all_within_budget, assert_same_dtypes, keep
 from layouts import odd_layouts
 
 from samfast.counters import saved_bytes
 from samfast.functional import adapt_former
+from samfast.kernels._common.budget import Budget
 
 from ..alike import assert_alike
 from .cases import BACKENDS, DEVICE, NAMES, Case, runnable
@@ -145,9 +148,8 @@ def test_odd_memory(backend):
     """Of every input and of the incoming gradient, each in every layout and all at once."""
     case = Case(dropout=0.2)
     leaves, dy = case.tensors(torch.float32)
-    y = case.call(leaves, backend)
-    expected = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-    exact = case.run(torch.float64, "literal")
+    stock, exact = (partial(case.run, t, "literal") for t in (torch.float32, torch.float64))
+    budget = Budget(stock, exact, torch.float32)
     for odd in zip(*(odd_layouts(t.detach()) for t in (*leaves, dy)), strict=True):
         *odd, odd_dy = odd
         odd = [t.requires_grad_() for t in odd]
@@ -159,7 +161,7 @@ def test_odd_memory(backend):
             y = case.call(given, backend)
             assert y.is_contiguous()
             made = [y.detach(), *torch.autograd.grad(y, given, incoming)]
-            all_within_budget(made, expected, exact, torch.float32, NAMES)
+            keep(budget, made, NAMES)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -214,19 +216,20 @@ def test_autocast(narrow, backend):
     base as a linear layer leaves it, and as a norm does; the stock result is of the wider dtype.
     """
     for case in (Case(), Case(mean=1e3, spread=0.1)):
-        exact = case.run(torch.float64, "literal")
+        exact = partial(case.run, torch.float64, "literal")
         for base_dtype in (narrow, torch.float32):
-            results = []
-            for which in ("literal", backend):
+
+            def run(which, case=case, base_dtype=base_dtype):
                 leaves, dy = case.tensors(torch.float32)
                 given = [leaves[0], leaves[1].to(base_dtype), *leaves[2:]]
                 with torch.autocast(DEVICE.type, narrow):
                     y = case.call(given, which)
                 assert y.dtype == base_dtype
-                results.append([y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
-            stock, ours = results
-            assert [t.dtype for t in ours] == [t.dtype for t in stock]
-            all_within_budget(ours, stock, exact, narrow, NAMES)
+                return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+            ours = run(backend)
+            budget = all_within_budget(ours, partial(run, "literal"), exact, narrow, NAMES)
+            assert_same_dtypes(ours, budget)
 
 
 def test_nothing_wanted_is_no_graph():

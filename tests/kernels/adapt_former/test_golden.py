@@ -4,20 +4,20 @@
 Three blocks share the relation tensors; each block's MLP is one frozen linear layer.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from budgets import all_within_budget, keep
 
 from samfast.functional import adapt_former
-from samfast.kernels._common.budget import over_budget
 
 from .cases import DEVICE, runnable
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "cobot_adaptformer.safetensors"
-AGREE = 5e-6  # float32 files and a float64 evaluation, so that the latter is no wrong reference
 SIDE = ("norm.weight", "norm.bias", "down.weight", "down.bias", "up.weight", "up.bias")
 
 
@@ -62,13 +62,9 @@ def test_golden(backend):
         return lambda *args: adapt_former(*args, backend=backend)
 
     ours = run(tensors, torch.float32, branch(backend))
-    exact = run(tensors, torch.float64, branch("reference"))
-    plain = run(tensors, torch.float32, branch("reference"))
+    stock, exact = (
+        partial(run, tensors, t, branch("reference")) for t in (torch.float32, torch.float64)
+    )
+    budget = all_within_budget(ours, stock, exact, torch.float32)
     assert len(ours) == 3 + sum(n.startswith("grad.") for n in tensors)
-    for name, value in ours.items():
-        golden, largest = tensors[name].to(DEVICE), exact[name].abs().max()
-        assert (golden - exact[name]).abs().max() <= AGREE * largest, name
-        # Two float32 runs of one method, either as good as the other.
-        stock = (golden, plain[name])
-        problems = [over_budget(value, other, exact[name], torch.float32) for other in stock]
-        assert None in problems, f"{name}: {problems}"
+    keep(budget, {name: tensors[name].to(DEVICE) for name in ours})

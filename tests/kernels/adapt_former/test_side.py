@@ -2,10 +2,11 @@
 """The branch as the side of a fused block's operator."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
-from budgets import within_budget
+from budgets import all_within_budget, assert_same_dtypes
 
 from samfast import backends
 from samfast.counters import counting
@@ -79,12 +80,10 @@ CASES = (
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_budget(case, backend, dtype):
-    exact = case.run(torch.float64, "reference")
-    ours, stock = case.run(dtype, backend), case.run(dtype, "reference")
-    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in stock.items()}
+    stock, exact = (partial(case.run, t, "reference") for t in (dtype, torch.float64))
+    ours = case.run(dtype, backend)
     assert any(name.startswith("side.") for name in ours)
-    for name, value in ours.items():
-        within_budget(value, stock[name], exact[name], dtype, name)
+    assert_same_dtypes(ours, all_within_budget(ours, stock, exact, dtype))
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -219,9 +218,8 @@ def test_launches_of_a_block(rank):
     block = Adapted(case, half)
     with counting() as counts:
         ours = block.run("triton")
-    exact, stock = (Adapted(case, kind).run("reference") for kind in (torch.float64, half))
-    for name, value in ours.items():
-        within_budget(value, stock[name], exact[name], half, name)
+    stock, exact = (partial(Adapted(case, t).run, "reference") for t in (half, torch.float64))
+    all_within_budget(ours, stock, exact, half)
     design = costs.stages(case.windows, case.dim, case.heads, rank, half.itemsize)
     more = costs.side(case.windows, case.dim, BOTTLENECK, half.itemsize)
     assert sum(stage.launches for stage in more) == 9
@@ -233,10 +231,9 @@ def test_launches_of_a_block(rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_whole_blocks_in_triton(dtype):
-    exact, stock = SMALL.run(torch.float64, "reference"), SMALL.run(dtype, "reference")
+    stock, exact = (partial(SMALL.run, t, "reference") for t in (dtype, torch.float64))
     ours = SMALL.run(dtype, "triton")
-    for name, value in ours.items():
-        within_budget(value, stock[name], exact[name], dtype, name)
+    all_within_budget(ours, stock, exact, dtype)
     for memory in ("balanced", "minimal"):
         again = dataclasses.replace(SMALL, memory=memory).run(dtype, "triton")
         assert all(torch.equal(value, again[name]) for name, value in ours.items())
@@ -248,6 +245,5 @@ def test_whole_blocks_in_triton(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_triton(case, dtype):
-    exact, stock = case.run(torch.float64, "reference"), case.run(dtype, "reference")
-    for name, value in case.run(dtype, "triton").items():
-        within_budget(value, stock[name], exact[name], dtype, name)
+    stock, exact = (partial(case.run, t, "reference") for t in (dtype, torch.float64))
+    all_within_budget(case.run(dtype, "triton"), stock, exact, dtype)

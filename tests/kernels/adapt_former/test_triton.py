@@ -4,11 +4,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from budgets import all_within_budget
+from budgets import all_within_budget, assert_same_dtypes
 
 from samfast import backends
 from samfast.counters import count
@@ -39,10 +40,9 @@ CASES = (
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.id}-{case.mean}")
 def test_budget(case, dtype):
-    exact = case.run(torch.float64, "literal")
-    stock, ours = case.run(dtype, "literal"), case.run(dtype, "triton")
-    assert [t.dtype for t in ours] == [t.dtype for t in stock]
-    all_within_budget(ours, stock, exact, dtype, NAMES)
+    stock, exact = (partial(case.run, t, "literal") for t in (dtype, torch.float64))
+    ours = case.run(dtype, "triton")
+    assert_same_dtypes(ours, all_within_budget(ours, stock, exact, dtype, NAMES))
 
 
 @pytest.mark.slow
@@ -56,14 +56,14 @@ def test_budget(case, dtype):
     ids=str,
 )
 def test_budget_at_the_widths_of_sam(case, dtype):
-    exact = case.run(torch.float64, "literal")
-    stock, ours = case.run(dtype, "literal"), case.run(dtype, "triton")
+    stock, exact = (partial(case.run, t, "literal") for t in (dtype, torch.float64))
+    ours = case.run(dtype, "triton")
     all_within_budget(ours, stock, exact, dtype, NAMES)
 
 
 def test_float32_parameters_beside_narrow_rows():
     case = CASES[1]
-    exact, stock = case.run(torch.float64, "literal"), case.run(HALF, "literal")
+    stock, exact = (partial(case.run, t, "literal") for t in (HALF, torch.float64))
     ours = case.run(HALF, "triton", torch.float32)
     assert [t.dtype for t in ours] == [HALF] * 3 + [torch.float32] * 6
     all_within_budget(ours, stock, exact, HALF, NAMES)

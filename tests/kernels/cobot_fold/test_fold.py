@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """cobot_fold against its specification: values, gradients, launches, errors."""
 
+from functools import partial
+
 import pytest
 import torch
-from budgets import all_within_budget, within_budget
+from budgets import all_within_budget, assert_same_dtypes, within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import count
@@ -29,11 +31,10 @@ def skip_unless(backend):
 def test_budget(case, backend, dtype):
     skip_unless(backend)
     sources = case.sources(dtype)
-    exact = case.results(case.sources(dtype, then=torch.float64), "reference")
-    stock = case.results(sources, "reference")
+    exact = partial(case.results, case.sources(dtype, then=torch.float64), "reference")
     ours = case.results(sources, backend)
-    assert [t.dtype for t in ours] == [t.dtype for t in stock]
-    all_within_budget(ours, stock, exact, dtype, map(str, range(len(exact))))
+    budget = all_within_budget(ours, partial(case.results, sources, "reference"), exact, dtype)
+    assert_same_dtypes(ours, budget)
 
 
 KINDS = {  # of c and p, gammas, heads, factors and biases
@@ -58,15 +59,14 @@ def test_mixed_dtypes(case, backend, kinds):
     """Each result and gradient in its own dtype, and within the budget of that."""
     skip_unless(backend)
     sources = of_kinds(case.sources(torch.bfloat16), kinds)
-    exact = case.results(of_kinds(sources, [torch.float64] * 5), "reference")
-    stock = case.results(sources, "reference")
+    exact = partial(case.results, of_kinds(sources, [torch.float64] * 5), "reference")
+    stock = partial(case.results, sources, "reference")
     ours = case.results(sources, backend)
     of_kind, of_c = dict(zip(("gamma", "head", "factor", "bias"), kinds[1:], strict=True)), kinds[0]
     made = [of_kind["factor"]] * case.layers + [of_kind["bias"]] * case.layers * case.down
     lists = [kind for kind in kinds[1 : 5 if case.down else 4] for _ in range(case.layers)]
-    assert [t.dtype for t in ours] == [*made, of_c, of_c, *lists] == [t.dtype for t in stock]
-    for i, (mine, theirs, true) in enumerate(zip(ours, stock, exact, strict=True)):
-        within_budget(mine, theirs, true, mine.dtype, str(i))
+    assert [t.dtype for t in ours] == [*made, of_c, of_c, *lists]
+    assert_same_dtypes(ours, all_within_budget(ours, stock, exact, torch.float32))
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = torch.ops.samfast.cobot_fold(*sources, case.first, case.down, backend)
     assert [f.dtype for f in fakes] == [of_kind["factor"], made[-1]]
@@ -91,10 +91,10 @@ def test_odd_memory(backend, layout):
         odd = [in_gaps(c, layout), in_gaps(p, layout)]
         odd += [[in_gaps(t, layout) for t in part] for part in lists]
         assert layout == "turned" or not any(t.is_contiguous() for t in (odd[0], *odd[2], *odd[4]))
-        exact = case.results(case.sources(torch.float32, then=torch.float64), "reference")
-        stock = case.results([c, p, *lists], "reference")
+        exact = partial(case.results, case.sources(torch.float32, then=torch.float64), "reference")
+        stock = partial(case.results, [c, p, *lists], "reference")
         found = case.results(odd, backend, lambda g: in_gaps(g, layout))
-        all_within_budget(found, stock, exact, torch.float32, map(str, range(len(exact))))
+        all_within_budget(found, stock, exact, torch.float32)
 
 
 def test_the_quaternion_head_is_a_hamilton_product():
@@ -102,16 +102,19 @@ def test_the_quaternion_head_is_a_hamilton_product():
     x, w = torch.randn(2, 4, dtype=torch.float64)
     r, i, j, k = w
     a, b, c, d = x
-    product = torch.stack(
-        [
-            r * a - i * b - j * c - k * d,
-            r * b + i * a + j * d - k * c,
-            r * c - i * d + j * a + k * b,
-            r * d + i * c - j * b + k * a,
-        ]
-    )
+
+    def product():
+        return torch.stack(
+            [
+                r * a - i * b - j * c - k * d,
+                r * b + i * a + j * d - k * c,
+                r * c - i * d + j * a + k * b,
+                r * d + i * c - j * b + k * a,
+            ]
+        )
+
     ours = x @ reference.quaternion(w.view(4, 1, 1))
-    all_within_budget([ours], [product], [product], torch.float64, ["w x"])
+    within_budget(ours, product, product, torch.float64, "w x")
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -5,6 +5,7 @@
 """
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ class Call:
         assert ours[0].dtype == ours[1].dtype == ours[2].dtype == dtype
         assert all(t.dtype == torch.float32 for t in ours[3:])
         names = NAMES[: len(ours)]
-        all_within_budget(ours, self.literal(dtype), self.literal(torch.float64), dtype, names)
+        stock, exact = (partial(self.literal, t) for t in (dtype, torch.float64))
+        all_within_budget(ours, stock, exact, dtype, names)
 
 
 @pytest.mark.parametrize("depthwise", [False, True])

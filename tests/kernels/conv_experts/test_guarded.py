@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """conv_experts' Triton kernels under the guarded interpreter, in three program orders."""
 
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -30,7 +32,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.id)
 def test_kernels_under_guard(problem, order):
     dtype = torch.float32 if problem.rank == 1 else torch.float16
-    exact, stock = problem.literal(torch.float64), problem.literal(dtype, dtype)
+    stock, exact = partial(problem.literal, dtype, dtype), partial(problem.literal, torch.float64)
     with guarded(order) as guard:
         ours = problem.run(kernels, dtype)
     assert guard.launches == 3

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """conv_experts' Triton path against the specification: scales, sizes, channels and layouts."""
 
+from functools import partial
+
 import pytest
 import torch
 from budgets import all_within_budget
@@ -37,7 +39,7 @@ SMALL = Windows(1, 3, 4, 3, 2)
 @pytest.mark.slow_on_cpu(but=["2x14x14x14x14-r3-23"])
 @pytest.mark.parametrize("problem", EVERY_SCALE + CHANNELS, ids=lambda problem: problem.id)
 def test_values(problem):
-    exact, stock = problem.literal(torch.float64), problem.literal(torch.float32)
+    stock, exact = (partial(problem.literal, t) for t in (torch.float32, torch.float64))
     ours = problem.run(kernels, torch.float32)
     all_within_budget(ours, stock, exact, torch.float32, RESULTS)
 
@@ -49,13 +51,13 @@ def test_values(problem):
 def test_padded_windows(dtype):
     """Samples that hang over the image, one expert unused, kernels of another dtype than h."""
     problem = Problem(PADDED, ratios=(3, 2, 4), index=(0, 1, 1, 0))
-    exact, stock = problem.literal(torch.float64), problem.literal(dtype, dtype)
+    stock, exact = partial(problem.literal, dtype, dtype), partial(problem.literal, torch.float64)
     all_within_budget(problem.run(kernels, dtype), stock, exact, dtype, RESULTS)
 
 
 def test_without_skip_and_activation():
     problem = Problem(SMALL, 1, (2,), residual=False, activation="none")
-    exact, stock = problem.literal(torch.float64), problem.literal(torch.float32)
+    stock, exact = (partial(problem.literal, t) for t in (torch.float32, torch.float64))
     all_within_budget(problem.run(kernels, torch.float32), stock, exact, torch.float32, RESULTS)
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from budgets import all_within_budget
+from budgets import all_within_budget, assert_same_dtypes
 
 from samfast.functional import expert_gate
 from samfast.kernels._common.windows import Windows
@@ -54,12 +54,13 @@ def test_values(sizes, training, dtype, backend):
     leaves, noise = tensors(*sizes, dtype=dtype)
     noise = noise if training else None
     index, ours = run(leaves, noise, backend)
-    _, stock = run(leaves, noise, "reference")
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    truth, exact = run(wide, None if noise is None else noise.double(), "reference")
-    assert torch.equal(index, truth)
-    assert [t.dtype for t in ours] == [t.dtype for t in stock]
-    all_within_budget(ours, stock, exact, dtype, NAMES)
+    given = wide, None if noise is None else noise.double(), "reference"
+    assert torch.equal(index, run(*given)[0])
+    budget = all_within_budget(
+        ours, lambda: run(leaves, noise, "reference")[1], lambda: run(*given)[1], dtype, NAMES
+    )
+    assert_same_dtypes(ours, budget)
 
 
 def test_gradcheck():
@@ -77,10 +78,14 @@ def test_a_forced_choice_is_what_importance_counts(backend):
     forced = torch.tensor([0, 0, 0, 3, 3, 1], device=DEVICE)
     index, ours = run(leaves, noise, backend, expert_index=forced)
     assert torch.equal(index, forced) and index.data_ptr() != forced.data_ptr()
-    _, stock = run(leaves, noise, "reference", expert_index=forced)
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    _, exact = run(wide, noise.double(), "reference", expert_index=forced)
-    all_within_budget(ours, stock, exact, torch.float32, NAMES)
+    all_within_budget(
+        ours,
+        lambda: run(leaves, noise, "reference", expert_index=forced)[1],
+        lambda: run(wide, noise.double(), "reference", expert_index=forced)[1],
+        torch.float32,
+        NAMES,
+    )
     free = run(leaves, noise, backend)[1][0]
     assert not torch.equal(free, ours[0])
 
@@ -122,9 +127,8 @@ def test_pads_count_as_zeros(backend):
         per_sample = windows.cut(dh)[:, 0, 0]  # the first pixel of every window is in the image
         return chosen.squeeze(1), [value, per_sample, torch.stack(dgates)]
 
-    truth, exact = literal(torch.float64)
-    assert torch.equal(index, truth)
-    stock = literal(torch.float32)[1]
+    assert torch.equal(index, literal(torch.float64)[0])
+    stock, exact = ((lambda t=t: literal(t)[1]) for t in (torch.float32, torch.float64))
     all_within_budget([loss, dpool, dgate], stock, exact, torch.float32, ("loss", "dh", "dgate"))
 
 

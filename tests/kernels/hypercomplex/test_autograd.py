@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The products as operators: gradcheck, opcheck, compile, autocast, memory, what is saved."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,20 +106,21 @@ def test_autocast_is_as_good_as_a_stock_linear_layer(backend):
     wanted = [x, rules, weights, bias]
     with torch.autocast(DEVICE.type, dtype):
         ours = hypercomplex_linear(*wanted, backend=backend)
-        with torch.autocast(DEVICE.type, enabled=False):
-            h = sum(torch.kron(a, s) for a, s in zip(rules, weights, strict=True))
-        stock = F.linear(x, h, bias)
+
+    def stock():
+        h = sum(torch.kron(a, s) for a, s in zip(rules, weights, strict=True))
+        with torch.autocast(DEVICE.type, dtype):
+            y = F.linear(x, h, bias)
+        return [y, *torch.autograd.grad(y, wanted, dy.to(dtype))]
+
+    def exact():
+        leaves = Case(n=4, rows=12, columns=9).tensors(torch.float64)[0][:4]
+        y = hypercomplex_linear(*leaves, backend="reference")
+        return [y, *torch.autograd.grad(y, leaves, dy.to(dtype).double())]
+
     grads = torch.autograd.grad(ours, wanted, dy.to(dtype))
     assert ours.dtype == dtype and [g.dtype for g in grads] == [torch.float32] * 4
-    leaves, _ = Case(n=4, rows=12, columns=9).tensors(torch.float64)
-    exact = hypercomplex_linear(*leaves[:4], backend="reference")
-    all_within_budget(
-        [ours, *grads],
-        [stock, *torch.autograd.grad(stock, wanted, dy.to(dtype))],
-        [exact, *torch.autograd.grad(exact, leaves[:4], dy.to(dtype).double())],
-        dtype,
-        NAMES[:5],
-    )
+    all_within_budget([ours, *grads], stock, exact, dtype, NAMES[:5])
 
 
 def test_saves_x_alone():
@@ -193,18 +196,15 @@ def test_odd_memory(backend):
             given = [t.detach() for t in (*tensors, dy)]
             given[i] = odd
             dense = [t.clone(memory_format=torch.contiguous_format) for t in given]
-            results = []
-            for values, kind, which in (
-                (given, torch.float32, backend),
-                (dense, torch.float32, "reference"),
-                (dense, torch.float64, "reference"),
-            ):
-                if kind == torch.float64:
-                    values = [t.double() for t in values]
+
+            def run(values, which):
                 leaves = [t.requires_grad_() for t in values[:5]]
                 y = CASE.call(leaves, which)
-                results.append([y, *torch.autograd.grad(y, leaves, values[5])])
-            all_within_budget(*results, torch.float32, NAMES)
+                return [y, *torch.autograd.grad(y, leaves, values[5])]
+
+            exact = partial(run, [t.double() for t in dense], "reference")
+            stock = partial(run, dense, "reference")
+            all_within_budget(run(given, backend), stock, exact, torch.float32, NAMES)
 
 
 @pytest.mark.slow_on_cpu("triton")

@@ -2,14 +2,16 @@
 """Weights of low rank, (left_i right_iᵀ), given as a pair; and one term alone, KronA."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from budgets import all_within_budget
+from budgets import all_within_budget, assert_same_dtypes, keep
 
 from samfast.counters import count, saved_bytes
 from samfast.functional import hypercomplex_linear, kronecker_weight
+from samfast.kernels._common.budget import Budget
 from samfast.kernels.hypercomplex import costs
 from samfast.kernels.hypercomplex.factored import by_factors
 
@@ -103,10 +105,11 @@ def test_values(case, dtype, backend):
         if case not in (CASES[1], CASES[3]):
             pytest.skip("takes the interpreter long")
     for parameters in {dtype, torch.float32}:
-        exact = case.run(torch.float64, "literal")
-        ours, stock = (case.run(dtype, name, parameters) for name in (backend, "literal"))
-        assert [t.dtype for t in ours] == [t.dtype for t in stock]
-        all_within_budget(ours, stock, exact, dtype, NAMES[: len(ours)])
+        exact = partial(case.run, torch.float64, "literal")
+        stock = partial(case.run, dtype, "literal", parameters)
+        ours = case.run(dtype, backend, parameters)
+        budget = all_within_budget(ours, stock, exact, dtype, NAMES[: len(ours)])
+        assert_same_dtypes(ours, budget)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -177,11 +180,13 @@ def test_weight(dtype, backend):
             h = kronecker_weight(leaves[0], leaves[1:], scaling=0.5, backend=name)
         return [h, *torch.autograd.grad(h, leaves, dh.to(kind))]
 
-    exact, stock = run("literal", torch.float64), run("literal", dtype)
+    stock, exact = (partial(run, "literal", t) for t in (dtype, torch.float64))
+    budget = Budget(stock, exact, dtype)
     for by in (backend, "reference"):
         ours = run(by, dtype)
-        assert {t.dtype for t in ours} == {dtype} == {t.dtype for t in stock}
-        all_within_budget(ours, stock, exact, dtype, ("h", "drules", "dleft", "dright"))
+        assert {t.dtype for t in ours} == {dtype}
+        assert_same_dtypes(ours, budget)
+        keep(budget, ours, ("h", "drules", "dleft", "dright"))
 
 
 def test_krona(backend):
@@ -202,9 +207,8 @@ def test_krona(backend):
             )
         return [y, *torch.autograd.grad(y, leaves, dy.to(dtype))]
 
-    ours, stock, exact = (
-        run(torch.float32, backend), run(torch.float32, "kron"), run(torch.float64, "kron")
-    )  # fmt: skip
+    ours = run(torch.float32, backend)
+    stock, exact = (partial(run, t, "kron") for t in (torch.float32, torch.float64))
     all_within_budget(ours, stock, exact, torch.float32, ("y", "dx", "da", "db"))
     start = [t.float() for t in (x, a[None], 0 * b[None], w)]
     y = hypercomplex_linear(*start[:3], base=start[3], backend=backend)

@@ -6,6 +6,7 @@
 
 import re
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_values(size, dtype, path):
     rules, weights, base, grad = problem(*size, dtype)
     made = path.contract(grad, rules, weights, 0.5, (True, True))
     ours = [path.build(rules, weights, base, 0.5, torch.float32), *made]
-    stock, exact = (literal(rules, weights, base, grad, d) for d in (torch.float32, torch.float64))
+    stock, exact = (
+        partial(literal, rules, weights, base, grad, d) for d in (torch.float32, torch.float64)
+    )
     all_within_budget(ours, stock, exact, torch.float32, NAMES)
     # rounded once, of a sum in float32, whatever the dtype of the base
     for of_base in (torch.float32, dtype):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every backend against Σ torch.kron in float64: result and each gradient, under the budget."""
 
+from functools import partial
+
 import pytest
 import torch
 from budgets import all_within_budget, within_budget
@@ -44,12 +46,12 @@ def literal(case, dtype, parameter_dtype=None):
 
 def check(case, dtype, backend):
     """In the dtype throughout, and with parameters that stay float32 beside a narrow x."""
-    exact = literal(case, torch.float64)
+    exact = partial(literal, case, torch.float64)
     for parameters in {dtype, torch.float32}:
-        ours, stock = case.run(dtype, backend, parameters), literal(case, dtype, parameters)
+        ours = case.run(dtype, backend, parameters)
         assert [t.dtype for t in ours[:2]] == [dtype] * 2
         assert {t.dtype for t in ours[2:] if t.numel()} == {parameters}
-        all_within_budget(ours, stock, exact, dtype, NAMES)
+        all_within_budget(ours, partial(literal, case, dtype, parameters), exact, dtype, NAMES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -114,10 +116,11 @@ def test_weight(dtype, backend):
         h = kronecker_weight(*leaves, scaling=0.5, backend=name)
         return [h, *torch.autograd.grad(h, leaves, dh.to(kind))]
 
-    exact, ours = run("reference", torch.float64), run(backend, dtype)
-    all_within_budget(ours, run("reference", dtype), exact, dtype, ("h", "drules", "dweights"))
-    once = run("reference", torch.float32)[0].to(dtype)
-    within_budget(ours[0], once, exact[0], dtype)
+    stock, exact = (partial(run, "reference", t) for t in (dtype, torch.float64))
+    ours = run(backend, dtype)
+    all_within_budget(ours, stock, exact, dtype, ("h", "drules", "dweights"))
+    rounded_once = lambda: run("reference", torch.float32)[0].to(dtype)  # noqa: E731
+    within_budget(ours[0], rounded_once, lambda: exact()[0], dtype)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def test_many_positions(backend, monkeypatch):
 
         monkeypatch.setattr(triton_kernels, "PROGRAMS", 3)
     case = Case(n=2, rows=11, columns=13, tokens=(40,))
-    exact, stock = literal(case, torch.float64), literal(case, torch.float32)
+    stock, exact = (partial(literal, case, t) for t in (torch.float32, torch.float64))
     all_within_budget(case.run(torch.float32, backend), stock, exact, torch.float32, NAMES)
 
 
@@ -173,6 +176,6 @@ def test_the_sum_over_many_positions_is_as_exact_as_torch(backend):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (rules, weights)]
         return torch.autograd.grad(kronecker_weight(*leaves, backend=name), leaves, dh.to(dtype))
 
-    exact, stock = run("reference", torch.float64), run("reference", torch.float32)
+    stock, exact = (partial(run, "reference", t) for t in (torch.float32, torch.float64))
     ours = run(backend, torch.float32)
     all_within_budget(ours, stock, exact, torch.float32, ("drules", "dweights"))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """lora_linear as an operator: gradcheck, opcheck, compile, autocast, checkpointing, memory."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from samfast.functional import lora_linear
 from samfast.kernels._common.middle import IDENTITY
 
+from ..alike import assert_alike
 from .cases import DEVICE, NAMES, Case, runnable
 
 BACKENDS = ["torch", "cpu", "triton"]
@@ -116,20 +119,23 @@ def test_autocast_is_as_good_as_a_stock_linear_layer(backend):
     dy = dy.to(dtype)
     with torch.autocast(DEVICE.type, dtype):
         ours = lora_linear(x, weight, bias, a, b, case.scaling, backend=backend)
-        stock = F.linear(x, weight, bias) + case.scaling * F.linear(F.linear(x, a), b)
+
+    def stock():
+        with torch.autocast(DEVICE.type, dtype):
+            y = F.linear(x, weight, bias) + case.scaling * F.linear(F.linear(x, a), b)
+        return [y, *torch.autograd.grad(y, wanted, dy)]
+
     wanted = [x, weight, bias, a, b]
     assert ours.dtype == dtype
     grads = torch.autograd.grad(ours, wanted, dy)
     assert [g.dtype for g in grads] == [torch.float32] * 5
-    exact_leaves, _ = case.tensors(torch.float64)
-    exact = lora_linear(*exact_leaves, case.scaling, backend="reference")
-    all_within_budget(
-        [ours, *grads],
-        [stock, *torch.autograd.grad(stock, wanted, dy)],
-        [exact, *torch.autograd.grad(exact, exact_leaves, dy.double())],
-        dtype,
-        NAMES,
-    )
+
+    def exact():
+        leaves, _ = case.tensors(torch.float64)
+        y = lora_linear(*leaves, case.scaling, backend="reference")
+        return [y, *torch.autograd.grad(y, leaves, dy.double())]
+
+    all_within_budget([ours, *grads], stock, exact, dtype, NAMES)
 
 
 def test_a_backward_inside_autocast_changes_nothing():
@@ -204,7 +210,7 @@ def test_only_the_wanted_gradients_are_made(backend, wanted):
     y = lora_linear(*some, 0.5, backend=backend)
     grads = torch.autograd.grad(y, [some[i] for i in wanted], dy)
     for i, grad in zip(wanted, grads, strict=True):
-        all_within_budget([grad], [full[i]], [full[i].double()], torch.float32, [NAMES[i + 1]])
+        assert_alike(grad, full[i], NAMES[i + 1])
 
 
 @pytest.mark.slow_on_cpu("triton")
@@ -226,16 +232,17 @@ def test_odd_memory(backend):
     layouts = [(gaps, dy), (permuted, dy), (expanded, dy)]
     layouts += [(x, dy.permute(2, 1, 0).contiguous().permute(2, 1, 0)), (x, dy[:1].expand_as(dy))]
     for odd_x, odd_dy in layouts:
-        stock = grads(odd_x.detach().clone().contiguous().requires_grad_(), odd_dy.contiguous())
-        exact = _in_float64(odd_x, weight, bias, a, b, odd_dy)
+        dense = odd_x.detach().clone(memory_format=torch.contiguous_format), odd_dy.contiguous()
+
+        def literal(dtype, dense=dense):
+            *given, dy = (t.detach().to(dtype) for t in (dense[0], weight, bias, a, b, dense[1]))
+            x, _, _, *adapter = leaves = [t.requires_grad_() for t in given]
+            y = lora_linear(*leaves, 0.5, backend="reference")
+            return [y, *torch.autograd.grad(y, [x, *adapter], dy)]
+
+        stock, exact = (partial(literal, t) for t in (torch.float32, torch.float64))
         names = ["y", "dx", "dlora_a", "dlora_b"]
         all_within_budget(grads(odd_x, odd_dy), stock, exact, torch.float32, names)
-
-
-def _in_float64(x, weight, bias, a, b, dy):
-    x, weight, bias, a, b = (t.detach().double().requires_grad_() for t in (x, weight, bias, a, b))
-    y = lora_linear(x, weight, bias, a, b, 0.5, backend="reference")
-    return [y, *torch.autograd.grad(y, [x, a, b], dy.double())]
 
 
 @pytest.mark.slow_on_cpu("triton")

@@ -2,6 +2,7 @@
 """The engine's middle-map protocol: a map with parameters, an aux loss and r_in ≠ r_out."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -75,22 +76,24 @@ def test_a_map_with_parameters_and_an_aux_loss(backend, kind, dtype):
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)
     sizes = [(11, 20), (30, 20), (30,), (3, 20), (30, 5), (3, 5)]
-    exact = [torch.randn(*s, generator=generator, dtype=torch.float64).to(DEVICE) for s in sizes]
+    given = [torch.randn(*s, generator=generator, dtype=torch.float64).to(DEVICE) for s in sizes]
     dy = torch.randn(11, 30, generator=generator, dtype=torch.float64).to(DEVICE)
     key = middle.key_of(*kind)
-    results = {}
-    for name, kept in (("exact", torch.float64), ("stock", dtype), ("ours", dtype)):
-        leaves = [t.to(kept).requires_grad_() for t in exact]
-        if name == "ours":
+
+    def run(dtype, by_hand=True):
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        if by_hand:
+            y, aux = literal(*leaves, 0.3)
+        else:
             y, aux, _ = low_rank_linear(
                 *leaves[:5], 0.5, middle=key, geometry=[11], params=leaves[5:], backend=backend
             )
-        else:
-            y, aux = literal(*leaves, 0.3)
-        grads = torch.autograd.grad([y, aux], leaves, [dy.to(kept), torch.ones_like(aux)])
-        results[name] = [y, aux, *grads]
+        grads = torch.autograd.grad([y, aux], leaves, [dy.to(dtype), torch.ones_like(aux)])
+        return [y, aux, *grads]
+
+    stock, exact = (partial(run, t) for t in (dtype, torch.float64))
     names = ["y", "aux", "dx", "dweight", "dbias", "dlora_a", "dlora_b", "dmatrix"]
-    all_within_budget(results["ours"], results["stock"], results["exact"], dtype, names)
+    all_within_budget(run(dtype, by_hand=False), stock, exact, dtype, names)
 
 
 def test_a_backward_through_aux_alone():
@@ -101,9 +104,12 @@ def test_a_backward_through_aux_alone():
         x, torch.randn(30, 20), None, a, b, 0.5, middle=key, geometry=[11], params=[matrix]
     )
     grads = torch.autograd.grad(aux, [x, a])
-    stock = torch.autograd.grad(0.3 * (x @ a.t()).square().mean(), [x, a])
-    x64, a64 = (t.detach().double().requires_grad_() for t in (x, a))
-    exact = torch.autograd.grad(0.3 * (x64 @ a64.t()).square().mean(), [x64, a64])
+
+    def by_autograd(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, a)]
+        return torch.autograd.grad(0.3 * (leaves[0] @ leaves[1].t()).square().mean(), leaves)
+
+    stock, exact = (partial(by_autograd, t) for t in (torch.float32, torch.float64))
     all_within_budget(grads, stock, exact, torch.float32, ["dx", "dlora_a"])
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A path's forward and backward below autograd, and the literal attention beside them."""
 
+from functools import partial
+
 import torch
 from budgets import all_within_budget, within_budget
 
@@ -61,7 +63,7 @@ class Call:
         return [out, *grads, *dpads, *(tables or (None, None))], lse
 
     def literal(self, dtype):
-        """Every logit in memory, gradients by autograd."""
+        """NAMES' tensors by name, every logit in memory, gradients by autograd."""
         q, k, v, *pads, table_h, table_w = self.arguments(dtype)
         pads = [q.new_zeros(self.pad_shape) if t is None else t.clone() for t in pads]
         leaves = [t.clone().requires_grad_() for t in (q, k, v, *pads, table_h, table_w)]
@@ -70,9 +72,8 @@ class Call:
         out = reference.relpos_attention(*parts, table_h, table_w, self.scale)
         out = self.windows.paste(out.movedim(1, 3).flatten(3))[0].view(q.shape)
         grads = torch.autograd.grad(out, leaves, self.dout.to(dtype), materialize_grads=True)
-        grads = [g if self.windows.pads or "pad" not in n else None for n, g in
-                 zip(NAMES[1:], grads, strict=True)]  # fmt: skip
-        return [out.detach(), *grads]
+        made = dict(zip(NAMES, [out.detach(), *grads], strict=True))
+        return {name: t for name, t in made.items() if self.windows.pads or "pad" not in name}
 
     def cut(self, t, pad=None):
         rows = self.windows.batch * self.windows.pads
@@ -83,17 +84,14 @@ class Call:
     def check(self, path, dtype=torch.float32):
         """All that ``path`` gives within the budget."""
         ours, lse = self.run(path, dtype)
-        stock, exact = self.literal(dtype), self.literal(torch.float64)
-        there = [i for i, t in enumerate(exact) if t is not None]
-        assert there == [i for i, t in enumerate(ours) if t is not None]
-        columns = ([results[i] for i in there] for results in (ours, stock, exact))
-        all_within_budget(*columns, dtype, [NAMES[i] for i in there])
+        ours = {name: t for name, t in zip(NAMES, ours, strict=True) if t is not None}
+        stock, exact = (partial(self.literal, t) for t in (dtype, torch.float64))
+        assert list(ours) == list(all_within_budget(ours, stock, exact, dtype).exact)
         assert lse.dtype == torch.float32
         heads = self.tokens["q"].shape[3]
         assert lse.shape == (self.windows.batch, heads, lse[0, 0].numel())
-        *_, stock_lse = self.run(torch_path, dtype)
-        *_, exact_lse = self.run(torch_path, torch.float64)
-        within_budget(lse, stock_lse, exact_lse, dtype, "lse")
+        stock, exact = ((lambda t=t: self.run(torch_path, t)[1]) for t in (dtype, torch.float64))
+        within_budget(lse, stock, exact, dtype, "lse")
 
 
 def cast_expanded(t, dtype):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C++ path against the literal attention in float64, with every layout of its tensors."""
 
+from functools import partial
+
 import pytest
 import torch
-from budgets import all_within_budget, within_budget
+from budgets import all_within_budget, keep
 
 from samfast import backends
 from samfast.functional import relpos_attention, window_relpos_attention
+from samfast.kernels._common.budget import Budget
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention import cpu_path
 
@@ -53,6 +56,23 @@ def test_every_width_of_a_head(head_dim, dtype):
 )
 def test_maps_of_other_shapes(windows, dtype):
     Call(windows).check(cpu_path, dtype)
+
+
+def test_far_keys_keep_their_digits():
+    """Each weight by itself, however small it is beside the largest."""
+    logit = torch.linspace(-80, 0, 8191)
+    q, k, v = (torch.zeros(8191, 1, 1, 2, 16) for _ in range(3))
+    q[..., 0] = 4 * logit[:, None, None, None]  # 1 / 4 is the scale
+    k[..., 1, 0] = v[..., 1, 0] = 1.0
+    weight = relpos_attention(q, k, v, torch.zeros(1, 16), torch.zeros(3, 16), backend="cpu")
+    pair = torch.stack([torch.zeros(8191), logit], 1)
+    exact = pair.double().softmax(1)[:, 1]
+
+    def relative(dtype):
+        return pair.to(dtype).softmax(1)[:, 1] / exact
+
+    stock, one = (partial(relative, t) for t in (torch.float32, torch.float64))
+    within_budget(weight[:, 0, 0, 0, 0] / exact, stock, one, torch.float32)
 
 
 @pytest.mark.slow_on_cpu
@@ -188,12 +208,12 @@ def test_one_head_on_many_threads(windows):
     call = Call(windows, heads=1)
     alone, *others = with_threads(call, (1, 2, 3, 5))
     again = with_threads(call, (2, 3, 5))
-    exact = {n: t for n, t in zip(NAMES, call.literal(torch.float64), strict=True) if t is not None}
-    stock = [t for t in call.literal(torch.float32) if t is not None]
+    stock, exact = (partial(call.literal, t) for t in (torch.float32, torch.float64))
+    budget = Budget(stock, exact, torch.float32)
     for outcome, repeated in zip(others, again, strict=True):
         assert torch.equal(outcome[0], alone[0]) and torch.equal(outcome[1], alone[1])
         assert all(torch.equal(a, b) for a, b in zip(outcome, repeated, strict=True))
-        all_within_budget(outcome[1:], stock, exact.values(), torch.float32, exact)
+        keep(budget, dict(zip(budget.exact, outcome[1:], strict=True)))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -207,9 +227,9 @@ def test_what_is_not_finite_spreads_as_in_the_literal(place, value):
     else:
         call.tokens[place][0, 4, 7, 1, 3] = value
     ours, literal = call.run(cpu_path)[0], call.literal(torch.float32)
-    for name, mine, theirs in zip(NAMES, ours, literal, strict=True):
-        if theirs is not None:
-            assert torch.equal(mine.isfinite(), theirs.isfinite()), name
+    for name, mine in zip(NAMES, ours, strict=True):
+        if name in literal:
+            assert torch.equal(mine.isfinite(), literal[name].isfinite()), name
 
 
 def test_keys_of_minus_infinity_weigh_nothing():
@@ -219,9 +239,9 @@ def test_keys_of_minus_infinity_weigh_nothing():
     call.tokens["k"][:, :6, ..., 0] = -torch.inf
     inputs = call.arguments(torch.float32)
     ours, _ = cpu_path.forward(*inputs, call.windows, call.scale)
-    stock, exact = call.literal(torch.float32)[0], call.literal(torch.float64)[0]
-    assert exact.isfinite().all()
-    within_budget(ours, stock, exact, torch.float32, "out")
+    stock, exact = (partial(call.literal, t) for t in (torch.float32, torch.float64))
+    assert exact()["out"].isfinite().all()
+    all_within_budget({"out": ours}, stock, exact, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=name_of)
@@ -259,8 +279,8 @@ def test_the_public_function_with_every_source_of_padding(dtype):
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
     names = ("out", "dqkv", "dtable_h", "dtable_w", "dpad_bias", "dpad_h", "dpad_b")
-    ours, stock = results(dtype, "cpu"), results(dtype, "reference")
-    all_within_budget(ours, stock, results(torch.float64, "reference"), dtype, names)
+    stock, exact = (partial(results, t, "reference") for t in (dtype, torch.float64))
+    all_within_budget(results(dtype, "cpu"), stock, exact, dtype, names)
 
 
 def test_refuses_float64():

@@ -4,6 +4,8 @@
 In float64, to far less than float32 could tell: both sides round.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from budgets import all_within_budget
@@ -33,11 +35,16 @@ def stock_windows(case, qkv, table_h, table_w, bias):
 
 
 def compare(case, stock):
-    leaves, dout = case.tensors(torch.float64)
-    ours, theirs = case.call(leaves, "reference"), stock(*leaves)
-    grads = [torch.autograd.grad(out, leaves, dout) for out in (ours, theirs)]
-    ours, theirs = [ours, *grads[0]], [theirs, *grads[1]]
-    all_within_budget(ours, theirs, theirs, torch.float32, case.names)
+    def run(call):
+        leaves, dout = case.tensors(torch.float64)
+        out = call(leaves)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    ours, theirs = (
+        run(lambda leaves: case.call(leaves, "reference")),
+        partial(run, lambda leaves: stock(*leaves)),
+    )
+    all_within_budget(ours, theirs, theirs, torch.float64, case.names)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 """A path's element-wise stages on random rows, and stock modules with autograd beside them."""
 
 import dataclasses
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from budgets import within_budget
+from budgets import keep
 from torch import Tensor
+
+from samfast.kernels._common.budget import Budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-6
@@ -114,11 +117,15 @@ class Call:
         """Everything in the budget; low_rank: whether h and GELU's dA are made on the way."""
         tensors = self.tensors()
         ours = self.run(path, tensors)
-        exact, stock = (self.literal(tensors, exact) for exact in (True, False))
+        budget = self.budget(tensors)
         made = {"h", "h2", "hg", "da_gelu"} if low_rank and self.rank else set()
-        assert set(ours) == (set(exact) - {"h", "h2", "hg", "da", "da_gelu"}) | made
+        assert set(ours) == (set(budget.exact) - {"h", "h2", "hg", "da", "da_gelu"}) | made
         for name, value in ours.items():
             kind = self.residual if name in ("dx", "total", "y") else self.dtype
             assert value.dtype == (torch.float32 if name == "da_gelu" else kind), name
-            within_budget(value, stock[name], exact[name], kind, name)
+        keep(budget, ours)
         return ours
+
+    def budget(self, tensors: dict[str, Tensor]) -> Budget:
+        stock, exact = (partial(self.literal, tensors, exact) for exact in (False, True))
+        return Budget(stock, exact, self.dtype)

@@ -2,11 +2,14 @@
 """The block as one operator against the literal block: values, gradients, three memory modes."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
-from budgets import within_budget
+from budgets import all_within_budget, assert_same_dtypes, keep, within_budget
 from layouts import odd_layouts
+
+from samfast.kernels._common.budget import Budget
 
 from .cases import BACKENDS, DEVICE, Case, runnable
 
@@ -34,12 +37,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(case, backend, dtype, small=None):
-    exact = case.run(torch.float64, "reference")
-    ours, stock = case.run(dtype, backend, small), case.run(dtype, "reference", small)
-    assert set(ours) == set(exact)
-    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in stock.items()}
-    for name, value in ours.items():
-        within_budget(value, stock[name], exact[name], dtype, f"{name} in {dtype}")
+    stock = partial(case.run, dtype, "reference", small)
+    exact = partial(case.run, torch.float64, "reference")
+    ours = case.run(dtype, backend, small)
+    budget = all_within_budget(ours, stock, exact, dtype)
+    assert list(ours) == list(budget.exact)
+    assert_same_dtypes(ours, budget)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -51,12 +54,8 @@ def test_budget(case, backend, dtype):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_float64_is_exact(case):
-    """As wrong as float32 may be, scaled by their epsilons; the reference beside it rounds too."""
-    exact, single = case.run(torch.float64, "reference"), case.run(torch.float32, "reference")
-    scale = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    for name, value in case.run(torch.float64, "torch").items():
-        stock = exact[name] + scale * (single[name] - exact[name])
-        within_budget(value, stock, exact[name], torch.float64, name)
+    exact = partial(case.run, torch.float64, "reference")
+    all_within_budget(case.run(torch.float64, "torch"), exact, exact, torch.float64)
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
@@ -101,7 +100,8 @@ def test_odd_memory(memory, backend):
 
     expected = run(x, tensors, dy)
     given = [t.detach() for t in (x, *(tensors[i] for i in named), dy)]
-    exact = case.run(torch.float64, "reference")
+    stock, exact = (partial(case.run, t, "reference") for t in (torch.float32, torch.float64))
+    budget = Budget(stock, exact, torch.float32)
     for odd_x, *odd, odd_dy in zip(*(odd_layouts(t) for t in given), strict=True):
         odd_x = odd_x.requires_grad_()
         made = run(odd_x, tensors, odd_dy)
@@ -111,8 +111,7 @@ def test_odd_memory(memory, backend):
             changed[i] = t.requires_grad_()
         made = run(odd_x, changed, odd_dy)
         names = ["y", "dx", *(case.names[i] for i in named)]
-        for name, ours, stock in zip(names, made, expected, strict=True):
-            within_budget(ours, stock, exact[name], torch.float32, name)
+        keep(budget, dict(zip(names, made, strict=True)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -137,15 +136,17 @@ def test_rows_far_from_zero_and_constant_rows(dtype, memory, backend):
     """Their variance is a small difference of large numbers, or nothing but eps."""
     for change in (lambda x: 1e3 + 0.1 * x, lambda x: 0 * x + 5, lambda x: 0 * x):
         case = Case(memory=memory)
-        results = []
-        for kind, name in ((dtype, backend), (dtype, "reference"), (torch.float64, "reference")):
+
+        def run(kind, name, case=case, change=change):
             x, tensors, dy = case.tensors(kind)
             x = change(x.detach().double()).to(dtype).to(kind).requires_grad_()
             y, _ = case.call(x, tensors, name)
-            results.append([y, *torch.autograd.grad(y, [x, tensors[0], tensors[8]], dy)])
-        for ours, stock, exact in zip(*results, strict=True):
-            assert ours.isfinite().all()
-            within_budget(ours, stock, exact, dtype)
+            return [y, *torch.autograd.grad(y, [x, tensors[0], tensors[8]], dy)]
+
+        ours = run(dtype, backend)
+        assert all(t.isfinite().all() for t in ours)
+        stock, exact = (partial(run, t, "reference") for t in (dtype, torch.float64))
+        all_within_budget(ours, stock, exact, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,20 +172,20 @@ def test_what_is_not_finite_spreads_as_in_the_reference(value, memory, backend):
 def test_tables_biases_and_norms_of_another_dtype():
     """float32 beside a bfloat16 stream, as trained ones are; products are rounded alike."""
     case = Case(adapters=("qkv", "lin2"), bias=False)
-    exact = case.run(torch.float64, "reference")
+    exact = partial(case.run, torch.float64, "reference")
     ours = case.run(torch.bfloat16, "auto", torch.float32)
-    alike = case.run(torch.bfloat16, "reference")
+    alike = partial(case.run, torch.bfloat16, "reference")
     for name, value in ours.items():
         small = name not in ("y", "dx") and "weight" not in name.partition(".")[2]
         assert value.dtype == (torch.float32 if small else torch.bfloat16), name
-        within_budget(value, alike[name], exact[name], torch.bfloat16, name)
+    all_within_budget(ours, alike, exact, torch.bfloat16)
 
 
 def test_images_do_not_see_each_other():
     case = Case()
     x, tensors, _ = case.tensors(torch.float64)
-    both, _ = case.call(x, tensors, "torch")
     alone = torch.cat([case.call(image[None], tensors, "torch")[0] for image in x])
+    both = lambda: case.call(x, tensors, "reference")[0]  # noqa: E731
     within_budget(alone, both, both, torch.float64)
 
 

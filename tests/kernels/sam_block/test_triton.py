@@ -5,11 +5,12 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from budgets import within_budget
+from budgets import all_within_budget
 
 from samfast import backends
 from samfast.counters import counting
@@ -129,11 +130,9 @@ SLOW = [pytest.mark.slow]
 def test_whole_blocks(kind, dtype):
     """Every tensor's gradient; trained weights take the rows, trained norms all of dn."""
     case = BLOCKS[kind]
-    exact, stock = case.run(torch.float64, "reference"), case.run(dtype, "reference")
+    stock, exact = (partial(case.run, t, "reference") for t in (dtype, torch.float64))
     ours = case.run(dtype, "triton")
-    assert set(ours) == set(exact)
-    for name, value in ours.items():
-        within_budget(value, stock[name], exact[name], dtype, name)
+    assert set(ours) == set(all_within_budget(ours, stock, exact, dtype).exact)
 
 
 class Adapted:
@@ -175,9 +174,8 @@ def test_adapted_blocks(kind, rank):
     block = Adapted(case, HALF)
     with counting() as counts:
         ours = block.run("triton")
-    exact, stock = block.run("reference", torch.float64), block.run("reference")
-    for name, value in ours.items():
-        within_budget(value, stock[name], exact[name], HALF, name)
+    stock = partial(block.run, "reference")
+    all_within_budget(ours, stock, partial(stock, torch.float64), HALF)
 
     design = costs.stages(case.windows, case.dim, case.heads, rank, HALF.itemsize)
     assert counts.total_launches == sum(stage.launches for stage in design)

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def test_every_order_gives_the_same_bits(case):
             runs.append(case.run(dtype, "triton", torch.float32))
         assert guard.launches == 4  # cores and product, in both directions
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
-    exact, stock = literal(case, torch.float64), literal(case, dtype, torch.float32)
+    stock, exact = (
+        partial(literal, case, dtype, torch.float32),
+        partial(literal, case, torch.float64),
+    )
     all_within_budget(runs[0], stock, exact, dtype, NAMES)
 
 
@@ -75,7 +79,7 @@ def test_more_columns_of_a_task_factor_than_a_block():
         return [m.detach(), *torch.autograd.grad(m, leaves, dm.to(dtype).sum(1))]
 
     made = [triton_kernels.fold(cores, factors), *triton_kernels.fold_backward(dm, cores, factors)]
-    stock, exact = by_autograd(torch.float32), by_autograd(torch.float64)
+    stock, exact = (partial(by_autograd, t) for t in (torch.float32, torch.float64))
     all_within_budget(made, stock, exact, torch.float32, ("m", "dcores", "dfactors"))
 
 

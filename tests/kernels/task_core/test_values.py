@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every backend against float64: result and each gradient, under the budget."""
 
+from functools import partial
+
 import pytest
 import torch
 from budgets import all_within_budget
@@ -33,13 +35,13 @@ def backend(request):
 def check(case, dtype, backend):
     """In the dtype throughout, and with parameters that stay float32 beside a narrow h."""
     for parameters in {dtype, torch.float32}:
-
-        def draw(i, parameters=parameters):
-            return literal(case, dtype, parameters, i), literal(case, torch.float64, draw=i)
-
         ours = case.run(dtype, backend, parameters)
         assert [t.dtype for t in ours] == [dtype, dtype, parameters, parameters]
-        all_within_budget(ours, *draw(0), dtype, NAMES, draw)
+        stock, exact = (
+            partial(literal, case, dtype, parameters),
+            partial(literal, case, torch.float64),
+        )
+        all_within_budget(ours, stock, exact, dtype, NAMES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -74,9 +76,8 @@ def test_interpreted(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_reference(case):
     """The specification is the formula, in its gradients too."""
-    ours, exact = case.run(torch.float64, "reference"), literal(case, torch.float64)
-    stock = literal(case, torch.float32)
-    all_within_budget(ours, stock, exact, torch.float64, NAMES)
+    exact = partial(literal, case, torch.float64)
+    all_within_budget(case.run(torch.float64, "reference"), exact, exact, torch.float64, NAMES)
 
 
 def test_mixed_tasks_are_each_tasks_own(backend):
@@ -150,8 +151,10 @@ def test_parts_of_a_gradient_are_added(backend):
         (made,) = task_cores(leaves[:1], leaves[1:], backend=which)
         return torch.autograd.grad(made, leaves, incoming.to(dtype))
 
-    exact = run(torch.float64, "reference", parts.double().sum(0, keepdim=True))
-    stock = run(torch.float32, "reference", parts.sum(0, keepdim=True))
+    def of_sum(dtype):
+        return run(dtype, "reference", parts.to(dtype).sum(0, keepdim=True))
+
+    stock, exact = (partial(of_sum, t) for t in (torch.float32, torch.float64))
     all_within_budget(run(torch.float32, backend, parts), stock, exact, torch.float32, NAMES[2:])
 
 
@@ -169,7 +172,7 @@ def test_many_rows_are_as_exact_as_torch(backend):
         z = task_core(*leaves, torch.tensor([1, 0], device=DEVICE), backend=which)
         return [z, *torch.autograd.grad(z, leaves, dz.to(dtype))]
 
-    exact, stock = run("reference", torch.float64), run("reference", torch.float32)
+    stock, exact = (partial(run, "reference", t) for t in (torch.float32, torch.float64))
     all_within_budget(run(backend, torch.float32), stock, exact, torch.float32, NAMES)
 
 
