@@ -32,7 +32,15 @@ _EXPORTS = {
     "load_adapter": "samfast.modules.adapter_files",
     "read_adapter_config": "samfast.modules.adapter_files",
 }
-_SUBMODULES = ("backends", "functional", "integrations", "models", "modules", "training")
+_SUBMODULES = (
+    "backends",
+    "counters",
+    "functional",
+    "integrations",
+    "models",
+    "modules",
+    "training",
+)
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from samfast import __version__, backends
+from samfast.integrations.torchvision import operators_problem
 from samfast.kernels._common.budget import Budget
 
 OPERATIONS = (
@@ -60,6 +61,7 @@ def summary(device: torch.device) -> dict:
         "build_reason": build["reason"],
         "native": "loaded" if native is None else native,
         "cpu_capability": backends.cpu_capability(),
+        "torchvision_problem": operators_problem(),
         "operations": {name: _choices(name, device) for name in OPERATIONS},
     }
 
@@ -130,6 +132,8 @@ def _as_text(record):
     lines += [f"  {name} {version}" for name, version in list(record["versions"].items())[1:]]
     lines.append(f"build: {record['build']} ({record['build_reason']})")
     lines.append(f"native extension: {record['native']}{_code(record['cpu_capability'])}")
+    if record["torchvision_problem"] is not None:
+        lines.append(record["torchvision_problem"])
     for name, choice in record["operations"].items():
         lines.append(f"{name}: {choice['backend']}")
         lines += [f"  not {backend}: {why}" for backend, why in choice["cannot"].items()]

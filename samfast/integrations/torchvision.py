@@ -10,6 +10,7 @@ in torchvision's own message that its operators are missing.
 """
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
 
@@ -19,6 +20,7 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
+_LIBRARIES = ("_C_stable", "_C")  # since torchvision 0.29, and before
 _library = None  # the registration ends with this object
 
 
@@ -52,12 +54,30 @@ def declare_missing_schemas() -> bool:
     return True
 
 
+def operators_problem() -> str | None:
+    """Why torchvision's C++ operators do not load, and what to install; None where they do.
+
+    None, too, where torchvision is not installed: samfast does not need it.
+    """
+    if not installed("torchvision") or _load_operators():
+        return None
+    try:
+        version = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
+    return (
+        f"torchvision {version} was not built for torch {torch.__version__}, so its operators are "
+        'missing; install the torchvision built for this torch (pytorch.org, "Get started"); '
+        "samfast works without them"
+    )
+
+
 def _load_operators() -> bool:
     """Loads torchvision's operator library, as its own import does; False where that fails."""
     suffixes = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
     for folder in importlib.util.find_spec("torchvision").submodule_search_locations or ():
-        spec = importlib.machinery.FileFinder(folder, suffixes).find_spec("_C")
-        if spec is not None:
+        finder = importlib.machinery.FileFinder(folder, suffixes)
+        for spec in filter(None, map(finder.find_spec, _LIBRARIES)):
             try:
                 torch.ops.load_library(spec.origin)
             except OSError:  # built for another torch: symbols or libraries are missing

@@ -17,7 +17,6 @@ from samfast.modules import ConvLoraLinear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = sorted((Path(__file__).parents[1] / "golden").glob("conv_lora_*.safetensors"))
-# The interpreter is slow; these have an even and odd ratios, both gates and a 3-D input.
 EXPERT = "expert.{}.{}"
 # The authors' full state-dict names of what the files abbreviate.
 FULL = {

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README and CONTRIBUTING as their readers copy them, and small stand-ins for the readers' files.
+
+What a document says is run word for word. Only sizes are replaced: its vit_b is SMALL_VIT_B, its
+checkpoint and folders hold few small files.
+
+python tests/documents.py README.md    runs the Python blocks as in a fresh interpreter
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sybil import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
+
+from samfast.models import architectures, build_sam
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+SMALL_VIT_B = architectures.Architecture(192, 2, 3, (1,), window=7, image_size=64)
+CHECKPOINT = "sam_vit_b_01ec64.pth"
+FOLDERS = {"photos": 255, "roads": 7, "camvid": 7}  # and the value of an object in their masks
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:samfast|make|pip|pytest|python3? -m) [^`]+)`")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, or the code of an inline command, whose language is "inline"."""
+
+    document: str
+    line: int
+    language: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}"
+
+
+def blocks(document: str) -> list[Block]:
+    """Every fenced block of a document and every command inside its text, in order."""
+    parsed = Document.parse(str(ROOT / document), FencedCodeBlockLexer(r"[^\n]*"))
+    found, text = [], parsed.text
+    for example in parsed.examples():
+        language, source = example.region.lexemes["language"], example.region.lexemes["source"]
+        found.append(Block(document, example.line, language, str(source)))
+        length = example.region.end - example.region.start
+        blank = "".join(c if c == "\n" else " " for c in text[example.region.start :][:length])
+        text = text[: example.region.start] + blank + text[example.region.end :]
+    for match in INLINE.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(document, line, "inline", " ".join(match[1].split())))
+    return sorted(found, key=lambda block: block.line)
+
+
+def use_small_vit_b() -> None:
+    architectures.ARCHITECTURES["vit_b"] = SMALL_VIT_B
+
+
+def write_stand_ins(folder: Path) -> None:
+    """The files that the documents' commands name, but for what they make themselves."""
+    generator = np.random.default_rng(0)
+
+    def picture(path: Path, height: int, width: int) -> None:
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+
+    for name, value in FOLDERS.items():
+        for kind in ("images", "masks"):
+            (folder / name / kind).mkdir(parents=True)
+        for i in range(3):
+            picture(folder / name / "images" / f"{i}.png", 48, 64)
+            mask = np.zeros((48, 64), np.uint8)
+            mask[8 * i : 8 * i + 16, 10:40] = value
+            Image.fromarray(mask).save(folder / name / "masks" / f"{i}.png")
+    picture(folder / "photo.png", 240, 330)
+    (tasks,) = [block.source for block in blocks("README.md") if block.language == "yaml"]
+    (folder / "tasks.yaml").write_text(tasks)
+    torch.save(build_sam("vit_b", random_init=True, seed=0).state_dict(), folder / CHECKPOINT)
+
+
+def run_python(document: str) -> None:
+    """Every Python block in order. One that imports samfast stands by itself, others go on."""
+    parsed = Document.parse(str(ROOT / document), PythonCodeBlockParser())
+    for example in parsed.examples():
+        if "import samfast\n" in example.parsed:
+            parsed.namespace.clear()
+        example.evaluate()
+        if "segment_anything" in sys.modules:  # never before a document's own code imports it
+            registry = sys.modules["segment_anything"].sam_model_registry
+            registry["vit_b"] = lambda checkpoint: build_sam("vit_b", checkpoint)
+        print(f"ran {document}:{example.line}")
+
+
+if __name__ == "__main__":
+    use_small_vit_b()
+    run_python(sys.argv[1])

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every code block and every command of README and CONTRIBUTING does what the text says.
+
+Commands run as they stand, on the stand-ins of tests/documents.py. `finetune` also gets LESS, the
+targets of `make` and the benchmarks start without doing their work, and `pip` installs nothing.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from documents import DOCUMENTS, ROOT, blocks, use_small_vit_b, write_stand_ins
+from packaging.requirements import Requirement
+from project_file import project
+
+from samfast import cli
+from samfast.models import architectures
+from samfast.training.tasks import read_tasks
+
+LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
+SLOW = ("--dry-run", "--image-size 256")
+ALL = [block for document in DOCUMENTS for block in blocks(document)]
+SHELL = [
+    pytest.param(b, id=str(b), marks=[pytest.mark.slow] if any(map(b.source.count, SLOW)) else [])
+    for b in {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
+]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """A reader's folder; vit_b is small for as long as it is used."""
+    folder = tmp_path_factory.mktemp("reader")
+    threads, vit_b = torch.get_num_threads(), architectures.ARCHITECTURES["vit_b"]
+    torch.set_num_threads(1)  # models this small gain nothing from more
+    use_small_vit_b()
+    write_stand_ins(folder)
+    yield folder
+    architectures.ARCHITECTURES["vit_b"] = vit_b
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def reader(stand_ins, monkeypatch) -> Path:
+    monkeypatch.chdir(stand_ins)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which tests set and readers do not
+    return stand_ins
+
+
+def test_no_block_goes_unseen():
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        own = [block for block in ALL if block.document == document]
+        assert text.count("```") == 2 * sum(block.language != "inline" for block in own)
+    assert {block.language for block in ALL} == {"python", "sh", "yaml", "inline"}
+
+
+@pytest.mark.parametrize("document", sorted({b.document for b in ALL if b.language == "python"}))
+def test_python(document, reader):
+    """In a process of its own, where nothing has mended torchvision before the first block."""
+    command = [sys.executable, str(ROOT / "tests" / "documents.py"), document]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
+    assert ran == [f"ran {b}" for b in ALL if (b.language, b.document) == ("python", document)]
+
+
+@pytest.mark.parametrize("block", [b for b in ALL if b.language == "yaml"], ids=str)
+def test_yaml(block, tmp_path):
+    path = tmp_path / "tasks.yaml"
+    path.write_text(block.source)
+    names = re.findall(r"- name: (\w+)", block.source)
+    assert [spec.name for spec in read_tasks(path)] == names
+
+
+@pytest.mark.parametrize("block", SHELL)
+def test_commands(block, reader, monkeypatch):
+    for line in filter(None, block.source.splitlines()):
+        program, *arguments = shlex.split(line, comments=True)
+        while "=" in program:
+            monkeypatch.setenv(*program.split("=", 1))
+            program, *arguments = arguments
+        START[program](arguments)
+
+
+def samfast(arguments):
+    if arguments in (["finetune"], ["evaluate"], ["predict"]):  # named in the text
+        arguments = [*arguments, "--help"]
+    if arguments[0] == "finetune" and not {"--help", "--dry-run"} & set(arguments):
+        arguments = [*arguments, *LESS]
+    assert cli.main(arguments) == 0
+
+
+def make(arguments):
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    command = ["make", "--dry-run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def python(arguments):
+    """Benchmarks read their options and go no further; goals, which only reads, runs."""
+    assert arguments[0] == "-m"
+    module = importlib.import_module(arguments[1])
+    (results, *_) = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
+    arguments = [re.sub(r"\S*<gpu>\.csv", str(results), argument) for argument in arguments[2:]]
+    if hasattr(module, "Settings"):
+        tyro.cli(module.Settings, args=arguments)
+    elif arguments:
+        module.main(arguments)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            module.main(["--help"])
+        assert stop.value.code == 0
+
+
+def pip(arguments):
+    assert arguments[0] == "install"
+    command = [sys.executable, "-m", "pip", "install", "--help"]
+    known = subprocess.run(command, capture_output=True, text=True)
+    if known.returncode:
+        pytest.skip("there is no pip in this environment")
+    dependencies = [Requirement(line).name for line in project()["dependencies"]]
+    for argument in arguments[1:]:
+        if argument.startswith("-"):
+            assert argument in re.findall(r"--?[\w-]+", known.stdout)
+        elif argument.startswith("."):
+            extras = re.fullmatch(r"\.(?:\[(.*)\])?", argument)[1] or ""
+            assert set(filter(None, extras.split(","))) <= set(project()["optional-dependencies"])
+        else:
+            assert Requirement(argument).name in [*dependencies, "setuptools"]
+
+
+def pytest_(arguments):
+    assert all((ROOT / argument).exists() for argument in arguments)
+
+
+START = {
+    "samfast": samfast,
+    "make": make,
+    "python": python,
+    "python3": python,
+    "pip": pip,
+    "pytest": pytest_,
+}
