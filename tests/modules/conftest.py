@@ -59,3 +59,14 @@ def one_layout():
         return encoder
 
     return hook
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """Gates of every dtype draw the same: torch's float32 and float64 draws of a seed differ."""
+
+    def draw(like, samples, experts, generator=None):
+        noise = torch.randn(samples, experts, dtype=torch.float64, generator=generator)
+        return noise.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+    monkeypatch.setattr("samfast.modules.conv_lora.draw_noise", draw)

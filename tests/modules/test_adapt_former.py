@@ -21,6 +21,7 @@ from samfast.kernels._common.budget import Budget
 from samfast.models import build_sam
 from samfast.modules import AdaptFormerMlp, ConvLoraLinear, LoraLinear, SamBlock
 
+pytestmark = pytest.mark.usefixtures("same_noise")
 MODES = ("fast", "balanced", "minimal")
 WINDOW, WHOLE = (4, 2, 6, 7), (0, 2, 5, 6)  # side, batch, height, width
 LINEARS = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")

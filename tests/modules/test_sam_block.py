@@ -15,6 +15,7 @@ import samfast
 from samfast.kernels._common.budget import Budget
 from samfast.modules import ConvLoraLinear, LoraLinear, QkvLora, SamBlock
 
+pytestmark = pytest.mark.usefixtures("same_noise")
 LINEARS = ("attn.qkv", "attn.proj", "mlp.lin1", "mlp.lin2")
 MODES = ("fast", "balanced", "minimal")
 WINDOW, WHOLE = (4, 2, 6, 7), (0, 2, 5, 6)  # side, batch, height, width

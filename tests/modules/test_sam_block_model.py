@@ -19,6 +19,7 @@ from samfast.counters import saved_bytes
 from samfast.kernels._common.budget import Budget
 from samfast.models import build_sam
 
+pytestmark = pytest.mark.usefixtures("same_noise")
 MODES = ("fast", "balanced", "minimal")
 EVERYWHERE = ("qkv", "proj", "lin1", "lin2")
 METHODS = {
