@@ -123,8 +123,9 @@ def test_narrow_results_round_by_chance(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_narrow_results_have_the_dtypes_they_have(dtype):
-    """Beside wide tensors, of a dtype that is asked for, and of every function above."""
+def test_narrow_results_have_the_dtypes_they_have(dtype, monkeypatch):
+    """With wide tensors, and where a dtype is asked for."""
+    monkeypatch.setattr(Reordered, "_coin", lambda self: True)
     x, wide = torch.randn(9, 20).to(dtype), torch.randn(20)
     calls = [
         lambda: x * wide,
@@ -132,24 +133,19 @@ def test_narrow_results_have_the_dtypes_they_have(dtype):
         lambda: x.sum(1, dtype=torch.float32),
         lambda: x.softmax(1, dtype=torch.float32),
         lambda: F.layer_norm(x, (20,)),
-        *(lambda name=name: run(name, dtype) for name in FUNCTIONS),
     ]
     for call in calls:
         expected = call()
         with Reordered(0):
             made = call()
-        pairs = (
-            [(made, expected)]
-            if isinstance(made, torch.Tensor)
-            else zip(made, expected, strict=True)
-        )
-        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
+        assert made.dtype == expected.dtype and made.shape == expected.shape
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_everything_has_narrow_roundings(name, dtype):
+def test_everything_has_narrow_roundings(name, dtype, monkeypatch):
     """The gradients too, some of whose operations are told a dtype."""
+    monkeypatch.setattr(Reordered, "_coin", lambda self: True)
     expected = run(name, dtype)
     with Reordered(0):
         made = run(name, dtype)

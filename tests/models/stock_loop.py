@@ -71,11 +71,3 @@ def run(function, sam, images, arguments, weights):
     (logits * weights.to(logits.dtype)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in sam.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **gradients}
-
-
-def pooled(results):
-    """Gradients joined per module, for fewer sentences where much is wrong."""
-    groups = {}
-    for name, values in results.items():
-        groups.setdefault(name.rsplit(".", 2)[0], []).append(values.flatten())
-    return {name: torch.cat(values) for name, values in groups.items()}
