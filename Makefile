@@ -41,7 +41,7 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "slow or slow_on_cpu"
 
-# As processors of other kinds would compute: half an hour at most.
+# As processors of other kinds would compute: 25 minutes at most.
 test-elsewhere: $(VENV)/.dev
 	$(BIN)/python tests/elsewhere.py
 

@@ -248,7 +248,7 @@ def frozen(subject):
     module.requires_grad_(False)
     module(x).backward(subject.dy.float())
     assert all(p.grad is None for p in module.parameters())
-    keep(_budget(subject, torch.float32), {"dx": x.grad})
+    keep(_budget(subject, torch.float32), {"dx": x.grad}, some=True)
     assert not module(subject.x.float()).requires_grad
 
 
@@ -257,7 +257,9 @@ def input_without_gradient(subject):
     module = subject.module("ours", torch.float32)
     module(subject.x.float()).backward(subject.dy.float())
     grads = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
-    keep(_budget(subject, torch.float32), grads)
+    budget = _budget(subject, torch.float32)
+    assert set(grads) == set(budget.exact) - {"y", "dx"}
+    keep(budget, grads, some=True)
 
 
 def infinities(subject):

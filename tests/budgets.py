@@ -17,17 +17,20 @@ def within_budget(ours: Tensor, stock, exact, dtype: torch.dtype, what: str = "r
     all_within_budget([ours], stock, exact, dtype, [what])
 
 
-def all_within_budget(ours, stock, exact, dtype: torch.dtype, names=()) -> Budget:
-    """The rule for outputs and gradients; names: of those that are a sequence."""
+def all_within_budget(ours, stock, exact, dtype: torch.dtype, names=(), some=False) -> Budget:
+    """The rule for outputs and gradients; names: of those that are a sequence.
+
+    some: ``ours`` is a dict that holds only some of them
+    """
     budget = Budget(stock, exact, dtype)
-    keep(budget, ours, names)
+    keep(budget, ours, names, some)
     return budget
 
 
-def keep(budget: Budget, ours, names=()) -> None:
+def keep(budget: Budget, ours, names=(), some=False) -> None:
     """The rule, where one budget judges several results."""
     names = dict(zip(map(str, range(len(ours))), names, strict=True)) if names else {}
-    problems = budget.problems(ours).items()
+    problems = budget.problems(ours, some).items()
     assert not problems, "; ".join(f"{names.get(key, key)}: {text}" for key, text in problems)
 
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 # What torch asks for before it calls a GPU's products deterministic; read when they are first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Processes of pytest-xdist share the cores.
+# Processes of pytest-xdist share the cores; --threads says otherwise.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
@@ -65,9 +65,19 @@ def right_bfloat16():
 
 
 def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, metavar="N", help="torch's threads in each process")
     parser.addoption(
-        "--draws", default="1", metavar="N", help="run tests on N draws of their numbers, or on M:N"
+        "--draws",
+        default="1",
+        metavar="N",
+        help="run tests on N draws of their numbers, or on M:N",
     )
+
+
+def pytest_configure(config):
+    if threads := config.getoption("threads"):
+        torch.set_num_threads(threads)
+        assert torch.get_num_threads() == threads
 
 
 def pytest_generate_tests(metafunc):

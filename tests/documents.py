@@ -26,7 +26,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 SMALL_VIT_B = architectures.Architecture(192, 2, 3, (1,), window=7, image_size=64)
 CHECKPOINT = "sam_vit_b_01ec64.pth"
 FOLDERS = {"photos": 255, "roads": 7, "camvid": 7}  # and the value of an object in their masks
-INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:samfast|make|pip|pytest|python3? -m) [^`]+)`")
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:samfast|make|pip|pytest|python3?) [^`]+)`")
 
 
 @dataclass(frozen=True)

@@ -49,17 +49,14 @@ def cannot(column: str, setting: str) -> bool:
     """Whether this processor, or this build, lacks what a setting asks for."""
     if setting == "native":
         return False
-    if column == "MKL":
-        return not torch.backends.mkl.is_available()
-    if column == "oneDNN" and not torch.backends.mkldnn.is_available():
-        return True
     if column == "samfast":
         has = backends.cpu_capability()
         return has is None or ORDER.index(setting) > ORDER.index(has)
-    return setting != "default" and torch.backends.cpu.get_cpu_capability() not in (
-        "AVX2",
-        "AVX512",
-    )
+    library = {"MKL": torch.backends.mkl, "oneDNN": torch.backends.mkldnn}.get(column)
+    if library is not None and not library.is_available():
+        return True
+    has = torch.backends.cpu.get_cpu_capability()
+    return setting.upper() == "AVX2" and has not in ("AVX2", "AVX512")
 
 
 def run(number: int, row: tuple) -> tuple[list[str], bool]:
@@ -72,10 +69,10 @@ def run(number: int, row: tuple) -> tuple[list[str], bool]:
             name, value = VARIABLES[column, setting]
             environment[name] = value
     *_, threads, draw = row
-    environment["OMP_NUM_THREADS"] = str(threads * WORKERS)  # which the workers share
     files = sorted(str(f) for f in (ROOT / "tests/kernels").glob("*/test_*.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile"]
     command += ["-m", "not (slow or slow_on_cpu)", "--draws", f"{draw}:{draw + 1}"]
+    command += ["--threads", str(threads)]
     command += [f for f in files if Path(f).stem.removeprefix("test_") in FILES]
     started = time.monotonic()
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -91,7 +88,10 @@ def run(number: int, row: tuple) -> tuple[list[str], bool]:
 
 
 def main(wanted: list[int]) -> int:
-    backends.native_missing()
+    given = sorted({name for name, _ in VARIABLES.values()} & os.environ.keys())
+    if given:
+        print(f"{', '.join(given)} is set; unset it: the rows set their own")
+        return 2
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}", flush=True)
     table, green = [], True
     for number, row in enumerate(ROWS, 1):

@@ -108,8 +108,11 @@ def make(arguments):
 
 
 def python(arguments):
-    """Benchmarks read their options and go no further; goals, which only reads, runs."""
-    assert arguments[0] == "-m"
+    """Benchmarks read their options and go no further; goals, which only reads, runs. Of a file it
+    is that there is one."""
+    if arguments[0] != "-m":
+        assert (ROOT / arguments[0]).is_file()
+        return
     module = importlib.import_module(arguments[1])
     (results, *_) = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
     arguments = [re.sub(r"\S*<gpu>\.csv", str(results), argument) for argument in arguments[2:]]
@@ -141,7 +144,12 @@ def pip(arguments):
 
 
 def pytest_(arguments):
-    assert all((ROOT / argument).exists() for argument in arguments)
+    """Its options are those that tests/conftest.py adds."""
+    options = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    paths = [argument for argument in arguments if not argument.isdigit()]
+    for argument in paths:
+        found = f'"{argument}"' in options if argument[0] == "-" else (ROOT / argument).exists()
+        assert found, argument
 
 
 START = {

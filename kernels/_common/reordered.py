@@ -24,7 +24,7 @@ PRODUCTS = {
     aten.dot: ((0, 0), (1, 0)),
 }
 # Sums, whose axes are argument 1: all of them where there is none.
-SUMS = (aten.sum, aten.mean, aten.var, aten.var_mean, aten.logsumexp, aten.linalg_vector_norm)
+SUMS = (aten.sum, aten.mean, aten.var, aten.var_mean, aten.std, aten.logsumexp)
 # Operations that sum along an axis and keep it; the axis is the argument of this number.
 ALONG = {
     aten._softmax: 1,
@@ -50,7 +50,7 @@ ELEMENTWISE = {
     *(aten.erfc, aten.sigmoid, aten.softplus, aten.silu, aten.special_ndtr, aten.gelu),
     *(aten.tanh_backward, aten.sigmoid_backward, aten.softplus_backward, aten.silu_backward),
     *(aten.log_sigmoid_forward, aten.log_sigmoid_backward, aten.gelu_backward),
-    *(aten.binary_cross_entropy_with_logits, aten.linalg_vector_norm),
+    *(aten.binary_cross_entropy_with_logits, aten.linalg_vector_norm, aten.std),
 }
 NARROW = (torch.float16, torch.bfloat16)
 NORMS = (aten.native_layer_norm, aten.native_layer_norm_backward)
@@ -91,9 +91,11 @@ class Reordered(Seen):
     """
 
     def seen(self, func, packet, args, kwargs):
-        tensors = [t for t in args if isinstance(t, Tensor) and t.dim() and t.is_floating_point()]
+        tensors = [t for t in args if isinstance(t, Tensor) and t.is_floating_point()]
+        tensors = [t for t in tensors if t.dim()] or tensors  # numbers do not decide the dtype
         kinds = {t.dtype for t in tensors} | ({kwargs["dtype"]} if kwargs.get("dtype") else set())
-        if packet in ROUNDING and len(kinds) == 1 and kinds <= set(NARROW) and self._coin():
+        narrow = len(kinds) == 1 and kinds <= set(NARROW) and packet in ROUNDING
+        if narrow and not _told_float32(packet, args) and self._coin():
             return self._narrow(func, packet, args, kwargs, tensors[0])
         return self._reordered(func, packet, args, kwargs)
 
@@ -106,7 +108,10 @@ class Reordered(Seen):
             return args[0].copy_(self._by_chance(made, args[0]))
         if not isinstance(made, tuple):
             return self._by_chance(made, like)
-        return tuple(t if t is None else self._by_chance(t, like) for t in made)
+        wide = packet is aten.native_layer_norm and not like.is_cpu  # mean and rstd stay float32
+        return tuple(
+            t if t is None or (wide and i) else self._by_chance(t, like) for i, t in enumerate(made)
+        )
 
     def _by_chance(self, wide, like):
         """wide (float32) in the dtype of ``like``; each neighbour as likely as it is near."""
@@ -124,7 +129,7 @@ class Reordered(Seen):
             return self._product(func, PRODUCTS[packet], args, kwargs)
         if packet in SUMS:
             return self._sum(func, args, kwargs)
-        if packet in ALONG:
+        if packet in ALONG and args[0].dim():
             return self._along(func, ALONG[packet], args, kwargs)
         if packet is aten.native_layer_norm and len(args[1]) == 1:
             return self._norm(func, *args)
@@ -138,7 +143,7 @@ class Reordered(Seen):
             return self._scattered(func, args, kwargs)
         if packet in ADDED:
             return self._added(func, *args, **kwargs)
-        if packet in RESIZED:
+        if packet in RESIZED and _by_whole_factors(args):
             turned = [t.flip((2, 3)) if isinstance(t, Tensor) else t for t in args]
             return func(*turned, **kwargs).flip((2, 3))
         return func(*args, **kwargs)
@@ -235,13 +240,30 @@ def axes(t: Tensor, rest) -> list[int]:
     """The axes of a sum of t whose further arguments are ``rest``."""
     dims = rest[0] if rest and not isinstance(rest[0], bool) else None
     dims = [dims] if isinstance(dims, int) else dims
+    if t.dim() == 0:
+        return []
     return [d % t.dim() for d in dims] if dims else list(range(t.dim()))
 
 
 def accumulates(args, kwargs) -> bool:
     """Whether an index_put adds up, by whole rows of its target."""
     adds = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
-    return adds and all(i is not None and i.dtype == torch.int64 for i in args[1])
+    return (
+        adds
+        and args[0].numel() > 0
+        and all(i is not None and i.dtype == torch.int64 for i in args[1])
+    )
+
+
+def _told_float32(packet, args) -> bool:
+    """Whether a softmax of narrow numbers is to give float32, as one on a GPU may be."""
+    return packet in (aten._softmax, aten._log_softmax) and args[2]
+
+
+def _by_whole_factors(args) -> bool:
+    """Whether a resize looks the same from both ends: by whole factors, or by sizes alone."""
+    given = [s for a in args[1:] for s in (a if isinstance(a, (list, tuple)) else [a])]
+    return all(s.is_integer() for s in given if isinstance(s, float))
 
 
 def _flip(options) -> tuple[int, ...]:

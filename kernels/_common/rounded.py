@@ -35,7 +35,7 @@ class Rounded(Seen):
         self.unit = unit
 
     def seen(self, func, packet, args, kwargs):
-        if packet in COMPOSED and _plain(args, kwargs):
+        if packet in COMPOSED and _plain(args, kwargs) and args[0].dim():
             return self.inside(COMPOSED[packet], args, kwargs)
         made = func(*args, **kwargs)
         if packet in PRODUCTS:
@@ -123,6 +123,11 @@ def _var(x, dim=None, *, correction=1, keepdim=False):
     return squares.sum(dims, keepdim) / (count - (1 if correction is None else correction))
 
 
+def _var_mean(x, dim=None, *, correction=1, keepdim=False):
+    made = _var(x, dim, correction=correction, keepdim=keepdim)
+    return made, x.mean(axes(x, (dim,)), keepdim)
+
+
 def _layer_norm(x, shape, weight, bias, eps):
     dims = list(range(-len(shape), 0))
     mean = x.mean(dims, True)
@@ -157,6 +162,7 @@ COMPOSED = {
     aten._log_softmax_backward_data: lambda dy, y, dim, _: dy - y.exp() * dy.sum(dim, True),
     aten.logsumexp: _logsumexp,
     aten.var: _var,
+    aten.var_mean: _var_mean,
     aten.native_layer_norm: _layer_norm,
     aten.native_layer_norm_backward: _layer_norm_backward,
     aten.gelu: _gelu,

@@ -93,15 +93,30 @@ def test_functions_find_the_same_random_numbers_and_leave_the_callers():
 def test_results_by_name():
     exact = {"a": EXACT, "b": 3 * EXACT}
     budget = Budget({"a": EXACT.float(), "b": 3 * EXACT.float()}, exact, torch.float32)
-    keep(budget, {"b": 3 * EXACT})
+    keep(budget, {"b": 3 * EXACT}, some=True)
+    with pytest.raises(AssertionError, match="expected the results a, b, got b"):
+        keep(budget, {"b": 3 * EXACT})
     with pytest.raises(AssertionError, match="b: max-norm error"):
         keep(budget, {"a": EXACT, "b": EXACT})
-    with pytest.raises(AssertionError, match="no exact c"):
-        keep(budget, {"c": EXACT})
-    with pytest.raises(AssertionError, match="1 results beside 2 exact ones"):
+    with pytest.raises(AssertionError, match="expected the results a, b, got c"):
+        keep(budget, {"c": EXACT}, some=True)
+    with pytest.raises(AssertionError, match="expected the results 0, 1, got 0"):
         all_within_budget([EXACT], [EXACT] * 2, [EXACT] * 2, torch.float32)
     with pytest.raises(AssertionError, match=r"result: shape \(2,\) is not \(1,\)"):
         within_budget(EXACT.expand(2), EXACT, EXACT, torch.float32)
+
+
+def test_what_is_exact_is_in_float64():
+    with pytest.raises(AssertionError, match=r"exact results in float64, got \{torch.float32\}"):
+        within_budget(EXACT.float(), EXACT.float(), EXACT.float(), torch.float32)
+
+
+def test_the_luck_of_one_rounding_of_the_result_is_no_failure():
+    """A number next to one of float16, where ours is as far off as float16 rounds it."""
+    exact = EXACT * (1 + 1e-6)
+    within_budget((exact + 2.0**-11).float(), exact.half(), exact, torch.float16)
+    with pytest.raises(AssertionError, match="max-norm error"):
+        within_budget((exact + 2.0**-9).float(), exact.half(), exact, torch.float16)
 
 
 def test_results_without_numbers():

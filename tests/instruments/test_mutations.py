@@ -8,26 +8,33 @@ import torch
 
 from instruments import mutations
 
-SINGLE = [pytest.param(case, id=f"{case[0]}-{case[1]}") for case in mutations.cases()]
+CASES = [pytest.param(case, id=f"{case[0]}-{case[1]}") for case in mutations.cases()]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def check(case):
-    """In float32 each fault is seen at nearly every place, at most of them by far."""
-    rows = list(mutations.rows(*case, torch.float32))
-    assert {row.fault for row in rows} >= {"product in TF32", "product in bfloat16", "1 + 1e-3"}
-    for row in rows:
+def check(case, dtype):
+    """In float32 each fault is seen at nearly every place, at most of them by far. In 16 bits only
+    what is wrong by more than they round is: 5 %, as where a term is missing."""
+    rows = {row.fault: row for row in mutations.rows(*case, dtype)}
+    if dtype != torch.float32:
+        rows = {"1 + 5e-2": rows["1 + 5e-2"]}
+    else:
+        assert rows.keys() >= {"product in TF32", "product in bfloat16", "1 + 1e-3"}
+        assert all(statistics.median(row.factors) > 8 for row in rows.values())
+    for row in rows.values():
         assert sum(factor > 1 for factor in row.factors) >= 0.9 * len(row.factors), row
-        assert statistics.median(row.factors) > 8, row
 
 
-def test_in_one_operation():
-    check(next(case for case in mutations.cases() if case[0] == "task_core"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_one_operation(dtype):
+    check(next(case for case in mutations.cases() if case[0] == "task_core"), dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SINGLE)
-def test_in_every_operation(case):
-    check(case)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_in_every_operation(case, dtype):
+    check(case, dtype)
 
 
 def test_a_right_run_is_none():

@@ -53,12 +53,19 @@ FUNCTIONS = {
     "rows of a table": (lambda t: t[torch.arange(900).view(30, 30) % 7], draw(7, 5)),
     "index_add": (lambda t, s: t.index_add(1, torch.arange(300) % 5, s), draw(4, 5), draw(4, 300)),
     "bicubic": (lambda x: F.interpolate(x, scale_factor=3, mode="bicubic"), draw(2, 3, 8, 9)),
+    "by half": (lambda x: F.interpolate(x, scale_factor=1.5, mode="bicubic"), draw(2, 3, 7, 7)),
+    "normalize": (F.normalize, draw(20, 300)),
+    "norm over an axis": (lambda t: torch.linalg.vector_norm(t, 2, -1), draw(20, 300)),
+    "deviation": (torch.std, draw(300)),
+    "variance and mean": (lambda t: sum(torch.var_mean(t, 1)), draw(20, 300)),
+    "of numbers": (lambda t: t[0, 1] * (t[0, 0] * t.sum()).sum(0).softmax(0), draw(20, 30)),
     "bilinear": (lambda x: F.interpolate(x, size=(5, 4), mode="bilinear"), draw(2, 3, 8, 9)),
 }  # fmt: skip
 # Where only the backward adds up, only the forward, neither, or torch does it in float64.
 BACKWARD = {"rows of a table"}
 FORWARD = {"sum", "sum over axes", "mean", "mean over an axis", "logsumexp", "dot", "index_add"}
-NEITHER = {"gelu", "variance", "norm"}
+NEITHER = {"gelu", "variance", "norm", "norm over an axis", "deviation", "by half", "of numbers",
+           "normalize", "variance and mean"}  # fmt: skip
 
 
 def run(name, dtype):

@@ -191,7 +191,8 @@ def test_predict_writes_classes_and_values(run, data, tmp_path, capsys, monkeypa
         )
         folder = tempfile.mkdtemp(dir=tmp_path)
         assert cli.main([*arguments, folder, "--task", "depth"]) == 0
-        return torch.tensor(np.asarray(Image.open(Path(folder) / "p1_depth.tif")))
+        made = torch.tensor(np.asarray(Image.open(Path(folder) / "p1_depth.tif")))
+        return made.to(dtype)  # the file holds float32
 
     # Not the same bits: all tasks run as one batch, and products of other sizes round differently.
     stock, exact = (by_reference(predicted, dtype) for dtype in (torch.float32, torch.float64))

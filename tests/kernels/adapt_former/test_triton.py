@@ -71,15 +71,17 @@ def test_float32_parameters_beside_narrow_rows():
 
 def test_autocast():
     """x stays float32 up to its norm; the products and the bottleneck are narrow."""
-    case, results = CASES[1], []
-    for backend in ("literal", "triton"):
+    case = CASES[1]
+
+    def run(backend):
         leaves, dy = case.tensors(torch.float32)
         with torch.autocast("cpu", HALF):
-            given = [leaves[0], leaves[1].half(), *leaves[2:]]
-            y = case.call(given, backend)
-        results.append([y, *torch.autograd.grad(y, leaves, dy.half())])
-    assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
-    all_within_budget(results[1], results[0], case.run(torch.float64, "literal"), HALF, NAMES)
+            y = case.call([leaves[0], leaves[1].half(), *leaves[2:]], backend)
+        return [y, *torch.autograd.grad(y, leaves, dy.half())]
+
+    ours, exact = run("triton"), partial(case.run, torch.float64, "literal")
+    budget = all_within_budget(ours, partial(run, "literal"), exact, HALF, NAMES)
+    assert_same_dtypes(ours, budget)
 
 
 def test_every_order_gives_the_same_bits():

@@ -241,7 +241,7 @@ def test_keys_of_minus_infinity_weigh_nothing():
     ours, _ = cpu_path.forward(*inputs, call.windows, call.scale)
     stock, exact = (partial(call.literal, t) for t in (torch.float32, torch.float64))
     assert exact()["out"].isfinite().all()
-    all_within_budget({"out": ours}, stock, exact, torch.float32)
+    all_within_budget({"out": ours}, stock, exact, torch.float32, some=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=name_of)

@@ -61,7 +61,7 @@ def test_float64():
     kind = dict.fromkeys(("dtype", "residual", "affine"), torch.float64)
     call = Call(**kind)
     tensors = call.tensors()
-    keep(call.budget(tensors), call.run(torch_path, tensors))
+    keep(call.budget(tensors), call.run(torch_path, tensors), some=True)
 
 
 def test_h_is_what_the_engine_makes_of_the_rows():
@@ -103,7 +103,7 @@ def test_constant_rows(path):
     tensors["x"][1::2] = 0.1
     tensors["x"][2::3] = 0.0
     ours = call.run(path, tensors)
-    keep(call.budget(tensors), {name: ours[name] for name in ("n", "dx", "rows")})
+    keep(call.budget(tensors), {name: ours[name] for name in ("n", "dx", "rows")}, some=True)
     assert torch.isfinite(ours["dx"]).all()
 
 
