@@ -118,11 +118,12 @@ class Reordered(Seen):
         if wide.dtype != torch.float32:
             return wide.to(like.dtype)
         info = torch.finfo(like.dtype)
-        least = info.smallest_normal * info.eps
-        step = torch.ldexp(torch.full_like(wide, info.eps), wide.frexp().exponent - 1)
+        power = torch.ldexp(torch.ones_like(wide), wide.frexp().exponent - 1)  # at most |wide|
+        step = (power * info.eps).clamp(min=info.smallest_normal * info.eps)
         chance = torch.rand(wide.shape, generator=self.generator).to(wide.device) - 0.5
-        step = torch.where(wide == 0, 0.0, step.clamp(min=least))
-        return (wide + chance * step).to(like.dtype)
+        size = wide.abs() + chance * step
+        size = torch.where(wide.abs() < info.smallest_normal, size, torch.maximum(size, power))
+        return torch.where(wide == 0, wide, size.copysign(wide)).to(like.dtype)
 
     def _reordered(self, func, packet, args, kwargs):
         if packet in PRODUCTS:
