@@ -52,7 +52,7 @@ def test_equals_the_stock_loop(small, small_double, checkpoints, chunk, sizes):
     )
     ours = {name: values for name, values in ours.items() if values.any()}
     assert set(ours) == {name for name, values in exact().items() if values.any()}
-    all_within_budget(ours, theirs, exact, torch.float32)
+    all_within_budget(ours, theirs, exact, torch.float32, some=True)
 
 
 def test_under_autocast(small, small_double, checkpoints):
@@ -71,7 +71,7 @@ def test_under_autocast(small, small_double, checkpoints):
     assert ours.keys() == run(cast(segment), small, images, arguments, weights).keys()
     theirs = partial(run, cast(stock), small, images, arguments, weights)
     exact = partial(run, stock, small_double, images, arguments, weights)
-    all_within_budget(ours, theirs, exact, torch.bfloat16)
+    all_within_budget(ours, theirs, exact, torch.bfloat16, some=True)
 
 
 def test_a_chunk_has_the_bits_of_its_objects_alone(small):

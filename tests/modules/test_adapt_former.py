@@ -241,7 +241,7 @@ def test_only_some_are_trained(trained, backend, monkeypatch):
         results[which] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     budget = budget_of(layers.run, "stock", torch.float32)
     assert set(results["ours"]) == set(results["stock"]) == set(budget.exact) - {"y", "dx"}
-    keep(budget, results["ours"])
+    keep(budget, results["ours"], some=True)
 
 
 def training_run(model, dtype, seed=11):

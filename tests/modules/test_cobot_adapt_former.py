@@ -150,7 +150,7 @@ def test_checkpointed_blocks(without_dropout, reentrant, fused):
         by_reference(gradients, unchanged, images),
         by_reference(gradients, wide, images.double()),
     )
-    all_within_budget(summed, stock, exact, torch.float32)
+    all_within_budget(summed, stock, exact, torch.float32, some=True)
 
 
 def test_two_forwards_before_a_backward(without_dropout):

@@ -74,7 +74,7 @@ def run(sam, dtype=None, images=IMAGES, autocast=None, seed=4):
     images = images.to(encoder.patch_embed.proj.weight.dtype)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         y = encoder(images)
-    aux = samfast.aux_loss(encoder)
+    aux = samfast.aux_loss(encoder).to(torch.promote_types(y.dtype, torch.float32))
     named = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     for parameter in named.values():
         parameter.grad = None

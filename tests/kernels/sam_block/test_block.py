@@ -111,7 +111,7 @@ def test_odd_memory(memory, backend):
             changed[i] = t.requires_grad_()
         made = run(odd_x, changed, odd_dy)
         names = ["y", "dx", *(case.names[i] for i in named)]
-        keep(budget, dict(zip(names, made, strict=True)))
+        keep(budget, dict(zip(names, made, strict=True)), some=True)  # all but the loss
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
