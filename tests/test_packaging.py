@@ -85,7 +85,7 @@ print(backends.native_missing())
     assert why == "the native extension was not built (SAMFAST_BUILD=none)"
 
 
-@pytest.mark.slow_on_cpu("elsewhere")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("where", ["checkout", "elsewhere"])
 def test_imports_of_this_installation(where, tmp_path):
     cwd = ROOT if where == "checkout" else tmp_path
@@ -202,7 +202,7 @@ def test_an_old_setuptools_is_refused(source_tree, tmp_path):
     assert "samfast needs setuptools 77 or newer, this is 65.5.0" in done.stderr
 
 
-@pytest.mark.slow_on_cpu("cuda")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     ("build", "environment", "sentence"),
     [

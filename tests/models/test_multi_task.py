@@ -265,6 +265,7 @@ def test_gradients_of_all_tasks_are_those_of_each(dependent):
     all_within_budget(ours, by_reference(one_by_one), by_reference(one_by_one), torch.float64)
 
 
+@pytest.mark.slow
 def test_ta_lora_of_all_tasks_is_that_of_each():
     """In float64: logits and the gradients of all that trains, tasks together and one by one."""
     tasks = TASKS[1:]

@@ -269,6 +269,7 @@ def test_the_command_knows_each_method(method, capsys):
     assert dry_run.text(result).startswith(f"vit_tiny at 64 pixels, {method}, batches of 2, ")
 
 
+@pytest.mark.slow
 def test_the_command_counts_tasks(capsys, tmp_path):
     """Without a data folder."""
     arguments = ["--model", "vit_tiny", "--image-size", "64", "--batch-size", "1", "--json"]

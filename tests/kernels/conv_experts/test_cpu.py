@@ -92,6 +92,7 @@ class Call:
         all_within_budget(ours, stock, exact, dtype, names)
 
 
+@pytest.mark.slow_on_cpu("26-5", "2-3")
 @pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("height,width", [(14, 14), (9, 16), (1, 1), (2, 3), (26, 5)])

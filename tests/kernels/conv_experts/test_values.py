@@ -85,6 +85,7 @@ def test_experts_without_a_sample_get_zero(backend):
     assert dweight[[1, 6]].all() and dbias[[1, 6]].all()
 
 
+@pytest.mark.slow_on_cpu("64-64")
 @pytest.mark.parametrize("backend", WHOLE)
 @pytest.mark.parametrize("height,width", [(14, 14), (20, 17), (64, 64), (5, 30)])
 @pytest.mark.parametrize("depthwise", [False, True])

@@ -94,6 +94,7 @@ def test_compile_fullgraph(autocast):
     assert all(torch.equal(e, t) for e, t in zip(expected, actual, strict=True))
 
 
+@pytest.mark.slow_on_cpu("True")
 @pytest.mark.parametrize("shared", [True, False])
 def test_compile_slices_of_a_rank_that_changes(shared):
     """The width of lora_b is a symbol there, the rows of lora_a, a Parameter, a number."""
