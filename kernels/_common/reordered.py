@@ -108,10 +108,10 @@ class Reordered(Seen):
             return args[0].copy_(self._by_chance(made, args[0]))
         if not isinstance(made, tuple):
             return self._by_chance(made, like)
-        wide = packet is aten.native_layer_norm and not like.is_cpu  # mean and rstd stay float32
-        return tuple(
-            t if t is None or (wide and i) else self._by_chance(t, like) for i, t in enumerate(made)
-        )
+        # A GPU's mean and 1 / deviation stay float32.
+        kept = 1 if packet is aten.native_layer_norm and not like.is_cpu else len(made)
+        rounded = [t if t is None else self._by_chance(t, like) for t in made[:kept]]
+        return (*rounded, *made[kept:])
 
     def _by_chance(self, wide, like):
         """wide (float32) in the dtype of ``like``; each neighbour as likely as it is near."""
