@@ -3,8 +3,8 @@
 
 ``Rounded`` runs a function, and its backward, in float64 and adds to each operation a random error:
 
-    a sum of n numbers t      u · √(Σ t² · log2 n), 2.5 times that of a sum in pairs
-    every result              up to u · |result|
+    a sum of n numbers t      u · √(Σ t² · log2 n), about 2.5 times that of a sum in pairs
+    every result              u · |result| up or down, about 2.5 times that of a rounding
 
 u is the unit roundoff of the sums: float32's where float16 and bfloat16 are multiplied.
 """
@@ -67,8 +67,8 @@ class Rounded(Seen):
             return tuple(self._err(t) for t in made)
         if made.dtype != torch.float64:
             return made
-        draw = torch.rand(made.shape, dtype=torch.float64, generator=self.generator)
-        error = made.abs() * (2 * draw - 1).to(made.device)
+        sign = 2.0 * torch.randint(2, made.shape, generator=self.generator) - 1.0
+        error = made.abs() * sign.to(made.device)
         if squares is not None and count > 1:
             draw = torch.randn(made.shape, dtype=torch.float64, generator=self.generator)
             error += (squares * math.log2(count)).sqrt() * draw.to(made.device)
