@@ -14,10 +14,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def check(case, dtype):
     """In float32 each fault is seen at nearly every place, at most of them by far. In 16 bits only
-    what is wrong by more than they round is: 5 %, as where a term is missing."""
+    what is wrong by far more than they round is: by 5 % in float16, by 20 % in bfloat16."""
     rows = {row.fault: row for row in mutations.rows(*case, dtype)}
-    if dtype != torch.float32:
-        rows = {"1 + 5e-2": rows["1 + 5e-2"]}
+    if dtype in mutations.OF_NARROW:
+        fault = mutations.OF_NARROW[dtype]
+        rows = {fault: rows[fault]}
     else:
         assert rows.keys() >= {"product in TF32", "product in bfloat16", "1 + 1e-3"}
         assert all(statistics.median(row.factors) > 8 for row in rows.values())
