@@ -175,7 +175,7 @@ def _named(results: Tensors) -> dict[str, Tensor]:
 
 
 def _norms(t: Tensor, exact: Tensor) -> Norms:
-    """Of the error: the largest, and the root of the mean square."""
+    """The largest error, and the root mean square of the errors."""
     if exact.numel() == 0:
         return 0.0, 0.0
     error = t.detach().double() - exact.double()
