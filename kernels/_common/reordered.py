@@ -84,10 +84,10 @@ class Reordered(Seen):
     """While entered, torch's operations add up in an order drawn from ``seed``, and round narrow.
 
     Any dtype and device. Inputs are permuted along the axes that are summed over, maps of
-    convolutions flipped; results are permuted back. Every other float16 or bfloat16 result is
-    computed in float32 and rounded up or down by chance, the nearer the likelier: to the nearest
-    most would not differ, for libraries mostly add up in float32 too. The others keep how the
-    library adds them up. Casts, and what it does not know, run as they are.
+    convolutions flipped and transposed; results are turned back. Every other float16 or bfloat16
+    result is computed in float32 and rounded up or down by chance, the nearer the likelier: to the
+    nearest most would not differ, for libraries mostly add up in float32 too. The others keep how
+    the library adds them up. Casts, and what it does not know, run as they are.
     """
 
     def seen(self, func, packet, args, kwargs):
@@ -197,25 +197,30 @@ class Reordered(Seen):
         if groups == 1:
             inputs = self._order(x, x.shape[1])
             x, weight = x[:, inputs], weight.index_select(0 if transposed else 1, inputs)
-        flip = _flip(options)
-        return func(x.flip(flip), weight.flip(flip), bias, *options).flip(flip)
+        turn = self._turn(options)
+        return turn(func(turn(x), turn(weight), bias, *turn.options), back=True)
 
     def _convolution_backward(self, func, dy, x, weight, sizes, *options):
         *options, mask = options
-        transposed, groups, flip = options[3], options[5], _flip(options)
+        transposed, groups, turn = options[3], options[5], self._turn(options)
         samples = self._order(x, x.shape[0])
-        dy, x, weight = dy[samples].flip(flip), x[samples].flip(flip), weight.flip(flip)
+        dy, x, weight = turn(dy[samples]), turn(x[samples]), turn(weight)
         outputs, axis = torch.arange(dy.shape[1], device=dy.device), 1 if transposed else 0
         if groups == 1:
             outputs = self._order(dy, dy.shape[1])
             dy, weight = dy[:, outputs], weight.index_select(axis, outputs)
-        dx, dweight, dbias = func(dy, x, weight, sizes, *options, mask)
+        dx, dweight, dbias = func(dy, x, weight, sizes, *turn.options, mask)
         samples, outputs = samples.argsort(), outputs.argsort()
-        dx = dx[samples].flip(flip) if mask[0] else dx
+        dx = turn(dx[samples], back=True) if mask[0] else dx
         if mask[1]:
-            dweight = dweight.flip(flip)
+            dweight = turn(dweight, back=True)
             dweight = dweight.index_select(axis, outputs) if groups == 1 else dweight
         return dx, dweight, dbias[outputs] if mask[2] else dbias
+
+    def _turn(self, options) -> "_Turn":
+        """One of the eight ways to look at a map, for a convolution with these options."""
+        flips = [dim for dim in (2, 3) if self._coin()]
+        return _Turn(flips, self._coin(), options)
 
     def _scattered(self, func, args, kwargs):
         target, indices, values, *rest = args
@@ -267,7 +272,24 @@ def _by_whole_factors(args) -> bool:
     return all(s.is_integer() for s in given if isinstance(s, float))
 
 
-def _flip(options) -> tuple[int, ...]:
-    """Axes along which map and kernel may be flipped: what stride leaves over is not at one end."""
-    stride, transposed = options[0], options[3]
-    return () if transposed or any(s != 1 for s in stride) else (2, 3)
+class _Turn:
+    """A map or a kernel flipped along some axes, then transposed or not; ``back`` undoes both.
+
+    options: of the convolution of such maps. With a stride nothing is flipped: what a stride
+        leaves over is at one end.
+    """
+
+    def __init__(self, flips: list[int], transposes: bool, options):
+        stride, transposed = options[0], options[3]
+        self.flips = [] if transposed or any(s != 1 for s in stride) else flips
+        self.transposes = transposes
+        self.options = [
+            option[::-1] if transposes and isinstance(option, (list, tuple)) else option
+            for option in options
+        ]
+
+    def __call__(self, t: Tensor, back: bool = False) -> Tensor:
+        if back:
+            return (t.mT if self.transposes else t).flip(self.flips)
+        t = t.flip(self.flips)
+        return t.mT.contiguous() if self.transposes else t
