@@ -25,9 +25,16 @@ def sam_block(
     tables: (2 · side − 1, head_dim) of the windows
     """
     windows = Windows(*x.shape[:3], window, window) if window else Windows.whole(*x.shape[:3])
-    packed = qkv(windows.cut(norm1(x)))  # (windows, height, width, 3 · D)
+    out = attention(windows.cut(norm1(x)), qkv, proj, table_h, table_w, heads, scale)
+    x = x + windows.paste(out)[0].view(x.shape)
+    return x + lin2(F.gelu(lin1(norm2(x))))
+
+
+def attention(
+    x: Tensor, qkv: Maps, proj: Maps, table_h: Tensor, table_w: Tensor, heads: int, scale: float
+) -> Tensor:
+    """x (windows, height, width, D) -> (windows, height, width, D), each window on its own."""
+    packed = qkv(x)  # (windows, height, width, 3 · D)
     size = packed.shape[-1] // (3 * heads)
     q, k, v = packed.unflatten(-1, (3, heads, size)).permute(3, 0, 4, 1, 2, 5)
-    out = relpos_attention(q, k, v, table_h, table_w, scale).movedim(1, 3).flatten(3)
-    x = x + windows.paste(proj(out))[0].view(x.shape)
-    return x + lin2(F.gelu(lin1(norm2(x))))
+    return proj(relpos_attention(q, k, v, table_h, table_w, scale).movedim(1, 3).flatten(3))

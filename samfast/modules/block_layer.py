@@ -52,6 +52,8 @@ def layer_problem(name: str, layer: nn.Module) -> str | None:
         return None
     if not hasattr(layer, "block_layer"):
         return f"{name} is {kind_of(layer)}, which does not say how to fuse it"
+    if getattr(layer, "weight", None) is None:
+        return f"{name} is {kind_of(layer)}, which has no weight"
     problem = layer.block_problem()
     return None if problem is None else f"{name} {problem}"
 

@@ -2,13 +2,15 @@
 """Fused blocks and attention in a model and out again, in place."""
 
 import sys
+import warnings
 
 from torch import nn
 
 from samfast.kernels.sam_block.plan import check_memory
-from samfast.modules.stand_in import kind_of
+from samfast.modules.stand_in import kind_of, runs_as
 
 _STOCK = "segment_anything.modeling.image_encoder"
+_OWN = "still segment_anything's own"
 _PARTS = ("norm1", "attn", "norm2", "mlp")  # of a transformer block, whoever wrote it
 
 
@@ -17,8 +19,14 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
 
     segment_anything's Attention and Block become RelPosAttention and SamBlock: the same module
     objects with the same Parameters, submodules, hooks and state dict, so adapters, optimizers
-    and files know no difference. Before or after ``attach``. Modules of classes derived from
-    these, of other packages, or with a forward of their own, stay as they are; ``report`` says so.
+    and files know no difference. Before or after ``attach``.
+
+    A class is proved before it is trusted, on a CPU, in about a second for ViT-H: its forward takes
+    what segment_anything's takes, its children are the same, and a run with weights of its own
+    gives the same result and gradients. A block that fails stays as it is, its attention too; a
+    warning says why, and ``report``. The question is asked again, at every forward, once a class
+    was patched or a plain attribute of a module has changed. Modules of classes derived from these,
+    of other packages, or with a forward of their own, stay as they are as well.
 
     memory: what every block saves for its backward, see SamBlock: "fast" saves all that is dear
         to compute, "balanced" computes two of four layers again, "minimal" the whole block. The
@@ -30,15 +38,40 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     if memory is not None:
         check_memory(memory)
     kinds = _kinds()
-    modules = list(_checked(model).modules())
-    chosen = [m for m in modules if type(m) in kinds and "forward" not in m.__dict__]
-    if not chosen and not any(type(m) in kinds.values() for m in modules):
+    modules = dict(_checked(model).named_modules())
+    asked = {n: m for n, m in modules.items() if type(m) in kinds and "forward" not in m.__dict__}
+    if not asked and not any(runs_as(m, kind) for m in modules.values() for kind in kinds.values()):
         raise ValueError(_nothing(model, "fuse"))
-    for module in chosen:
-        module.__class__ = kinds[type(module)]
+    objections = _objections(asked)
+    for name, module in asked.items():
+        if name not in objections:
+            module.__class__ = kinds[type(module)]
+    if objections:
+        warnings.warn(_left_alone(objections, asked), stacklevel=2)
     for block in fused_blocks(model).values() if memory is not None else ():
         block.memory = memory
     return model
+
+
+def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
+    """Why modules of segment_anything's classes are left alone, by name."""
+    from samfast.modules.proof import objection
+
+    found = {name: objection(module) for name, module in asked.items()}
+    found = {name: reason for name, reason in found.items() if reason is not None}
+    inside = {id(asked[name]._modules.get("attn")) for name in found}
+    within = {name: "its block is left alone" for name, m in asked.items() if id(m) in inside}
+    return within | found
+
+
+def _left_alone(objections: dict[str, str], asked: dict[str, nn.Module]) -> str:
+    """The nearest miss is one that a run has found out, or else the first."""
+    name, reason = min(objections.items(), key=lambda pair: "its forward" not in pair[1])
+    kind = type(asked[name]).__name__
+    return (
+        f"fuse leaves {len(objections)} of {len(asked)} modules as they are, since they are not "
+        f"what segment_anything's are; {name or 'it'}, a {kind}: {reason}"
+    )
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -46,13 +79,19 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Modules that are not fused stay as they are. Raises ValueError for a model in which nothing is
     fused, and RuntimeError, before anything is changed, when the forward of a fused module was
-    wrapped since: the wrapper holds the fused forward.
+    wrapped since, or its class changed: the wrapper holds the fused forward.
     """
     stock = {fused: kind for kind, fused in _kinds().items()}
-    fused = {name: m for name, m in _checked(model).named_modules() if type(m) in stock}
+    modules = _checked(model).named_modules()
+    fused = {name: m for name, m in modules if any(runs_as(m, kind) for kind in stock)}
     if not fused:
         raise ValueError(_nothing(model, "unfuse"))
     for name, module in fused.items():
+        if type(module) not in stock:
+            raise RuntimeError(
+                f"{name or 'the model'} was given the class {type(module).__name__} after fuse; "
+                "unfuse before that"
+            )
         if "forward" in module.__dict__:
             raise RuntimeError(
                 f"the forward of {name or 'the model'}, a {type(module).__name__}, was replaced "
@@ -68,7 +107,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 def fused_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Every SamBlock by its full name."""
     _, fused = _block_kinds()
-    return {name: m for name, m in model.named_modules() if type(m) is fused}
+    return {name: m for name, m in model.named_modules() if fused and runs_as(m, fused)}
 
 
 def block_states(model: nn.Module) -> dict[str, str]:
@@ -79,14 +118,22 @@ def block_states(model: nn.Module) -> dict[str, str]:
     stock, fused = _block_kinds()
     states = {}
     for name, module in model.named_modules():
-        if type(module) is fused:
-            problem = module.block_problem()
-            states[name] = "fused" if problem is None else f"fused in parts: {problem}"
+        if fused is not None and runs_as(module, fused):
+            states[name] = _state(module, module.block_problem(), "in parts")
         elif stock is not None and isinstance(module, stock):
             states[name] = f"not fused: {_why_not(module, stock)}"
         elif all(module._modules.get(part) is not None for part in _PARTS):
             states[name] = f"not fused: {kind_of(module)}, which is not segment_anything's"
     return states
+
+
+def _state(module: nn.Module, problem: str | None, otherwise: str) -> str:
+    """How a fused module runs, given what stands against it."""
+    from samfast.modules.proof import objection
+
+    if problem is None:
+        return "fused"
+    return f"not fused: {problem}" if objection(module) else f"fused {otherwise}: {problem}"
 
 
 def attention_states(model: nn.Module) -> dict[str, str]:
@@ -103,19 +150,33 @@ def attention_states(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules() if kinds else ():
         if not isinstance(module, stock):
             continue
-        if type(module) not in kinds.values():
-            states[name] = f"not fused: {_why_not(module, stock)}"
-            continue
-        around = [b for b in blocks.get(id(module), []) if b.window_size > 0]
-        reasons = [_cut_first(block, block_kind, kinds[block_kind]) for block in around]
-        reason = next((r for r in reasons if r is not None), None)
-        states[name] = "fused" if reason is None else f"fused, windows cut first: {reason}"
+        around = blocks.get(id(module), [])
+        if runs_as(module, kinds[stock]):
+            states[name] = _attention_state(module, around, block_kind, kinds[block_kind])
+        else:
+            reason = _why_not(module, stock)
+            left = [b for b in around if type(b) is block_kind and _why_not(b, block_kind) != _OWN]
+            inside = left and reason == _OWN
+            states[name] = f"not fused: {'its block is left alone' if inside else reason}"
     return states
+
+
+def _attention_state(attn, around, stock: type[nn.Module], fused: type[nn.Module]) -> str:
+    """Of a fused attention, by the blocks around it."""
+    from samfast.modules.proof import objection
+
+    if (problem := objection(attn)) is not None:
+        return f"not fused: {problem}"
+    if around and all(runs_as(b, fused) and objection(b) is not None for b in around):
+        return "not fused: its block is left alone"
+    reasons = [_cut_first(b, stock, fused) for b in around if b.window_size > 0]
+    reason = next((r for r in reasons if r is not None), None)
+    return "fused" if reason is None else f"fused, windows cut first: {reason}"
 
 
 def _cut_first(block: nn.Module, stock: type[nn.Module], fused: type[nn.Module]) -> str | None:
     """Why the windows of a block are cut before its attention, None when they are not."""
-    if type(block) is fused:
+    if runs_as(block, fused):
         return block.window_order()
     return f"its block is {_why_not(block, stock)}"
 
@@ -143,7 +204,9 @@ def _why_not(module: nn.Module, stock: type[nn.Module]) -> str:
         return f"a {kind}, a class derived from segment_anything's {stock.__name__}"
     if "forward" in module.__dict__:
         return f"{kind} with a forward that was replaced"
-    return "still segment_anything's own"
+    from samfast.modules.proof import objection
+
+    return objection(module, ask=False) or _OWN
 
 
 def _checked(model: nn.Module) -> nn.Module:

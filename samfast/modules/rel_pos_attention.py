@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from samfast.backends import requested, resolve
 from samfast.functional import window_relpos_attention
-from samfast.integrations import segment_anything
 from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import supports
@@ -14,11 +13,10 @@ from samfast.modules.cobot import CobotQkvLora
 from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.kronecker import KroneckerLinear
 from samfast.modules.lora import LoraLinear
+from samfast.modules.proof import Attention, objection
 from samfast.modules.qkv_lora import QkvLora
 from samfast.modules.stand_in import altered, kind_of, standing_in
 from samfast.modules.task_lora import TaskLoraLinear
-
-Attention = segment_anything.load().modeling.image_encoder.Attention
 
 # Layers that treat every token alone, and give their bias for a token of zeros.
 TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear, TaskLoraLinear)
@@ -36,9 +34,14 @@ class RelPosAttention(Attention):
     the windows are cut before the projection, as in the stock block.
 
     backend: which kernel runs the attention, see ``samfast.backends``
+    left_alone: whether the stock forward is to run, for a block that runs its own
+
+    Where the stock class does not compute what it should, see ``samfast.modules.proof``, its own
+    forward runs.
     """
 
     backend = "auto"
+    left_alone = False
 
     @classmethod
     def from_attention(cls, attention: Attention) -> "RelPosAttention":
@@ -53,6 +56,8 @@ class RelPosAttention(Attention):
         """window: side of the windows that attend to themselves; the whole map when None."""
         if window is not None:
             return self.forward_windows(x, window)
+        if self.left_alone or objection(self) is not None:
+            return super().forward(x)
         qkv = self.qkv(x)
         batch, height, width = x.shape[:3]
         if self.use_rel_pos:
@@ -76,6 +81,8 @@ class RelPosAttention(Attention):
 
     def window_order(self) -> str | None:
         """None when windows run in image order, or why they are cut before the projection."""
+        if (reason := objection(self)) is not None:
+            return reason
         if not self.use_rel_pos:
             return "it has no relative positions"
         for name in ("qkv", "proj"):

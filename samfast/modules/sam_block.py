@@ -4,18 +4,15 @@
 from torch import Tensor, nn
 
 from samfast.backends import requested
-from samfast.integrations import segment_anything
 from samfast.kernels._common.autocast import autocast_dtype, autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import fit_table
 from samfast.kernels.sam_block.op import sam_block, stages_backend
 from samfast.kernels.sam_block.plan import Plan, check_memory
 from samfast.modules.block_layer import block_layer, layer_problem
-from samfast.modules.rel_pos_attention import Attention, RelPosAttention
-from samfast.modules.stand_in import altered, kind_of, standing_in
-
-_encoder = segment_anything.load().modeling.image_encoder
-Block, MLPBlock = _encoder.Block, _encoder.MLPBlock
+from samfast.modules.proof import Attention, Block, MLPBlock, objection
+from samfast.modules.rel_pos_attention import RelPosAttention
+from samfast.modules.stand_in import altered, kind_of, runs_as, standing_in
 
 
 class SamBlock(Block):
@@ -46,17 +43,25 @@ class SamBlock(Block):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._fits(x) and self.block_problem() is None:
+        problem = self.block_problem()
+        if problem is None and self._fits(x):
             return self._fused(x)
+        if problem is not None and objection(self) is not None:
+            return self._stock(x)
         x = x + self._attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
     def block_problem(self) -> str | None:
-        """None when the block runs as one node, or why its submodules run one by one."""
+        """None when the block runs as one node, or why its submodules run one by one.
+
+        Where that is that its class is not what it is called, its own forward runs.
+        """
+        if (reason := objection(self)) is not None:
+            return reason
         if requested("auto") == "reference":
             return "the reference backend runs its submodules one by one"
         if (reason := self.window_order()) is not None and (
-            self.window_size > 0 or type(self.attn) is not RelPosAttention or altered(self.attn)
+            self.window_size > 0 or not runs_as(self.attn, RelPosAttention) or altered(self.attn)
         ):
             return reason
         if not self.attn.use_rel_pos:
@@ -79,12 +84,20 @@ class SamBlock(Block):
 
     def _fits(self, x: Tensor) -> bool:
         """Whether x is what the norm takes; the submodules say what is wrong with another."""
-        if x.dim() != 4 or x.shape[3:] != tuple(getattr(self.norm1, "normalized_shape", ())):
+        if x.dim() != 4 or x.shape[3:] != self.norm1.normalized_shape or 0 in x.shape[1:3]:
             return False
-        weight = getattr(getattr(self.attn, "qkv", None), "weight", None)
-        if weight is None or 0 in x.shape[1:3] or not x.is_floating_point():
-            return False
-        return autocast_dtype(x.device.type) is not None or x.dtype == weight.dtype
+        autocast = autocast_dtype(x.device.type) is not None
+        return x.is_floating_point() and (autocast or x.dtype == self.attn.qkv.weight.dtype)
+
+    def _stock(self, x: Tensor) -> Tensor:
+        """Bit for bit what the stock class gives, its attention included."""
+        if not runs_as(self.attn, RelPosAttention):
+            return super().forward(x)
+        self.attn.left_alone = True
+        try:
+            return super().forward(x)
+        finally:
+            del self.attn.left_alone
 
     def _linears(self) -> list[tuple[str, nn.Module]]:
         attn, mlp = self.attn, self.mlp
@@ -134,7 +147,7 @@ class SamBlock(Block):
 
     def window_order(self) -> str | None:
         """None when windows run in image order, or why they are cut before the attention."""
-        if type(self.attn) is not RelPosAttention:
+        if not runs_as(self.attn, RelPosAttention):
             return f"attn is {kind_of(self.attn)}"
         if altered(self.attn):
             return "attn has hooks or a forward of its own"

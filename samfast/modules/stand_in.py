@@ -35,3 +35,10 @@ def altered(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its class is ``kind``, or one that a wrapper such as FSDP2 made of it."""
+    return type(module) is kind or (
+        isinstance(module, kind) and type(module).forward is kind.forward
+    )
