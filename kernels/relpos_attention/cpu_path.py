@@ -12,7 +12,7 @@ def forward(q, k, v, pad_k, pad_v, table_h, table_w, windows, scale):
     pad_k and pad_v may be None where the padding holds zeros, and where there is none.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[0], q.shape[3], q.shape[1] * q.shape[2])
+    lse = torch.empty(q.shape[0], q.shape[3], q.shape[1] * q.shape[2], dtype=torch.float32)
     _native.relpos_attention_forward(
         q, k, v, pad_k, pad_v, _dense(table_h), _dense(table_w), windows, scale, out, lse
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the forward of a class computes a formula: found out by running it.
 
-``difference`` runs a shell, a module without the user's parameters, hooks and children, and compares
-result and gradients. ``code_of`` tells one state of a function from another, so that the answer can
-be kept until something changes.
+``difference`` runs a shell, a module without the user's parameters, hooks and children, and
+compares result and gradients. ``CodeOf`` tells one state of a class from another, so that the
+answer can be kept until something changes.
 """
 
 import contextlib
@@ -151,7 +151,7 @@ def _content(cell, name: str, default) -> object:
 def difference(
     module: nn.Module, formula: Callable[[Tensor, Tensors], Tensor], x: Tensor
 ) -> str | None:
-    """What differs between a shell and the formula, in train and eval mode; None where nothing does.
+    """What differs between a shell and the formula, in train or eval mode; None if nothing does.
 
     formula: takes x and the shell's parameters by name
     x: float32 on a CPU, as the parameters are
@@ -239,6 +239,7 @@ def undisturbed() -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=[]),
+        _no_global_hooks(),
     ):
         torch.set_default_dtype(torch.float32)
         torch._C._set_mkldnn_enabled(False)  # it may have been told to multiply in bfloat16
@@ -247,3 +248,18 @@ def undisturbed() -> Iterator[None]:
         finally:
             torch._C._set_mkldnn_enabled(mkldnn)
             torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """Without the hooks that are called for every module there is."""
+    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    stores = [getattr(torch.nn.modules.module, f"_global_{name}") for name in names]
+    kept = [dict(store) for store in stores]
+    for store in stores:
+        store.clear()
+    try:
+        yield
+    finally:
+        for store, hooks in zip(stores, kept, strict=True):
+            store.update(hooks)

@@ -11,6 +11,7 @@ from samfast.modules.stand_in import kind_of, runs_as
 
 _STOCK = "segment_anything.modeling.image_encoder"
 _OWN = "still segment_anything's own"
+_INSIDE = "its block is left alone"
 _PARTS = ("norm1", "attn", "norm2", "mlp")  # of a transformer block, whoever wrote it
 
 
@@ -60,17 +61,17 @@ def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
     found = {name: objection(module) for name, module in asked.items()}
     found = {name: reason for name, reason in found.items() if reason is not None}
     inside = {id(asked[name]._modules.get("attn")) for name in found}
-    within = {name: "its block is left alone" for name, m in asked.items() if id(m) in inside}
-    return within | found
+    within = {name: _INSIDE for name, module in asked.items() if id(module) in inside}
+    return found | within
 
 
 def _left_alone(objections: dict[str, str], asked: dict[str, nn.Module]) -> str:
     """The nearest miss is one that a run has found out, or else the first."""
-    name, reason = min(objections.items(), key=lambda pair: "its forward" not in pair[1])
-    kind = type(asked[name]).__name__
+    reasons = {name: reason for name, reason in objections.items() if reason != _INSIDE}
+    name, reason = min(reasons.items(), key=lambda pair: "its forward" not in pair[1])
     return (
-        f"fuse leaves {len(objections)} of {len(asked)} modules as they are, since they are not "
-        f"what segment_anything's are; {name or 'it'}, a {kind}: {reason}"
+        f"fuse leaves {len(objections)} of {len(asked)} modules as they are, because they differ "
+        f"from segment_anything's; {name or type(asked[name]).__name__}: {reason}"
     )
 
 
@@ -98,7 +99,7 @@ def unfuse(model: nn.Module) -> nn.Module:
                 "after fuse; undo that before unfuse"
             )
     for module in fused.values():
-        for option in ("backend", "memory"):
+        for option in ("backend", "left_alone", "memory"):
             module.__dict__.pop(option, None)
         module.__class__ = stock[type(module)]
     return model
@@ -157,7 +158,7 @@ def attention_states(model: nn.Module) -> dict[str, str]:
             reason = _why_not(module, stock)
             left = [b for b in around if type(b) is block_kind and _why_not(b, block_kind) != _OWN]
             inside = left and reason == _OWN
-            states[name] = f"not fused: {'its block is left alone' if inside else reason}"
+            states[name] = f"not fused: {_INSIDE if inside else reason}"
     return states
 
 
@@ -168,7 +169,7 @@ def _attention_state(attn, around, stock: type[nn.Module], fused: type[nn.Module
     if (problem := objection(attn)) is not None:
         return f"not fused: {problem}"
     if around and all(runs_as(b, fused) and objection(b) is not None for b in around):
-        return "not fused: its block is left alone"
+        return f"not fused: {_INSIDE}"
     reasons = [_cut_first(b, stock, fused) for b in around if b.window_size > 0]
     reason = next((r for r in reasons if r is not None), None)
     return "fused" if reason is None else f"fused, windows cut first: {reason}"

@@ -9,14 +9,21 @@ agree with the formula in ``samfast.kernels.sam_block.reference``.
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.integrations import segment_anything
-from samfast.integrations.probe import CodeOf, attributes, difference, frozen, shell, undisturbed, words
+from samfast.integrations.probe import (
+    CodeOf,
+    attributes,
+    difference,
+    frozen,
+    shell,
+    undisturbed,
+    words,
+)
 from samfast.kernels.relpos_attention.op import fit_table
 from samfast.kernels.sam_block.reference import attention, sam_block
 
@@ -83,8 +90,9 @@ def _stock_parts(module: nn.Module) -> dict[str, tuple[type[nn.Module], nn.Modul
     if isinstance(module, Attention):
         return {"": (Attention, module)}
     parts, children = {"": (Block, module)}, module._modules
-    if isinstance(children.get("attn"), Attention):
-        parts["attn"] = (Attention, children["attn"])
+    attn = children.get("attn")
+    if type(attn) is Attention or hasattr(attn, "left_alone"):  # as a RelPosAttention has
+        parts["attn"] = (Attention, attn)
     if type(children.get("mlp")) is MLPBlock:
         parts["mlp"] = (MLPBlock, children["mlp"])
     return parts
@@ -149,6 +157,14 @@ def _taken(function) -> str:
     return str(inspect.Signature(bare))
 
 
+def _found(module: nn.Module, path: str, default):
+    """The attribute at the end of a path of names, or the default where there is none."""
+    value = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return default if value is None else value
+
+
 class _Case:
     """One run: a shell as wide as the module, with weights of its own, on a map of two images.
 
@@ -157,22 +173,19 @@ class _Case:
     """
 
     def __init__(self, module: nn.Module, parts: dict, window: int, height: int, width: int):
-        self.generator = torch.Generator().manual_seed(0)
-        self.parts, self.window, self.block = parts, window, isinstance(module, Block)
-        attn = parts.get("attn", parts[""])[1] if "attn" in parts or not self.block else None
-        norm = module._modules.get("norm1") if self.block else None
-        self.heads = getattr(attn, "num_heads", 2)
-        dim = getattr(getattr(attn, "qkv", None), "in_features", 32 * self.heads)
-        self.dim = dim if isinstance(dim, int) and dim % self.heads == 0 else 32 * self.heads
-        self.scale = float(getattr(attn, "scale", 0.25))
-        self.eps = getattr(norm, "eps", 1e-6)
-        self.tables = bool(getattr(attn, "use_rel_pos", True))
-        self.bias = attn is None or getattr(attn.qkv, "bias", True) is not None
-        mlp = module._modules.get("mlp") if self.block else None
-        hidden = getattr(getattr(mlp, "lin1", None), "out_features", 0)
-        self.hidden = hidden if isinstance(hidden, int) and hidden else 4 * self.dim
+        self.parts, self.block = parts, isinstance(module, Block)
+        self.attn = "attn." if self.block else ""
+        self.window, self.size = window, (height, width)
         self.sides = (window, window) if window else (height, width)
-        self.size = height, width
+        self.heads = int(_found(module, f"{self.attn}num_heads", 2))
+        self.dim = _found(module, f"{self.attn}qkv.in_features", 32 * self.heads)
+        self.hidden = _found(module, "mlp.lin1.out_features", 4 * self.dim)
+        self.scale = float(_found(module, f"{self.attn}scale", 0.25))
+        self.eps = _found(module, "norm1.eps", 1e-6)
+        self.tables = bool(_found(module, f"{self.attn}use_rel_pos", True))
+        qkv = _found(module, f"{self.attn}qkv", None)
+        self.bias = getattr(qkv, "bias", True) is not None
+        self.generator = torch.Generator().manual_seed(0)
 
     def problem(self) -> str | None:
         tested = self._block() if self.block else self._attention()
@@ -185,11 +198,10 @@ class _Case:
                 return lambda t: F.layer_norm(t, t.shape[-1:], weight, bias, self.eps)
             return lambda t: F.linear(t, weight, bias)
 
-        attn = "attn." if self.block else ""
         zeros = x.new_zeros(1, self.dim // self.heads)
-        tables = [given.get(attn + name, zeros) for name in TABLES]
+        tables = [given.get(self.attn + name, zeros) for name in TABLES]
         tables = [fit_table(t, side) for t, side in zip(tables, self.sides, strict=True)]
-        qkv, proj = layer(attn + "qkv"), layer(attn + "proj")
+        qkv, proj = layer(f"{self.attn}qkv"), layer(f"{self.attn}proj")
         if not self.block:
             return attention(x, qkv, proj, *tables, self.heads, self.scale)
         mlp = layer("mlp.lin1"), layer("mlp.lin2")
@@ -218,7 +230,7 @@ class _Case:
         tables = [nn.Parameter(0.3 * self._draw(n, size)) for n in rows] if self.tables else ()
         read = {"num_heads": self.heads, "scale": self.scale, "use_rel_pos": self.tables}
         return self._shell(
-            "attn" if self.block else "",
+            self.attn.strip("."),
             read,
             qkv=self._linear(3 * self.dim, self.dim, self.bias),
             proj=self._linear(self.dim, self.dim),

@@ -71,7 +71,7 @@ class RelPosAttention(Attention):
 
     def forward_windows(self, x: Tensor, window: int) -> Tensor:
         """x (B, H, W, D) in image order, padded with zeros at the bottom and right if need be."""
-        if self.window_order() is None:
+        if self.window_order() is None and objection(self) is None:
             qkv, pad_h, pad_b = self._project(x, window)
             pads = {"pad_bias": self.qkv.bias, "pad_h": pad_h, "pad_b": pad_b}
             return self.proj(self._attend(qkv, (window, window), **pads))
@@ -81,8 +81,6 @@ class RelPosAttention(Attention):
 
     def window_order(self) -> str | None:
         """None when windows run in image order, or why they are cut before the projection."""
-        if (reason := objection(self)) is not None:
-            return reason
         if not self.use_rel_pos:
             return "it has no relative positions"
         for name in ("qkv", "proj"):

@@ -97,7 +97,7 @@ class SamBlock(Block):
         try:
             return super().forward(x)
         finally:
-            del self.attn.left_alone
+            self.attn.left_alone = False
 
     def _linears(self) -> list[tuple[str, nn.Module]]:
         attn, mlp = self.attn, self.mlp
