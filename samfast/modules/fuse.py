@@ -201,6 +201,8 @@ def _block_kinds() -> tuple[type[nn.Module] | None, type[nn.Module] | None]:
 
 def _why_not(module: nn.Module, stock: type[nn.Module]) -> str:
     kind = type(module).__name__
+    if type(module) is not stock and type(module).forward is stock.forward:
+        return f"a {kind}, which a wrapper made of segment_anything's {stock.__name__}; fuse first"
     if type(module) is not stock:
         return f"a {kind}, a class derived from segment_anything's {stock.__name__}"
     if "forward" in module.__dict__:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import segment_anything
 import torch
+from budgets import within_budget
 from sam_layers import attention, block
 from segment_anything.modeling import image_encoder
 from segment_anything.modeling.image_encoder import Attention, Block, MLPBlock
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import samfast
@@ -295,21 +297,42 @@ def test_asked_in_the_first_forward(mode):
     assert set(proof._verdicts.values()) == {None}
 
 
-def test_wrappers_that_change_classes():
-    """As FSDP2 does: they are fused still."""
+@pytest.fixture
+def mesh(tmp_path):
+    """Of one process."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
-    class Wrapper:
-        pass
 
-    fused = samfast.fuse(model())
-    for m in (fused[0], fused[0].attn):
-        m.__class__ = type(f"Wrapped{type(m).__name__}", (Wrapper, type(m)), {})
+def test_sharded_after_fuse(mesh):
+    """fully_shard makes a class of its own of each block's; they are fused still."""
+    stock, fused = model(), samfast.fuse(model())
+    for layer in fused:
+        fully_shard(layer, mesh=mesh)
+    assert type(fused[0]) is not SamBlock
     report = samfast.report(fused)
     assert set(report.blocks.values()) == set(report.attention.values()) == {"fused"}
+    x = torch.randn(2, 6, 7, 32)
+    within_budget(fused(x), stock(x), copy.deepcopy(stock).double()(x.double()), torch.float32)
     samfast.fuse(fused, memory="minimal")
     assert fused[0].memory == "minimal" and fused[0].block_problem() is None
-    with pytest.raises(RuntimeError, match="0 was given the class WrappedSamBlock after fuse; unf"):
+    with pytest.raises(RuntimeError, match="0 was given the class FSDPSamBlock after fuse; unfuse"):
         samfast.unfuse(fused)
+
+
+def test_sharded_before_fuse(mesh):
+    """Only the attention is fused, and its sharded parameters are left alone."""
+    model_ = model()
+    for layer in model_:
+        fully_shard(layer, mesh=mesh)
+    proof._verdicts.clear()
+    samfast.fuse(model_)
+    assert type(model_[0].attn) is RelPosAttention
+    assert set(samfast.report(model_).blocks.values()) == {
+        "not fused: a FSDPBlock, which a wrapper made of segment_anything's Block; fuse first"
+    }
 
 
 class Shouting(SamBlock):
