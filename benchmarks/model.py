@@ -253,8 +253,10 @@ def report(known: dict, options) -> list[str]:
     batches = [options.batch] if options.batch else BATCHES
     every = [Rates(known, d, options.counts) for d in DEVICES if options.device in (None, d)]
     names = ("step", "ratio", *PARTS, "rest", "P1 windows", "P1 global")
+    code = options.counts or "today's tiles"
     lines = [
-        f"ms of a step with LoRA of rank {options.adapter} on all four layers; ratio to its floor"
+        f"ms of a step with LoRA of rank {options.adapter} on all four layers; ratio to its floor; "
+        f"machine code of {code}"
     ]
     lines.append(f"{'':19}" + "".join(f"{name:>{max(len(name), 6) + 2}}" for name in names))
     for model, batch, rates in itertools.product(models, batches, every):
