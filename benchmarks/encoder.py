@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import samfast
+from benchmarks import shapes
 from benchmarks.peers import INDEXED_BY_HOST, STOCK, peers, sharing, trained
 from benchmarks.registry import Provider, Workload, forward_backward
 from samfast.kernels.lora_linear.costs import Stage
@@ -101,18 +102,10 @@ def _compiled(encoder: nn.Module) -> nn.Module:
 
 
 def step_flops(encoder: nn.Module, batch: int) -> int:
-    """The floor of a step: every product forwards once, gradients of the rows, none of weights.
-
-    Patches below the first adapter go forwards only; attention's backward takes five products for
-    its two. Padding is no query.
-    """
-    tokens = batch * (encoder.img_size // 16) ** 2
-    width = encoder.pos_embed.shape[3]
-    total = 2 * tokens * 3 * 16 * 16 * width
-    for block in encoder.blocks:
-        keys = block.window_size**2 or tokens // batch
-        total += 2 * (2 * tokens * 12 * width**2) + 7 * (2 * tokens * keys * width)
-    return total + 2 * (2 * tokens * (width * 256 + 9 * 256**2))
+    """The FLOP of a step's floor, see shapes.step_flops."""
+    tokens = (encoder.img_size // 16) ** 2
+    keys = [block.window_size**2 or tokens for block in encoder.blocks]
+    return shapes.step_flops(encoder.pos_embed.shape[3], keys, batch, tokens)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ class Encoder:
     heads: int
     tokens: int = 64 * 64
     window_tokens: int = 25 * 14 * 14  # 64×64 padded to 70×70, in windows of 14×14
+    global_blocks: int = 4
 
 
 ENCODERS = {
@@ -49,3 +50,17 @@ def linears(model: str, batch: int = 1) -> list[LinearShape]:
         LinearShape("lin1", tokens, d, 4 * d),
         LinearShape("lin2", tokens, 4 * d, d),
     ]
+
+
+def step_flops(width: int, keys: list[int], images: int, tokens: int) -> int:
+    """The floor of a step: every product forwards once, gradients of the rows, none of weights.
+
+    keys: how many each block's query attends to   tokens: of one image
+    Patches below the first adapter go forwards only; attention's backward takes five products for
+    its two. Padding is no query.
+    """
+    rows = images * tokens
+    total = 2 * rows * 3 * 16 * 16 * width
+    for n in keys:
+        total += 2 * (2 * rows * 12 * width**2) + 7 * (2 * rows * n * width)
+    return total + 2 * (2 * rows * (width * 256 + 9 * 256**2))
