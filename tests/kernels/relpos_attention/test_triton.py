@@ -193,11 +193,12 @@ def test_no_images(guarded_kernels):
     assert guarded_kernels.launches == 0
 
 
-def test_limits():
-    def sentence(windows, head_dim=64, dtype=torch.float16):
-        q = torch.empty(windows.batch, 1, 1, 16, head_dim, device="meta", dtype=dtype)
-        return kernels.missing(q, windows)
+def sentence(windows, head_dim=64, dtype=torch.float16, heads=16):
+    q = torch.empty(windows.batch, 1, 1, heads, head_dim, device="meta", dtype=dtype)
+    return kernels.missing(q, windows)
 
+
+def test_limits():
     assert sentence(Windows(64, 64, 64, 14, 14)) is None
     assert sentence(Windows.whole(64, 256, 256)) is None
     assert sentence(Windows.whole(1, 64, 64), 64, torch.float32) is None
@@ -206,6 +207,37 @@ def test_limits():
     )
     assert "2097152 tokens" in sentence(Windows.whole(1, 1024, 2048))
     assert "programs" in sentence(Windows.whole(2**20, 64, 64))
+    assert "a table of 67108863 rows of 64" in sentence(Windows(1, 1, 1, 1, 2**25), heads=1)
+    assert "4294967295 pads" in sentence(Windows(1, 1, 1, 2**16, 2**16), heads=1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(33, 16), (31, 2), (48, 16), (14, 14), (20, 17), (100, 3), (3, 100)]
+)
+def test_the_factors_that_int32_counts_are_those_that_are_made(height, width, monkeypatch):
+    """Of a head: its factors as the launcher allocates them, with one more window and without."""
+    made = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda q, table_h, table_w, *rest, **constants: made.extend(rest[:2])
+
+    monkeypatch.setattr(kernels, "prepare_kernel", Launch())
+    tables = [torch.empty(2 * size - 1, 16, device="meta") for size in (height, width)]
+
+    def most(windows):
+        """Elements of the larger one."""
+        made.clear()
+        shape = (1, windows.image_height, windows.image_width, 1, 16)
+        q = torch.empty(shape, device="meta", dtype=torch.float16)
+        kernels._prepare(q, *tables, windows, None, None, None)
+        return max(t.numel() for t in made if t is not None)
+
+    one = most(Windows(1, height, width, height, width))
+    fit = (2**31 - 1) // one
+    for count in (fit, fit + 1):
+        windows = Windows(1, height * count, width, height, width)
+        assert (most(windows) < 2**31) == (sentence(windows, 16, heads=1) is None) == (count == fit)
 
 
 @pytest.mark.slow_on_cpu
