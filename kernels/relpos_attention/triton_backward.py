@@ -30,21 +30,23 @@ from samfast.kernels.relpos_attention.triton_forward import (
 
 
 @triton.jit
-def skewed(drel_ptr, row, step, at, live, size, u):
-    """(queries, BLOCK_T): gradients of the factors, at the reversed table's rows u they came of."""
+def skewed(drel_ptr, row, step, at, live, size, u, kind: tl.constexpr):
+    """(queries, BLOCK_T): gradients of the factors, at the reversed table's rows u they came of,
+    as ``kind``."""
     key = u[None, :] + at[:, None] - (size - 1)
     mask = live[:, None] & (key >= 0) & (key < size)
-    return tl.load(drel_ptr + (row[:, None] + key * step), mask, other=0.0)
+    return tl.load(drel_ptr + (row[:, None] + key * step), mask, other=0.0).to(kind)
 
 
 @triton.jit
 def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, size, start, stop,
-                        HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
-                        BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                        kind: tl.constexpr, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
+                        HEAD_B: tl.constexpr, BLOCK_T: tl.constexpr,
+                        PRECISION: tl.constexpr):  # fmt: skip
     """dq plus what one factor's gradient gives, (BLOCK_M, HEAD_A) and (BLOCK_M, HEAD_B)."""
     for first in tl.range(start, stop, BLOCK_T, num_stages=1):
         u = first + tl.arange(0, BLOCK_T)
-        d = skewed(drel_ptr, row, step, at, live, size, u)
+        d = skewed(drel_ptr, row, step, at, live, size, u, kind)
         _, t, t_rest = table_rows(table_ptr, first, size, d, HEAD, HEAD_A, HEAD_B, BLOCK_T)
         dq = tl.dot(d, t, dq, input_precision=PRECISION)
         if HEAD_B:
@@ -124,6 +126,8 @@ def dq_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """dq and the gradients of the factors, which lie as the factors do.
+
+    drel_h is float32 where SEVERAL, for sums stay there from tile to tile; else it has q's dtype.
 
     share: what the weights that lse gives are multiplied with; None where it makes no difference
     NATURAL, EVEN: as in the forward
@@ -235,8 +239,8 @@ def dq_kernel(
                 dcolumn = tl.sum(ds, 1)
                 if SEVERAL:
                     again = live & (tl.zeros_like(token) + first > 0)
-                    dcolumn += tl.load(now_at, again, other=0.0).to(tl.float32)
-                tl.store(now_at, dcolumn.to(q.dtype), live)
+                    dcolumn += tl.load(now_at, again, other=0.0)
+                tl.store(now_at, dcolumn.to(drel_h_ptr.dtype.element_ty), live)
                 ds = ds.to(q.dtype)
                 acc = tl.dot(ds, k, acc, input_precision=PRECISION)
                 if HEAD_B:
@@ -252,11 +256,11 @@ def dq_kernel(
     start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
     acc, acc_rest = add_factor_gradient(
         acc, acc_rest, table_h_ptr, drel_h_ptr, row_h, step_h, y - top, live, height, start, stop,
-        HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     acc, acc_rest = add_factor_gradient(
         acc, acc_rest, table_w_ptr, drel_w_ptr, token * rel, 1, x - left, live, width,
-        width - columns, 2 * width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        width - columns, 2 * width - 1, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
@@ -499,6 +503,7 @@ def tables_kernel(
     size = tl.where(of_w, width, height)
     u = tl.where(of_w, block - blocks_h, block) * BLOCK_T + tl.arange(0, BLOCK_T)
     tokens = image_height * image_width
+    kind: tl.constexpr = q_ptr.dtype.element_ty
     REST: tl.constexpr = HEAD_B if HEAD_B else 16
     acc = tl.zeros((BLOCK_T, HEAD_A), tl.float32)
     acc_rest = tl.zeros((BLOCK_T, REST), tl.float32)
@@ -511,14 +516,20 @@ def tables_kernel(
         live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
         token = y * image_width + x
         plane = image.to(tl.int64) * heads + head
+        at = tl.where(of_w, x - left, y - top)
         if ONE_HOT:
             drel_ptr = drel_h_ptr + plane * tokens * rel + tl.where(of_w, height, 0)
-            row, step = token * rel, 1
+            d = skewed(drel_ptr, token * rel, 1, at, live, size, u, kind)
         else:
             h_ptr, w_ptr = drel_h_ptr + plane * height * tokens, drel_w_ptr + plane * tokens * rel
-            drel_ptr = tl.where(of_w, w_ptr, h_ptr)
-            row, step = tl.where(of_w, token * rel, token), tl.where(of_w, 1, tokens)
-        d = skewed(drel_ptr, row, step, tl.where(of_w, x - left, y - top), live, size, u)
+            if drel_h_ptr.dtype == drel_w_ptr.dtype:
+                drel_ptr = tl.where(of_w, w_ptr, h_ptr)
+                row, step = tl.where(of_w, token * rel, token), tl.where(of_w, 1, tokens)
+                d = skewed(drel_ptr, row, step, at, live, size, u, kind)
+            elif of_w:
+                d = skewed(w_ptr, token * rel, 1, at, live, size, u, kind)
+            else:
+                d = skewed(h_ptr, token, tokens, at, live, size, u, kind)
         q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
         q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
         q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)

@@ -101,17 +101,17 @@ def backward(
                 q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, None, lse, dout, delta, share,
                 windows, scale,
             )  # fmt: skip
-        drel_h, drel_w = (None if t is None else torch.empty_like(t) for t in (rel_h, rel_w))
-
         block = blocks("dq", q, windows)
-        tiles = _query_tiles(windows, block)
+        tiles, options = _query_tiles(windows, block), _options(q, windows, pads, block)
+        several = rel_w is not None and windows.width > block["BLOCK_N"]
+        drel_h = torch.empty_like(rel_h, dtype=torch.float32 if several else None)
+        drel_w = None if rel_w is None else torch.empty_like(rel_w)
         dq_kernel[(tiles * groups,)](
             dout, q, k, v, pad_k, pad_v, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w,
             lse, delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
             *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale,
             FLAT=_flat(windows, q, dout), WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq),
-            SEVERAL=windows.width > block["BLOCK_N"], BLOCK_T=_table_block(q, windows),
-            **_options(q, windows, pads, block), **block,
+            SEVERAL=several, BLOCK_T=_table_block(q, windows), **options, **block,
         )  # fmt: skip
 
         block = blocks("dkv", q, windows)

@@ -4,10 +4,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from budgets import within_budget
 
 from samfast import backends
 from samfast.kernels._common.windows import Windows
@@ -27,6 +29,7 @@ from samfast.kernels.relpos_attention import triton_kernels as kernels  # noqa: 
 SLOW = [pytest.mark.slow]
 PADDED = Windows(1, 20, 17, 14, 14)
 SMALL = Windows(1, 3, 5, 3, 2)
+NAMES_IN = ("q", "k", "v", "dout")
 TWO_TILES = Windows.whole(1, 2, 20)  # of keys in each line, with tiles of sixteen
 
 
@@ -95,9 +98,45 @@ def test_heads_in_two_parts(head_dim, dtype):
         Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
 
 
-@pytest.mark.slow_on_cpu
-def test_several_tiles_to_a_line(tiles):
-    Call(TWO_TILES, heads=1).check(kernels)
+@pytest.mark.slow_on_cpu("torch.float32")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_tiles_to_a_line(tiles, dtype):
+    Call(TWO_TILES, heads=1).check(kernels, dtype)
+
+
+@pytest.mark.parametrize(
+    ("width", "head_dim"), [(18, 16), pytest.param(40, 96, marks=SLOW)], ids=str
+)
+def test_sums_of_several_tiles_are_rounded_once(tiles, width, head_dim, monkeypatch):
+    """Sums of dS over the lines of keys in bfloat16: float32 until they are operands."""
+    call, made = Call(Windows.whole(1, 2, width), heads=1, head_dim=head_dim), {}
+    original = kernels.dq_kernel
+
+    class Launch:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                names = original.arg_names
+                made.update(zip(names, args, strict=False))
+                return original[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "dq_kernel", Launch())
+    call.run(kernels, torch.bfloat16)
+    drel = made["drel_h_ptr"][0, 0].T  # (queries, lines)
+
+    def sums(dtype):
+        """From what the kernel was given: its factors, lse and delta."""
+        q, k, v, dout = (made[f"{n}_ptr"].reshape(-1, head_dim).to(dtype) for n in NAMES_IN)
+        rel_h = made["rel_h_ptr"][0, 0].T.to(dtype)
+        rel_w = made["rel_w_ptr"][0, 0, :, :width].to(dtype)
+        logits = (q @ k.T * call.scale).unflatten(1, (2, width))
+        logits = logits + rel_h[:, :, None] + rel_w[:, None]
+        lse, delta = (made[f"{n}_ptr"][0, 0, :, None, None].to(dtype) for n in ("lse", "delta"))
+        weights = (logits - lse).exp()
+        return (weights * ((dout @ v.T).unflatten(1, (2, width)) - delta)).sum(2)
+
+    within_budget(drel, partial(sums, torch.float32), partial(sums, torch.float64), torch.float32)
 
 
 @pytest.mark.slow_on_cpu
