@@ -175,7 +175,8 @@ def test_scratch(tokens, bottleneck, monkeypatch):
     known = {id(t) for t in (*given, *made)}
     scratch = sum(t.nbytes for t in {id(t): t for t in kept}.values() if id(t) not in known)
     design = costs.stages(tokens, 1280, bottleneck, HALF.itemsize)
-    assert len(launched) == sum(stage.launches for stage in design) - 6
+    start = [stage.name.startswith("norm backward") for stage in design].index(True)
+    assert len(launched) == sum(stage.launches for stage in design[start:])
     assert 0 < design[-1].bytes <= scratch <= 2**25 + 12 * tokens
     assert scratch <= design[-1].bytes * (1 + 1 / 1280) + 8 * tokens
 
