@@ -18,12 +18,7 @@ from samfast.kernels.relpos_attention.tiling import (
     power_of_two,
     split,
 )
-from samfast.kernels.relpos_attention.triton_backward import (
-    dkv_kernel,
-    dq_kernel,
-    reduce_kernel,
-    tables_kernel,
-)
+from samfast.kernels.relpos_attention.triton_backward import dkv_kernel, dq_kernel
 from samfast.kernels.relpos_attention.triton_forward import (
     GIVEN_PADS,
     NO_PADS,
@@ -31,6 +26,7 @@ from samfast.kernels.relpos_attention.triton_forward import (
     forward_kernel,
     prepare_kernel,
 )
+from samfast.kernels.relpos_attention.triton_tables import reduce_kernel, tables_kernel
 
 MOST = 2**31 - 1  # programs of a grid; what the kernels count in int32
 FLOAT32_HEAD = 64  # float32 products are made without tensor cores; wider heads spill
