@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
+from benchmarks import machine_code
 from benchmarks.cubin import ROOT, SHARED_LIMITS, Resources, compile_cuda, read_cubin
 
 _POINTERS = {
@@ -108,6 +109,12 @@ class Compile:
             arch=arch,
         )
 
+    def source(self) -> ASTSource:
+        kernel = getattr(importlib.import_module(self.module), self.kernel)
+        constants = {(i,): value for i, value in self.constants}
+        attributes = {(i,): [["tt.divisibility", 16]] for i in self.divisible}
+        return ASTSource(kernel, dict(self.types), constants, attributes)
+
     def __str__(self) -> str:
         names = [name for name, _ in self.types]
         constants = [f"{names[i]}={value}" for i, value in self.constants if value is not None]
@@ -138,10 +145,7 @@ def _by_sixteen(value):
 
 def compile_one(job: Compile) -> Resources | str:
     """Resources of one compiled kernel, or the sentence with which Triton refused it."""
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    constants = {(i,): value for i, value in job.constants}
-    attributes = {(i,): [["tt.divisibility", 16]] for i in job.divisible}
-    source = ASTSource(kernel, dict(job.types), constants, attributes)
+    source = job.source()
     target = GPUTarget("cuda", job.arch, 32)
     try:
         compiled = triton.compile(source, target=target, options=dict(job.options))
@@ -153,9 +157,13 @@ def compile_one(job: Compile) -> Resources | str:
         (resources,) = read_cubin(path, job.arch)
     # Triton 3.6 and 3.7 take sm_100's TF32 unit for an operand that went through tl.join.
     narrowed = ".tf32" in compiled.asm["ptx"] or "kind::tf32" in compiled.asm["ptx"]
+    warps = compiled.metadata.num_warps
+    code = machine_code.limited(source, warps, job.arch, resources.loops)
     return dataclasses.replace(
         resources,
         kernel=job.kernel,
+        code=code,
+        faults=machine_code.faults(code, triton.__version__),
         shared=compiled.metadata.shared,
         narrowed=narrowed and "inputPrecision = tf32" not in compiled.asm["ttir"],
     )
@@ -203,6 +211,8 @@ def gate(named, archs: list[int], processes: int) -> bool:
         if not (isinstance(result, Resources) and result.clean):
             wrong += 1
             print(f"  {job}", flush=True)
+            for sentence in getattr(result, "faults", ()):
+                print(f"  {sentence}", flush=True)
     for arch, results in found.items():
         if results:
             print(_summary(arch, results))
@@ -216,10 +226,11 @@ def _summary(arch, results):
     widest = max(results, key=lambda r: r.registers)
     largest = max(results, key=lambda r: r.shared)
     good = sum(r.clean for r in results)
+    limited = sum(r.code is not None for r in results)
     return (
         f"sm_{arch:<4} {good} of {len(results)} clean, at most {widest.registers} registers "
         f"({widest.kernel}), {largest.shared} of {SHARED_LIMITS[arch]} bytes shared "
-        f"({largest.kernel})"
+        f"({largest.kernel}), {limited} with limits on machine code"
     )
 
 
@@ -234,7 +245,7 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, but interpreted kernels cannot be compiled")
-    print(f"triton {triton.__version__}")
+    print(f"triton {triton.__version__}{machine_code.note(triton.__version__)}")
     if options.cuda is not None:
         return 0 if _cuda(options.cuda, options.archs) else 1
     registered = importlib.import_module(options.launches).registered(options.quick)
