@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the branch costs on a GPU by its design: FLOP, bytes and launches of each stage."""
 
+from samfast.kernels.adapt_former.engine import MAX_ALONG
 from samfast.kernels.lora_linear import costs as low_rank
 from samfast.kernels.lora_linear.costs import Stage
+from samfast.kernels.lora_linear.engine import MAX_CHUNKS
 
-_PROGRAM_ROWS = 64  # the usual BLOCK_M of the backward: one float32 partial of G for each
+
+def _program_rows(bottleneck: int) -> int:
+    """The usual BLOCK_M of the backward: one float32 partial of G for each."""
+    return 64 if bottleneck <= 32 else 32 if bottleneck <= 64 else 16
 
 
 def stages(
@@ -18,7 +23,15 @@ def stages(
     rows, product = itemsize * tokens * width, 2 * tokens * width * bottleneck
     every = low_rank.stages(tokens, width, width, bottleneck, itemsize)
     up, up_backward, reduce = every[3:6]
-    parts = 4 * bottleneck * width * -(-tokens // _PROGRAM_ROWS)
+    inward, of_one = (3 if inside else 2) * rows, 4 * bottleneck * width
+    parts = of_one * -(-tokens // _program_rows(bottleneck))
+    back = [Stage("norm backward, G", 3 * product, inward + parts, 1)]
+    if parts > MAX_ALONG:
+        parts = of_one * MAX_CHUNKS
+        back = [
+            Stage("norm backward", 2 * product, inward, 1),
+            Stage("G", product, rows + parts, 1),
+        ]
     bias = Stage("b_lin2 + b_up", 0, 3 * itemsize * width, 1)
     return [
         Stage("LN, down, ReLU, drop", product, rows, 1),
@@ -28,6 +41,6 @@ def stages(
         up_backward,
         reduce,
         *([Stage("x again", 0, 2 * rows, 1)] if inside else []),
-        Stage("norm backward, G", 3 * product, (3 if inside else 2) * rows + parts, 1),
+        *back,
         Stage("d_down, d_norm, from G", 0, parts, 1),
     ]

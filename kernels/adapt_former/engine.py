@@ -14,6 +14,7 @@ from samfast.kernels.lora_linear.op import MAX_TRITON_RANK
 from samfast.kernels.lora_linear.op import path_of as engine_path_of
 
 STAND_IN = {"cpu": "torch", "cuda": "triton"}
+MAX_ALONG = 2**25  # bytes of partials that G may take where the pass over whole rows makes it
 
 
 def supports(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> str | None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The branch up to z as Triton launches: one forward, two backward; see torch_path for each.
+"""The branch up to z as Triton launches: one forward, two or three backward; see torch_path.
 
 A program has a few whole rows and walks their columns twice, as the norms of sam_block do: for mean
-and variance, then for what is made of them. Weight gradients are partials of each program, which a
-second launch adds up in order. Derivations, bytes and launches are in this folder's README.
+and variance, then for what is made of them. Weight gradients are partials of each program or, where
+these would be many, of chunks of rows in a launch of their own; the last launch adds them up in
+order. Derivations, bytes and launches are in this folder's README.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ from torch import Tensor
 from samfast.kernels._common.philox import threshold as keep_threshold
 from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
-from samfast.kernels.lora_linear.triton_kernels import precision
+from samfast.kernels.adapt_former.engine import MAX_ALONG
+from samfast.kernels.lora_linear.triton_kernels import chunk_rows, precision
 from samfast.kernels.sam_block.triton_norm import merge
 
 TILES = Path(__file__).with_name("tiles.json")
@@ -88,6 +90,17 @@ def low_kernel(
 
 
 @triton.jit
+def let_through(dz_ptr, z_ptr, rows, tokens, ranks, scale, BLOCK_R: tl.constexpr):
+    """dh (rows, BLOCK_R) = what of dz the ReLU and dropout let through; zeros outside."""
+    offs_r = tl.arange(0, BLOCK_R)
+    narrow = (rows[:, None] < tokens) & (offs_r[None, :] < ranks)
+    at = rows[:, None] * ranks + offs_r[None, :]
+    z = tl.load(z_ptr + at, narrow, other=0.0)
+    dz = tl.load(dz_ptr + at, narrow, other=0.0)
+    return tl.where(z <= 0.0, 0.0, dz.to(tl.float32) * scale).to(dz.dtype)
+
+
+@triton.jit
 def low_backward_kernel(
     dx_ptr,
     dz_ptr,
@@ -97,6 +110,7 @@ def low_backward_kernel(
     down_ptr,
     part_ptr,
     sums_ptr,
+    stats_ptr,
     tokens,
     columns,
     ranks,
@@ -112,17 +126,14 @@ def low_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dh = what of dz the ReLU and dropout let through; dx (+)= dh down sent through the LayerNorm;
-    partials of G = dhᵀ n̂ (programs, V, D), n̂ = (x − mean) rstd, and of Σ dh (programs, V)."""
+    """dx (+)= dh down sent through the LayerNorm; partials of G = dhᵀ n̂ (programs, V, D),
+    n̂ = (x − mean) rstd, and of Σ dh (programs, V), or mean (of x less the row's first element) and
+    rstd (2, tokens), from which they are made."""
     program = tl.program_id(0).to(tl.int64)
     rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < tokens
     offs_r = tl.arange(0, BLOCK_R)
-    narrow = live[:, None] & (offs_r[None, :] < ranks)
-    low_at = rows[:, None] * ranks + offs_r[None, :]
-    z = tl.load(z_ptr + low_at, narrow, other=0.0)
-    dz = tl.load(dz_ptr + low_at, narrow, other=0.0)
-    dh = tl.where(z <= 0.0, 0.0, dz.to(tl.float32) * scale).to(dz.dtype)  # (BLOCK_M, BLOCK_R)
+    dh = let_through(dz_ptr, z_ptr, rows, tokens, ranks, scale, BLOCK_R)
     if NEED_PARTS:
         sums_at = sums_ptr + program * ranks + offs_r
         tl.store(sums_at, tl.sum(dh.to(tl.float32), 0), offs_r < ranks)
@@ -148,6 +159,9 @@ def low_backward_kernel(
         here = tl.minimum(columns - first, BLOCK_N)
         mean, spread = merge(mean, spread, s, inside, first, here)
     rstd = tl.rsqrt(spread / columns + eps)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + rows, mean, live)
+        tl.store(stats_ptr + tokens + rows, rstd, live)
     mean_g = sum_g / columns
     mean_gn = (sum_gs - mean * sum_g) * rstd / columns  # of g times n̂
 
@@ -173,6 +187,51 @@ def low_backward_kernel(
             part_at = (program * ranks + offs_r[:, None]) * columns + offs_n[None, :]
             part_inside = (offs_r[:, None] < ranks) & (offs_n[None, :] < columns)
             tl.store(part_ptr + part_at, share, part_inside)  # (BLOCK_R, BLOCK_N)
+
+
+@triton.jit
+def gradient_kernel(
+    dz_ptr,
+    z_ptr,
+    x_ptr,
+    stats_ptr,
+    part_ptr,
+    sums_ptr,
+    tokens,
+    columns,
+    ranks,
+    chunk_rows,
+    stride_xm,
+    scale,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Partials of G = dhᵀ n̂ (chunks, V, D) and of Σ dh (chunks, V); one program per chunk of rows
+    and block of columns."""
+    chunk = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for first in range(0, chunk_rows, BLOCK_M):
+        rows = chunk * chunk_rows + first + tl.arange(0, BLOCK_M)
+        live = rows < tokens
+        dh = let_through(dz_ptr, z_ptr, rows, tokens, ranks, scale, BLOCK_R)
+        pivot = tl.load(x_ptr + rows * stride_xm, live, other=0.0).to(tl.float32)
+        mean = tl.load(stats_ptr + rows, live, other=0.0)
+        rstd = tl.load(stats_ptr + tokens + rows, live, other=0.0)
+        inside = live[:, None] & (offs_n[None, :] < columns)
+        x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_n[None, :], inside, other=0.0)
+        n = (x.to(tl.float32) - pivot[:, None] - mean[:, None]) * rstd[:, None]
+        n = tl.where(inside, n, 0.0).to(dh.dtype)
+        acc += tl.dot(tl.trans(dh), n, input_precision=PRECISION)  # (BLOCK_R, BLOCK_N)
+        total += tl.sum(dh.to(tl.float32), 0)
+    part_at = (chunk * ranks + offs_r[:, None]) * columns + offs_n[None, :]
+    tl.store(part_ptr + part_at, acc, (offs_r[:, None] < ranks) & (offs_n[None, :] < columns))
+    if tl.program_id(1) == 0:
+        tl.store(sums_ptr + chunk * ranks + offs_r, total, offs_r < ranks)
 
 
 @triton.jit
@@ -262,19 +321,30 @@ def low_backward(
         dx = x.new_empty(x.shape) if need_x else None
     if tokens == 0:
         return [dx, *(d if d is None else d.zero_() for d in grads)]
-    block = _tile("low_backward", ranks, columns, x, z)
-    parts = triton.cdiv(tokens, block["BLOCK_M"])
-    part = sums = None
+    block, apart = _tile("low_backward", ranks, columns, x, z), None
+    programs = parts = triton.cdiv(tokens, block["BLOCK_M"])
+    part = sums = stats = None
     if any(needs):
+        if 4 * parts * ranks * columns > MAX_ALONG:
+            apart = _tile("gradient", ranks, columns, x, z)
+            rows = chunk_rows(tokens, apart["BLOCK_M"])
+            parts = triton.cdiv(tokens, rows)
+            stats = x.new_empty(2, tokens, dtype=torch.float32)
         part = x.new_empty(parts, ranks, columns, dtype=torch.float32)
         sums = x.new_empty(parts, ranks, dtype=torch.float32)
+    scale, along = 1.0 / (1.0 - dropout), any(needs) and apart is None
     with _on(x):
-        low_backward_kernel[(parts,)](
-            dx, dz, z, x, norm_weight.contiguous(), down, part, sums, tokens, columns, ranks,
-            0 if dx is None else dx.stride(0), x.stride(0), eps, 1.0 / (1.0 - dropout),
-            ADD=need_x and onto is not None, NEED_DX=need_x, NEED_PARTS=any(needs),
+        low_backward_kernel[(programs,)](
+            dx, dz, z, x, norm_weight.contiguous(), down, *((part, sums) if along else (None,) * 2),
+            stats, tokens, columns, ranks, 0 if dx is None else dx.stride(0), x.stride(0), eps,
+            scale, ADD=need_x and onto is not None, NEED_DX=need_x, NEED_PARTS=along,
             PRECISION=precision(z.dtype), **block,
         )  # fmt: skip
+        if apart is not None:
+            gradient_kernel[(parts, triton.cdiv(columns, apart["BLOCK_N"]))](
+                dz, z, x, stats, part, sums, tokens, columns, ranks, rows, x.stride(0), scale,
+                PRECISION=precision(z.dtype), **apart,
+            )  # fmt: skip
         if any(needs):
             block_n, block_r = 32, block["BLOCK_R"]
             fold_kernel[(triton.cdiv(columns, block_n),)](

@@ -28,6 +28,8 @@ def supports(backend: str, c: Tensor, factor: Tensor) -> str | None:
 
     if c.shape[1] > triton_kernels.MAX_WIDTH:
         return f"rank {c.shape[1]} is above {triton_kernels.MAX_WIDTH}, the widest tile"
+    if c.shape[2] ** 2 > 2**31 - 1:
+        return f"P of {c.shape[2]}×{c.shape[2]} slices has more elements than int32 counts"
     return None
 
 

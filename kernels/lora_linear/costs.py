@@ -3,9 +3,7 @@
 
 import dataclasses
 
-from samfast.kernels.lora_linear.engine import MAX_CHUNKS
-
-_COLUMN_BLOCK = 128  # the usual BLOCK_N of up_backward: one float32 partial of dz for each
+from samfast.kernels.lora_linear.engine import MAX_CHUNKS, chunks_at_a_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +22,23 @@ def frozen(tokens: int, features: int, out: int, itemsize: int) -> list[Stage]:
     return [Stage("y = x Wᵀ + b", flops, moved, 1, True), Stage("dx = dy W", flops, moved, 1, True)]
 
 
+def _column_blocks(out: int, rank: int) -> int:
+    """Of up_backward as it usually has them: one float32 partial of dz for each."""
+    return -(-out // (128 if rank <= 64 else 64))
+
+
 def stages(tokens: int, features: int, out: int, rank: int, itemsize: int) -> list[Stage]:
     """Forward and backward with an adapter on all of the layer's output."""
     x, y, r = itemsize * tokens * features, itemsize * tokens * out, rank
-    dz = 2 * 4 * tokens * r * -(-out // _COLUMN_BLOCK)
+    dz = 2 * 4 * tokens * r * _column_blocks(out, r)
+    repeats = -(-MAX_CHUNKS // chunks_at_a_time(MAX_CHUNKS, dz // (2 * MAX_CHUNKS)))
     db, da = 2 * 4 * MAX_CHUNKS * r * out, 2 * 4 * MAX_CHUNKS * r * features
     return [
         *frozen(tokens, features, out, itemsize),
         Stage("down", 2 * tokens * features * r, x, 1),
         Stage("up", 2 * tokens * out * r, 2 * y, 1),
-        Stage("up_backward", 4 * tokens * out * r, y + (dz + db) // 2, 1),
-        Stage("reduce dz, dB", 0, (dz + db) // 2, 1),
+        Stage("up_backward", 4 * tokens * out * r, y + (dz + db) // 2, repeats),
+        Stage("reduce dz, dB", 0, (dz + db) // 2, repeats),
         Stage("down_backward", 4 * tokens * features * r, 3 * x + da // 2, 1),
         Stage("reduce dA", 0, da // 2, 1),
     ]

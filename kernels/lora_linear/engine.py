@@ -13,6 +13,12 @@ import torch.nn.functional as F
 from samfast.kernels._common.middle import find
 
 MAX_CHUNKS = 32  # partial sums over rows that a weight gradient is added up from
+MAX_PARTIALS = 2**26  # bytes of dz's partials at a time; a chunk of rows may take more
+
+
+def chunks_at_a_time(chunks: int, of_one: int) -> int:
+    """Chunks of rows whose partials of dz are there together; of_one: bytes of one chunk's."""
+    return min(chunks, max(1, MAX_PARTIALS // max(1, of_one)))
 
 
 class Slices:

@@ -3,7 +3,8 @@
 
 Sums over rows are made per chunk of rows (or per block of columns), written as partials and added
 in a fixed order by a second launch: no atomics, the same bits every time. The chunks depend on the
-sizes alone. Derivations, bytes and launches are in this folder's README.
+sizes alone. Where partials would take too much memory both launches repeat, some chunks at a time.
+Derivations, bytes and launches are in this folder's README.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import triton.language as tl
 from samfast.kernels._common.philox import threshold as keep_threshold
 from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
-from samfast.kernels.lora_linear.engine import MAX_CHUNKS
+from samfast.kernels.lora_linear.engine import MAX_CHUNKS, chunks_at_a_time
 
 TILES = Path(__file__).with_name("tiles.json")
 
@@ -323,15 +324,23 @@ def up_backward(dy, z, lora_b, scaling, slices):
     block = tile(TILES, "up_backward", rank, dy)
     rows = chunk_rows(tokens, block["BLOCK_M"])
     chunks, blocks = triton.cdiv(tokens, rows), n * triton.cdiv(slices.length, block["BLOCK_N"])
-    dz_part = dy.new_empty(blocks, tokens, rank, dtype=torch.float32)
+    some = chunks_at_a_time(chunks, 4 * blocks * rows * rank)
+    scratch = dy.new_empty(blocks * min(tokens, some * rows) * rank, dtype=torch.float32)
     db_part = None if z is None else dy.new_empty(chunks, *lora_b.shape, dtype=torch.float32)
     with _on(dy):
-        up_backward_kernel[(chunks, blocks)](
-            dy, z, lora_b, dz_part, db_part, tokens, slices.length, rank, rows, lora_b.shape[0],
-            dy.stride(0), 0 if z is None else z.stride(0), *_starts(slices), scaling,
-            OWN=slices.own, NEED_DB=z is not None, PRECISION=precision(dy.dtype), **block,
-        )  # fmt: skip
-        _reduce(dz_part, dz, n if slices.own else 1, rank, db_part, db)
+        for first in range(0, chunks, some):
+            here = slice(first * rows, min(tokens, (first + some) * rows))
+            last, count = first + some >= chunks, here.stop - here.start
+            dz_part = scratch[: blocks * count * rank].view(blocks, count, rank)
+            up_backward_kernel[(triton.cdiv(count, rows), blocks)](
+                dy[here], None if z is None else z[here], lora_b, dz_part,
+                None if z is None else db_part[first:], count, slices.length, rank, rows,
+                lora_b.shape[0], dy.stride(0), 0 if z is None else z.stride(0), *_starts(slices),
+                scaling, OWN=slices.own, NEED_DB=z is not None, PRECISION=precision(dy.dtype),
+                **block,
+            )  # fmt: skip
+            weight = (db_part, db) if last else (None, None)
+            _reduce(dz_part, dz[here], n if slices.own else 1, rank, *weight)
     return dz, db
 
 

@@ -19,6 +19,7 @@ MOST_ONE_HOT = 64  # terms of the product that adds the bias, at most
 NARROW_ROWS = 32  # up to this width, and where there are pads, lines have tiles of their own
 REGISTERS = 255  # of a thread; ptxas alone may stop earlier and spill
 NARROW = 16  # a map up to this width wastes most of a tile of keys that lies in one line
+ALIGNED = 16  # elements; lines of rel_w start at multiples
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -37,6 +38,13 @@ def one_hot_terms(windows: Windows) -> int:
     """Terms of the one-hot product where the bias enters so, 0 where it enters by rows."""
     terms = power_of_two(windows.height + windows.width)
     return terms if windows.width <= NARROW and terms <= MOST_ONE_HOT else 0
+
+
+def factor_terms(windows: Windows) -> tuple[int, int]:
+    """Elements a token of rel_h and of rel_w; 0 of rel_w where one line holds both."""
+    if terms := one_hot_terms(windows):
+        return terms, 0
+    return windows.height, ALIGNED * -(-windows.width // ALIGNED)
 
 
 def target(x: torch.Tensor) -> str:

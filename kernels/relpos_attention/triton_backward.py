@@ -16,7 +16,6 @@ from samfast.kernels.relpos_attention.triton_forward import (
     lines_met,
     load_head,
     load_keys,
-    load_rows,
     one_hot,
     pixels,
     place,
@@ -24,27 +23,20 @@ from samfast.kernels.relpos_attention.triton_forward import (
     queries,
     start_of,
     store_head,
-    store_rows,
     table_rows,
 )
-
-
-@triton.jit
-def skewed(drel_ptr, row, step, at, live, size, u):
-    """(queries, BLOCK_T): gradients of the factors, at the reversed table's rows u they came of."""
-    key = u[None, :] + at[:, None] - (size - 1)
-    mask = live[:, None] & (key >= 0) & (key < size)
-    return tl.load(drel_ptr + (row[:, None] + key * step), mask, other=0.0)
+from samfast.kernels.relpos_attention.triton_tables import skewed
 
 
 @triton.jit
 def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, size, start, stop,
-                        HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
-                        BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                        kind: tl.constexpr, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
+                        HEAD_B: tl.constexpr, BLOCK_T: tl.constexpr,
+                        PRECISION: tl.constexpr):  # fmt: skip
     """dq plus what one factor's gradient gives, (BLOCK_M, HEAD_A) and (BLOCK_M, HEAD_B)."""
     for first in tl.range(start, stop, BLOCK_T, num_stages=1):
         u = first + tl.arange(0, BLOCK_T)
-        d = skewed(drel_ptr, row, step, at, live, size, u)
+        d = skewed(drel_ptr, row, step, at, live, size, u, kind)
         _, t, t_rest = table_rows(table_ptr, first, size, d, HEAD, HEAD_A, HEAD_B, BLOCK_T)
         dq = tl.dot(d, t, dq, input_precision=PRECISION)
         if HEAD_B:
@@ -124,6 +116,8 @@ def dq_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """dq and the gradients of the factors, which lie as the factors do.
+
+    drel_h is float32 where SEVERAL, for sums stay there from tile to tile; else it has q's dtype.
 
     share: what the weights that lse gives are multiplied with; None where it makes no difference
     NATURAL, EVEN: as in the forward
@@ -235,8 +229,8 @@ def dq_kernel(
                 dcolumn = tl.sum(ds, 1)
                 if SEVERAL:
                     again = live & (tl.zeros_like(token) + first > 0)
-                    dcolumn += tl.load(now_at, again, other=0.0).to(tl.float32)
-                tl.store(now_at, dcolumn.to(q.dtype), live)
+                    dcolumn += tl.load(now_at, again, other=0.0)
+                tl.store(now_at, dcolumn.to(drel_h_ptr.dtype.element_ty), live)
                 ds = ds.to(q.dtype)
                 acc = tl.dot(ds, k, acc, input_precision=PRECISION)
                 if HEAD_B:
@@ -252,11 +246,11 @@ def dq_kernel(
     start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
     acc, acc_rest = add_factor_gradient(
         acc, acc_rest, table_h_ptr, drel_h_ptr, row_h, step_h, y - top, live, height, start, stop,
-        HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     acc, acc_rest = add_factor_gradient(
         acc, acc_rest, table_w_ptr, drel_w_ptr, token * rel, 1, x - left, live, width,
-        width - columns, 2 * width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        width - columns, 2 * width - 1, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
@@ -455,92 +449,3 @@ def dkv_kernel(
     )  # fmt: skip
     wanted = valid if NEED_V == GIVEN_PADS else inside
     store_head(dv_at, dv, dv_rest, wanted, HEAD, HEAD_A, HEAD_B)
-
-
-@triton.jit
-def tables_kernel(
-    q_ptr,
-    drel_h_ptr,
-    drel_w_ptr,
-    part_ptr,
-    stride_qb,
-    stride_qy,
-    stride_qx,
-    stride_qn,
-    heads,
-    height,
-    width,
-    image_height,
-    image_width,
-    down,
-    across,
-    tiles,
-    rel,
-    all_tiles,
-    chunk_tiles,
-    ONE_HOT: tl.constexpr,
-    WIDE: tl.constexpr,
-    FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_A: tl.constexpr,
-    HEAD_B: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Partial gradients of the tables, of chunks of tiles of queries and of BLOCK_T rows.
-
-    part (chunks, 2 · height − 1 + 2 · width − 1, head_dim)
-    """
-    blocks_h, blocks_w = tl.cdiv(2 * height - 1, BLOCK_T), tl.cdiv(2 * width - 1, BLOCK_T)
-    block = tl.program_id(0) % (blocks_h + blocks_w)
-    chunk = tl.program_id(0) // (blocks_h + blocks_w)
-    of_w = block >= blocks_h
-    size = tl.where(of_w, width, height)
-    u = tl.where(of_w, block - blocks_h, block) * BLOCK_T + tl.arange(0, BLOCK_T)
-    tokens = image_height * image_width
-    REST: tl.constexpr = HEAD_B if HEAD_B else 16
-    acc = tl.zeros((BLOCK_T, HEAD_A), tl.float32)
-    acc_rest = tl.zeros((BLOCK_T, REST), tl.float32)
-    for n in range(0, tl.minimum(chunk_tiles, all_tiles - chunk * chunk_tiles)):
-        number = chunk * chunk_tiles + n
-        tile, group = number % tiles, number // tiles
-        image, head, top, left, lines, columns = place(
-            group, heads, height, width, image_height, image_width, down, across
-        )
-        live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
-        token = y * image_width + x
-        plane = image.to(tl.int64) * heads + head
-        if ONE_HOT:
-            drel_ptr = drel_h_ptr + plane * tokens * rel + tl.where(of_w, height, 0)
-            row, step = token * rel, 1
-        else:
-            h_ptr, w_ptr = drel_h_ptr + plane * height * tokens, drel_w_ptr + plane * tokens * rel
-            drel_ptr = tl.where(of_w, w_ptr, h_ptr)
-            row, step = tl.where(of_w, token * rel, token), tl.where(of_w, 1, tokens)
-        d = skewed(drel_ptr, row, step, tl.where(of_w, x - left, y - top), live, size, u)
-        q_at = start_of(q_ptr, image, head, stride_qb, stride_qn)
-        q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
-        q = load_rows(q_at, live, 0, HEAD_A, HEAD, True)
-        acc = tl.dot(tl.trans(d), q, acc, input_precision=PRECISION)
-        if HEAD_B:
-            q_rest = load_rows(q_at, live, HEAD_A, HEAD_B, HEAD, True)
-            acc_rest = tl.dot(tl.trans(d), q_rest, acc_rest, input_precision=PRECISION)
-    rows = 2 * height - 1 + 2 * width - 1
-    table_row = tl.where(of_w, 2 * height - 1, 0) + 2 * size - 2 - u
-    part_at = part_ptr + (chunk.to(tl.int64) * rows + table_row) * HEAD
-    store_rows(part_at, acc, u < 2 * size - 1, 0, HEAD_A, HEAD)
-    if HEAD_B:
-        store_rows(part_at, acc_rest, u < 2 * size - 1, HEAD_A, HEAD_B, HEAD)
-
-
-@triton.jit
-def reduce_kernel(part_ptr, grad_ptr, size, parts, BLOCK: tl.constexpr):
-    """Σ over the parts, in order, of arrays of ``size`` floats."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    at = part_ptr + offs
-    for _ in range(0, parts):
-        total += tl.load(at, offs < size, other=0.0)
-        at += size
-    tl.store(grad_ptr + offs, total, offs < size)

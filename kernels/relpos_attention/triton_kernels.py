@@ -11,13 +11,14 @@ import contextlib
 import torch
 import triton
 
-from samfast.kernels.relpos_attention.tiling import blocks, one_hot_terms, power_of_two, split
-from samfast.kernels.relpos_attention.triton_backward import (
-    dkv_kernel,
-    dq_kernel,
-    reduce_kernel,
-    tables_kernel,
+from samfast.kernels.relpos_attention.tiling import (
+    blocks,
+    factor_terms,
+    one_hot_terms,
+    power_of_two,
+    split,
 )
+from samfast.kernels.relpos_attention.triton_backward import dkv_kernel, dq_kernel
 from samfast.kernels.relpos_attention.triton_forward import (
     GIVEN_PADS,
     NO_PADS,
@@ -25,12 +26,12 @@ from samfast.kernels.relpos_attention.triton_forward import (
     forward_kernel,
     prepare_kernel,
 )
+from samfast.kernels.relpos_attention.triton_tables import reduce_kernel, tables_kernel
 
-MOST = 2**31 - 1  # programs of a grid; elements of one head's factors, which int32 counts
+MOST = 2**31 - 1  # programs of a grid; what the kernels count in int32
 FLOAT32_HEAD = 64  # float32 products are made without tensor cores; wider heads spill
 LEAST = 16  # keys of a tile, at least
 MAX_CHUNKS = 64  # partials of the gradients of the tables
-ALIGNED = 16  # elements; lines of factors start at multiples
 TABLE_BLOCK = {2: 32, 4: 16}  # rows of a table at a time in the epilogue of dq, by bytes
 
 
@@ -42,11 +43,16 @@ def missing(q, windows) -> str | None:
     programs = heads * windows.samples * windows.height * triton.cdiv(windows.width, LEAST)
     if programs > MOST:
         return f"{programs} programs are more than one grid holds"
-    if tokens * max(windows.height, windows.width + ALIGNED) > MOST:
+    if tokens * max(factor_terms(windows)) > MOST:
         return (
             f"{tokens} tokens in windows of {windows.height}×{windows.width} have more factors of "
             "the bias than int32 counts"
         )
+    rows = 2 * max(windows.height, windows.width) - 1
+    if rows * q.shape[4] > MOST:
+        return f"a table of {rows} rows of {q.shape[4]} has more elements than int32 counts"
+    if tokens + windows.pads > MOST:
+        return f"{tokens} tokens and {windows.pads} pads of an image are more than int32 counts"
     return None
 
 
@@ -91,17 +97,17 @@ def backward(
                 q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, None, lse, dout, delta, share,
                 windows, scale,
             )  # fmt: skip
-        drel_h, drel_w = (None if t is None else torch.empty_like(t) for t in (rel_h, rel_w))
-
         block = blocks("dq", q, windows)
-        tiles = _query_tiles(windows, block)
+        tiles, options = _query_tiles(windows, block), _options(q, windows, pads, block)
+        several = rel_w is not None and windows.width > block["BLOCK_N"]
+        drel_h = torch.empty_like(rel_h, dtype=torch.float32 if several else None)
+        drel_w = None if rel_w is None else torch.empty_like(rel_w)
         dq_kernel[(tiles * groups,)](
             dout, q, k, v, pad_k, pad_v, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w,
             lse, delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
             *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale,
             FLAT=_flat(windows, q, dout), WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq),
-            SEVERAL=windows.width > block["BLOCK_N"], BLOCK_T=_table_block(q, windows),
-            **_options(q, windows, pads, block), **block,
+            SEVERAL=several, BLOCK_T=_table_block(q, windows), **options, **block,
         )  # fmt: skip
 
         block = blocks("dkv", q, windows)
@@ -127,13 +133,13 @@ def backward(
 def _prepare(q, table_h, table_w, windows, dout, out, delta):
     """The factors, the elements of their lines, and delta where dout is given."""
     batch, height, width, heads, _ = q.shape
-    terms = one_hot_terms(windows)
+    of_h, terms = factor_terms(windows)
     if terms:
-        rel_h, rel_w = q.new_empty(batch, heads, height * width, terms), None
-    else:
-        terms = ALIGNED * triton.cdiv(windows.width, ALIGNED)
-        rel_h = q.new_empty(batch, heads, windows.height, height * width)
+        rel_h = q.new_empty(batch, heads, of_h, height * width)
         rel_w = q.new_empty(batch, heads, height * width, terms)
+    else:
+        terms, rel_w = of_h, None
+        rel_h = q.new_empty(batch, heads, height * width, terms)
     block = blocks("prepare", q, windows)
     block["BLOCK_T"] = min(block.pop("BLOCK_N"), _table_block(q, windows))
     tiles = _query_tiles(windows, block)

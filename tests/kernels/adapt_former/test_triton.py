@@ -95,6 +95,92 @@ def test_every_order_gives_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.fixture
+def few_partials(monkeypatch):
+    """None of the pass over whole rows, and two of chunks of rows."""
+    for owner in (kernels, costs):
+        monkeypatch.setattr(owner, "MAX_ALONG", 0)
+    monkeypatch.setattr(kernels, "chunk_rows", lambda tokens, block_m: block_m * 2)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(shape=(150, 48), bottleneck=6, dropout=0.3), HALF),
+        pytest.param(Case(shape=(150, 48), bottleneck=16), torch.float32, marks=pytest.mark.slow),
+        pytest.param(Case(shape=(150, 130), bottleneck=17), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(
+            Case(shape=(35, 16), bottleneck=32, mean=1e3, spread=0.1), HALF, marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else str(value),
+)
+def test_gradients_of_chunks_of_rows(case, dtype, few_partials):
+    """Where each program's own partials would be too many; in every order the same bits."""
+    results = []
+    for order in ORDERS:
+        with guarded(order) as guard:
+            results.append(case.run(dtype, "triton"))
+        assert guard.launches == 7
+    stock, exact = (partial(case.run, t, "literal") for t in (dtype, torch.float64))
+    assert_same_dtypes(results[0], all_within_budget(results[0], stock, exact, dtype, NAMES))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_both_ways_make_the_same_dx(monkeypatch):
+    """And what is wanted alone is made with the same bits."""
+    x, side, dz, _ = arguments(CASES[1], torch.float32)
+    made = []
+    for most in (2**25, 0):
+        monkeypatch.setattr(kernels, "MAX_ALONG", most)
+        rest = (dz, dz, x, *side[:3], 1e-5, 0.3)
+        every = kernels.low_backward(None, *rest, EVERY)
+        for needs in ((False, *EVERY[1:]), (True, False, True, False, False)):
+            some = kernels.low_backward(None, *rest, needs)
+            assert [d is not None for d in some] == list(needs)
+            assert all(d is None or torch.equal(d, e) for d, e in zip(some, every, strict=True))
+        made.append(every)
+    assert torch.equal(made[0][0], made[1][0])
+
+
+@pytest.mark.parametrize("bottleneck", [1, 16, 32, 64, 128])
+@pytest.mark.parametrize("tokens", [4096, 4 * 4096, 8 * 96 * 96])
+def test_scratch(tokens, bottleneck, monkeypatch):
+    """Bytes of the backward's partials at ViT-H's width: at most 32 MiB, as the design counts them,
+    and three numbers a row."""
+    kept, launched = [], []
+
+    class Launch:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                launched.append(self.name)
+                kept.extend(t for t in args if isinstance(t, torch.Tensor))
+
+            return launch
+
+    for name in ("low_backward_kernel", "gradient_kernel", "fold_kernel"):
+        monkeypatch.setattr(kernels, name, Launch(name), raising=False)
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    x, z = meta(tokens, 1280, dtype=HALF), meta(tokens, bottleneck, dtype=HALF)
+    given = [z, meta(tokens, bottleneck, dtype=HALF), x, meta(1280), meta(1280)]
+    given.append(meta(bottleneck, 1280))
+    made = kernels.low_backward(None, *given, 1e-5, 0.0, EVERY)
+    known = {id(t) for t in (*given, *made)}
+    scratch = sum(t.nbytes for t in {id(t): t for t in kept}.values() if id(t) not in known)
+    design = costs.stages(tokens, 1280, bottleneck, HALF.itemsize)
+    start = [stage.name.startswith("norm backward") for stage in design].index(True)
+    assert len(launched) == sum(stage.launches for stage in design[start:])
+    assert 0 < design[-1].bytes <= scratch <= 2**25 + 12 * tokens
+    assert scratch <= design[-1].bytes * (1 + 1 / 1280) + 8 * tokens
+
+
 def test_launches_and_syncs():
     case = CASES[1]
     leaves, dy = case.tensors(HALF)
@@ -260,7 +346,7 @@ factor, sums = draw(1, 32), torch.zeros(17, 1)
 def partials(part, gap):
     # one block of columns, whatever lies between the partials
     low_backward_kernel[(17,)](
-        None, dh, z, many, None, None, part, sums, 272, gap, 1, 0, 32, 1e-5, 1.0, ADD=False,
+        None, dh, z, many, None, None, part, sums, None, 272, gap, 1, 0, 32, 1e-5, 1.0, ADD=False,
         NEED_DX=False, NEED_PARTS=True, PRECISION="ieee", BLOCK_M=16, BLOCK_N=32, BLOCK_R=16,
     )
 

@@ -228,3 +228,13 @@ def test_bad_input():
     with pytest.raises(ValueError, match="3 gammas, 2 heads"):
         cobot_fold(c, p, gammas, heads[:2], factors)
     assert "has no native source" in supports("cpu", c, factors[0])
+
+
+@pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
+def test_what_the_kernels_count_in_int32():
+    """The elements of P, of which only slices is known here."""
+    factor = torch.empty(8, 8, device=DEVICE)
+    for slices, fits in ((46340, True), (46341, False)):
+        sentence = supports("triton", factor[:1, :, None].expand(1, 8, slices), factor)
+        assert (sentence is None) == fits
+    assert sentence == "P of 46341×46341 slices has more elements than int32 counts"

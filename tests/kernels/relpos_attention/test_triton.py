@@ -4,10 +4,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from budgets import within_budget
 
 from samfast import backends
 from samfast.kernels._common.windows import Windows
@@ -27,6 +29,7 @@ from samfast.kernels.relpos_attention import triton_kernels as kernels  # noqa: 
 SLOW = [pytest.mark.slow]
 PADDED = Windows(1, 20, 17, 14, 14)
 SMALL = Windows(1, 3, 5, 3, 2)
+NAMES_IN = ("q", "k", "v", "dout")
 TWO_TILES = Windows.whole(1, 2, 20)  # of keys in each line, with tiles of sixteen
 
 
@@ -95,9 +98,45 @@ def test_heads_in_two_parts(head_dim, dtype):
         Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
 
 
-@pytest.mark.slow_on_cpu
-def test_several_tiles_to_a_line(tiles):
-    Call(TWO_TILES, heads=1).check(kernels)
+@pytest.mark.slow_on_cpu("torch.float32")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_tiles_to_a_line(tiles, dtype):
+    Call(TWO_TILES, heads=1).check(kernels, dtype)
+
+
+@pytest.mark.parametrize(
+    ("width", "head_dim"), [(18, 16), pytest.param(40, 96, marks=SLOW)], ids=str
+)
+def test_sums_of_several_tiles_are_rounded_once(tiles, width, head_dim, monkeypatch):
+    """Sums of dS over the lines of keys in bfloat16: float32 until they are operands."""
+    call, made = Call(Windows.whole(1, 2, width), heads=1, head_dim=head_dim), {}
+    original = kernels.dq_kernel
+
+    class Launch:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                names = original.arg_names
+                made.update(zip(names, args, strict=False))
+                return original[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "dq_kernel", Launch())
+    call.run(kernels, torch.bfloat16)
+    drel = made["drel_h_ptr"][0, 0].T  # (queries, lines)
+
+    def sums(dtype):
+        """From what the kernel was given: its factors, lse and delta."""
+        q, k, v, dout = (made[f"{n}_ptr"].reshape(-1, head_dim).to(dtype) for n in NAMES_IN)
+        rel_h = made["rel_h_ptr"][0, 0].T.to(dtype)
+        rel_w = made["rel_w_ptr"][0, 0, :, :width].to(dtype)
+        logits = (q @ k.T * call.scale).unflatten(1, (2, width))
+        logits = logits + rel_h[:, :, None] + rel_w[:, None]
+        lse, delta = (made[f"{n}_ptr"][0, 0, :, None, None].to(dtype) for n in ("lse", "delta"))
+        weights = (logits - lse).exp()
+        return (weights * ((dout @ v.T).unflatten(1, (2, width)) - delta)).sum(2)
+
+    within_budget(drel, partial(sums, torch.float32), partial(sums, torch.float64), torch.float32)
 
 
 @pytest.mark.slow_on_cpu
@@ -193,11 +232,12 @@ def test_no_images(guarded_kernels):
     assert guarded_kernels.launches == 0
 
 
-def test_limits():
-    def sentence(windows, head_dim=64, dtype=torch.float16):
-        q = torch.empty(windows.batch, 1, 1, 16, head_dim, device="meta", dtype=dtype)
-        return kernels.missing(q, windows)
+def sentence(windows, head_dim=64, dtype=torch.float16, heads=16):
+    q = torch.empty(windows.batch, 1, 1, heads, head_dim, device="meta", dtype=dtype)
+    return kernels.missing(q, windows)
 
+
+def test_limits():
     assert sentence(Windows(64, 64, 64, 14, 14)) is None
     assert sentence(Windows.whole(64, 256, 256)) is None
     assert sentence(Windows.whole(1, 64, 64), 64, torch.float32) is None
@@ -206,6 +246,37 @@ def test_limits():
     )
     assert "2097152 tokens" in sentence(Windows.whole(1, 1024, 2048))
     assert "programs" in sentence(Windows.whole(2**20, 64, 64))
+    assert "a table of 67108863 rows of 64" in sentence(Windows(1, 1, 1, 1, 2**25), heads=1)
+    assert "4294967295 pads" in sentence(Windows(1, 1, 1, 2**16, 2**16), heads=1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(33, 16), (31, 2), (48, 16), (14, 14), (20, 17), (100, 3), (3, 100)]
+)
+def test_the_factors_that_int32_counts_are_those_that_are_made(height, width, monkeypatch):
+    """Of a head: its factors as the launcher allocates them, with one more window and without."""
+    made = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda q, table_h, table_w, *rest, **constants: made.extend(rest[:2])
+
+    monkeypatch.setattr(kernels, "prepare_kernel", Launch())
+    tables = [torch.empty(2 * size - 1, 16, device="meta") for size in (height, width)]
+
+    def most(windows):
+        """Elements of the larger one."""
+        made.clear()
+        shape = (1, windows.image_height, windows.image_width, 1, 16)
+        q = torch.empty(shape, device="meta", dtype=torch.float16)
+        kernels._prepare(q, *tables, windows, None, None, None)
+        return max(t.numel() for t in made if t is not None)
+
+    one = most(Windows(1, height, width, height, width))
+    fit = (2**31 - 1) // one
+    for count in (fit, fit + 1):
+        windows = Windows(1, height * count, width, height, width)
+        assert (most(windows) < 2**31) == (sentence(windows, 16, heads=1) is None) == (count == fit)
 
 
 @pytest.mark.slow_on_cpu
