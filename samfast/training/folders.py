@@ -26,7 +26,7 @@ _AS_TAGGED = ImageOptions()
 _DESKTOP_FILES = ("thumbs.db", "desktop.ini")
 _SHOWN_VALUES = 5
 _FEW_LEVELS = 8  # grey values in which nothing of an object can be told apart
-_LOSSY_STEPS = 3  # by which a value differs from one lossy mask to the next
+_LOSSY_STEPS = 5  # by which a value differs from one lossy mask to the next
 _ROUGHLY = 0.5  # the same as a share, where no pixel of an object is flat
 
 

@@ -98,8 +98,8 @@ def _tiff(path: Path) -> Samples:
     if frames > 1:
         raise _Sentence(_FRAMES.format(path, frames))
     size = page.number(t.HEIGHT), page.number(t.WIDTH)
-    _check_pixels(path, size[0] * size[1])
     tags = _tags_of(path, page)
+    _check_pixels(path, size[0] * size[1] * max(1, tags.samples // 16))
     values = stored_samples(path, pages, full[0], tags.no_data)
     if values.shape[2] != tags.samples:
         raise ValueError(f"it holds {values.shape[2]} samples; expected {tags.samples}")

@@ -15,10 +15,13 @@ _GAP = 6  # steps without a flat pixel that separate two values
 _FEWEST = 4  # flat pixels that a value needs; ringing makes single ones
 _WIDEST = 12  # steps that a single value spreads over; more are many values
 _NOISE = 8  # steps from the only flat value that are not an object
-_END = 3  # steps from 0 or 255 that are meant as these
+_END = 5  # steps from 0 or 255 that are meant as these
 _PEAK_END = 60  # the same for values known from a peak without a flat pixel
 _OVERSHOOT = 0.5  # of the contrast: beyond that lies another value
-_PART = (0.42, 0.62)  # of the contrast: an object that peaks between these has another value
+# Shares of the contrast: what reaches the peak is an object. Ringing stays under the part, and
+# under the faint one where no object is within a block.
+_PEAK, _PART, _FAINT = 0.62, 0.42, 0.2
+_BLOCK = 8
 _ONES = 0.9  # share of 1 among values above 0 in a mask of 0 and 1
 
 
@@ -81,12 +84,12 @@ def _of_small_range(grey: np.ndarray, low: int, high: int) -> Levels | None:
 
 def _is_flat(grey: np.ndarray) -> np.ndarray:
     """bool (H, W): whether a pixel and its eight neighbours differ by at most ``_FLAT``."""
-    low = high = np.pad(grey.astype(np.int16), 1, mode="edge")
+    low = high = np.pad(grey, 1, mode="edge")
     for axis in (0, 1):
-        n = low.shape[axis]
-        parts = [np.arange(i, n - 2 + i) for i in range(3)]
-        low = np.minimum.reduce([low.take(part, axis) for part in parts])
-        high = np.maximum.reduce([high.take(part, axis) for part in parts])
+        low, high = (np.moveaxis(each, axis, 0) for each in (low, high))
+        low = np.minimum(np.minimum(low[:-2], low[1:-1]), low[2:])
+        high = np.maximum(np.maximum(high[:-2], high[1:-1]), high[2:])
+        low, high = (np.moveaxis(each, 0, axis) for each in (low, high))
     return high - low <= _FLAT
 
 
@@ -108,16 +111,22 @@ def _with_peak(flat: int, low: int, high: int) -> Levels:
 
 
 def _other_value(grey: np.ndarray, low: int, high: int) -> bool:
-    """Whether an object peaks half-way between two values: then a third value was there.
+    """Whether something peaks well between two values: then a third value was there.
 
-    Ringing stays below, and objects of the higher value reach above.
+    Objects of the higher value reach above, and ringing is weak and close to them.
     """
     from scipy import ndimage  # comes with scikit-image
 
-    share = (grey.astype(np.float32) - low) / (high - low)
-    for part in (share, 1 - share):
-        objects, count = ndimage.label(part > _PART[0], np.ones((3, 3), bool))
-        if count and ndimage.maximum(part, objects, range(1, count + 1)).min() < _PART[1]:
+    rise = grey.astype(np.int16) - low
+    for part in (rise, high - low - rise):
+        peak, ring, faint = (limit * (high - low) for limit in (_PEAK, _PART, _FAINT))
+        near = ndimage.maximum_filter((part >= peak).view(np.uint8), 2 * _BLOCK + 1)
+        if ((part > faint) & (near == 0)).any():
+            return True
+        objects, count = ndimage.label(part > ring, np.ones((3, 3), bool))
+        peaks = np.zeros(count + 1, bool)
+        peaks[objects[part >= peak]] = True
+        if not peaks[1:].all():
             return True
     return False
 

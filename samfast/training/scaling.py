@@ -116,16 +116,10 @@ def _divided(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _over_white(shown: np.ndarray, alpha: np.ndarray, plan: Plan) -> np.ndarray:
-    rgb = np.broadcast_to(shown, (*shown.shape[:2], 3))
-    if plan.direct and plan.premultiplied:  # of 8 bits: the colours are weighted already
-        return np.clip(np.rint(rgb + 255 * (1 - alpha[..., None])), 0, 255).astype(np.uint8)
-    if not plan.direct:
-        over = alpha[..., None] * rgb + 255 * (1 - alpha[..., None])
-        return np.rint(over).astype(np.uint8)
-    levels = np.rint(alpha * 255).astype(np.uint8)
-    rgba = Image.fromarray(np.dstack([rgb, levels]))
-    white = Image.new("RGBA", rgba.size, "white")
-    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    alpha = alpha[..., None]
+    weighted = plan.direct and plan.premultiplied  # scaled ones were divided by alpha
+    over = (shown if weighted else alpha * shown) + 255 * (1 - alpha)
+    return np.clip(np.rint(over), 0, 255).astype(np.uint8)
 
 
 def _looked_up(index: np.ndarray, palette: np.ndarray | None) -> np.ndarray:

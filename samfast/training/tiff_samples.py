@@ -87,9 +87,9 @@ class _Layout:
         if min(*self.part, self.height, self.width) < 1:
             raise ValueError("its size is 0")
         self.offsets, self.counts = page.numbers(names[0]), page.numbers(names[1], ())
-        down, across = -(-self.height // self.part[0]), -(-self.width // self.part[1])
-        self.grid = [(y, x) for y in range(down) for x in range(across)]
-        expected = self.planes * len(self.grid)
+        self.across = -(-self.width // self.part[1])
+        self.in_plane = -(-self.height // self.part[0]) * self.across
+        expected = self.planes * self.in_plane
         if not self.counts and expected == 1 and self.codec == NONE:  # old writers leave them out
             self.counts = (self.height * self._row_bytes(self.width),)
         if len(self.offsets) != expected or len(self.counts) != expected:
@@ -127,8 +127,8 @@ class _Layout:
         """(place in the page, offset, bytes, rows) of every strip or tile."""
         height, width = self.part
         for i, (offset, count) in enumerate(zip(self.offsets, self.counts, strict=True)):
-            plane, number = divmod(i, len(self.grid))
-            y, x = self.grid[number]
+            plane, number = divmod(i, self.in_plane)
+            y, x = divmod(number, self.across)
             rows = height if self.tiled else min(height, self.height - y * height)
             bands = slice(plane, plane + 1) if self.planes > 1 else slice(None)
             place = slice(y * height, (y + 1) * height), slice(x * width, (x + 1) * width), bands
