@@ -13,6 +13,7 @@ import numpy as np
 _FLAT = 2  # largest range of a flat neighbourhood
 _GAP = 6  # steps without a flat pixel that separate two values
 _FEWEST = 4  # flat pixels that a value needs; ringing makes single ones
+_ENOUGH = 16  # flat pixels that tell a value to within _END
 _WIDEST = 12  # steps that a single value spreads over; more are many values
 _NOISE = 8  # steps from the only flat value that are not an object
 _END = 5  # steps from 0 or 255 that are meant as these
@@ -55,11 +56,15 @@ def find_levels(grey: np.ndarray) -> Levels | None:
     if not groups or any(group[-1] - group[0] > _WIDEST for group in groups):
         return None
     found = [int(group[counts[group].argmax()]) for group in groups]
-    levels = Levels(tuple(_end(value, _END) for value in found))
+    enough = [int(counts[group].sum()) >= _ENOUGH for group in groups]
+    reaches = [_END if many else 2 * _END for many in enough]
+    levels = Levels(tuple(map(_end, found, reaches)), exact=all(enough))
     if len(found) == 1:
         levels = _with_peak(found[0], low, high)
     over = _OVERSHOOT * (found[-1] - found[0])
     if len(found) > 1 and (high > found[-1] + over or low < found[0] - over):
+        return None
+    if len(set(levels.values)) < len(levels.values):
         return None
     if len(levels.values) == 2 and _other_value(grey, *levels.values):
         return None

@@ -227,7 +227,7 @@ class ManyTasks:
 
         if spec.kind == "binary":
             if not any(bool((truth == 1).any()) for truth in truths()):
-                raise ValueError(without_foreground(f"validation masks of task {spec.name}"))
+                raise ValueError(without_foreground("validation", f" of task {spec.name}"))
             constant = torch.tensor(True)
         elif spec.kind == "semantic":
             counts = sum(t[t >= 0].long().bincount(minlength=spec.channels) for t in truths())

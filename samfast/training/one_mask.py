@@ -60,7 +60,7 @@ class OneMask:
         count = len(split.train)
         train, val = found[:count], found[count:]
         for what, part in (("training", train), ("validation", val)):
-            check_foreground(part, rule, f"{len(part)} {what} masks")
+            check_foreground(part, rule, what)
         named = rule if isinstance(rule, tuple) else ()
         missing = missing_values([p.values for p in train], [p.values for p in val], named)
         self.remarks = [

@@ -15,22 +15,25 @@ def has_foreground(values: Iterable[float], rule: Foreground) -> bool:
     return any(value in rule for value in values)
 
 
-def check_foreground(found: Sequence[CheckedPair], rule: Foreground, masks: str) -> None:
-    """Raise ValueError where no mask of a part has foreground.
-
-    masks: which these are, "training masks" or "validation masks" of something
-    """
+def check_foreground(
+    found: Sequence[CheckedPair], rule: Foreground, part: str, of: str = ""
+) -> None:
+    """Raise ValueError where no mask of a part has foreground; as in ``without_foreground``."""
     if found and not any(has_foreground(own.values, rule) for own in found):
-        raise ValueError(without_foreground(masks))
+        raise ValueError(without_foreground(part, of))
 
 
-def without_foreground(masks: str) -> str:
-    """The sentence about masks of a part that hold no object."""
-    why = "every score is 1 for a model that predicts nothing"
-    why = "there is nothing to learn" if masks.startswith("training") else why
+def without_foreground(part: str, of: str = "") -> str:
+    """The sentence about masks that hold no object.
+
+    part: "training" or "validation"   of: which these are, such as " of task cells"
+    """
+    why = "there is nothing to learn"
+    if part == "validation":
+        why = "every score is 1 for a model that predicts nothing"
     return (
-        f"none of the {masks} has a foreground pixel, so that {why}; move images with an object "
-        "there, or choose another --seed where samfast draws the split"
+        f"none of the {part} masks{of} has a foreground pixel, so that {why}; move images with an "
+        "object there, or choose another --seed where samfast draws the split"
     )
 
 

@@ -269,7 +269,7 @@ def remarks(
     if spec.kind == "semantic":
         named, what = range(spec.channels), "class"
     elif spec.kind == "binary" and not spec.labels:
-        check_foreground(train, spec.rule, f"training masks of task {spec.name}")
+        check_foreground(train, spec.rule, "training", f" of task {spec.name}")
         own = [item for item in items if spec.name in item.targets]
         pairs = [Pair(item.stem, item.image, item.targets[spec.name]) for item in own]
         yield from few_levels_sentence(pairs, [*train, *val])
