@@ -188,6 +188,11 @@ def _unpacked(codec: int, data: bytes, rows: int, row: int) -> bytes:
 
 def _by_libtiff(codec: int, data: bytes, rows: int, row: int) -> bytes:
     """Bytes through libtiff: the same data as the only strip of a grey 8-bit TIFF."""
+    if Image.MAX_IMAGE_PIXELS is not None and rows * row > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"a segment unpacks to {rows * row} bytes, more than Pillow's limit of "
+            f"{Image.MAX_IMAGE_PIXELS}; save it in strips or tiles"
+        )
     size = {256: row, 257: rows, 258: 8, 259: codec, 262: 1, 273: 0, 277: 1, 278: rows}
     size[279] = len(data)
     size[273] = 8 + 2 + 12 * len(size) + 4

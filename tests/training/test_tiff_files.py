@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from tiff_cases import DEPTHS, GOLDEN, Case, cases, look
 from tiff_writer import DEFLATE, LZW, NONE, PACKBITS, How, Picture, write_tiff
 
@@ -296,9 +297,23 @@ def test_damaged_and_strange_files_end_in_a_sentence(tmp_path):
                 read_image(path)
             except ValueError as error:
                 assert str(error).startswith((f"{path} ", f"image {path} ")), error
-    for bits, kind, pattern in ((24, "u", "3 samples of 24 bits, format 1, are not read"),):
-        write_tiff(path, [Picture(rows, 8, kind, tags)])
-        data = path.read_bytes().replace(bytes([8, 0] * 3), bytes([bits, 0] * 3))
-        path.write_bytes(data)
+    compression = bytes.fromhex("0301 0300 0100 0000")  # the tag, before its value
+    for old, new, pattern in (
+        (b"\x08\0" * 3, b"\x18\0" * 3, "3 samples of 24 bits, format 1, are not read"),
+        (b"\x08\0" * 3, b"\x08\0\x08\0\x10\0", r"its samples have different types \(\(8, 8, 16\)"),
+        (compression + b"\1\0", compression + b"\x98\x87", "codec 34712 is not read .*; save it"),
+        (compression + b"\1\0", compression + b"\x05\0", r"b\.tif cannot be decoded: "),
+    ):
+        write_tiff(path, [Picture(rows, 8, "u", tags)])
+        assert old in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(old, new))
         with pytest.raises(ValueError, match=pattern):
             read_image(path)
+
+
+def test_a_compressed_strip_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    rows = [[[x, y, 0, 0] for x in range(8)] for y in range(8)]
+    write_tiff(tmp_path / "a.tif", [Picture(rows, 16, "u", {262: (3, [2])})], How(compression=LZW))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="a segment unpacks to 128 bytes, more than Pillow's lim"):
+        read_image(tmp_path / "a.tif")
