@@ -122,6 +122,15 @@ def test_more_than_two_values_get_the_sentence_of_a_png(data, suffix, name):
             load_split(data)
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_small_object_of_a_third_value_close_to_a_large_one(tmp_path, suffix):
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:40, 8:40] = 255
+    assert len(np.unique(read_mask(saved(tmp_path, mask, suffix, 90)))) == 2
+    mask[20:24, 44:48] = 128  # nowhere flat, and where the large one rings
+    assert len(np.unique(read_mask(saved(tmp_path, mask, suffix, 90)))) > 2
+
+
 def test_any_and_a_threshold_read_lossy_masks_of_many_values(tmp_path):
     mask = scene(3, 96, 30, (85, 170))
     path = saved(tmp_path, mask, "jpg", 90)
