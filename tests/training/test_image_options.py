@@ -136,6 +136,11 @@ def test_masks_of_tasks_by_the_same_rules(bands):
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(bands / "val/masks/p3.png")
     with pytest.raises(ValueError, match="none of the validation masks of task cells has a foreg"):
         goal_of(bands, task(foreground="any"), **options)
+    for part, value in (("val", 1), ("train", 0)):
+        for path in (bands / part / "masks").iterdir():
+            Image.fromarray(np.full((48, 64), value, np.uint8)).save(path)
+    with pytest.raises(ValueError, match="none of the training masks of task cells has a foregro"):
+        goal_of(bands, task(foreground="any"), **options)
 
 
 def test_classes_that_validation_lacks_and_classes_of_lossy_masks(bands):
