@@ -41,6 +41,8 @@ class LatestLoss:
 
         training: False when the term is constant   trained: whether it reaches a parameter
         """
+        if torch.compiler.is_exporting():  # what stands for a tensor there outlives the export
+            return y
         if recomputing():
             self.counted = True  # the forwards before this backward are done with
             if not self.gradient or not torch.is_grad_enabled():
