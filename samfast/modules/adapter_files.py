@@ -342,9 +342,9 @@ def _parse(
         }
         return AdapterFile(folder, record, method, layers, tensors)
     record = _record(header["samfast"], tensors)
-    _check_finite(tensors)
     if any(key.startswith(peft.PREFIX) for key in tensors):
         tensors = {peft.from_key(key): value for key, value in tensors.items()}
+    _check_finite(tensors)
     method = method_from_config(record["method"])
     return AdapterFile(folder, record, method, tuple(record["layers"]), tensors)
 

@@ -60,10 +60,15 @@ def identity_of(prints: Mapping[str, str]) -> str:
     Under segment_anything's names, without the positions, which loading a checkpoint interpolates
     to the image size.
     """
-    before = next((n for n in sorted(prints) if f".{n}".find(_ENCODER) >= 0), None)
-    prefix = 0 if before is None else f".{before}".find(_ENCODER)
-    plain = {n[prefix:].replace("_orig_mod.", ""): value for n, value in prints.items()}
-    return digest_of({n: v for n, v in plain.items() if n.rpartition(".")[2] not in _RESIZED})
+    name = next((n for n in sorted(prints) if _ENCODER in f".{n}"), "")
+    prefix = name[: max(0, f".{name}".find(_ENCODER))]
+    return digest_of(
+        {
+            name.removeprefix(prefix).replace("_orig_mod.", ""): value
+            for name, value in prints.items()
+            if name.startswith(prefix) and name.rpartition(".")[2] not in _RESIZED
+        }
+    )
 
 
 def base_digest(model: nn.Module, trained: Collection[str]) -> str:
