@@ -50,9 +50,13 @@ def _recording() -> bool:
     return torch.compiler.is_exporting() and _in_onnx_export()
 
 
-@torch.compiler.assume_constant_result  # which torch.compile would take for False
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch.compile. By itself
+# torch.compile takes is_in_onnx_export for False.
+_in_onnx_export._dynamo_marked_constant = True
 
 
 def resolve(operation: str, backend: str, device: torch.device, supports: Callable) -> str:

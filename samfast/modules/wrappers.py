@@ -57,7 +57,7 @@ def _wrapped(model: nn.Module) -> str | None:
     if _is_model(model) or "_fsdp_wrapped_module" in model._modules:
         return None
     held = _parts_with_sam(model)
-    if len(held) != 1:
+    if not held:
         return None
     inside = {id(parameter) for parameter in model._modules[held[0]].parameters()}
     return held[0] if all(id(p) in inside for p in model.parameters()) else None

@@ -139,6 +139,8 @@ def test_a_part_that_is_registered_twice_is_one(tiny_sam):
     model = Module(tiny_sam())
     model.encoder, model.again = model.net.image_encoder, model.net
     assert unwrapped(model) is model.net
+    model.around = Module(model.net)
+    assert unwrapped(model) is model.net
 
 
 def test_other_models_are_named(tiny_sam):
