@@ -52,7 +52,14 @@ WRAPPERS = {
     "compiled": (compiled, "_orig_mod."),
     "nested": (lambda model: AveragedModel(compiled(Module(model))), "module._orig_mod.net."),
 }
-EACH = pytest.mark.parametrize(("wrap", "prefix"), WRAPPERS.values(), ids=WRAPPERS)
+QUICK = ("lightning", "nested")  # nested has the others in it
+EACH = pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [
+        pytest.param(*case, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name, case in WRAPPERS.items()
+    ],
+)
 
 
 @EACH
