@@ -14,12 +14,13 @@ from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.kernels.task_core.middle_map import middle_key
 from samfast.kernels.task_core.op import check_task, core_backend
 from samfast.kernels.task_core.task_lora import task_lora_linear
-from samfast.modules.adapter import adapters, attachment, unwrapped
+from samfast.modules.adapter import adapters, attachment_within
 from samfast.modules.aux_loss import recomputing
 from samfast.modules.block_layer import BlockLayer
 from samfast.modules.encoder_forward import EncoderForward, SharingLayer
 from samfast.modules.low_rank import LowRankLinear, check_dropout
 from samfast.modules.qkv_lora import QKV, checked_slices
+from samfast.modules.wrappers import unwrapped
 
 Ranks = tuple[int, int, int]
 
@@ -381,7 +382,7 @@ def numbers_of(model: nn.Module, task: int | str | Tensor) -> tuple[int, ...]:
         return numbers
     if isinstance(task, str) and task == "all":
         return tuple(range(tasks))
-    attached = attachment(unwrapped(model))
+    attached = attachment_within(model)
     names = getattr(getattr(attached, "method", None), "names", None) or ()
     if isinstance(task, str):
         if task not in names:
