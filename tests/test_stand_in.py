@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stand-in driver: launches under CUDA's rules, and a cache of Triton's that is carried.
+
+Tests import kernels for the interpreter, so what launches runs in processes of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from offline_gate import ROOT
+
+pytest.importorskip("triton", reason="triton is not installed")
+from samfast.info import OPERATIONS
+
+ONE = ("--launches", "tests.instruments.stand_in_launches")
+PROGRAM = ROOT / "tests" / "instruments" / "stand_in_launches.py"
+
+
+def run(*command, cache):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A folder with a cache of one operation in a file, and what the program printed."""
+    folder = tmp_path_factory.mktemp("filled")
+    code, text, errors = run(PROGRAM, folder, cache=folder / "cache")
+    assert code == 0, text + errors
+    return folder, text
+
+
+@pytest.fixture(scope="module")
+def told(filled):
+    return json.loads(filled[1].splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "whole block"])
+def test_launches_are_those_of_the_design(told, name):
+    """As the stand-in records them, as the counters count them and as the costs design them."""
+    made, designed = told["operations"][name], told["designed"]
+    assert made["recorded"] == made["counted"]
+    assert set(made["found"]) <= {"not compiled", "memory"} and made["recorded"]
+    if name == "whole block":
+        assert made["total"] == designed[name] == 40
+        assert made["streams"] == [7]
+    else:
+        assert made["streams"] == [0]
+        if name != "sam_block":  # its example adapts two layers of four; see the whole block
+            assert sum(made["recorded"].values()) == designed[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("empty", "expected 1 to 2147483647 programs along x, got the grid (0, 1, 1)"),
+        ("high", "expected 1 to 65535 programs along y, got the grid (1, 65536, 1)"),
+        ("crowded", "expected at most 1024 threads in a program, got 2048"),
+        ("dtype", "x_ptr is torch.float16, but the code was made for *fp32"),
+        ("odd", "but the code was made for multiples of 16"),
+        ("odd number", "n is 63, but the code was made for multiples of 16"),
+        ("constant", "BLOCK is 16, but the code was made for 32"),
+    ],
+)
+def test_a_broken_rule_ends_in_a_sentence(told, name, sentence):
+    assert sentence in told["broken"][name]
+    assert told["broken"][name].startswith("planted_kernel: ")
+    assert "right" not in told["broken"]
+
+
+def test_nothing_stays_behind(told):
+    assert told["before"] == told["after"]
+
+
+def test_another_process_finds_every_kernel(filled, tmp_path):
+    """From the file, at the same place; the cache that filled it is gone."""
+    folder, text = filled
+    assert "2 kernels: 0 hits, 2 compiles, 0 wrong" in text
+    (folder / "cache").rename(tmp_path / "gone")
+    archive = folder / "triton-cache.tar.xz"
+    with tarfile.open(archive) as opened:
+        kinds = {name.rpartition(".")[2] for name in opened.getnames()}
+    assert kinds == {"cubin", "json", "so"}
+    command = ("-m", "benchmarks.offline", "--unpack", archive, "--hits", *ONE)
+    code, text, errors = run(*command, cache=folder / "cache")
+    assert code == 0, text + errors
+    assert "2 hits, 0 compiles, 0 C compiles" in text
