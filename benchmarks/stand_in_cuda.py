@@ -12,6 +12,7 @@ import itertools
 import runpy
 import sys
 import time
+import traceback
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,7 +212,8 @@ def _functions(standing):
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.stand_in",
-        description="Run a program as if a GPU were here: its kernels launch and do nothing.",
+        description="Run a program as if a GPU were here: its kernels launch and do nothing. "
+        "Ends with 0 where something was launched and no rule of CUDA's was broken.",
         usage="%(prog)s [options] -- (-m module | file) [arguments]",
     )
     parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_LIMITS))
@@ -226,17 +228,20 @@ def main(arguments=None) -> int:
     options = parser.parse_args(own)
     if not program or program == ["-m"]:
         parser.error("expected a program after --, such as -- -m pytest tests/gpu")
-    try:
-        with standing_in(options.arch, options.compile) as standing:
-            code = _run(program)
-    except RuntimeError as error:
-        parser.error(str(error))
+    if program[0] != "-m" and not Path(program[0]).is_file():
+        parser.error(f"expected -m module or a file after --, got {program[0]}")
+    with contextlib.ExitStack() as stack:
+        try:
+            standing = stack.enter_context(standing_in(options.arch, options.compile))
+        except RuntimeError as error:
+            parser.error(str(error))
+        code = _run(program)
     print(f"{standing}; the program ended with {code}")
     for sentence in dict.fromkeys(standing.broken):
         print(f"BROKEN {sentence}")
     if options.record is not None:
         filled_cache.write_jobs(standing.jobs.values(), options.record)
-    return 1 if standing.broken else 0
+    return 0 if standing.launches and not standing.broken else 1
 
 
 def _run(program) -> object:
@@ -250,4 +255,7 @@ def _run(program) -> object:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
             return end.code or 0
+        except Exception:
+            traceback.print_exc()
+            return 1
     return 0
