@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import lzma
 import os
 import platform
 import re
@@ -31,6 +32,7 @@ NAME = "triton-cache.tar.xz"
 MOST_BYTES = 40 * 2**20
 _MANIFEST = "filled.json"
 _TRAVELS = (".cubin", ".json", ".so")  # sources and intermediate code stay
+_DAMAGE = (EOFError, KeyError, ValueError, TypeError, AttributeError, lzma.LZMAError)
 _MEMBER = re.compile(r"[A-Z2-7]+/[\w.-]+")
 
 
@@ -136,20 +138,25 @@ def pack(entries: Iterable[str], folder: Path, manifest: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path, begun = folder / NAME, folder / f"{NAME}.{os.getpid()}.part"
     cache = Path(manifest["TRITON_CACHE_DIR"])
+    files = [f for entry in sorted(entries) for f in _travelling(cache / entry)]
     try:
         with tarfile.open(begun, "w:xz") as archive:
-            text = json.dumps(manifest).encode()
+            text = json.dumps(manifest | {"files": len(files)}).encode()
             info = tarfile.TarInfo(_MANIFEST)
             info.size = len(text)
             archive.addfile(info, io.BytesIO(text))
-            for entry in sorted(entries):
-                files = (f for f in (cache / entry).iterdir() if f.suffix in _TRAVELS)
-                for file in sorted(files, key=lambda f: (f.name.startswith("__grp__"), f.name)):
-                    archive.add(file, f"{entry}/{file.name}", recursive=False)
+            for file in files:
+                archive.add(file, f"{file.parent.name}/{file.name}", recursive=False)
         os.replace(begun, path)
     finally:
         begun.unlink(missing_ok=True)
     return path
+
+
+def _travelling(entry):
+    """The files of an entry that must travel. A group file, which makes it count, comes last."""
+    files = [f for f in entry.iterdir() if f.suffix in _TRAVELS]
+    return sorted(files, key=lambda f: (f.name.startswith("__grp__"), f.name))
 
 
 def unpack(path: Path) -> int:
@@ -166,11 +173,13 @@ def unpack(path: Path) -> int:
             if (problem := _differs(here, manifest)) is not None:
                 print(f"{path}: {problem}")
                 return 2
-            entries = _extract(archive, Path(here["TRITON_CACHE_DIR"]))
-    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
+            files = _files(archive, manifest["files"])
+    except (*_DAMAGE, OSError, tarfile.TarError) as error:
         print(f"{path} is not a whole file of --fill ({error}); copy it again")
         return 2
-    print(f"{entries} entries unpacked")
+    for name, content in files.items():
+        _write(Path(here["TRITON_CACHE_DIR"]) / name, content)
+    print(f"{len({name.partition('/')[0] for name in files})} entries unpacked")
     return 0
 
 
@@ -182,21 +191,25 @@ def _differs(here, manifest):
     return None
 
 
-def _extract(archive, cache):
-    """A group file, which makes an entry count, comes after what it names."""
-    entries = set()
+def _files(archive, expected):
+    """Names and contents, all of them."""
+    files = {}
     for member in archive:
         if member.name == _MANIFEST:
             continue
         if not (member.isfile() and _MEMBER.fullmatch(member.name)):
             raise ValueError(f"it holds {member.name!r}, which is not an entry")
-        target = cache / member.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        begun = target.with_name(f"{target.name}.{os.getpid()}.part")
-        begun.write_bytes(archive.extractfile(member).read())
-        os.replace(begun, target)
-        entries.add(target.parent)
-    return len(entries)
+        files[member.name] = archive.extractfile(member).read()
+    if len(files) != expected:
+        raise ValueError(f"it holds {len(files)} of {expected} files")
+    return files
+
+
+def _write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = path.with_name(f"{path.name}.{os.getpid()}.part")
+    begun.write_bytes(content)
+    os.replace(begun, path)
 
 
 def write_jobs(jobs: Iterable[Compile], path: Path) -> None:

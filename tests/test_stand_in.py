@@ -14,6 +14,7 @@ import pytest
 from offline_gate import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
+from benchmarks import stand_in
 from samfast.info import OPERATIONS
 
 ONE = ("--launches", "tests.instruments.stand_in_launches")
@@ -94,3 +95,59 @@ def test_another_process_finds_every_kernel(filled, tmp_path):
     code, text, errors = run(*command, cache=folder / "cache")
     assert code == 0, text + errors
     assert "2 hits, 0 compiles, 0 C compiles" in text
+
+
+def test_interpreted_kernels_and_other_targets_are_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="interpreted kernels launch nothing; unset it"):
+        stand_in.standing_in().__enter__()
+    with pytest.raises(ValueError, match=r"expected a target of \[80, .*\], got 75"):
+        stand_in.standing_in(75).__enter__()
+
+
+PROGRAM_FOR_A_GPU = """
+import torch
+from benchmarks.graph import captured
+from samfast.modules import LoraLinear
+
+x = torch.randn(2, 9, 64, device="cuda").to(torch.bfloat16).requires_grad_()
+layer = LoraLinear(64, 192, 4, device=torch.device("cuda"), dtype=torch.bfloat16)
+
+def step():
+    torch.autograd.grad(layer(x).sum(), [x, layer.lora_A, layer.lora_B])
+
+captured(step)()
+raise SystemExit(3 if torch.cuda.get_device_capability() == (8, 6) else 4)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_for_a_gpu_is_recorded_and_filled(tmp_path):
+    """Three runs on a stream and one in a capture; then the program finds all in the cache."""
+    (tmp_path / "program.py").write_text(PROGRAM_FOR_A_GPU)
+    cache, jobs = tmp_path / "cache", tmp_path / "jobs"
+    options, program = (
+        ("-m", "benchmarks.stand_in", "--arch", "86"),
+        ("--", tmp_path / "program.py"),
+    )
+    code, text, errors = run(*options, "--record", jobs, *program, cache=cache)
+    assert code == 0, text + errors
+    assert "sm_86: 24 launches of 5 kernels in 6 forms; not compiled" in text
+    assert "streams [1, 2]; the program ended with 3" in text
+    fill = ("-m", "benchmarks.offline", "--fill", tmp_path, "--from-launches", jobs)
+    code, text, errors = run(*fill, cache=cache)
+    assert code == 0 and "6 kernels: 0 hits, 6 compiles, 0 wrong" in text, text + errors
+    code, text, errors = run(*options, "--compile", *program, cache=cache)
+    assert code == 0 and "6 hits, 0 compiles, 0 C compiles" in text, text + errors
+
+
+@pytest.mark.slow
+def test_another_process_finds_every_usual_kernel(tmp_path):
+    """All that the quick registry launches, from the file; and it is small enough to carry."""
+    cache = tmp_path / "cache"
+    code, text, errors = run("-m", "benchmarks.offline", "--fill", tmp_path, cache=cache)
+    assert code == 0 and " 0 wrong" in text, text + errors
+    cache.rename(tmp_path / "gone")
+    unpack = ("-m", "benchmarks.offline", "--unpack", tmp_path / "triton-cache.tar.xz", "--hits")
+    code, text, errors = run(*unpack, cache=cache)
+    assert code == 0 and " 0 compiles, 0 C compiles" in text, text + errors
