@@ -14,6 +14,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -217,7 +218,8 @@ def _summary(arch, results):
     )
 
 
-def main(arguments=None) -> int:
+def parsed(arguments=None) -> argparse.Namespace:
+    """The command line; ends with a sentence where it is wrong."""
     parser = argparse.ArgumentParser(description="compile every kernel for GPUs that are not here")
     parser.add_argument("--archs", "--arch", nargs="+", type=int, choices=sorted(SHARED_LIMITS))
     parser.add_argument("--quick", action="store_true", help="the usual configurations")
@@ -246,12 +248,27 @@ def main(arguments=None) -> int:
         help="launch the usual configurations without a GPU; fail unless the cache has them all",
     )
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET is set, but interpreted kernels cannot be compiled")
     if options.from_launches is not None and options.fill is None:
         parser.error("--from-launches needs --fill FOLDER")
+    return options
+
+
+def main(arguments=None) -> int:
+    options = parsed(arguments)
+    try:
+        return _run(options)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.offline: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError(
+            "TRITON_INTERPRET is 1, but interpreted kernels cannot be compiled; unset it"
+        )
     if options.unpack is not None or options.fill is not None or options.hits:
-        return _filled(options, parser)
+        return _filled(options)
     print(f"triton {triton.__version__}")
     archs = options.archs or sorted(SHARED_LIMITS)
     if options.cuda is not None:
@@ -278,22 +295,19 @@ def _hits(options) -> int:
     return 1 if missing else 0
 
 
-def _filled(options, parser) -> int:
+def _filled(options) -> int:
     from benchmarks import filled_cache
 
     if options.unpack is not None and (code := filled_cache.unpack(options.unpack)):
         return code
     if options.fill is None:
         return _hits(options) if options.hits else 0
-    try:
-        if options.from_launches is not None:
-            jobs = filled_cache.read_jobs(options.from_launches)
-        else:
-            jobs = list(distinct(_chosen(options, quick=True), options.archs or [90]))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    if options.from_launches is not None:
+        jobs = filled_cache.read_jobs(options.from_launches)
+    else:
+        jobs = list(distinct(_chosen(options, quick=True), options.archs or [90]))
     if not jobs:
-        parser.error("expected launches to compile, got none; see --only and --archs")
+        raise ValueError("expected launches to compile, got none; see --only and --archs")
     return filled_cache.fill(jobs, options.fill, options.jobs)
 
 

@@ -9,11 +9,16 @@ With ``compiles=False`` nothing is compiled. Import kernels without TRITON_INTER
 ``python -m benchmarks.stand_in [options] -- -m module arguments`` runs a program so.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import os
+import runpy
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -26,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import filled_cache, host_code
 from benchmarks.cubin import SHARED_LIMITS
+from benchmarks.launch_rules import MOST_THREADS, BrokenRule, problem
 from benchmarks.offline import Compile, Launch
 from samfast import backends
 from samfast.kernels._common import tiles
@@ -34,23 +40,8 @@ from samfast.kernels.relpos_attention import tiling
 DEVICES = {80: "NVIDIA A100-SXM4-80GB", 86: "NVIDIA RTX A6000", 89: "NVIDIA L40S",
            90: "NVIDIA H200", 100: "NVIDIA B200", 120: "NVIDIA RTX PRO 6000"}  # fmt: skip
 PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
-MOST_PROGRAMS = {"x": 2**31 - 1, "y": 65_535, "z": 65_535}
-MOST_THREADS = 1024
+INTERPRETED = "TRITON_INTERPRET is 1, but interpreted kernels launch nothing; unset it"
 MEMORY, DISK, COMPILED, NOT_COMPILED = "memory", "disk", "compiled", "not compiled"
-_POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
-
-
-class BrokenRule(RuntimeError):
-    """A launch that CUDA would refuse, or that would run other code than its arguments need."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,57 +286,75 @@ class _Launcher:
             self.metadata.name, grid, self.metadata.num_warps, self.metadata.shared, stream,
             found or MEMORY,
         )  # fmt: skip
-        sentence = _grid_problem(grid) or _size_problem(launch, stand_in.arch)
-        sentence = sentence or _argument_problem(self.source, arguments)
+        sentence = problem(self.source, self.metadata, grid, arguments, stand_in.arch)
         if sentence is not None:
             stand_in.broken.append(f"{launch.kernel}: {sentence}")
             raise BrokenRule(stand_in.broken[-1])
         stand_in.launches.append(launch)
 
 
-def _grid_problem(grid):
-    for (axis, most), programs in zip(MOST_PROGRAMS.items(), grid, strict=True):
-        if not 0 < programs <= most:
-            return f"expected 1 to {most} programs along {axis}, got the grid {grid}"
-    return None
+def parsed(arguments=None) -> argparse.Namespace:
+    """The command line; program: what follows --. Ends with a sentence where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.stand_in",
+        description="Run a program as if a GPU were here: its kernels launch and do nothing. "
+        "Ends with 0 where something was launched and no rule of CUDA's was broken.",
+        usage="%(prog)s [options] -- (-m module | file) [arguments]",
+    )
+    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_LIMITS))
+    parser.add_argument("--compile", action="store_true", help="compile into Triton's cache")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write what was launched, for benchmarks.offline --fill FOLDER --from-launches FILE",
+    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:place])
+    options.program = program = arguments[place + 1 :]
+    if not program or program == ["-m"]:
+        parser.error("expected a program after --, such as -- -m pytest tests/gpu")
+    if program[0] != "-m" and not Path(program[0]).is_file():
+        parser.error(f"expected -m module or a file after --, got {program[0]}")
+    return options
 
 
-def _size_problem(launch, arch):
-    limit, threads = SHARED_LIMITS[arch], 32 * launch.num_warps
-    if launch.shared is not None and launch.shared > limit:
-        return f"expected at most {limit} bytes of shared memory on sm_{arch}, got {launch.shared}"
-    if threads > MOST_THREADS:
-        return f"expected at most {MOST_THREADS} threads in a program, got {threads}"
-    return None
+def main(arguments=None) -> int:
+    from benchmarks import stand_in_cuda
+
+    options = parsed(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print(f"benchmarks.stand_in: {INTERPRETED}", file=sys.stderr)
+        return 2
+    with stand_in_cuda.standing_in(options.arch, options.compile) as standing:
+        code = _run(options.program)
+    print(f"{standing}; the program ended with {code}")
+    for sentence in dict.fromkeys(standing.broken):
+        print(f"BROKEN {sentence}")
+    if options.record is not None:
+        filled_cache.write_jobs(standing.jobs.values(), options.record)
+    return 0 if standing.launches and not standing.broken else 1
 
 
-def _argument_problem(source, arguments):
-    """Whether the code was made for other arguments than these."""
-    devices = sorted({str(t.device) for t in arguments if isinstance(t, torch.Tensor)})
-    if len(devices) > 1:
-        return f"expected all tensors on one device, got {' and '.join(devices)}"
-    for i, ((name, kind), value) in enumerate(
-        zip(source.signature.items(), arguments, strict=True)
-    ):
-        if kind == "constexpr":
-            constant = source.constants[i,]
-            if value is not constant and value != constant:
-                return f"{name} is {value}, but the code was made for {constant}"
-            continue
-        is_tensor = isinstance(value, torch.Tensor)
-        if (kind.startswith("*") != is_tensor) or (is_tensor and _POINTERS[value.dtype] != kind):
-            got = value.dtype if is_tensor else repr(value)
-            return f"{name} is {got}, but the code was made for {kind}"
-        number = value.data_ptr() if is_tensor else value
-        known = source.attrs.get((i,), ())
-        for divisor in (n for key, n in known if key == "tt.divisibility"):
-            if number % divisor:
-                what = "starts at" if is_tensor else "is"
-                return f"{name} {what} {number}, but the code was made for multiples of {divisor}"
-    return None
+def _run(program) -> object:
+    """Run a module or a file as python does; what it exits with."""
+    module = program[1] if program[0] == "-m" else None
+    with mock.patch.object(sys, "argv", program[module is not None :]):
+        try:
+            if module is None:
+                runpy.run_path(program[0], run_name="__main__")
+            else:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            return end.code or 0
+        except Exception:
+            traceback.print_exc()
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    from benchmarks import stand_in_cuda
+    from benchmarks import stand_in  # the module under its own name, as others know it
 
-    raise SystemExit(stand_in_cuda.main())
+    raise SystemExit(stand_in.main())

@@ -6,15 +6,10 @@ nothing. Matrix products give zeros, as kernels do under the stand-in driver, an
 Values mean nothing here: a program that compares them fails after it has launched.
 """
 
-import argparse
 import contextlib
 import itertools
-import runpy
-import sys
 import time
-import traceback
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -22,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import filled_cache, stand_in
+from benchmarks import stand_in
 from benchmarks.cubin import SHARED_LIMITS
 from samfast.kernels._common.implementation import IMPLEMENTATIONS
 
@@ -207,55 +202,3 @@ def _functions(standing):
         **{name: returns(0) for name in zero},
         **_streams(standing),
     }
-
-
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stand_in",
-        description="Run a program as if a GPU were here: its kernels launch and do nothing. "
-        "Ends with 0 where something was launched and no rule of CUDA's was broken.",
-        usage="%(prog)s [options] -- (-m module | file) [arguments]",
-    )
-    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_LIMITS))
-    parser.add_argument("--compile", action="store_true", help="compile into Triton's cache")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write what was launched, for "
-                        "benchmarks.offline --fill FOLDER --from-launches FILE")  # fmt: skip
-    arguments = sys.argv[1:] if arguments is None else arguments
-    own, program = arguments, []
-    if "--" in arguments:
-        place = arguments.index("--")
-        own, program = arguments[:place], arguments[place + 1 :]
-    options = parser.parse_args(own)
-    if not program or program == ["-m"]:
-        parser.error("expected a program after --, such as -- -m pytest tests/gpu")
-    if program[0] != "-m" and not Path(program[0]).is_file():
-        parser.error(f"expected -m module or a file after --, got {program[0]}")
-    with contextlib.ExitStack() as stack:
-        try:
-            standing = stack.enter_context(standing_in(options.arch, options.compile))
-        except RuntimeError as error:
-            parser.error(str(error))
-        code = _run(program)
-    print(f"{standing}; the program ended with {code}")
-    for sentence in dict.fromkeys(standing.broken):
-        print(f"BROKEN {sentence}")
-    if options.record is not None:
-        filled_cache.write_jobs(standing.jobs.values(), options.record)
-    return 0 if standing.launches and not standing.broken else 1
-
-
-def _run(program) -> object:
-    """Run a module or a file as python does; what it exits with."""
-    module = program[1] if program[0] == "-m" else None
-    with mock.patch.object(sys, "argv", program[module is not None :]):
-        try:
-            if module is None:
-                runpy.run_path(program[0], run_name="__main__")
-            else:
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            return end.code or 0
-        except Exception:
-            traceback.print_exc()
-            return 1
-    return 0
