@@ -110,9 +110,7 @@ def standing_in(arch: int = 90, compiles: bool = True):
     if arch not in SHARED_LIMITS:
         raise ValueError(f"expected a target of {sorted(SHARED_LIMITS)}, got {arch}")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError(
-            "TRITON_INTERPRET is 1, but interpreted kernels launch nothing; unset it"
-        )
+        raise RuntimeError(INTERPRETED)
     if current is not None:
         raise RuntimeError("a stand-in is active already; leave it before entering another")
     stand_in = StandIn(arch, compiles)

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
+import torch
 from offline_gate import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
-from benchmarks import stand_in
+from benchmarks import launch_rules, stand_in
 from samfast.info import OPERATIONS
 
 ONE = ("--launches", "tests.instruments.stand_in_launches")
@@ -78,6 +80,23 @@ def test_a_broken_rule_ends_in_a_sentence(told, name, sentence):
     assert "right" not in told["broken"]
 
 
+@pytest.mark.parametrize(
+    ("arch", "shared", "device", "sentence"),
+    [
+        (90, 232_448, "cpu", None),
+        (90, 232_449, "cpu", "expected at most 232448 bytes of shared memory on sm_90, got 232449"),
+        (86, 150_000, "cpu", "expected at most 101376 bytes of shared memory on sm_86, got 150000"),
+        (90, 0, "meta", "expected all tensors on one device, got cpu and meta"),
+    ],
+)
+def test_shared_memory_and_devices(arch, shared, device, sentence):
+    signature = {"x_ptr": "*fp32", "y_ptr": "*bf16"}
+    source = SimpleNamespace(signature=signature, constants={}, attrs={})
+    metadata = SimpleNamespace(num_warps=4, shared=shared)
+    arguments = torch.empty(3), torch.empty(3, device=device, dtype=torch.bfloat16)
+    assert launch_rules.problem(source, metadata, (1, 1, 1), arguments, arch) == sentence
+
+
 def test_nothing_stays_behind(told):
     assert told["before"] == told["after"]
 
@@ -95,6 +114,13 @@ def test_another_process_finds_every_kernel(filled, tmp_path):
     code, text, errors = run(*command, cache=folder / "cache")
     assert code == 0, text + errors
     assert "2 hits, 0 compiles, 0 C compiles" in text
+
+
+@pytest.mark.slow
+def test_a_cache_that_lacks_a_kernel_is_told(tmp_path):
+    code, text, errors = run("-m", "benchmarks.offline", "--hits", *ONE, cache=tmp_path / "cache")
+    assert code == 2 and "Traceback" not in errors, text + errors
+    assert "for sm_90 in Triton's cache, which lacks it; fill one from this source" in errors
 
 
 def test_interpreted_kernels_and_other_targets_are_refused(monkeypatch):
