@@ -295,9 +295,7 @@ def _hits(options) -> int:
                 stand_in.make([launch])
                 if standing.compiled or standing.notes.built:  # others would take as long
                     name = f"{launch.kernel.fn.__name__} for sm_{arch}"
-                    raise ValueError(
-                        f"expected {name} in Triton's cache, which lacks it; fill one from this source"
-                    )
+                    raise ValueError(f"{name} is not in Triton's cache; fill one from this source")
         print(standing, flush=True)
     return 0
 
