@@ -110,3 +110,15 @@ def test_a_damaged_file_is_refused(carried, capsys, damage):
     assert filled_cache.unpack(path) == 2
     assert "is not a whole file of --fill" in capsys.readouterr().out
     assert not cache.exists()
+
+
+def test_a_file_that_lacks_files_is_refused(carried, capsys):
+    path, cache = carried
+    text = json.dumps(filled_cache.identity() | {"files": 3}).encode()
+    with tarfile.open(path, "w:xz") as archive:
+        info = tarfile.TarInfo("filled.json")
+        info.size = len(text)
+        archive.addfile(info, io.BytesIO(text))
+    assert filled_cache.unpack(path) == 2
+    assert "it holds 0 of 3 files" in capsys.readouterr().out
+    assert not cache.exists()
