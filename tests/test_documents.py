@@ -118,6 +118,8 @@ def python(arguments):
     arguments = [re.sub(r"\S*<gpu>\.csv", str(results), argument) for argument in arguments[2:]]
     if hasattr(module, "Settings"):
         tyro.cli(module.Settings, args=arguments)
+    elif hasattr(module, "parsed"):
+        module.parsed(arguments)
     elif arguments:
         module.main(arguments)
     else:
