@@ -29,7 +29,8 @@ BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) se
 # Beside a GPU, where pytest-xdist is installed: most of the time goes to compiling kernels.
 GPU_WORKERS ?= 12
 
-.PHONY: demo test test-slow test-elsewhere test-gpu sanitize-gpu bench bench-gpu lint clean
+.PHONY: demo test test-slow test-elsewhere test-gpu sanitize-gpu bench bench-gpu carry-gpu \
+  lint clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
@@ -74,6 +75,16 @@ bench: $(VENV)/.dev
 bench-gpu:
 	$(BUILD_HERE)
 	$(PYTHON) -m benchmarks.gpu
+
+# Wheels for a GPU machine without a network, on a machine that has one. There, they install with
+# pip install --no-index --no-deps --find-links .gpu/wheels -r benchmarks/gpu_wheels.txt
+GPU_PYTHON ?= 3.12
+carry-gpu:
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	  --implementation cp --python-version $(GPU_PYTHON) \
+	  $(foreach glibc,2_17 2_27 2_28,--platform manylinux_$(glibc)_x86_64) \
+	  --dest .gpu/wheels -r benchmarks/gpu_wheels.txt
+	@ls .gpu/wheels
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)

@@ -4,13 +4,24 @@
 import gc
 from collections import Counter
 
+import pytest
 import torch
 
 from benchmarks.graph import captured
 from samfast.counters import count, saved_bytes
+from samfast.integrations.torchvision import installed
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def need_segment_anything() -> None:
+    """Leave a test module out, with a sentence, where its classes cannot be inherited."""
+    if not installed("segment_anything"):
+        pytest.skip(
+            "segment_anything is not installed; carry benchmarks/gpu_wheels.txt (make carry-gpu)",
+            allow_module_level=True,
+        )
 
 
 def same(first, second) -> bool:
