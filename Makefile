@@ -29,7 +29,7 @@ BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) se
 # Beside a GPU, where pytest-xdist is installed: most of the time goes to compiling kernels.
 GPU_WORKERS ?= 12
 
-.PHONY: demo test test-slow test-elsewhere test-gpu sanitize-gpu bench bench-gpu carry-gpu \
+.PHONY: demo test test-slow test-elsewhere test-gpu smoke-gpu sanitize-gpu bench bench-gpu carry-gpu \
   lint clean
 
 demo: $(VENV)/.train
@@ -54,6 +54,12 @@ test-gpu:
 	  tests/gpu tests/kernels tests/test_counters.py tests/test_benchmarks.py \
 	  tests/instruments $(addprefix tests/modules/test_, $(addsuffix .py, $(ON_GPU)))
 
+# The first tests for a GPU, in 150 s at most where Triton's cache is filled.
+smoke-gpu:
+	@$(PYTHON) -m benchmarks.smoke --look
+	$(BUILD_HERE)
+	$(PYTHON) -m benchmarks.smoke
+
 # Every operation and backend at small sizes, each allocation by itself so that its bounds are known.
 sanitize-gpu:
 	$(BUILD_HERE)
@@ -72,9 +78,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --op block --record
 	$(BIN)/python -m benchmarks.run --op saved_bytes
 
+# QUICK=1: the blocks and attention of ViT-B and ViT-H, 100 s at most.
+QUICK ?=
 bench-gpu:
+	@$(PYTHON) -m benchmarks.smoke --look
 	$(BUILD_HERE)
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(if $(QUICK),--quick)
 
 # Wheels for a GPU machine without a network, on a machine that has one. There, they install with
 # pip install --no-index --no-deps --find-links .gpu/wheels -r benchmarks/gpu_wheels.txt

@@ -2,6 +2,8 @@
 """What the GPU tests of every operation prove in the same way."""
 
 import gc
+import importlib
+import itertools
 from collections import Counter
 
 import pytest
@@ -28,8 +30,15 @@ def same(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def missing(operation, backend, dtype) -> str | None:
+    """None when the operation's small example runs on this backend here, or why it does not."""
+    example = importlib.import_module(f"samfast.kernels.{operation}.example")
+    return example.missing(backend, DEVICE, dtype)
+
+
 def same_bits(call, repeats, deterministic):
-    """``call()`` gives the same tensors every time; deterministic: under torch's own guard too."""
+    """``call()`` gives the same tensors every time; deterministic: under torch's own guard too,
+    which fills fresh memory with NaN, so that nothing is right because it was there before."""
     torch.use_deterministic_algorithms(deterministic)
     try:
         first = call()
@@ -37,6 +46,12 @@ def same_bits(call, repeats, deterministic):
             assert same(first, call())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def same_bits_as(expected, call, repeats):
+    """``call()`` gives these tensors every time, from memory that was filled with NaN."""
+    turns = itertools.chain([expected], iter(call, object()))
+    same_bits(lambda: next(turns), repeats, True)
 
 
 def steps_under_replay(problem, steps, rate):
