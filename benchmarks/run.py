@@ -263,15 +263,15 @@ def quantile(samples, q):
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
-def append(path: Path, rows: list[dict]) -> None:
+def append(path: Path, rows: list[dict], columns=COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.is_file()
     if not new and (
         header := path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
-    ) != ",".join(COLUMNS):
-        raise ValueError(f"{path} has the columns {header}, not {','.join(COLUMNS)}; move it away")
+    ) != ",".join(columns):
+        raise ValueError(f"{path} has the columns {header}, not {','.join(columns)}; move it away")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         if new:
             writer.writeheader()
         for row in rows:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first tests to run on a GPU: few compiles, every kernel, dtype and way once.
 
-On a CPU the values run in Triton's interpreter, and wait for `make test-slow`.
+On a CPU the values run in Triton's interpreter, all but a whole map's, and wait for
+`make test-slow`.
 """
 
 import copy
@@ -32,7 +33,7 @@ VALUES = [
         backend,
         dtype,
         id=f"{row}-{backend}-{str(dtype)[6:]}",
-        marks=[pytest.mark.gpu] if backend == "cuda" else [],
+        marks=[pytest.mark.gpu] if backend == "cuda" or row.way == "sam-map" else [],
     )
     for row in ROWS
     for backend in row.backends
