@@ -29,7 +29,7 @@ BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) se
 # Beside a GPU, where pytest-xdist is installed: most of the time goes to compiling kernels.
 GPU_WORKERS ?= 12
 
-.PHONY: demo test test-slow test-elsewhere test-gpu smoke-gpu sanitize-gpu bench bench-gpu carry-gpu \
+.PHONY: demo test test-slow test-elsewhere test-gpu smoke-gpu sanitize-gpu bench bench-gpu carry-gpu first-gpu \
   lint clean
 
 demo: $(VENV)/.train
@@ -85,6 +85,12 @@ bench-gpu:
 	$(BUILD_HERE)
 	$(PYTHON) -m benchmarks.gpu $(if $(QUICK),--quick)
 
+# The first minutes on a GPU: CALL=call1 or call2; REHEARSE=1: what needs no GPU.
+CALL ?= call1
+REHEARSE ?=
+first-gpu:
+	$(PYTHON) -m benchmarks.first_gpu $(CALL) $(if $(REHEARSE),--rehearse)
+
 # Wheels for a GPU machine without a network, on a machine that has one. There, they install with
 # pip install --no-index --no-deps --find-links .gpu/wheels -r benchmarks/gpu_wheels.txt
 GPU_PYTHON ?= 3.12
@@ -93,7 +99,8 @@ carry-gpu:
 	  --implementation cp --python-version $(GPU_PYTHON) \
 	  $(foreach glibc,2_17 2_27 2_28,--platform manylinux_$(glibc)_x86_64) \
 	  --dest .gpu/wheels -r benchmarks/gpu_wheels.txt
-	@ls .gpu/wheels
+	@git describe --always --dirty --abbrev=12 > .gpu/commit
+	@ls .gpu .gpu/wheels
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)

@@ -43,13 +43,13 @@ def outcomes(path: Path) -> dict[str, str]:
     return found
 
 
-def run(results: Path, seconds: float, extra=()) -> int:
+def run(results: Path, seconds: float, tests=(TESTS,)) -> int:
     """Run the tests and print what became of them; 0 where all passed in time."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu_smoke", TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu_smoke", *tests]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(PROCESSES), "--dist", "worksteal"]
     results.unlink(missing_ok=True)
-    command += ["--junit-now", str(results.resolve()), *extra]
+    command += ["--junit-now", str(results.resolve())]
     code, took = timed.run(command, seconds, ROOT)
     end = f"STOPPED after {took:.0f} s" if code is None else f"ended with {code}, {took:.0f} s"
     ends = list(outcomes(results).values())
@@ -63,11 +63,18 @@ def main(arguments=None) -> int:
     parser.add_argument("--look", action="store_true", help="only say whether there is a GPU")
     parser.add_argument("--seconds", type=float, default=150, help="for all of them (150)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="junit xml (build/smoke.xml)")
+    parser.add_argument("--failed", type=Path, metavar="XML", help="only what failed there")
     options = parser.parse_args(arguments)
+    tests = [TESTS]
+    if options.failed is not None:
+        tests = [node for node, end in outcomes(options.failed).items() if end == "failed"]
+        if not tests:
+            print(f"{options.failed} has no failed test; nothing to run")
+            return 0
     if (missing := no_gpu()) is not None:
         print(missing, file=sys.stderr)
         return 2
-    return 0 if options.look else run(options.results, options.seconds)
+    return 0 if options.look else run(options.results, options.seconds, tests)
 
 
 if __name__ == "__main__":
