@@ -72,7 +72,10 @@ def test_the_steps_fit_their_call(call):
     assert needed <= first_gpu.SECONDS[call]
     for step in steps:
         for line in filter(None, (step.command, step.rehearsed)):
+            guarded = re.findall(r"\[ ! -f benchmarks/(\w+)\.py \]", line)
             for module in re.findall(r"-m (benchmarks\.\w+)", line):
+                if module.split(".")[1] in guarded:
+                    continue
                 assert callable(importlib.import_module(module).main), module
 
 

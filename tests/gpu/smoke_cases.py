@@ -22,6 +22,7 @@ from samfast.kernels.expert_gate import example as expert_gate
 from .proofs import DEVICE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT32_HEAD = 64  # the widest head that attention's kernels take in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Row:
     names: tuple[str, ...] = ()
     backends: tuple[str, ...] = ("triton",)
     exact: Callable | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def __str__(self) -> str:
         return f"{self.operation}-{self.way}"
@@ -52,7 +54,8 @@ def _rows(operation, kernels, ways, names=(), native=()):
     for way, case in ways.items():
         backends = ("triton", "cuda") if way in native else ("triton",)
         own = names or getattr(case, "names", ()) if operation != "sam_block" else ()
-        yield Row(operation, way, case.run, kernels, tuple(own), backends)
+        dtypes = DTYPES[1:] if getattr(case, "head_dim", 0) > FLOAT32_HEAD else DTYPES
+        yield Row(operation, way, case.run, kernels, tuple(own), backends, dtypes=dtypes)
 
 
 def _gate(dtype, backend):

@@ -22,7 +22,7 @@ from samfast.kernels.conv_experts.op import supports
 
 from . import planted, proofs, smoke_modules, test_window_attention
 from .proofs import CUDA, DEVICE
-from .smoke_cases import DTYPES, ROWS
+from .smoke_cases import ROWS
 
 pytestmark = pytest.mark.gpu_smoke
 
@@ -37,7 +37,7 @@ VALUES = [
     )
     for row in ROWS
     for backend in row.backends
-    for dtype in DTYPES
+    for dtype in row.dtypes
 ]
 
 
