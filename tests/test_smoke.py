@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import planted, proofs, test_smoke
+from gpu import planted, proofs, smoke_cases, test_smoke
 from junit_now import JunitNow
 
 from benchmarks import smoke, timed
 from samfast.info import OPERATIONS
+from samfast.kernels.relpos_attention import triton_kernels
 
 ROOT = Path(__file__).parents[1]
 MOST = 150
@@ -54,6 +55,10 @@ def test_every_kernel_in_every_dtype(operation):
         named = {name for row, backend, kind in values for name in row.kernels
                  if (row.operation, backend, kind) == (operation, "triton", dtype)}  # fmt: skip
         assert named == kernels(operation)
+
+
+def test_rows_are_what_the_kernels_take():
+    assert smoke_cases.FLOAT32_HEAD == triton_kernels.FLOAT32_HEAD
 
 
 def test_every_cuda_source_in_every_dtype():
