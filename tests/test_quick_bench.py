@@ -2,7 +2,6 @@
 """Rows of the quick benchmark rest on evidence: what was not verified is not written."""
 
 import csv
-import dataclasses
 
 import pytest
 import torch
@@ -175,18 +174,12 @@ def test_only_peers_that_need_no_compiler(monkeypatch):
     from benchmarks.shapes import ENCODERS, Encoder
 
     monkeypatch.setitem(ENCODERS, "tiny", Encoder("tiny", 32, 2, 2))
-    monkeypatch.setattr(quick, "ADAPTERS", quick.ADAPTERS[:1])
-    kinds = {}
-    for operation in quick.PEERS:
-        for place, made in quick.workloads(operation, "tiny", 2, "cpu", torch.float32, side=4):
-            kinds[operation, place] = kinds.get((operation, place), 0) + 1
-            assert made.providers.keys() <= set(quick.PEERS[operation])
-            assert dataclasses.is_dataclass(made.verified)
-            assert "x4x4" in made.name and made.verified.name == made.name.replace("2x4x4", "1x4x4")
-    assert kinds == {
-        (operation, place): n
-        for operation, n in (("relpos_attention", 1), ("block", 1))
-        for place in ("windows", "global")
-    }
+    operation = "relpos_attention"
+    made = dict(quick.workloads(operation, "tiny", 2, "cpu", torch.float32, side=4))
+    assert made.keys() == {"windows", "global"}
+    for workload in made.values():
+        assert workload.providers.keys() <= set(quick.PEERS[operation])
+        assert "samfast torch" not in workload.providers  # which the benchmark of all has
+        assert workload.verified.name == workload.name.replace("2x4x4", "1x4x4") != workload.name
     assert not {name for names in quick.PEERS.values() for name in names if "Flex" in name}
     assert smoke.RESULTS != quick.RESULTS
