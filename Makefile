@@ -29,7 +29,8 @@ BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) se
 # Beside a GPU, where pytest-xdist is installed: most of the time goes to compiling kernels.
 GPU_WORKERS ?= 12
 
-.PHONY: demo test test-slow test-elsewhere test-gpu sanitize-gpu bench bench-gpu lint clean
+.PHONY: demo test test-slow test-elsewhere test-gpu smoke-gpu sanitize-gpu bench bench-gpu carry-gpu first-gpu \
+  lint clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
@@ -53,6 +54,12 @@ test-gpu:
 	  tests/gpu tests/kernels tests/test_counters.py tests/test_benchmarks.py \
 	  tests/instruments $(addprefix tests/modules/test_, $(addsuffix .py, $(ON_GPU)))
 
+# The first tests for a GPU, in 150 s at most where Triton's cache is filled.
+smoke-gpu:
+	@$(PYTHON) -m benchmarks.smoke --look
+	$(BUILD_HERE)
+	$(PYTHON) -m benchmarks.smoke
+
 # Every operation and backend at small sizes, each allocation by itself so that its bounds are known.
 sanitize-gpu:
 	$(BUILD_HERE)
@@ -71,9 +78,29 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run --op block --record
 	$(BIN)/python -m benchmarks.run --op saved_bytes
 
+# QUICK=1: the blocks and attention of ViT-B and ViT-H, 100 s at most.
+QUICK ?=
 bench-gpu:
+	@$(PYTHON) -m benchmarks.smoke --look
 	$(BUILD_HERE)
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(if $(QUICK),--quick)
+
+# The first minutes on a GPU: CALL=call1 or call2; REHEARSE=1: what needs no GPU.
+CALL ?= call1
+REHEARSE ?=
+first-gpu:
+	$(PYTHON) -m benchmarks.first_gpu $(CALL) $(if $(REHEARSE),--rehearse)
+
+# Wheels for a GPU machine without a network, on a machine that has one. There, they install with
+# pip install --no-index --no-deps --find-links .gpu/wheels -r benchmarks/gpu_wheels.txt
+GPU_PYTHON ?= 3.12
+carry-gpu:
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	  --implementation cp --python-version $(GPU_PYTHON) \
+	  $(foreach glibc,2_17 2_27 2_28,--platform manylinux_$(glibc)_x86_64) \
+	  --dest .gpu/wheels -r benchmarks/gpu_wheels.txt
+	@git describe --always --dirty --abbrev=12 > .gpu/commit
+	@ls .gpu .gpu/wheels
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(CHECKED)

@@ -2,6 +2,7 @@
 """All benchmarks of a GPU, one process each, the goals' table last.
 
 python -m benchmarks.gpu
+python -m benchmarks.gpu --quick       attention and blocks of ViT-H and ViT-B, in 100 s
 
 A process that fails, or hangs for a third of the time, costs its own rows and no others. What
 does not fit into the time is left out, and said: first come whole steps and blocks, last the peers
@@ -9,14 +10,13 @@ under torch.compile.
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import goals, machine
+from benchmarks import goals, machine, quick, timed
 
 COMMON = "--device cuda --dtype bfloat16 --batch 4 --record".split()
 STEPS = "--repeats 9 --model"
@@ -35,8 +35,13 @@ JOBS = (
     f"encoder {STEPS} vit_h --compiled",
 )  # fmt: skip
 
+QUICK_JOBS = tuple(
+    f"{operation} --model {model}"
+    for model in ("vit_h", "vit_b") for operation in ("block", "relpos_attention")
+)  # fmt: skip
 
-def run(jobs, common, seconds: float) -> dict[str, str]:
+
+def run(jobs, common, seconds: float, program: str = "benchmarks.run") -> dict[str, str]:
     """Job -> how it ended, ``done`` or a sentence; all together take ``seconds`` at most."""
     ends, limit = {}, time.monotonic() + seconds
     for job in jobs:
@@ -44,31 +49,42 @@ def run(jobs, common, seconds: float) -> dict[str, str]:
         if left < 1:
             ends[job] = "not run: no time left"
             continue
-        command = [sys.executable, "-m", "benchmarks.run", "--op", *job.split(), *common]
+        command = [sys.executable, "-m", program, "--op", *job.split(), *common]
         print(f"\n=== {job}", flush=True)
-        start = time.monotonic()
-        try:
-            code = subprocess.run(command, timeout=left).returncode
-            ends[job] = "done" if code == 0 else f"FAILED: exit status {code}"
-        except subprocess.TimeoutExpired:
+        code, took = timed.run(command, left)
+        ends[job] = "done" if code == 0 else f"FAILED: exit status {code}"
+        if code is None:
             ends[job] = "STOPPED: no time left; its earlier rows are kept"
-        ends[job] += f" ({time.monotonic() - start:.0f} s)"
+        ends[job] += f" ({took:.0f} s)"
     return ends
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="run every benchmark on this GPU")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (9)")
+    parser.add_argument("--minutes", type=float, help="for everything (9; with --quick 1.67)")
+    parser.add_argument("--quick", action="store_true", help="only attention and blocks")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu needs a CUDA device, and torch sees none")
-    ends = run(JOBS, COMMON, 60 * options.minutes)
+    if options.quick:
+        quick.RESULTS.unlink(missing_ok=True)
+        ends = run(QUICK_JOBS, [], 60 * (options.minutes or 100 / 60), "benchmarks.quick")
+        print("\n=== how the benchmarks ended")
+        print("\n".join(f"{job:50} {end}" for job, end in ends.items()))
+        print(f"\n=== goals, by {quick.RESULTS}")
+        quick.goals(quick.RESULTS)
+        return _code(ends)
+    ends = run(JOBS, COMMON, 60 * (options.minutes or 9))
     results = Path(__file__).with_name("results") / f"{machine.slug('cuda')}.csv"
     print("\n=== how the benchmarks ended")
     print("\n".join(f"{job:50} {end}" for job, end in ends.items()))
     print(f"\n=== goals, by {results.name}")
     if results.is_file():
         goals.main([str(results)])
+    return _code(ends)
+
+
+def _code(ends: dict[str, str]) -> int:
     return 1 if any(end.startswith(("FAILED", "STOPPED")) for end in ends.values()) else 0
 
 

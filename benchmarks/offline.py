@@ -10,32 +10,25 @@ in ``benchmarks/launches.py``. Kernels must be imported without TRITON_INTERPRET
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.errors import TritonError
+from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import machine_code
 from benchmarks.cubin import ROOT, SHARED_LIMITS, Resources, compile_cuda, read_cubin
-
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,80 +68,80 @@ def recording():
 class Compile:
     """What decides the machine code of a launch, as plain data that another process can take.
 
-    types: Triton's type of every parameter   constants: (position, value)
-    divisible: positions of the arguments known to be multiples of sixteen
+    types: Triton's type of every parameter   constants: (path, value)
+    attributes: (path, what is known), an empty tuple where a launch would look and found nothing
+    options: those that are not Triton's own for this target
+
+    Triton's cache finds an entry only by exactly these, in this order, so they are Triton's own.
     """
 
     module: str
     kernel: str
     types: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[int, object], ...]
-    divisible: tuple[int, ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    attributes: tuple[tuple[tuple[int, ...], tuple], ...]
     options: tuple[tuple[str, object], ...]
     arch: int
 
     @classmethod
     def of(cls, launch: Launch, arch: int) -> "Compile":
-        types, constants, divisible = [], [], []
-        parameters = launch.kernel.params
-        pairs = zip(parameters, launch.arguments.items(), strict=True)
-        for i, (parameter, (name, value)) in enumerate(pairs):
-            kind = _kind(value, parameter)
-            types.append((name, kind))
-            if kind == "constexpr":
-                constants.append((i, value))
-            elif not parameter.do_not_specialize and _by_sixteen(value):
-                divisible.append(i)
+        kernel, arguments = launch.kernel, {**launch.arguments, **launch.options}
+        backend, binder = _binder(kernel, arch)
+        arguments["debug"] = arguments.get("debug", kernel.debug) or triton.knobs.runtime.debug
+        bound, specialization, options = binder(**arguments)
+        packed = kernel._pack_args(backend, arguments, bound, specialization, options)
+        return cls.packed(kernel, arch, *packed)
+
+    @classmethod
+    def packed(cls, kernel, arch, options, signature, constants, attributes) -> "Compile":
+        """From what Triton hands to its compiler."""
+        usual = vars(_backend(arch).parse_options({}))
+        own = {k: v for k, v in vars(options).items() if v != usual[k]}
         return cls(
-            module=launch.kernel.fn.__module__,
-            kernel=launch.kernel.fn.__name__,
-            types=tuple(types),
-            constants=tuple(constants),
-            divisible=tuple(divisible),
-            options=tuple(sorted(launch.options.items())),
+            module=kernel.fn.__module__,
+            kernel=kernel.fn.__name__,
+            types=tuple(signature.items()),
+            constants=tuple(constants.items()),
+            attributes=tuple((path, tuple(map(tuple, v))) for path, v in attributes.items()),
+            options=tuple(sorted(own.items())),
             arch=arch,
         )
 
     def source(self) -> ASTSource:
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        constants = {(i,): value for i, value in self.constants}
-        attributes = {(i,): [["tt.divisibility", 16]] for i in self.divisible}
-        return ASTSource(kernel, dict(self.types), constants, attributes)
+        attributes = {path: [list(each) for each in known] for path, known in self.attributes}
+        return ASTSource(kernel, dict(self.types), dict(self.constants), attributes)
+
+    @property
+    def target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
 
     def __str__(self) -> str:
         names = [name for name, _ in self.types]
-        constants = [f"{names[i]}={value}" for i, value in self.constants if value is not None]
+        constants = [
+            f"{names[i]}={value}" for (i, *_), value in self.constants if value is not None
+        ]
         constants += [f"{name}={value}" for name, value in self.options]
         return ", ".join(constants)
 
 
-def _kind(value, parameter):
-    if parameter.is_constexpr or value is None:
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, int):
-        if value == 1 and not parameter.do_not_specialize:
-            return "constexpr"
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
+@functools.cache
+def _backend(arch):
+    return make_backend(GPUTarget("cuda", arch, 32))
 
 
-def _by_sixteen(value):
-    if isinstance(value, torch.Tensor):
-        start = value.storage_offset() * value.element_size()
-        return start % 16 == 0 if value.is_meta else value.data_ptr() % 16 == 0
-    return isinstance(value, int) and value % 16 == 0
+@functools.cache
+def _binder(kernel, arch):
+    """What finds the types of a launch's arguments, as the launch itself has it."""
+    backend = _backend(arch)
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def compile_one(job: Compile) -> Resources | str:
     """Resources of one compiled kernel, or the sentence with which Triton refused it."""
     source = job.source()
-    target = GPUTarget("cuda", job.arch, 32)
     try:
-        compiled = triton.compile(source, target=target, options=dict(job.options))
+        compiled = triton.compile(source, target=job.target, options=dict(job.options))
     except (TritonError, RuntimeError) as error:
         return f"NOT COMPILED: {str(error).strip().splitlines()[-1]}"
     with tempfile.TemporaryDirectory() as folder:
@@ -185,14 +178,14 @@ def distinct(
     return dict(users.values())
 
 
-def compile_all(jobs: list[Compile], processes: int) -> Iterator[Resources | str]:
-    """compile_one of every job, in order."""
-    if processes == 1 or len(jobs) == 1:
-        yield from map(compile_one, jobs)
+def in_processes(work: Callable, jobs: list[Compile], processes: int) -> Iterator:
+    """work(job) of every job, in order."""
+    if processes == 1 or len(jobs) <= 1:
+        yield from map(work, jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a forked LLVM or OpenMP may hang
     with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=spawn) as pool:
-        yield from pool.map(compile_one, jobs)
+        yield from pool.map(work, jobs)
 
 
 def gate(named, archs: list[int], processes: int) -> bool:
@@ -202,7 +195,7 @@ def gate(named, archs: list[int], processes: int) -> bool:
     found: dict[int, list[Resources]] = {arch: [] for arch in archs}
     wrong = 0
     for (job, names), result in zip(
-        users.items(), compile_all(list(users), processes), strict=True
+        users.items(), in_processes(compile_one, list(users), processes), strict=True
     ):
         more = f" +{len(names) - 1}" if len(names) > 1 else ""
         print(f"{names[0] + more:36} sm_{job.arch:<4}{job.kernel:22} {result}", flush=True)
@@ -234,23 +227,102 @@ def _summary(arch, results):
     )
 
 
-def main(arguments=None) -> int:
+def parsed(arguments=None) -> argparse.Namespace:
+    """The command line; ends with a sentence where it is wrong."""
     parser = argparse.ArgumentParser(description="compile every kernel for GPUs that are not here")
-    parser.add_argument("--archs", nargs="+", type=int, default=sorted(SHARED_LIMITS))
+    parser.add_argument("--archs", "--arch", nargs="+", type=int, choices=sorted(SHARED_LIMITS))
     parser.add_argument("--quick", action="store_true", help="the usual configurations")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--launches", default="benchmarks.launches", help="the module of launches")
     parser.add_argument("--cuda", nargs="*", type=Path, help="CUDA sources; all of csrc/cuda")
+    parser.add_argument(
+        "--fill",
+        type=Path,
+        metavar="FOLDER",
+        help="fill Triton's cache with the usual configurations and write it to a file in FOLDER",
+    )
+    parser.add_argument(
+        "--from-launches",
+        type=Path,
+        metavar="FILE",
+        help="fill with what benchmarks.stand_in --record wrote",
+    )
+    parser.add_argument(
+        "--unpack", type=Path, metavar="FILE", help="add a file of --fill to this Triton's cache"
+    )
+    parser.add_argument(
+        "--hits",
+        action="store_true",
+        help="launch the usual configurations without a GPU; fail unless the cache has them all",
+    )
     options = parser.parse_args(arguments)
+    if options.from_launches is not None and options.fill is None:
+        parser.error("--from-launches needs --fill FOLDER")
+    return options
+
+
+def main(arguments=None) -> int:
+    options = parsed(arguments)
+    try:
+        return _run(options)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.offline: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET is set, but interpreted kernels cannot be compiled")
+        raise ValueError(
+            "TRITON_INTERPRET is 1, but interpreted kernels cannot be compiled; unset it"
+        )
+    if options.unpack is not None or options.fill is not None or options.hits:
+        return _filled(options)
     print(f"triton {triton.__version__}{machine_code.note(triton.__version__)}")
+    archs = options.archs or sorted(SHARED_LIMITS)
     if options.cuda is not None:
-        return 0 if _cuda(options.cuda, options.archs) else 1
-    registered = importlib.import_module(options.launches).registered(options.quick)
-    named = ((name, launches) for name, launches in registered if options.only in name)
-    return 0 if gate(named, options.archs, options.jobs) else 1
+        return 0 if _cuda(options.cuda, archs) else 1
+    return 0 if gate(_chosen(options, options.quick), archs, options.jobs) else 1
+
+
+def _chosen(options, quick):
+    registered = importlib.import_module(options.launches).registered(quick)
+    return ((name, launches) for name, launches in registered if options.only in name)
+
+
+def _hits(options) -> int:
+    from benchmarks import filled_cache, stand_in
+
+    if options.unpack is None:
+        print(filled_cache.told(filled_cache.identity()), flush=True)
+    chosen = [each for _, launches in _chosen(options, True) for each in launches]
+    for arch in options.archs or [90]:
+        with stand_in.standing_in(arch) as standing:
+            for launch in chosen:
+                if launch.archs and arch not in launch.archs:
+                    continue
+                stand_in.make([launch])
+                if standing.compiled or standing.notes.built:  # others would take as long
+                    name = f"{launch.kernel.fn.__name__} for sm_{arch}"
+                    raise ValueError(f"{name} is not in Triton's cache; fill one from this source")
+        print(standing, flush=True)
+    return 0
+
+
+def _filled(options) -> int:
+    from benchmarks import filled_cache
+
+    if options.unpack is not None and (code := filled_cache.unpack(options.unpack)):
+        return code
+    if options.fill is None:
+        return _hits(options) if options.hits else 0
+    if options.from_launches is not None:
+        jobs = filled_cache.read_jobs(options.from_launches)
+    else:
+        jobs = list(distinct(_chosen(options, quick=True), options.archs or [90]))
+    if not jobs:
+        raise ValueError("expected launches to compile, got none; see --only and --archs")
+    return filled_cache.fill(jobs, options.fill, options.jobs)
 
 
 def _cuda(sources, archs) -> bool:

@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What --op names: generators of workloads."""
+"""What --op names: generators of workloads, imported when they are called."""
 
-from benchmarks.adapt_former import adapt_former_workloads
-from benchmarks.blocks import block_workloads
-from benchmarks.cobot import cobot_workloads
-from benchmarks.encoder import encoder_workloads
-from benchmarks.hypercomplex import hypercomplex_workloads
-from benchmarks.registry import conv_lora_workloads, lora_linear_workloads
-from benchmarks.relpos_attention import relpos_attention_workloads
-from benchmarks.task_core import task_core_workloads
+import importlib
+
+from samfast.integrations.torchvision import installed
+
+# Where segment_anything is not installed, these cannot run; the other operations can.
+OF_SEGMENT_ANYTHING = ("block", "encoder", "saved_bytes", "step")
+
+
+def _from(module: str, name: str):
+    def workloads(*arguments, **options):
+        return getattr(importlib.import_module(f"benchmarks.{module}"), name)(*arguments, **options)
+
+    return workloads
+
 
 OPERATIONS = {
-    "lora_linear": lora_linear_workloads,
-    "conv_lora": conv_lora_workloads,
-    "cobot": cobot_workloads,
-    "hypercomplex": hypercomplex_workloads,
-    "task_core": task_core_workloads,
-    "relpos_attention": relpos_attention_workloads,
-    "adapt_former": adapt_former_workloads,
-    "block": block_workloads,
-    "encoder": encoder_workloads,
+    "lora_linear": _from("registry", "lora_linear_workloads"),
+    "conv_lora": _from("registry", "conv_lora_workloads"),
+    "cobot": _from("cobot", "cobot_workloads"),
+    "hypercomplex": _from("hypercomplex", "hypercomplex_workloads"),
+    "task_core": _from("task_core", "task_core_workloads"),
+    "relpos_attention": _from("relpos_attention", "relpos_attention_workloads"),
+    "adapt_former": _from("adapt_former", "adapt_former_workloads"),
+    "block": _from("blocks", "block_workloads"),
+    "encoder": _from("encoder", "encoder_workloads"),
 }
+
+
+def segment_anything_missing(operation: str) -> str | None:
+    """None when a benchmark has what it needs, or the sentence that says what to install."""
+    if operation not in OF_SEGMENT_ANYTHING or installed("segment_anything"):
+        return None
+    return (
+        f"the benchmark {operation} needs segment_anything, which is not installed; install it, or "
+        "carry the wheels of benchmarks/gpu_wheels.txt (make carry-gpu)"
+    )

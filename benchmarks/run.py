@@ -16,18 +16,19 @@ import itertools
 import math
 import os
 import shutil
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 import samfast
-from benchmarks import machine, saved
+from benchmarks import machine
 from benchmarks.graph import captured
-from benchmarks.operations import OPERATIONS
+from benchmarks.operations import OPERATIONS, segment_anything_missing
+from benchmarks.options import parsed
 from benchmarks.registry import Workload
 from benchmarks.shapes import ENCODERS
 from benchmarks.verify import REFUSALS, refusal, verify
@@ -47,21 +48,23 @@ class Settings:
     op: Literal[(*OPERATIONS, "saved_bytes", "offline")] = "lora_linear"
     model: Literal[tuple(ENCODERS)] = "vit_b"
     batch: int = 1
-    image_size: int = 1024
-    """Of block and encoder: the side of the images."""
-    rank: int | None = None
-    """None: 4, of conv_lora 3, of task_core 32."""
+    image_size: int = field(
+        default=1024, metadata={"help": "side of the images of block and encoder"}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "rank of the adapters; None: 4, conv_lora 3, task_core 32"}
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal[tuple(DTYPES)] = "float32"
     repeats: int = 9
-    compiled: bool = False
-    """Also time the peers under torch.compile."""
-    threads: int = 0
-    """CPU threads; 0 keeps torch's choice."""
-    csv: Path | None = None
-    """Append the rows to this file."""
-    record: bool = False
-    """Append the rows to benchmarks/results/<machine>.csv."""
+    compiled: bool = field(
+        default=False, metadata={"help": "also time the peers under torch.compile"}
+    )
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 keeps torch's choice"})
+    csv: Path | None = field(default=None, metadata={"help": "append the rows to this file"})
+    record: bool = field(
+        default=False, metadata={"help": "append the rows to benchmarks/results/<machine>.csv"}
+    )
 
 
 def main(settings: Settings) -> int:
@@ -71,7 +74,12 @@ def main(settings: Settings) -> int:
         return offline.main([]) or (offline.main(["--cuda"]) if shutil.which("nvcc") else 0)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if (missing := segment_anything_missing(settings.op)) is not None:
+        print(missing, file=sys.stderr)
+        return 2
     if settings.op == "saved_bytes":
+        from benchmarks import saved
+
         return saved.main()
     device, dtype = settings.device, DTYPES[settings.dtype]
     rates = machine.rates(device, dtype)
@@ -255,15 +263,15 @@ def quantile(samples, q):
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
-def append(path: Path, rows: list[dict]) -> None:
+def append(path: Path, rows: list[dict], columns=COLUMNS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.is_file()
     if not new and (
         header := path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
-    ) != ",".join(COLUMNS):
-        raise ValueError(f"{path} has the columns {header}, not {','.join(COLUMNS)}; move it away")
+    ) != ",".join(columns):
+        raise ValueError(f"{path} has the columns {header}, not {','.join(columns)}; move it away")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         if new:
             writer.writeheader()
         for row in rows:
@@ -288,4 +296,4 @@ def _triton_version():
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(Settings)))
+    raise SystemExit(main(parsed(Settings)))

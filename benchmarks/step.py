@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 import samfast
 from benchmarks import machine
+from benchmarks.operations import segment_anything_missing
+from benchmarks.options import parsed
 from benchmarks.peers import eager_adapter, exchange
 from benchmarks.shapes import ENCODERS
 from samfast.kernels.sam_block.plan import MEMORY
@@ -36,6 +37,9 @@ class Settings:
 
 
 def main(settings: Settings) -> int:
+    if (missing := segment_anything_missing("step")) is not None:
+        print(missing, file=sys.stderr)
+        return 2
     torch.manual_seed(0)  # of the adapters
     sam = build_sam(settings.model, random_init=True, image_size=settings.image_size, seed=0)
     target = ("qkv", "proj", "lin1", "lin2")
@@ -75,4 +79,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(Settings)))
+    raise SystemExit(main(parsed(Settings)))

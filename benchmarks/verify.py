@@ -48,9 +48,25 @@ def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
             found[name] = refusal(error)
             continue
         if not provider.checked:
+            broken = [i for i, t in enumerate(results) if not bool(t.isfinite().all())]
+            if broken:
+                found[name] = f"{workload.results[broken[0]]} is not finite"
             continue
         problems = [budget.problems(results) for budget in budgets]
         if all(problems):
             place, text = next(iter(problems[0].items()))
             found[name] = f"{workload.results[int(place)]}: {text}"
     return found
+
+
+WITHIN, OTHER = "within budget", "another result, finite"
+
+
+def verdict(workload: Workload, name: str, wrong: dict[str, str]) -> str:
+    """What ``verify`` found of a provider, in the words of a row; wrong: what it returned.
+
+    Empty for a provider that was not seen to be right, whose times no row may hold.
+    """
+    if name in wrong or name not in workload.providers:
+        return ""
+    return WITHIN if workload.providers[name].checked else OTHER

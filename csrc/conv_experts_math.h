@@ -7,7 +7,8 @@
 // them needs points + 2 positions, one more on either side. Position k of a cell reads four sources
 // from d + base[k] on, with weights that do not depend on d: sources past the border repeat the
 // border, and positions past the border of the upsampled map are the convolution's zero padding.
-// For s = 2 cells overlap and two of a border cell's points lie outside the map; the clamped reads
+// At s = 1 nothing is interpolated: a position reads its own source, and no other with weight zero,
+// which would carry a NaN along. For s = 2 cells overlap and two of a border cell's points lie outside the map; the clamped reads
 // of the return filter then move to their inner neighbour, so the outer points weigh nothing.
 #pragma once
 
@@ -73,6 +74,8 @@ SAMFAST_HD int64_t clamped(int64_t i, int64_t n) { return i < 0 ? 0 : i < n ? i 
 
 SAMFAST_HD int points_of(int ratio) { return ratio % 2 != 0 ? 1 : kPoints; }
 
+SAMFAST_HD int taps_of(int ratio) { return ratio == 1 ? 1 : kTaps; }
+
 // Position k of cell d is upsampled position ratio * d + phase(ratio, k).
 SAMFAST_HD int phase(int ratio, int k) { return (ratio - points_of(ratio)) / 2 - 1 + k; }
 
@@ -90,8 +93,13 @@ SAMFAST_HD void bicubic(float t, float weight[kTaps]) {
   weight[3] = a * u * t * t;
 }
 
-// The sources of position k of a cell: d + result + {0, 1, 2, 3}, with their weights.
+// The sources of position k of a cell: d + result + {0, 1, 2, 3}, or the first alone where
+// taps_of(ratio) is 1, with their weights.
 SAMFAST_HD int sources(int ratio, int k, float weight[kTaps]) {
+  if (ratio == 1) {
+    weight[0] = 1.0f;
+    return phase(ratio, k);
+  }
   const int twice = 2 * phase(ratio, k) + 1 - ratio, cell = 2 * ratio;  // 2s times the offset
   const int whole = twice >= 0 ? twice / cell : -((cell - 1 - twice) / cell);
   bicubic(static_cast<float>(twice - whole * cell) / static_cast<float>(cell), weight);

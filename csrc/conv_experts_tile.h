@@ -41,6 +41,11 @@ struct Tiling {
   SAMFAST_HD int count() const { return down * across; }
 };
 
+// A position that is not read has weight zero, which a NaN there would outlive.
+SAMFAST_HD void add_weighed(float& total, float weight, float value) {
+  if (weight != 0.0f) total += weight * value;
+}
+
 template <typename T>
 struct Buffers {
   const T *h, *dz, *dz_pad;  // dz_pad is null for zeros
@@ -60,7 +65,7 @@ SAMFAST_HD constexpr int64_t room_of(int rank, int inputs, bool backward) {
 constexpr int kMaxRank = 16;
 static_assert(sizeof(float) * room_of(kMaxRank, kMaxRank, true) <= 99 * 1024, "sm_86 has no more");
 
-template <typename T, int kP, typename Each>
+template <typename T, int kP, int kT, typename Each>
 struct TileWork {
   static constexpr int kK = kP + 2, kLines = kTile * kK, kSide = kTile * kP;
 
@@ -110,7 +115,7 @@ struct TileWork {
       const int first = sources(ratio, k, tap + k * kTaps);
       base[k] = first;
       for (int e = 0; e < kReach; ++e) dense[k * kReach + e] = 0.0f;
-      for (int t = 0; t < kTaps; ++t) dense[k * kReach + kHalo + first + t] = tap[k * kTaps + t];
+      for (int t = 0; t < kT; ++t) dense[k * kReach + kHalo + first + t] = tap[k * kTaps + t];
     });
   }
 
@@ -135,14 +140,14 @@ struct TileWork {
       const int y = item / kLines, x = item % kLines, k = x % kK;
       const float* from = patch + y * kPatch + x / kK + kHalo + base[k];
       float total = 0.0f;
-      for (int t = 0; t < kTaps; ++t) total += tap[k * kTaps + t] * from[t];
+      for (int t = 0; t < kT; ++t) total += tap[k * kTaps + t] * from[t];
       across[y * kLineEnd + x] = inside(ratio, k, left + x / kK, p.windows.width) ? total : 0.0f;
     });
     each(kLines * kLines, [&](int item) {
       const int y = item / kLines, x = item % kLines, k = y % kK;
       const float* from = across + (y / kK + kHalo + base[k]) * kLineEnd + x;
       float total = 0.0f;
-      for (int t = 0; t < kTaps; ++t) total += tap[k * kTaps + t] * from[t * kLineEnd];
+      for (int t = 0; t < kT; ++t) total += tap[k * kTaps + t] * from[t * kLineEnd];
       lines[y * kLineEnd + x] = inside(ratio, k, top + y / kK, p.windows.height) ? total : 0.0f;
     });
   }
@@ -290,7 +295,7 @@ struct TileWork {
       for (int cell = 0; cell < kTile; ++cell) {
         if (y - cell < 0 || y - cell >= kReach) continue;
         for (int k = 0; k < kK; ++k)
-          total += dense[k * kReach + y - cell] * lines[(cell * kK + k) * kLineEnd + x];
+          add_weighed(total, dense[k * kReach + y - cell], lines[(cell * kK + k) * kLineEnd + x]);
       }
       across[y * kLineEnd + x] = total;
     });
@@ -300,7 +305,7 @@ struct TileWork {
       for (int cell = 0; cell < kTile; ++cell) {
         if (x - cell < 0 || x - cell >= kReach) continue;
         for (int k = 0; k < kK; ++k)
-          total += dense[k * kReach + x - cell] * across[y * kLineEnd + cell * kK + k];
+          add_weighed(total, dense[k * kReach + x - cell], across[y * kLineEnd + cell * kK + k]);
       }
       m.patches[(static_cast<int64_t>(tile) * p.rank + channel) * kPatch * kPatch + item] = total;
     });
@@ -329,7 +334,7 @@ SAMFAST_TILE void forward_tile(const Problem& p, const int* ratios, const Buffer
   const Tiling t(p.windows);
   const int64_t expert = p.index[tile / t.count()];
   if (expert < 0 || expert >= p.experts) {
-    const TileWork<T, 1, Each> work(p, m, each, tile, 0, 1, room);
+    const TileWork<T, 1, 1, Each> work(p, m, each, tile, 0, 1, room);
     each(kTile * kTile * p.rank, [&](int item) {
       const int o = item % p.rank, cx = item / p.rank % kTile, cy = item / p.rank / kTile;
       int64_t row;
@@ -337,10 +342,12 @@ SAMFAST_TILE void forward_tile(const Problem& p, const int* ratios, const Buffer
       T* to = work.sample.locate(work.top + cy, work.left + cx, row) ? m.z : m.z_pad;
       to[row * p.rank + o] = static_cast<T>(std::numeric_limits<float>::quiet_NaN());
     });
+  } else if (taps_of(ratios[expert]) == 1) {
+    TileWork<T, 1, 1, Each>(p, m, each, tile, expert, ratios[expert], room).forward();
   } else if (points_of(ratios[expert]) == 1) {
-    TileWork<T, 1, Each>(p, m, each, tile, expert, ratios[expert], room).forward();
+    TileWork<T, 1, kTaps, Each>(p, m, each, tile, expert, ratios[expert], room).forward();
   } else {
-    TileWork<T, kPoints, Each>(p, m, each, tile, expert, ratios[expert], room).forward();
+    TileWork<T, kPoints, kTaps, Each>(p, m, each, tile, expert, ratios[expert], room).forward();
   }
 }
 
@@ -355,10 +362,12 @@ SAMFAST_TILE void backward_tile(const Problem& p, const int* ratios, const Buffe
     each(size, [&](int item) {
       m.patches[static_cast<int64_t>(tile) * size + item] = std::numeric_limits<float>::quiet_NaN();
     });
+  } else if (taps_of(ratios[expert]) == 1) {
+    TileWork<T, 1, 1, Each>(p, m, each, tile, expert, ratios[expert], room).backward();
   } else if (points_of(ratios[expert]) == 1) {
-    TileWork<T, 1, Each>(p, m, each, tile, expert, ratios[expert], room).backward();
+    TileWork<T, 1, kTaps, Each>(p, m, each, tile, expert, ratios[expert], room).backward();
   } else {
-    TileWork<T, kPoints, Each>(p, m, each, tile, expert, ratios[expert], room).backward();
+    TileWork<T, kPoints, kTaps, Each>(p, m, each, tile, expert, ratios[expert], room).backward();
   }
 }
 

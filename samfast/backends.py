@@ -22,12 +22,41 @@ OLDEST_CUDA = (8, 0)
 
 
 def requested(backend: str) -> str:
-    """The backend asked for, with SAMFAST_BACKEND in place of ``auto``; checks the name."""
+    """The backend asked for, with SAMFAST_BACKEND in place of ``auto``; checks the name.
+
+    Every operation asks here. RuntimeError while an exporter records that does not take samfast's
+    operators; the reference backend has none.
+    """
     if backend == "auto":
         backend = os.environ.get("SAMFAST_BACKEND", "auto")
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}; known are {', '.join(NAMES)}")
+    if backend != "reference" and _recording():
+        raise RuntimeError(
+            "torch.jit.trace and torch.onnx.export do not take samfast's operators; call "
+            "samfast.unfuse(model) where blocks are fused and samfast.merge(model) where adapters "
+            "are attached, or use torch.export.export, which takes them"
+        )
     return backend
+
+
+def _recording() -> bool:
+    """Whether an exporter records that knows torch's own operators only.
+
+    torch.compile and torch.export take samfast's; torch.onnx may be what calls torch.export.
+    """
+    if torch.jit.is_tracing():  # a constant to torch.compile, as is_exporting
+        return True
+    return torch.compiler.is_exporting() and _in_onnx_export()
+
+
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch.compile. By itself
+# torch.compile takes is_in_onnx_export for False.
+_in_onnx_export._dynamo_marked_constant = True
 
 
 def resolve(operation: str, backend: str, device: torch.device, supports: Callable) -> str:

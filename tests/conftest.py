@@ -24,6 +24,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from junit_now import JunitNow
 from marks import keep_where_meant
 
 from samfast.integrations.torchvision import declare_missing_schemas
@@ -72,12 +73,17 @@ def pytest_addoption(parser):
         metavar="N",
         help="run tests on N draws of their numbers, or on M:N",
     )
+    parser.addoption(
+        "--junit-now", type=Path, metavar="FILE", help="write junit xml after every test"
+    )
 
 
 def pytest_configure(config):
     if threads := config.getoption("threads"):
         torch.set_num_threads(threads)
         assert torch.get_num_threads() == threads
+    if (path := config.getoption("junit_now")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(JunitNow(path))
 
 
 def pytest_generate_tests(metafunc):

@@ -7,7 +7,9 @@ checkpoint and folders hold few small files.
 python tests/documents.py README.md    runs the Python blocks as in a fresh interpreter
 """
 
+import os
 import re
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,14 @@ def write_stand_ins(folder: Path) -> None:
     torch.save(build_sam("vit_b", random_init=True, seed=0).state_dict(), folder / CHECKPOINT)
 
 
+def be_the_only_process() -> None:
+    """What torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="1")
+
+
 def run_python(document: str) -> None:
     """Every Python block in order. One that imports samfast stands by itself, others go on."""
     parsed = Document.parse(str(ROOT / document), PythonCodeBlockParser())
@@ -99,4 +109,5 @@ def run_python(document: str) -> None:
 
 if __name__ == "__main__":
     use_small_vit_b()
+    be_the_only_process()
     run_python(sys.argv[1])

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks themselves: the right is timed, what cannot run is a row, goals are read off."""
 
-import subprocess
+import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from benchmarks import goals, gpu
+from benchmarks import goals, gpu, run, step, timed
 from benchmarks.blocks import block_workload
-from benchmarks.operations import OPERATIONS
+from benchmarks.operations import OPERATIONS, segment_anything_missing
+from benchmarks.options import parsed
 from benchmarks.registry import Provider, Workload
 from benchmarks.relpos_attention import relpos_attention_workload
 from benchmarks.run import COLUMNS, Settings, append, measure
@@ -64,14 +67,12 @@ def test_what_has_no_time_says_why():
 
 
 def test_one_job_that_fails_or_hangs_costs_no_other(monkeypatch):
-    def process(command, timeout):
+    def process(command, seconds):
         name = command[4]
-        assert timeout <= 20  # a third of the time
-        if name == "hangs":
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, 3 if name == "fails" else 0)
+        assert seconds <= 20  # a third of the time
+        return {"hangs": None, "fails": 3}.get(name, 0), 1.0
 
-    monkeypatch.setattr(subprocess, "run", process)
+    monkeypatch.setattr(timed, "run", process)
     ends = gpu.run(["fails --x", "hangs", "ends"], ["--record"], 60)
     assert ends["fails --x"].startswith("FAILED: exit status 3")
     assert ends["hangs"].startswith("STOPPED: no time left")
@@ -84,6 +85,51 @@ def test_the_jobs_are_options_of_run():
         operation, *options = job.split()
         assert operation in OPERATIONS
         assert {o[2:] for o in options if o.startswith("--")} <= set(vars(Settings()))
+
+
+def test_options_are_what_they_were():
+    """As tyro read them: both spellings, both flags of a switch, None by name."""
+    assert parsed(Settings, []) == Settings()
+    given = "--op block --image_size 512 --rank 3 --compiled --csv a.csv --dtype float16".split()
+    expected = Settings("block", image_size=512, rank=3, compiled=True, csv=Path("a.csv"))
+    assert parsed(Settings, given) == dataclasses.replace(expected, dtype="float16")
+    given = "--image-size 512 --rank None --no-compiled --csv None --no-record".split()
+    assert parsed(Settings, given) == Settings(image_size=512)
+    assert parsed(step.Settings, ["--memory", "minimal"]).memory == "minimal"
+
+
+@pytest.mark.parametrize("given", ["--op blok", "--rank four", "--comp", "--model vit_x"])
+def test_an_option_that_is_not_there(given, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed(Settings, given.split())
+    assert stop.value.code == 2 and given.split()[0] in capsys.readouterr().err
+
+
+def test_benchmarks_need_no_tyro():
+    for file in Path(run.__file__).parent.glob("*.py"):
+        assert "tyro" not in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.parametrize("operation", ["block", "encoder", "saved_bytes"])
+def test_without_segment_anything_a_sentence(operation, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "segment_anything", None)
+    assert run.main(Settings(operation)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the benchmark {operation} needs segment_anything" in line and "carry-gpu" in line
+
+
+def test_other_operations_need_no_segment_anything(monkeypatch):
+    monkeypatch.setitem(sys.modules, "segment_anything", None)
+    for operation in OPERATIONS.keys() - {"block", "encoder"}:
+        assert segment_anything_missing(operation) is None
+
+
+def test_wheels_to_carry_are_those_of_the_constraints():
+    root = Path(run.__file__).parents[1]
+    lines = (root / "benchmarks" / "gpu_wheels.txt").read_text(encoding="utf-8").splitlines()
+    wheels = {line for line in lines if not line.startswith("#")}
+    pins = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert wheels and wheels <= set(pins)
 
 
 def test_a_provider_that_refuses_is_a_row():

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from documents import DOCUMENTS, ROOT, blocks, use_small_vit_b, write_stand_ins
 from packaging.requirements import Requirement
 from project_file import project
 
+from benchmarks.options import parsed
 from samfast import cli
 from samfast.models import architectures
 from samfast.training.tasks import read_tasks
@@ -117,7 +117,9 @@ def python(arguments):
     (results, *_) = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
     arguments = [re.sub(r"\S*<gpu>\.csv", str(results), argument) for argument in arguments[2:]]
     if hasattr(module, "Settings"):
-        tyro.cli(module.Settings, args=arguments)
+        parsed(module.Settings, arguments)
+    elif hasattr(module, "parsed"):
+        module.parsed(arguments)
     elif arguments:
         module.main(arguments)
     else:

@@ -79,7 +79,7 @@ struct Tile {
 };
 
 // Interpolates along x. Positions are those of every cell in turn, in order of position first.
-template <int kP>
+template <int kP, int kT>
 SAMFAST_INLINE void interpolate_across(const Tile& t) {
   constexpr int kK = kP + 2;
   for (int64_t row = 0; row < t.rank * t.patch_rows(); ++row) {
@@ -89,7 +89,7 @@ SAMFAST_INLINE void interpolate_across(const Tile& t) {
       for (int64_t block = 0; block < t.blocks; ++block) {
         Vec total = {};
         SAMFAST_UNROLL
-        for (int tap = 0; tap < kTaps; ++tap) {
+        for (int tap = 0; tap < kT; ++tap) {
           Vec v;
           load(v, source + block * kLanes + t.base[k] + tap);
           total += t.tap[k][tap] * v;
@@ -104,7 +104,7 @@ SAMFAST_INLINE void interpolate_across(const Tile& t) {
 }
 
 // Interpolates along y, for one vector of cells of one row and every channel.
-template <int kP>
+template <int kP, int kT>
 SAMFAST_INLINE void interpolate_down(const Tile& t, int64_t row, int64_t block) {
   constexpr int kK = kP + 2;
   for (int64_t i = 0; i < t.rank; ++i)
@@ -118,9 +118,12 @@ SAMFAST_INLINE void interpolate_down(const Tile& t, int64_t row, int64_t block) 
       const int64_t at = i * t.patch_rows() + row + kHalo + t.base[k];
       const Vec* x = t.across + at * kK * t.blocks + block;
       const float* w = t.tap[k];
-      for (int c = 0; c < kK; ++c, x += t.blocks)
-        out[c] = w[0] * x[0] + w[1] * x[kK * t.blocks] + w[2] * x[2 * kK * t.blocks] +
-                 w[3] * x[3 * kK * t.blocks];
+      for (int c = 0; c < kK; ++c, x += t.blocks) {
+        Vec total = w[0] * x[0];
+        SAMFAST_UNROLL
+        for (int tap = 1; tap < kT; ++tap) total += w[tap] * x[tap * kK * t.blocks];
+        out[c] = total;
+      }
     }
 }
 
@@ -155,12 +158,12 @@ SAMFAST_INLINE void activate_lanes(bool is_gelu, const Vec& x, Vec& value, Vec& 
   }
 }
 
-template <int kP, int kBytes>
+template <int kP, int kT, int kBytes>
 SAMFAST_INLINE void forward_cells(const Tile& t, Vec* out) {
-  interpolate_across<kP>(t);
+  interpolate_across<kP, kT>(t);
   for (int64_t row = 0; row < t.rows; ++row)
     for (int64_t block = 0; block < t.blocks; ++block) {
-      interpolate_down<kP>(t, row, block);
+      interpolate_down<kP, kT>(t, row, block);
       for (int64_t o = 0; o < t.rank; ++o) {
         Vec total = {};
         for (int line = 0; line < kP; ++line) {
@@ -233,7 +236,7 @@ SAMFAST_INLINE void kernel_gradients(const Tile& t, const Gradient& g) {
 }
 
 // The adjoints of the convolution and of the interpolation along y.
-template <int kP>
+template <int kP, int kT>
 SAMFAST_INLINE void source_gradients(const Tile& t, const Gradient& g, int64_t row,
                                      int64_t block) {
   constexpr int kK = kP + 2;
@@ -256,7 +259,7 @@ SAMFAST_INLINE void source_gradients(const Tile& t, const Gradient& g, int64_t r
         }
       const int64_t at = i * t.patch_rows() + row + kHalo + t.base[k];
       SAMFAST_UNROLL
-      for (int tap = 0; tap < kTaps; ++tap) {
+      for (int tap = 0; tap < kT; ++tap) {
         Vec* x = g.across + (at + tap) * kK * pitch + 1 + block;
         SAMFAST_UNROLL
         for (int c = 0; c < kK; ++c) x[c * pitch] += t.tap[k][tap] * acc[c];
@@ -265,7 +268,7 @@ SAMFAST_INLINE void source_gradients(const Tile& t, const Gradient& g, int64_t r
 }
 
 // The adjoint of the interpolation along x. The vector before a line and the one after are zeros.
-template <int kP>
+template <int kP, int kT>
 SAMFAST_INLINE void gather_across(const Tile& t, const Gradient& g) {
   constexpr int kK = kP + 2;
   for (int64_t row = 0; row < t.rank * t.patch_rows(); ++row) {
@@ -279,7 +282,7 @@ SAMFAST_INLINE void gather_across(const Tile& t, const Gradient& g) {
       Vec total = {};
       for (int k = 0; k < kK; ++k)
         SAMFAST_UNROLL
-        for (int tap = 0; tap < kTaps; ++tap) {
+        for (int tap = 0; tap < kT; ++tap) {
           Vec v;
           load(v, lines + k * t.spread_pitch() + x - kHalo - t.base[k] - tap);
           total += t.tap[k][tap] * v;
@@ -289,25 +292,27 @@ SAMFAST_INLINE void gather_across(const Tile& t, const Gradient& g) {
   }
 }
 
-template <int kP, int kBytes>
+template <int kP, int kT, int kBytes>
 SAMFAST_INLINE void backward_cells(const Tile& t, const Gradient& g) {
-  interpolate_across<kP>(t);
+  interpolate_across<kP, kT>(t);
   for (int64_t row = 0; row < t.rows; ++row)
     for (int64_t block = 0; block < t.blocks; ++block) {
-      interpolate_down<kP>(t, row, block);
+      interpolate_down<kP, kT>(t, row, block);
       point_gradients<kP, kBytes>(t, g, row, block);
       if (g.kernel != nullptr) kernel_gradients<kP>(t, g);
-      if (g.across != nullptr) source_gradients<kP>(t, g, row, block);
+      if (g.across != nullptr) source_gradients<kP, kT>(t, g, row, block);
     }
-  if (g.across != nullptr) gather_across<kP>(t, g);
+  if (g.across != nullptr) gather_across<kP, kT>(t, g);
 }
 
 template <int kBytes>
 SAMFAST_INLINE void forward_tile_body(const Tile& t, Vec* out) {
-  if (points_of(t.ratio) == 1) {
-    forward_cells<1, kBytes>(t, out);
+  if (taps_of(t.ratio) == 1) {
+    forward_cells<1, 1, kBytes>(t, out);
+  } else if (points_of(t.ratio) == 1) {
+    forward_cells<1, kTaps, kBytes>(t, out);
   } else {
-    forward_cells<kPoints, kBytes>(t, out);
+    forward_cells<kPoints, kTaps, kBytes>(t, out);
   }
 }
 constexpr EachProcessor<forward_tile_body<16>, forward_tile_body<32>, forward_tile_body<64>>
@@ -315,10 +320,12 @@ constexpr EachProcessor<forward_tile_body<16>, forward_tile_body<32>, forward_ti
 
 template <int kBytes>
 SAMFAST_INLINE void backward_tile_body(const Tile& t, const Gradient& g) {
-  if (points_of(t.ratio) == 1) {
-    backward_cells<1, kBytes>(t, g);
+  if (taps_of(t.ratio) == 1) {
+    backward_cells<1, 1, kBytes>(t, g);
+  } else if (points_of(t.ratio) == 1) {
+    backward_cells<1, kTaps, kBytes>(t, g);
   } else {
-    backward_cells<kPoints, kBytes>(t, g);
+    backward_cells<kPoints, kTaps, kBytes>(t, g);
   }
 }
 constexpr EachProcessor<backward_tile_body<16>, backward_tile_body<32>, backward_tile_body<64>>

@@ -289,7 +289,9 @@ class _Turn:
         ]
 
     def __call__(self, t: Tensor, back: bool = False) -> Tensor:
-        if back:
-            return (t.mT if self.transposes else t).flip(self.flips)
-        t = t.flip(self.flips)
-        return t.mT.contiguous() if self.transposes else t
+        t = t if back else t.flip(self.flips)
+        if self.transposes:  # laid out as what is given
+            rows = t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last)
+            form = torch.contiguous_format if rows else torch.channels_last
+            t = t.mT.contiguous(memory_format=form)
+        return t.flip(self.flips) if back else t

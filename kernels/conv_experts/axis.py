@@ -40,7 +40,7 @@ def positions(length: int, ratio: int, output: int) -> list[int]:
 @functools.lru_cache(maxsize=64)
 def matrices(length: int, ratio: int) -> Tensor:
     """(3 taps, 4 phases, outputs, sources) in float64; phases that are not read are zero."""
-    table = torch.zeros(3, PHASES, length, length, dtype=torch.float64)
+    table = torch.zeros(3, PHASES, length, length, dtype=torch.float64, device="cpu")
     for output in range(length):
         for phase, position in enumerate(positions(length, ratio, output)):
             for tap in range(3):
@@ -63,4 +63,4 @@ def tables(
     """For every ratio its matrices (M, 3, 4, n, n) and the weights of its phases (M, 4)."""
     weights = [ODD_WEIGHTS if ratio % 2 else EVEN_WEIGHTS for ratio in ratios]
     stacked = torch.stack([matrices(length, ratio) for ratio in ratios])
-    return stacked.to(device, dtype), torch.tensor(weights, dtype=dtype).to(device)
+    return stacked.to(device, dtype), torch.tensor(weights, dtype=dtype, device=device)

@@ -9,16 +9,19 @@ so the largest tensors are twelve times h, and the matrices 12 · (H² + W²) nu
 import torch
 
 from samfast.kernels.conv_experts.axis import PHASES, tables
+from samfast.kernels.conv_experts.footprint import distances, finite, spoiled
 
 
 def forward(h, weight, bias, index, windows, ratios, residual, activation):
     """z and z_pad."""
-    z = windows.cut(_wide(h))
+    whole = windows.cut(_wide(h))
+    z, broken = finite(whole)
     experts = _Experts(z, weight, bias, index, ratios)
-    out = z if residual else torch.zeros_like(z)
+    out = whole if residual else torch.zeros_like(z)
     for phase in range(PHASES):
         points = experts.points(phase)
         out = out + experts.shrink(_act(points, activation), phase)
+    out = spoiled(out, broken, experts.reach, experts.depthwise)
     out = torch.where(experts.valid[:, None, None, None], out, torch.nan)
     image, pad = windows.paste(out)
     return image.to(h.dtype), pad.to(h.dtype)
@@ -29,10 +32,8 @@ def backward(
 ):
     """dh, dweight, dbias and, with ``balance``, the gradients of the gate's two matrices."""
     need_h, need_weight = needs
-    z, dout = (
-        windows.cut(_wide(h)),
-        windows.cut(_wide(dz), None if dz_pad is None else _wide(dz_pad)),
-    )
+    whole = windows.cut(_wide(dz), None if dz_pad is None else _wide(dz_pad))
+    (z, broken), (dout, dbroken) = finite(windows.cut(_wide(h))), finite(whole)
     experts = _Experts(z, weight, bias, index, ratios)
     dh = dweight = dbias = dw_gate = dw_noise = None
     dbias_n, dmixed = 0.0, 0.0
@@ -43,11 +44,15 @@ def backward(
     if need_weight:
         of_expert = index == torch.arange(len(ratios), device=index.device)[:, None]
         dkernel = experts.kernel_gradient(dmixed)
+        dbias_n, dkernel = _broken_sums(dbias_n, dkernel, broken, dbroken, experts, activation)
         dweight = _per_expert(dkernel, of_expert).to(weight.dtype)
         dbias = _per_expert(dbias_n, of_expert).to(bias.dtype)
     if need_h:
         dsamples = experts.source_gradient(dmixed)
-        dsamples = dsamples + dout if residual else dsamples
+        dsamples = spoiled(dsamples, dbroken, experts.reach, experts.depthwise)
+        if activation != "none":  # whose slope is one wherever it is asked
+            dsamples = spoiled(dsamples, broken, experts.twice, experts.depthwise)
+        dsamples = dsamples + whole if residual else dsamples
         if balance is not None:
             dsamples = dsamples + (balance[0] * balance[1])[:, None, None, :]
         dh = windows.paste(dsamples)[0].to(h.dtype)
@@ -64,6 +69,7 @@ class _Experts:
         last = len(ratios) - 1
         self.valid = (index >= 0) & (index <= last)
         index = index.clamp(0, last)
+        self.reach, self.twice = distances(tuple(ratios), index.device)[index].unbind(1)
         rows, self.row_weights = (
             t[index] for t in tables(height, tuple(ratios), z.device, z.dtype)
         )  # (N, 3, 4, H, H), (N, 4)
@@ -133,6 +139,23 @@ def _slope(p, activation):
     if activation == "none":
         return torch.ones_like(p)
     return torch.special.ndtr(p) + p * torch.exp(-0.5 * p * p) * (2 * torch.pi) ** -0.5
+
+
+def _broken_sums(dbias, dkernel, broken, dbroken, experts, activation):
+    """Sums over the pixels of a sample, (N, o) and (N, o, i, 3, 3), NaN where one was left out."""
+    if dbroken is not None:
+        outputs = dbroken.flatten(1, 2).any(1)  # (N, o)
+        dbias = dbias.masked_fill(outputs, torch.nan)
+        dkernel = dkernel.masked_fill(outputs[:, :, None, None, None], torch.nan)
+    if broken is not None:
+        sources = broken.flatten(1, 2).any(1)  # (N, i)
+        outputs = sources if experts.depthwise else sources.any(1, keepdim=True)
+        own = sources[:, :, None] if experts.depthwise else sources[:, None, :]
+        if activation != "none":
+            dbias = dbias.masked_fill(outputs, torch.nan)
+            own = own | outputs[:, :, None]
+        dkernel = dkernel.masked_fill(own[..., None, None], torch.nan)
+    return dbias, dkernel
 
 
 def _per_expert(values, of_expert):

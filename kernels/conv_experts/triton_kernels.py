@@ -19,12 +19,19 @@ import torch
 import triton
 import triton.language as tl
 
+from samfast.kernels.conv_experts.triton_footprint import (
+    any_broken,
+    broken_near,
+    finite,
+    reach,
+    spoil,
+)
+from samfast.kernels.conv_experts.triton_places import rows_of
 from samfast.kernels.conv_experts.triton_points import (
     all_taps,
     banded,
     points,
     points_of,
-    rows_of,
     shrinking,
 )
 
@@ -58,8 +65,9 @@ def forward_tile(h_ptr, weight_ptr, bias_ptr, z_ptr, pad_ptr, sample, first_y, f
     lines = points_of(first_y, height, ratio, PHASES, OUT, POINTS)
     columns = points_of(first_x, width, ratio, PHASES, OUT, POINTS)
     columns = all_taps(columns, first_x - HALO, width, ratio, SOURCE)
-    p = points(
-        h_ptr, weight_ptr, bias_ptr, row, inside, lines, columns, first_y - HALO, height, o,
+    sound = tl.full((SOURCE, SOURCE), True, tl.int1)
+    p, sound = points(
+        h_ptr, weight_ptr, bias_ptr, row, inside, sound, lines, columns, first_y - HALO, height, o,
         expert, ratio, rank, channels, DEPTHWISE, SOURCE,
     )  # fmt: skip
     if GELU:
@@ -77,6 +85,12 @@ def forward_tile(h_ptr, weight_ptr, bias_ptr, z_ptr, pad_ptr, sample, first_y, f
     )  # fmt: skip
     if RESIDUAL:
         p += tl.load(h_ptr + row * rank + o, inside & ours, other=0.0).to(tl.float32)
+    if any_broken(sound):
+        hit = broken_near(
+            h_ptr, None, sample, first_y + out[:, None], first_x + out[None, :], reach(ratio), o,
+            rank, height, width, image_height, image_width, down, across, not DEPTHWISE,
+        )  # fmt: skip
+        p = tl.where(hit, float("nan"), p)
     p = tl.where(known, p, float("nan"))
     tl.store(z_ptr + row * rank + o, p.to(z_ptr.dtype.element_ty), inside & ours)
     if PADDED:
@@ -184,20 +198,24 @@ def backward_tile(dz_ptr, dz_pad_ptr, h_ptr, weight_ptr, bias_ptr, patch_ptr, pa
     patch_at = source[:, None] * SOURCE + source[None, :]
 
     first = chunk * tl.cdiv(rank, chunks)
-    for o in range(first, tl.minimum(first + tl.cdiv(rank, chunks), rank)):
+    last = tl.minimum(first + tl.cdiv(rank, chunks), rank)
+    sound = tl.full((SOURCE, SOURCE), True, tl.int1)
+    sound_out = tl.full((OUTS, OUTS), True, tl.int1)
+    for o in range(first, last):
         dout = tl.load(dz_ptr + out_row * rank + o, out_inside, other=0.0).to(tl.float32)
         if dz_pad_ptr is not None:
             dpad = tl.load(dz_pad_ptr + pad_row * rank + o, out_padded, other=0.0)
             dout += dpad.to(tl.float32)
-        dp = dout
+        sound_out &= finite(dout)
+        dp = tl.where(finite(dout), dout, 0.0)
         if PHASES == 4:
             share = shrinking(PHASES)
-            dp = dout[:, None, :, None] * (share[:, None, None] * share[None, None, :])[None]
+            dp = dp[:, None, :, None] * (share[:, None, None] * share[None, None, :])[None]
             dp = tl.reshape(dp, (POINTS, POINTS))
         if GELU:
-            p = points(
-                h_ptr, weight_ptr, bias_ptr, row, inside, lines, columns, first_y - HALO, height,
-                o, expert, ratio, rank, channels, DEPTHWISE, SOURCE,
+            p, sound = points(
+                h_ptr, weight_ptr, bias_ptr, row, inside, sound, lines, columns, first_y - HALO,
+                height, o, expert, ratio, rank, channels, DEPTHWISE, SOURCE,
             )  # fmt: skip
             dp *= normal_cdf(p) + p * tl.exp(-0.5 * p * p) * 0.3989422804014327
         if NEED_WEIGHT:
@@ -225,6 +243,12 @@ def backward_tile(dz_ptr, dz_pad_ptr, h_ptr, weight_ptr, bias_ptr, patch_ptr, pa
                     tl.store(at, tl.where(known, dsource, float("nan")))
             # the next tap and channel read the patches just written: every thread has to be here
             tl.debug_barrier()
+    if any_broken(sound) | any_broken(sound_out):
+        spoil(
+            dz_ptr, dz_pad_ptr, h_ptr, patch_ptr, part_ptr, sample, first_y, first_x, first, last,
+            ratio, rank, channels, height, width, image_height, image_width, down, across, GELU,
+            DEPTHWISE, NEED_H, NEED_WEIGHT, OUTS, HALO, SOURCE,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,38 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a tile of ``conv_experts`` stands, its banded matrices, and the points they give."""
+"""A tile's banded matrices, and the points they give."""
 
 import triton
 import triton.language as tl
 
+from samfast.kernels.conv_experts.triton_footprint import finite
+
 NOWHERE = tl.constexpr(-(2**30))  # a position outside every map
-
-
-@triton.jit
-def place(sample, height, width, image_height, image_width, down, across):
-    """Image of a sample and its window's first line and column there."""
-    image = sample // (down * across)
-    window = sample - image * (down * across)
-    return image.to(tl.int64), (window // across) * height, (window % across) * width
-
-
-@triton.jit
-def rows_of(sample, y, x, height, width, image_height, image_width, down, across):
-    """Rows of pixels (y, x) of a sample in the image buffer and in the pad buffer, and which of the
-    two holds them; neither holds a pixel outside the window. y (Y, 1), x (1, X); rows int64."""
-    image, first_line, first_column = place(
-        sample, height, width, image_height, image_width, down, across
-    )
-    line, column = first_line + y, first_column + x
-    window = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    inside = (line < image_height) & (column < image_width)
-    row = (image * image_height + line) * image_width + column
-    wide = across * width
-    right = wide - image_width
-    beside = line * right + column - image_width
-    below = image_height * right + (line - image_height) * wide + column
-    pads = down * height * wide - image_height * image_width
-    pad_row = image * pads + tl.where(line < image_height, beside, below)
-    return row, pad_row, window & inside, window & (inside == 0)
 
 
 @triton.jit
@@ -91,11 +65,13 @@ def shrinking(PHASES: tl.constexpr):
 
 
 @triton.jit
-def points(h_ptr, weight_ptr, bias_ptr, row, inside, lines, columns, first_line, height, o, expert,
-           ratio, rank, channels, DEPTHWISE: tl.constexpr, SOURCE: tl.constexpr):  # fmt: skip
-    """What the activation sees, (POINTS, POINTS), for channel o of an expert.
+def points(h_ptr, weight_ptr, bias_ptr, row, inside, sound, lines, columns, first_line, height, o,
+           expert, ratio, rank, channels, DEPTHWISE: tl.constexpr,
+           SOURCE: tl.constexpr):  # fmt: skip
+    """What the activation sees, (POINTS, POINTS), for channel o of an expert, without the sources
+    that are not finite, for zero times those is NaN; and ``sound`` without them.
 
-    row, inside (SOURCE, SOURCE): the sources   lines (POINTS,): positions from points_of
+    row, inside, sound (SOURCE, SOURCE): the sources   lines (POINTS,): positions from points_of
     columns (POINTS, 4 · SOURCE): L of all taps   first_line: the sources' first line
     """
     tap = tl.arange(0, 4)
@@ -107,6 +83,8 @@ def points(h_ptr, weight_ptr, bias_ptr, row, inside, lines, columns, first_line,
         for i in range(0, channels):
             channel = o if DEPTHWISE else i
             z = tl.load(h_ptr + row * rank + channel, inside, other=0.0).to(tl.float32)
+            sound &= finite(z)
+            z = tl.where(finite(z), z, 0.0)
             k = tl.load(kernel_ptr + i * 9 + a * 3 + tap, tap < 3, other=0.0).to(tl.float32)
             mixed += k[None, :, None] * z[:, None, :]
         mixed = tl.reshape(mixed, (SOURCE, 4 * SOURCE))
@@ -114,4 +92,4 @@ def points(h_ptr, weight_ptr, bias_ptr, row, inside, lines, columns, first_line,
         source = first_line + tl.arange(0, SOURCE)
         line = banded(lines[:, None], a - 1, source[None, :], height, ratio)  # (POINTS, SOURCE)
         p = tl.dot(line, t, p, input_precision="ieee")
-    return p
+    return p, sound

@@ -9,11 +9,12 @@ answer can be kept until something changes.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import CodeType, FunctionType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 # Sums of thousands of products in float32 agree to about 2**-20 of their size.
 LARGEST_DIFFERENCE = 2.0**-14
@@ -21,11 +22,22 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _MACHINERY = {*vars(nn.Module()), "forward", "_is_replica", "_former_parameters"}
 
 Tensors = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 def attributes(module: nn.Module) -> dict[str, object]:
     """What the module holds beyond what every nn.Module has, by name."""
-    return {name: value for name, value in vars(module).items() if name not in _MACHINERY}
+    found = {name: value for name, value in vars(module).items() if name not in _MACHINERY}
+    for name in replicated(module):
+        del found[name]
+    return found
+
+
+def replicated(module: nn.Module) -> list[str]:
+    """The parameters that a replica of DataParallel holds as plain tensors."""
+    if not getattr(module, "_is_replica", False):
+        return []
+    return [n for n, v in vars(module).items() if isinstance(v, Tensor) and n not in _MACHINERY]
 
 
 def shell(kind: type[nn.Module], values: Mapping[str, object], **parts) -> nn.Module:
@@ -157,7 +169,7 @@ def difference(
     x: float32 on a CPU, as the parameters are
 
     Compares the result and the gradients of x and of every parameter, in 2-norm. To be called
-    within ``undisturbed``.
+    ``apart``.
     """
     parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
     x, dy = x.detach().requires_grad_(), _like(x)
@@ -228,24 +240,27 @@ def _like(x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Plain torch in float32 on a CPU, whatever is set outside; random numbers are given back."""
+def apart(function: Callable[[], Result]) -> Result:
+    """What a function gives in a thread of its own, where no mode, hook or context of torch is on.
+
+    Nor do a wider default dtype, bfloat16 products or hooks of all modules reach it; the user's
+    random numbers are given back.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_undisturbed, function).result()
+
+
+def _undisturbed(function):
     dtype, mkldnn = torch.get_default_dtype(), torch._C._get_mkldnn_enabled()
-    with (
-        _disable_current_modes(),
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-        _no_global_hooks(),
-    ):
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), _no_global_hooks():
         torch.set_default_dtype(torch.float32)
         torch._C._set_mkldnn_enabled(False)  # it may have been told to multiply in bfloat16
+        torch.set_num_threads(1)  # a second team of threads would stand in the way of the first
         try:
-            yield
+            return function()
         finally:
+            torch.set_num_threads(threads)
             torch._C._set_mkldnn_enabled(mkldnn)
             torch.set_default_dtype(dtype)
 

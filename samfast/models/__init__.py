@@ -20,7 +20,8 @@ from samfast.models.heads import (
     stock_state_dict,
 )
 from samfast.models.multi_task import MultiTaskSam, Task
-from samfast.models.segment import decode, encode, segment, unused_by_segment
+from samfast.models.reading import unused_by_segment
+from samfast.models.segment import decode, encode, segment
 
 __all__ = [
     "TRAINED_DECODER",

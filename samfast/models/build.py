@@ -17,6 +17,7 @@ from samfast.models.architectures import (
     check_image_size,
 )
 from samfast.models.checkpoints import load_checkpoint
+from samfast.models.reading import sam_within
 
 INIT_STD = 0.02
 
@@ -74,7 +75,7 @@ def build_sam(
 
 def image_size(sam: nn.Module) -> int:
     """The side in pixels of the square that `sam` sees."""
-    return sam.image_encoder.img_size
+    return sam_within(sam, ("image_encoder",)).image_encoder.img_size
 
 
 def _construct(sizes: Architecture, size: int):

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +23,9 @@ from torch.nn import functional as F
 
 from samfast.models import hf_names
 from samfast.models.architectures import ARCHITECTURES
+from samfast.models.state_search import find_sam, shown
+from samfast.modules.finite import not_finite
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "sam.", "model.")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a Hugging Face folder, best first
 
 # What torch.load raises at damaged bytes: its unpickler runs into whatever the damage spells.
@@ -47,10 +48,23 @@ _DAMAGE = (
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint by segment_anything's names, on the CPU, as they were stored.
 
-    They may be mapped from the file: copy what is to be kept. Raises FileNotFoundError when `path`
-    or a part of it does not exist, ValueError when it holds something else than SAM's weights.
+    A SAM is found in dicts of dicts and behind a prefix. Of several it is the one under "model",
+    "state_dict" or "model_state_dict". A warning names the others, and tensors that are left out.
+    The tensors may be mapped from the file: copy what is to be kept. Raises FileNotFoundError when
+    `path` or a part of it does not exist, ValueError when it holds no SAM or several.
     """
-    path = Path(path)
+    state, notes = _read(Path(path))
+    _warn(path, notes)
+    return state
+
+
+def _warn(path, notes: list[str]) -> None:
+    if notes:
+        warnings.warn(f"checkpoint {path}: {'; '.join(notes)}", stacklevel=3)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """read_checkpoint, and clauses about what else the file holds."""
     if path.is_dir():
         content = _read_folder(path)
     elif path.is_file():
@@ -59,26 +73,37 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"checkpoint {path} is neither a file nor a folder")
     else:
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    state = _plain_names(_unwrap(content), path)
-    return hf_names.to_segment_anything(state) if hf_names.is_hugging_face(state) else state
+    state, notes = _sam_state(content, path)
+    if hf_names.is_hugging_face(state):
+        state = hf_names.to_segment_anything(state)
+    return state, notes
 
 
 def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike) -> None:
     """Gives `sam`, built as model `name` on any device (meta too), the weights in `path`.
 
     sam's tensors are replaced by copies on the CPU in the dtype they had. Positions stored for
-    another image size are interpolated. Raises as read_checkpoint does, and ValueError when the
-    checkpoint is of another model or lacks or adds a tensor.
+    another image size are interpolated. Warns of tensors that the model has not. Raises as
+    read_checkpoint does, and ValueError when the checkpoint is of another model, lacks a tensor, or
+    has one of another shape or with NaN or infinity.
     """
-    state = read_checkpoint(path)
+    state, notes = _read(Path(path))
     wanted = sam.state_dict()
     _check_encoder(state, wanted, name, path)
     _resize_positions(state, sam)
     _check_tensors(state, wanted, name, path)
+    if unknown := [key for key in state if key not in wanted]:
+        notes.append(
+            f"{some(unknown)} are left out, for {name} has nothing of that name, and may compute "
+            "something else than the model that was saved"
+        )
     copies = {
         key: state[key].to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
         for key, tensor in wanted.items()
     }
+    if (bad := not_finite(copies)) is not None:
+        raise ValueError(f"checkpoint {path} has NaN or infinity in {bad}")
+    _warn(path, notes)
     sam.load_state_dict(copies, assign=True)
 
 
@@ -99,8 +124,8 @@ def _read_file(path: Path):
         unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if unsafe:
             raise ValueError(
-                f"checkpoint {path} names {unsafe[1]!r}, which no tensor needs: "
-                "it is damaged or meant to run code"
+                f"checkpoint {path} names {unsafe[1]!r}, which no tensor needs, and samfast runs "
+                "no code of files; whoever trusts it can save its state dict alone"
             ) from None
         raise ValueError(f"checkpoint {path} is damaged or not a PyTorch checkpoint") from error
 
@@ -132,13 +157,13 @@ def _read_shards(index: Path) -> dict:
             raise ValueError(f"{index} names the file {file!r}, which is not in its own folder")
         if not shard.is_file():
             raise FileNotFoundError(f"{index} names the file {file!r}, which does not exist")
-        content = _unwrap(_read_file(shard))
+        content = _read_file(shard)
         if not isinstance(content, Mapping):
             raise ValueError(f"checkpoint {shard} holds a {type(content).__name__}, not tensors")
         state.update(content)
     absent = sorted(set(files) - set(state))
     if absent:
-        raise ValueError(f"{index} lists {_some(absent)}, which its files do not hold")
+        raise ValueError(f"{index} lists {some(absent)}, which its files do not hold")
     return state
 
 
@@ -154,25 +179,21 @@ def _read_json(path: Path, owner: str) -> dict:
     return content
 
 
-def _unwrap(content):
-    """The state dict inside the dicts that training scripts put around it."""
-    for _ in range(3):
-        if not isinstance(content, Mapping):
-            break
-        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-        if not inner:
-            break
-        content = inner[0]
-    return content
-
-
-def _plain_names(content, path: Path) -> dict[str, Tensor]:
-    """`content` checked to be tensors by name, without the prefixes that wrapping modules add."""
+def _sam_state(content, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The SAM's tensors by its own names, checked, and clauses about what else the file holds."""
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not tensors by name")
+    try:
+        found = find_sam(content)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} {error}") from None
+    if found is None:
+        keys = [str(key) for key in content]
+        raise ValueError(f"checkpoint {path} holds no SAM image encoder, its keys are {some(keys)}")
     state = {}
-    for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+    for key, name in found.names.items():
+        tensor = found.values[key]
+        if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise ValueError(f"checkpoint {path} holds {key!r} as {kind}, not as a tensor")
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
@@ -181,13 +202,16 @@ def _plain_names(content, path: Path) -> dict[str, Tensor]:
                 f"checkpoint {path} holds {key} as {tensor.dtype} ({tensor.layout} on "
                 f"{tensor.device}), but SAM's weights are dense floating-point numbers"
             )
-        name = key.replace("._orig_mod.", ".")  # a compiled submodule
-        while name.startswith(_PREFIXES):
-            name = name.split(".", 1)[1]
         if name in state:
             raise ValueError(f"checkpoint {path} holds {name} twice, once under {key}")
         state[name] = tensor
-    return state
+    notes = []
+    if found.copies:
+        copies = " and ".join(map(shown, found.copies))
+        notes.append(f"the weights are {shown(found.place)}, not {copies}")
+    if found.left:
+        notes.append(f"{some(found.left)} are left out, for they are not the SAM's")
+    return state, notes
 
 
 def _encoder_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
@@ -203,7 +227,7 @@ def _check_encoder(state, wanted, name: str, path) -> None:
     found, needed = _encoder_size(state), _encoder_size(wanted)
     if found is None:
         raise ValueError(
-            f"checkpoint {path} holds no SAM image encoder, its tensors are {_some(list(state))}"
+            f"checkpoint {path} holds no SAM image encoder, its tensors are {some(list(state))}"
         )
     if found != needed:
         sizes = {(known.width, known.depth): key for key, known in ARCHITECTURES.items()}
@@ -218,22 +242,22 @@ def _check_tensors(state, wanted, name: str, path) -> None:
     differences = []
     missing = [key for key in wanted if key not in state]
     if missing:
-        differences.append(f"lacks {_some(missing)}")
-    unexpected = [key for key in state if key not in wanted]
-    if unexpected:
-        differences.append(f"has the unknown {_some(unexpected)}")
+        differences.append(f"lacks {some(missing)}")
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
     if shapes:
-        differences.append(f"has {_some(shapes)}")
+        differences.append(f"has {some(shapes)}")
+    unexpected = [key for key in state if key not in wanted]
+    if unexpected and differences:
+        differences.append(f"has the unknown {some(unexpected)}")
     if differences:
         raise ValueError(f"checkpoint {path} does not fit {name}: it {', '.join(differences)}")
 
 
-def _some(items: list[str], limit: int = 3) -> str:
+def some(items: list[str], limit: int = 3) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return (", ".join(items[:limit]) or "none") + more
 

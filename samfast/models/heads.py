@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from samfast.modules.wrappers import unclear, unwrapped
+
 # What one mask reads of the decoder: all but the quality head, and the other masks' hypernetworks
 # where the head has them. Entries for ``attach(..., train=TRAINED_DECODER)``.
 TRAINED_DECODER = (
@@ -40,6 +42,7 @@ class _Taken:
 
 def head_of(model: nn.Module) -> str:
     """The name of the model's head; "sam" for any model that no head was given to."""
+    model = unwrapped(model)
     if hasattr(model, "samfast_head"):
         return model.samfast_head
     return "sam" if _taken(model) is None else "binary"
@@ -59,10 +62,10 @@ def binary_head(sam: nn.Module) -> nn.Module:
     """
     if _taken(sam) is not None:
         return sam
-    decoder = getattr(sam, "mask_decoder", None)
+    decoder = getattr(unwrapped(sam), "mask_decoder", None)
     parts = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
     if not all(isinstance(getattr(decoder, part, None), nn.Module) for part in parts):
-        raise ValueError(f"this {type(sam).__name__} has no mask decoder of SAM")
+        raise ValueError(f"this {type(sam).__name__} has no mask decoder of SAM{unclear(sam)}")
     tokens, networks = decoder.mask_tokens, decoder.output_hypernetworks_mlps
     weight = tokens.weight
     setattr(decoder, _ATTRIBUTE, _Taken(weight.detach()[1:].clone(), tuple(networks[1:])))
@@ -82,7 +85,7 @@ def restore_head(sam: nn.Module) -> nn.Module:
     taken = _taken(sam)
     if taken is None:
         return sam
-    decoder = sam.mask_decoder
+    decoder = unwrapped(sam).mask_decoder
     weight = decoder.mask_tokens.weight
     tokens = torch.cat([weight.detach(), taken.tokens.to(weight)])
     _set_tokens(decoder, tokens, weight.requires_grad)
@@ -109,6 +112,7 @@ def stock_state_dict(
     What a binary head took away is put back; for other models nothing changes. The model stays
     as it is. A stock SAM that loads it needs ``binary_head`` to predict what this one does.
     """
+    sam = unwrapped(sam)
     state = dict(sam.state_dict() if state is None else state)
     taken = _taken(sam)
     if taken is None:
@@ -151,7 +155,7 @@ def given_head(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def _taken(model: nn.Module) -> _Taken | None:
-    return getattr(getattr(model, "mask_decoder", None), _ATTRIBUTE, None)
+    return getattr(getattr(unwrapped(model), "mask_decoder", None), _ATTRIBUTE, None)
 
 
 def _set_tokens(decoder: nn.Module, weight: Tensor, trained: bool) -> None:

@@ -23,6 +23,7 @@ from samfast.models.segment import (
     upscale,
 )
 from samfast.modules.adapter import adapters, attachment
+from samfast.modules.wrappers import unwrapped
 
 KINDS = ("binary", "semantic", "regression")
 TaskName = str | int
@@ -86,7 +87,7 @@ class MultiTaskSam(nn.Module):
 
     def __init__(self, sam: nn.Module, tasks: Iterable[Task]):
         super().__init__()
-        tasks = tuple(tasks)
+        tasks, sam = tuple(tasks), unwrapped(sam)
         _check(sam, tasks)
         self.tasks = tasks
         self.image_encoder = sam.image_encoder

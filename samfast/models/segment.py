@@ -6,6 +6,7 @@ image's embedding for all prompts. Here every prompt carries its own image, so a
 The numbers are those of segment_anything's loop over images with ``multimask_output=False``.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,35 +14,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-Points = tuple[Tensor, Tensor]
+from samfast.models.prompts import Points, check_prompts, padded_boxes
+from samfast.models.reading import check_all_read, sam_within
 
 
 def segment(
     sam: nn.Module,
     images: Tensor,
-    boxes: Tensor | None = None,
+    boxes: Tensor | Sequence[Tensor] | None = None,
     points: Points | None = None,
     *,
     decoder_chunk: int | None = None,
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     """Mask logits of N objects per image.
 
+    sam: segment_anything's Sam, or a wrapper with one inside, whose own forward is not called
     images: [B, 3, H, W] RGB values 0..255, uint8 or float, H and W at most sam's image size
-    boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`
+    boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`, the left upper
+        one first; or a list of B tensors [N_i, 4], a number of boxes for each image
     points: (coords [B, N, P, 2], labels [B, N, P]), or without N for N = 1; coords x, y in pixels,
         labels 1 foreground, 0 background, -1 padding that is no point
     decoder_chunk: the mask decoder takes at most so many of the B * N objects at a time; None: all
-    out: [B, N, H, W], float32 (float64 where sam is); N = 1 without prompts
+    out: [B, N, H, W], float32 (float64 where sam is); N = 1 without prompts; for a list of boxes a
+        list of B tensors [N_i, H, W]
 
     The decoder keeps about 100 MB (float32, 1024 x 1024) of each object for the backward. In chunks
     it keeps none of it, and computes each chunk again when its gradient is due: the same masks and
     gradients up to rounding, of which a product with fewer rows and a sum in parts have their own.
-    The same bits at every run: nothing here adds atomically, forwards or backwards. Label values
-    are checked on the CPU only, for reading them elsewhere would wait for the device. Raises
-    ValueError, or TypeError for a dtype, when an input does not fit.
+    The decoder takes as many boxes of each image as the longest of a list has.
+    The same bits at every run: nothing here adds atomically, forwards or backwards. Labels, NaN and
+    exchanged corners are looked for on the CPU only, for reading them elsewhere would wait for the
+    device. Raises ValueError, or TypeError for a dtype or a model, when an input does not fit, and
+    RuntimeError in DistributedDataParallel's forward when parameters are trained that are not read.
     """
+    check_all_read(sam)
+    sam = sam_within(sam)
     size = _check_images(sam, images)
-    _count_objects(images, boxes, points)  # before the work of the encoder
+    check_prompts(images, boxes, points)  # before the work of the encoder
     check_decoder_chunk(decoder_chunk)
     return decode(sam, encode(sam, images), size, boxes, points, decoder_chunk=decoder_chunk)
 
@@ -52,6 +61,7 @@ def encode(sam: nn.Module, images: Tensor) -> Tensor:
     Normalised in at least float32, padded with zeros right and below, then in the dtype of the
     encoder's patch embedding.
     """
+    sam = sam_within(sam, ("image_encoder",))
     height, width = _check_images(sam, images)
     mean, std = sam.pixel_mean, sam.pixel_std
     dtype = torch.promote_types(mean.dtype, torch.float32)
@@ -68,22 +78,24 @@ def decode(
     sam: nn.Module,
     embeddings: Tensor,
     size: tuple[int, int],
-    boxes: Tensor | None = None,
+    boxes: Tensor | Sequence[Tensor] | None = None,
     points: Points | None = None,
     *,
     decoder_chunk: int | None = None,
-) -> Tensor:
+) -> Tensor | list[Tensor]:
     """Mask logits [B, N, H, W] from embeddings [B, 256, n, n] of images of `size` (H, W).
 
     Prompts, chunks and result as in segment.
     """
+    sam = sam_within(sam)
     shape = tuple(embeddings.shape)
     if len(shape) != 4 or shape[1:] != _embedding_shape(sam):
         wanted = ", ".join(map(str, _embedding_shape(sam)))
         raise ValueError(f"image embeddings have shape {shape}, not (batch, {wanted})")
     _check_size(sam, size)
-    count = _count_objects(embeddings, boxes, points)
+    count = check_prompts(embeddings, boxes, points)
     check_decoder_chunk(decoder_chunk)
+    boxes, counts = padded_boxes(boxes, count)
     encoder = sam.prompt_encoder
     tokens = _prompt_tokens(encoder, shape[0] * count, boxes, points)
     positions = encode_grid(encoder.pe_layer, shape[2:])
@@ -92,7 +104,8 @@ def decode(
         sam.mask_decoder, embeddings, positions, tokens, dense, count, decoder_chunk
     )
     masks = upscale(masks, size, sam.image_encoder.img_size)
-    return masks.view(shape[0], count, *size)
+    masks = masks.view(shape[0], count, *size)
+    return masks if counts is None else [m[:n] for m, n in zip(masks, counts, strict=True)]
 
 
 def decode_objects(
@@ -126,24 +139,6 @@ def check_decoder_chunk(chunk: int | None) -> None:
         raise ValueError(f"decoder_chunk is {chunk}; it must be at least 1")
 
 
-def unused_by_segment(sam: nn.Module) -> list[str]:
-    """Names of sam's parameters that segment never reads, so that training leaves them alone.
-
-    They predict the quality of masks, the three masks of an ambiguous prompt, and embed mask
-    prompts.
-    """
-    return [
-        name
-        for name, _ in sam.named_parameters()
-        if "mask_decoder.iou_prediction_head." in name
-        or "prompt_encoder.mask_downscaling." in name
-        or (
-            "mask_decoder.output_hypernetworks_mlps." in name
-            and "mask_decoder.output_hypernetworks_mlps.0." not in name
-        )
-    ]
-
-
 def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
     encoder = sam.image_encoder
     side = encoder.img_size // encoder.patch_embed.proj.stride[0]
@@ -171,49 +166,6 @@ def _check_size(sam: nn.Module, size: tuple[int, int]) -> None:
         raise ValueError(
             f"images are {size[0]} x {size[1]} pixels, but the model takes 1 to {limit}"
         )
-
-
-def _count_objects(images: Tensor, boxes: Tensor | None, points: Points | None) -> int:
-    """N, the number of objects per image, after checking the prompts of [B, ...] images."""
-    batch, counts = len(images), {}
-    if boxes is not None:
-        shape = tuple(boxes.shape)
-        if len(shape) not in (2, 3) or shape[0] != batch or shape[-1] != 4:
-            raise ValueError(f"boxes have shape {shape}, not ({batch}, 4) or ({batch}, N, 4)")
-        _check_prompt("boxes", boxes, images.device)
-        counts["boxes"] = shape[1] if len(shape) == 3 else 1
-    if points is not None:
-        if not isinstance(points, (tuple, list)) or len(points) != 2:
-            raise TypeError("points are not a pair (coordinates, labels)")
-        coords, labels = points
-        shape = tuple(coords.shape)
-        if len(shape) not in (3, 4) or shape[0] != batch or shape[-1] != 2:
-            raise ValueError(
-                f"point coordinates have shape {shape}, not ({batch}, P, 2) or ({batch}, N, P, 2)"
-            )
-        if tuple(labels.shape) != shape[:-1]:
-            raise ValueError(
-                f"point labels have shape {tuple(labels.shape)}, but the coordinates {shape}"
-            )
-        _check_prompt("point coordinates", coords, images.device)
-        _check_prompt("point labels", labels, images.device)
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            odd = labels[(labels != 0) & (labels.abs() != 1)]
-            if len(odd):
-                raise ValueError(f"point label {odd[0].item()} is not 1, 0 or -1")
-        counts["points"] = shape[1] if len(shape) == 4 else 1
-    if len(set(counts.values())) == 2:
-        raise ValueError(
-            f"boxes are of {counts['boxes']} objects per image, points of {counts['points']}"
-        )
-    return next(iter(counts.values()), 1)
-
-
-def _check_prompt(name: str, values: Tensor, device: torch.device) -> None:
-    if values.dtype == torch.bool or values.is_complex():
-        raise TypeError(f"{name} are {values.dtype}, not real numbers")
-    if values.device != device:
-        raise ValueError(f"{name} are on {values.device}, the images on {device}")
 
 
 def _encode_positions(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from samfast.modules.wrappers import ATTACHMENT
+
 if TYPE_CHECKING:
     from samfast.modules.aux_loss import LatestLoss
     from samfast.modules.methods import Method
-
-_ATTRIBUTE = "samfast_attachment"
 
 
 class Adapter:
@@ -79,24 +79,18 @@ class Attachment:
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and data-parallel wrappers, whose names have no prefix."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, parallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's
-            model = model._orig_mod
-        else:
-            return model
-
-
 def attachment(model: nn.Module) -> Attachment | None:
-    return getattr(model, _ATTRIBUTE, None)
+    return getattr(model, ATTACHMENT, None)
+
+
+def attachment_within(model: nn.Module) -> Attachment | None:
+    """What was attached to the model or to a part of it; None where that is not one thing."""
+    found = [m for m in model.modules() if attachment(m) is not None]
+    return attachment(found[0]) if len(found) == 1 else None
 
 
 def remember(model: nn.Module, record: Attachment) -> None:
-    setattr(model, _ATTRIBUTE, record)
+    setattr(model, ATTACHMENT, record)
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Module]:
@@ -111,3 +105,16 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
         for layer, module in adapters(model).items()
         for name, _ in module.adapter_parameters()
     }
+
+
+def adapter_state(adapted: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """What adapters add to the model's state dict, by full name, shared Parameters once."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for layer, module in adapted.items():
+        for name, value in module.adapter_state():
+            if id(value) not in seen:
+                found[f"{layer}.{name}" if layer else name] = value
+            if isinstance(value, nn.Parameter):
+                seen.add(id(value))
+    return found

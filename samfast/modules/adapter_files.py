@@ -26,15 +26,25 @@ from samfast.integrations import peft
 from samfast.models.heads import HEADS, MULTI_TASK, given_head, head_of
 from samfast.models.multi_task import MultiTaskSam, tasks_from_config
 from samfast.modules.adapter import (
-    Attachment,
     adapter_parameter_names,
+    adapter_state,
     adapters,
     attachment,
-    unwrapped,
 )
-from samfast.modules.attach import attach_to, check_attachable, check_layer
-from samfast.modules.base_digest import base_digest
+from samfast.modules.adapter_fit import (
+    check_base_of,
+    check_same,
+    check_tensors,
+    find_layers_of,
+    head_for,
+    image_size_of,
+    level_of,
+)
+from samfast.modules.attach import attach_to, check_attachable
+from samfast.modules.base_digest import digest_of, fingerprints, identity_of
+from samfast.modules.finite import not_finite
 from samfast.modules.methods import Method, method_from_config
+from samfast.modules.wrappers import refuse_new_parameters, unclear, unwrapped
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -71,13 +81,15 @@ def save_adapter(
     image_size: default is the image encoder's
     extra: JSON values that are kept under "extra" in the configuration
 
-    Raises ValueError when nothing was attached, the head is not the model's or an extra is no
-    JSON value, OSError when the folder cannot be written.
+    Of a wrapper with one SAM inside, that is saved. Raises ValueError when nothing was attached,
+    the head is not the model's or an extra is no JSON value, OSError when the folder cannot be
+    written.
     """
-    model = unwrapped(model)
+    reason, model = unclear(model), unwrapped(model)
     attached = attachment(model)
     if attached is None:
-        raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
+        reason = reason or "; samfast.attach adds one"
+        raise ValueError(f"this {type(model).__name__} has no adapter{reason}")
     if head in tuple(HEADS) and head != head_of(model):
         raise ValueError(f"head is {head!r}, but the model's is {head_of(model)!r}")
     if classes is None and isinstance(model, MultiTaskSam):
@@ -88,14 +100,16 @@ def save_adapter(
     config = peft.lora_config(model, attached.method, attached.layers, beside)
     base = getattr(model, "samfast_base", None)
     if image_size is None:
-        image_size = getattr(getattr(model, "image_encoder", None), "img_size", None)
+        image_size = image_size_of(model)
+    prints = fingerprints(model, tensors.keys())
     record = {
         "format": VERSION,
         "samfast": samfast.__version__,
         "method": attached.method.config(),
         "layers": list(attached.layers),
         "base": dict(base) if isinstance(base, dict) else {"name": base},
-        "base_digest": base_digest(model, tensors.keys()),
+        "base_digest": digest_of(prints),
+        "base_identity": identity_of(prints),
         "base_dtype": _dtype_name(attached.base_dtype),
         "image_size": image_size,
         "head": head_of(model) if head is None else head,
@@ -132,40 +146,43 @@ def load_adapter(
 ) -> nn.Module:
     """Put a saved adapter on a model, in place, and return the model.
 
-    An adapter of several tasks makes a MultiTaskSam of a stock model, which shares its encoder,
-    and returns that.
+    Inside a wrapper of one SAM it works on the SAM. An adapter of several tasks makes a
+    MultiTaskSam of a stock model, which shares its encoder, and returns that.
 
     A stock model gets head and adapters (and everything frozen, as ``attach`` does); a model with
     the same head and the same method on the same layers gets the tensors alone. The folder may be
     of ``save_adapter`` or LoRA saved by PEFT.
 
     trainable: whether the loaded tensors require a gradient
-    check_base: refuse an adapter that was trained on another base model
+    check_base: refuse an adapter that was trained on another base model; one that was trained at
+        another image size on the same base loads with a warning
     base_dtype: as in ``attach``, for a stock model
 
     Raises FileNotFoundError or ValueError with one sentence, and then has changed nothing.
     """
-    model = unwrapped(model)
     adapter = read_adapter(folder)
-    model = _with_tasks(model, adapter)
+    given, stock = model, level_of(model, adapter)
+    model = _with_tasks(stock, adapter)
     attached = attachment(model)
-    with given_head(model, _head_for(model, adapter)):
+    with given_head(model, head_for(model, adapter)):
         if attached is None:
             check_attachable(model, base_dtype)
-            layers = _find_layers(model, adapter)
+            if trainable:
+                refuse_new_parameters(given)
+            layers = find_layers_of(model, adapter)
             adapter.method.check_model(model, layers)
             adapted = adapter.method.build(layers)
         else:
-            _check_same(attached, adapter)
+            check_same(attached, adapter)
             if base_dtype not in (None, attached.base_dtype):
                 raise ValueError(
                     f"base_dtype is {_dtype_name(base_dtype)}, but the model was attached with "
                     f"{_dtype_name(attached.base_dtype)}"
                 )
             adapted = adapters(model)
-        _check_tensors(model, adapter, adapted)
+        check_tensors(model, adapter, adapted)
         if check_base:
-            _check_base(model, adapter)
+            check_base_of(model, adapter)
     own = adapter_parameter_names(model)
     beside = {name for name, _ in model.named_parameters() if name in adapter.tensors} - own
     if attached is None:
@@ -177,7 +194,7 @@ def load_adapter(
     for name, parameter in model.named_parameters():
         if name in own or name in adapter.tensors:
             parameter.requires_grad_(trainable)
-    return model
+    return given if model is stock else model
 
 
 def read_adapter(folder: str | os.PathLike) -> AdapterFile:
@@ -228,22 +245,9 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     names = [n for n, p in model.named_parameters() if p.requires_grad or n in chosen]
     names += _trained_buffers(model, set(names) - own)
     names = [name for name in names if name not in own]
-    names += _adapter_state(adapters(model))
+    names += adapter_state(adapters(model))
     state = model.state_dict()
     return {name: state[name].detach().cpu().contiguous().clone() for name in names}
-
-
-def _adapter_state(adapted: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """What adapters add to the model's state dict, by full name, shared Parameters once."""
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for layer, module in adapted.items():
-        for name, value in module.adapter_state():
-            if id(value) not in seen:
-                found[f"{layer}.{name}" if layer else name] = value
-            if isinstance(value, nn.Parameter):
-                seen.add(id(value))
-    return found
 
 
 def _trained_buffers(model: nn.Module, trained: set[str]) -> list[str]:
@@ -323,11 +327,13 @@ def _parse(
         if ours or "peft_type" not in config:
             raise ValueError(f"{TENSORS} has lost its record, or {CONFIG} belongs to another file")
         method, layers, tensors = peft.read_lora(config, tensors)
+        _check_finite(tensors)
         record = {
             "method": method.config(),
             "layers": list(layers),
             "base": {"name": config.get("base_model_name_or_path")},
             "base_digest": None,
+            "base_identity": None,
             "base_dtype": None,
             "image_size": None,
             "head": None,
@@ -338,8 +344,14 @@ def _parse(
     record = _record(header["samfast"], tensors)
     if any(key.startswith(peft.PREFIX) for key in tensors):
         tensors = {peft.from_key(key): value for key, value in tensors.items()}
+    _check_finite(tensors)
     method = method_from_config(record["method"])
     return AdapterFile(folder, record, method, tuple(record["layers"]), tensors)
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    if (name := not_finite(tensors)) is not None:
+        raise ValueError(f"{name} contains NaN or infinity")
 
 
 _TYPES = {"layers": list, "base": dict, "base_digest": str, "extra": dict}
@@ -364,23 +376,6 @@ def _record(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     return record
 
 
-def _find_layers(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Module]:
-    """The stock model's layers that the adapter belongs on, each checked."""
-    modules = dict(model.named_modules())
-    layers = {}
-    for name in adapter.layers:
-        layer = modules.get(name)
-        if not isinstance(layer, adapter.method.replaces):
-            kind = adapter.method.replaces.__name__
-            found = "nothing of that name" if layer is None else f"a {type(layer).__name__}"
-            raise ValueError(
-                f"adapter {adapter.folder} belongs on a {kind} {name}, but the model has {found}"
-            )
-        check_layer(adapter.method, name, layer)
-        layers[name] = layer
-    return layers
-
-
 def _with_tasks(model: nn.Module, adapter: AdapterFile) -> nn.Module:
     """The MultiTaskSam for an adapter of several tasks; for other adapters the model itself."""
     if adapter.record.get("head") != MULTI_TASK:
@@ -395,69 +390,3 @@ def _with_tasks(model: nn.Module, adapter: AdapterFile) -> nn.Module:
         mine, theirs = (", ".join(map(str, own)) for own in (model.tasks, tasks))
         raise ValueError(f"adapter {adapter.folder} is of {theirs}, but the model of {mine}")
     return model
-
-
-def _head_for(model: nn.Module, adapter: AdapterFile) -> str:
-    """The head that the model must have for this adapter; adapters of PEFT know of none."""
-    mine, wanted = head_of(model), adapter.record.get("head")
-    if wanted not in tuple(HEADS) or wanted == mine:
-        return mine
-    if mine != "sam" or attachment(model) is not None:
-        raise ValueError(
-            f"adapter {adapter.folder} was trained with head {wanted!r}, but the model has {mine!r}"
-        )
-    return wanted
-
-
-def _check_same(attached: Attachment, adapter: AdapterFile) -> None:
-    if not attached.method.same_update(adapter.method):
-        raise ValueError(
-            f"adapter {adapter.folder} is {adapter.method!r}, but the model has {attached.method!r}"
-        )
-    different = set(attached.layers) ^ set(adapter.layers)
-    if different:
-        name = sorted(different)[0]
-        has, lacks = "the model", f"adapter {adapter.folder}"
-        if name in adapter.layers:
-            has, lacks = lacks, has
-        raise ValueError(f"{has} has {name} adapted, but {lacks} has not")
-
-
-def _check_tensors(model: nn.Module, adapter: AdapterFile, adapted: dict[str, nn.Module]) -> None:
-    """Every tensor of the file has a place of its shape, and every adapter finds its tensors."""
-    wanted = _adapter_state(adapted)
-    for name in wanted:
-        if name not in adapter.tensors:
-            raise ValueError(f"adapter {adapter.folder} has no tensor {name}")
-    for layer, module in adapted.items():
-        inside = f"{layer}." if layer else ""
-        state = {n[len(inside) :]: t for n, t in adapter.tensors.items() if n.startswith(inside)}
-        if (problem := module.state_problem(state)) is not None:
-            raise ValueError(f"adapter {adapter.folder} cannot be used in {layer}: {problem}")
-    places = {**model.state_dict(keep_vars=True), **wanted}
-    for name, tensor in adapter.tensors.items():
-        if name not in places:
-            raise ValueError(
-                f"adapter {adapter.folder} has a tensor {name}, which the model has not"
-            )
-        if tensor.shape != places[name].shape:
-            raise ValueError(
-                f"adapter {adapter.folder} has {name} of shape {tuple(tensor.shape)}, but in the "
-                f"model it is {tuple(places[name].shape)}"
-            )
-
-
-def _check_base(model: nn.Module, adapter: AdapterFile) -> None:
-    stored = adapter.record["base_digest"]
-    if stored is None:
-        return
-    digest = base_digest(model, adapter.tensors.keys())
-    if digest != stored:
-        base = getattr(model, "samfast_base", None)
-        mine = base.get("name") if isinstance(base, dict) else base
-        theirs = adapter.record["base"].get("name")
-        raise ValueError(
-            f"adapter {adapter.folder} was trained on another base: {theirs or 'unnamed'} with "
-            f"digest {stored[:12]}, while this model is {mine or 'unnamed'} with digest "
-            f"{digest[:12]} (check_base=False loads it all the same)"
-        )

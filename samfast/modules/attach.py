@@ -14,13 +14,19 @@ from samfast.modules.adapter import (
     adapters,
     attachment,
     remember,
-    unwrapped,
 )
 from samfast.modules.base_digest import fingerprint
 from samfast.modules.methods import Method
 from samfast.modules.task_lora import numbers_of, set_task
+from samfast.modules.wrappers import (
+    ENCODER,
+    levels,
+    prefix_of,
+    refuse_new_parameters,
+    unclear,
+    unwrapped,
+)
 
-ENCODER = "image_encoder"
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,8 +39,9 @@ def attach(
 ) -> nn.Module:
     """Freeze a model, put adapters on its target layers, and un-freeze what ``train`` names.
 
-    Works in place and returns the model. Adapted layers share the weights they had; outputs stay
-    the same until training moves the adapters (LoRA and Conv-LoRA start at zero).
+    Works in place and returns the model. Inside a wrapper of one SAM (torch.compile's, Lightning's,
+    a module of one's own) it works on the SAM. Adapted layers share the weights they had; outputs
+    stay the same until training moves the adapters (LoRA and Conv-LoRA start at zero).
 
     method: for example ``samfast.Lora(rank=4)``. Its ``target`` is a leaf name, matched in
         ``model.image_encoder`` where there is one and anywhere else otherwise, or a regular
@@ -54,10 +61,13 @@ def attach(
     if not isinstance(method, Method):
         raise TypeError(f"method is {method!r}, which is not one of samfast's methods")
     check_attachable(model, base_dtype)
-    layers = find_layers(model, method)
-    method.check_model(model, layers)
-    trained = find_trained(model, train)
-    return attach_to(model, method, layers, method.build(layers), trained, base_dtype)
+    refuse_new_parameters(model)
+    inner, prefix = unwrapped(model), prefix_of(model)
+    layers = find_layers(inner, method, prefix)
+    method.check_model(inner, layers)
+    trained = find_trained(inner, train, prefix)
+    attach_to(inner, method, layers, method.build(layers), trained, base_dtype)
+    return model
 
 
 def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
@@ -68,12 +78,16 @@ def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
         raise ValueError(f"base_dtype is {base_dtype!r}; it must be one of {known}")
     for name, module in adapters(model).items():
         raise ValueError(f"{name or 'the model'} already has an adapter, {type(module).__name__}")
-    if (attached := attachment(model)) is not None:
-        raise ValueError(f"{attached.method!r} is already attached to the model")
+    for level in levels(model):
+        if (attached := attachment(level)) is not None:
+            raise ValueError(f"{attached.method!r} is already attached to the model")
 
 
-def find_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
-    """The layers that the method's target matches, each checked, by full name."""
+def find_layers(model: nn.Module, method: Method, prefix: str = "") -> dict[str, nn.Module]:
+    """The layers that the method's target matches, each checked, by full name.
+
+    prefix: what a wrapper puts before the names; a regular expression may have it or not
+    """
     targets = (method.target,) if isinstance(method.target, str) else method.target
     candidates = {n: m for n, m in model.named_modules() if isinstance(m, method.replaces) and n}
     scope = f"{ENCODER}." if isinstance(getattr(model, ENCODER, None), nn.Module) else ""
@@ -86,7 +100,11 @@ def find_layers(model: nn.Module, method: Method) -> dict[str, nn.Module]:
                 if name.startswith(scope) and name.rpartition(".")[2] == target
             ]
         else:
-            matched = [name for name in candidates if re.fullmatch(target, name)]
+            matched = [
+                name
+                for name in candidates
+                if re.fullmatch(target, name) or re.fullmatch(target, prefix + name)
+            ]
         if not matched:
             raise ValueError(_no_match(target, candidates, scope, method.replaces))
         chosen.update(matched)
@@ -126,14 +144,15 @@ def _no_match(
     return f"target {target!r} matches no layer{where}; {what}s there are {some}"
 
 
-def find_trained(model: nn.Module, train: tuple[str, ...] | str) -> set[str]:
-    """Full names of the parameters that the entries of ``train`` stand for."""
+def find_trained(model: nn.Module, train: tuple[str, ...] | str, prefix: str = "") -> set[str]:
+    """Full names of the parameters that the entries of ``train`` stand for, with prefix or not."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     trained = set()
     for entry in (train,) if isinstance(train, str) else tuple(train):
         if not isinstance(entry, str) or not entry:
             raise ValueError(f"train has {entry!r}, which is not the name of a module or parameter")
-        matched = [name for name in names if name == entry or name.startswith(f"{entry}.")]
+        inner = entry.removeprefix(prefix)
+        matched = [name for name in names if name == inner or name.startswith(f"{inner}.")]
         if not matched:
             parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise ValueError(
@@ -285,7 +304,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 def _mergeable(model: nn.Module) -> list[Adapter]:
     found = adapters(unwrapped(model))
     if not found:
-        raise ValueError(f"this {type(unwrapped(model)).__name__} has no adapter")
+        raise ValueError(f"this {type(unwrapped(model)).__name__} has no adapter{unclear(model)}")
     for name, layer in found.items():
         if not hasattr(layer, "merge"):
             raise ValueError(f"{name} is a {type(layer).__name__}, {layer.unmergeable}")

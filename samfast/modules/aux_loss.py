@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from samfast.modules.adapter import Adapter, adapters, attachment, unwrapped
+from samfast.modules.adapter import Adapter, adapters, attachment_within
+from samfast.modules.wrappers import unwrapped
 
 
 class LatestLoss:
@@ -41,6 +42,8 @@ class LatestLoss:
 
         training: False when the term is constant   trained: whether it reaches a parameter
         """
+        if torch.compiler.is_exporting():  # what stands for a tensor there outlives the export
+            return y
         if recomputing():
             self.counted = True  # the forwards before this backward are done with
             if not self.gradient or not torch.is_grad_enabled():
@@ -153,7 +156,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     """
     model = unwrapped(model)
     layers = adapters(model)
-    if not layers and attachment(model) is None:
+    if not layers and attachment_within(model) is None:
         raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
     terms = [t for layer in layers.values() if (t := layer.latest_loss()) is not None]
     if not terms:

@@ -258,6 +258,11 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
 
     def _run(self, x, windows: Windows, noise, expert_index) -> tuple[Tensor, Tensor, Tensor]:
         """y, z_pad and the balancing loss, which is kept for ``samfast.aux_loss``."""
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace and torch.onnx.export would keep the experts that the example "
+                "chose; use torch.export.export, which takes Conv-LoRA"
+            )
         y, aux, z_pad = conv_lora_linear(
             x,
             self.weight,

@@ -43,8 +43,9 @@ class SharingLayer(nn.Module):
         sources = self.sources()
         if given[0].requires_grad:
             return _Given.apply(len(given), *given, *sources)
-        # Made under no_grad, by a prediction in another thread.
-        return self.alone() if any(t.requires_grad for t in sources) else given
+        # Made under no_grad or in inference mode, by a prediction in another thread.
+        made_apart = given[0].is_inference() or any(t.requires_grad for t in sources)
+        return self.alone() if made_apart else given
 
     def __getstate__(self):
         return {**self.__dict__, "given": None, "stamp": ()}

@@ -120,6 +120,7 @@ class LowRankLinear(AdaptedLinear):
             return {"lora_linear": str(error)}
         return {"lora_linear": name}
 
+    @torch.inference_mode(False)  # a later backward saves the merged weight
     @torch.no_grad()
     def merge(self) -> None:
         """Fold the adapter into the weight. Merging again folds the present adapter anew.

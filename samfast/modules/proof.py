@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from samfast.integrations import segment_anything
 from samfast.integrations.probe import (
     CodeOf,
+    apart,
     attributes,
     difference,
     frozen,
+    replicated,
     shell,
-    undisturbed,
     words,
 )
 from samfast.kernels.relpos_attention.op import fit_table
@@ -104,10 +105,13 @@ def _options(kind: type[nn.Module], module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in attributes(module).items() if name not in known}
 
 
-def _held(module: nn.Module) -> list[tuple[str, ...]]:
+def _held(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Names of the module's children, parameters and buffers."""
     stores = (module._modules, module._parameters, module._buffers)
-    return [tuple([name for name, value in store.items() if value is not None]) for store in stores]
+    children, tensors, buffers = (
+        tuple([name for name, value in store.items() if value is not None]) for store in stores
+    )
+    return children, (*tensors, *replicated(module)), buffers
 
 
 def _structure(name: str, kind: type[nn.Module], module: nn.Module) -> str | None:
@@ -143,9 +147,8 @@ def _judgement(module: nn.Module, parts: dict, codes: tuple) -> str | None:
         names = sorted({n for kind, part in parts.values() for n in _options(kind, part)})
         return f"its attributes change from call to call: {', '.join(names)}"
     cases = ((4, 5, 3), (0, 3, 5)) if isinstance(module, Block) else ((0, 3, 5),)
-    with undisturbed():
-        problems = (_Case(module, parts, *case).problem() for case in cases)
-        return next((p for p in problems if p is not None), None)
+    problems = (apart(_Case(module, parts, *case).problem) for case in cases)
+    return next((p for p in problems if p is not None), None)
 
 
 def _taken(function) -> str:
@@ -166,10 +169,10 @@ def _found(module: nn.Module, path: str, default):
 
 
 class _Case:
-    """One run: a shell as wide as the module, with weights of its own, on a map of two images.
+    """One run: a shell as wide as the module, with weights of its own, on maps of two images.
 
-    window: side of the windows, 0 for the whole map. One table fits a whole map, the other is to
-    be interpolated.
+    window: side of the windows, 0 for the whole map, where one table fits and the other is to be
+        interpolated. The MLP is no wider than the block, which saves time.
     """
 
     def __init__(self, module: nn.Module, parts: dict, window: int, height: int, width: int):
@@ -179,13 +182,12 @@ class _Case:
         self.sides = (window, window) if window else (height, width)
         self.heads = int(_found(module, f"{self.attn}num_heads", 2))
         self.dim = _found(module, f"{self.attn}qkv.in_features", 32 * self.heads)
-        self.hidden = _found(module, "mlp.lin1.out_features", 4 * self.dim)
         self.scale = float(_found(module, f"{self.attn}scale", 0.25))
         self.eps = _found(module, "norm1.eps", 1e-6)
         self.tables = bool(_found(module, f"{self.attn}use_rel_pos", True))
         qkv = _found(module, f"{self.attn}qkv", None)
         self.bias = getattr(qkv, "bias", True) is not None
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
 
     def problem(self) -> str | None:
         tested = self._block() if self.block else self._attention()
@@ -218,8 +220,8 @@ class _Case:
             mlp=self._shell(
                 "mlp",
                 {},
-                lin1=self._linear(self.hidden, self.dim),
-                lin2=self._linear(self.dim, self.hidden),
+                lin1=self._linear(self.dim, self.dim),
+                lin2=self._linear(self.dim, self.dim),
                 act=nn.GELU(),
             ),
         )

@@ -23,6 +23,19 @@ class PublishedNames(nn.Module):
         """Published entries of one element that are no tensors here."""
         return {}
 
+    def _apply(self, fn, recurse=True):
+        """What is packed is not a map: ``to(memory_format=...)`` leaves its layout as it is."""
+
+        def packed(t: Tensor) -> Tensor:
+            if t.dim() < 4:
+                return fn(t)
+            try:
+                return fn(t).contiguous()
+            except RuntimeError:  # channels_last takes four dimensions, no other number
+                return fn(t.flatten(0, -4)).contiguous().view(t.shape)
+
+        return super()._apply(packed, recurse)
+
     def published_state(self) -> Iterator[tuple[str, Tensor]]:
         """All of the state dict that is not the layer's own weight and bias."""
         for name, value in self.state_dict(keep_vars=True).items():

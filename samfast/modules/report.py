@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from samfast.models.reading import modules_of, unread_by_segment
 from samfast.modules.adapter import (
     adapter_parameter_names,
     adapters,
-    attachment,
-    unwrapped,
+    attachment_within,
 )
 from samfast.modules.fuse import attention_states, block_states, fused_blocks
 from samfast.modules.methods import Method
+from samfast.modules.wrappers import unwrapped
 
 _OF_BLOCKS = ("relpos_attention", "sam_block")  # operations whose rows stand below the blocks
 
@@ -37,6 +38,7 @@ class Report:
     blocks: of every transformer block by full name, "fused", or "fused in parts: …" or
         "not fused: …" with the reason
     memory: the modes of the fused blocks, see ``fuse``; () where there are none
+    unread: names of trained parameters of a SAM that ``segment`` never reads
     """
 
     method: Method | None
@@ -53,6 +55,7 @@ class Report:
     attention: dict[str, str]
     blocks: dict[str, str]
     memory: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def trained_parameters(self) -> int:
@@ -79,6 +82,7 @@ class Report:
                 f"({share:.2f} % of {total:,}){_dtypes(self.trained_dtypes)}",
             ),
             *((f"  {part}", f"{count:,}") for part, count in self.trained_by_part.items()),
+            *([("not read by segment", _unread(self.unread))] if self.unread else []),
             ("frozen", f"{self.frozen_parameters:,}{_dtypes(self.frozen_dtypes)}"),
         ]
         width = max(len(label) for label, _ in rows)
@@ -110,7 +114,7 @@ def report(model: nn.Module) -> Report:
             trained[parameter.dtype] += count
         else:
             frozen[parameter.dtype] += count
-    record = attachment(model)
+    record = attachment_within(model)
     attention, blocks = attention_states(model), fused_blocks(model)
     fused = [name for name, state in attention.items() if state.startswith("fused")]
     return Report(
@@ -130,6 +134,7 @@ def report(model: nn.Module) -> Report:
         attention=attention,
         blocks=block_states(model),
         memory=tuple(sorted({block.memory for block in blocks.values()})),
+        unread=tuple(unread_by_segment(model)),
     )
 
 
@@ -145,6 +150,10 @@ def _state_rows(label: str, states: dict[str, str]) -> list[tuple[str, str]]:
     counts = Counter(states.values())
     rows = [f"{count} x {state}" for state, count in counts.items()] or ["none of SAM's"]
     return list(zip([label] + [""] * (len(rows) - 1), rows, strict=True))
+
+
+def _unread(names: tuple[str, ...]) -> str:
+    return f"{len(names)} trained tensors of {', '.join(modules_of(list(names)))}"
 
 
 def _dtypes(counts: dict[torch.dtype, int]) -> str:

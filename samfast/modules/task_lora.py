@@ -14,12 +14,13 @@ from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.kernels.task_core.middle_map import middle_key
 from samfast.kernels.task_core.op import check_task, core_backend
 from samfast.kernels.task_core.task_lora import task_lora_linear
-from samfast.modules.adapter import adapters, attachment, unwrapped
+from samfast.modules.adapter import adapters, attachment_within
 from samfast.modules.aux_loss import recomputing
 from samfast.modules.block_layer import BlockLayer
 from samfast.modules.encoder_forward import EncoderForward, SharingLayer
 from samfast.modules.low_rank import LowRankLinear, check_dropout
 from samfast.modules.qkv_lora import QKV, checked_slices
+from samfast.modules.wrappers import unwrapped
 
 Ranks = tuple[int, int, int]
 
@@ -142,7 +143,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
     def choose(self, tasks: tuple[int, ...], entries: Tensor | None = None) -> None:
         """Work for these from now on; entries: the same on the layer's device, if at hand."""
         if entries is None:
-            entries = torch.tensor(tasks, dtype=torch.int64, device=self.weight.device)
+            entries = entries_of(tasks, self.weight.device)
         self.chosen, self.entries = tasks, entries
 
     def tasks_now(self, samples: int) -> Tensor:
@@ -152,6 +153,9 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         those of the forwards before. RuntimeError where these had different tasks, for which one
         it is cannot be told.
         """
+        if not torch.compiler.is_compiling():
+            if self.entries.is_inference():  # from a graph that was compiled in inference mode
+                self.choose(self.chosen)
         chosen, entries = self.chosen, self.entries
         if not torch.compiler.is_compiling():
             if recomputing():
@@ -179,11 +183,6 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         if samples % count:
             raise ValueError(f"{count} tasks are set, which do not divide a batch of {samples}")
         return entries if entries.device == self.weight.device else entries.to(self.weight.device)
-
-    def add_adapter(self, **shapes) -> None:
-        super().add_adapter(**shapes)
-        # In memory as the engine takes it, which would copy it at each call otherwise.
-        self.td_U1 = nn.Parameter(self.td_U1.data.t().contiguous().t())
 
     def reset_adapter(self) -> None:
         nn.init.zeros_(self.td_G)
@@ -278,12 +277,6 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
             self.choose(self.chosen)
         return module
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:  # as files want it
-            name = f"{prefix}td_U1"
-            destination[name] = destination[name].contiguous()
-
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, tasks={self.tasks}, ranks={self.ranks}"
         text += f", scaling={self.scaling}, dropout={self.dropout}"
@@ -291,6 +284,14 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
             text += f", enabled={','.join(self.enabled)}"
         text += f", orthogonality={self.orthogonality}" if self.orthogonality else ""
         return text + (", merged" if self.merged else "")
+
+
+def entries_of(tasks: tuple[int, ...], device: torch.device) -> Tensor:
+    """(E,) int64. They outlive the forward that asks for them, so not as inference tensors."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(tasks, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(tasks, dtype=torch.int64, device=device)
 
 
 def orthogonal_penalty(layers: Sequence[TaskLoraLinear]) -> Tensor:
@@ -351,7 +352,7 @@ def set_task(model: nn.Module, task: int | str | Tensor, *, repeated: bool = Fal
     for layer in layers.values():
         device = layer.weight.device
         if device not in moved:
-            moved[device] = torch.tensor(chosen, dtype=torch.int64, device=device)
+            moved[device] = entries_of(chosen, device)
         if layer.chosen != chosen or layer.entries.device != device:
             layer.choose(chosen, moved[device])
         layer.repeated = repeated
@@ -381,7 +382,7 @@ def numbers_of(model: nn.Module, task: int | str | Tensor) -> tuple[int, ...]:
         return numbers
     if isinstance(task, str) and task == "all":
         return tuple(range(tasks))
-    attached = attachment(unwrapped(model))
+    attached = attachment_within(model)
     names = getattr(getattr(attached, "method", None), "names", None) or ()
     if isinstance(task, str):
         if task not in names:

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, Sampler
 
 from samfast.training.boxes import foreground_box, jittered_box, resized_box
 from samfast.training.folders import Pair
+from samfast.training.foreground import Foreground, binary_mask, chosen_foreground
+from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image, read_mask
 
 
@@ -39,17 +41,13 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     return np.asarray(resized)
 
 
-def binary_mask(values: np.ndarray, foreground: Sequence[int] | None = None) -> np.ndarray:
-    """Mask values (H, W) -> bool (H, W): value > 0, or value in ``foreground``."""
-    return values > 0 if foreground is None else np.isin(values, foreground)
-
-
 def flipped_axes(seed: int, number: int, index: int) -> list[int]:
     """Which of the axes 0 and 1 of image ``index`` are mirrored in pass ``number``."""
     rng = np.random.default_rng((seed, number, index))
     return np.flatnonzero(rng.random(2) < 0.5).tolist()
 
 
+_AS_TAGGED = ImageOptions()
 _BOX_STREAM = 1  # keeps the numbers that move boxes apart from those that choose flips
 
 
@@ -114,7 +112,8 @@ class PairDataset(Dataset):
         pairs: Sequence[Pair],
         image_size: int,
         *,
-        foreground: Sequence[int] | None = None,
+        foreground: Foreground = None,
+        options: ImageOptions = _AS_TAGGED,
         flips: bool = False,
         prompt: str = "none",
         box_jitter: float = 0.0,
@@ -122,7 +121,8 @@ class PairDataset(Dataset):
     ):
         self.pairs = tuple(pairs)
         self.image_size = image_size
-        self.foreground = foreground
+        self.foreground = chosen_foreground(foreground)
+        self.options = options
         self.flips = flips
         self.prompt = prompt
         self.box_jitter = box_jitter
@@ -134,8 +134,8 @@ class PairDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, number = key if isinstance(key, tuple) else (key, 0)
         pair = self.pairs[index]
-        image = read_image(pair.image)
-        truth = binary_mask(read_mask(pair.mask), self.foreground)
+        image = read_image(pair.image, self.options)
+        truth = binary_mask(read_mask(pair.mask, self.foreground), self.foreground)
         if self.flips:
             for axis in flipped_axes(self.seed, number, index):
                 image, truth = np.flip(image, axis), np.flip(truth, axis)

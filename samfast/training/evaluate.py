@@ -10,7 +10,11 @@ from torch.utils.data import DataLoader
 
 from samfast.training.data import Batch, Collate, PairDataset
 from samfast.training.folders import Pair
+from samfast.training.foreground import Foreground
+from samfast.training.image_options import ImageOptions
 from samfast.training.metrics import ForegroundScores
+
+_AS_TAGGED = ImageOptions()
 
 
 def full_size_mask(logits: Tensor, height: int, width: int, shape: Sequence[int]) -> Tensor:
@@ -31,16 +35,17 @@ def validation_loader(
     pairs: Sequence[Pair],
     image_size: int,
     batch_size: int,
-    foreground: Sequence[int] | None = None,
+    foreground: Foreground = None,
     workers: int = 0,
     prompt: str = "none",
+    options: ImageOptions = _AS_TAGGED,
 ) -> DataLoader:
     """Batches in the pairs' order, without flips, with the truths at their own size.
 
     With ``prompt`` "box", with the boxes of the truths, none of them moved.
     """
     return DataLoader(
-        PairDataset(pairs, image_size, foreground=foreground, prompt=prompt),
+        PairDataset(pairs, image_size, foreground=foreground, prompt=prompt, options=options),
         batch_size=batch_size,
         collate_fn=Collate(image_size, truths=True),
         num_workers=workers,

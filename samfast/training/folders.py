@@ -5,17 +5,29 @@ Each broken rule is one ValueError or FileNotFoundError, a sentence with the fil
 and all of them are found before training begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from samfast.training.images import SUFFIXES, read_image, read_mask
+from samfast.training.foreground import Above, Foreground, binary_mask, chosen_foreground
+from samfast.training.image_options import ImageOptions
+from samfast.training.images import SUFFIXES, load_image, load_mask
 
+ADVICE = (
+    "say what is foreground: --foreground any (every value above 0), --threshold T (every value "
+    "above T) or --foreground VALUES (these only)"
+)
+_AS_TAGGED = ImageOptions()
 _DESKTOP_FILES = ("thumbs.db", "desktop.ini")
 _SHOWN_VALUES = 5
+_FEW_LEVELS = 8  # grey values in which nothing of an object can be told apart
+_LOSSY_STEPS = 5  # by which a value differs from one lossy mask to the next
+_ROUGHLY = 0.5  # the same as a share, where no pixel of an object is flat
 
 
 @dataclass(frozen=True)
@@ -79,11 +91,12 @@ def load_split(
     *,
     val_fraction: float = 0.2,
     seed: int = 0,
-    foreground: Sequence[int] | None = None,
+    foreground: Foreground = None,
+    options: ImageOptions = _AS_TAGGED,
 ) -> Split:
     """``find_split``, with every file decoded and checked."""
     split = find_split(folder, val_fraction=val_fraction, seed=seed)
-    check_pairs((*split.train, *split.val), foreground)
+    check_pairs((*split.train, *split.val), foreground, options)
     return split
 
 
@@ -124,37 +137,104 @@ def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -
     return files
 
 
-def check_pairs(pairs: Sequence[Pair], foreground: Sequence[int] | None = None) -> None:
+class CheckedPair(NamedTuple):
+    """What a pair's files hold.
+
+    values: of the mask, each once   lossy, exact: as in StoredMask
+    few: grey values that an object of many stored values keeps in the image; None where enough
+    """
+
+    values: list[float]
+    lossy: bool
+    exact: bool
+    few: int | None
+
+
+def check_pairs(
+    pairs: Sequence[Pair],
+    foreground: Foreground | Sequence[int] | str = None,
+    options: ImageOptions = _AS_TAGGED,
+) -> list[CheckedPair]:
     """Decode every file and check sizes and mask values, or raise the first broken rule.
 
     Without ``foreground`` the masks together may hold two values, one of them 0: anything else
-    (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground.
+    (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Returns
+    what was found, in the pairs' order.
     """
-    if foreground is not None and not foreground:
-        raise ValueError("foreground is empty; name at least one mask value")
+    rule = chosen_foreground(foreground)
     seen: dict[float, Path] = {}  # mask value -> the first mask that holds it
+    found: list[CheckedPair] = []
+    check = partial(_check_pair, rule=rule, options=options)
     with ThreadPoolExecutor() as pool:
         try:
-            for pair, values in zip(pairs, pool.map(_check_pair, pairs), strict=True):
-                for value in values:
-                    seen.setdefault(value, pair.mask)
-                if foreground is None:
-                    check_binary(pair, values, seen)
+            for pair, checked in zip(pairs, pool.map(check, pairs), strict=True):
+                found.append(checked)
+                if checked.exact:
+                    note_values(pair, checked, seen, rule is None)
         finally:
             pool.shutdown(cancel_futures=True)
-    if foreground is None and not any(value > 0 for value in seen):
-        raise ValueError(f"no mask in {pairs[0].mask.parent} has a foreground pixel (value > 0)")
-    if foreground is not None and not set(foreground) & set(seen):
+    for pair, checked in zip(pairs, found, strict=True):
+        if not checked.exact:  # judged last, by what the other masks hold
+            note_values(pair, checked, seen, rule is None)
+    where = pairs[0].mask.parent
+    if rule is None or isinstance(rule, Above):
+        threshold = 0.0 if rule is None else rule.threshold
+        if not any(value > threshold for value in seen):
+            raise ValueError(
+                f"no mask in {where} has a foreground pixel (value > {threshold:g}); they hold "
+                f"{listed(sorted(seen))}"
+            )
+    elif not set(rule) & set(seen):
         raise ValueError(
-            f"foreground {listed(foreground)} occurs in no mask in {pairs[0].mask.parent}, which "
-            f"hold {listed(sorted(seen))}"
+            f"foreground {listed(rule)} occurs in no mask in {where}, which hold "
+            f"{listed(sorted(seen))}"
         )
+    return found
 
 
-def _check_pair(pair: Pair) -> list[float]:
-    image, mask = read_image(pair.image), read_mask(pair.mask)
-    check_sizes(pair, image, mask)
-    return values_of(mask)
+def _check_pair(pair: Pair, rule: Foreground, options: ImageOptions) -> CheckedPair:
+    image, stored = load_image(pair.image, options)
+    mask = load_mask(pair.mask, rule)
+    check_sizes(pair, image, mask.values)
+    few = None
+    if stored is not None and options.range == "auto":
+        few = few_levels(image, stored, binary_mask(mask.values, rule))
+    return CheckedPair(values_of(mask.values), mask.lossy, mask.exact, few)
+
+
+def few_levels(image: np.ndarray, stored: np.ndarray, inside: np.ndarray) -> int | None:
+    """How many grey values an object keeps, where scaling took most of them from it; else None.
+
+    image: uint8 (H, W, 3)   stored: (H, W, bands), what it was scaled from   inside: bool (H, W)
+    """
+    if not inside.any():
+        return None
+    kept = len(np.unique(image[inside]))
+    had = min(len(np.unique(stored[inside][:, i])) for i in range(stored.shape[2]))
+    return kept if kept <= _FEW_LEVELS and had >= 4 * _FEW_LEVELS else None
+
+
+def note_values(
+    pair: Pair, checked: CheckedPair, seen: dict[float, Path], binary: bool, advice: str = ADVICE
+) -> None:
+    """Add a mask's values to those seen; with ``binary``, ValueError where they have no obvious
+    foreground. Values of lossy masks are those seen that are near."""
+    values = checked.values
+    if checked.lossy:
+        values = [_as_seen(value, seen, checked.exact) for value in values]
+    for value in values:
+        seen.setdefault(value, pair.mask)
+    if binary:
+        check_binary(pair, values, seen, advice)
+
+
+def _as_seen(value: float, seen: Iterable[float], exact: bool) -> float:
+    others = [s for s in seen if s != 0]  # 0 is kept exactly, and nothing else is taken for it
+    if value == 0 or not others:
+        return value
+    near = min(others, key=lambda s: abs(s - value))
+    reach = _LOSSY_STEPS if exact else _ROUGHLY * near
+    return near if abs(near - value) <= reach else value
 
 
 def check_sizes(pair: Pair, image: np.ndarray, mask: np.ndarray) -> None:
@@ -173,10 +253,11 @@ def values_of(mask: np.ndarray) -> list[float]:
     return np.unique(mask).tolist()
 
 
-def check_binary(pair: Pair, values: list[float], seen: dict[float, Path]) -> None:
+def check_binary(
+    pair: Pair, values: list[float], seen: dict[float, Path], advice: str = ADVICE
+) -> None:
     """Raise ValueError when a mask's values, together with those seen so far, have no obvious
-    foreground."""
-    advice = "name the foreground's values with --foreground (foreground=)"
+    foreground. advice: what the sentence ends with."""
     if len(values) > 2:
         raise ValueError(
             f"mask {pair.mask} holds {len(values)} values ({listed(values)}) where two are "

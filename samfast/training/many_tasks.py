@@ -17,13 +17,15 @@ from samfast.models import image_size
 from samfast.training import pictures
 from samfast.training.data import padded_images, valid_region
 from samfast.training.evaluate import full_size
+from samfast.training.image_options import image_options
 from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, class_loss, direction_loss, value_loss
 from samfast.training.metrics import ClassScores, ForegroundScores, ValueScores
 from samfast.training.settings import FinetuneSettings
+from samfast.training.split_checks import without_foreground
 from samfast.training.start import Segmenter
 from samfast.training.task_data import TaskBatch, TaskCollate, TaskDataset, truth_of
-from samfast.training.task_files import Item, check_items, find_items, read_stored
+from samfast.training.task_files import Item, check_items, find_items, read_stored, remarks
 from samfast.training.tasks import TaskSpec, read_tasks
 
 _SAMPLED = 4096  # values of each image that the best constant is found from
@@ -178,6 +180,7 @@ class ManyTasks:
         specs: in place of that file   only_score: nothing is for training
         """
         self.settings = settings
+        self.options = image_options(settings.bands, settings.range)
         self.specs = tuple(read_tasks(settings.tasks) if specs is None else specs)
         self.tasks = tuple(spec.task for spec in self.specs)
         self.split = find_items(
@@ -199,8 +202,11 @@ class ManyTasks:
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
-        check_items((*self.split.train, *self.split.val), self.specs)
+        items = (*self.split.train, *self.split.val)
+        found = check_items(items, self.specs, self.options)
         self.baseline = {spec.name: self._constant(spec) for spec in self.specs}
+        count = len(self.split.train)
+        self.remarks = [text for spec in self.specs for text in remarks(spec, items, found, count)]
 
     def _constant(self, spec: TaskSpec) -> dict[str, float]:
         """The scores of the best prediction that is the same everywhere: all foreground, the most
@@ -220,6 +226,8 @@ class ManyTasks:
             )
 
         if spec.kind == "binary":
+            if not any(bool((truth == 1).any()) for truth in truths()):
+                raise ValueError(without_foreground("validation", f" of task {spec.name}"))
             constant = torch.tensor(True)
         elif spec.kind == "semantic":
             counts = sum(t[t >= 0].long().bincount(minlength=spec.channels) for t in truths())
@@ -237,6 +245,7 @@ class ManyTasks:
 
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
+        yield from self.remarks
         for spec in self.specs:
             counts = [
                 sum(spec.name in item.targets for item in items)
@@ -255,7 +264,12 @@ class ManyTasks:
     def training_data(self, side: int) -> tuple[Dataset, TaskCollate]:
         settings = self.settings
         data = TaskDataset(
-            self.split.train, self.specs, side, flips=settings.flips, seed=settings.seed
+            self.split.train,
+            self.specs,
+            side,
+            flips=settings.flips,
+            seed=settings.seed,
+            options=self.options,
         )
         return data, TaskCollate(self.specs, side, truths=False)
 
@@ -263,7 +277,7 @@ class ManyTasks:
         self, items: Sequence[Item], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:
         return DataLoader(
-            TaskDataset(items, self.specs, side),
+            TaskDataset(items, self.specs, side, options=self.options),
             batch_size=batch_size,
             collate_fn=TaskCollate(self.specs, side, truths=True),
             num_workers=workers,
@@ -313,7 +327,8 @@ class ManyTasks:
 
     def remembered(self) -> dict:
         """What the adapter's folder keeps for evaluation and prediction."""
-        return {"tasks": [spec.config() for spec in self.specs], "prompt": "none"}
+        tasks = [spec.config() for spec in self.specs]
+        return {"tasks": tasks, "prompt": "none", **self.options.config()}
 
     def baseline_line(self) -> None:
         return None
@@ -329,7 +344,10 @@ class ManyTasks:
             name = item.stem
             if stems.count(name) > 1:  # images of several folders
                 name = f"{item.image.parent.parent.name}-{name}"
-            yield f"{name}-{spec.name}", panel(spec, read_image(item.image), truth, prediction)
+            yield (
+                f"{name}-{spec.name}",
+                panel(spec, read_image(item.image, self.options), truth, prediction),
+            )
 
 
 def picture(

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.training import pictures, start
-from samfast.training.data import Batch, Collate, PairDataset, binary_mask
+from samfast.training.data import Batch, Collate, PairDataset
 from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
+from samfast.training.foreground import binary_mask, chosen_foreground, foreground_config
+from samfast.training.image_options import image_options
 from samfast.training.images import read_image, read_mask
 from samfast.training.losses import LOSSES
 from samfast.training.metrics import all_foreground_scores
 from samfast.training.settings import FinetuneSettings
+from samfast.training.split_checks import (
+    check_foreground,
+    few_levels_sentence,
+    missing_sentence,
+    missing_values,
+)
 
 
 class OneMask:
@@ -34,6 +42,8 @@ class OneMask:
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
         """Finds the files; opens none. only_score: nothing is for training."""
         self.settings = settings
+        self.foreground = chosen_foreground(settings.foreground, settings.threshold)
+        self.options = image_options(settings.bands, settings.range)
         if only_score:
             self.split = Split((), find_scored(settings.data))
         else:
@@ -45,14 +55,25 @@ class OneMask:
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
-        split, foreground = self.split, self.settings.foreground
-        check_pairs((*split.train, *split.val), foreground)
-        truths = (binary_mask(read_mask(pair.mask), foreground) for pair in split.val)
+        split, rule = self.split, self.foreground
+        found = check_pairs((*split.train, *split.val), rule, self.options)
+        count = len(split.train)
+        train, val = found[:count], found[count:]
+        for what, part in (("training", train), ("validation", val)):
+            check_foreground(part, rule, what)
+        named = rule if isinstance(rule, tuple) else ()
+        missing = missing_values([p.values for p in train], [p.values for p in val], named)
+        self.remarks = [
+            *missing_sentence(missing, "foreground value"),
+            *few_levels_sentence((*split.train, *split.val), found),
+        ]
+        truths = (binary_mask(read_mask(pair.mask, rule), rule) for pair in split.val)
         dice, iou = all_foreground_scores(torch.from_numpy(truth) for truth in truths)
         self.baseline = {"dice": dice, "iou": iou}
 
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
+        yield from self.remarks
         if self.settings.prompt == "box":
             yield (
                 "each image is prompted by the box around its foreground, whose sides move by up "
@@ -72,7 +93,8 @@ class OneMask:
         data = PairDataset(
             self.split.train,
             side,
-            foreground=settings.foreground,
+            foreground=self.foreground,
+            options=self.options,
             flips=settings.flips,
             prompt=settings.prompt,
             box_jitter=settings.box_jitter,
@@ -85,7 +107,7 @@ class OneMask:
     ) -> DataLoader:
         settings = self.settings
         return validation_loader(
-            pairs, side, batch_size, settings.foreground, workers, settings.prompt
+            pairs, side, batch_size, self.foreground, workers, settings.prompt, self.options
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -122,9 +144,9 @@ class OneMask:
 
     def remembered(self) -> dict:
         """What the adapter's folder keeps for prediction."""
-        foreground = self.settings.foreground
         return {
-            "foreground": None if foreground is None else list(foreground),
+            **foreground_config(self.foreground),
+            **self.options.config(),
             "prompt": self.settings.prompt,
             "box_jitter": self.settings.box_jitter,
         }
@@ -139,7 +161,7 @@ class OneMask:
         """(name, image | truth | prediction at the image's size) for each pair."""
         loader = self.validation_loader(pairs, side, 1)
         for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
-            image = read_image(pair.image)
+            image = read_image(pair.image, self.options)
             yield (
                 pair.stem,
                 pictures.overlay_panel(image, truth.cpu().numpy(), predicted.cpu().numpy()),

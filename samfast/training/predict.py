@@ -18,6 +18,7 @@ from samfast.training import start
 from samfast.training.boxes import check_box, parsed_box, resized_box
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
+from samfast.training.image_options import ImageOptions, remembered_options
 from samfast.training.images import SUFFIXES, read_image
 from samfast.training.many_tasks import TaskSegmenter, picture, predicted_tasks
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, tinted
@@ -36,7 +37,6 @@ def predict(settings: PredictSettings) -> dict:
         raise ValueError("no image is named; give files or folders of them")
     paths = find_images(settings.images)
     names = _output_names(paths)
-    shapes = {path: read_image(path).shape[:2] for path in paths}
     if settings.output.exists() and not settings.output.is_dir():
         raise ValueError(f"output {settings.output} is a file, not a folder")
     if settings.threads is not None:
@@ -44,6 +44,8 @@ def predict(settings: PredictSettings) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = start.autocast_dtype(settings.precision, device)
     adapter = read_adapter(adapter_folder(settings.adapter))
+    options = remembered_options(adapter.record["extra"], settings.bands, settings.range)
+    shapes = {path: read_image(path, options).shape[:2] for path in paths}
     specs = chosen_specs(adapter.folder, adapter.record, settings.task)
     _check_files(names, specs)
     boxes = boxes_for(settings, prompt_of(adapter), shapes)
@@ -57,7 +59,7 @@ def predict(settings: PredictSettings) -> dict:
         kind = TaskSegmenter if specs else start.Segmenter
         model = kind(sam, dtype, settings.decoder_chunk).to(device)
         loader = DataLoader(
-            _Photographs(paths, image_size(sam), boxes),
+            _Photographs(paths, image_size(sam), boxes, options),
             batch_size=settings.batch_size,
             collate_fn=Collate(image_size(sam), truths=True),
         )
@@ -66,14 +68,15 @@ def predict(settings: PredictSettings) -> dict:
         if specs:
             found = predicted_tasks(model, loader, specs)
             for path, name, maps in zip(paths, names, found, strict=True):
-                written.append(_write_tasks(settings.output, name, path, maps))
+                image = read_image(path, options)
+                written.append(_write_tasks(settings.output, name, path, image, maps))
                 if not settings.json:
                     masks = (task["mask"] for task in written[-1]["tasks"].values())
                     print(f"{path}: {', '.join(masks)}", flush=True)
             return {"output": str(settings.output), "images": written}
         masks = (mask.cpu().numpy() for mask, _ in predicted_masks(model, loader))
         for path, name, mask in zip(paths, names, masks, strict=True):
-            written.append(_write(settings.output, name, path, mask))
+            written.append(_write(settings.output, name, path, read_image(path, options), mask))
             if not settings.json:
                 print(
                     f"{path}: {written[-1]['foreground']:.1%} foreground, {written[-1]['mask']}",
@@ -192,16 +195,23 @@ def adapter_folder(given: Path) -> Path:
 class _Photographs(Dataset):
     """``boxes`` are one of each image, in its file's pixels, or none."""
 
-    def __init__(self, paths: Sequence[Path], side: int, boxes: Sequence[np.ndarray] = ()):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        side: int,
+        boxes: Sequence[np.ndarray],
+        options: ImageOptions,
+    ):
         self.paths = paths
         self.side = side
         self.boxes = boxes
+        self.options = options
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_image(self.paths[index])
+        image = read_image(self.paths[index], self.options)
         resized = resize_image(image, self.side)
         size, resized_size = image.shape[:2], resized.shape[:2]
         box = resized_box(self.boxes[index], size, resized_size) if self.boxes else None
@@ -234,9 +244,9 @@ def _check_files(names: Sequence[str], specs: Sequence[TaskSpec]) -> None:
                 files[file] = what
 
 
-def _write(folder: Path, name: str, path: Path, mask: np.ndarray) -> dict:
+def _write(folder: Path, name: str, path: Path, image: np.ndarray, mask: np.ndarray) -> dict:
     mask_path, overlay_path = folder / f"{name}_mask.png", folder / f"{name}_overlay.png"
-    overlay = tinted(read_image(path), mask, PREDICTION_COLOUR)
+    overlay = tinted(image, mask, PREDICTION_COLOUR)
     write_whole(mask_path, png_bytes(mask.astype(np.uint8) * 255))
     write_whole(overlay_path, png_bytes(overlay))
     return {
@@ -248,10 +258,14 @@ def _write(folder: Path, name: str, path: Path, mask: np.ndarray) -> dict:
 
 
 def _write_tasks(
-    folder: Path, name: str, path: Path, maps: list[tuple[TaskSpec, np.ndarray]]
+    folder: Path,
+    name: str,
+    path: Path,
+    image: np.ndarray,
+    maps: list[tuple[TaskSpec, np.ndarray]],
 ) -> dict:
     """A file of each task with its classes or values, and a picture of it."""
-    image, tasks = read_image(path), {}
+    tasks = {}
     for spec, values in maps:
         suffix, data = _file_of(spec, values)
         mask_path = folder / f"{name}_{spec.name}{suffix}"

@@ -7,6 +7,7 @@ from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
 from samfast.modules.adapter_files import read_adapter
 from samfast.training import start
+from samfast.training.image_options import remembered_options
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import png_bytes
@@ -27,11 +28,15 @@ def score(settings: EvaluateSettings) -> dict:
         raise ValueError(f"output {output} is a file, not a folder")
     adapter = read_adapter(adapter_folder(settings.adapter))
     specs = chosen_specs(adapter.folder, adapter.record, settings.task)
-    foreground = adapter.record["extra"].get("foreground")
+    extra = adapter.record["extra"]
+    foreground, options = extra.get("foreground"), remembered_options(extra).config()
     as_trained = FinetuneSettings(
         data=settings.data,
         prompt=prompt_of(adapter),
         foreground=None if foreground is None else tuple(foreground),
+        threshold=extra.get("threshold"),
+        bands=options["bands"],
+        range=options["range"],
         decoder_chunk=settings.decoder_chunk,
         box_jitter=0.0,
     )

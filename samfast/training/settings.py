@@ -6,6 +6,7 @@ Importing this does not load torch, so ``--help`` is quick.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
@@ -38,8 +39,9 @@ class FinetuneSettings:
     """Fine-tune a SAM on a folder of images and masks.
 
     The data folder holds images/ and masks/, files of one stem belong together; or train/ and
-    val/, each with both. Foreground is mask value > 0. Results go to the output folder: adapter/
-    best and adapter/last, metrics.csv, curves.png, overlays/, tensorboard/, settings.json.
+    val/, each with both. Masks together hold 0 and one other value, which is foreground; of other
+    masks, --foreground or --threshold says what an object is. Results go to the output folder:
+    adapter/best and adapter/last, metrics.csv, curves.png, overlays/, tensorboard/, settings.json.
     """
 
     data: Path | None = None
@@ -48,8 +50,8 @@ class FinetuneSettings:
     tasks: Path | None = None
     """A YAML file with several tasks that share the encoder, each with a mask decoder of its own:
     under tasks: a list of name, kind (binary, semantic, regression), channels, folder, weight,
-    loss, ignore, foreground, scale, offset, and derive with from. Masks then lie in the tasks'
-    folders, and no --prompt, --loss and --foreground are given."""
+    loss, ignore, foreground, threshold, scale, offset, and derive with from. Masks then lie in the
+    tasks' folders, and no --prompt, --loss, --foreground and --threshold are given."""
     model: str = "vit_b"
     """vit_b, vit_l, vit_h (these need --checkpoint or --random-init) or vit_tiny."""
     checkpoint: Path | None = None
@@ -150,8 +152,19 @@ class FinetuneSettings:
     """Seed of the split, the order, the flips, the boxes' jitter and the random weights."""
     val_fraction: float = 0.2
     """Share of the images that validates; ignored when the data has train/ and val/."""
-    foreground: tuple[int, ...] | None = None
-    """Mask values that are foreground, for masks with more than two values."""
+    foreground: tuple[int | Literal["any"], ...] | None = None
+    """What is foreground where masks hold more than 0 and one other value: any (every value above
+    0, such as the numbers of instances) or the values that are."""
+    threshold: float | None = None
+    """Foreground is every mask value above this; not with --foreground."""
+    bands: str | None = None
+    """The bands of the image files to show, counted from 1: three as red, green and blue (1,2,3)
+    or one as grey; as the files' tags say, if not given. Prediction takes the same."""
+    range: str = "auto"
+    """Which values become black and white in images of more than 8 bits: auto: the 1st and 99th
+    percentiles of the pixels with data in each image; full: the smallest and largest that the
+    number type holds (of floats 0 and 1); or LOW,HIGH (--range=LOW,HIGH where LOW is negative).
+    Prediction takes the same."""
     output: Path | None = None
     """Folder for the results; runs/DATA-MODEL-METHOD (-box with boxes) if not given."""
     overwrite: bool = False
@@ -194,6 +207,11 @@ class PredictSettings:
     """Of an adapter of several tasks: predict this one alone; all if not given."""
     checkpoint: Path | None = None
     """The SAM weights the adapter was trained on; not needed where these were random."""
+    bands: str | None = None
+    """The bands of the image files to show, such as 4,3,2 or 1; as in training, if not given."""
+    range: str | None = None
+    """Which values become black and white in images of more than 8 bits: auto, full or LOW,HIGH;
+    as in training, if not given."""
     box: UseAppendAction[tuple[str, ...]] = ()
     """x0,y0,x1,y1 in pixels of the image, for an adapter that was trained with boxes: once for all
     images, or once for each in their order."""

@@ -28,6 +28,8 @@ from samfast.modules.attach import find_layers
 from samfast.modules.methods import METHODS as KINDS
 from samfast.modules.methods import Kronecker, Method
 from samfast.training.data import padded_images, valid_region
+from samfast.training.foreground import chosen_foreground
+from samfast.training.image_options import image_options
 from samfast.training.settings import (
     BASE_DTYPES,
     LOSSES,
@@ -134,6 +136,7 @@ def check_prediction(settings: PredictSettings) -> None:
     """``check_settings`` for prediction."""
     _check_known(settings, precision=PRECISIONS, backend=backends.NAMES)
     _check_smallest(settings, 1, "batch_size", "decoder_chunk", "threads")
+    image_options(getattr(settings, "bands", None), getattr(settings, "range", None))
 
 
 def check_settings(settings: FinetuneSettings) -> None:
@@ -154,6 +157,8 @@ def check_settings(settings: FinetuneSettings) -> None:
             f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
         )
     _check_tasks(settings)
+    chosen_foreground(settings.foreground, settings.threshold)
+    image_options(settings.bands, settings.range)
     if settings.data is None and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
     _check_smallest(settings, 1, "epochs", "repeats", "batch_size", "accumulate", "threads")
@@ -181,7 +186,7 @@ def _check_tasks(settings: FinetuneSettings) -> None:
         return
     if settings.prompt != "none":
         raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
-    for name in ("loss", "foreground"):
+    for name in ("loss", "foreground", "threshold"):
         if getattr(settings, name) is not None:
             raise ValueError(
                 f"{name} is an option of one mask; with several tasks it is a key of each task in "

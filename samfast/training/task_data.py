@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from samfast.training.data import (
-    binary_mask,
-    flipped_axes,
-    resize_image,
-    resize_mask,
-)
+from samfast.training.data import flipped_axes, resize_image, resize_mask
+from samfast.training.foreground import binary_mask
+from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image
 from samfast.training.task_files import Item, is_ignored, read_stored
 from samfast.training.tasks import UNLABELLED, TaskSpec
+
+_AS_TAGGED = ImageOptions()
 
 
 def boundary(labels: np.ndarray) -> np.ndarray:
@@ -66,7 +65,7 @@ def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
         return spec.scale * distance(labels)[None] + np.float32(spec.offset)
     ignored = is_ignored(spec, stored)
     if spec.kind == "binary":
-        foreground = binary_mask(stored, spec.foreground).astype(np.int32)
+        foreground = binary_mask(stored, spec.rule).astype(np.int32)
         return np.where(ignored, np.int32(-1), foreground)
     values = np.where(ignored, np.nan, stored).astype(np.float32)
     return np.moveaxis(spec.scale * values + np.float32(spec.offset), -1, 0)
@@ -124,7 +123,9 @@ class TaskDataset(Dataset):
         *,
         flips: bool = False,
         seed: int = 0,
+        options: ImageOptions = _AS_TAGGED,
     ):
+        self.options = options
         self.items = tuple(items)
         self.specs = tuple(specs)
         self.image_size = image_size
@@ -138,7 +139,7 @@ class TaskDataset(Dataset):
         index, number = key if isinstance(key, tuple) else (key, 0)
         item = self.items[index]
         axes = flipped_axes(self.seed, number, index) if self.flips else []
-        image = read_image(item.image)
+        image = read_image(item.image, self.options)
         for axis in axes:
             image = np.flip(image, axis)
         truths, targets, files = {}, {}, {}

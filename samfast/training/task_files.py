@@ -5,7 +5,7 @@ A task's folder lies beside ``images/`` and holds a file for some or all of thes
 ``images/`` and ``masks/`` of its own. Each broken rule is one sentence, found before training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +13,35 @@ from pathlib import Path
 import numpy as np
 
 from samfast.training.folders import (
+    CheckedPair,
     Pair,
     Split,
-    check_binary,
     check_sizes,
+    few_levels,
     files_by_stem,
     given_parts,
     listed,
+    note_values,
     split_pairs,
     values_of,
 )
-from samfast.training.images import SUFFIXES, read_image, read_mask, read_values
+from samfast.training.foreground import binary_mask
+from samfast.training.image_options import ImageOptions
+from samfast.training.images import SUFFIXES, StoredMask, load_image, load_mask, read_values
+from samfast.training.split_checks import (
+    check_foreground,
+    few_levels_sentence,
+    has_foreground,
+    missing_sentence,
+    missing_values,
+)
 from samfast.training.tasks import UNLABELLED, TaskSpec
 
+_ADVICE = (
+    "say what is foreground: foreground: any (every value above 0), threshold: T (every value "
+    "above T) or foreground: [VALUES] (these only)"
+)
+_AS_TAGGED = ImageOptions()
 VALUE_SUFFIXES = (*SUFFIXES, ".npy")
 
 
@@ -131,7 +147,11 @@ def read_stored(spec: TaskSpec, path: Path) -> np.ndarray:
     """What a task's file stores: (H, W), of regression float32 (H, W, channels)."""
     if spec.kind == "regression" and not spec.labels:
         return read_values(path, spec.channels)
-    return read_mask(path)
+    return _load(spec, path).values
+
+
+def _load(spec: TaskSpec, path: Path) -> StoredMask:
+    return load_mask(path, spec.rule, also=spec.ignore, labels=spec.labels)
 
 
 def is_ignored(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
@@ -140,56 +160,85 @@ def is_ignored(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
     return np.isin(stored, ignore.astype(stored.dtype) if stored.dtype.kind == "f" else ignore)
 
 
-def check_items(items: Sequence[Item], specs: Sequence[TaskSpec]) -> None:
-    """Decode every file and check sizes and values, or raise the first broken rule."""
-    seen: dict[str, dict[float, Path]] = {spec.name: {} for spec in specs}
+def check_items(
+    items: Sequence[Item], specs: Sequence[TaskSpec], options: ImageOptions = _AS_TAGGED
+) -> list[dict[str, CheckedPair]]:
+    """Decode every file and check sizes and values, or raise the first broken rule.
 
-    def values(item: Item) -> dict[str, list[float]]:
-        image = read_image(item.image)
-        return {
-            spec.name: _checked_values(spec, item, image)
-            for spec in specs
-            if spec.name in item.targets
-        }
+    Returns what each item holds of each task, by its name.
+    """
+    seen: dict[str, dict[float, Path]] = {spec.name: {} for spec in specs}
+    found: list[dict[str, CheckedPair]] = []
+
+    def checked(item: Item) -> dict[str, CheckedPair]:
+        image = load_image(item.image, options)
+        given = [spec for spec in specs if spec.name in item.targets]
+        return {spec.name: _checked(spec, item, *image, options) for spec in given}
+
+    def note(item: Item, own: dict[str, CheckedPair], exact: bool) -> None:
+        for spec in specs:
+            if spec.name in own and own[spec.name].exact == exact:
+                _note(spec, item, own[spec.name], seen[spec.name])
 
     with ThreadPoolExecutor() as pool:
         try:
-            for item, found in zip(items, pool.map(values, items), strict=True):
-                for spec in specs:
-                    path = item.targets.get(spec.name)
-                    for value in found.get(spec.name, ()):
-                        seen[spec.name].setdefault(value, path)
-                    if path is not None and spec.kind == "binary" and not spec.labels:
-                        if spec.foreground is None:
-                            pair = Pair(item.stem, item.image, path)
-                            _with_task(spec, check_binary, pair, found[spec.name], seen[spec.name])
+            for item, own in zip(items, pool.map(checked, items), strict=True):
+                found.append(own)
+                note(item, own, exact=True)
         finally:
             pool.shutdown(cancel_futures=True)
+    for item, own in zip(items, found, strict=True):
+        note(item, own, exact=False)  # judged last, by what the other masks hold
     for spec in specs:
         _check_something(spec, seen[spec.name])
+    return found
 
 
-def _with_task(spec: TaskSpec, check, *arguments) -> None:
-    """A check whose sentence advises an option of the command line, not tasks.yaml's key."""
-    try:
-        check(*arguments)
-    except ValueError as error:
-        sentence = str(error).replace("with --foreground (foreground=)", "with foreground:")
-        raise ValueError(f"task {spec.name}: {sentence}") from None
-
-
-def _checked_values(spec: TaskSpec, item: Item, image: np.ndarray) -> list[float]:
-    """The values of a task's file that count, in order; only whether there are any, of measured
-    ones."""
+def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, Path]) -> None:
+    """Add a mask's values to those of its task; ValueError where they have no obvious
+    foreground."""
     path = item.targets[spec.name]
-    stored = read_stored(spec, path)
-    check_sizes(Pair(item.stem, item.image, path), image, stored)
+    binary = spec.kind == "binary" and not spec.labels
+    if not binary:
+        for value in own.values:
+            seen.setdefault(value, path)
+        return
+    try:
+        pair = Pair(item.stem, item.image, path)
+        note_values(pair, own, seen, spec.rule is None, _ADVICE)
+    except ValueError as error:
+        raise ValueError(f"task {spec.name}: {error}") from None
+
+
+def _checked(
+    spec: TaskSpec,
+    item: Item,
+    image: np.ndarray,
+    scaled: np.ndarray | None,
+    options: ImageOptions,
+) -> CheckedPair:
+    """The values of a task's file that count, in order; only whether there are any, of measured
+    ones. scaled: what the image was scaled from, None where it was not."""
+    path = item.targets[spec.name]
+    pair = Pair(item.stem, item.image, path)
     if spec.kind == "regression" and not spec.labels:
+        stored = read_values(path, spec.channels)
+        check_sizes(pair, image, stored)
         counted = np.isfinite(stored) & ~is_ignored(spec, stored)
-        return [0.0] if counted.any() else []
-    values = [value for value in values_of(stored) if value not in spec.ignore]
-    if not spec.labels:
-        return values
+        return CheckedPair([0.0] if counted.any() else [], False, True, None)
+    mask = _load(spec, path)
+    check_sizes(pair, image, mask.values)
+    values = [value for value in values_of(mask.values) if value not in spec.ignore]
+    if spec.labels:
+        return CheckedPair(_classes(spec, path, values), False, True, None)
+    few = None
+    if scaled is not None and options.range == "auto":
+        few = few_levels(image, scaled, binary_mask(mask.values, spec.rule))
+    return CheckedPair(values, mask.lossy, mask.exact, few)
+
+
+def _classes(spec: TaskSpec, path: Path, values: list[float]) -> list[float]:
+    """The classes among a mask's values; ValueError for a value that is none."""
     values = [value for value in values if value != UNLABELLED]
     most = spec.channels - 1 if spec.kind == "semantic" else None
     for value in values:
@@ -203,15 +252,40 @@ def _checked_values(spec: TaskSpec, item: Item, image: np.ndarray) -> list[float
     return values
 
 
+def remarks(
+    spec: TaskSpec, items: Sequence[Item], found: Sequence[dict[str, CheckedPair]], count: int
+) -> Iterator[str]:
+    """What a run says of a task's files before it begins.
+
+    found: of each item what ``check_items`` gives; the first ``count`` are for training. Raises
+    ValueError where no mask for training has an object.
+    """
+    train, val = (
+        [own[spec.name] for own in part if spec.name in own]
+        for part in (found[:count], found[count:])
+    )
+    named = spec.rule if isinstance(spec.rule, tuple) else ()
+    what = "foreground value"
+    if spec.kind == "semantic":
+        named, what = range(spec.channels), "class"
+    elif spec.kind == "binary" and not spec.labels:
+        check_foreground(train, spec.rule, "training", f" of task {spec.name}")
+        own = [item for item in items if spec.name in item.targets]
+        pairs = [Pair(item.stem, item.image, item.targets[spec.name]) for item in own]
+        yield from few_levels_sentence(pairs, [*train, *val])
+    missing = missing_values([p.values for p in train], [p.values for p in val], named)
+    yield from missing_sentence(missing, f"task {spec.name}: {what}")
+
+
 def _check_something(spec: TaskSpec, seen: dict[float, Path]) -> None:
     if not seen:
         raise ValueError(f"no mask of task {spec.name} has a pixel that counts")
-    if spec.kind != "binary" or spec.labels:
+    if spec.kind != "binary" or spec.labels or has_foreground(seen, spec.rule):
         return
-    if spec.foreground is None and not any(value > 0 for value in seen):
-        raise ValueError(f"no mask of task {spec.name} has a foreground pixel (value > 0)")
-    if spec.foreground is not None and not set(spec.foreground) & set(seen):
+    if isinstance(spec.rule, tuple):
         raise ValueError(
-            f"foreground {listed(spec.foreground)} of task {spec.name} occurs in no mask; they "
+            f"foreground {listed(spec.rule)} of task {spec.name} occurs in no mask; they "
             f"hold {listed(sorted(seen))}"
         )
+    threshold = 0.0 if spec.rule is None else spec.rule.threshold
+    raise ValueError(f"no mask of task {spec.name} has a foreground pixel (value > {threshold:g})")

@@ -23,11 +23,13 @@ from typing import Any
 
 from samfast.models import Task
 from samfast.models.heads import MULTI_TASK
+from samfast.training.foreground import ANY, Foreground, chosen_foreground
 from samfast.training.settings import TASK_LOSSES
 
 UNLABELLED = 255  # of semantic masks, whatever else is ignored
 DERIVED = {"boundary": "binary", "distance": "regression"}
-_OF_KIND = {"foreground": "binary", "scale": "regression", "offset": "regression"}
+_OF_KIND = dict.fromkeys(("foreground", "threshold"), "binary")
+_OF_KIND |= dict.fromkeys(("scale", "offset"), "regression")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class TaskSpec:
         "distance", in pixels to the nearest of these
     weight: of its loss in the sum   loss: see samfast.training.settings.TASK_LOSSES
     ignore: stored values that count nowhere; of semantic tasks 255 too
-    foreground: of binary tasks, stored values that are foreground; values > 0 if not given
+    foreground: of binary tasks, stored values that are foreground, or ("any",): all above 0; if not
+        given, masks together hold 0 and one other value
+    threshold: of binary tasks, in place of foreground: stored values above it are foreground
     scale, offset: of regression, the model predicts scale * stored value + offset
     """
 
@@ -53,7 +57,8 @@ class TaskSpec:
     weight: float = 1.0
     loss: str = ""
     ignore: tuple[float, ...] = ()
-    foreground: tuple[int, ...] | None = None
+    foreground: tuple[int | str, ...] | None = None
+    threshold: float | None = None
     scale: float = 1.0
     offset: float = 0.0
 
@@ -81,8 +86,12 @@ class TaskSpec:
             )
         for key, kind in _OF_KIND.items():
             if getattr(self, key) != TaskSpec.__dataclass_fields__[key].default:
-                if self.kind != kind or (key == "foreground" and self.derive is not None):
+                if self.kind != kind or (kind == "binary" and self.derive is not None):
                     raise ValueError(f"task {task.name} has {key}, which only {kind} masks have")
+        try:
+            chosen_foreground(self.foreground, self.threshold)
+        except ValueError as error:
+            raise ValueError(f"task {task.name}: {error}") from None
         if self.loss == "cosine" and self.channels != 3:
             raise ValueError(
                 f"task {task.name} has {self.channels} channels, but loss cosine is for 3, the "
@@ -103,6 +112,11 @@ class TaskSpec:
     def labels(self) -> bool:
         """Whether its files hold class labels."""
         return self.kind == "semantic" or self.derive is not None
+
+    @property
+    def rule(self) -> Foreground:
+        """Which stored values of a binary task are foreground."""
+        return chosen_foreground(self.foreground, self.threshold)
 
     def config(self) -> dict[str, Any]:
         """The task as JSON values."""
@@ -145,6 +159,7 @@ def chosen_specs(folder: Path, record: dict[str, Any], task: str | None) -> tupl
     return (specs[names.index(task)],)
 
 
+_ANY = ("foreground", ANY)
 _KEYS = {
     "name": str,
     "kind": str,
@@ -154,6 +169,7 @@ _KEYS = {
     "loss": str,
     "ignore": list,
     "foreground": list,
+    "threshold": float,
     "scale": float,
     "offset": float,
     "derive": str,
@@ -243,14 +259,14 @@ def _checked(entry: dict) -> dict:
     checked = {}
     for key, value in entry.items():
         kind = _KEYS[key]
-        if kind is list and isinstance(value, (int, float)):
+        if kind is list and (isinstance(value, (int, float)) or (key, value) == _ANY):
             value = [value]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         right = {
             str: isinstance(value, str),
             int: number and isinstance(value, int),
             float: number,
-            list: isinstance(value, list) and all(_is_number(v) for v in value),
+            list: isinstance(value, list) and all(_is_number(v) or (key, v) == _ANY for v in value),
         }[kind]
         if not right:
             wanted = {str: "a text", int: "a whole number", float: "a number"}

@@ -2,23 +2,43 @@
 """What the GPU tests of every operation prove in the same way."""
 
 import gc
+import importlib
+import itertools
 from collections import Counter
 
+import pytest
 import torch
 
 from benchmarks.graph import captured
 from samfast.counters import count, saved_bytes
+from samfast.integrations.torchvision import installed
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def need_segment_anything() -> None:
+    """Leave a test module out, with a sentence, where its classes cannot be inherited."""
+    if not installed("segment_anything"):
+        pytest.skip(
+            "segment_anything is not installed; carry benchmarks/gpu_wheels.txt (make carry-gpu)",
+            allow_module_level=True,
+        )
 
 
 def same(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def missing(operation, backend, dtype) -> str | None:
+    """None when the operation's small example runs on this backend here, or why it does not."""
+    example = importlib.import_module(f"samfast.kernels.{operation}.example")
+    return example.missing(backend, DEVICE, dtype)
+
+
 def same_bits(call, repeats, deterministic):
-    """``call()`` gives the same tensors every time; deterministic: under torch's own guard too."""
+    """``call()`` gives the same tensors every time; deterministic: under torch's own guard too,
+    which fills fresh memory with NaN, so that nothing is right because it was there before."""
     torch.use_deterministic_algorithms(deterministic)
     try:
         first = call()
@@ -26,6 +46,12 @@ def same_bits(call, repeats, deterministic):
             assert same(first, call())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def same_bits_as(expected, call, repeats):
+    """``call()`` gives these tensors every time, from memory that was filled with NaN."""
+    turns = itertools.chain([expected], iter(call, object()))
+    same_bits(lambda: next(turns), repeats, True)
 
 
 def steps_under_replay(problem, steps, rate):

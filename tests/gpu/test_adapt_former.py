@@ -15,18 +15,22 @@ from samfast.counters import counting
 from samfast.integrations import segment_anything
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block import costs
-from samfast.modules import AdaptFormerMlp, SamBlock
 
 from .proofs import (
     CUDA,
     DEVICE,
     another_stream,
     launches_as_profiled,
+    need_segment_anything,
     same,
     same_bits,
     saved_as_allocated,
     steps_under_replay,
 )
+
+need_segment_anything()
+
+from samfast.modules import AdaptFormerMlp, SamBlock  # noqa: E402
 
 pytestmark = pytest.mark.slow_on_cpu
 

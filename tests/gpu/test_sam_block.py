@@ -15,10 +15,13 @@ from samfast.counters import counting
 from samfast.integrations import segment_anything
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block import costs
-from samfast.modules import LoraLinear, SamBlock
 
 from . import proofs
 from .proofs import CUDA, DEVICE
+
+proofs.need_segment_anything()
+
+from samfast.modules import LoraLinear, SamBlock  # noqa: E402
 
 pytestmark = pytest.mark.slow_on_cpu
 

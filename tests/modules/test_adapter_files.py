@@ -402,7 +402,7 @@ LORA = samfast.Lora(rank=2).config()
             "has a tensor other.weight, which the model has not",
         ),
         (
-            lambda f: rewrite(f, record={"base_digest": "0" * 64}),
+            lambda f: rewrite(f, record={"base_identity": "0" * 64}),
             ValueError,
             "was trained on another base: unnamed with digest 000000000000, while this model is",
         ),

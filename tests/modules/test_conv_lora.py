@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from budgets import within_budget
-from literal_conv_lora import translated
+from literal_conv_lora import LiteralConvLora, translated
 from safetensors.torch import load, save
 from stock_runs import by_reference
 from torch import nn
@@ -178,6 +178,27 @@ def test_broken_samples_stay_alone(module):
             broken[where][1, 2, 2, 3] = bad
             for value, whole in zip(run(**broken), expected, strict=True):
                 assert torch.equal(value[[0, 2]], whole[[0, 2]])
+
+
+@pytest.mark.parametrize("where", ["x", "dy"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_one_nan_reaches_what_it_reaches_in_the_literal_layer(linear, where, backend, monkeypatch):
+    """Pixels of y and of x's gradient, with the gate's choice and with a forced one."""
+    monkeypatch.setenv("SAMFAST_BACKEND", backend)
+    ours = filled(ConvLoraLinear.from_linear(linear, experts=4, ratios=(1, 2, 4, 6))).eval()
+    literal = LiteralConvLora(ours).eval()
+    for index in (None, *(torch.tensor([n, 0]) for n in range(4))):
+        for y, x in ((0, 0), (3, 4), (7, 10)):
+            tensors = {"x": torch.randn(2, 8, 11, 12), "dy": torch.randn(2, 8, 11, 18)}
+            tensors[where][0, y, x, 5] = float("nan")
+            found = []
+            for module in (ours, literal):
+                leaf = tensors["x"].clone().requires_grad_()
+                out = module(leaf, expert_index=index)
+                out = out if module is ours else out[0]
+                (dx,) = torch.autograd.grad(out, leaf, tensors["dy"])
+                found.append([out.isfinite(), dx.isfinite()])
+            assert all(torch.equal(*pair) for pair in zip(*found, strict=True)), (index, y, x)
 
 
 def test_one_expert_has_no_balancing_loss(linear):

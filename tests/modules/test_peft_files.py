@@ -16,6 +16,7 @@ from samfast.integrations import peft as files
 from samfast.kernels._common.budget import Budget
 from samfast.models import segment
 from samfast.modules.adapter import adapters
+from samfast.modules.wrappers import unwrapped
 
 peft = pytest.importorskip("peft")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -202,3 +203,13 @@ def test_an_empty_folder_of_peft_is_refused(toy, tmp_path):
     safetensors.torch.save_file({"mask_decoder.lin1.bias": torch.zeros(1)}, tmp_path / TENSORS)
     with pytest.raises(ValueError, match="it holds no lora_A and lora_B"):
         samfast.load_adapter(toy(), tmp_path)
+
+
+def test_peft_models_are_looked_through(tiny_sam, images):
+    sam = tiny_sam()
+    model = peft.get_peft_model(sam, peft.LoraConfig(r=2, target_modules=["qkv"]))
+    assert unwrapped(model) is sam
+    with torch.no_grad():
+        assert torch.equal(segment(model, images), segment(sam, images))
+    with pytest.raises(ValueError, match=r"this Sam has no adapter; samfast.attach adds one"):
+        samfast.save_adapter(model, "nowhere")

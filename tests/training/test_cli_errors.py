@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+import samfast
 from samfast import cli
+from samfast.models import build_sam
 from samfast.training.losses import LOSSES
 
 
@@ -114,6 +116,15 @@ def test_target_that_matches_no_layer(refused, shared_data):
         ("--backend", "cudnn", "unknown backend 'cudnn'; known are auto"),
         ("--backend", "cuda", "backend 'cuda' cannot run lora_linear"),
         ("--foreground", "9", "foreground 9 occurs in no mask"),
+        (
+            "--threshold",
+            "255",
+            r"no mask .* has a foreground pixel \(value > 255\); they hold 0, 255",
+        ),
+        ("--threshold", "nan", "threshold is nan; expected a finite number"),
+        ("--bands", "0", "bands is '0'; expected one or three numbers from 1"),
+        ("--bands", "1,2,4", r"p\d\.png holds 3 bands, but --bands names band 4"),
+        ("--range", "5", "range is '5'; expected auto, full or LOW,HIGH"),
         ("--slices", "x", "'x'"),
         ("--dropout", "1.5", r"dropout is 1\.5"),
         ("--loss", "dice", "unknown loss 'dice'; known are bce-dice, structure, "),
@@ -184,7 +195,13 @@ def test_predict_refuses_before_writing(refused, shared_data, tmp_path):
     refused("predict", tmp_path / "empty", "--adapter", tmp_path, pattern="holds no image")
     broken = tmp_path / "b.png"
     broken.write_bytes(image.read_bytes()[:300])
-    refused("predict", broken, "--adapter", tmp_path, pattern=r"b\.png cannot be decoded")
+    sam = samfast.attach(build_sam("vit_tiny", image_size=64), samfast.DecoderOnly())
+    samfast.save_adapter(sam, tmp_path / "adapter")
+    adapter = ("--adapter", tmp_path / "adapter")
+    refused("predict", broken, *adapter, pattern=r"b\.png cannot be decoded")
+    refused("predict", image, *adapter, "--bands", "1,2", pattern="bands is '1,2'; expected one or")
+    refused("predict", image, *adapter, "--bands", "4", pattern="holds 3 bands, but --bands names")
+    refused("predict", image, *adapter, "--range", "9,1", pattern="range is '9,1'; expected auto")
     shutil.copytree(shared_data / "images", tmp_path / "again")
     twice = ("predict", image, tmp_path / "again" / "p0.png", "--adapter", tmp_path)
     refused(*twice, pattern="two of the images are called p0")

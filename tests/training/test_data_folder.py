@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of a data folder, each broken once, and the split."""
 
+import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +11,9 @@ from PIL import Image
 
 from samfast.training.data import PairDataset
 from samfast.training.folders import load_split
+from samfast.training.foreground import Above, chosen_foreground, foreground_config
+from samfast.training.one_mask import OneMask
+from samfast.training.settings import FinetuneSettings
 
 
 def save(path, values, dtype=np.uint8):
@@ -141,6 +146,109 @@ def test_more_than_two_values_name_the_first_few(data):
     with pytest.raises(ValueError, match=r"p1\.png holds 7 values \(0, 1, 2, 3, 4, …\)"):
         load_split(data)
     load_split(data, foreground=(2, 255))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_ways_out_that_the_sentence_names(data, dtype):
+    top = np.iinfo(dtype).max
+    for i in range(6):  # numbers of instances, others in every file
+        image = Image.open(data / "masks" / f"p{i}.png")
+        ids = np.asarray(image, np.int64) // 255 * (top - 7 * i)
+        ids[:3, :5] = 3 * i + 1
+        save(data / "masks" / f"p{i}.png", ids, dtype)
+    with pytest.raises(ValueError) as error:
+        load_split(data)
+    for way in ("--foreground any", "--threshold T", "--foreground VALUES"):
+        assert way in str(error.value)
+    split = load_split(data, foreground="any")
+    above = load_split(data, foreground=Above(100.0))
+    few = load_split(data, foreground=(1, 4))
+    assert split == above == few == load_split(data, foreground=("any",))
+    for rule, counted in (("any", lambda v: v > 0), (Above(100.0), lambda v: v > 100)):
+        for pair in split.train:
+            truth = PairDataset((pair,), 64, foreground=rule)[0].truth
+            assert np.array_equal(truth, counted(np.asarray(Image.open(pair.mask))))
+
+
+def test_rules_of_foreground():
+    assert chosen_foreground() is None
+    assert chosen_foreground((1, 2)) == (1, 2)
+    assert chosen_foreground(["any"]) == chosen_foreground("any") == Above(0.0, any=True)
+    assert chosen_foreground(None, 3) == Above(3.0)
+    assert foreground_config(Above(0.0, any=True)) == {"foreground": ["any"], "threshold": None}
+    for rule in (None, (1, 2), Above(0.0, any=True), Above(2.5)):
+        assert chosen_foreground(*foreground_config(rule).values()) == rule
+    with pytest.raises(ValueError, match="foreground is any, 3; any stands alone"):
+        chosen_foreground(("any", 3))
+    with pytest.raises(ValueError, match="threshold is 3 and foreground is given too"):
+        chosen_foreground((1,), 3)
+
+
+def split_in_two(data, folder, part: str, value: int):
+    """train/ and val/, the masks of one part set to a value."""
+    for name in ("train", "val"):
+        shutil.copytree(data, folder / name)
+    for path in (folder / part / "masks").iterdir():
+        save(path, np.full(np.asarray(Image.open(path)).shape, value))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "part,pattern",
+    [
+        ("val", "none of the validation masks has a foreground pixel, so that every score is 1"),
+        ("train", "none of the training masks has a foreground pixel, so that there is nothing"),
+    ],
+)
+def test_a_part_without_any_object_is_refused(data, tmp_path, part, pattern):
+    folder = split_in_two(data, tmp_path / "both", part, 0)
+    for foreground in (None, ("any",), (255,)):
+        settings = FinetuneSettings(data=folder, model="vit_tiny", foreground=foreground)
+        with pytest.raises(ValueError, match=pattern):
+            OneMask(settings).check()
+    values_mask(folder / part, "p3", 0, 255)  # one object is enough
+    OneMask(settings).check()
+
+
+def test_a_value_that_validation_lacks_is_said(data, tmp_path):
+    folder = split_in_two(data, tmp_path / "both", "val", 255)
+    values_mask(folder / "train", "p0", 0, 7, 255)
+    values_mask(folder / "train", "p1", 0, 8, 255)
+    for foreground, expected in (
+        ((7, 255), "foreground value 7 occurs in training masks but in no validation mask"),
+        ((7, 8, 255), "foreground value 7, 8 occur in training masks but in no validation mask"),
+        ((255,), None),
+        (("any",), None),
+    ):
+        goal = OneMask(FinetuneSettings(data=folder, model="vit_tiny", foreground=foreground))
+        goal.check()
+        first = next(iter(goal.sentences()))
+        assert first.startswith(expected or "6 training and 6 validation images")
+
+
+def test_an_object_left_in_a_few_grey_values_is_said(data):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        mask = np.asarray(Image.open(data / "masks" / f"p{i}.png")) > 0
+        dark = np.where(
+            mask, rng.integers(100, 160, mask.shape), rng.integers(0, 60000, mask.shape)
+        )
+        (data / "images" / f"p{i}.png").unlink()
+        values = dark if i < 2 else rng.integers(0, 60000, mask.shape)
+        save(data / "images" / f"p{i}.tif", values, np.uint16)
+    settings = FinetuneSettings(data=data, model="vit_tiny")
+    goal = OneMask(settings)
+    goal.check()
+    assert re.match(
+        r"--range auto leaves the object in few grey values \(1 in .*p[01]\.tif\) in 2 of 6 "
+        r"images; --range full or --range LOW,HIGH may show more",
+        next(iter(goal.sentences())),
+    )
+    goal = OneMask(dataclasses.replace(settings, range="0,160"))
+    goal.check()
+    assert next(iter(goal.sentences())).startswith("5 training and 1 validation images")
+    image = goal.training_data(64)[0][0].image
+    assert len(np.unique(image)) > 60
 
 
 def test_masks_that_disagree(data):

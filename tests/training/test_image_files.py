@@ -107,7 +107,7 @@ def test_constant_16_bit_image_is_black_and_nan_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.full((4, 4), 500, np.uint16))
     assert not read_image(tmp_path / "a.tif").any()
     tifffile.imwrite(tmp_path / "b.tif", np.full((4, 4), np.nan, np.float32))
-    with pytest.raises(ValueError, match=r"b\.tif holds values that are not finite"):
+    with pytest.raises(ValueError, match=r"b\.tif holds no pixel with a value"):
         read_image(tmp_path / "b.tif")
     with pytest.raises(ValueError, match=r"b\.tif holds values that are not finite"):
         read_mask(tmp_path / "b.tif")
@@ -136,14 +136,6 @@ def test_exif_orientation_is_applied_to_images_and_masks(tmp_path, orientation):
 def _with(image: Image.Image, exif: Image.Exif) -> Image.Image:
     image.getexif()[0x0112] = exif[0x0112]
     return image
-
-
-def test_jpeg_mask_is_thresholded_at_127(tmp_path):
-    grey = np.repeat(np.array([[0, 120, 127, 128, 135, 255]], np.uint8), 8, 0).repeat(8, 1)
-    Image.fromarray(grey).save(tmp_path / "m.jpg", quality=100)
-    decoded = np.asarray(Image.open(tmp_path / "m.jpg"))
-    assert np.array_equal(read_mask(tmp_path / "m.jpg"), np.where(decoded > 127, 255, 0))
-    assert set(np.unique(read_mask(tmp_path / "m.jpg"))) == {0, 255}
 
 
 def test_one_bit_and_grey_alpha_masks(tmp_path):

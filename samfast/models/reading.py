@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which SAM ``segment`` reads, and which of its parameters it never does."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from samfast.modules.wrappers import levels, unclear, unwrapped
+
+SAM_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
+
+
+def unused_by_segment(sam: nn.Module) -> list[str]:
+    """Names of sam's parameters that segment never reads, so that training leaves them alone.
+
+    They predict the quality of masks, the three masks of an ambiguous prompt, and embed mask
+    prompts.
+    """
+    return [
+        name
+        for name, _ in sam.named_parameters()
+        if "mask_decoder.iou_prediction_head." in name
+        or "prompt_encoder.mask_downscaling." in name
+        or (
+            "mask_decoder.output_hypernetworks_mlps." in name
+            and "mask_decoder.output_hypernetworks_mlps.0." not in name
+        )
+    ]
+
+
+def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Module:
+    """The SAM inside a wrapper, or the model itself; TypeError for what has not these parts.
+
+    RuntimeError where it is DistributedDataParallel whose gradients would not be averaged.
+    """
+    if isinstance(model, nn.Module) and "image_encoder" in model._modules:
+        sam = model
+    else:
+        sam = _looked_for(model)
+    absent = [part for part in (*parts, "pixel_mean") if not hasattr(sam, part)]
+    if not absent:
+        return sam
+    sentence = f"expected a Sam of segment_anything, got {type(sam).__name__}"
+    if reason := unclear(model) if isinstance(model, nn.Module) else "":
+        raise TypeError(sentence + reason)
+    if hasattr(sam, "mask_decoders"):
+        raise TypeError(f"{sentence}; call it with the images instead")
+    if hasattr(sam, "vision_encoder"):
+        raise TypeError(f"{sentence}; save it and build_sam(checkpoint=folder) reads its weights")
+    raise TypeError(f"{sentence}, which has no {absent[0]}")
+
+
+def _looked_for(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        return model
+    for level in levels(model):
+        if not isinstance(level, DistributedDataParallel) or not torch.is_grad_enabled():
+            continue
+        if any(p.requires_grad for p in level.parameters()):
+            raise RuntimeError(
+                "segment goes past DistributedDataParallel's forward, so gradients would not be "
+                "averaged; call segment in the forward of a module and wrap that one"
+            )
+    return unwrapped(model)
+
+
+def unread_by_segment(sam: nn.Module) -> list[str]:
+    """Names of the trained parameters that segment never reads."""
+    unused = set(unused_by_segment(sam))
+    return [name for name, p in sam.named_parameters() if p.requires_grad and name in unused]
+
+
+def check_all_read(sam: nn.Module) -> None:
+    """In DistributedDataParallel's forward, which waits for the gradient of every parameter:
+    RuntimeError that names trained ones that segment never reads."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if parallel is None or parallel.find_unused_parameters or parallel.static_graph:
+        return
+    unread = unread_by_segment(sam)
+    if not unread:
+        return
+    ignored = set(parallel.parameters_to_ignore)
+    waited = {id(p) for name, p in parallel.module.named_parameters() if name not in ignored}
+    parameters = dict(sam.named_parameters())
+    unread = [name for name in unread if id(parameters[name]) in waited]
+    if unread:
+        raise RuntimeError(
+            f"DistributedDataParallel waits for the gradients of {len(unread)} parameters that "
+            f"segment does not read ({', '.join(modules_of(unread))}); attach with "
+            "train=samfast.models.TRAINED_DECODER, or wrap with find_unused_parameters=True"
+        )
+
+
+def modules_of(names: list[str], limit: int = 3) -> list[str]:
+    """The modules that hold these parameters of a SAM, a few of them."""
+    found = list(dict.fromkeys(_module_of(name) for name in names))
+    return found[:limit] + ([f"{len(found) - limit} more"] if len(found) > limit else [])
+
+
+def _module_of(name: str) -> str:
+    head, networks, tail = name.partition(".output_hypernetworks_mlps.")
+    if networks:
+        return head + networks + tail.partition(".")[0]
+    return ".".join(name.split(".")[:-1]).partition(".layers.")[0]
