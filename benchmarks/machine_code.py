@@ -30,7 +30,7 @@ ELEMENTWISE = ("norm", "norm_backward", "gelu", "gelu_backward")
 _HEADS = (64, 80)
 _PLACES = {  # constants of a launch of attention
     "windows": {"ONE_HOT": True, "PADS": 2},
-    "global": {"ONE_HOT": False, "PADS": 0, "FLAT": True, "FULL": True, "EVEN": True},  # as SAM's
+    "global": {"ONE_HOT": False, "PADS": 0, "FLAT": True, "FULL": True, "EVEN": True},
 }
 _WRITE = "python -m benchmarks.machine_code --write"
 _TYPES = {"x_ptr": "*bf16", "u_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32"}
@@ -295,7 +295,8 @@ def main(arguments=None) -> int:
             first.setdefault(code.name, job)
     print(f"triton {triton.__version__}")
     codes, wrong = [], []
-    for result in offline.compile_all(list(first.values()), options.jobs):
+    jobs = list(first.values())
+    for result in offline.in_processes(offline.compile_one, jobs, options.jobs):
         if isinstance(result, str):
             wrong.append(result)
         else:
