@@ -9,6 +9,9 @@ from pathlib import Path
 
 import triton
 
+from benchmarks.machine_code import Code
+from benchmarks.sass import Loop, loops
+
 ROOT = Path(__file__).resolve().parents[1]
 _TENSOR_CORES = (("UTCHMMA", "TCGEN"), ("HGMMA", "WGMMA"), ("HMMA", "HMMA"))
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -28,13 +31,17 @@ class Resources:
     tensor_core: str  # the widest kind of _TENSOR_CORES in the machine code, or ""
     atomics: int  # atomic instructions on floats
     narrowed: bool = False  # float32 products made in TF32 that the source asks to be exact
+    loops: tuple[Loop, ...] = ()
+    code: Code | None = None  # of a kernel whose machine code has limits
+    faults: tuple[str, ...] = ()  # of that code
 
     @property
     def clean(self) -> bool:
-        """No spills, no float atomics, shared memory that fits, products as exact as asked."""
+        """No spills, no float atomics, shared memory that fits, products as exact as asked, and
+        machine code within its limits."""
         fits = self.shared <= SHARED_LIMITS[self.arch]
         spilled = self.spills or self.stack or self.local
-        return fits and not (spilled or self.atomics or self.narrowed)
+        return fits and not (spilled or self.atomics or self.narrowed or self.faults)
 
     def __str__(self) -> str:
         return (
@@ -74,6 +81,7 @@ def _resources(name, arch, usage, sass):
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         tensor_core=next((name for code, name in _TENSOR_CORES if code in sass), ""),
         atomics=len(re.findall(atomics, sass)),
+        loops=loops(sass),
     )
 
 

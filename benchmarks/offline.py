@@ -27,6 +27,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.errors import TritonError
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks import machine_code
 from benchmarks.cubin import ROOT, SHARED_LIMITS, Resources, compile_cuda, read_cubin
 
 
@@ -138,8 +139,9 @@ def _binder(kernel, arch):
 
 def compile_one(job: Compile) -> Resources | str:
     """Resources of one compiled kernel, or the sentence with which Triton refused it."""
+    source = job.source()
     try:
-        compiled = triton.compile(job.source(), target=job.target, options=dict(job.options))
+        compiled = triton.compile(source, target=job.target, options=dict(job.options))
     except (TritonError, RuntimeError) as error:
         return f"NOT COMPILED: {str(error).strip().splitlines()[-1]}"
     with tempfile.TemporaryDirectory() as folder:
@@ -148,9 +150,13 @@ def compile_one(job: Compile) -> Resources | str:
         (resources,) = read_cubin(path, job.arch)
     # Triton 3.6 and 3.7 take sm_100's TF32 unit for an operand that went through tl.join.
     narrowed = ".tf32" in compiled.asm["ptx"] or "kind::tf32" in compiled.asm["ptx"]
+    warps = compiled.metadata.num_warps
+    code = machine_code.limited(source, warps, job.arch, resources.loops)
     return dataclasses.replace(
         resources,
         kernel=job.kernel,
+        code=code,
+        faults=machine_code.faults(code, triton.__version__),
         shared=compiled.metadata.shared,
         narrowed=narrowed and "inputPrecision = tf32" not in compiled.asm["ttir"],
     )
@@ -198,6 +204,8 @@ def gate(named, archs: list[int], processes: int) -> bool:
         if not (isinstance(result, Resources) and result.clean):
             wrong += 1
             print(f"  {job}", flush=True)
+            for sentence in getattr(result, "faults", ()):
+                print(f"  {sentence}", flush=True)
     for arch, results in found.items():
         if results:
             print(_summary(arch, results))
@@ -211,10 +219,11 @@ def _summary(arch, results):
     widest = max(results, key=lambda r: r.registers)
     largest = max(results, key=lambda r: r.shared)
     good = sum(r.clean for r in results)
+    limited = sum(r.code is not None for r in results)
     return (
         f"sm_{arch:<4} {good} of {len(results)} clean, at most {widest.registers} registers "
         f"({widest.kernel}), {largest.shared} of {SHARED_LIMITS[arch]} bytes shared "
-        f"({largest.kernel})"
+        f"({largest.kernel}), {limited} with limits on machine code"
     )
 
 
@@ -269,7 +278,7 @@ def _run(options) -> int:
         )
     if options.unpack is not None or options.fill is not None or options.hits:
         return _filled(options)
-    print(f"triton {triton.__version__}")
+    print(f"triton {triton.__version__}{machine_code.note(triton.__version__)}")
     archs = options.archs or sorted(SHARED_LIMITS)
     if options.cuda is not None:
         return 0 if _cuda(options.cuda, archs) else 1

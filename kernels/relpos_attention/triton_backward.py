@@ -27,6 +27,10 @@ from samfast.kernels.relpos_attention.triton_forward import (
 )
 from samfast.kernels.relpos_attention.triton_tables import skewed
 
+# How dk and dv add a column and a tile to the logits. From small terms that were added first
+# Triton 3.6 computes the weights twice; later ones do it in fewer instructions so.
+SMALL_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
+
 
 @triton.jit
 def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, size, start, stop,
@@ -413,7 +417,12 @@ def dkv_kernel(
             column = tl.load(rel_h_ptr + token, live, other=0.0).to(tl.float32) * UNIT - lse
             w_at = rel_w_ptr + (token[None, :] * rel + b[:, None])
             tile_w = tl.load(w_at, live[None, :] & valid[:, None], other=0.0).to(tl.float32)
-            p = power(s * (scale * UNIT) + (tile_w * UNIT + column[None, :]), NATURAL)
+            s *= scale * UNIT
+            if SMALL_FIRST:
+                s += tile_w * UNIT + column[None, :]
+            else:
+                s = s + column[None, :] + tile_w * UNIT
+            p = power(s, NATURAL)
         g_at = pixels(dout_ptr, y, x, stride_gy, stride_gx, WIDE)
         dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
         if share_ptr is not None:

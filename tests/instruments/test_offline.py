@@ -73,7 +73,10 @@ def test_other_versions_of_triton(version, tmp_path):
     quick = [sys.executable, "-m", "benchmarks.offline", "--quick"]
     tests = [sys.executable, "-m", "pytest", "-q", "tests/instruments/test_guarded.py"]
     tests += ["tests/kernels/lora_linear/test_guarded.py"]
-    for command in (quick, tests):
+    planted = [sys.executable, "-m", "benchmarks.offline", "--archs", "90", "--launches"]
+    planted += ["tests.instruments.planted_code", "--jobs", "1"]
+    for command in (quick, tests, planted):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert command is tests or f"triton {version}" in done.stdout
+        assert done.returncode == (command is planted), done.stdout + done.stderr
+        assert command is tests or f"triton {version}\n" in done.stdout
+    assert ", 8 wrong" in done.stdout, done.stdout

@@ -24,6 +24,7 @@ if torch.cuda.is_available() or missing is not None:
 
 from guarded import ORDERS, guarded  # noqa: E402
 
+from samfast.kernels.relpos_attention import triton_backward  # noqa: E402
 from samfast.kernels.relpos_attention import triton_kernels as kernels  # noqa: E402
 
 SLOW = [pytest.mark.slow]
@@ -56,6 +57,15 @@ def tiles(monkeypatch):
 )
 def test_padded_windows(pads, dtype):
     Call(PADDED, heads=1, pads=pads).check(kernels, dtype)
+
+
+def test_windows_with_the_tiles_of_sm_90(monkeypatch):
+    """128 keys to a program, beside 32 queries at a time: more keys than queries."""
+    monkeypatch.setattr(tiling, "target", lambda x: "sm_90")
+    call = Call(Windows(1, 14, 5, 14, 14), heads=1, pads="bias")
+    sizes = tiling.blocks("dkv", call.tokens["q"].bfloat16(), call.windows)
+    assert (sizes["BLOCK_M"], sizes["BLOCK_N"]) == (32, 128)
+    call.check(kernels, torch.bfloat16)
 
 
 @pytest.mark.slow_on_cpu(but=["one-hot-None"])
@@ -96,6 +106,13 @@ def test_sizes(windows):
 def test_heads_in_two_parts(head_dim, dtype):
     for windows in (Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)):
         Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_either_order_of_the_logits_terms(first, monkeypatch):
+    """dk and dv add them as suits Triton's version."""
+    monkeypatch.setattr(triton_backward, "SMALL_FIRST", triton_backward.tl.constexpr(first))
+    Call(Windows.whole(1, 2, 17), heads=1).check(kernels, torch.bfloat16)
 
 
 @pytest.mark.slow_on_cpu("torch.float32")
