@@ -66,7 +66,7 @@ PROFILE = (
     "$PYTHON -m benchmarks.quick --op block --model vit_h --batches 1 --repeats 1 "
     "--csv /tmp/profiled.csv"
 )
-# Not `samfast info --check`, whose command line needs tyro.
+# Not `samfast info --check`: the command line needs a package that such a machine lacks.
 CHECK = "$PYTHON -c 'from samfast.info import main; raise SystemExit(main(check=True))'"
 SANITIZE = f"compute-sanitizer --tool memcheck --error-exitcode 9 {CHECK}"
 # Every launch by CUDA's rules; values mean nothing there, so tests fail and broken rules count.

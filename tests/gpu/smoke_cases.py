@@ -17,6 +17,7 @@ from kernels.lora_linear import cases as lora_linear
 from kernels.relpos_attention import cases as relpos_attention
 from kernels.sam_block import cases as sam_block
 from kernels.task_core import cases as task_core
+from samfast.kernels.adapt_former import triton_kernels as sums
 from samfast.kernels.expert_gate import example as expert_gate
 
 from .proofs import DEVICE
@@ -56,6 +57,20 @@ def _rows(operation, kernels, ways, names=(), native=()):
         own = names or getattr(case, "names", ()) if operation != "sam_block" else ()
         dtypes = DTYPES[1:] if getattr(case, "head_dim", 0) > FLOAT32_HEAD else DTYPES
         yield Row(operation, way, case.run, kernels, tuple(own), backends, dtypes=dtypes)
+
+
+def _in_chunks():
+    """AdaptFormer's sums by chunks of rows, as it makes them where partials would be large."""
+    case = adapt_former.Case(shape=(150, 48))
+
+    def run(dtype, backend):
+        most, sums.MAX_ALONG = sums.MAX_ALONG, 0
+        try:
+            return case.run(dtype, backend)
+        finally:
+            sums.MAX_ALONG = most
+
+    yield Row("adapt_former", "chunks", run, ("gradient_kernel",), adapt_former.NAMES)
 
 
 def _gate(dtype, backend):
@@ -128,6 +143,7 @@ ROWS = (
         {"plain": adapt_former.Case(), "dropout": adapt_former.Case(dropout=0.3)},
         adapt_former.NAMES,
     ),
+    *_in_chunks(),
     *_rows(
         "hypercomplex",
         ("build_kernel", "contract_kernel", "sum_kernel"),

@@ -92,6 +92,7 @@ def test_torch_export_takes_fused_models(sam, move, strict, monkeypatch):
         torch.export.export(sam.image_encoder, (IMAGES,), strict=strict)
 
 
+@pytest.mark.slow
 def test_the_exporter_of_onnx_programs(sam, tmp_path):
     pytest.importorskip("onnxscript")
     with pytest.raises(Exception, match=SENTENCE):
