@@ -2,15 +2,12 @@
 """Whether the forward of a class computes a formula: found out by running it.
 
 ``difference`` runs a shell, a module without the user's parameters, hooks and children, and
-compares result and gradients. ``CodeOf`` tells one state of a class from another, so that the
-answer can be kept until something changes.
+compares result and gradients.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import CodeType, FunctionType
 from typing import TypeVar
 
 import torch
@@ -18,26 +15,9 @@ from torch import Tensor, nn
 
 # Sums of thousands of products in float32 agree to about 2**-20 of their size.
 LARGEST_DIFFERENCE = 2.0**-14
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
-_MACHINERY = {*vars(nn.Module()), "forward", "_is_replica", "_former_parameters"}
 
 Tensors = Mapping[str, Tensor]
 Result = TypeVar("Result")
-
-
-def attributes(module: nn.Module) -> dict[str, object]:
-    """What the module holds beyond what every nn.Module has, by name."""
-    found = {name: value for name, value in vars(module).items() if name not in _MACHINERY}
-    for name in replicated(module):
-        del found[name]
-    return found
-
-
-def replicated(module: nn.Module) -> list[str]:
-    """The parameters that a replica of DataParallel holds as plain tensors."""
-    if not getattr(module, "_is_replica", False):
-        return []
-    return [n for n, v in vars(module).items() if isinstance(v, Tensor) and n not in _MACHINERY]
 
 
 def shell(kind: type[nn.Module], values: Mapping[str, object], **parts) -> nn.Module:
@@ -53,113 +33,6 @@ def shell(kind: type[nn.Module], values: Mapping[str, object], **parts) -> nn.Mo
     return module
 
 
-def frozen(value) -> object:
-    """A hashable twin of numbers, texts, and lists and dictionaries of them; else None.
-
-    Equal only where type and value are.
-    """
-    if isinstance(value, _PLAIN):
-        return type(value), repr(value)
-    if isinstance(value, (list, tuple)):
-        parts = [frozen(v) for v in value]
-    elif isinstance(value, dict):
-        parts = [frozen(v) for pair in value.items() for v in pair]
-    else:
-        return None
-    return None if None in parts else (type(value), *parts)
-
-
-def code_of(function, owner: type | None = None, watched: list | None = None) -> tuple:
-    """What a function does, as far as it can be told: its code and that of what it calls.
-
-    Functions, numbers and texts among its globals and in its closure count, and, where it is a
-    method, those on its class ``owner``. Another value once one of them is replaced. Where each was
-    found is added to ``watched``, with what was there.
-    """
-    return _code(function, owner, [] if watched is None else watched, frozenset())
-
-
-def _code(function, owner, watched, seen) -> tuple:
-    if not isinstance(function, FunctionType) or function.__code__ in seen:
-        return (getattr(function, "__code__", function),)
-    watched.append((getattr, function, "__code__", function.__code__))
-    found, seen = [function.__code__, frozen(function.__defaults__)], seen | {function.__code__}
-    for read, holder, name in _reached(function, owner):
-        value = read(holder, name, None)
-        watched.append((read, holder, name, value))
-        if isinstance(value, FunctionType):
-            found.append(_code(value, owner, watched, seen))
-        elif isinstance(value, property):
-            found.append(_code(value.fget, owner, watched, seen))
-        else:
-            found.append(frozen(value))
-    return tuple(found)
-
-
-class CodeOf:
-    """``code_of`` the forward of a class, computed again only once something was replaced."""
-
-    def __init__(self, kind: type[nn.Module]):
-        self.kind, self.watched, self.code = kind, [(getattr, kind, "forward", None)], ()
-
-    def __call__(self) -> tuple:
-        if any(read(holder, name, None) is not value for read, holder, name, value in self.watched):
-            forward = self.kind.forward
-            self.watched = [(getattr, self.kind, "forward", forward)]
-            self.code = code_of(forward, self.kind, self.watched)
-        return self.code
-
-
-def words(function, owner: type | None = None, seen: frozenset = frozenset()) -> set[str]:
-    """Every name and text in a function and in what it calls."""
-    if not isinstance(function, FunctionType) or function.__code__ in seen:
-        return set()
-    names, texts = _words(function.__code__)
-    found, seen = {*names, *texts}, seen | {function.__code__}
-    for read, holder, name in _reached(function, owner):
-        value = read(holder, name, None)
-        found |= words(value.fget if isinstance(value, property) else value, owner, seen)
-    return found
-
-
-@functools.cache
-def _words(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names and texts in a function, and in the functions inside it."""
-    names, texts = list(code.co_names), [c for c in code.co_consts if isinstance(c, str)]
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            more = _words(inner)
-            names += more[0]
-            texts += more[1]
-    return tuple(dict.fromkeys(names)), tuple(texts)
-
-
-def _reached(function, owner: type | None) -> Iterator[tuple]:
-    """Where what a function's names may stand for is found: how it is read, where, and its name."""
-    bases = [] if owner is None else owner.__mro__[: owner.__mro__.index(nn.Module)]
-    for name in _words(function.__code__)[0]:
-        if name in function.__globals__:
-            yield dict.get, function.__globals__, name
-        for base in bases:
-            if name in vars(base):
-                yield _own, base, name
-                break
-    for cell in function.__closure__ or ():
-        yield _content, cell, ""
-
-
-def _own(kind: type, name: str, default) -> object:
-    """What a class itself holds by a name, not bound to anything."""
-    return vars(kind).get(name, default)
-
-
-def _content(cell, name: str, default) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return default
-
-
 def difference(
     module: nn.Module, formula: Callable[[Tensor, Tensors], Tensor], x: Tensor
 ) -> str | None:
@@ -172,18 +45,37 @@ def difference(
     ``apart``.
     """
     parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
-    x, dy = x.detach().requires_grad_(), _like(x)
-    exact = _gradients(formula(x, parameters), dy, {"x": x, **parameters})
-    before = [frozen(attributes(m)) for m in module.modules()]
+    x = x.detach().requires_grad_()
+    y = formula(x, parameters)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    exact = _gradients(y, dy, {"x": x, **parameters})
     for training in (True, False):
         for part in module.modules():
             part.training = training
         problem = _difference(module, x, dy, exact)
-        if problem is None and [frozen(attributes(m)) for m in module.modules()] != before:
-            problem = "its forward changes an attribute"
         if problem is not None:
             return f"{problem} in {'train' if training else 'eval'} mode"
     return None
+
+
+def deviation(
+    module: nn.Module, formula: Callable[[Tensor, Tensors], Tensor], x: Tensor
+) -> str | None:
+    """As ``difference``, of the result alone, under no_grad.
+
+    x: (…, features) of vectors of any size; those of the result are compared one by one
+    """
+    with torch.no_grad():
+        exact, state = formula(x, dict(module.named_parameters())), torch.get_rng_state()
+        try:
+            off = ((module(x) - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
+        except Exception as error:  # whatever the user's code raises
+            return _failure(error)
+        if not torch.equal(torch.get_rng_state(), state):
+            return "its forward draws random numbers"
+    if off <= LARGEST_DIFFERENCE:
+        return None
+    return f"its forward gives another output ({100 * off:.2g} % off) at this size, under no_grad"
 
 
 def _difference(module, x, dy, exact) -> str | None:
@@ -196,7 +88,7 @@ def _difference(module, x, dy, exact) -> str | None:
         foreign = _leaves(y) - {id(t) for t in leaves.values()}
         made = _gradients(y, dy, leaves)
     except Exception as error:  # whatever the user's code raises
-        return f"its forward fails alone: {type(error).__name__}: {str(error)[:100]}"
+        return _failure(error)
     if foreign:
         return "its forward trains a tensor that is not its own"
     for name, truth in exact.items():
@@ -205,6 +97,10 @@ def _difference(module, x, dy, exact) -> str | None:
             what = name if name == "output" else f"gradient of {name}"
             return f"its forward gives another {what} ({100 * off:.2g} % off)"
     return None
+
+
+def _failure(error: Exception) -> str:
+    return f"its forward fails alone: {type(error).__name__}: {str(error)[:100]}"
 
 
 def _gradients(y: Tensor, dy: Tensor, leaves: Tensors) -> dict[str, Tensor]:
@@ -234,10 +130,6 @@ def _leaves(y: Tensor) -> set[int]:
 
 def _described(y) -> str:
     return f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
 
 def apart(function: Callable[[], Result]) -> Result:

@@ -11,6 +11,7 @@ from samfast.modules.stand_in import kind_of, runs_as
 
 _STOCK = "segment_anything.modeling.image_encoder"
 _OWN = "still segment_anything's own"
+_OPTIONS = ("backend", "left_alone", "memory")  # attributes of fused modules
 _INSIDE = "its block is left alone"
 _PARTS = ("norm1", "attn", "norm2", "mlp")  # of a transformer block, whoever wrote it
 
@@ -23,11 +24,13 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     and files know no difference. Before or after ``attach``.
 
     A class is proved before it is trusted, on a CPU, in about a second for ViT-H: its forward takes
-    what segment_anything's takes, its children are the same, and a run with weights of its own
-    gives the same result and gradients. A block that fails stays as it is, its attention too; a
-    warning says why, and ``report``. The question is asked again, at every forward, once a class
-    was patched or a plain attribute of a module has changed. Modules of classes derived from these,
-    of other packages, or with a forward of their own, stay as they are as well.
+    what segment_anything's takes and reaches nothing but its module, torch and numbers, its
+    children are the same, and runs with weights of its own give the same result and gradients. A
+    block that fails stays as it is, its attention too; a warning says why, and ``report``. The
+    question is asked again, at every forward, once a class was patched or got another part.
+    Modules of classes derived from these, of other packages, or with a forward of their own, stay
+    as they are as well; the attention of a derived block is fused. Hooks that torch registers for
+    all modules see a fused block as one module.
 
     memory: what every block saves for its backward, see SamBlock: "fast" saves all that is dear
         to compute, "balanced" computes two of four layers again, "minimal" the whole block. The
@@ -58,11 +61,17 @@ def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
     """Why modules of segment_anything's classes are left alone, by name."""
     from samfast.modules.proof import objection
 
-    found = {name: objection(module) for name, module in asked.items()}
+    found = {name: _taken_name(module) or objection(module) for name, module in asked.items()}
     found = {name: reason for name, reason in found.items() if reason is not None}
     inside = {id(asked[name]._modules.get("attn")) for name in found}
     within = {name: _INSIDE for name, module in asked.items() if id(module) in inside}
     return found | within
+
+
+def _taken_name(module: nn.Module) -> str | None:
+    """An attribute of the user's that a fused module has for itself."""
+    taken = [name for name in _OPTIONS if name in vars(module)]
+    return f"it has an attribute {taken[0]}, which a fused module needs itself" if taken else None
 
 
 def _left_alone(objections: dict[str, str], asked: dict[str, nn.Module]) -> str:
@@ -99,7 +108,7 @@ def unfuse(model: nn.Module) -> nn.Module:
                 "after fuse; undo that before unfuse"
             )
     for module in fused.values():
-        for option in ("backend", "left_alone", "memory"):
+        for option in _OPTIONS:
             module.__dict__.pop(option, None)
         module.__class__ = stock[type(module)]
     return model
@@ -209,7 +218,7 @@ def _why_not(module: nn.Module, stock: type[nn.Module]) -> str:
         return f"{kind} with a forward that was replaced"
     from samfast.modules.proof import objection
 
-    return objection(module, ask=False) or _OWN
+    return _taken_name(module) or objection(module, ask=False) or _OWN
 
 
 def _checked(model: nn.Module) -> nn.Module:

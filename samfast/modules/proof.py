@@ -6,25 +6,15 @@ its forward takes what the original takes, its parts are exactly the original's,
 agree with the formula in ``samfast.kernels.sam_block.reference``.
 """
 
-import copy
 import inspect
-from collections import Counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.integrations import segment_anything
-from samfast.integrations.probe import (
-    CodeOf,
-    apart,
-    attributes,
-    difference,
-    frozen,
-    replicated,
-    shell,
-    words,
-)
+from samfast.integrations.plain_code import PlainCode
+from samfast.integrations.probe import apart, deviation, difference, shell
 from samfast.kernels.relpos_attention.op import fit_table
 from samfast.kernels.sam_block.reference import attention, sam_block
 
@@ -42,40 +32,42 @@ READ = {  # attributes that the formula reads
     Attention: ("num_heads", "scale", "use_rel_pos"),
     MLPBlock: (),
 }
-OURS = ("memory", "backend", "left_alone")  # those of SamBlock and RelPosAttention
 LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU)
-MOST_PROBES = 16  # of one class, before its attributes count as changing from call to call
-
-_codes = {kind: CodeOf(kind) for kind in (*PARTS, *LAYERS)}
+_NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union(
+    TABLES, *PARTS.values(), *READ.values()
+)
+_codes = {kind: PlainCode(kind, _NAMES) for kind in (*PARTS, *LAYERS)}
 _verdicts: dict[tuple, str | None] = {}
-_probes: Counter = Counter()
 
 
 def objection(module: nn.Module, ask: bool = True) -> str | None:
     """Why ``module``, a Block or an Attention, is not what it is called; None where it is.
 
-    Answers from memory while its classes' code and its plain attributes stay as they are, and
+    Answers from memory while its classes' code, its parts and its sizes stay as they are, and
     otherwise runs a probe on a CPU; without ``ask`` says None instead. A compiled graph keeps the
     answer it was traced with.
     """
-    parts, classes = _stock_parts(module), _classes(module)
-    codes = tuple(_codes[kind]() for kind in (*classes, *LAYERS))
-    codes += tuple(kind.__call__ for kind in classes)
-    states = []
-    for name, (kind, part) in parts.items():
-        states.append((name, *_held(part)))
-        for attribute, value in _options(kind, part).items():
-            states.append((attribute, frozen(value)))
-            if states[-1][1] is None and attribute in words(kind.forward, kind):
-                what = f"{type(value).__name__} whose changes are not seen"
-                return f"the forward of {kind.__name__} reads its attribute {attribute}, a {what}"
-        if kind is Attention:
-            bias = getattr(part._modules.get("qkv"), "bias", None)
-            states.append((bool(getattr(part, "use_rel_pos", True)), bias is None))
-    key = (codes, tuple(states))
-    if key not in _verdicts and ask:
-        _verdicts[key] = _judgement(module, parts, codes)
-    return _verdicts.get(key)
+    parts, codes = _stock_parts(module), []
+    for kind in (*_classes(module), *LAYERS):
+        code, problem = _codes[kind]()
+        if problem is not None:
+            return _signatures(module) or problem
+        codes.append(code)
+    held = [(name, *_held(part)) for name, (_, part) in parts.items()]
+    kept = tuple(codes), tuple(held), _has(parts, "use_rel_pos"), _has(parts, "qkv", "bias")
+    sizes = tuple([getattr(p, n, None) for k, p in parts.values() for n in READ[k]])
+    for number in sizes:
+        if not isinstance(number, (bool, int, float)):
+            return f"one of its sizes is a {type(number).__name__}, not a number"
+    width = getattr(getattr(module, "norm1", None), "normalized_shape", None)
+    for key, judge in ((kept, _judgement), ((kept, sizes, width), _second_look)):
+        if key not in _verdicts:
+            if not ask:
+                return None
+            _verdicts[key] = judge(module, parts)
+        if _verdicts[key] is not None:
+            return _verdicts[key]
+    return None
 
 
 # What torch.compile calls while it traces, rather than trace it.
@@ -99,10 +91,12 @@ def _stock_parts(module: nn.Module) -> dict[str, tuple[type[nn.Module], nn.Modul
     return parts
 
 
-def _options(kind: type[nn.Module], module: nn.Module) -> dict[str, object]:
-    """Plain attributes that the original does not have."""
-    known = (*READ[kind], *OURS)
-    return {name: value for name, value in attributes(module).items() if name not in known}
+def _has(parts: dict, *names: str) -> bool:
+    """Whether what these names lead to from the attention is there, and true where it is a flag."""
+    value = next((part for kind, part in parts.values() if kind is Attention), None)
+    for name in names:
+        value = getattr(value, name, None)
+    return value is not None and value is not False
 
 
 def _held(module: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -111,7 +105,9 @@ def _held(module: nn.Module) -> tuple[tuple[str, ...], ...]:
     children, tensors, buffers = (
         tuple([name for name, value in store.items() if value is not None]) for store in stores
     )
-    return children, (*tensors, *replicated(module)), buffers
+    if getattr(module, "_is_replica", False):  # DataParallel's hold parameters as attributes
+        tensors += tuple([name for name in TABLES if name in vars(module)])
+    return children, tensors, buffers
 
 
 def _structure(name: str, kind: type[nn.Module], module: nn.Module) -> str | None:
@@ -127,36 +123,41 @@ def _structure(name: str, kind: type[nn.Module], module: nn.Module) -> str | Non
         if more := [n for n in names if n not in expected]:
             return f"{it} has a {what} {more[0]}, which would be left out"
     needed = [(part, children) for part in PARTS[kind]]
-    needed += [(a, (*vars(module), *vars(type(module)))) for a in READ[kind]]
-    if kind is Attention and getattr(module, "use_rel_pos", False):
+    if kind is Attention and module.use_rel_pos:
         needed += [(table, tensors) for table in TABLES]
     missing = [part for part, present in needed if part not in present]
     return f"{it} has no {missing[0]}" if missing else None
 
 
-def _judgement(module: nn.Module, parts: dict, codes: tuple) -> str | None:
+def _judgement(module: nn.Module, parts: dict) -> str | None:
     for name, (kind, part) in parts.items():
         if (problem := _structure(name, kind, part)) is not None:
             return problem
-    for kind in _classes(module):
-        taken = _taken(kind.forward)
-        if taken != "(self, x)":
-            return f"the forward of {kind.__name__} takes {taken}, not (self, x)"
-    _probes[codes] += 1
-    if _probes[codes] > MOST_PROBES:
-        names = sorted({n for kind, part in parts.values() for n in _options(kind, part)})
-        return f"its attributes change from call to call: {', '.join(names)}"
+    if (problem := _signatures(module)) is not None:
+        return problem
     cases = ((4, 5, 3), (0, 3, 5)) if isinstance(module, Block) else ((0, 3, 5),)
-    problems = (apart(_Case(module, parts, *case).problem) for case in cases)
+    problems = (apart(_Case(module, *case).problem) for case in cases)
     return next((p for p in problems if p is not None), None)
 
 
-def _taken(function) -> str:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return "what cannot be told"
-    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+def _signatures(module: nn.Module) -> str | None:
+    for kind in _classes(module):
+        if (taken := signature(kind)) != "(self, x)":
+            return f"the forward of {kind.__name__} takes {taken}, not (self, x)"
+    return None
+
+
+def _second_look(module: nn.Module, parts: dict) -> str | None:
+    """At the module's own window, heads and scale."""
+    side = getattr(module, "window_size", 0)
+    size = (side - side // 4, side - 1) if side else (3, 5)
+    return apart(_Case(module, side, *size).deviation)
+
+
+def signature(kind: type[nn.Module]) -> str:
+    """What the forward of a class takes, as it is written."""
+    found = inspect.signature(kind.forward, follow_wrapped=False)
+    bare = [p.replace(annotation=p.empty) for p in found.parameters.values()]
     return str(inspect.Signature(bare))
 
 
@@ -175,8 +176,8 @@ class _Case:
         interpolated. The MLP is no wider than the block, which saves time.
     """
 
-    def __init__(self, module: nn.Module, parts: dict, window: int, height: int, width: int):
-        self.parts, self.block = parts, isinstance(module, Block)
+    def __init__(self, module: nn.Module, window: int, height: int, width: int):
+        self.block = isinstance(module, Block)
         self.attn = "attn." if self.block else ""
         self.window, self.size = window, (height, width)
         self.sides = (window, window) if window else (height, width)
@@ -192,6 +193,13 @@ class _Case:
     def problem(self) -> str | None:
         tested = self._block() if self.block else self._attention()
         return difference(tested, self.formula, self._draw(2, *self.size, self.dim))
+
+    def deviation(self) -> str | None:
+        tested = self._block() if self.block else self._attention()
+        x = self._draw(1, *self.size, self.dim)
+        if self.block:  # tokens of every size, from 0.003 to 100
+            x = x * 10.0 ** (2.25 * self._draw(1, *self.size, 1) - 0.25)
+        return deviation(tested.eval(), self.formula, x)
 
     def formula(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
         def layer(name):
@@ -211,14 +219,14 @@ class _Case:
         return sam_block(x, *around, *tables, self.heads, self.window, self.scale)
 
     def _block(self) -> nn.Module:
-        return self._shell(
-            "",
+        return shell(
+            Block,
             {"window_size": self.window},
             norm1=self._norm(),
             attn=self._attention(),
             norm2=self._norm(),
-            mlp=self._shell(
-                "mlp",
+            mlp=shell(
+                MLPBlock,
                 {},
                 lin1=self._linear(self.dim, self.dim),
                 lin2=self._linear(self.dim, self.dim),
@@ -231,20 +239,13 @@ class _Case:
         size = self.dim // self.heads
         tables = [nn.Parameter(0.3 * self._draw(n, size)) for n in rows] if self.tables else ()
         read = {"num_heads": self.heads, "scale": self.scale, "use_rel_pos": self.tables}
-        return self._shell(
-            self.attn.strip("."),
+        return shell(
+            Attention,
             read,
             qkv=self._linear(3 * self.dim, self.dim, self.bias),
             proj=self._linear(self.dim, self.dim),
             **dict(zip(TABLES, tables, strict=False)),
         )
-
-    def _shell(self, name: str, read: dict[str, object], **parts) -> nn.Module:
-        default = {"": (Block, None), "attn": (Attention, None), "mlp": (MLPBlock, None)}
-        kind, module = self.parts.get(name, default[name])
-        options = {} if module is None else _options(kind, module)
-        known = {n: copy.deepcopy(v) for n, v in options.items() if frozen(v) is not None}
-        return shell(kind, {**known, **read}, **parts)
 
     def _linear(self, features: int, inputs: int, bias: bool = True) -> nn.Linear:
         layer = nn.Linear(1, 1, bias=bias)

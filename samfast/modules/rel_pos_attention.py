@@ -13,9 +13,9 @@ from samfast.modules.cobot import CobotQkvLora
 from samfast.modules.conv_lora import ConvLoraLinear
 from samfast.modules.kronecker import KroneckerLinear
 from samfast.modules.lora import LoraLinear
-from samfast.modules.proof import Attention, objection
+from samfast.modules.proof import Attention, objection, signature
 from samfast.modules.qkv_lora import QkvLora
-from samfast.modules.stand_in import altered, kind_of, standing_in
+from samfast.modules.stand_in import altered, kind_of, left_alone, standing_in
 from samfast.modules.task_lora import TaskLoraLinear
 
 # Layers that treat every token alone, and give their bias for a token of zeros.
@@ -34,7 +34,7 @@ class RelPosAttention(Attention):
     the windows are cut before the projection, as in the stock block.
 
     backend: which kernel runs the attention, see ``samfast.backends``
-    left_alone: whether the stock forward is to run, for a block that runs its own
+    left_alone: whether the stock forward is to run, in a compiled block that runs its own
 
     Where the stock class does not compute what it should, see ``samfast.modules.proof``, its own
     forward runs.
@@ -52,12 +52,16 @@ class RelPosAttention(Attention):
             )
         return standing_in(cls, attention)
 
-    def forward(self, x: Tensor, window: int | None = None) -> Tensor:
-        """window: side of the windows that attend to themselves; the whole map when None."""
+    def forward(self, x: Tensor, window: int | None = None, *more, **others) -> Tensor:
+        """window: side of the windows that attend to themselves; the whole map when None.
+
+        more, others: what a stock class that was changed may take; the fused one takes nothing.
+        """
+        stock = self.left_alone or left_alone(self) or objection(self) is not None
+        if more or others or (stock and (window is None or signature(Attention) != "(self, x)")):
+            return super().forward(x, *(() if window is None else (window,)), *more, **others)
         if window is not None:
             return self.forward_windows(x, window)
-        if self.left_alone or objection(self) is not None:
-            return super().forward(x)
         qkv = self.qkv(x)
         batch, height, width = x.shape[:3]
         if self.use_rel_pos:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_anything's transformer block as one operator."""
 
+import torch
 from torch import Tensor, nn
 
 from samfast.backends import requested
@@ -12,7 +13,7 @@ from samfast.kernels.sam_block.plan import Plan, check_memory
 from samfast.modules.block_layer import block_layer, layer_problem
 from samfast.modules.proof import Attention, Block, MLPBlock, objection
 from samfast.modules.rel_pos_attention import RelPosAttention
-from samfast.modules.stand_in import altered, kind_of, runs_as, standing_in
+from samfast.modules.stand_in import altered, kind_of, leaving_alone, runs_as, standing_in
 
 
 class SamBlock(Block):
@@ -93,6 +94,9 @@ class SamBlock(Block):
         """Bit for bit what the stock class gives, its attention included."""
         if not runs_as(self.attn, RelPosAttention):
             return super().forward(x)
+        if not torch.compiler.is_compiling():
+            with leaving_alone(self.attn):
+                return super().forward(x)
         self.attn.left_alone = True
         try:
             return super().forward(x)
@@ -140,7 +144,7 @@ class SamBlock(Block):
         if self.window_size == 0:
             return self.attn(x)
         if self.window_order() is None:
-            return self.attn(x, self.window_size)
+            return self.attn(x, window=self.window_size)
         windows = Windows(*x.shape[:3], self.window_size, self.window_size)
         tokens, _ = windows.paste(self.attn(windows.cut(x)))
         return tokens.view(x.shape)

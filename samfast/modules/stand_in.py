@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that take another's place with all that it holds."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -42,3 +46,25 @@ def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind or (
         isinstance(module, kind) and type(module).forward is kind.forward
     )
+
+
+class _LeftAlone(threading.local):
+    modules: tuple[int, ...] = ()
+
+
+_left_alone = _LeftAlone()
+
+
+@contextlib.contextmanager
+def leaving_alone(module: nn.Module) -> Iterator[None]:
+    """In this thread the module is to run its stock forward."""
+    before = _left_alone.modules
+    _left_alone.modules = (*before, id(module))
+    try:
+        yield
+    finally:
+        _left_alone.modules = before
+
+
+def left_alone(module: nn.Module) -> bool:
+    return not torch.compiler.is_compiling() and id(module) in _left_alone.modules

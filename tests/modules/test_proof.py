@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import samfast
+from samfast.integrations import probe
 from samfast.modules import RelPosAttention, SamBlock, proof
 
 STOCK = {kind: kind.forward for kind in (Block, Attention, MLPBlock)}
@@ -61,28 +63,43 @@ def patched(kind, change):
     stock = STOCK[kind]
 
     def forward(self, x):
-        return change(self, x, functools.partial(stock, self))
+        return change(self, x, stock)
 
     return forward
 
 
-CHANGES = {
-    "a factor": (lambda m, x, stock: 1.01 * stock(x), "another output"),
-    "dropout": (lambda m, x, stock: F.dropout(stock(x), 0.01, m.training), "output.* train mode"),
-    "training only": (lambda m, x, stock: stock(x) + m.training, "output.* train mode"),
-    "eval only": (lambda m, x, stock: stock(x) + (not m.training), "output.* eval mode"),
-    "detach": (lambda m, x, stock: stock(x.detach()), "another gradient of x"),
-    "in place": (lambda m, x, stock: stock(x).add_(1e-3), "another output"),
-    "narrow": (lambda m, x, stock: stock(x).bfloat16().float(), "another"),
-    "a hidden tensor": (lambda m, x, stock: stock(x) + 0 * HIDDEN, "trains a tensor that is not"),
-    "counts": (lambda m, x, stock: count(m, stock(x)), "changes an attribute"),
-}  # fmt: skip
 HIDDEN = nn.Parameter(torch.ones(()))
+TABLE = {"scale": 1.0}
+GLOBAL = 1.0
 
 
 def count(module, y):
-    module.calls = getattr(module, "calls", 0) + 1
+    module.calls = y
     return y
+
+
+def helped(x):
+    return getattr(x, "extra", x)
+
+
+CHANGES = {
+    "a factor": (lambda m, x, stock: 1.01 * stock(m, x), "its forward gives another output.*"),
+    "an offset": (lambda m, x, stock: stock(m, x) + 1e-3, "its forward gives another output.*"),
+    "in part": (lambda m, x, stock: stock(m, 2.0 * x), "its forward gives another output.*"),
+    "dropout": (lambda m, x, stock: F.dropout(stock(m, x), 0.01, m.training), "uses dropout"),
+    "training only": (lambda m, x, stock: stock(m, x) + m.training, "uses training"),
+    "detach": (lambda m, x, stock: stock(m, x.detach()), "uses detach"),
+    "narrow": (lambda m, x, stock: stock(m, x).bfloat16().float(), "uses bfloat16"),
+    "grad mode": (lambda m, x, stock: stock(m, x) * torch.is_grad_enabled(), "uses is_grad_en.*"),
+    "random": (lambda m, x, stock: stock(m, x) * (torch.rand(()) < 0.9), "uses rand"),
+    "a hidden tensor": (lambda m, x, stock: stock(m, x) * HIDDEN, "uses HIDDEN, a Parameter"),
+    "a table": (lambda m, x, stock: stock(m, x) * TABLE["scale"], "uses TABLE, a dict"),
+    "counts": (lambda m, x, stock: count(m, stock(m, x)), "uses store attr calls"),
+    "a flag": (lambda m, x, stock: stock(m, x) * m.gain, "uses gain"),
+    "getattr": (lambda m, x, stock: stock(m, helped(x)), "uses getattr"),
+    "a module": (lambda m, x, stock: stock(m, x) + sys.flags.debug, "uses sys, a module"),
+    "what is not there": (lambda m, x, stock: stock(m, x) * LATER, "uses LATER"),  # noqa: F821
+}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -107,19 +124,129 @@ def test_a_class_that_is_patched(kind, when, monkeypatch):
 def test_what_a_forward_may_do(name, monkeypatch):
     change, reason = CHANGES[name]
     fused, stock = samfast.fuse(model()), model()
+    monkeypatch.setattr(Block, "gain", 2.0, raising=False)
+    monkeypatch.setattr(sys.modules[__name__], "LATER", 2.0, raising=False)
+    monkeypatch.delattr(sys.modules[__name__], "LATER")
     monkeypatch.setattr(Block, "forward", patched(Block, change))
-    left_alone(fused, stock, f".*{reason}.*")
+    state = samfast.report(fused).blocks["0"]
+    assert re.fullmatch(f"not fused: (the forward of Block )?{reason}", state), state
+    if name not in ("what is not there", "random"):
+        left_alone(fused, stock, ".*")
+
+
+def test_what_it_reaches_is_watched(monkeypatch):
+    """Numbers among the globals and in closures, functions, torch's own, and defaults."""
+    factor = 1.0
+
+    def scaled(y, by=1.0):
+        return y * by * GLOBAL * factor
+
+    fused = samfast.fuse(model())
+    monkeypatch.setattr(Block, "forward", lambda self, x, **_: x)
+    assert "takes (self, x, **_)" in samfast.report(fused).blocks["0"]
+
+    def forward(self, x):
+        return scaled(stock(self, x))
+
+    stock = STOCK[Block]
+    monkeypatch.setattr(Block, "forward", forward)
+
+    def states():
+        return {s.partition(" (")[0] for s in samfast.report(fused).blocks.values()}
+
+    another = {"not fused: its forward gives another output"}
+    assert states() == {"fused"}
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", 2.0)
+    assert states() == another
+    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", 1.0)
+    factor = 3.0
+    assert states() == another
+    factor = 1.0
+    assert states() == {"fused"}
+    monkeypatch.setattr(scaled, "__defaults__", (2.0,))
+    assert states() == another
+    monkeypatch.setattr(scaled, "__defaults__", (1.0,))
+    assert states() == {"fused"}
+    monkeypatch.setattr(F, "pad", lambda t, *_, pad=F.pad: pad(t, *_) + 1)
+    assert states() == another
+
+
+SIZES = {
+    "window": ((7, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (m.window_size != 7))),
+    "heads": ((4, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (m.attn.num_heads != 4))),
+    "scale": ((4, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (m.attn.scale != 0.5))),
+    "one image": ((4, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (x.shape[0] != 1))),
+    "small ones": (
+        (4, (8, 8)),
+        lambda m, x, stock: stock(m, F.layer_norm(x, x.shape[-1:], eps=1e-3) - stock(m, x) + x),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [n for n in SIZES if n != "small ones"])
+def test_a_forward_that_looks_at_its_sizes(name, monkeypatch):
+    """The verdict of one window, number of heads or scale is not that of another."""
+    (window, size), change = SIZES[name]
+    monkeypatch.setattr(Block, "forward", patched(Block, change))
+    if name != "one image":
+        assert proof.objection(block(4).float()) is None
+    layer = block(window, size, heads=4 if name == "heads" else 2).float()
+    if name == "scale":
+        layer.attn.scale = 0.5
+    assert proof.objection(layer) == (
+        "its forward gives another output (1e+02 % off) at this size, under no_grad"
+    )
+
+
+def test_sizes_that_are_not_numbers():
+    layer = block(4)
+    layer.attn.scale = nn.Parameter(torch.tensor(0.25))
+    with pytest.warns(UserWarning, match="one of its sizes is a Parameter, not a number"):
+        samfast.fuse(nn.Sequential(layer))
 
 
 def test_a_forward_that_gives_something_else(monkeypatch):
-    monkeypatch.setattr(Block, "forward", patched(Block, lambda m, x, stock: (stock(x), 0.0)))
+    monkeypatch.setattr(Block, "forward", patched(Block, lambda m, x, stock: (stock(m, x), 0.0)))
     assert proof.objection(block(4)) == "its forward gives tuple in train mode"
-    monkeypatch.setattr(Block, "forward", patched(Block, lambda m, x, stock: stock(x).detach()))
-    assert "another gradient of x (1e+02 % off)" in proof.objection(block(4))
-    monkeypatch.setattr(Block, "forward", patched(Block, lambda m, x, stock: stock(x)[:1]))
+    monkeypatch.setattr(Block, "forward", patched(Block, lambda m, x, stock: stock(m, x)[:1]))
     assert "gives a tensor of shape (1, 5, 3, 32)" in proof.objection(block(4))
-    monkeypatch.setattr(Block, "forward", patched(Block, lambda m, x, stock: m.missing(x)))
+    monkeypatch.setattr(Block, "forward", patched(Block, lambda m, x, stock: m.lin1(x)))
     assert "fails alone: AttributeError" in proof.objection(block(4))
+
+
+class Linear(nn.Linear):
+    """change: what it does to its result."""
+
+    change = staticmethod(lambda self, y: y)
+
+    def forward(self, x):
+        return self.change(self, super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda self, y: y, None),
+        (lambda self, y: y * 1.001, r"gives another output \(0.1 % off\) in train mode"),
+        (lambda self, y: y + self.training, "another output .* in train mode"),
+        (lambda self, y: y + (not self.training), "another output .* in eval mode"),
+        (lambda self, y: F.dropout(y, 0.5, self.training), "another output .* in train mode"),
+        (lambda self, y: y.detach(), "another gradient of x .* in train mode"),
+        (lambda self, y: y.detach() + 0 * y, "another gradient of x .* in train mode"),
+        (lambda self, y: y + 0 * HIDDEN, "trains a tensor that is not its own in train mode"),
+        (lambda self, y: (y,), "gives tuple"),
+        (lambda self, y: y.nothing, "fails alone: AttributeError"),
+    ],
+)
+def test_the_probe(change, problem, monkeypatch):
+    monkeypatch.setattr(Linear, "change", staticmethod(change))
+    layer, x = Linear(5, 3), torch.randn(4, 5)
+
+    def formula(x, given):
+        return F.linear(x, given["weight"], given["bias"])
+
+    found = probe.apart(lambda: probe.difference(layer, formula, x))
+    assert found is None if problem is None else re.search(problem, found)
 
 
 @KINDS
@@ -161,8 +288,10 @@ def test_a_missing_part():
 def test_another_signature(kind, monkeypatch):
     stock, fused = model(), samfast.fuse(model())
 
+    own = STOCK[kind]
+
     def forward(self, x, task_idx=None):
-        return STOCK[kind](self, x)
+        return own(self, x)
 
     monkeypatch.setattr(kind, "forward", forward)
     left_alone(
@@ -174,71 +303,82 @@ def test_another_signature(kind, monkeypatch):
 
 def test_a_harmless_patch_stays_fused(monkeypatch):
     """As a copy with other line breaks and names would."""
-    fused = samfast.fuse(model())
+    fused, stock = samfast.fuse(model()), STOCK[Block]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = STOCK[Block](self, x)
+        result = stock(self, x)
         return result
 
     monkeypatch.setattr(Block, "forward", forward)
     assert set(samfast.report(fused).blocks.values()) == {"fused"}
 
 
-GLOBAL = False
+def test_wraps_does_not_hide_what_it_takes(monkeypatch):
+    stock = STOCK[Block]
 
-
-def test_a_flag_that_is_turned_later(monkeypatch):
-    """On one module, on the class, among the globals, in a list: each is asked anew."""
-
-    def forward(self, x):
-        on = getattr(self, "tripled", False) or self.on_the_class or GLOBAL
-        return STOCK[Block](self, x) * (1 + on + any(getattr(self, "flags", ())))
+    @functools.wraps(stock)
+    def forward(self, x, task=None):
+        return stock(self, x)
 
     monkeypatch.setattr(Block, "forward", forward)
-    monkeypatch.setattr(Block, "on_the_class", False, raising=False)
-    fused, stock, reason = samfast.fuse(model()), model(), "its forward gives another output.*"
-    for m in (fused, stock):
-        m[1].tripled = True
-    left_alone(nn.Sequential(fused[1]), nn.Sequential(stock[1]), reason, (0,))
-    assert samfast.report(fused).blocks["0"] == "fused"
-    fused[1].tripled = False
-    assert samfast.report(fused).blocks["1"] == "fused"
-    fused[0].flags = [False]
-    assert samfast.report(fused).blocks["0"] == "fused"
-    fused[0].flags[0] = True
-    assert samfast.report(fused).blocks["0"].startswith("not fused")
-    monkeypatch.setattr(Block, "on_the_class", True)
-    assert samfast.report(fused).blocks["1"].startswith("not fused")
-    monkeypatch.setattr(Block, "on_the_class", False)
-    assert samfast.report(fused).blocks["1"] == "fused"
-    monkeypatch.setattr(sys.modules[__name__], "GLOBAL", True)
-    assert samfast.report(fused).blocks["1"].startswith("not fused")
+    assert "takes (self, x, task=None), not (self, x)" in proof.objection(block(4))
 
 
-def test_an_object_that_may_change_unseen(monkeypatch):
-    """Where the forward reads it; otherwise it does not matter."""
-    fused = samfast.fuse(model())
-    fused[0].config = object()
-    assert samfast.report(fused).blocks["0"] == "fused"
+def test_attributes_that_nothing_reads(monkeypatch):
+    """Numbers, counters of hooks, objects: no probe, and no other answer."""
+    fused = samfast.fuse(nn.ModuleList(block(4).float() for _ in range(3)))
+    monkeypatch.setattr(proof, "_judgement", lambda *_: pytest.fail("asked again"))
+    circle = []
+    circle.append(circle)
+    for i, layer in enumerate(fused):
+        layer.layer_id, layer.attn.options, layer.mlp.circle = i, object(), circle
+        layer.calls = 0
+    assert set(samfast.report(fused).blocks.values()) == {"fused"}
+
+
+@pytest.mark.parametrize("name", ["memory", "backend"])
+def test_attributes_that_fused_modules_need_themselves(name):
+    stock, fused = model(), model()
+    setattr(fused[0] if name == "memory" else fused[0].attn, name, 0.5)
+    with pytest.warns(UserWarning, match=f"it has an attribute {name}, which a fused module needs"):
+        samfast.fuse(fused)
+    assert torch.equal(fused[0](torch.ones(1, 5, 5, 32)), stock[0](torch.ones(1, 5, 5, 32)))
+
+
+def test_an_attention_that_takes_more(monkeypatch):
+    """A second argument is not the side of windows."""
+    own = STOCK[Attention]
+
+    def shifted(self, x, shift=0):
+        return own(self, x.roll(shift, 1)) if shift else own(self, x)
 
     def forward(self, x):
-        return STOCK[Block](self, x) if self.config else x
+        return x + self.attn(self.norm1(x), 2) + self.mlp(self.norm2(x))
 
+    fused, stock = samfast.fuse(model()), model()
+    monkeypatch.setattr(Attention, "forward", shifted)
     monkeypatch.setattr(Block, "forward", forward)
-    assert samfast.report(fused).blocks["0"] == (
-        "not fused: the forward of Block reads its attribute config, a object whose changes are "
-        "not seen"
-    )
+    left_alone(fused, stock, r"the forward of Attention takes \(self, x, shift=0\).*")
 
 
-def test_an_attribute_that_changes_from_call_to_call():
-    fused = samfast.fuse(model())
-    for step in range(proof.MOST_PROBES + 2):
-        fused[0].step = step
-        state = samfast.report(fused).blocks["0"]
-    assert state == "not fused: its attributes change from call to call: step"
-    assert samfast.report(fused).blocks["1"] == "fused"
-    proof._probes.clear()
+def test_left_alone_in_several_threads(monkeypatch):
+    """Blocks that share an attention with one that is left alone, at the same time."""
+    fused, stock, x = samfast.fuse(model()), model(), torch.randn(1, 6, 7, 32)
+    monkeypatch.setattr(Block, "forward", patched(Block, CHANGES["a factor"][0]))
+    with torch.no_grad():
+        expected = stock(x)
+    answers = []
+
+    def work():
+        with torch.no_grad():
+            answers.extend(torch.equal(fused(x), expected) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 80 and all(answers)
 
 
 @pytest.mark.parametrize("name", ["window_partition", "add_decomposed_rel_pos", "get_rel_pos"])
@@ -257,8 +397,19 @@ def test_a_helper_that_is_patched(name, monkeypatch):
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.GELU])
 def test_a_class_of_torch_that_is_patched(kind, monkeypatch):
     fused, stock, own = samfast.fuse(model()), model(), kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, x: own(self, x) * 1.01)
-    left_alone(fused, stock, ".*another output.*")
+
+    def scaled(self, x):
+        return torch.nn.Module.__call__(self, x) * 1.01
+
+    def forward(self, input):
+        return 1.01 * own(self, input)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    left_alone(fused, stock, "its forward gives another output.*")
+    monkeypatch.undo()
+    assert samfast.report(fused).blocks["0"] == "fused"
+    monkeypatch.setattr(kind, "__call__", scaled)
+    left_alone(fused, stock, f"{kind.__name__} has a __call__ of its own")
 
 
 def test_nothing_of_the_users_changes():

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a forward reaches nothing but its module, torch's functions and numbers.
+
+Code that reads a flag, a list or another module may do one thing today and another tomorrow; no run
+of it tells. So every name in it is looked up, and everything that it stands for is watched.
+"""
+
+import dis
+from types import CodeType, FunctionType, ModuleType
+
+from torch import nn
+
+# What segment_anything's blocks, and others that compute the same, ask of tensors and of torch.
+TENSORS = frozenset(
+    "T add arange baddbmm bmm cat chunk contiguous device dim div einsum expand flatten float "
+    "functional gelu interpolate layer_norm linear long mT matmul mm movedim mul ndim new_zeros nn "
+    "pad permute repeat reshape roll scaled_dot_product_attention shape size softmax split squeeze "
+    "stack sub transpose unbind unflatten unsqueeze view zeros".split()
+)
+_BUILTINS = frozenset("abs float int isinstance len list max min range round tuple zip".split())
+_MODULES = ("torch", "torch.nn", "torch.nn.functional", "math")
+_NUMBERS = (bool, int, float, str, type(None))
+_ABSENT = object()
+
+
+class PlainCode:
+    """The forward of a class, read again only once something it reaches was replaced.
+
+    names: attributes of the class's modules and of their parts that it may read
+    """
+
+    def __init__(self, kind: type[nn.Module], names: frozenset[str]):
+        self.kind, self.names = kind, names
+        self.bases = [vars(c) for c in kind.__mro__[: kind.__mro__.index(nn.Module)]]
+        self.code = -1
+        self.problem: str | None = None
+        self._known: dict[tuple, int] = {}
+
+    def __call__(self) -> tuple[int, str | None]:
+        """A number for this state of the code, and what is not plain in it."""
+        if self.code < 0 or self._changed():
+            self._read()
+        return self.code, self.problem
+
+    def _changed(self) -> bool:
+        for names, name, value in self.looked_up:
+            if names.get(name, _ABSENT) is not value:
+                return True
+        for read, holder, name, value in self.watched:
+            if read(holder, name, _ABSENT) is not value:
+                return True
+        return self.on_class != self._on_class()
+
+    def _on_class(self) -> list[bool]:
+        """Of the class and those it derives from: whether one has an attribute that is read."""
+        return [not self.attributes.isdisjoint(names) for names in self.bases]
+
+    def _read(self) -> None:
+        self.watched, self.looked_up, self.attributes, self.seen = [], [], set(), set()
+        found: list = []
+        try:
+            call = self._watch(getattr, self.kind, "__call__")
+            if call is not nn.Module.__call__:
+                raise _NotPlain(f"{self.kind.__name__} has a __call__ of its own")
+            self._function(self._watch(getattr, self.kind, "forward"), found)
+            self.problem = None
+        except _NotPlain as problem:
+            self.problem = str(problem)
+        self.on_class = self._on_class()
+        if self.problem is None and any(self.on_class):
+            held = sorted(n for n in self.attributes if any(n in names for names in self.bases))
+            self.problem = str(self._uses(f"{held[0]} of its class"))
+        self.code = self._known.setdefault(tuple(found), len(self._known))
+
+    def _watch(self, read, holder, name: str):
+        value = read(holder, name, _ABSENT)
+        self.watched.append((read, holder, name, value))
+        return value
+
+    def _look_up(self, names: dict, name: str):
+        value = names.get(name, _ABSENT)
+        self.looked_up.append((names, name, value))
+        return value
+
+    def _function(self, function, found: list) -> None:
+        if not isinstance(function, FunctionType):
+            raise self._uses(f"a {type(function).__name__} in place of a function")
+        if function in self.seen:
+            return
+        self.seen.add(function)
+        code = self._watch(getattr, function, "__code__")
+        found.append(code)
+        for values in ("__defaults__", "__kwdefaults__"):
+            given = self._watch(getattr, function, values) or ()
+            self._numbers(given.values() if isinstance(given, dict) else given, found)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            self._value(name, self._watch(_content, cell, name), found)
+        modules = []
+        for inner in _codes(code):
+            self._instructions(function, inner, modules, found)
+
+    def _instructions(self, function, code: CodeType, modules: list, found: list) -> None:
+        for instruction in dis.get_instructions(code):
+            kind, name = instruction.opname, instruction.argval
+            if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self._global(function, name, modules, found)
+            elif kind in ("LOAD_ATTR", "LOAD_METHOD"):
+                self._attribute(name, modules, found)
+            elif "SUPER" in kind or kind.startswith(("STORE_", "DELETE_", "IMPORT_")):
+                if not kind.startswith(("STORE_FAST", "DELETE_FAST", "STORE_DEREF")):
+                    raise self._uses(f"{kind.lower().replace('_', ' ')} {name or ''}".strip())
+
+    def _global(self, function, name: str, modules: list, found: list) -> None:
+        value = self._look_up(function.__globals__, name)
+        if value is _ABSENT:
+            if name not in _BUILTINS:
+                raise self._uses(name)
+        elif isinstance(value, ModuleType) and value.__name__ in _MODULES:
+            modules.append(value)
+        else:
+            self._value(name, value, found)
+
+    def _attribute(self, name: str, modules: list, found: list) -> None:
+        if name not in TENSORS and name not in self.names:
+            raise self._uses(name)
+        self.attributes.add(name)
+        found += [_Same(self._look_up(vars(module), name)) for module in modules]
+
+    def _value(self, name: str, value, found: list) -> None:
+        if isinstance(value, FunctionType) and not (value.__module__ or "").startswith("torch."):
+            self._function(value, found)
+        elif isinstance(value, _NUMBERS):
+            self._numbers((value,), found)
+        elif not (getattr(value, "__module__", None) or "").startswith("torch") or not callable(
+            value
+        ):
+            raise self._uses(f"{name}, a {type(value).__name__}")
+
+    def _numbers(self, values, found: list) -> None:
+        for value in values:
+            if not isinstance(value, _NUMBERS):
+                raise self._uses(f"a {type(value).__name__}")
+            found.append((type(value), repr(value)))
+
+    def _uses(self, what: str) -> "_NotPlain":
+        return _NotPlain(f"the forward of {self.kind.__name__} uses {what}")
+
+
+class _NotPlain(Exception):
+    pass
+
+
+class _Same:
+    """Equal to another that holds the very same object."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self):
+        return id(self.value)
+
+
+def _codes(code: CodeType):
+    """A function's code and that of the functions inside it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _content(cell, name: str, default):
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return default
