@@ -8,6 +8,9 @@ import torch
 from every_method import METHODS
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import samfast
 from samfast.modules.adapter import adapters
@@ -82,7 +85,7 @@ def test_tensors_without_values_are_not_read(toy):
 def test_one_wait_for_all_tensors_of_a_device():
     waits = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten._local_scalar_dense.default:
                 waits.append(func)
@@ -97,6 +100,22 @@ def test_one_wait_for_all_tensors_of_a_device():
     with Watch():
         assert not_finite(tensors) == "t4"
     assert len(waits) == 1
+
+
+def test_shards_are_read_where_they_are(tmp_path):
+    """Without asking other processes, so that none waits for one that has refused."""
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fine = fully_shard(nn.Linear(4, 4), mesh=mesh)
+        broken = fully_shard(spoil(nn.Linear(4, 4), "bias", NAN), mesh=mesh)
+        with CommDebugMode() as asked:
+            assert base_problem(fine) is None
+            assert base_problem(broken) == "bias contains NaN or infinity"
+        assert asked.get_total_counts() == 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_load_adapter_names_nan_in_the_base(tiny_sam, saved):
