@@ -27,7 +27,6 @@ from samfast.models.heads import HEADS, MULTI_TASK, given_head, head_of
 from samfast.models.multi_task import MultiTaskSam, tasks_from_config
 from samfast.modules.adapter import (
     adapter_parameter_names,
-    adapter_state,
     adapters,
     attachment,
 )
@@ -42,8 +41,9 @@ from samfast.modules.adapter_fit import (
 )
 from samfast.modules.attach import attach_to, check_attachable
 from samfast.modules.base_digest import digest_of, fingerprints, identity_of
-from samfast.modules.finite import not_finite
+from samfast.modules.finite import base_problem, not_finite
 from samfast.modules.methods import Method, method_from_config
+from samfast.modules.trained import trained_tensors
 from samfast.modules.wrappers import refuse_new_parameters, unclear, unwrapped
 
 TENSORS = "adapter_model.safetensors"
@@ -82,8 +82,8 @@ def save_adapter(
     extra: JSON values that are kept under "extra" in the configuration
 
     Of a wrapper with one SAM inside, that is saved. Raises ValueError when nothing was attached,
-    the head is not the model's or an extra is no JSON value, OSError when the folder cannot be
-    written.
+    the head is not the model's, a tensor has NaN or infinity, or an extra is not a JSON value;
+    OSError when the folder cannot be written.
     """
     reason, model = unclear(model), unwrapped(model)
     attached = attachment(model)
@@ -95,6 +95,11 @@ def save_adapter(
     if classes is None and isinstance(model, MultiTaskSam):
         classes = [task.config() for task in model.tasks]
     tensors = trained_tensors(model)
+    if (bad := not_finite(tensors)) is not None:
+        raise ValueError(
+            f"{bad} contains NaN or infinity, so nothing was written to {folder}; go back to the "
+            "last good adapter, a smaller learning rate may help"
+        )
     own = adapter_parameter_names(model)
     beside = {name for name, _ in model.named_parameters() if name in tensors and name not in own}
     config = peft.lora_config(model, attached.method, attached.layers, beside)
@@ -158,7 +163,8 @@ def load_adapter(
         another image size on the same base loads with a warning
     base_dtype: as in ``attach``, for a stock model
 
-    Raises FileNotFoundError or ValueError with one sentence, and then has changed nothing.
+    Raises FileNotFoundError or ValueError with one sentence, and then has changed nothing; also
+    for NaN in the base, whatever check_base says.
     """
     adapter = read_adapter(folder)
     given, stock = model, level_of(model, adapter)
@@ -181,6 +187,11 @@ def load_adapter(
                 )
             adapted = adapters(model)
         check_tensors(model, adapter, adapted)
+        if (problem := base_problem(model, adapter.tensors.keys())) is not None:
+            raise ValueError(
+                f"adapter {adapter.folder} expects a base of finite numbers, but the model's "
+                f"{problem}; load its weights anew"
+            )
         if check_base:
             check_base_of(model, adapter)
     own = adapter_parameter_names(model)
@@ -230,37 +241,6 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
 def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
     """The record of an adapter folder: method, layers, base, image_size, head, classes, extra."""
     return read_adapter(folder).record
-
-
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of all that training moves, by full name, shared tensors once.
-
-    These are the adapters, what ``train`` un-froze, what requires a gradient now, and the
-    persistent buffers of modules that are trained whole. Weights are given without the adapter,
-    whether it is merged or not.
-    """
-    own = adapter_parameter_names(model)
-    attached = attachment(model)
-    chosen = own | set(attached.trained if attached is not None else ())
-    names = [n for n, p in model.named_parameters() if p.requires_grad or n in chosen]
-    names += _trained_buffers(model, set(names) - own)
-    names = [name for name in names if name not in own]
-    names += adapter_state(adapters(model))
-    state = model.state_dict()
-    return {name: state[name].detach().cpu().contiguous().clone() for name in names}
-
-
-def _trained_buffers(model: nn.Module, trained: set[str]) -> list[str]:
-    """Persistent buffers in modules all of whose parameters are trained."""
-    found: dict[str, None] = {}
-    for path, module in model.named_modules():
-        inside = f"{path}." if path else ""
-        parameters = [inside + name for name, _ in module.named_parameters()]
-        if parameters and trained.issuperset(parameters):
-            kept = module.state_dict(keep_vars=True)
-            buffers = [name for name, _ in module.named_buffers() if name in kept]
-            found.update(dict.fromkeys(inside + name for name in buffers))
-    return list(found)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -16,6 +16,7 @@ from samfast.modules.adapter import (
     remember,
 )
 from samfast.modules.base_digest import fingerprint
+from samfast.modules.finite import base_problem
 from samfast.modules.methods import Method
 from samfast.modules.task_lora import numbers_of, set_task
 from samfast.modules.wrappers import (
@@ -56,7 +57,7 @@ def attach(
         weights meet activations of the base's dtype.
 
     Raises ValueError (TypeError for arguments of a wrong kind) with one sentence, before anything
-    is changed.
+    is changed; also for a parameter with NaN or infinity and a persistent buffer with NaN.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method is {method!r}, which is not one of samfast's methods")
@@ -66,6 +67,8 @@ def attach(
     layers = find_layers(inner, method, prefix)
     method.check_model(inner, layers)
     trained = find_trained(inner, train, prefix)
+    if (problem := base_problem(inner)) is not None:
+        raise ValueError(f"expected a base of finite numbers, but {problem}; load its weights anew")
     attach_to(inner, method, layers, method.build(layers), trained, base_dtype)
     return model
 

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 import samfast
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
+from samfast.modules.finite import not_finite
+from samfast.modules.trained import trained_state
 from samfast.training import start
 from samfast.training.data import EpochSampler
 from samfast.training.dry_run import dry_run
@@ -228,11 +230,11 @@ class Run:
             torch.tensor([mean * losses.images, losses.images, rate], device=accelerator.device),
             reduction="sum",
         ).tolist()
-        for name, parameter in samfast.trainable_parameters(self.sam):
-            if not parameter.isfinite().all():
-                raise FloatingPointError(
-                    f"{name} is no longer finite after epoch {epoch}; a smaller --lr may help"
-                )
+        if (bad := not_finite(trained_state(self.sam))) is not None:  # all that save() would write
+            raise FloatingPointError(
+                f"{bad} is no longer finite after epoch {epoch}; the results of earlier epochs are "
+                "kept, a smaller --lr may help"
+            )
         return {
             "epoch": epoch,
             "step": self.step,

@@ -249,16 +249,34 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(
     assert all(t.isfinite().all() for t in tensors)
 
 
+def infinite_gradient(loss):
+    return loss + _Blown.apply(loss)  # the value stays
+
+
 def test_gradients_that_are_not_finite_are_noticed_before_saving(
     shared_data, tmp_path, monkeypatch
 ):
-    def infinite_gradient(loss):  # its value stays
-        return loss + _Blown.apply(loss)
-
     poisoned(monkeypatch, 3, infinite_gradient)
     with pytest.raises(FloatingPointError, match="is no longer finite after epoch 1"):
         finetune(settings_for(shared_data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_keep_the_last_good_adapter(
+    shared_data, tmp_path, monkeypatch, capfd
+):
+    poisoned(monkeypatch, 6, infinite_gradient)  # the last batch of epoch 2: no loss shows it
+    output = tmp_path / "out"
+    arguments = ["finetune", "--data", str(shared_data), "--model", "vit_tiny", "--image-size"]
+    arguments += ["64", "--repeats", "1", "--epochs", "2", "--output", str(output)]
+    assert cli.main(arguments) == 2
+    err = capfd.readouterr().err
+    kept = "is no longer finite after epoch 2; the results of earlier epochs are kept, a smaller"
+    assert err.count("\n") == 1 and kept in err
+    assert len(rows_of(output)) == 1
+    for name in ("last", "best"):
+        assert read_adapter_config(output / "adapter" / name)["extra"]["epoch"] == 1
+        load_adapted(output / "adapter" / name)
 
 
 class _Blown(torch.autograd.Function):
