@@ -124,7 +124,11 @@ class PlainCode:
         if name not in TENSORS and name not in self.names:
             raise self._uses(name)
         self.attributes.add(name)
-        found += [_Same(self._look_up(vars(module), name)) for module in modules]
+        for module in modules:
+            value = self._look_up(vars(module), name)
+            if isinstance(value, FunctionType) and not _of_torch(value):
+                raise self._uses(f"{module.__name__}.{name}, which was replaced")
+            found.append(_Same(value))
 
     def _value(self, name: str, value, found: list) -> None:
         if isinstance(value, FunctionType) and not (value.__module__ or "").startswith("torch."):
@@ -161,6 +165,15 @@ class _Same:
 
     def __hash__(self):
         return id(self.value)
+
+
+def _of_torch(value) -> bool:
+    """Whether it is a function that torch defines, in Python or in C++."""
+    if isinstance(value, FunctionType):
+        name = value.__globals__.get("__name__", "")
+    else:
+        name = (isinstance(value, type(len)) and value.__module__) or ""
+    return name.partition(".")[0] == "torch"
 
 
 def _codes(code: CodeType):
