@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import math
 import sys
 import time
 from pathlib import Path
@@ -19,14 +20,14 @@ import torch
 
 import samfast
 from benchmarks import evidence, machine, run, smoke
+from benchmarks.model import by_depth, floor
 from benchmarks.operations import segment_anything_missing
+from benchmarks.rates import Rates, load
 from benchmarks.shapes import ENCODERS
 from benchmarks.verify import verdict, verify
 from samfast.kernels._common.windows import Windows
 
 RESULTS = smoke.ROOT / "build" / "quick.csv"
-GLOBAL_BLOCKS, FLOOR_RATE = 4, 790e12
-STEP_FLOPS = {"vit_b": 2.198e12, "vit_l": 6.162e12, "vit_h": 11.939e12}  # LoRA step of one image
 SIDE, WINDOW = 64, 14
 OURS = "samfast, fast"
 PEERS = {
@@ -36,11 +37,6 @@ PEERS = {
     "block": ("eager", "SDPA + mask, PEFT", OURS, "samfast, frozen", "samfast, LoRA"),
 }  # fmt: skip
 ADAPTERS = ("LoRA on all", "LoRA on qkv", "Conv-LoRA on qkv")
-
-
-def by_depth(model: str, windowed: float, whole: float) -> float:
-    """A whole encoder's cost from that of one windowed and of one global block."""
-    return (ENCODERS[model].depth - GLOBAL_BLOCKS) * windowed + GLOBAL_BLOCKS * whole
 
 
 def workloads(operation: str, model: str, batch: int, device: str, dtype, side: int = SIDE):
@@ -182,7 +178,7 @@ def steps(rows: list[dict]) -> list[str]:
             model, place = row["shape"].split()[0], "global" if ", global," in row["shape"] else ""
             batch = int(row["shape"].split(",")[2].strip().split("x")[0])
             found[model, batch, row["provider"], row["mode"], place] = row
-    lines = []
+    lines, rates = [], Rates(load(), "H100")  # the floor's rate is that of both
     for model, batch, who, mode in dict.fromkeys(key[:4] for key in found):
         parts = [found.get((model, batch, who, mode, place)) for place in ("", "global")]
         if None in parts:
@@ -190,8 +186,8 @@ def steps(rows: list[dict]) -> list[str]:
         ms = by_depth(model, *(float(row["p50_ms"]) for row in parts))
         name = f"{model}, batch {batch}, {who}, {mode}: {ms:.2f} ms by its blocks"
         if who == OURS:
-            floor = STEP_FLOPS[model] * batch / FLOOR_RATE * 1e3
-            lines.append(f"P6   {name}, {ms / floor:.2f} of the floor {floor:.2f} ms")
+            least = floor(model, batch, rates)
+            lines.append(f"P6   {name}, {ms / least:.2f} of the floor {least:.2f} ms")
             lines += [f"P8   {model}, batch {batch}: {_saved(parts, model):.2f} GB saved by its "
                       f"blocks"] if parts[0]["saved_mib"] and mode == "eager" else []  # fmt: skip
             other = [found.get((model, batch, "eager", mode, place)) for place in ("", "global")]
@@ -211,7 +207,8 @@ def _saved(parts, model: str) -> float:
 
 
 def _host(parts, model: str) -> float:
-    return by_depth(model, *(float(row["host_ms"] or "nan") for row in parts))
+    missing = [row for row in parts if not row["host_ms"]]
+    return math.nan if missing else by_depth(model, *(float(row["host_ms"]) for row in parts))
 
 
 if __name__ == "__main__":
