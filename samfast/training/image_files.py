@@ -15,6 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from samfast.training import tiff_pages as t
+from samfast.training.orientation import upright
 from samfast.training.scaling import Samples
 from samfast.training.tiff_pages import Page, read_pages
 from samfast.training.tiff_samples import is_lossy, sample_type, stored_samples
@@ -110,10 +111,10 @@ def _tiff(path: Path) -> Samples:
             hidden = (stored_samples(path, pages, i, None) == 0).all(2)
     turn = page.number(t.ORIENTATION, 1)
     return Samples(
-        values=np.ascontiguousarray(_orient(values, turn)),
+        values=np.ascontiguousarray(upright(values, turn)),
         tags=tags,
         palette=_palette(page, tags) if tags.photometric == PALETTE else None,
-        hidden=None if hidden is None else np.ascontiguousarray(_orient(hidden, turn)),
+        hidden=None if hidden is None else np.ascontiguousarray(upright(hidden, turn)),
         lossy=is_lossy(path, page),
     )
 
@@ -263,15 +264,5 @@ def _one_line(error: Exception) -> str:
 
 def _upright(array: np.ndarray, image: Image.Image) -> np.ndarray:
     """Apply the EXIF orientation of a decoded image to its (H, W, ...) array."""
-    turned = _orient(array, image.getexif().get(ExifTags.Base.Orientation, 1))
+    turned = upright(array, image.getexif().get(ExifTags.Base.Orientation, 1))
     return np.ascontiguousarray(turned)
-
-
-def _orient(array: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    return array

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from samfast.training import tiff_pages as t
+from samfast.training.orientation import as_stored
 from samfast.training.tiff_pages import Page
 from samfast.training.tiff_tags import MASK, WHITE_IS_ZERO
 
@@ -206,9 +207,13 @@ def _by_pillow(path: Path, page: Page, index: int) -> np.ndarray:
     """A page whose codec works on pictures."""
     with Image.open(path, formats=("TIFF",)) as image:
         image.seek(index)
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
         image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != turn
         mode = image.mode
         values = np.asarray(image.convert("RGB") if mode == "YCbCr" else image)
+    if turned:  # by Pillow
+        values = as_stored(values, turn)
     if mode not in ("1", "L", "P", "RGB", "YCbCr", "CMYK"):
         raise ValueError(
             f"codec {page.number(t.COMPRESSION)} with {page.number(t.SAMPLES, 1)} samples of "
