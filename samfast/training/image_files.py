@@ -15,10 +15,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from samfast.training import tiff_pages as t
+from samfast.training.jpeg_blocks import Coding, coding_of
 from samfast.training.orientation import upright
 from samfast.training.scaling import Samples
 from samfast.training.tiff_pages import Page, read_pages
-from samfast.training.tiff_samples import is_lossy, sample_type, stored_samples
+from samfast.training.tiff_samples import coding_of_page, is_lossy, sample_type, stored_samples
 from samfast.training.tiff_tags import (
     BLACK_IS_ZERO,
     PAGE_MASK,
@@ -116,6 +117,7 @@ def _tiff(path: Path) -> Samples:
         palette=_palette(page, tags) if tags.photometric == PALETTE else None,
         hidden=None if hidden is None else np.ascontiguousarray(upright(hidden, turn)),
         lossy=is_lossy(path, page),
+        coding=coding_of_page(page),
     )
 
 
@@ -175,6 +177,7 @@ def _other(path: Path, as_image: bool) -> Samples:
             raise _Sentence(_FRAMES.format(path, frames))
         image.load()
     lossy = image.format in ("JPEG", "MPO") or (image.format == "WEBP" and not _is_vp8l(path))
+    coding = _coding(image) if lossy and image.format != "WEBP" else None
     deep = _png_bits(path) == 16 if image.format == "PNG" else False
     if deep:
         return Samples(_upright(_deep_png(path, image), image), _tags_of_mode(image.mode, 16))
@@ -195,7 +198,17 @@ def _other(path: Path, as_image: bool) -> Samples:
     if image.format == "PNG" and image.mode == "L" and not as_image:
         values = values // (255 // ((1 << min(8, _png_bits(path))) - 1))  # 2 and 4 bits: as stored
     values = _upright(values.astype(np.uint8), image)
-    return Samples(_with_samples(values), _tags_of_mode(image.mode, bits), lossy=lossy)
+    tags = _tags_of_mode(image.mode, bits)
+    return Samples(_with_samples(values), tags, lossy=lossy, coding=coding)
+
+
+def _coding(image: Image.Image) -> Coding | None:
+    """How a grey or RGB JPEG was compressed."""
+    tables, layers = getattr(image, "quantization", {}), getattr(image, "layer", [])
+    if image.mode not in ("L", "RGB") or not layers:
+        return None
+    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return coding_of(tables.get(layers[0][3]), turn)
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from samfast.training import tiff_pages as t
+from samfast.training.jpeg_blocks import Coding, coding_of, first_steps
 from samfast.training.orientation import as_stored
 from samfast.training.tiff_pages import Page
 from samfast.training.tiff_tags import MASK, WHITE_IS_ZERO
@@ -51,6 +52,14 @@ def is_lossy(path: Path, page: Page) -> bool:
     with path.open("rb") as file:
         file.seek(page.number(t.OFFSETS, page.numbers(t.TILE_OFFSETS, (0,))[0]))
         return file.read(16)[12:16] != b"VP8L"
+
+
+def coding_of_page(page: Page) -> Coding | None:
+    """How a page in JPEG was compressed, where its tables are in its tags."""
+    tables = page.tags.get(t.JPEG_TABLES)
+    if page.number(t.COMPRESSION, 1) != JPEG or not isinstance(tables, bytes):
+        return None
+    return coding_of(first_steps(tables), page.number(t.ORIENTATION, 1))
 
 
 def stored_samples(path: Path, pages: list[Page], index: int, fill: float | None) -> np.ndarray:
