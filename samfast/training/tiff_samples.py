@@ -151,7 +151,7 @@ class _Layout:
         if len(data) < rows * row:
             raise ValueError(f"a segment holds {len(data)} bytes; expected {rows * row}")
         table = np.frombuffer(data, np.uint8, rows * row).reshape(rows, row)
-        if self.page.number(t.FILL_ORDER, 1) == 2 and self.bits < 8:
+        if self.page.number(t.FILL_ORDER, 1) == 2:  # of the bits in every byte, at any depth
             table = np.packbits(np.unpackbits(table, axis=1, bitorder="little"), axis=1)
         shape = (rows, self.part[1], self.in_one)
         if self.predictor == 3:
