@@ -9,6 +9,7 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from samfast.training.tiff_tags import (
     PALETTE,
     REDUCED,
     RGB,
+    UNASSOCIATED,
     YCBCR,
     Tags,
     full_pages,
@@ -180,7 +182,12 @@ def _other(path: Path, as_image: bool) -> Samples:
     coding = _coding(image) if lossy and image.format != "WEBP" else None
     deep = _png_bits(path) == 16 if image.format == "PNG" else False
     if deep:
-        return Samples(_upright(_deep_png(path, image), image), _tags_of_mode(image.mode, 16))
+        values, tags = _deep_png(path, image), _tags_of_mode(image.mode, 16)
+        if as_image and (clear := image.info.get("transparency")) is not None:
+            seen = (values != clear).any(2, keepdims=True).astype(values.dtype)
+            values = np.concatenate([values, seen * values.dtype.type(tags.top)], 2)
+            tags = replace(tags, samples=tags.samples + 1, extra=(UNASSOCIATED,))
+        return Samples(_upright(values, image), tags)
     if as_image:
         if image.mode in _TRANSPARENT or "transparency" in image.info:
             image = _converted(image, "RGBA")

@@ -42,6 +42,8 @@ def picture(samples: Samples, options: ImageOptions) -> tuple[np.ndarray, np.nda
     missing = without_data(values, tags.no_data)
     if samples.hidden is not None:
         missing |= samples.hidden[..., None]
+    if missing.all():
+        raise ValueError("holds no pixel with a value")
     alpha = None if plan.alpha is None else _alpha(samples.values[..., plan.alpha], tags)
     scaled = not plan.direct and plan.colours in ("grey", "rgb")
     if plan.colours == "palette":

@@ -226,7 +226,7 @@ def _by_pillow(path: Path, page: Page, index: int) -> np.ndarray:
     if mode not in ("1", "L", "P", "RGB", "YCbCr", "CMYK"):
         raise ValueError(
             f"codec {page.number(t.COMPRESSION)} with {page.number(t.SAMPLES, 1)} samples of "
-            f"{page.number(t.BITS, 1)} bits is not read"
+            f"{page.number(t.BITS, 1)} bits is not read; save it without alpha, or with Deflate"
         )
     values = values.astype(np.uint8).reshape(*values.shape[:2], -1)
     if values.shape[2] != page.number(t.SAMPLES, 1):

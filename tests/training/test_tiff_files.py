@@ -201,9 +201,10 @@ def test_no_data_without_a_number_and_nothing_but_no_data(tmp_path):
         write_tiff(path, [Picture(rows, 16, "u", {262: (3, [1]), 42113: (2, text)})])
         with pytest.raises(ValueError, match=pattern):
             read_image(path)
-    write_tiff(path, [Picture([[[5], [5]]], 16, "u", {262: (3, [1]), 42113: (2, b"5")})])
-    with pytest.raises(ValueError, match=r"a\.tif holds no pixel with a value"):
-        read_image(path)
+    for bits in (4, 8, 16):
+        write_tiff(path, [Picture([[[5], [5]]], bits, "u", {262: (3, [1]), 42113: (2, b"5")})])
+        with pytest.raises(ValueError, match=r"a\.tif holds no pixel with a value"):
+            read_image(path)
     write_tiff(path, [Picture([[[5], [np.inf]]], 32, "f", {262: (3, [1])})])
     with pytest.raises(ValueError, match=r"a\.tif holds values that are infinite"):
         read_image(path)
