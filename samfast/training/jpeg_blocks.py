@@ -15,6 +15,7 @@ from PIL import Image
 
 from samfast.training.orientation import as_stored, upright
 
+MOST_SIDE = 65500  # pixels of a JPEG that libjpeg writes; a TIFF's parts can make up more
 _BLOCK = 8
 # Where each step of a file's table belongs, row by row: diagonals, every other one upwards.
 _ZIGZAG = sorted(

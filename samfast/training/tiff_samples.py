@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from samfast.training import tiff_pages as t
-from samfast.training.jpeg_blocks import Coding, coding_of, first_steps
+from samfast.training.jpeg_blocks import MOST_SIDE, Coding, coding_of, first_steps
 from samfast.training.orientation import as_stored
 from samfast.training.tiff_pages import Page
 from samfast.training.tiff_tags import MASK, WHITE_IS_ZERO
@@ -58,6 +58,8 @@ def coding_of_page(page: Page) -> Coding | None:
     """How a page in JPEG was compressed, where its tables are in its tags."""
     tables = page.tags.get(t.JPEG_TABLES)
     if page.number(t.COMPRESSION, 1) != JPEG or not isinstance(tables, bytes):
+        return None
+    if max(page.number(t.HEIGHT), page.number(t.WIDTH)) > MOST_SIDE:
         return None
     return coding_of(first_steps(tables), page.number(t.ORIENTATION, 1))
 

@@ -11,6 +11,8 @@ from samfast.training.folders import load_split
 from samfast.training.foreground import chosen_foreground
 from samfast.training.images import load_mask, read_mask
 from samfast.training.jpeg_blocks import first_steps
+from samfast.training.task_files import check_items, find_items
+from samfast.training.tasks import TaskSpec
 
 THIRDS = {
     "jpg": ((10, 255), (245, 255), (230, 255), (1, 2), (1, 255)),
@@ -142,12 +144,22 @@ def test_masks_of_0_and_1_are_read_with_a_warning(data, suffix):
         mask = shapes(i, (1,))[: size[1], : size[0]]
         mask[8:32, 8:32] = 1
         saved(old.with_suffix(f".{suffix}"), mask, 90)
-    with pytest.warns(
-        UserWarning,
-        match=rf"6 of 6 masks are compressed with so much loss that pixels may have taken the "
-        rf"other value \(values 0 and 1 in .*p\d\.{suffix}\); save masks as PNG",
-    ):
+    sentence = (
+        r"6 of 6 masks are compressed with so much loss that pixels may have taken the other "
+        rf"value \(values 0 and 1 in .*p\d\.{suffix}\); save masks as PNG"
+    )
+    with pytest.warns(UserWarning, match=sentence):
         load_split(data)
+    specs = [TaskSpec("cells", folder="masks")]
+    with pytest.warns(UserWarning, match=sentence):
+        check_items(find_items(data, specs, only_score=True).val, specs)
+
+
+def test_a_tiff_with_longer_sides_than_a_jpeg_is_read(tmp_path):
+    mask = np.zeros((65536, 8), np.uint8)
+    mask[65000:] = 255
+    saved(tmp_path / "m.tif", mask, 75)
+    assert np.array_equal(read_mask(tmp_path / "m.tif"), mask)
 
 
 def test_pixels_that_took_the_other_value_are_said_and_others_are_not(tmp_path):
