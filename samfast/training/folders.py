@@ -222,10 +222,12 @@ def warn_of_blurred(masks: Sequence[Path], found: Sequence[CheckedPair]) -> None
     blurred = [(mask, own.blurred) for mask, own in zip(masks, found, strict=True) if own.blurred]
     if blurred:
         mask, (low, high) = blurred[0]
+        constant = sum(own.lossy and len(own.values) == 1 for own in found)
+        gone = f"; {constant} more hold one value and may have lost an object" if constant else ""
         warnings.warn(
             f"{len(blurred)} of {len(found)} masks are compressed with so much loss that pixels "
-            f"may have taken the other value (values {low} and {high} in {mask}); save masks as "
-            "PNG",
+            f"may have taken the other value (values {low} and {high} in {mask}){gone}; save "
+            "masks as PNG",
             stacklevel=3,
         )
 

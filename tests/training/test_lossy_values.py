@@ -155,6 +155,18 @@ def test_masks_of_0_and_1_are_read_with_a_warning(data, suffix):
         check_items(find_items(data, specs, only_score=True).val, specs)
 
 
+def test_lossy_masks_without_an_object_next_to_blurred_ones_are_counted(data):
+    for i in range(6):
+        old = data / "masks" / f"p{i}.png"
+        mask = np.zeros(Image.open(old).size[::-1], np.uint8)
+        old.unlink()
+        mask[8:10] = 1  # two rows, which such a quality does not keep
+        mask[16:40, 16:40] = i > 1
+        saved(old.with_suffix(".jpg"), mask, 75)
+    with pytest.warns(UserWarning, match=r"4 of 6 masks .*; 2 more hold one value and may have lo"):
+        load_split(data)
+
+
 def test_a_tiff_with_longer_sides_than_a_jpeg_is_read(tmp_path):
     mask = np.zeros((65536, 8), np.uint8)
     mask[65000:] = 255
