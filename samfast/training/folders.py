@@ -5,6 +5,7 @@ Each broken rule is one ValueError or FileNotFoundError, a sentence with the fil
 and all of them are found before training begins.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -
 class CheckedPair(NamedTuple):
     """What a pair's files hold.
 
-    values: of the mask, each once   lossy, exact: as in StoredMask
+    values: of the mask, each once   lossy, exact, blurred: as in StoredMask
     few: grey values that an object of many stored values keeps in the image; None where enough
     """
 
@@ -148,6 +149,7 @@ class CheckedPair(NamedTuple):
     lossy: bool
     exact: bool
     few: int | None
+    blurred: tuple[int, ...] = ()
 
 
 def check_pairs(
@@ -159,7 +161,7 @@ def check_pairs(
 
     Without ``foreground`` the masks together may hold two values, one of them 0: anything else
     (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Returns
-    what was found, in the pairs' order.
+    what was found, in the pairs' order. Warns where lossy compression may have moved pixels.
     """
     rule = chosen_foreground(foreground)
     seen: dict[float, Path] = {}  # mask value -> the first mask that holds it
@@ -176,6 +178,7 @@ def check_pairs(
     for pair, checked in zip(pairs, found, strict=True):
         if not checked.exact:  # judged last, by what the other masks hold
             note_values(pair, checked, seen, rule is None)
+    warn_of_blurred([pair.mask for pair in pairs], found)
     where = pairs[0].mask.parent
     if rule is None or isinstance(rule, Above):
         threshold = 0.0 if rule is None else rule.threshold
@@ -199,7 +202,7 @@ def _check_pair(pair: Pair, rule: Foreground, options: ImageOptions) -> CheckedP
     few = None
     if stored is not None and options.range == "auto":
         few = few_levels(image, stored, binary_mask(mask.values, rule))
-    return CheckedPair(values_of(mask.values), mask.lossy, mask.exact, few)
+    return CheckedPair(values_of(mask.values), mask.lossy, mask.exact, few, mask.blurred)
 
 
 def few_levels(image: np.ndarray, stored: np.ndarray, inside: np.ndarray) -> int | None:
@@ -212,6 +215,21 @@ def few_levels(image: np.ndarray, stored: np.ndarray, inside: np.ndarray) -> int
     kept = len(np.unique(image[inside]))
     had = min(len(np.unique(stored[inside][:, i])) for i in range(stored.shape[2]))
     return kept if kept <= _FEW_LEVELS and had >= 4 * _FEW_LEVELS else None
+
+
+def warn_of_blurred(masks: Sequence[Path], found: Sequence[CheckedPair]) -> None:
+    """Say once that lossy compression may have moved pixels from one value to the other."""
+    blurred = [(mask, own.blurred) for mask, own in zip(masks, found, strict=True) if own.blurred]
+    if blurred:
+        mask, (low, high) = blurred[0]
+        constant = sum(own.lossy and len(own.values) == 1 for own in found)
+        gone = f"; {constant} more hold one value and may have lost an object" if constant else ""
+        warnings.warn(
+            f"{len(blurred)} of {len(found)} masks are compressed with so much loss that pixels "
+            f"may have taken the other value (values {low} and {high} in {mask}){gone}; save "
+            "masks as PNG",
+            stacklevel=3,
+        )
 
 
 def note_values(

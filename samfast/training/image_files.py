@@ -9,21 +9,25 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from samfast.training import tiff_pages as t
+from samfast.training.jpeg_blocks import Coding, coding_of
+from samfast.training.orientation import upright
 from samfast.training.scaling import Samples
 from samfast.training.tiff_pages import Page, read_pages
-from samfast.training.tiff_samples import is_lossy, sample_type, stored_samples
+from samfast.training.tiff_samples import coding_of_page, is_lossy, sample_type, stored_samples
 from samfast.training.tiff_tags import (
     BLACK_IS_ZERO,
     PAGE_MASK,
     PALETTE,
     REDUCED,
     RGB,
+    UNASSOCIATED,
     YCBCR,
     Tags,
     full_pages,
@@ -110,11 +114,12 @@ def _tiff(path: Path) -> Samples:
             hidden = (stored_samples(path, pages, i, None) == 0).all(2)
     turn = page.number(t.ORIENTATION, 1)
     return Samples(
-        values=np.ascontiguousarray(_orient(values, turn)),
+        values=np.ascontiguousarray(upright(values, turn)),
         tags=tags,
         palette=_palette(page, tags) if tags.photometric == PALETTE else None,
-        hidden=None if hidden is None else np.ascontiguousarray(_orient(hidden, turn)),
+        hidden=None if hidden is None else np.ascontiguousarray(upright(hidden, turn)),
         lossy=is_lossy(path, page),
+        coding=coding_of_page(page),
     )
 
 
@@ -174,9 +179,15 @@ def _other(path: Path, as_image: bool) -> Samples:
             raise _Sentence(_FRAMES.format(path, frames))
         image.load()
     lossy = image.format in ("JPEG", "MPO") or (image.format == "WEBP" and not _is_vp8l(path))
+    coding = _coding(image) if lossy and image.format != "WEBP" else None
     deep = _png_bits(path) == 16 if image.format == "PNG" else False
     if deep:
-        return Samples(_upright(_deep_png(path, image), image), _tags_of_mode(image.mode, 16))
+        values, tags = _deep_png(path, image), _tags_of_mode(image.mode, 16)
+        if as_image and (clear := image.info.get("transparency")) is not None:
+            seen = (values != clear).any(2, keepdims=True).astype(values.dtype)
+            values = np.concatenate([values, seen * values.dtype.type(tags.top)], 2)
+            tags = replace(tags, samples=tags.samples + 1, extra=(UNASSOCIATED,))
+        return Samples(_upright(values, image), tags)
     if as_image:
         if image.mode in _TRANSPARENT or "transparency" in image.info:
             image = _converted(image, "RGBA")
@@ -194,7 +205,17 @@ def _other(path: Path, as_image: bool) -> Samples:
     if image.format == "PNG" and image.mode == "L" and not as_image:
         values = values // (255 // ((1 << min(8, _png_bits(path))) - 1))  # 2 and 4 bits: as stored
     values = _upright(values.astype(np.uint8), image)
-    return Samples(_with_samples(values), _tags_of_mode(image.mode, bits), lossy=lossy)
+    tags = _tags_of_mode(image.mode, bits)
+    return Samples(_with_samples(values), tags, lossy=lossy, coding=coding)
+
+
+def _coding(image: Image.Image) -> Coding | None:
+    """How a grey or RGB JPEG was compressed."""
+    tables, layers = getattr(image, "quantization", {}), getattr(image, "layer", [])
+    if image.mode not in ("L", "RGB") or not layers:
+        return None
+    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return coding_of(tables.get(layers[0][3]), turn)
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -263,15 +284,5 @@ def _one_line(error: Exception) -> str:
 
 def _upright(array: np.ndarray, image: Image.Image) -> np.ndarray:
     """Apply the EXIF orientation of a decoded image to its (H, W, ...) array."""
-    turned = _orient(array, image.getexif().get(ExifTags.Base.Orientation, 1))
+    turned = upright(array, image.getexif().get(ExifTags.Base.Orientation, 1))
     return np.ascontiguousarray(turned)
-
-
-def _orient(array: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation in (5, 6, 7, 8):
-        array = array.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    return array

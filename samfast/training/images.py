@@ -5,6 +5,7 @@ Every function raises ValueError (FileNotFoundError for a missing file) with one
 names the file. Images come back as uint8 RGB, upright; masks as their stored values, upright.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from PIL import Image
 from samfast.training.foreground import Above, Foreground
 from samfast.training.image_files import SUFFIXES, read_samples
 from samfast.training.image_options import ImageOptions
+from samfast.training.jpeg_blocks import Coding
 from samfast.training.lossy import find_levels, named
 from samfast.training.scaling import Samples, picture
 from samfast.training.tiff_tags import mask_bands, without_data
@@ -37,11 +39,14 @@ class StoredMask(NamedTuple):
 
     values: (H, W)   lossy: whether its compression changes values, so that they were found again
     exact: False where an object is so small that its value is known roughly only
+    blurred: two values that are so near for the compression that it may have moved pixels from one
+    to the other; empty where it kept them apart
     """
 
     values: np.ndarray
     lossy: bool = False
     exact: bool = True
+    blurred: tuple[int, ...] = ()
 
 
 def read_image(path: Path, options: ImageOptions = _AS_TAGGED) -> np.ndarray:
@@ -71,7 +76,8 @@ def read_mask(path: Path, foreground: Foreground = None) -> np.ndarray:
     """The values a mask file stores: (H, W), an integer or float type.
 
     Palette files give their indices, 1-bit files 0 and 1, RGB files their common channel. JPEG and
-    lossy WebP do not keep exact values: of two values, every pixel gets the nearer one.
+    lossy WebP do not keep exact values: of two values, every pixel gets the nearer one
+    (``load_mask`` says where these are so near that pixels may have changed sides).
     foreground: the rule that is applied next, which only lossy files need; under a threshold, they
     give what they decode to
     """
@@ -105,17 +111,21 @@ def load_mask(
             f"mask {path} is compressed with loss, which does not keep class numbers; save it as "
             "PNG"
         )
-    return _found_again(path, values, foreground, also)
+    return _found_again(path, values, samples.coding, foreground, also)
 
 
 def _found_again(
-    path: Path, grey: np.ndarray, foreground: Foreground, also: tuple[float, ...]
+    path: Path,
+    grey: np.ndarray,
+    coding: Coding | None,
+    foreground: Foreground,
+    also: tuple[float, ...],
 ) -> StoredMask:
     """The values that a lossy mask had."""
     above = isinstance(foreground, Above)
     if above and not foreground.any:
         return StoredMask(grey, lossy=True)
-    levels = find_levels(grey) if grey.dtype == np.uint8 else None
+    levels = find_levels(grey, coding) if grey.dtype == np.uint8 else None
     if levels is None and foreground is None:
         return StoredMask(grey, lossy=True)  # more than two values, which the caller refuses
     count = 0 if levels is None else len(levels.values)
@@ -125,7 +135,12 @@ def _found_again(
         raise ValueError(f"mask {path} is compressed with loss, so that {held}; {advice}")
     wanted = () if above or foreground is None else foreground
     levels = named(levels, (*wanted, *also))
-    return StoredMask(levels.nearest(grey), lossy=True, exact=levels.exact)
+    return StoredMask(
+        levels.nearest(grey),
+        lossy=True,
+        exact=levels.exact,
+        blurred=levels.values if levels.blurred else (),
+    )
 
 
 def _grey(path: Path, samples: Samples) -> Samples:
@@ -138,7 +153,7 @@ def _grey(path: Path, samples: Samples) -> Samples:
         raise ValueError(_coloured(path))
     values = samples.values.copy()
     values[..., bands] = np.asarray(Image.fromarray(colour).convert("L"))[..., None]
-    return Samples(values, samples.tags, lossy=True)
+    return replace(samples, values=values)
 
 
 def _coloured(path: Path) -> str:

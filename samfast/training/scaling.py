@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from samfast.training.image_options import ImageOptions
+from samfast.training.jpeg_blocks import Coding
 from samfast.training.tiff_tags import Plan, Tags, image_plan, without_data
 
 PERCENTILES = (1, 99)  # of the values with data: black and white of --range auto
@@ -18,7 +19,7 @@ class Samples:
 
     values: (H, W, samples), upright   tags: what they mean
     palette: uint8 (colours, 3) of palette files   hidden: bool (H, W), True without data
-    lossy: whether the file's compression changes values
+    lossy: whether the file's compression changes values   coding: how, where that is known
     """
 
     values: np.ndarray
@@ -26,6 +27,7 @@ class Samples:
     palette: np.ndarray | None = None
     hidden: np.ndarray | None = None
     lossy: bool = False
+    coding: Coding | None = None
 
 
 def picture(samples: Samples, options: ImageOptions) -> tuple[np.ndarray, np.ndarray | None]:
@@ -40,6 +42,8 @@ def picture(samples: Samples, options: ImageOptions) -> tuple[np.ndarray, np.nda
     missing = without_data(values, tags.no_data)
     if samples.hidden is not None:
         missing |= samples.hidden[..., None]
+    if missing.all():
+        raise ValueError("holds no pixel with a value")
     alpha = None if plan.alpha is None else _alpha(samples.values[..., plan.alpha], tags)
     scaled = not plan.direct and plan.colours in ("grey", "rgb")
     if plan.colours == "palette":

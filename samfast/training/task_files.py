@@ -24,6 +24,7 @@ from samfast.training.folders import (
     note_values,
     split_pairs,
     values_of,
+    warn_of_blurred,
 )
 from samfast.training.foreground import binary_mask
 from samfast.training.image_options import ImageOptions
@@ -189,6 +190,12 @@ def check_items(
             pool.shutdown(cancel_futures=True)
     for item, own in zip(items, found, strict=True):
         note(item, own, exact=False)  # judged last, by what the other masks hold
+    masks = [
+        (item.targets[name], own[name])
+        for item, own in zip(items, found, strict=True)
+        for name in own
+    ]
+    warn_of_blurred([path for path, _ in masks], [checked for _, checked in masks])
     for spec in specs:
         _check_something(spec, seen[spec.name])
     return found
@@ -234,7 +241,7 @@ def _checked(
     few = None
     if scaled is not None and options.range == "auto":
         few = few_levels(image, scaled, binary_mask(mask.values, spec.rule))
-    return CheckedPair(values, mask.lossy, mask.exact, few)
+    return CheckedPair(values, mask.lossy, mask.exact, few, mask.blurred)
 
 
 def _classes(spec: TaskSpec, path: Path, values: list[float]) -> list[float]:

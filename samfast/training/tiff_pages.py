@@ -16,11 +16,12 @@ KIND, OLD_KIND, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 2
 FILL_ORDER, DESCRIPTION, OFFSETS, ORIENTATION, SAMPLES = 266, 270, 273, 274, 277
 ROWS, COUNTS, PLANAR, PREDICTOR, COLOURS = 278, 279, 284, 317, 320
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS, INK_SET = 322, 323, 324, 325, 332
-EXTRA, FORMAT, DEPTH, NO_DATA = 338, 339, 32997, 42113
+EXTRA, FORMAT, JPEG_TABLES, DEPTH, NO_DATA = 338, 339, 347, 32997, 42113
 _KEPT = {
     *(KIND, OLD_KIND, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, DESCRIPTION),
     *(OFFSETS, ORIENTATION, SAMPLES, ROWS, COUNTS, PLANAR, PREDICTOR, COLOURS, TILE_WIDTH),
-    *(TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS, INK_SET, EXTRA, FORMAT, DEPTH, NO_DATA),
+    *(TILE_HEIGHT, TILE_OFFSETS, TILE_COUNTS, INK_SET, EXTRA, FORMAT, JPEG_TABLES, DEPTH),
+    NO_DATA,
 }
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 7: "s", 8: "h", 9: "i", 13: "I"}
 _TYPES |= {16: "Q", 17: "q", 18: "Q"}
@@ -101,7 +102,9 @@ def _directory(file: BinaryIO, offset: int, size: int, order: str, big: bool):
         if needed > len(value):
             (place,) = struct.unpack(order + pointer, value)
             value = _taken(file, place, needed, size)
-        if letter == "s":
+        if tag == JPEG_TABLES:
+            tags[tag] = value[:needed]
+        elif letter == "s":
             tags[tag] = value[:needed].split(b"\0", 1)[0]
         else:
             tags[tag] = struct.unpack(f"{order}{number}{letter}", value[:needed])

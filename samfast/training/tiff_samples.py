@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from samfast.training import tiff_pages as t
+from samfast.training.jpeg_blocks import MOST_SIDE, Coding, coding_of, first_steps
+from samfast.training.orientation import as_stored
 from samfast.training.tiff_pages import Page
 from samfast.training.tiff_tags import MASK, WHITE_IS_ZERO
 
@@ -50,6 +52,16 @@ def is_lossy(path: Path, page: Page) -> bool:
     with path.open("rb") as file:
         file.seek(page.number(t.OFFSETS, page.numbers(t.TILE_OFFSETS, (0,))[0]))
         return file.read(16)[12:16] != b"VP8L"
+
+
+def coding_of_page(page: Page) -> Coding | None:
+    """How a page in JPEG was compressed, where its tables are in its tags."""
+    tables = page.tags.get(t.JPEG_TABLES)
+    if page.number(t.COMPRESSION, 1) != JPEG or not isinstance(tables, bytes):
+        return None
+    if max(page.number(t.HEIGHT), page.number(t.WIDTH)) > MOST_SIDE:
+        return None
+    return coding_of(first_steps(tables), page.number(t.ORIENTATION, 1))
 
 
 def stored_samples(path: Path, pages: list[Page], index: int, fill: float | None) -> np.ndarray:
@@ -141,7 +153,7 @@ class _Layout:
         if len(data) < rows * row:
             raise ValueError(f"a segment holds {len(data)} bytes; expected {rows * row}")
         table = np.frombuffer(data, np.uint8, rows * row).reshape(rows, row)
-        if self.page.number(t.FILL_ORDER, 1) == 2 and self.bits < 8:
+        if self.page.number(t.FILL_ORDER, 1) == 2:  # of the bits in every byte, at any depth
             table = np.packbits(np.unpackbits(table, axis=1, bitorder="little"), axis=1)
         shape = (rows, self.part[1], self.in_one)
         if self.predictor == 3:
@@ -206,13 +218,17 @@ def _by_pillow(path: Path, page: Page, index: int) -> np.ndarray:
     """A page whose codec works on pictures."""
     with Image.open(path, formats=("TIFF",)) as image:
         image.seek(index)
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
         image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != turn
         mode = image.mode
         values = np.asarray(image.convert("RGB") if mode == "YCbCr" else image)
+    if turned:  # by Pillow
+        values = as_stored(values, turn)
     if mode not in ("1", "L", "P", "RGB", "YCbCr", "CMYK"):
         raise ValueError(
             f"codec {page.number(t.COMPRESSION)} with {page.number(t.SAMPLES, 1)} samples of "
-            f"{page.number(t.BITS, 1)} bits is not read"
+            f"{page.number(t.BITS, 1)} bits is not read; save it without alpha, or with Deflate"
         )
     values = values.astype(np.uint8).reshape(*values.shape[:2], -1)
     if values.shape[2] != page.number(t.SAMPLES, 1):

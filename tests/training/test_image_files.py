@@ -26,12 +26,13 @@ def percentiles(values: np.ndarray) -> np.ndarray:
     return scaled if values.ndim == 3 else np.stack([scaled] * 3, -1)
 
 
-def save_png16(path, values: np.ndarray) -> None:
-    """A 16-bit PNG, grey or RGB, which Pillow cannot write."""
+def save_png16(path, values: np.ndarray, clear: bytes = b"") -> None:
+    """A 16-bit PNG, grey or RGB, which Pillow cannot write. clear: its tRNS chunk."""
     header = struct.pack(">IIBBBBB", *values.shape[1::-1], 16, {2: 0, 3: 2}[values.ndim], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     file = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+    chunks = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    for kind, data in chunks if clear else chunks[:1] + chunks[2:]:
         file += struct.pack(">I", len(data)) + kind + data
         file += struct.pack(">I", zlib.crc32(kind + data))
     path.write_bytes(file)
@@ -101,6 +102,27 @@ def test_16_bit_png_keeps_both_bytes(tmp_path, channels):
     assert np.array_equal(read_image(tmp_path / "a.png"), percentiles(values))
     if channels == 1:
         assert np.array_equal(read_mask(tmp_path / "a.png"), values)
+
+
+def test_a_transparent_value_of_a_16_bit_png_is_white(tmp_path):
+    path, values = tmp_path / "a.png", np.array([[7, 300, 60000], [7, 1000, 300]], np.uint16)
+    save_png16(path, values, struct.pack(">H", 7))
+    assert np.array_equal(read_mask(path), values)
+    low, high = np.percentile(values[values != 7], (1, 99))
+    grey = np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
+    assert np.array_equal(read_image(path)[..., 1], np.where(values == 7, 255, grey))
+    colours = np.stack([values, values[::-1], np.full_like(values, 9)], -1)
+    save_png16(path, colours, struct.pack(">3H", 300, 1000, 9))
+    white = (read_image(path) == 255).all(2)
+    assert white.tolist() == [[False, True, False], [False, False, False]]
+
+
+def test_jpeg_in_tiff_with_alpha_says_what_to_do(tmp_path):
+    rgba = np.dstack([RGB, GREY])
+    for mode in ("RGBA", "LA"):
+        Image.fromarray(rgba).convert(mode).save(tmp_path / "a.tif", compression="jpeg")
+        with pytest.raises(ValueError, match=r"samples of 8 bits is not read; save it without alp"):
+            read_image(tmp_path / "a.tif")
 
 
 def test_constant_16_bit_image_is_black_and_nan_is_refused(tmp_path):

@@ -140,6 +140,23 @@ def test_masks_give_the_stored_values_at_every_depth(tmp_path, depth):
             assert read_mask(path).tolist() == [[px[0] for px in row] for row in rows], how
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8, 12, 16, 32])
+@pytest.mark.parametrize("order", "<>")
+def test_fill_order_2_turns_the_bits_of_every_byte_round(tmp_path, bits, order):
+    path, rows = tmp_path / "m.tif", [[[n % (1 << bits)] for n in (0, 1, 2, 3, 4, 1000, 77777, 9)]]
+    for tiled in (False, True):
+        tags = {262: (3, [1]), 266: (3, [2])}
+        write_tiff(path, [Picture(rows, bits, "u", tags)], How(order=order, tiled=tiled))
+        read = read_mask(path)
+        if bits in (8, 16, 32):
+            assert np.array_equal(read, tifffile.imread(path).reshape(read.shape))
+        packed = "".join(f"{px[0]:0{bits}b}" for px in rows[0])
+        if order == "<" and bits > 12:
+            continue  # tifffile says
+        turned = "".join(packed[i : i + 8][::-1] for i in range(0, len(packed), 8))
+        assert read.tolist() == [[int(turned[i * bits : (i + 1) * bits], 2) for i in range(8)]]
+
+
 def test_masks_of_palettes_and_of_several_samples(tmp_path):
     path = tmp_path / "m.tif"
     for name in ("u4", "u8"):
@@ -184,9 +201,10 @@ def test_no_data_without_a_number_and_nothing_but_no_data(tmp_path):
         write_tiff(path, [Picture(rows, 16, "u", {262: (3, [1]), 42113: (2, text)})])
         with pytest.raises(ValueError, match=pattern):
             read_image(path)
-    write_tiff(path, [Picture([[[5], [5]]], 16, "u", {262: (3, [1]), 42113: (2, b"5")})])
-    with pytest.raises(ValueError, match=r"a\.tif holds no pixel with a value"):
-        read_image(path)
+    for bits in (4, 8, 16):
+        write_tiff(path, [Picture([[[5], [5]]], bits, "u", {262: (3, [1]), 42113: (2, b"5")})])
+        with pytest.raises(ValueError, match=r"a\.tif holds no pixel with a value"):
+            read_image(path)
     write_tiff(path, [Picture([[[5], [np.inf]]], 32, "f", {262: (3, [1])})])
     with pytest.raises(ValueError, match=r"a\.tif holds values that are infinite"):
         read_image(path)
