@@ -194,8 +194,8 @@ def _cut_first(block: nn.Module, stock: type[nn.Module], fused: type[nn.Module])
 def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
     """What replaces segment_anything's Attention and Block; {} while no model can have them."""
     encoder = sys.modules.get(_STOCK)
-    if encoder is None:
-        return {}
+    if not all(hasattr(encoder, name) for name in ("Attention", "Block", "MLPBlock")):
+        return {}  # not imported, or a copy without them
     from samfast.modules.rel_pos_attention import RelPosAttention
     from samfast.modules.sam_block import SamBlock
 
