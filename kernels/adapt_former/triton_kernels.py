@@ -356,8 +356,8 @@ def low_backward(
 
 
 def _tile(stage, ranks, columns, x, z):
-    """Of the wider of x and z; rows that are no multiple of sixteen elements take an address for
-    each element."""
+    """The tile for the wider of x and z. Rows whose length is not a multiple of sixteen elements
+    take an address for each element."""
     wider = x if x.element_size() > z.element_size() else z
     stage = stage if columns % 16 == 0 else "unaligned"
     return tile(TILES, stage, ranks, wider) | {"num_stages": 2}

@@ -162,7 +162,7 @@ def shared_backward_kernel(
     QUARTER: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Of slice s: the quarters' gradients, and column m of dP; the last programs: dC."""
+    """Sums the quarters' gradients of slice s and column m of dP; the last programs sum dC."""
     s = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, WIDTH)
     live = offs < width

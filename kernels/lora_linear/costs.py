@@ -23,7 +23,7 @@ def frozen(tokens: int, features: int, out: int, itemsize: int) -> list[Stage]:
 
 
 def _column_blocks(out: int, rank: int) -> int:
-    """Of up_backward as it usually has them: one float32 partial of dz for each."""
+    """How many up_backward usually has; each makes one float32 partial of dz."""
     return -(-out // (128 if rank <= 64 else 64))
 
 

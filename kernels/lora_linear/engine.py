@@ -45,7 +45,7 @@ class Slices:
 
 
 def low(path, rows, lora_a, params, seed, options, h=None):
-    """Of rows (tokens, D): z, and the middle map's aux, z_pad and saved.
+    """z of rows (tokens, D), and the middle map's aux, z_pad and saved.
 
     h: drop(x) Aᵀ where the producer of x has made it
     """

@@ -131,13 +131,15 @@ class PlainCode:
             found.append(_Same(value))
 
     def _value(self, name: str, value, found: list) -> None:
-        if isinstance(value, FunctionType) and not (value.__module__ or "").startswith("torch."):
+        if _of_torch(value):
+            if value.__name__ not in TENSORS:
+                raise self._uses(name)
+            found.append(_Same(value))
+        elif isinstance(value, FunctionType):
             self._function(value, found)
         elif isinstance(value, _NUMBERS):
             self._numbers((value,), found)
-        elif not (getattr(value, "__module__", None) or "").startswith("torch") or not callable(
-            value
-        ):
+        else:
             raise self._uses(f"{name}, a {type(value).__name__}")
 
     def _numbers(self, values, found: list) -> None:
