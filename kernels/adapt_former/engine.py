@@ -7,7 +7,7 @@
 import torch
 from torch import Tensor
 
-from samfast import backends
+from samfast.kernels._common import backends
 from samfast.kernels.adapt_former import torch_path
 from samfast.kernels.lora_linear.engine import Slices
 from samfast.kernels.lora_linear.op import MAX_TRITON_RANK

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from samfast import backends
+from samfast.kernels._common import backends
 from samfast.kernels._common.autocast import without_autocast
 from samfast.kernels._common.implementation import implement
 from samfast.kernels._common.once import once_differentiable

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samfast import backends
-from samfast.kernels._common import middle
+from samfast.kernels._common import backends, middle
 from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels._common.philox import keep_mask
 from samfast.kernels._common.windows import Windows

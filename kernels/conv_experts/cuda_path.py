@@ -6,7 +6,7 @@ The native operators are one for both devices, so the calls are those of cpu_pat
 
 import torch
 
-from samfast import backends
+from samfast.kernels._common import backends
 from samfast.kernels.conv_experts.cpu_path import backward, forward
 
 __all__ = ["MAX_EXPERTS", "MAX_RANK", "backward", "forward", "missing"]

@@ -4,7 +4,7 @@
 The native operators are one for both devices, so the calls are those of cpu_path.
 """
 
-from samfast import backends
+from samfast.kernels._common import backends
 from samfast.kernels.hypercomplex.cpu_path import build, contract
 
 __all__ = ["MAX_TERMS", "build", "contract", "missing"]

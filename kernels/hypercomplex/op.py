@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samfast import backends
+from samfast.kernels._common import backends
 from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels._common.implementation import implement
 from samfast.kernels._common.once import once_differentiable

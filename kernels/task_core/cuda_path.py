@@ -4,7 +4,7 @@
 The native operators are one for both devices, so the calls are those of cpu_path.
 """
 
-from samfast import backends
+from samfast.kernels._common import backends
 from samfast.kernels.task_core.cpu_path import fold, fold_backward, product, product_backward
 
 __all__ = ["MAX_RANK", "PARTS", "fold", "fold_backward", "missing", "product", "product_backward"]

@@ -6,7 +6,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from samfast import backends
+from samfast.kernels._common import backends
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FILES = {"torch": "torch_path", "cpu": "cpu_path", "triton": "triton_kernels", "cuda": "cuda_path"}

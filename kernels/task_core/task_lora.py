@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samfast import backends
+from samfast.kernels._common import backends
 from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels._common.philox import keep_mask
 from samfast.kernels.lora_linear.op import check_arguments, low_rank_linear
