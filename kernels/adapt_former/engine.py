@@ -7,14 +7,21 @@
 import torch
 from torch import Tensor
 
-from samfast.kernels._common import backends
-from samfast.kernels.adapt_former import torch_path
+from samfast.kernels._common.table import Table
 from samfast.kernels.lora_linear.engine import Slices
 from samfast.kernels.lora_linear.op import MAX_TRITON_RANK
+from samfast.kernels.lora_linear.op import TABLE as UP_TABLE
 from samfast.kernels.lora_linear.op import path_of as engine_path_of
 
-STAND_IN = {"cpu": "torch", "cuda": "triton"}
 MAX_ALONG = 2**25  # bytes of partials that G may take where the pass over whole rows makes it
+TABLE = Table(
+    "adapt_former",
+    __package__,
+    absent={
+        "cpu": "its stages have no C++ source; torch runs them on a CPU",
+        "cuda": "its stages have no CUDA source; triton runs them on a GPU",
+    },
+)
 
 
 def supports(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> str | None:
@@ -22,16 +29,10 @@ def supports(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> st
 
     dtype: of the products; the up-projection has a choice of its own
     """
-    if backend in ("reference", "torch"):
-        return None
-    if backend == "cpu":
-        return "its stages have no C++ source; torch runs them on a CPU"
-    if backend == "cuda":
-        return "its stages have no CUDA source; triton runs them on a GPU"
-    if (missing := backends.triton_missing(x.device)) is not None:
+    wide = torch.promote_types(x.dtype, dtype)
+    missing = TABLE.missing(backend, x.device, x=wide)
+    if missing is not None or backend != "triton":
         return missing
-    if torch.float64 in (x.dtype, dtype):
-        return "x is torch.float64, but the kernels take float32, float16 and bfloat16"
     widest = MAX_TRITON_RANK[dtype.itemsize]
     if bottleneck > widest:
         return f"a bottleneck of {bottleneck} is above {widest}, the widest tile for {dtype}"
@@ -40,27 +41,16 @@ def supports(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> st
 
 def backend_of(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> str:
     """What runs the half up to z where the call asks for ``backend``."""
-    return backends.resolve(
-        "adapt_former", STAND_IN.get(backend, backend), x.device,
-        lambda b: supports(b, x, bottleneck, dtype),
-    )  # fmt: skip
+    return TABLE.choose(TABLE.part(backend), x.device, lambda b: supports(b, x, bottleneck, dtype))
 
 
 def path_of(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype):
-    name = backend_of(backend, x, bottleneck, dtype)
-    if name == "reference":
-        raise RuntimeError("backend 'reference' is plain autograd; call adapt_former for it")
-    if name == "triton":
-        from samfast.kernels.adapt_former import triton_kernels
-
-        return triton_kernels
-    return torch_path
+    return TABLE.path(TABLE.part(backend), x.device, lambda b: supports(b, x, bottleneck, dtype))
 
 
 def up_path_of(backend: str, z: Tensor, up: Tensor):
-    """Who multiplies by ``up`` (D, V); without a CUDA source of the engine's, Triton."""
-    backend = "triton" if backend == "cuda" else backend
-    return engine_path_of(backend, z, up.t(), up, ())
+    """Who multiplies by ``up`` (D, V)."""
+    return engine_path_of(UP_TABLE.part(backend), z, up.t(), up, ())
 
 
 def add_up_(path, out: Tensor, z: Tensor, up: Tensor) -> None:

@@ -9,21 +9,20 @@ from torch import Tensor
 
 from samfast.kernels._common import backends
 from samfast.kernels._common.autocast import without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
+from samfast.kernels._common.operator import Operator
+from samfast.kernels._common.table import Table
 from samfast.kernels.cobot_fold import reference, torch_path
+
+_ABSENT = "it has no native source; torch runs it on a CPU and triton on a GPU"
+TABLE = Table("cobot_fold", __package__, absent={"cpu": _ABSENT, "cuda": _ABSENT})
 
 
 def supports(backend: str, c: Tensor, factor: Tensor) -> str | None:
     """None when the backend takes this call, or the sentence that says why it does not."""
-    if backend in ("reference", "torch"):
-        return None
-    if backend in ("cpu", "cuda"):
-        return "it has no native source; torch runs it on a CPU and triton on a GPU"
-    if (missing := backends.triton_missing(c.device)) is not None:
+    wide = torch.promote_types(c.dtype, factor.dtype)
+    missing = TABLE.missing(backend, c.device, **{"the factors": wide})
+    if missing is not None or backend != "triton":
         return missing
-    if torch.float64 in (c.dtype, factor.dtype):
-        return "the factors are torch.float64, but the kernels take float32, float16 and bfloat16"
     from samfast.kernels.cobot_fold import triton_kernels
 
     if c.shape[1] > triton_kernels.MAX_WIDTH:
@@ -35,112 +34,37 @@ def supports(backend: str, c: Tensor, factor: Tensor) -> str | None:
 
 def fold_backend(backend: str, c: Tensor, factor: Tensor) -> str:
     """What folds where the layer's products run on ``backend``."""
-    stand_in = {"cpu": "torch", "cuda": "triton"}
-    return backends.resolve(
-        "cobot_fold", stand_in.get(backend, backend), c.device, lambda b: supports(b, c, factor)
-    )
+    return TABLE.choose(TABLE.part(backend), c.device, lambda b: supports(b, c, factor))
 
 
-def _path(backend, c, factors):
-    name = fold_backend(backend, c, factors[0])
-    if name == "reference":
-        raise RuntimeError("backend 'reference' is plain autograd; call cobot_fold for it")
-    if name == "triton":
-        from samfast.kernels.cobot_fold import triton_kernels
-
-        return triton_kernels
-    return torch_path
-
-
-_INPUTS = "Tensor c, Tensor p, Tensor[] gammas, Tensor[] heads, Tensor[] factors, Tensor[] biases"
-_INPUTS += ", int first, bool down, str backend"
-torch.library.define("samfast::cobot_fold", f"({_INPUTS}) -> (Tensor, Tensor)")
-torch.library.define("samfast::cobot_fold_forward", f"({_INPUTS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "samfast::cobot_fold_backward", f"(Tensor dfolded, Tensor? dshifts, {_INPUTS}) -> Tensor[]"
-)
-
-
-@implement("samfast::cobot_fold_forward")
-def _forward_impl(c, p, gammas, heads, factors, biases, first, down, backend):
-    with without_autocast(c.device.type):
-        path = _path(backend, c, factors)
-        return path.forward(c, p, gammas, heads, factors, biases, first, down)
-
-
-@torch.library.register_fake("samfast::cobot_fold_forward")
-def _forward_fake(*args):
-    return torch_path.forward(*args[:-1])
-
-
-@implement("samfast::cobot_fold_backward")
-def _backward_impl(dfolded, dshifts, c, p, gammas, heads, factors, biases, first, down, backend):
-    with without_autocast(c.device.type):
-        path = _path(backend, c, factors)
-        return path.backward(dfolded, dshifts, c, p, gammas, heads, factors, biases, first, down)
-
-
-@torch.library.register_fake("samfast::cobot_fold_backward")
-def _backward_fake(*args):
-    return torch_path.backward(*args[:-1])
-
-
-@implement("samfast::cobot_fold")
-def _impl(*args):
-    return torch.ops.samfast.cobot_fold_forward(*args)
-
-
-@torch.library.register_fake("samfast::cobot_fold")
-def _fake(*args):
-    return torch_path.forward(*args[:-1])
-
-
-class CobotFoldFunction(torch.autograd.Function):
+class CobotFold(Operator):
     """Saves its inputs, which are parameters."""
 
-    @staticmethod
-    def forward(ctx, options, count, c, p, *sources):
-        lists = _lists(sources, count)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            folded, shifts = torch.ops.samfast.cobot_fold_forward(c, p, *lists, *options)
-        ctx.save_for_backward(c, p, *sources)
-        ctx.options, ctx.count = options, count
-        ctx.set_materialize_grads(False)
-        return folded, shifts
+    name = "cobot_fold"
+    inputs = (
+        "Tensor c, Tensor p, Tensor[] gammas, Tensor[] heads, Tensor[] factors, Tensor[] biases, "
+        "int first, bool down, str backend"
+    )
+    makes = "Tensor folded, Tensor shifts"
+    backward_inputs = f"Tensor dfolded, Tensor? dshifts, {inputs}"
+    gradients = "c p gammas heads factors biases"
+    fake_path = fake_backward_path = torch_path
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dfolded, dshifts):
-        c, p, *sources = ctx.saved_tensors
-        lists, (_, down, _) = _lists(sources, ctx.count), ctx.options
-        factor = lists[2][0]
-        if dfolded is None and dshifts is None:
-            return (None,) * (4 + len(sources))
-        if dfolded is None:
-            dfolded = factor.new_zeros(ctx.count, *factor.shape)
-        if dshifts is None and down:
-            dshifts = lists[3][0].new_zeros(ctx.count, factor.shape[0])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            dc, dp, *stacked = torch.ops.samfast.cobot_fold_backward(
-                dfolded, dshifts if down else None, c, p, *lists, *ctx.options
-            )
-        if not down:
-            stacked = stacked[:3]
-        given = [dc, dp, *(part for whole in stacked for part in whole.unbind())]
-        needs = ctx.needs_input_grad[2:]
-        return None, None, *(g if need else None for g, need in zip(given, needs, strict=True))
+    def path(backend, c, factors, **_):
+        backend = TABLE.part(backend)
+        return TABLE.path(backend, c.device, lambda b: supports(b, c, factors[0]))
 
+    @staticmethod
+    def forward(path, *inputs):
+        return path.forward(*inputs)
 
-def _lists(sources: Sequence[Tensor], count: int) -> list[list[Tensor]]:
-    """gammas, heads, factors and biases of ``count`` layers; no biases where there are none."""
-    lists = [list(sources[i : i + count]) for i in range(0, len(sources), count)]
-    return lists if len(lists) == 4 else [*lists, []]
-
-
-@torch.library.impl("samfast::cobot_fold", "Autograd")
-def _autograd(c, p, gammas, heads, factors, biases, first, down, backend):
-    sources = (*gammas, *heads, *factors, *biases)
-    return CobotFoldFunction.apply((first, down, backend), len(gammas), c, p, *sources)
+    @staticmethod
+    def backward(path, dfolded, dshifts, *inputs):
+        *_, biases, _, down = inputs
+        if down and dshifts is None:
+            dshifts = biases[0].new_zeros(len(biases), *biases[0].shape)
+        return path.backward(dfolded.contiguous(), dshifts if down else None, *inputs)
 
 
 def cobot_fold(

@@ -13,24 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samfast.kernels._common import backends, middle
+from samfast.kernels._common.arguments import check_devices, drawn_seed
 from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels._common.philox import keep_mask
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import op, reference
 from samfast.kernels.expert_gate import reference as gate_reference
+from samfast.kernels.expert_gate.op import TABLE as GATE
 from samfast.kernels.expert_gate.op import check_gate, usable_noise
+from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
 from samfast.kernels.lora_linear.op import check_arguments, low_rank_linear
 
 FORMULAS = ("code", "paper")
 
 
+_TABLES = {table.operation: table for table in (op.TABLE, GATE, PRODUCTS)}
+
+
 def part_backend(operation: str, backend: str) -> str:
-    """What runs a part of a layer on this backend. The gate has no native source, and what is
-    beside the experts no CUDA source: torch and Triton stand in for them."""
-    stand_in = {("expert_gate", "cpu"): "torch"}
-    if operation != "conv_experts":
-        stand_in[operation, "cuda"] = "triton"
-    return stand_in.get((operation, backend), backend)
+    """What runs a part of a layer on this backend."""
+    return _TABLES[operation].part(backend)
 
 
 @middle.register
@@ -136,9 +138,7 @@ def conv_lora_linear(
         )
     small = {"expert_weight": expert_weight, "expert_bias": expert_bias, "w_gate": w_gate}
     small |= {"w_noise": w_noise, "noise": noise, "expert_index": expert_index}
-    for name, t in small.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} but x is on {x.device}")
+    check_devices({"x": x, **small})
     if w_gate.shape[1] != len(ratios):
         raise ValueError(
             f"w_gate has {w_gate.shape[1]} columns but there are {len(ratios)} experts"
@@ -184,7 +184,7 @@ def _literal(
         dtype, rank = x.dtype, lora_a.shape[0]
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         if dropout > 0.0:
-            seed = torch.randint(0, 2**63 - 1, (1,), device=x.device) if seed is None else seed
+            seed = drawn_seed(seed, dropout, x)
             keep = keep_mask(seed, windows.tokens, x.shape[-1], dropout).view(x.shape)
             x = x * keep / (1.0 - dropout)
         h = windows.cut(F.linear(x, lora_a.to(dtype)).reshape(windows.tokens, rank))

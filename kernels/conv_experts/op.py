@@ -7,34 +7,30 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import check_devices, check_dtypes
 from samfast.kernels._common.autocast import without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
+from samfast.kernels._common.operator import Operator
+from samfast.kernels._common.table import Table
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.conv_experts import reference, torch_path
+from samfast.kernels.conv_experts import reference
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_RATIO = 4096  # enlarged positions are int32 in the kernels
 ACTIVATIONS = ("gelu", "none")
+TABLE = Table("conv_experts", __package__, native="conv_experts_forward")
 
 
 def supports(backend: str, h: Tensor, weight: Tensor) -> str | None:
     """None when the backend takes this call, or the sentence that says why it does not."""
-    if backend in ("reference", "torch"):
-        return None
-    experts, rank = weight.shape[:2]
-    if backend == "cpu":
-        return backends.cpu_missing(h.device, h.dtype, "conv_experts_forward")
     if backend == "cuda":
         from samfast.kernels.conv_experts import cuda_path
 
         return cuda_path.missing(h, weight)
-    if (missing := backends.triton_missing(h.device)) is not None:
+    missing = TABLE.missing(backend, h.device, h=h.dtype)
+    if missing is not None or backend != "triton":
         return missing
-    if h.dtype == torch.float64:
-        return "h is torch.float64, but the kernels take float32, float16 and bfloat16"
     from samfast.kernels.conv_experts import triton_kernels
 
+    experts, rank = weight.shape[:2]
     if rank > triton_kernels.MAX_RANK:
         return f"rank {rank} is above {triton_kernels.MAX_RANK}, the widest tile"
     if experts > triton_kernels.MAX_EXPERTS:
@@ -42,138 +38,58 @@ def supports(backend: str, h: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def _path(backend, h, weight):
-    name = backends.resolve("conv_experts", backend, h.device, lambda b: supports(b, h, weight))
-    if name == "reference":
-        raise RuntimeError("backend 'reference' is plain autograd; call conv_experts for it")
-    if name == "cpu":
-        from samfast.kernels.conv_experts import cpu_path
-
-        return cpu_path
-    if name == "cuda":
-        from samfast.kernels.conv_experts import cuda_path
-
-        return cuda_path
-    if name == "triton":
-        from samfast.kernels.conv_experts import triton_kernels
-
-        return triton_kernels
-    return torch_path
-
-
-# h, dz (tokens, r) in image order and z_pad, dz_pad (batch · pads, r): see _common/windows.py. The
-# last three tensors of the backward are the loss's gradient with respect to h and the gate.
 _OPTIONS = "SymInt[] windows, int[] ratios, bool residual, str activation"
-_INPUTS = f"Tensor h, Tensor weight, Tensor bias, Tensor index, {_OPTIONS}"
-torch.library.define("samfast::conv_experts", f"({_INPUTS}, str backend) -> Tensor")
-torch.library.define(
-    "samfast::conv_experts_forward", f"({_INPUTS}, str backend) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "samfast::conv_experts_backward",
-    f"(Tensor dz, Tensor? dz_pad, {_INPUTS}, Tensor? daux, Tensor? dpool, Tensor? dgate, "
-    "bool[] needs, str backend) -> Tensor[]",
-)
 
 
-@implement("samfast::conv_experts_forward")
-def _forward_impl(h, weight, bias, index, windows, ratios, residual, activation, backend):
-    if index.device.type == "cpu":
+class ConvExperts(Operator):
+    """Saves h and the choices; what the activation saw is computed again.
+
+    h, dz: (tokens, r) in image order   z_pad, dz_pad: (batch · pads, r), see _common/windows.py
+    daux, dpool, dgate: the loss's gradient with respect to h and the gate, of Conv-LoRA's layer
+    """
+
+    name = "conv_experts"
+    inputs = f"Tensor h, Tensor weight, Tensor bias, Tensor index, {_OPTIONS}, str backend"
+    makes = "Tensor z, Tensor z_pad"
+    returns = "z"
+    backward_inputs = (
+        f"Tensor dz, Tensor? dz_pad, Tensor h, Tensor weight, Tensor bias, Tensor index, "
+        f"{_OPTIONS}, Tensor? daux, Tensor? dpool, Tensor? dgate, bool[] needs, str backend"
+    )
+    gradients = "h weight+bias"
+
+    @staticmethod
+    def path(backend, h, weight, **_):
+        return TABLE.path(backend, h.device, lambda b: supports(b, h, weight))
+
+    @staticmethod
+    def forward(path, h, weight, bias, index, windows, ratios, residual, activation):
         check_index(index, len(ratios))
-    path = _path(backend, h, weight)
-    with without_autocast(h.device.type):
         return path.forward(
             h, weight, bias, index, Windows(*windows), tuple(ratios), residual, activation
         )
 
-
-@torch.library.register_fake("samfast::conv_experts_forward")
-def _forward_fake(h, weight, bias, index, windows, *rest):
-    windows = Windows(*windows)
-    return (
-        h.new_empty(windows.tokens, h.shape[1]),
-        h.new_empty(windows.batch * windows.pads, h.shape[1]),
-    )
-
-
-@implement("samfast::conv_experts_backward")
-def _backward_impl(
-    dz, dz_pad, h, weight, bias, index, windows, ratios, residual, activation, daux, dpool, dgate,
-    needs, backend,
-):  # fmt: skip
-    path = _path(backend, h, weight)
-    balance = None if daux is None else (daux, dpool, dgate)
-    with without_autocast(h.device.type):
-        grads = path.backward(
-            dz, dz_pad, h, weight, bias, index, Windows(*windows), tuple(ratios), residual,
-            activation, balance, tuple(needs),
-        )  # fmt: skip
-    return [g for g in grads if g is not None]
-
-
-@torch.library.register_fake("samfast::conv_experts_backward")
-def _backward_fake(
-    dz, dz_pad, h, weight, bias, index, windows, ratios, residual, activation, daux, dpool, dgate,
-    needs, backend,
-):  # fmt: skip
-    need_h, need_weight = needs
-    grads = [h.new_empty(h.shape)] if need_h else []
-    if need_weight:
-        grads += [weight.new_empty(weight.shape), bias.new_empty(bias.shape)]
-    if daux is not None:
-        grads += [dgate.new_empty(dgate.shape[1:]) for _ in range(2)]
-    return grads
-
-
-@implement("samfast::conv_experts")
-def _impl(*args):
-    z, _ = torch.ops.samfast.conv_experts_forward(*args)
-    return z
-
-
-@torch.library.register_fake("samfast::conv_experts")
-def _fake(*args):
-    return _forward_fake(*args)[0]
-
-
-class ConvExpertsFunction(torch.autograd.Function):
-    """Saves h and the choices; what the activation saw is computed again."""
-
     @staticmethod
-    def forward(ctx, h, weight, bias, index, options, backend):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            z, _ = torch.ops.samfast.conv_experts_forward(h, weight, bias, index, *options, backend)
-        ctx.save_for_backward(h, weight, bias, index)
-        ctx.options, ctx.backend = options, backend
-        return z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
-        need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
-        needs = [need_h, need_weight or need_bias]
-        saved = ctx.saved_tensors  # which a checkpoint makes again, with autograd
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            grads = torch.ops.samfast.conv_experts_backward(
-                dz, None, *saved, *ctx.options, None, None, None, needs, ctx.backend
+    def backward(path, dz, dz_pad, h, weight, bias, index, *rest):
+        windows, ratios, residual, activation, daux, dpool, dgate, needs = rest
+        balance = None if daux is None else (daux, dpool, dgate)
+        return list(
+            path.backward(
+                dz, dz_pad, h, weight, bias, index, Windows(*windows), tuple(ratios), residual,
+                activation, balance, tuple(needs),
             )
-        given = iter(grads)
-        dh = next(given) if need_h else None
-        dweight, dbias = (next(given), next(given)) if needs[1] else (None, None)
-        return (
-            dh,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            None,
-            None,
-            None,
-        )
+        )  # fmt: skip
 
+    @staticmethod
+    def fake(h, weight, bias, index, windows, *_):
+        windows = Windows(*windows)
+        rows = windows.tokens, windows.batch * windows.pads
+        return tuple(h.new_empty(count, h.shape[1]) for count in rows)
 
-@torch.library.impl("samfast::conv_experts", "Autograd")
-def _autograd(h, weight, bias, index, *rest):
-    *options, backend = rest
-    return ConvExpertsFunction.apply(h, weight, bias, index, tuple(options), backend)
+    @classmethod
+    def fake_backward(cls, *inputs):
+        made, dgate = super().fake_backward(*inputs), inputs[12]
+        return made if dgate is None else [*made, *(dgate.new_empty(dgate.shape[1:]),) * 2]
 
 
 def conv_experts(
@@ -212,11 +128,8 @@ def conv_experts(
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
-    for name, t in (("weight", weight), ("bias", bias), ("expert_index", expert_index)):
-        if t.device != h.device:
-            raise ValueError(f"{name} is on {t.device} but h is on {h.device}")
-    if h.dtype not in DTYPES:
-        raise ValueError(f"h is {h.dtype}, but must be float16, bfloat16, float32 or float64")
+    check_devices({"h": h, "weight": weight, "bias": bias, "expert_index": expert_index})
+    check_dtypes({"h": h})
     if 0 in h.shape[1:3]:
         raise ValueError(f"h has shape {tuple(h.shape)}, a map without pixels")
     if backends.requested(backend) == "reference":

@@ -5,23 +5,22 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import check_devices
 from samfast.kernels._common.autocast import without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
+from samfast.kernels._common.operator import Operator
+from samfast.kernels._common.table import Table
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.expert_gate import reference, torch_path
+from samfast.kernels.expert_gate import reference
+
+_ABSENT = "it has no native source; torch runs it on a CPU and triton on a GPU"
+TABLE = Table("expert_gate", __package__, absent={"cpu": _ABSENT, "cuda": _ABSENT})
 
 
 def supports(backend: str, h: Tensor, w_gate: Tensor) -> str | None:
     """None when the backend takes this call, or the sentence that says why it does not."""
-    if backend in ("reference", "torch"):
-        return None
-    if backend in ("cpu", "cuda"):
-        return "it has no native source; torch runs it on a CPU and triton on a GPU"
-    if (missing := backends.triton_missing(h.device)) is not None:
+    missing = TABLE.missing(backend, h.device, h=h.dtype)
+    if missing is not None or backend != "triton":
         return missing
-    if h.dtype == torch.float64:
-        return "h is torch.float64, but the kernels take float32, float16 and bfloat16"
     from samfast.kernels.expert_gate import triton_kernels
 
     rank, experts = w_gate.shape
@@ -32,92 +31,48 @@ def supports(backend: str, h: Tensor, w_gate: Tensor) -> str | None:
     return None
 
 
-def _path(backend, h, w_gate):
-    name = backends.resolve("expert_gate", backend, h.device, lambda b: supports(b, h, w_gate))
-    if name == "reference":
-        raise RuntimeError("backend 'reference' is plain autograd; call expert_gate for it")
-    if name == "triton":
-        from samfast.kernels.expert_gate import triton_kernels
-
-        return triton_kernels
-    return torch_path
-
-
-_INPUTS = "Tensor h, Tensor w_gate, Tensor w_noise, Tensor? noise, Tensor? index, SymInt[] windows"
-_INPUTS += ", float coefficient, str backend"
-torch.library.define("samfast::expert_gate", f"({_INPUTS}) -> (Tensor loss, Tensor index)")
-torch.library.define(
-    "samfast::expert_gate_forward", f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@implement("samfast::expert_gate_forward")
-def _forward_impl(h, w_gate, w_noise, noise, index, windows, coefficient, backend):
-    path = _path(backend, h, w_gate)
-    with without_autocast(h.device.type):
-        return path.forward(h, w_gate, w_noise, noise, index, Windows(*windows), coefficient)
-
-
-@torch.library.register_fake("samfast::expert_gate_forward")
-def _forward_fake(h, w_gate, w_noise, noise, index, windows, coefficient, backend):
-    samples = Windows(*windows).samples
-    wide = torch.promote_types(h.dtype, torch.float32)
-    return (
-        h.new_empty(samples, dtype=torch.int64),
-        h.new_empty((), dtype=wide),
-        h.new_empty(samples, h.shape[1], dtype=wide),
-        h.new_empty(2, *w_gate.shape, dtype=wide),
-    )
-
-
-@implement("samfast::expert_gate")
-def _impl(*args):
-    index, aux, _, _ = torch.ops.samfast.expert_gate_forward(*args)
-    return aux, index
-
-
-@torch.library.register_fake("samfast::expert_gate")
-def _fake(*args):
-    index, aux, _, _ = _forward_fake(*args)
-    return aux, index
-
-
-class ExpertGateFunction(torch.autograd.Function):
+class ExpertGate(Operator):
     """Saves the loss's gradient: r numbers a sample and 2·r·M for the weights."""
 
-    @staticmethod
-    def forward(ctx, h, w_gate, w_noise, noise, index, windows, coefficient, backend):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            index, aux, dpool, dgate = torch.ops.samfast.expert_gate_forward(
-                h, w_gate, w_noise, noise, index, windows, coefficient, backend
-            )
-        ctx.save_for_backward(dpool, dgate)
-        ctx.windows, ctx.dtypes = Windows(*windows), (h.dtype, w_gate.dtype, w_noise.dtype)
-        ctx.mark_non_differentiable(index)
-        return aux, index
+    name = "expert_gate"
+    inputs = (
+        "Tensor h, Tensor w_gate, Tensor w_noise, Tensor? noise, Tensor? index, SymInt[] windows, "
+        "float coefficient, str backend"
+    )
+    makes = "Tensor chosen, Tensor loss, Tensor dpool, Tensor dgate"
+    returns = "loss chosen"
+    labels = "(Tensor loss, Tensor index)"
+    backward_inputs = "Tensor dloss, Tensor dpool, Tensor dgate, SymInt[] windows, bool[] needs"
+    gradients = "h w_gate w_noise"
+    has_backward = False  # it is three products, which torch makes
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, daux, _):
-        dpool, dgate = ctx.saved_tensors
-        h_dtype, *weight_dtypes = ctx.dtypes
-        need_h, *need_weights = ctx.needs_input_grad[:3]
-        dh = None
-        if need_h:
-            windows = ctx.windows
+    def path(backend, h, w_gate, **_):
+        return TABLE.path(backend, h.device, lambda b: supports(b, h, w_gate))
+
+    @staticmethod
+    def forward(path, h, w_gate, w_noise, noise, index, windows, coefficient):
+        return path.forward(h, w_gate, w_noise, noise, index, Windows(*windows), coefficient)
+
+    @staticmethod
+    def backward(path, dloss, dpool, dgate, windows, needs):
+        dh, windows = None, Windows(*windows)
+        if needs[0]:
             size = (windows.samples, windows.height, windows.width, dpool.shape[1])
-            dh, _ = windows.paste((daux * dpool)[:, None, None, :].expand(size))
-            dh = dh.to(h_dtype)
-        dweights = [
-            (daux * part).to(dtype) if need else None
-            for part, dtype, need in zip(dgate.unbind(), weight_dtypes, need_weights, strict=True)
-        ]
-        return dh, *dweights, None, None, None, None, None
+            dh, _ = windows.paste((dloss * dpool)[:, None, None, :].expand(size))
+        pairs = zip(dgate.unbind(), needs[1:], strict=True)
+        return [dh, *(dloss * part if need else None for part, need in pairs)]
 
-
-@torch.library.impl("samfast::expert_gate", "Autograd")
-def _autograd(*args):
-    return ExpertGateFunction.apply(*args)
+    @staticmethod
+    def fake(h, w_gate, w_noise, noise, index, windows, coefficient, backend):
+        samples = Windows(*windows).samples
+        wide = torch.promote_types(h.dtype, torch.float32)
+        return (
+            h.new_empty(samples, dtype=torch.int64),
+            h.new_empty((), dtype=wide),
+            h.new_empty(samples, h.shape[1], dtype=wide),
+            h.new_empty(2, *w_gate.shape, dtype=wide),
+        )
 
 
 def expert_gate(
@@ -147,9 +102,7 @@ def expert_gate(
     if h.dim() != 4 or 0 in h.shape[1:]:
         raise ValueError(f"h has shape {tuple(h.shape)}, but must be (N, H, W, rank) with pixels")
     check_gate(h.shape[0], h.shape[3], w_gate, w_noise, noise, expert_index)
-    for name, t in {"w_gate": w_gate, "noise": noise, "expert_index": expert_index}.items():
-        if t is not None and t.device != h.device:
-            raise ValueError(f"{name} is on {t.device} but h is on {h.device}")
+    check_devices({"h": h, "w_gate": w_gate, "noise": noise, "expert_index": expert_index})
     if training and noise is None:
         noise = draw_noise(h, h.shape[0], w_gate.shape[1], generator)
     noise = usable_noise(noise, h)

@@ -11,6 +11,7 @@ from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels.hypercomplex import costs, reference
 from samfast.kernels.hypercomplex.factors import check_factors, kronecker_factors
 from samfast.kernels.hypercomplex.op import check_linear
+from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
 from samfast.kernels.lora_linear.op import lora_linear
 
 
@@ -62,8 +63,8 @@ def linear(
         )
     lora_a, lora_b = kronecker_factors(rules, left, right, backend)
     with without_autocast(x.device.type):
-        if base is not None:  # its products have no CUDA source: Triton's run on a GPU
-            engine = "triton" if backend == "cuda" else backend
+        if base is not None:
+            engine = PRODUCTS.part(backend)
             base = base.to(x.dtype)
             return lora_linear(x, base, bias, lora_a, lora_b, scaling, backend=engine)
         h = F.linear(x, lora_a.to(x.dtype))

@@ -5,11 +5,22 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import check_tensors
 from samfast.kernels._common.autocast import without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
-from samfast.kernels.hypercomplex import reference, torch_factors
-from samfast.kernels.hypercomplex.op import MAX_ELEMENTS, check_tensors
+from samfast.kernels._common.operator import Operator
+from samfast.kernels._common.table import Table
+from samfast.kernels.hypercomplex import reference
+from samfast.kernels.hypercomplex.op import MAX_ELEMENTS
+
+TABLE = Table(
+    "kronecker_factors",
+    __package__,
+    absent={
+        "cpu": "the factors have no C++ source; torch makes them on a CPU",
+        "cuda": "the factors have no CUDA source; triton makes them on a GPU",
+    },
+    paths={"torch": "torch_factors", "triton": "triton_factors"},
+)
 
 
 def supports(
@@ -19,42 +30,17 @@ def supports(
 
     elements: of the larger factor
     """
-    if backend in ("reference", "torch"):
-        return None
-    if backend == "cpu":
-        return "the factors have no C++ source; torch makes them on a CPU"
-    if backend == "cuda":
-        return "the factors have no CUDA source; triton makes them on a GPU"
-    if (missing := backends.triton_missing(device)) is not None:
-        return missing
-    if dtype == torch.float64:
-        return "the factors are torch.float64, but the kernels take float32, float16 and bfloat16"
-    if elements >= MAX_ELEMENTS:
+    missing = TABLE.missing(backend, device, **{"the factors": dtype})
+    if missing is None and backend == "triton" and elements >= MAX_ELEMENTS:
         return f"a factor has {elements} elements, but the kernels count less than {MAX_ELEMENTS}"
-    return None
+    return missing
 
 
 def factors_backend(
     backend: str, device: torch.device, dtype: torch.dtype, elements: int = 0
 ) -> str:
     """What makes the factors where the layer around them runs on ``backend``."""
-    stand_in = {"cpu": "torch", "cuda": "triton"}
-    return backends.resolve(
-        "kronecker_factors",
-        stand_in.get(backend, backend),
-        device,
-        lambda b: supports(b, device, dtype, elements),
-    )
-
-
-def _path(backend, rules, left, right):
-    sizes = rules.shape[1] * left.shape[1], rules.shape[1] * right.shape[1]
-    elements = rules.shape[0] * rules.shape[1] * left.shape[2] * max(sizes)
-    if factors_backend(backend, rules.device, _dtype(rules, left, right), elements) == "triton":
-        from samfast.kernels.hypercomplex import triton_factors
-
-        return triton_factors
-    return torch_factors
+    return TABLE.choose(TABLE.part(backend), device, lambda b: supports(b, device, dtype, elements))
 
 
 def _dtype(rules, left, right):
@@ -62,76 +48,49 @@ def _dtype(rules, left, right):
 
 
 _PARTS = "Tensor rules, Tensor left, Tensor right"
-torch.library.define("samfast::kronecker_factors", f"({_PARTS}, str backend) -> (Tensor, Tensor)")
-torch.library.define(
-    "samfast::kronecker_factors_backward",
-    f"(Tensor? da, Tensor? db, {_PARTS}, bool[] needs, str backend) -> Tensor[]",
-)
 
 
-@implement("samfast::kronecker_factors")
-def _impl(rules, left, right, backend):
-    path = _path(backend, rules, left, right)
-    with without_autocast(rules.device.type):
-        return path.forward(rules, left, right, _dtype(rules, left, right))
-
-
-@torch.library.register_fake("samfast::kronecker_factors")
-def _fake(rules, left, right, backend):
-    (terms, n, _), (_, rows, rank), columns = rules.shape, left.shape, right.shape[1]
-    width, dtype = terms * n * rank, _dtype(rules, left, right)
-    return (
-        rules.new_empty(width, n * columns, dtype=dtype),
-        rules.new_empty(n * rows, width, dtype=dtype),
-    )
-
-
-@implement("samfast::kronecker_factors_backward")
-def _backward_impl(da, db, rules, left, right, needs, backend):
-    path = _path(backend, rules, left, right)
-    da, db = (None if d is None else d.contiguous() for d in (da, db))
-    with without_autocast(rules.device.type):
-        grads = path.backward(da, db, rules, left, right, needs)
-    return [g for g in grads if g is not None]
-
-
-@torch.library.register_fake("samfast::kronecker_factors_backward")
-def _backward_fake(da, db, rules, left, right, needs, backend):
-    parts = zip((rules, left, right), needs, strict=True)
-    return [t.new_empty(t.shape) for t, need in parts if need]
-
-
-class KroneckerFactorsFunction(torch.autograd.Function):
+class KroneckerFactors(Operator):
     """Saves its three inputs, which are parameters."""
 
-    @staticmethod
-    def forward(ctx, rules, left, right, backend):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            made = torch.ops.samfast.kronecker_factors(rules, left, right, backend)
-        ctx.save_for_backward(rules, left, right)
-        ctx.backend = backend
-        ctx.set_materialize_grads(False)
-        return made
+    name = "kronecker_factors"
+    inputs = f"{_PARTS}, str backend"
+    makes = "Tensor a, Tensor b"
+    backward_inputs = f"Tensor? da, Tensor? db, {_PARTS}, bool[] needs, str backend"
+    gradients = "rules left right"
+    has_forward = False
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, da, db):
-        # rules and left stand in lora_b alone, right in lora_a alone
-        given = (db is not None, db is not None, da is not None)
-        needs = [need and there for need, there in zip(ctx.needs_input_grad, given, strict=False)]
-        if not any(needs):
-            return (None,) * 4
-        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            grads = iter(
-                torch.ops.samfast.kronecker_factors_backward(da, db, *saved, needs, ctx.backend)
-            )
-        return *(next(grads) if need else None for need in needs), None
+    def path(backend, rules, left, right, **_):
+        sizes = rules.shape[1] * left.shape[1], rules.shape[1] * right.shape[1]
+        elements = rules.shape[0] * rules.shape[1] * left.shape[2] * max(sizes)
+        device, dtype = rules.device, _dtype(rules, left, right)
+        backend = TABLE.part(backend)
+        return TABLE.path(backend, device, lambda b: supports(b, device, dtype, elements))
 
+    @staticmethod
+    def forward(path, rules, left, right):
+        return path.forward(rules, left, right, _dtype(rules, left, right))
 
-@torch.library.impl("samfast::kronecker_factors", "Autograd")
-def _autograd(*args):
-    return KroneckerFactorsFunction.apply(*args)
+    @staticmethod
+    def backward(path, da, db, rules, left, right, needs):
+        da, db = (None if d is None else d.contiguous() for d in (da, db))
+        return list(path.backward(da, db, rules, left, right, needs))
+
+    @staticmethod
+    def fake(rules, left, right, backend):
+        (terms, n, _), (_, rows, rank), columns = rules.shape, left.shape, right.shape[1]
+        width, dtype = terms * n * rank, _dtype(rules, left, right)
+        return (
+            rules.new_empty(width, n * columns, dtype=dtype),
+            rules.new_empty(n * rows, width, dtype=dtype),
+        )
+
+    @staticmethod
+    def wants(need, given):
+        """rules and left are only in lora_b, right only in lora_a."""
+        output = {"rules": "b", "left": "b", "right": "a"}
+        return {name: wanted and output[name] in given for name, wanted in need.items()}
 
 
 def kronecker_factors(

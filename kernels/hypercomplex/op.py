@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import check_tensors
 from samfast.kernels._common.autocast import autocast_input, without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
-from samfast.kernels.hypercomplex import reference, torch_path
+from samfast.kernels._common.operator import Operator
+from samfast.kernels._common.table import Table, double
+from samfast.kernels.hypercomplex import reference
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_ELEMENTS = 2**30  # of one of the weights; the kernels count them in 32 bits
+TABLE = Table(
+    "hypercomplex", __package__, native="hypercomplex_build", function="hypercomplex_linear"
+)
 
 
 def supports(
@@ -34,18 +37,16 @@ def supports(
         return None
     named = {"x": dtype, "rules": rules.dtype, "weights": weights.dtype}
     named |= {} if base is None else {"base": base.dtype}
-    for name, kind in named.items():
-        if kind == torch.float64:
-            return f"{name} is {kind}, but the kernels take float32, float16 and bfloat16"
+    if (wide := double(**named)) is not None:
+        return wide
     if (elements := weights.shape[1] * weights.shape[2]) >= MAX_ELEMENTS:
         return f"weights are of {elements} elements, but the kernels count less than {MAX_ELEMENTS}"
-    if backend == "cpu":
-        return backends.cpu_missing(device, dtype, "hypercomplex_build")
     if backend == "cuda":
         from samfast.kernels.hypercomplex import cuda_path
 
         return cuda_path.missing(device, rules.shape[0])
-    if (missing := backends.triton_missing(device)) is not None:
+    missing = TABLE.missing(backend, device, x=dtype)
+    if missing is not None or backend == "cpu":
         return missing
     from samfast.kernels.hypercomplex import triton_kernels
 
@@ -55,183 +56,105 @@ def supports(
 
 
 def path_of(backend, device, dtype, rules, weights, base=None):
-    name = backends.resolve(
-        "hypercomplex",
-        backend,
-        device,
-        lambda b: supports(b, device, dtype, rules, weights, base),
-    )
-    if name == "reference":
-        raise RuntimeError("backend 'reference' is plain autograd; call hypercomplex_linear for it")
-    if name == "cpu":
-        from samfast.kernels.hypercomplex import cpu_path
-
-        return cpu_path
-    if name == "cuda":
-        from samfast.kernels.hypercomplex import cuda_path
-
-        return cuda_path
-    if name == "triton":
-        from samfast.kernels.hypercomplex import triton_kernels
-
-        return triton_kernels
-    return torch_path
+    return TABLE.path(backend, device, lambda b: supports(b, device, dtype, rules, weights, base))
 
 
 _PARTS = "Tensor rules, Tensor weights"
-_LINEAR = f"Tensor x, {_PARTS}, Tensor? bias, Tensor? base, float scaling, str backend"
-torch.library.define(
-    "samfast::kronecker_weight",
-    f"({_PARTS}, float scaling, ScalarType dtype, str backend) -> Tensor",
-)
-torch.library.define(
-    "samfast::kronecker_weight_backward",
-    f"(Tensor dh, {_PARTS}, float scaling, bool[] needs, str backend) -> Tensor[]",
-)
-torch.library.define("samfast::hypercomplex_linear", f"({_LINEAR}) -> Tensor")
-torch.library.define(
-    "samfast::hypercomplex_linear_backward",
-    f"(Tensor dy, Tensor? x, {_PARTS}, Tensor? base, float scaling, ScalarType bias_dtype, "
-    "bool[] needs, str backend) -> Tensor[]",
-)
 
 
-@implement("samfast::kronecker_weight")
-def _weight_impl(rules, weights, scaling, dtype, backend):
-    path = path_of(backend, rules.device, dtype, rules, weights)
-    with without_autocast(rules.device.type):
-        return path.build(rules, weights, None, scaling, dtype)
-
-
-@torch.library.register_fake("samfast::kronecker_weight")
-def _weight_fake(rules, weights, scaling, dtype, backend):
-    n = rules.shape[1]
-    return weights.new_empty(n * weights.shape[1], n * weights.shape[2], dtype=dtype)
-
-
-@implement("samfast::kronecker_weight_backward")
-def _weight_backward_impl(dh, rules, weights, scaling, needs, backend):
-    path = path_of(backend, dh.device, dh.dtype, rules, weights)
-    with without_autocast(dh.device.type):
-        grads = path.contract(dh.contiguous(), rules, weights, scaling, needs)
-    return [g for g in grads if g is not None]
-
-
-@torch.library.register_fake("samfast::kronecker_weight_backward")
-def _weight_backward_fake(dh, rules, weights, scaling, needs, backend):
-    return [t.new_empty(t.shape) for t, need in zip((rules, weights), needs, strict=True) if need]
-
-
-class KroneckerWeightFunction(torch.autograd.Function):
+class KroneckerWeight(Operator):
     """Saves rules and weights."""
 
-    @staticmethod
-    def forward(ctx, rules, weights, scaling, dtype, backend):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            h = torch.ops.samfast.kronecker_weight(rules, weights, scaling, dtype, backend)
-        ctx.save_for_backward(rules, weights)
-        ctx.options = scaling, backend
-        return h
+    name = "kronecker_weight"
+    inputs = f"{_PARTS}, float scaling, ScalarType dtype, str backend"
+    makes = "Tensor h"
+    backward_inputs = f"Tensor dh, {_PARTS}, float scaling, bool[] needs, str backend"
+    gradients = "rules weights"
+    has_forward = False
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dh):
-        scaling, backend = ctx.options
-        needs = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            grads = iter(
-                torch.ops.samfast.kronecker_weight_backward(dh, *saved, scaling, needs, backend)
-            )
-        return *(next(grads) if need else None for need in needs), None, None, None
+    def path(backend, rules, weights, dtype=None, dh=None, **_):
+        dtype = dtype if dh is None else dh.dtype
+        return path_of(backend, rules.device, dtype, rules, weights)
+
+    @staticmethod
+    def forward(path, rules, weights, scaling, dtype):
+        return path.build(rules, weights, None, scaling, dtype)
+
+    @staticmethod
+    def backward(path, dh, rules, weights, scaling, needs):
+        return list(path.contract(dh.contiguous(), rules, weights, scaling, needs))
+
+    @staticmethod
+    def fake(rules, weights, scaling, dtype, backend):
+        n = rules.shape[1]
+        return weights.new_empty(n * weights.shape[1], n * weights.shape[2], dtype=dtype)
 
 
-@torch.library.impl("samfast::kronecker_weight", "Autograd")
-def _weight_autograd(*args):
-    return KroneckerWeightFunction.apply(*args)
+class HypercomplexLinear(Operator):
+    """Saves x, where a parameter wants a gradient, and the parameters; H is built again."""
 
+    name = "hypercomplex_linear"
+    inputs = f"Tensor x, {_PARTS}, Tensor? bias, Tensor? base, float scaling, str backend"
+    makes = "Tensor y"
+    backward_inputs = (
+        f"Tensor dy, Tensor? x, {_PARTS}, Tensor? base, float scaling, ScalarType bias_dtype, "
+        "bool[] needs, str backend"
+    )
+    gradients = "x rules weights bias base"
+    has_forward = False
 
-@implement("samfast::hypercomplex_linear")
-def _impl(x, rules, weights, bias, base, scaling, backend):
-    path = path_of(backend, x.device, x.dtype, rules, weights, base)
-    with without_autocast(x.device.type):
+    @staticmethod
+    def path(backend, x, rules, weights, base, dy=None, **_):
+        x = x if dy is None else dy
+        return path_of(backend, x.device, x.dtype, rules, weights, base)
+
+    @staticmethod
+    def forward(path, x, rules, weights, bias, base, scaling):
         h = path.build(rules, weights, base, scaling, x.dtype)
         y = F.linear(_rows(x), h, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-
-@torch.library.register_fake("samfast::hypercomplex_linear")
-def _fake(x, rules, weights, *rest):
-    return x.new_empty(*x.shape[:-1], rules.shape[1] * weights.shape[1])
-
-
-@implement("samfast::hypercomplex_linear_backward")
-def _backward_impl(dy, x, rules, weights, base, scaling, bias_dtype, needs, backend):
-    need_x, need_rules, need_weights, need_bias, need_base = needs
-    path = path_of(backend, dy.device, dy.dtype, rules, weights, base)
-    shape, dy, grads = dy.shape, _rows(dy), []
-    with without_autocast(dy.device.type):
+    @staticmethod
+    def backward(path, dy, x, rules, weights, base, scaling, bias_dtype, needs):
+        need_x, need_rules, need_weights, need_bias, need_base = needs
+        shape, dy = dy.shape, _rows(dy)
+        dx = drules = dweights = dbias = dbase = None
         if need_x:
             h = path.build(rules, weights, base, scaling, dy.dtype)
             dx = torch.mm(dy, h)
-            grads.append(dx.view(*shape[:-1], dx.shape[-1]))
+            dx = dx.view(*shape[:-1], dx.shape[-1])
             del h
         if need_rules or need_weights or need_base:
             dh = torch.mm(dy.t(), _rows(x))
-            grads += path.contract(dh, rules, weights, scaling, (need_rules, need_weights))
+            drules, dweights = path.contract(
+                dh, rules, weights, scaling, (need_rules, need_weights)
+            )
+            dbase = dh.to(base.dtype) if need_base else None
         if need_bias:
             wide = torch.promote_types(dy.dtype, bias_dtype)
-            grads.append(dy.sum(0, dtype=wide).to(bias_dtype))
-        if need_base:
-            grads.append(dh.to(base.dtype))
-    return [g for g in grads if g is not None]
-
-
-@torch.library.register_fake("samfast::hypercomplex_linear_backward")
-def _backward_fake(dy, x, rules, weights, base, scaling, bias_dtype, needs, backend):
-    inputs = rules.shape[1] * weights.shape[2]
-    need_x, need_rules, need_weights, need_bias, need_base = needs
-    made = [dy.new_empty(*dy.shape[:-1], inputs)] if need_x else []
-    made += [rules.new_empty(rules.shape)] if need_rules else []
-    made += [weights.new_empty(weights.shape)] if need_weights else []
-    made += [dy.new_empty(dy.shape[-1], dtype=bias_dtype)] if need_bias else []
-    return made + ([base.new_empty(base.shape)] if need_base else [])
-
-
-class HypercomplexLinearFunction(torch.autograd.Function):
-    """Saves x, where a parameter wants a gradient, and the parameters; H is built again."""
+            dbias = dy.sum(0, dtype=wide).to(bias_dtype)
+        return [dx, drules, dweights, dbias, dbase]
 
     @staticmethod
-    def forward(ctx, x, rules, weights, bias, base, scaling, backend):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            y = torch.ops.samfast.hypercomplex_linear(
-                x, rules, weights, bias, base, scaling, backend
-            )
-        _, need_rules, need_weights, _, need_base = ctx.needs_input_grad[:5]
-        wanted = need_rules or need_weights or need_base
-        ctx.save_for_backward(x if wanted else None, rules, weights, base)
-        ctx.bias_dtype = x.dtype if bias is None else bias.dtype
-        ctx.options = scaling, backend
-        return y
+    def fake(x, rules, weights, *_):
+        return x.new_empty(*x.shape[:-1], rules.shape[1] * weights.shape[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        scaling, backend = ctx.options
-        needs = ctx.needs_input_grad[:5]
-        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            grads = iter(
-                torch.ops.samfast.hypercomplex_linear_backward(
-                    dy, *saved, scaling, ctx.bias_dtype, needs, backend
-                )
-            )
-        return *(next(grads) if need else None for need in needs), None, None
+    def fake_backward(dy, x, rules, weights, base, scaling, bias_dtype, needs, backend):
+        dx = dy.new_empty(*dy.shape[:-1], rules.shape[1] * weights.shape[2])
+        dbias = dy.new_empty(dy.shape[-1], dtype=bias_dtype)
+        made = [None if t is None else t.new_empty(t.shape) for t in (rules, weights, base)]
+        made = [dx, *made[:2], dbias, made[2]]
+        return [d if need else None for d, need in zip(made, needs, strict=True)]
 
+    @staticmethod
+    def spare(need):
+        return () if need["rules"] or need["weights"] or need["base"] else ("x",)
 
-@torch.library.impl("samfast::hypercomplex_linear", "Autograd")
-def _autograd(*args):
-    return HypercomplexLinearFunction.apply(*args)
+    @staticmethod
+    def facts(x, bias, **_):
+        return {"bias_dtype": x.dtype if bias is None else bias.dtype}
 
 
 def _rows(t):
@@ -336,20 +259,6 @@ def check_parts(rules: Tensor, weights: Tensor) -> None:
             f"weights has shape {tuple(weights.shape)}, but rules {tuple(rules.shape)} needs "
             f"({rules.shape[0]}, outputs / {rules.shape[1]}, inputs / {rules.shape[1]})"
         )
-
-
-def check_tensors(named: dict[str, Tensor | None]) -> None:
-    """Raise one sentence when they are not on the first one's device or of no known dtype."""
-    first, *_ = named
-    for name, t in named.items():
-        if t is None:
-            continue
-        if t.device != named[first].device:
-            raise ValueError(f"{name} is on {t.device} but {first} is on {named[first].device}")
-        if t.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} is {t.dtype}, but must be float16, bfloat16, float32 or float64"
-            )
 
 
 def check_linear(x, rules, part, bias, base) -> None:

@@ -6,14 +6,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import check_tensors
 from samfast.kernels._common.autocast import autocast_input, without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
+from samfast.kernels._common.operator import Operator
+from samfast.kernels._common.table import Table
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.relpos_attention import reference, torch_path
+from samfast.kernels.relpos_attention import reference
+from samfast.kernels.relpos_attention.padding import padding, padding_grads
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = range(16, 129, 16)  # of the compiled backends
+TABLE = Table(
+    "relpos_attention",
+    __package__,
+    absent={"cuda": "it has no CUDA source of its own; triton runs it on a GPU"},
+    native="relpos_attention_forward",
+)
 
 
 def supports(backend: str, q: Tensor, windows: Windows) -> str | None:
@@ -21,277 +28,128 @@ def supports(backend: str, q: Tensor, windows: Windows) -> str | None:
 
     q: (batch, H, W, heads, head_dim)
     """
-    if backend in ("reference", "torch"):
-        return None
-    if backend == "cuda":
-        return "it has no CUDA source of its own; triton runs it on a GPU"
-    if q.shape[4] not in HEAD_DIMS:
+    if backend in ("cpu", "triton") and q.shape[4] not in HEAD_DIMS:
         return f"head_dim {q.shape[4]} is not a multiple of 16 up to {HEAD_DIMS[-1]}"
-    if backend == "cpu":
-        return backends.cpu_missing(q.device, q.dtype, "relpos_attention_forward")
-    if (missing := backends.triton_missing(q.device)) is not None:
+    missing = TABLE.missing(backend, q.device, q=q.dtype)
+    if missing is not None or backend != "triton":
         return missing
-    if q.dtype == torch.float64:
-        return "q is torch.float64, but the kernels take float32, float16 and bfloat16"
     from samfast.kernels.relpos_attention import triton_kernels
 
     return triton_kernels.missing(q, windows)
 
 
-def _path(backend, q, windows):
-    name = backends.resolve(
-        "relpos_attention", backend, q.device, lambda b: supports(b, q, windows)
-    )
-    if name == "reference":
-        raise RuntimeError("backend 'reference' is plain autograd; call relpos_attention for it")
-    if name == "cpu":
-        from samfast.kernels.relpos_attention import cpu_path
-
-        return cpu_path
-    if name == "triton":
-        from samfast.kernels.relpos_attention import triton_kernels
-
-        return triton_kernels
-    return torch_path
+def _path(backend: str, q: Tensor, windows: Windows):
+    return TABLE.path(backend, q.device, lambda b: supports(b, q, windows))
 
 
-# ``apart`` takes q, k and v as three tensors, ``packed`` as one; both see (batch, H, W, …, heads,
-# head_dim) with any strides. The padding of ``packed`` is made from its three sources at each call.
-_OPTIONS = "SymInt[] windows, float scale, str backend"
 _TABLES = "Tensor table_h, Tensor table_w"
-_APART = f"Tensor q, Tensor k, Tensor v, {_TABLES}, {_OPTIONS}"
-_PACKED = f"Tensor qkv, Tensor? pad_bias, Tensor? pad_h, Tensor? pad_b, {_TABLES}, {_OPTIONS}"
-_KINDS = (("relpos_attention", _APART), ("window_relpos_attention", _PACKED))
-for _name, _inputs in _KINDS:
-    torch.library.define(f"samfast::{_name}", f"({_inputs}) -> Tensor")
-    torch.library.define(f"samfast::{_name}_forward", f"({_inputs}) -> (Tensor, Tensor)")
-    torch.library.define(
-        f"samfast::{_name}_backward",
-        f"(Tensor dout, Tensor out, Tensor lse, {_inputs}, bool[] needs) -> Tensor[]",
-    )
+_OPTIONS = "SymInt[] windows, float scale, str backend"
 
 
-def _out_and_lse(q, windows):
+class RelPosAttention(Operator):
+    """Saves q, k, v, out and one number per query; all of (batch, H, W, heads, head_dim)."""
+
+    name = "relpos_attention"
+    inputs = f"Tensor q, Tensor k, Tensor v, {_TABLES}, {_OPTIONS}"
+    makes = "Tensor out, Tensor lse"
+    returns = "out"
+    backward_inputs = f"Tensor dout, Tensor out, Tensor lse, {inputs}, bool[] needs"
+    gradients = "q k v table_h table_w"
+
+    @staticmethod
+    def path(backend, q, windows, **_):
+        return _path(backend, q, Windows(*windows))
+
+    @staticmethod
+    def forward(path, q, k, v, table_h, table_w, windows, scale):
+        return path.forward(q, k, v, None, None, table_h, table_w, Windows(*windows), scale)
+
+    @staticmethod
+    def backward(path, dout, out, lse, q, k, v, table_h, table_w, windows, scale, needs):
+        grads = [q.new_empty(q.shape) for _ in range(3)]
+        tables = path.backward(
+            dout, q, k, v, None, None, table_h, table_w, out, lse, Windows(*windows), scale,
+            *grads, None, None, any(needs[3:]),
+        )  # fmt: skip
+        grads += _of_tables(tables, table_h, table_w)
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+    @staticmethod
+    def fake(q, *_):
+        return _out_and_lse(q)
+
+    @staticmethod
+    def fake_backward(dout, out, lse, q, k, v, table_h, table_w, windows, scale, backend, needs):
+        grads = [q.new_empty(q.shape) for _ in range(3)]
+        grads += _of_tables((table_h, table_w), table_h, table_w)
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
+class WindowRelPosAttention(Operator):
+    """Saves qkv (batch, H, W, 3, heads, head_dim), out, one number per query and the sources of
+    the padding, which is made of them at each call."""
+
+    name = "window_relpos_attention"
+    inputs = f"Tensor qkv, Tensor? pad_bias, Tensor? pad_h, Tensor? pad_b, {_TABLES}, {_OPTIONS}"
+    makes = "Tensor out, Tensor lse"
+    returns = "out"
+    backward_inputs = f"Tensor dout, Tensor out, Tensor lse, {inputs}, bool[] needs"
+    gradients = "qkv pad_bias pad_h pad_b table_h table_w"
+
+    @staticmethod
+    def path(backend, qkv, windows, **_):
+        return _path(backend, qkv[:, :, :, 0], Windows(*windows))
+
+    @staticmethod
+    def forward(path, qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale):
+        windows = Windows(*windows)
+        pads = padding(pad_bias, pad_h, pad_b, windows, qkv)
+        return path.forward(*qkv.unbind(3), *pads, table_h, table_w, windows, scale)
+
+    @staticmethod
+    def backward(
+        path, dout, out, lse, qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, needs
+    ):  # fmt: skip
+        windows, sources = Windows(*windows), (pad_bias, pad_h, pad_b)
+        dqkv = qkv.new_empty(qkv.shape)
+        need_pads = windows.pads > 0 and any(needs[1:4])
+        dpads = qkv.new_empty(windows.batch, windows.pads, *qkv.shape[3:]) if need_pads else None
+        tables = path.backward(
+            dout, *qkv.unbind(3), *padding(*sources, windows, qkv), table_h, table_w, out, lse,
+            windows, scale, *dqkv.unbind(3),
+            *((None, None) if dpads is None else dpads.unbind(2)[1:]), any(needs[4:]),
+        )  # fmt: skip
+        grads = [dqkv, *padding_grads(dpads, *sources, needs[1:4])]
+        grads += _of_tables(tables, table_h, table_w)
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+    @staticmethod
+    def fake(qkv, *_):
+        return _out_and_lse(qkv[:, :, :, 0])
+
+    @staticmethod
+    def fake_backward(
+        dout, out, lse, qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, backend,
+        needs,
+    ):  # fmt: skip
+        pads = [None if t is None else t.new_empty(t.shape) for t in (pad_bias, pad_h, pad_b)]
+        tables = _of_tables((table_h, table_w), table_h, table_w)
+        grads = [qkv.new_empty(qkv.shape), *pads, *tables]
+        return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
+def _out_and_lse(q):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[0], q.shape[3], q.shape[1] * q.shape[2], dtype=dtype)
     return q.new_empty(q.shape), lse
 
 
-@implement("samfast::relpos_attention_forward")
-def _apart_forward(q, k, v, table_h, table_w, windows, scale, backend):
-    windows = Windows(*windows)
-    with without_autocast(q.device.type):
-        return _path(backend, q, windows).forward(
-            q, k, v, None, None, table_h, table_w, windows, scale
-        )
-
-
-@torch.library.register_fake("samfast::relpos_attention_forward")
-def _apart_forward_fake(q, k, v, table_h, table_w, windows, scale, backend):
-    return _out_and_lse(q, windows)
-
-
-@implement("samfast::relpos_attention_backward")
-def _apart_backward(
-    dout, out, lse, q, k, v, table_h, table_w, windows, scale, backend, needs
-):  # fmt: skip
-    windows = Windows(*windows)
-    grads = [q.new_empty(q.shape) for _ in range(3)]
-    with without_autocast(q.device.type):
-        tables = _path(backend, q, windows).backward(
-            dout, q, k, v, None, None, table_h, table_w, out, lse, windows, scale, *grads, None,
-            None, needs[3] or needs[4],
-        )  # fmt: skip
-    return grads + _table_grads(tables, table_h, table_w)
-
-
-@torch.library.register_fake("samfast::relpos_attention_backward")
-def _apart_backward_fake(
-    dout, out, lse, q, k, v, table_h, table_w, windows, scale, backend, needs
-):  # fmt: skip
-    tables = (table_h, table_w) if needs[3] or needs[4] else None
-    return [q.new_empty(q.shape) for _ in range(3)] + _table_grads(tables, table_h, table_w)
-
-
-def _table_grads(grads, table_h, table_w):
+def _of_tables(grads, table_h, table_w):
+    """Gradients of the tables, which lie as these do; None where none were made."""
     if grads is None:
-        return []
+        return [None, None]
     made = zip(grads, (table_h, table_w), strict=True)
     return [torch.empty_like(t).copy_(g) for g, t in made]
-
-
-def _dense(t, dtype):
-    """Libraries round a product by another route where a factor lies otherwise in memory."""
-    return t.to(dtype).contiguous()
-
-
-def _padding(pad_bias, pad_h, pad_b, windows, qkv):
-    """The padding's k and v, (batch, pads, heads, head_dim); None where there is none to see.
-
-    The rows of pad_h differ, so they are multiplied out; a bias alone is one row, seen everywhere.
-    """
-    heads, head_dim = qkv.shape[4:]
-    if windows.pads == 0 or (pad_bias is None and pad_h is None):
-        return None, None
-    width = heads * head_dim
-    kv = None if pad_bias is None else pad_bias[width:].to(qkv.dtype)
-    if pad_h is not None:
-        factor = _dense(pad_b[width:], qkv.dtype).T
-        rows = _dense(pad_h, qkv.dtype)
-        kv = rows @ factor if kv is None else torch.addmm(kv, rows, factor)
-        kv = kv.view(windows.batch, windows.pads, 2, heads, head_dim)
-    else:
-        kv = kv.view(2, heads, head_dim).expand(windows.batch, windows.pads, -1, -1, -1)
-    return kv[:, :, 0], kv[:, :, 1]
-
-
-@implement("samfast::window_relpos_attention_forward")
-def _packed_forward(qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, backend):
-    windows = Windows(*windows)
-    q, k, v = qkv.unbind(3)
-    with without_autocast(qkv.device.type):
-        pads = _padding(pad_bias, pad_h, pad_b, windows, qkv)
-        return _path(backend, q, windows).forward(q, k, v, *pads, table_h, table_w, windows, scale)
-
-
-@torch.library.register_fake("samfast::window_relpos_attention_forward")
-def _packed_forward_fake(qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, *rest):
-    return _out_and_lse(qkv[:, :, :, 0], windows)
-
-
-@implement("samfast::window_relpos_attention_backward")
-def _packed_backward(
-    dout, out, lse, qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, backend, needs
-):  # fmt: skip
-    windows = Windows(*windows)
-    _, need_bias, need_h, need_b, *need_tables = needs
-    dqkv = qkv.new_empty(qkv.shape)
-    need_pads = windows.pads > 0 and (need_bias or need_h or need_b)
-    dpads = qkv.new_empty(windows.batch, windows.pads, *qkv.shape[3:]) if need_pads else None
-    with without_autocast(qkv.device.type):
-        pads = _padding(pad_bias, pad_h, pad_b, windows, qkv)
-        tables = _path(backend, qkv[:, :, :, 0], windows).backward(
-            dout, *qkv.unbind(3), *pads, table_h, table_w, out, lse, windows, scale,
-            *dqkv.unbind(3), *((None, None) if dpads is None else dpads.unbind(2)[1:]),
-            any(need_tables),
-        )  # fmt: skip
-        grads = [dqkv, *_padding_grads(dpads, pad_bias, pad_h, pad_b, windows, needs[1:4])]
-    return grads + _table_grads(tables, table_h, table_w)
-
-
-def _padding_grads(dpads, pad_bias, pad_h, pad_b, windows, needs):
-    """Gradients of pad_bias, pad_h and pad_b, those that are needed; the queries' third is 0."""
-    sources = (pad_bias, pad_h, pad_b)
-    if dpads is None:
-        return [torch.zeros_like(t) for t, need in zip(sources, needs, strict=True) if need]
-    rows = dpads.flatten(0, 1).flatten(1)  # (batch · pads, 3 · D)
-    width = rows.shape[1] // 3
-    rows = rows[:, width:]
-    grads = []
-    if needs[0]:
-        total = rows.sum(0, dtype=torch.promote_types(rows.dtype, pad_bias.dtype))
-        grads.append(torch.cat([total.new_zeros(width), total]).to(pad_bias.dtype))
-    if needs[1]:
-        grads.append((rows @ _dense(pad_b[width:], rows.dtype)).to(pad_h.dtype))
-    if needs[2]:
-        update = (rows.T @ _dense(pad_h, rows.dtype)).to(pad_b.dtype)
-        grads.append(torch.cat([update.new_zeros(width, update.shape[1]), update]))
-    return grads
-
-
-@torch.library.register_fake("samfast::window_relpos_attention_backward")
-def _packed_backward_fake(
-    dout, out, lse, qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, backend, needs
-):  # fmt: skip
-    sources = zip((pad_bias, pad_h, pad_b), needs[1:4], strict=True)
-    grads = [qkv.new_empty(qkv.shape)] + [t.new_empty(t.shape) for t, need in sources if need]
-    tables = (table_h, table_w) if needs[4] or needs[5] else None
-    return grads + _table_grads(tables, table_h, table_w)
-
-
-class ApartFunction(torch.autograd.Function):
-    """Saves q, k, v, out and one number per query."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, table_h, table_w, options):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            out, lse = torch.ops.samfast.relpos_attention_forward(
-                q, k, v, table_h, table_w, *options
-            )
-        ctx.save_for_backward(out, lse, q, k, v, table_h, table_w)
-        ctx.options = options
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        needs = ctx.needs_input_grad[:5]
-        saved = ctx.saved_tensors  # which a checkpoint makes again, with autograd
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            made = torch.ops.samfast.relpos_attention_backward(dout, *saved, *ctx.options, needs)
-        grads = (*made, None, None)[:5]
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
-
-
-class PackedFunction(torch.autograd.Function):
-    """Saves qkv, out, one number per query and the sources of the padding."""
-
-    @staticmethod
-    def forward(ctx, qkv, pad_bias, pad_h, pad_b, table_h, table_w, options):
-        inputs = (qkv, pad_bias, pad_h, pad_b, table_h, table_w)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            out, lse = torch.ops.samfast.window_relpos_attention_forward(*inputs, *options)
-        ctx.save_for_backward(out, lse, *inputs)
-        ctx.options = options
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        needs = ctx.needs_input_grad[:6]
-        saved = ctx.saved_tensors  # which a checkpoint makes again, with autograd
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            made = torch.ops.samfast.window_relpos_attention_backward(
-                dout, *saved, *ctx.options, needs
-            )
-        given = iter(made)
-        dqkv = next(given)
-        pads = [next(given) if need else None for need in needs[1:4]]
-        tables = [next(given), next(given)] if needs[4] or needs[5] else [None, None]
-        grads = (dqkv, *pads, *tables)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
-
-
-@implement("samfast::relpos_attention")
-def _apart_impl(*args):
-    return torch.ops.samfast.relpos_attention_forward(*args)[0]
-
-
-@torch.library.register_fake("samfast::relpos_attention")
-def _apart_fake(*args):
-    return _apart_forward_fake(*args)[0]
-
-
-@torch.library.impl("samfast::relpos_attention", "Autograd")
-def _apart_autograd(q, k, v, table_h, table_w, windows, scale, backend):
-    return ApartFunction.apply(q, k, v, table_h, table_w, (windows, scale, backend))
-
-
-@implement("samfast::window_relpos_attention")
-def _packed_impl(*args):
-    return torch.ops.samfast.window_relpos_attention_forward(*args)[0]
-
-
-@torch.library.register_fake("samfast::window_relpos_attention")
-def _packed_fake(*args):
-    return _packed_forward_fake(*args)[0]
-
-
-@torch.library.impl("samfast::window_relpos_attention", "Autograd")
-def _packed_autograd(qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, backend):
-    return PackedFunction.apply(
-        qkv, pad_bias, pad_h, pad_b, table_h, table_w, (windows, scale, backend)
-    )
 
 
 def fit_table(table: Tensor, size: int) -> Tensor:
@@ -428,12 +286,7 @@ def _check(named: dict[str, Tensor | None], size, head_dim: int, dtype: torch.dt
     for name, t in named.items():
         if t is None:
             continue
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} but {first} is on {x.device}")
-        if t.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} is {t.dtype}, but must be float16, bfloat16, float32 or float64"
-            )
+        check_tensors({first: x, name: t})
         if name in ("k", "v") and t.dtype != dtype:
             raise ValueError(f"{name} is {t.dtype} but q is {dtype}")
         if name.startswith("rel_pos") and (

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
+from samfast.kernels.relpos_attention.op import TABLE as ATTENTION
 from samfast.kernels.sam_block.layer import Activated, Given, Layer, Normed
 from samfast.kernels.sam_block.plan import LAYERS, Plan
 from samfast.kernels.sam_block.side import Side
@@ -34,8 +36,8 @@ class Block:
         self.need_x = needs[0]
         self.head, parts = plan.split(tensors)
         self.head_needs, part_needs = plan.split(needs[1:])
-        backend = {"cuda": "triton"}.get(backend, backend)  # neither part has a CUDA source
-        self.attention_backend = plan.attention or backend
+        self.attention_backend = plan.attention or ATTENTION.part(backend)
+        backend = PRODUCTS.part(backend)
         self.layers = [
             Layer(layer, parts[name], self.windows if name == "qkv" else whole, backend,
                   part_needs[name])

@@ -8,86 +8,47 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import check_dtypes
 from samfast.kernels._common.autocast import without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
+from samfast.kernels._common.operator import Operator
 from samfast.kernels.task_core import reference
-from samfast.kernels.task_core.paths import DTYPES, path_of
-
-_INPUTS = "Tensor[] cores, Tensor[] factors"
-torch.library.define("samfast::task_cores", f"({_INPUTS}, str backend) -> Tensor")
-torch.library.define("samfast::task_cores_forward", f"({_INPUTS}, str backend) -> Tensor")
-torch.library.define(
-    "samfast::task_cores_backward", f"(Tensor dm, {_INPUTS}, str backend) -> (Tensor, Tensor)"
-)
+from samfast.kernels.task_core.paths import path_of
 
 
-@implement("samfast::task_cores_forward")
-def _forward_impl(cores, factors, backend):
-    path = path_of(backend, cores[0], cores[0][..., 0])
-    with without_autocast(cores[0].device.type):
-        return _repeated(path.fold(*_gathered(cores, factors)), path.PARTS)
-
-
-@torch.library.register_fake("samfast::task_cores_forward")
-def _forward_fake(cores, factors, backend):
-    parts = path_of(backend, cores[0], cores[0][..., 0]).PARTS
-    kind = torch.promote_types(cores[0].dtype, factors[0].dtype)
-    wide = torch.promote_types(kind, torch.float32)
-    shape = len(cores), len(factors[0]), *cores[0].shape[:2]
-    return _repeated(cores[0].new_empty(shape, dtype=wide), parts)
-
-
-@implement("samfast::task_cores_backward")
-def _backward_impl(dm, cores, factors, backend):
-    path = path_of(backend, cores[0], dm)
-    with without_autocast(dm.device.type):
-        return path.fold_backward(dm, *_gathered(cores, factors))
-
-
-@torch.library.register_fake("samfast::task_cores_backward")
-def _backward_fake(dm, cores, factors, backend):
-    shapes = ((len(tensors), *tensors[0].shape) for tensors in (cores, factors))
-    return tuple(dm.new_empty(shape) for shape in shapes)
-
-
-@implement("samfast::task_cores")
-def _impl(*args):
-    return torch.ops.samfast.task_cores_forward(*args)
-
-
-@torch.library.register_fake("samfast::task_cores")
-def _fake(*args):
-    return _forward_fake(*args)
-
-
-class TaskCoresFunction(torch.autograd.Function):
+class TaskCores(Operator):
     """Saves nothing but the parameters, which cost nothing and are gathered again."""
 
-    @staticmethod
-    def forward(ctx, count, backend, *tensors):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            m = torch.ops.samfast.task_cores_forward(tensors[:count], tensors[count:], backend)
-        ctx.save_for_backward(*tensors)
-        ctx.count, ctx.backend = count, backend
-        return m
+    name = "task_cores"
+    inputs = "Tensor[] cores, Tensor[] factors, str backend"
+    makes = "Tensor m"
+    backward_inputs = "Tensor dm, Tensor[] cores, Tensor[] factors, str backend"
+    backward_makes = "(Tensor, Tensor)"
+    gradients = "cores factors"
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dm):
-        tensors = ctx.saved_tensors  # a checkpoint computes again here, with autograd
-        cores, factors = tensors[: ctx.count], tensors[ctx.count :]
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            stacked = torch.ops.samfast.task_cores_backward(dm, cores, factors, ctx.backend)
-        grads = [g.to(own[0].dtype) for g, own in zip(stacked, (cores, factors), strict=True)]
-        given = (part for whole in grads for part in whole.unbind())
-        needs = ctx.needs_input_grad[2:]
-        return None, None, *(g if n else None for g, n in zip(given, needs, strict=True))
+    def path(backend, cores, dm=None, **_):
+        return path_of(backend, cores[0], cores[0][..., 0] if dm is None else dm)
 
+    @staticmethod
+    def forward(path, cores, factors):
+        return _repeated(path.fold(*_gathered(cores, factors)), path.PARTS)
 
-@torch.library.impl("samfast::task_cores", "Autograd")
-def _autograd(cores, factors, backend):
-    return TaskCoresFunction.apply(len(cores), backend, *cores, *factors)
+    @staticmethod
+    def backward(path, dm, cores, factors):
+        return path.fold_backward(dm, *_gathered(cores, factors))
+
+    @staticmethod
+    def fake(cores, factors, backend):
+        parts = path_of(backend, cores[0], cores[0][..., 0]).PARTS
+        kind = torch.promote_types(cores[0].dtype, factors[0].dtype)
+        wide = torch.promote_types(kind, torch.float32)
+        shape = len(cores), len(factors[0]), *cores[0].shape[:2]
+        return _repeated(cores[0].new_empty(shape, dtype=wide), parts)
+
+    @staticmethod
+    def fake_backward(dm, cores, factors, backend):
+        shapes = ((len(tensors), *tensors[0].shape) for tensors in (cores, factors))
+        return tuple(dm.new_empty(shape) for shape in shapes)
 
 
 def _repeated(m, parts):
@@ -155,7 +116,4 @@ def check_cores(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
                 )
             if t.device != core.device:
                 raise ValueError(f"a {name} is on {t.device} but the first core on {core.device}")
-            if t.dtype not in DTYPES:
-                raise ValueError(
-                    f"a {name} is {t.dtype}, but must be float16, bfloat16, float32 or float64"
-                )
+            check_dtypes({f"a {name}": t})

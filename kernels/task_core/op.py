@@ -7,86 +7,41 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import check_devices, check_dtypes
 from samfast.kernels._common.autocast import without_autocast
-from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
+from samfast.kernels._common.operator import Operator
 from samfast.kernels.task_core import reference
 from samfast.kernels.task_core.cores import check_cores, task_cores
-from samfast.kernels.task_core.paths import DTYPES, core_backend, path_of, supports
+from samfast.kernels.task_core.paths import core_backend, path_of, supports
 
 __all__ = ["core_backend", "supports", "task_core"]
 
-_INPUTS = "Tensor h, Tensor m, Tensor task"
-torch.library.define("samfast::task_core_product", f"({_INPUTS}, str backend) -> Tensor")
-torch.library.define("samfast::task_core_product_forward", f"({_INPUTS}, str backend) -> Tensor")
-torch.library.define(
-    "samfast::task_core_product_backward",
-    f"(Tensor dz, {_INPUTS}, bool[] needs, str backend) -> Tensor[]",
-)
 
-
-@implement("samfast::task_core_product_forward")
-def _forward_impl(h, m, task, backend):
-    _check_entries(h, m, task)
-    path = path_of(backend, h, m)
-    with without_autocast(h.device.type):
-        return path.product(h, m, task)
-
-
-@torch.library.register_fake("samfast::task_core_product_forward")
-def _forward_fake(h, m, task, backend):
-    return h.new_empty(h.shape[0], m.shape[3])
-
-
-@implement("samfast::task_core_product_backward")
-def _backward_impl(dz, h, m, task, needs, backend):
-    path = path_of(backend, h, m)
-    with without_autocast(h.device.type):
-        grads = path.product_backward(dz, h, m, task, tuple(needs))
-    return [g for g in grads if g is not None]
-
-
-@torch.library.register_fake("samfast::task_core_product_backward")
-def _backward_fake(dz, h, m, task, needs, backend):
-    return [t.new_empty(t.shape) for t, need in zip((h, m), needs, strict=True) if need]
-
-
-@implement("samfast::task_core_product")
-def _impl(*args):
-    return torch.ops.samfast.task_core_product_forward(*args)
-
-
-@torch.library.register_fake("samfast::task_core_product")
-def _fake(*args):
-    return _forward_fake(*args)
-
-
-class TaskCoreFunction(torch.autograd.Function):
+class TaskCoreProduct(Operator):
     """Saves h, for the gradient of the cores; cores and tasks cost nothing."""
 
-    @staticmethod
-    def forward(ctx, h, m, task, backend):
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            z = torch.ops.samfast.task_core_product_forward(h, m, task, backend)
-        ctx.save_for_backward(h, m, task)
-        ctx.backend = backend
-        return z
+    name = "task_core_product"
+    inputs = "Tensor h, Tensor m, Tensor task, str backend"
+    makes = "Tensor z"
+    backward_inputs = "Tensor dz, Tensor h, Tensor m, Tensor task, bool[] needs, str backend"
+    gradients = "h m"
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dz):
-        needs = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors  # a checkpoint computes again here, with autograd
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            grads = iter(
-                torch.ops.samfast.task_core_product_backward(dz, *saved, needs, ctx.backend)
-            )
-        return *(next(grads) if need else None for need in needs), None, None
+    def path(backend, h, m, **_):
+        return path_of(backend, h, m)
 
+    @staticmethod
+    def forward(path, h, m, task):
+        _check_entries(h, m, task)
+        return path.product(h, m, task)
 
-@torch.library.impl("samfast::task_core_product", "Autograd")
-def _autograd(*args):
-    return TaskCoreFunction.apply(*args)
+    @staticmethod
+    def backward(path, dz, h, m, task, needs):
+        return list(path.product_backward(dz, h, m, task, tuple(needs)))
+
+    @staticmethod
+    def fake(h, m, task, backend):
+        return h.new_empty(h.shape[0], m.shape[3])
 
 
 def _check_entries(h: Tensor, m: Tensor, task: Tensor) -> None:
@@ -148,18 +103,15 @@ def _check(h, core, factor_task, task) -> Tensor:
     if h.shape[-1] != core.shape[0]:
         raise ValueError(f"h has rank {h.shape[-1]} but the core {tuple(core.shape)} takes rank "
                          f"{core.shape[0]}")  # fmt: skip
-    if h.dtype not in DTYPES:
-        raise ValueError(f"h is {h.dtype}, but must be float16, bfloat16, float32 or float64")
-    if core.device != h.device:
-        raise ValueError(f"core is on {core.device} but h is on {h.device}")
+    check_dtypes({"h": h})
+    check_devices({"h": h, "core": core})
     if isinstance(task, int) and not isinstance(task, bool):
         check_task(task, len(factor_task))
         return torch.full((1,), task, dtype=torch.int64, device=h.device)
     if not isinstance(task, Tensor) or task.dtype != torch.int64 or task.dim() != 1:
         given = f"{task.dtype} {tuple(task.shape)}" if isinstance(task, Tensor) else repr(task)
         raise ValueError(f"task must be a whole number or int64 of shape (E,), but is {given}")
-    if task.device != h.device:
-        raise ValueError(f"task is on {task.device} but h is on {h.device}")
+    check_devices({"h": h, "task": task})
     batch, entries = h.shape[0], task.shape[0]
     if batch and (entries == 0 or batch % entries):
         raise ValueError(f"{entries} tasks do not divide a batch of {batch}")

@@ -12,16 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samfast.kernels._common import backends
+from samfast.kernels._common.arguments import drawn_seed
 from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels._common.philox import keep_mask
+from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
 from samfast.kernels.lora_linear.op import check_arguments, low_rank_linear
 from samfast.kernels.task_core import reference
 from samfast.kernels.task_core.middle_map import middle_key
-
-
-def part_backend(backend: str) -> str:
-    """What runs the layer around the cores: it has no CUDA source of its own, Triton stands in."""
-    return "triton" if backend == "cuda" else backend
 
 
 def task_lora_linear(
@@ -62,7 +59,7 @@ def task_lora_linear(
     y, _, _ = low_rank_linear(
         x, weight, bias, factor_in.t(), factor_out, scaling, middle=middle_key(asked),
         params=(cores, task), dropout=dropout, seed=seed, slices=slices,
-        backend=part_backend(asked),
+        backend=PRODUCTS.part(asked),
     )  # fmt: skip
     return y
 
@@ -76,8 +73,7 @@ def _literal(
         dtype = x.dtype
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         if dropout > 0.0:
-            if seed is None:
-                seed = torch.randint(0, 2**63 - 1, (1,), device=x.device)
+            seed = drawn_seed(seed, dropout, x)
             rows = x.numel() // x.shape[-1]
             x = x * keep_mask(seed, rows, x.shape[-1], dropout).view(x.shape) / (1.0 - dropout)
         h = F.linear(x, factor_in.t().to(dtype))
