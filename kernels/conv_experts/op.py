@@ -89,7 +89,8 @@ class ConvExperts(Operator):
     @classmethod
     def fake_backward(cls, *inputs):
         made, dgate = super().fake_backward(*inputs), inputs[12]
-        return made if dgate is None else [*made, *(dgate.new_empty(dgate.shape[1:]),) * 2]
+        gates = [] if dgate is None else [dgate.new_empty(dgate.shape[1:]) for _ in range(2)]
+        return made + gates
 
 
 def conv_experts(

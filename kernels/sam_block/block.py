@@ -235,5 +235,4 @@ class Block:
         dz_pad = next(made) if needs[2] else None
         if needs[3]:
             dpads[3] = self.qkv.plan.scaling * next(made)
-        grads = list(made) or [None, None]
-        return dqkv, dz_pad, dpads, grads
+        return dqkv, dz_pad, dpads, [next(made) if need else None for need in need_tables]
