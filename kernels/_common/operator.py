@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common.autocast import without_autocast
+from samfast.kernels._common.autograd import (
+    Plan,
+    as_result,
+    as_tuple,
+    below_autograd,
+    function,
+    made_only,
+    spread,
+    with_list,
+)
 from samfast.kernels._common.implementation import implement
-from samfast.kernels._common.once import once_differentiable
-
-_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 class Arguments:
@@ -30,11 +37,11 @@ class Arguments:
         self.kinds = {name: kind for kind, name in pairs}
         self.names = tuple(self.kinds)
         self.tensors = tuple(name for name in self.names if self.kinds[name].startswith("Tensor"))
+        self.at = self.names.index("backend") if "backend" in self.names else len(self.names)
         self.lists = {name for name in self.tensors if self.kinds[name].endswith("[]")}
 
     def without_backend(self, values) -> tuple:
-        at = self.names.index("backend")
-        return (*values[:at], *values[at + 1 :])
+        return (*values[: self.at], *values[self.at + 1 :])
 
     def result(self, names) -> str:
         """The schema of a result that has the arguments of these names."""
@@ -57,7 +64,8 @@ class Operator:
     gradients: names of the inputs that have gradients. ``needs`` has an entry for each, or for each
         tensor of a list, and the backward returns a gradient for each entry that is needed. Names
         joined by ``+`` share an entry. Without ``needs``, the backward returns one for each name,
-        stacked for a list. Autograd casts gradients to their inputs' dtypes.
+        stacked for a list.
+    casts: names of inputs whose gradients come in other dtypes than theirs, to be cast
     residual: input that is added to what is first returned, so that they share a gradient
     fake_path: path on which ``forward`` runs to tell the shapes of its results
     fake_backward_path: the same of ``backward``, for gradients that are not contiguous
@@ -72,6 +80,7 @@ class Operator:
     backward_inputs: str
     backward_makes: str = "Tensor[]"
     gradients: str
+    casts: str = ""
     residual: str = ""
     fake_path = None
     fake_backward_path = None
@@ -103,8 +112,11 @@ class Operator:
         if cls.fake_backward_path is not None:
             return cls.backward(cls.fake_backward_path, *cls.back.without_backend(inputs))
         values = dict(zip(cls.back.names, inputs, strict=True))
-        wanted = cls.entries(values)
-        needed = [group for group, need in zip(wanted, values["needs"], strict=True) if need]
+        groups = []
+        for names in cls.groups:
+            whole = [values[name] for name in names]
+            groups += [[t] for t in whole[0]] if names[0] in cls.arguments.lists else [whole]
+        needed = [group for group, need in zip(groups, values["needs"], strict=True) if need]
         return [t.new_empty(t.shape) for group in needed for t in group]
 
     @classmethod
@@ -132,19 +144,10 @@ class Operator:
         return need
 
     @classmethod
-    def entries(cls, values: dict) -> list[list]:
-        """What belongs to each entry of ``needs``, of values by name."""
-        found = []
-        for names in cls.groups:
-            is_list = names[0] in cls.arguments.lists
-            found += [[v] for v in values[names[0]]] if is_list else [[values[n] for n in names]]
-        return found
-
-    @classmethod
     def returned(cls, made):
         """What users get of what ``forward`` made."""
-        named = dict(zip(cls.made.names, _as_tuple(made), strict=True))
-        return _as_result([named[name] for name in cls.returned_names])
+        named = dict(zip(cls.made.names, as_tuple(made), strict=True))
+        return as_result([named[name] for name in cls.returned_names])
 
     def __init_subclass__(cls):
         cls.arguments, cls.made = Arguments(cls.inputs), Arguments(cls.makes)
@@ -152,28 +155,6 @@ class Operator:
         cls.returned_names = tuple(cls.returns.split()) or cls.made.names
         cls.groups = [entry.split("+") for entry in cls.gradients.split()]
         _register(cls)
-
-
-def _as_tuple(made) -> tuple:
-    return (made,) if isinstance(made, Tensor) else tuple(made)
-
-
-def _as_result(values):
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _spread(values) -> list:
-    """The tensors of these, those of a list one after another."""
-    return [t for v in values for t in (v if isinstance(v, (list, tuple)) else [v])]
-
-
-def _nested(names, flat, lengths: dict[str, int]) -> dict:
-    """What was spread, by name; lengths: of the lists among them."""
-    flat = iter(flat)
-    return {
-        name: [next(flat) for _ in range(lengths[name])] if name in lengths else next(flat)
-        for name in names
-    }
 
 
 def _register(cls: type[Operator]) -> None:
@@ -185,19 +166,24 @@ def _register(cls: type[Operator]) -> None:
         outputs = cls.made.result(cls.made.names)
         _define(cls, f"{name}_forward", cls.arguments, outputs, cls.forward, cls.fake)
     if cls.has_backward:
-        runs = (_made_only(run) for run in (cls.backward, cls.fake_backward))
+        runs = (made_only(run) for run in (cls.backward, cls.fake_backward))
         _define(cls, f"{name}_backward", cls.back, cls.backward_makes, *runs)
-    apply = _function(cls).apply
+    plan, light = (
+        Plan(cls, cls.spare is not Operator.spare, cls.wants is not Operator.wants),
+        getattr(torch.ops.samfast, cls.name),
+    )
+    apply = function(cls, plan).apply
 
     @torch.library.impl(name, "Autograd")
     def autograd(*args):
-        values = dict(zip(cls.arguments.names, args, strict=True))
-        flat = _spread(values[name] for name in cls.arguments.tensors)
-        wanted = any(t is not None and t.requires_grad for t in flat)
-        if not (wanted and torch.is_grad_enabled()):  # nothing is kept, not for a moment either
-            with _below_autograd():
-                return getattr(torch.ops.samfast, cls.name)(*args)
-        return _as_result(_grouped(cls, _as_tuple(apply(values, *flat))))
+        flat = spread(plan.tensors(args), plan.lists)
+        if torch.is_grad_enabled():
+            for t in flat:
+                if t is not None and t.requires_grad:
+                    made = apply(args, *flat)
+                    return with_list(cls, made) if plan.ends_in_list else made
+        with below_autograd():  # nothing is kept, not for a moment either
+            return light(*args)
 
 
 def _define(cls: type[Operator], name: str, arguments: Arguments, outputs: str, run, fake) -> None:
@@ -217,98 +203,9 @@ def _define(cls: type[Operator], name: str, arguments: Arguments, outputs: str, 
 
 
 def _device(args) -> str:
-    return next(t for t in _spread(args) if isinstance(t, Tensor)).device.type
-
-
-def _made_only(run):
-    """A backward as its operator returns it: without gradients that are not needed."""
-
-    def backward(*args):
-        made = run(*args)
-        return made if isinstance(made, tuple) else [d for d in made if d is not None]
-
-    return backward
-
-
-def _grouped(cls: type[Operator], flat: tuple) -> list:
-    """What is returned, or its gradients, of one tensor after another: a list at the end again."""
-    if cls.returned_names[-1] not in cls.made.lists:
-        return list(flat)
-    before = len(cls.returned_names) - 1
-    return [*flat[:before], list(flat[before:])]
-
-
-def _function(cls: type[Operator]) -> type[torch.autograd.Function]:
-    """Autograd of an operation. It is applied to the values by name, then to their tensors."""
-    tensors, back = cls.arguments.tensors, cls.back
-    saved = [name for name in back.names if name in (*tensors, *cls.made.names)]
-    plain = [name for name in back.names if name in cls.arguments.names and name not in tensors]
-    run = getattr(torch.ops.samfast, f"{cls.name}_forward" if cls.has_forward else cls.name)
-
-    def forward(ctx, values, *flat):
-        with _below_autograd():
-            made = _as_tuple(run(*values.values()))
-        known = {**values, **dict(zip(cls.made.names, made, strict=True))}
-        ctx.lengths = {n: len(known[n]) for n in cls.arguments.lists | cls.made.lists}
-        spare = cls.spare(_nested(tensors, ctx.needs_input_grad[1:], ctx.lengths))
-        ctx.save_for_backward(*_spread(None if n in spare else known[n] for n in saved))
-        ctx.others = {**{name: values[name] for name in plain}, **cls.facts(**values)}
-        ctx.dtypes = [None if t is None else t.dtype for t in flat]
-        out = _spread(known[name] for name in cls.returned_names)
-        ctx.like = [(t.shape, t.dtype) for t in out]
-        ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
-        ctx.set_materialize_grads(False)
-        return _as_result(out)
-
-    @once_differentiable
-    def backward(ctx, *incoming):
-        used = next((d for d in incoming if d is not None), None)
-        if used is None:
-            return (None,) * len(ctx.needs_input_grad)
-        given = dict(zip(cls.returned_names, _grouped(cls, incoming), strict=True))
-        need = _nested(tensors, ctx.needs_input_grad[1:], ctx.lengths)
-        need = cls.wants(need, {name for name, d in given.items() if d is not None})
-        # A checkpoint computes again when it is asked for what was saved, with autograd.
-        values = {**ctx.others, **_nested(saved, ctx.saved_tensors, ctx.lengths)}
-        for (name, d), (shape, dtype) in zip(given.items(), ctx.like, strict=False):
-            if d is None and back.kinds.get(f"d{name}") == "Tensor":
-                d = used.new_zeros((), dtype=dtype).expand(shape)
-            values[f"d{name}"] = d
-        for name in saved:
-            if values[name] is None and back.kinds[name] == "Tensor":  # spared
-                values[name] = used.new_empty(0)
-        grads = _gradients(cls, values, need)
-        if cls.residual:
-            grads[cls.residual] = values[f"d{cls.returned_names[0]}"]
-        flat = _spread(grads.get(name, need[name]) for name in tensors)
-        asked = zip(flat, ctx.needs_input_grad[1:], ctx.dtypes, strict=True)
-        return None, *(d.to(dtype) if need and d is not None else None for d, need, dtype in asked)
-
-    name = f"{cls.name.title().replace('_', '')}Function"
-    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), {**body, "__doc__": cls.__doc__})
-
-
-def _gradients(cls: type[Operator], values: dict, need: dict) -> dict:
-    """Gradients by name from one call of the backward; lists of them for lists."""
-    values["needs"] = [any(group) for group in cls.entries(need)]
-    grads = {n: [None] * len(w) if isinstance(w, list) else None for n, w in need.items()}
-    if not any(values["needs"]):
-        return grads
-    given = [values.get(name) for name in cls.back.names]
-    with _below_autograd():
-        if cls.has_backward:
-            made = getattr(torch.ops.samfast, f"{cls.name}_backward")(*given)
-        else:
-            made = _made_only(cls.backward)(None, *given)
-    if "needs" not in cls.back.names:  # one of each name, those of a list stacked
-        names = [name for group in cls.groups for name in group]
-        pairs = zip(names, made, strict=True)
-        return grads | {n: list(d.unbind()) if n in cls.arguments.lists else d for n, d in pairs}
-    made = iter(made)
-    for names in cls.groups:
-        if names[0] in cls.arguments.lists:
-            grads[names[0]] = [next(made) if wanted else None for wanted in need[names[0]]]
-        elif any(need[name] for name in names):
-            grads |= {name: next(made) for name in names}
-    return grads
+    """Type of the device of the first tensor, which may be in a list."""
+    for value in args:
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, Tensor):
+            return first.device.type
+    raise TypeError("an operator was called without tensors")

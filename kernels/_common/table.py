@@ -2,6 +2,7 @@
 """One table per operation: which file runs it on a backend, and who stands in where none does."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 
@@ -64,7 +65,10 @@ class Table:
         if name == "reference":
             function = self.function or self.operation
             raise RuntimeError(f"backend 'reference' is plain autograd; call {function} for it")
-        return importlib.import_module(f"{self.package}.{self.paths.get(name, _PATHS[name])}")
+        return _imported(f"{self.package}.{self.paths.get(name, _PATHS[name])}")
+
+
+_imported = functools.cache(importlib.import_module)
 
 
 def double(**dtypes: torch.dtype) -> str | None:

@@ -43,7 +43,7 @@ class ExpertGate(Operator):
     returns = "loss chosen"
     labels = "(Tensor loss, Tensor index)"
     backward_inputs = "Tensor dloss, Tensor dpool, Tensor dgate, SymInt[] windows, bool[] needs"
-    gradients = "h w_gate w_noise"
+    gradients = casts = "h w_gate w_noise"
     has_backward = False  # it is three products, which torch makes
 
     @staticmethod

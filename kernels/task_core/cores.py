@@ -23,7 +23,7 @@ class TaskCores(Operator):
     makes = "Tensor m"
     backward_inputs = "Tensor dm, Tensor[] cores, Tensor[] factors, str backend"
     backward_makes = "(Tensor, Tensor)"
-    gradients = "cores factors"
+    gradients = casts = "cores factors"
 
     @staticmethod
     def path(backend, cores, dm=None, **_):
