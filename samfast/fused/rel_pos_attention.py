@@ -4,6 +4,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.adapter import Adapter
 from samfast.adapters.stand_in import altered, kind_of, left_alone, standing_in
 from samfast.backends import requested, resolve
 from samfast.functional import window_relpos_attention
@@ -11,15 +12,6 @@ from samfast.fused.proof import Attention, objection, signature
 from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import supports
-from samfast.methods.cobot.layer import CobotQkvLora
-from samfast.methods.conv_lora.layer import ConvLoraLinear
-from samfast.methods.kronecker.layer import KroneckerLinear
-from samfast.methods.lora.layer import LoraLinear
-from samfast.methods.lora.qkv_layer import QkvLora
-from samfast.methods.ta_lora.layer import TaskLoraLinear
-
-# Layers that treat every token alone, and give their bias for a token of zeros.
-TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear, TaskLoraLinear)
 
 
 class RelPosAttention(Attention):
@@ -91,12 +83,10 @@ class RelPosAttention(Attention):
             layer = getattr(self, name)
             if altered(layer):
                 return f"{name} has hooks or a forward of its own"
-            if type(layer) in TOKEN_WISE:
+            if type(layer) is nn.Linear or (isinstance(layer, Adapter) and layer.token_wise):
                 continue
-            if type(layer) is not ConvLoraLinear or name != "qkv":
+            if not (name == "qkv" and isinstance(layer, Adapter) and layer.window_wise):
                 return f"{name} is {kind_of(layer)}, which may look at whole windows"
-            if not hasattr(layer, "forward_windows"):
-                return f"{name} is {kind_of(layer)}, whose experts see the padded windows"
         return None
 
     def backends(self) -> dict[str, str]:
@@ -117,7 +107,7 @@ class RelPosAttention(Attention):
 
     def _project(self, x: Tensor, window: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """qkv (B, H, W, 3 · D), and the two factors of its padding beside the bias."""
-        if type(self.qkv) is ConvLoraLinear:
+        if isinstance(self.qkv, Adapter) and self.qkv.window_wise:
             return self.qkv.forward_windows(x, window)
         return self.qkv(x), None, None
 
