@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 import samfast
 from samfast import backends
+from samfast.adapters.method import Method
 from samfast.integrations import segment_anything
+from samfast.methods.attach import find_layers
+from samfast.methods.kronecker.method import Kronecker
+from samfast.methods.registry import METHODS as KINDS
 from samfast.models import (
     TRAINED_DECODER,
     MultiTaskSam,
@@ -24,9 +28,6 @@ from samfast.models import (
     segment,
 )
 from samfast.models.architectures import architecture
-from samfast.modules.attach import find_layers
-from samfast.modules.methods import METHODS as KINDS
-from samfast.modules.methods import Kronecker, Method
 from samfast.training.data import padded_images, valid_region
 from samfast.training.foreground import chosen_foreground
 from samfast.training.image_options import image_options

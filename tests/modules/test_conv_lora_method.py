@@ -9,8 +9,10 @@ import safetensors.torch
 import torch
 
 import samfast
+from samfast.files.format import CONFIG, TENSORS
+from samfast.kernels.conv_experts import conv_lora
+from samfast.methods.conv_lora import checks
 from samfast.modules import ConvLoraLinear
-from samfast.modules.adapter_files import CONFIG, TENSORS
 
 LAYERS = [f"image_encoder.blocks.{i}.attn.qkv" for i in (0, 1)]
 
@@ -167,10 +169,14 @@ def test_another_update_is_refused(attached, tmp_path, options):
     assert samfast.ConvLora(alpha=None).same_update(samfast.ConvLora(alpha=3, target="proj"))
 
 
-def test_another_gate_is_refused_and_changes_nothing(attached, toy, tmp_path, monkeypatch):
-    from samfast.modules import conv_lora
+def test_the_formulas_are_those_of_the_operation():
+    assert checks.FORMULAS == conv_lora.FORMULAS
 
-    monkeypatch.setitem(conv_lora._CONSTANTS, "lora_moe_gating.std", 2.0)
+
+def test_another_gate_is_refused_and_changes_nothing(attached, toy, tmp_path, monkeypatch):
+    from samfast.methods.conv_lora import layer
+
+    monkeypatch.setitem(layer._CONSTANTS, "lora_moe_gating.std", 2.0)
     folder = samfast.save_adapter(attached(), tmp_path / "adapter")
     monkeypatch.undo()
     stock = toy()
