@@ -11,10 +11,10 @@ from torch import nn
 from benchmarks.peers import INDEXED_BY_HOST, STOCK, peers, randomise, sharing, trained
 from benchmarks.registry import Provider, Workload, forward_backward
 from benchmarks.shapes import ENCODERS
+from samfast.fused.sam_block import Block, SamBlock
 from samfast.kernels.sam_block.plan import MEMORY
-from samfast.modules.conv_lora import ConvLoraLinear
-from samfast.modules.lora import LoraLinear
-from samfast.modules.sam_block import Block, SamBlock
+from samfast.methods.conv_lora.layer import ConvLoraLinear
+from samfast.methods.lora.layer import LoraLinear
 
 WINDOW = 14
 ALL = ("qkv", "proj", "lin1", "lin2")

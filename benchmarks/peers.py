@@ -16,8 +16,8 @@ from benchmarks import attention
 from samfast.functional import conv_lora_linear
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.kernels._common.windows import Windows
-from samfast.modules.conv_lora import ConvLoraLinear
-from samfast.modules.lora import LoraLinear
+from samfast.methods.conv_lora.layer import ConvLoraLinear
+from samfast.methods.lora.layer import LoraLinear
 
 # Whose errors make the budget: rounding differs along the many layers of a block.
 STOCK = {"eager", "SDPA + mask, PEFT", "augmented SDPA"}

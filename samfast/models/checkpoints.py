@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.finite import not_finite
 from samfast.models import hf_names
 from samfast.models.architectures import ARCHITECTURES
 from samfast.models.state_search import find_sam, shown
-from samfast.modules.finite import not_finite
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a Hugging Face folder, best first
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from samfast.modules.wrappers import unclear, unwrapped
+from samfast.adapters.wrappers import unclear, unwrapped
 
 # What one mask reads of the decoder: all but the quality head, and the other masks' hypernetworks
 # where the head has them. Entries for ``attach(..., train=TRAINED_DECODER)``.

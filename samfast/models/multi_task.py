@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.adapter import adapters
+from samfast.adapters.attachment import attachment
+from samfast.adapters.wrappers import unwrapped
 from samfast.models.heads import MULTI_TASK, TRAINED_DECODER, head_of
 from samfast.models.segment import (
     check_decoder_chunk,
@@ -22,8 +25,6 @@ from samfast.models.segment import (
     encode_grid,
     upscale,
 )
-from samfast.modules.adapter import adapters, attachment
-from samfast.modules.wrappers import unwrapped
 
 KINDS = ("binary", "semantic", "regression")
 TaskName = str | int

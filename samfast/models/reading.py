@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from samfast.modules.wrappers import levels, unclear, unwrapped
+from samfast.adapters.wrappers import levels, unclear, unwrapped
 
 SAM_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 

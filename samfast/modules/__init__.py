@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapted and fused layers, what places them, and the files that keep what was learned."""
+"""Adapted and fused layers under one name. The files here are the import paths of 0.1.0.
+
+Pickled models name them too. Each passes on what moved to another file.
+"""
 
 import importlib
+from pathlib import Path
 
-from samfast.modules.cobot import CobotQkvLora
-from samfast.modules.conv_lora import ConvLoraLinear
-from samfast.modules.hypercomplex import PHMLinear, QuaternionLinear
-from samfast.modules.kronecker import KroneckerLinear
-from samfast.modules.lora import LoraLinear
-from samfast.modules.qkv_lora import QkvLora
-from samfast.modules.task_lora import TaskLoraLinear
+from samfast.methods.cobot.layer import CobotQkvLora
+from samfast.methods.conv_lora.layer import ConvLoraLinear
+from samfast.methods.kronecker.layer import KroneckerLinear
+from samfast.methods.kronecker.phm_layer import PHMLinear, QuaternionLinear
+from samfast.methods.lora.layer import LoraLinear
+from samfast.methods.lora.qkv_layer import QkvLora
+from samfast.methods.ta_lora.layer import TaskLoraLinear
 
 # They inherit segment_anything's classes, which are loaded when one of them is first asked for.
 _INHERITING = {
-    "AdaptFormerMlp": "samfast.modules.adapt_former",
-    "CobotAdaptFormerMlp": "samfast.modules.cobot_adapt_former",
-    "RelPosAttention": "samfast.modules.rel_pos_attention",
-    "SamBlock": "samfast.modules.sam_block",
+    "AdaptFormerMlp": "samfast.methods.adapt_former.layer",
+    "CobotAdaptFormerMlp": "samfast.methods.adapt_former.cobot_layer",
+    "RelPosAttention": "samfast.fused.rel_pos_attention",
+    "SamBlock": "samfast.fused.sam_block",
 }
 __all__ = [
     "AdaptFormerMlp",
@@ -39,6 +43,8 @@ def __getattr__(name):
         value = getattr(importlib.import_module(_INHERITING[name]), name)
         globals()[name] = value
         return value
+    if (Path(__file__).parent / f"{name}.py").is_file():
+        return importlib.import_module(f"samfast.modules.{name}")
     raise AttributeError(f"module 'samfast.modules' has no attribute {name!r}")
 
 

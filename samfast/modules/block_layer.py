@@ -1,65 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a linear layer and its adapter enter the fused block.
+"""The import path of 0.1.0 for ``samfast.adapters.block_layer``."""
 
-An adapter takes part by two methods: ``block_problem()`` and ``block_layer(x, windows)``.
-"""
+from samfast.adapters.block_layer import BlockLayer, block_layer, dropout_seed, layer_problem
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor, nn
-
-from samfast.kernels._common.windows import Windows
-from samfast.kernels.sam_block.plan import LayerPlan
-from samfast.modules.stand_in import altered, kind_of
-
-
-@dataclass(frozen=True)
-class BlockLayer:
-    """One call's share of a layer.
-
-    seed: of its dropout   params: of its middle map
-    keep: takes the map's aux and the block's y, and returns y; None where the map has no aux
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    plan: LayerPlan = field(default_factory=LayerPlan)
-    seed: Tensor | None = None
-    params: tuple[Tensor, ...] = ()
-    keep: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    @property
-    def tensors(self) -> list[Tensor | None]:
-        return [self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params]
-
-
-def dropout_seed(dropout: float, x: Tensor) -> Tensor | None:
-    """One int64 element on x's device, None without dropout."""
-    if dropout == 0.0:
-        return None
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-
-
-def layer_problem(name: str, layer: nn.Module) -> str | None:
-    """Why the layer cannot take part in a fused block, None when it can."""
-    if altered(layer):
-        return f"{name} has hooks or a forward of its own"
-    if type(layer) is nn.Linear:
-        return None
-    if not hasattr(layer, "block_layer"):
-        return f"{name} is {kind_of(layer)}, which does not say how to fuse it"
-    if getattr(layer, "weight", None) is None:
-        return f"{name} is {kind_of(layer)}, which has no weight"
-    problem = layer.block_problem()
-    return None if problem is None else f"{name} {problem}"
-
-
-def block_layer(layer: nn.Module, x: Tensor, windows: Windows) -> BlockLayer:
-    """The share of a layer that has no problem; x as the products take it."""
-    if type(layer) is nn.Linear:
-        return BlockLayer(layer.weight, layer.bias)
-    return layer.block_layer(x, windows)
+__all__ = ["BlockLayer", "block_layer", "dropout_seed", "layer_problem"]

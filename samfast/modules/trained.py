@@ -1,44 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a model that training moves, which are those that an adapter folder holds."""
+"""The import path of 0.1.0 for ``samfast.adapters.trained``."""
 
-import torch
-from torch import nn
+from samfast.adapters.trained import trained_state, trained_tensors
 
-from samfast.modules.adapter import adapter_parameter_names, adapter_state, adapters, attachment
-
-
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that training moves, by full name, shared tensors once; the tensors are the model's own.
-
-    These are the adapters, what ``train`` un-froze, what requires a gradient now, and the
-    persistent buffers of modules that are trained whole. Weights are given without the adapter,
-    whether it is merged or not.
-    """
-    own = adapter_parameter_names(model)
-    attached = attachment(model)
-    chosen = own | set(attached.trained if attached is not None else ())
-    names = [n for n, p in model.named_parameters() if p.requires_grad or n in chosen]
-    names += _trained_buffers(model, set(names) - own)
-    names = [name for name in names if name not in own]
-    names += adapter_state(adapters(model))
-    state = model.state_dict()
-    return {name: state[name] for name in names}
-
-
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of ``trained_state`` on the CPU."""
-    state = trained_state(model)
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-
-
-def _trained_buffers(model: nn.Module, trained: set[str]) -> list[str]:
-    """Persistent buffers in modules all of whose parameters are trained."""
-    found: dict[str, None] = {}
-    for path, module in model.named_modules():
-        inside = f"{path}." if path else ""
-        parameters = [inside + name for name, _ in module.named_parameters()]
-        if parameters and trained.issuperset(parameters):
-            kept = module.state_dict(keep_vars=True)
-            buffers = [name for name, _ in module.named_buffers() if name in kept]
-            found.update(dict.fromkeys(inside + name for name in buffers))
-    return list(found)
+__all__ = ["trained_state", "trained_tensors"]

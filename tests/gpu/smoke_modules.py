@@ -6,7 +6,7 @@ from torch import nn
 
 import samfast.modules
 from samfast.integrations import segment_anything
-from samfast.modules.cobot import relation
+from samfast.methods.cobot.layer import relation
 
 from .proofs import DEVICE
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from samfast.backends import triton_missing
 from samfast.functional import cobot_fold
+from samfast.methods.cobot.layer import CobotForward, relation
 from samfast.modules import CobotQkvLora
-from samfast.modules.cobot import CobotForward, relation
 
 from . import proofs
 from .proofs import CUDA, DEVICE

@@ -9,8 +9,8 @@ from sam_layers import DEVICE, block, subject
 from segment_anything.modeling.common import MLPBlock
 from torch import nn
 
+from samfast.methods.cobot.layer import relation
 from samfast.modules import AdaptFormerMlp, CobotAdaptFormerMlp, SamBlock
-from samfast.modules.cobot import relation
 
 
 class LiteralAdaptFormer(MLPBlock):

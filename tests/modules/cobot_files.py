@@ -11,7 +11,7 @@ from budgets import keep
 from stock_runs import by_reference
 
 from samfast.kernels._common.budget import Budget
-from samfast.modules.cobot import CobotForward, relation
+from samfast.methods.cobot.layer import CobotForward, relation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = 3

@@ -69,4 +69,4 @@ def same_noise(monkeypatch):
         noise = torch.randn(samples, experts, dtype=torch.float64, generator=generator)
         return noise.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
-    monkeypatch.setattr("samfast.modules.conv_lora.draw_noise", draw)
+    monkeypatch.setattr("samfast.methods.conv_lora.layer.draw_noise", draw)

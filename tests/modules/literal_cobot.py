@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from adapt_former_layers import LiteralAdaptFormer
 from torch import nn
 
-from samfast.modules.published import PublishedNames
+from samfast.adapters.published import PublishedNames
 
 
 def quaternion(head):

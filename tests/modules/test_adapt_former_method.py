@@ -15,8 +15,8 @@ from segment_anything.modeling.common import MLPBlock
 from stock_runs import by_reference
 
 import samfast
+from samfast.files.format import CONFIG, TENSORS
 from samfast.modules import AdaptFormerMlp
-from samfast.modules.adapter_files import CONFIG, TENSORS
 
 LEAVES = {
     "adapter_layer_norm_before.weight", "adapter_layer_norm_before.bias", "down_proj.weight",

@@ -13,10 +13,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import samfast
+from samfast.adapters.adapter import adapters
+from samfast.adapters.base_digest import fingerprints, identity_of
+from samfast.adapters.wrappers import unwrapped
+from samfast.files import format as adapter_format
+from samfast.files.peft_format import from_key
 from samfast.models import build_sam, segment
-from samfast.modules import adapter_files
-from samfast.modules.adapter import adapters
-from samfast.modules.base_digest import fingerprints, identity_of
 
 # Written by samfast 0.1.0: ToySam, filled(1.0) at image size 16, with Lora(rank=2) on qkv and
 # train="mask_decoder.lin1"; what is trained filled(0.5).
@@ -56,7 +58,7 @@ def test_an_adapter_of_the_first_version_loads(old_base, wrap, no_warning, tmp_p
     model = samfast.load_adapter(wrap(old_base()), OLD, trainable=False)
     expected = samfast.attach(old_base(), samfast.Lora(rank=2), train="mask_decoder.lin1")
     fill([p for _, p in samfast.trainable_parameters(expected)], 0.5)
-    inner = samfast.modules.wrappers.unwrapped(model)
+    inner = unwrapped(model)
     state = expected.state_dict()
     assert state.keys() == inner.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in inner.state_dict().items())
@@ -148,13 +150,13 @@ def test_trained_positions_belong_to_one_image_size(at_size, tmp_path):
 
 def rewritten(folder, name, tensor):
     """The same folder with another tensor, its digest put right."""
-    path = folder / adapter_files.TENSORS
+    path = folder / adapter_format.TENSORS
     with safetensors.safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         record = json.loads(file.metadata()["samfast"])["record"]
-    (key,) = [key for key in tensors if adapter_files.peft.from_key(key) == name]
+    (key,) = [key for key in tensors if from_key(key) == name]
     tensors[key] = tensor(tensors[key])
-    content = {"record": record, "sha256": adapter_files._digest(record, tensors)}
+    content = {"record": record, "sha256": adapter_format.digest(record, tensors)}
     path.write_bytes(safetensors.torch.save(tensors, {"samfast": json.dumps(content)}))
     return folder
 
@@ -196,11 +198,11 @@ def test_tensors_that_are_no_weights_are_refused_by_name(old_base, tmp_path, cha
 
 def test_nan_in_an_adapter_of_peft_is_refused(old_base, tmp_path):
     folder = shutil.copytree(OLD, tmp_path / "adapter")
-    path = folder / adapter_files.TENSORS
+    path = folder / adapter_format.TENSORS
     tensors = safetensors.torch.load_file(path)
-    config = json.loads((folder / adapter_files.CONFIG).read_text())
+    config = json.loads((folder / adapter_format.CONFIG).read_text())
     config["auto_mapping"] = None
-    (folder / adapter_files.CONFIG).write_text(json.dumps(config))
+    (folder / adapter_format.CONFIG).write_text(json.dumps(config))
     safetensors.torch.save_file(tensors, path)
     samfast.load_adapter(old_base(), folder)
     tensors["base_model.model.mask_decoder.lin1.bias"].fill_(float("nan"))

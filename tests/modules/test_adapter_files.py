@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 import samfast
+from samfast.adapters.adapter import adapters
+from samfast.adapters.attachment import attachment
+from samfast.adapters.base_digest import SAMPLE, base_digest, fingerprint
+from samfast.files import format as adapter_format
+from samfast.files.peft_format import from_key
 from samfast.models import build_sam, segment
-from samfast.modules import adapter_files
-from samfast.modules.adapter import adapters, attachment
-from samfast.modules.base_digest import SAMPLE, base_digest, fingerprint
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 METHODS = pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_merged_and_unmerged_save_the_same(toy, saved, tmp_path):
 def test_what_is_saved(toy, saved):
     model, folder = saved
     tensors = safetensors.torch.load_file(folder / TENSORS)
-    names = {adapter_files.peft.from_key(key) for key in tensors}
+    names = {from_key(key) for key in tensors}
     trained = set(dict(samfast.trainable_parameters(model)))
     statistics = {f"mask_decoder.norm.{n}" for n in ("running_mean", "running_var")}
     assert names == trained | statistics | {"mask_decoder.norm.num_batches_tracked"}
@@ -139,7 +141,7 @@ def test_shared_tensors_are_saved_once(toy, move, images, tmp_path):
     train = ("mask_decoder", "image_encoder.blocks.1.norm1")
     model = move(samfast.attach(shared(), samfast.Lora(rank=2), train=train))
     folder = samfast.save_adapter(model, tmp_path / "adapter")
-    names = [adapter_files.peft.from_key(k) for k in safetensors.torch.load_file(folder / TENSORS)]
+    names = [from_key(k) for k in safetensors.torch.load_file(folder / TENSORS)]
     assert sum("lora_A" in name for name in names) == 1
     assert sum("norm1.weight" in name for name in names) == 1
     stock = samfast.load_adapter(shared(), folder)
@@ -338,7 +340,7 @@ def rewrite(folder, **changes):
     for name in changes.get("drop", ()):
         del tensors[name]
     tensors.update(changes.get("add", {}))
-    content = {"record": record, "sha256": adapter_files._digest(record, tensors)}
+    content = {"record": record, "sha256": adapter_format.digest(record, tensors)}
     data = safetensors.torch.save(tensors, metadata={"samfast": json.dumps(content)})
     (folder / TENSORS).write_bytes(data)
 

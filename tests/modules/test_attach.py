@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import samfast
+from samfast.adapters.adapter import adapters
+from samfast.adapters.attachment import attachment
 from samfast.models import segment
 from samfast.modules import LoraLinear, QkvLora
-from samfast.modules.adapter import adapters, attachment
 
 
 def fresh_state(model):

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import samfast
-from samfast.modules import aux_loss as aux_loss_module
-from samfast.modules.adapter import adapters
+from samfast.adapters import latest_loss
+from samfast.adapters.adapter import adapters
 
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 
@@ -260,7 +260,7 @@ def test_layers_that_do_not_see_the_recomputation(build, images, reentrant, monk
     def values():
         return [layer.latest_loss().value for layer in adapters(model).values()]
 
-    monkeypatch.setattr(aux_loss_module, "recomputing", lambda: False)
+    monkeypatch.setattr(latest_loss, "recomputing", lambda: False)
     loss = task(forward(model, images, call)) + samfast.aux_loss(model)
     kept = values()
     if reentrant:

@@ -18,9 +18,9 @@ import samfast
 from samfast import backends
 from samfast.counters import count, saved_bytes
 from samfast.kernels._common.budget import Budget
+from samfast.methods.cobot.layer import CobotForward, relation
 from samfast.models import build_sam
 from samfast.modules import CobotQkvLora
-from samfast.modules.cobot import CobotForward, relation
 
 HEADS = {f"head_{s}.{c}": f"FacT_d{d}.{c}_weight" for d, s in ((1, "q"), (2, "v")) for c in "rijk"}
 PUBLISHED = {f"linear_{x}_{s}": f"linear_{x}_{s}.weight" for x in "ab" for s in "qv"}

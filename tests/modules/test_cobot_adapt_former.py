@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import samfast
 from samfast import backends
 from samfast.kernels._common.budget import Budget
+from samfast.methods.cobot.layer import relation
 from samfast.models import build_sam
 from samfast.modules import CobotAdaptFormerMlp
-from samfast.modules.cobot import relation
 
 # The authors' state-dict names, by the file's names inside a block.
 PUBLISHED = {

@@ -40,7 +40,7 @@ def fixed_noise(monkeypatch):
         assert (samples, experts) == tuple(NOISE.shape)
         return NOISE.to(like.device)
 
-    monkeypatch.setattr("samfast.modules.conv_lora.draw_noise", draw)
+    monkeypatch.setattr("samfast.methods.conv_lora.layer.draw_noise", draw)
 
 
 def blocks(training, **options):

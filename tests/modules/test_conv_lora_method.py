@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 import samfast
+from samfast.files.format import CONFIG, TENSORS
 from samfast.modules import ConvLoraLinear
-from samfast.modules.adapter_files import CONFIG, TENSORS
 
 LAYERS = [f"image_encoder.blocks.{i}.attn.qkv" for i in (0, 1)]
 
@@ -168,9 +168,9 @@ def test_another_update_is_refused(attached, tmp_path, options):
 
 
 def test_another_gate_is_refused_and_changes_nothing(attached, toy, tmp_path, monkeypatch):
-    from samfast.modules import conv_lora
+    from samfast.methods.conv_lora import layer
 
-    monkeypatch.setitem(conv_lora._CONSTANTS, "lora_moe_gating.std", 2.0)
+    monkeypatch.setitem(layer._CONSTANTS, "lora_moe_gating.std", 2.0)
     folder = samfast.save_adapter(attached(), tmp_path / "adapter")
     monkeypatch.undo()
     stock = toy()

@@ -13,8 +13,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import samfast
-from samfast.modules.adapter import adapters
-from samfast.modules.finite import base_problem, not_finite
+from samfast.adapters.adapter import adapters
+from samfast.adapters.finite import base_problem, not_finite
 
 NAN, INF = float("nan"), float("inf")
 NECK = "image_encoder.neck.0.weight"

@@ -12,8 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import saved_bytes
-from samfast.modules import PHMLinear, QuaternionLinear, hypercomplex
-from samfast.modules.hypercomplex import hamilton_rules
+from samfast.methods.kronecker import phm_layer
+from samfast.methods.kronecker.phm_layer import hamilton_rules
+from samfast.modules import PHMLinear, QuaternionLinear
 
 
 def test_quaternions_multiply_as_hamilton_wrote():
@@ -169,7 +170,7 @@ def test_signs_of_a_quaternion_layer_are_never_lost(way):
 
 def test_signs_are_made_once_and_of_real_tensors(monkeypatch):
     """Not of what stands for one: a trace, a transform or inference leaves nothing behind."""
-    monkeypatch.setattr(hypercomplex, "_kept", {})
+    monkeypatch.setattr(phm_layer, "_kept", {})
     layer, x = QuaternionLinear(8, 12), torch.randn(3, 8)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = copy.deepcopy(layer)
@@ -178,13 +179,13 @@ def test_signs_are_made_once_and_of_real_tensors(monkeypatch):
         assert fake.weight.shape == (12, 8)
     torch.func.grad(lambda t: (t.sum() * hamilton_rules(layer.bias)).sum())(x)
     torch.compile(layer, fullgraph=True, backend="eager")(x)
-    assert not hypercomplex._kept
+    assert not phm_layer._kept
     with torch.inference_mode():
         expected = layer(x)
     y = layer(x)
     y.sum().backward()
     assert torch.equal(y, expected) and layer.i_weight.grad is not None
-    assert layer.parts()[0] is copy.deepcopy(layer).parts()[0] and len(hypercomplex._kept) == 1
+    assert layer.parts()[0] is copy.deepcopy(layer).parts()[0] and len(phm_layer._kept) == 1
     with mode:
         assert fake.weight.shape == (12, 8)  # not by the ones that are kept, which are no fakes
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import samfast
 from samfast.kernels.conv_experts import axis
+from samfast.methods.cobot.layer import CobotForward
+from samfast.methods.ta_lora.layer import TaskForward
 from samfast.models import MultiTaskSam, Task
 from samfast.modules import CobotQkvLora, ConvLoraLinear, LoraLinear, TaskLoraLinear
-from samfast.modules.cobot import CobotForward
-from samfast.modules.task_lora import TaskForward
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 

@@ -15,8 +15,8 @@ from torch import nn
 import samfast
 from samfast.backends import triton_missing
 from samfast.counters import count, saved_bytes
+from samfast.files.format import TENSORS
 from samfast.modules import KroneckerLinear, LoraLinear
-from samfast.modules.adapter_files import TENSORS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import samfast
+from samfast.adapters.adapter import adapters
 from samfast.models import segment, unused_by_segment
-from samfast.modules.adapter import adapters
 
 STEPS = 64
 

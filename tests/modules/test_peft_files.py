@@ -12,11 +12,11 @@ from budgets import keep, within_budget
 from stock_runs import by_reference
 
 import samfast
+from samfast.adapters.adapter import adapters
+from samfast.adapters.wrappers import unwrapped
 from samfast.integrations import peft as files
 from samfast.kernels._common.budget import Budget
 from samfast.models import segment
-from samfast.modules.adapter import adapters
-from samfast.modules.wrappers import unwrapped
 
 peft = pytest.importorskip("peft")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

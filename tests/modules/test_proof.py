@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from torch.nn.functional import dropout
 
 import samfast
+from samfast.fused import proof
 from samfast.integrations import probe
-from samfast.modules import RelPosAttention, SamBlock, proof
+from samfast.modules import RelPosAttention, SamBlock
 
 STOCK = {kind: kind.forward for kind in (Block, Attention, MLPBlock)}
 KINDS = pytest.mark.parametrize("kind", STOCK)
@@ -522,7 +523,7 @@ COPY = textwrap.dedent(
     import torch
     from samfast.integrations.torchvision import declare_missing_schemas
     declare_missing_schemas()
-    assert "samfast.modules.proof" not in sys.modules
+    assert "samfast.fused.proof" not in sys.modules
     from segment_anything.modeling import image_encoder
     assert sys.argv[1] in image_encoder.__file__
     {patch}

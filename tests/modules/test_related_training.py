@@ -10,7 +10,7 @@ from segment_anything.modeling.common import MLPBlock
 from torch.nn import functional as F
 
 import samfast
-from samfast.modules.adapter import adapters
+from samfast.adapters.adapter import adapters
 
 STEPS = 64
 METHODS = {

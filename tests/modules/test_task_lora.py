@@ -18,8 +18,8 @@ import samfast
 from samfast import backends
 from samfast.counters import count, saved_bytes
 from samfast.kernels._common.budget import Budget
+from samfast.methods.ta_lora.layer import TaskForward
 from samfast.modules import LoraLinear, TaskLoraLinear
-from samfast.modules.task_lora import TaskForward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = {"core": "td_G", "factor_in": "td_U1", "factor_out": "td_U2", "factor_task": "td_U3"}

@@ -9,9 +9,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import samfast
+from samfast.adapters.adapter import adapters
+from samfast.adapters.attachment import attachment
+from samfast.adapters.wrappers import prefix_of, unwrapped
+from samfast.methods.attach import attach_to
 from samfast.models import MultiTaskSam, Task, binary_head, head_of, image_size, segment
-from samfast.modules.adapter import attachment
-from samfast.modules.wrappers import prefix_of, unwrapped
 
 IMAGES = torch.arange(3 * 64 * 64, dtype=torch.float32).view(1, 3, 64, 64) % 256
 
@@ -167,15 +169,13 @@ def test_other_models_are_named(tiny_sam):
 def test_tasks_are_named_through_a_wrapper(toy):
     model = samfast.attach(toy(), samfast.TaLora(ranks=(2, 2, 2), tasks=("a", "b")))
     samfast.set_task(Module(model), "b")
-    assert all(layer.chosen == (1,) for layer in samfast.modules.adapter.adapters(model).values())
+    assert all(layer.chosen == (1,) for layer in adapters(model).values())
 
 
 def test_an_adapter_that_was_saved_around_the_model_loads_there(toy, move, tmp_path):
     """samfast 0.1.0 attached to a wrapper itself, whose prefix is in the files' names."""
     model = Module(toy())
-    samfast.modules.attach.attach_to(
-        model, samfast.Lora(rank=2), *_around(model, samfast.Lora(rank=2)), set(), None
-    )
+    attach_to(model, samfast.Lora(rank=2), *_around(model, samfast.Lora(rank=2)), set(), None)
     folder = samfast.save_adapter(move(model), tmp_path / "adapter")
     assert samfast.read_adapter_config(folder)["layers"][0].startswith("net.image_encoder.")
     other = samfast.load_adapter(Module(toy()), folder)

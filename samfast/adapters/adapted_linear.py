@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nn.Linear with trainable tensors added, sharing the weight of the layer it replaces."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from samfast.adapters.adapter import Adapter
+
+
+class AdaptedLinear(Adapter, nn.Linear):
+    """A linear layer that an adapter works beside.
+
+    A subclass adds its tensors with ``add_adapter`` and fills them in ``reset_adapter``.
+    """
+
+    def add_adapter(self, **shapes: tuple[int, ...]) -> None:
+        """Add one uninitialised parameter per name: float32 unless the weight is float64."""
+        wide = self.weight.dtype == torch.float64
+        options = {
+            "dtype": torch.float64 if wide else torch.float32,
+            "device": self.weight.device,
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
+
+    @classmethod
+    def _from_linear(cls, linear: nn.Linear, **options):
+        """One of these around the Parameters of ``linear``; no other weight is made."""
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"expected a plain nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            **options,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        module.weight, module.bias = weight, linear.bias
+        module.add_adapter(**{name: p.shape for name, p in module.adapter_parameters()})
+        module.reset_adapter()
+        return module.train(linear.training)
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.named_parameters():
+            if name not in ("weight", "bias"):
+                yield name, parameter
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "lora_A" in self._parameters:  # nn.Linear calls this before the adapter exists
+            self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        raise NotImplementedError

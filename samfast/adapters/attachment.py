@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model remembers what was attached to it."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from samfast.adapters.wrappers import ATTACHMENT
+
+if TYPE_CHECKING:
+    from samfast.adapters.method import Method
+
+
+@dataclass
+class Attachment:
+    """What ``attach`` did to a model. The model carries it, so copies and pickles do too.
+
+    layers: full names of the adapted modules
+    trained: full names of the tensors outside the adapters that ``train`` un-froze
+    base_dtype: what the frozen encoder was cast to, None when it was left as it was
+    fingerprints: of tensors whose cast changed their fingerprint, as they were before it
+    """
+
+    method: "Method"
+    layers: tuple[str, ...]
+    trained: tuple[str, ...]
+    base_dtype: torch.dtype | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    return getattr(model, ATTACHMENT, None)
+
+
+def attachment_within(model: nn.Module) -> Attachment | None:
+    """What was attached to the model or to a part of it; None where that is not one thing."""
+    found = [m for m in model.modules() if attachment(m) is not None]
+    return attachment(found[0]) if len(found) == 1 else None
+
+
+def remember(model: nn.Module, record: Attachment) -> None:
+    setattr(model, ATTACHMENT, record)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of options that methods and their layers share; they need no torch."""
+
+import re
+
+QKV = ("q", "k", "v")
+
+
+def check_rank(rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
+
+
+def check_bottleneck(bottleneck: int) -> None:
+    if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
+        raise ValueError(f"bottleneck is {bottleneck!r}; it must be a whole number of at least 1")
+
+
+def check_linear_rank(in_features: int, out_features: int, rank: int) -> None:
+    check_rank(rank)
+    if rank > min(in_features, out_features):
+        raise ValueError(
+            f"rank {rank} is above {min(in_features, out_features)}, the smaller side of a "
+            f"linear layer with {in_features} inputs and {out_features} outputs"
+        )
+
+
+def check_dropout(dropout: float) -> None:
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; it must be at least 0 and below 1")
+
+
+def check_alpha(alpha: float | None) -> None:
+    if alpha is None:
+        return
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha is {alpha!r}; it must be a finite number above 0")
+
+
+def checked_slices(slices: tuple[str, ...]) -> tuple[str, ...]:
+    """The slices in the order of the packed layer; ValueError when they are none of it."""
+    if not isinstance(slices, (tuple, list)) or not slices:
+        raise ValueError(f"slices is {slices!r}; it must name at least one of 'q', 'k' and 'v'")
+    for name in slices:
+        if name not in QKV:
+            raise ValueError(f"slices has {name!r}; only 'q', 'k' and 'v' exist")
+    if len(set(slices)) < len(slices):
+        raise ValueError(f"slices {slices!r} names a slice twice")
+    return tuple(name for name in QKV if name in slices)
+
+
+def checked_target(target) -> str | tuple[str, ...]:
+    entries = (target,) if isinstance(target, str) else target
+    entries = tuple(entries) if isinstance(entries, list) else entries
+    if not isinstance(entries, tuple) or not entries:
+        raise ValueError(f"target is {target!r}; it must name at least one layer")
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise ValueError(f"target has {entry!r}, which is not a layer's name")
+        try:
+            re.compile(entry)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"target {entry!r} is neither a layer's name nor a regular expression: {error}"
+            ) from None
+    return target if isinstance(target, str) else entries

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules whose state dict has the names that their method was published with."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+Published = dict[str, tuple[list[str], tuple[int, ...]]]
+
+
+class PublishedNames(nn.Module):
+    """Mixin that translates names, and packs into one Parameter what was published in parts."""
+
+    def published(self) -> Published:
+        """By the name of a Parameter here: the published keys, and the shape of each one's part.
+
+        The Parameter holds the parts one after another. Those not named keep their names.
+        """
+        raise NotImplementedError
+
+    def constants(self) -> dict[str, float]:
+        """Published entries of one element that are no tensors here."""
+        return {}
+
+    def _apply(self, fn, recurse=True):
+        """What is packed is not a map: ``to(memory_format=...)`` leaves its layout as it is."""
+
+        def packed(t: Tensor) -> Tensor:
+            if t.dim() < 4:
+                return fn(t)
+            try:
+                return fn(t).contiguous()
+            except RuntimeError:  # channels_last takes four dimensions, no other number
+                return fn(t.flatten(0, -4)).contiguous().view(t.shape)
+
+        return super()._apply(packed, recurse)
+
+    def published_state(self) -> Iterator[tuple[str, Tensor]]:
+        """All of the state dict that is not the layer's own weight and bias."""
+        for name, value in self.state_dict(keep_vars=True).items():
+            if name not in ("weight", "bias"):
+                yield name, value
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        own, published = {}, self.published()
+        super()._save_to_state_dict(own, "", keep_vars)
+        for name, value in own.items():
+            keys, shape = published.get(name, ([name], None))
+            parts = [value] if len(keys) == 1 else value.reshape(len(keys), *shape)
+            for key, part in zip(keys, parts, strict=True):
+                destination[prefix + key] = part
+        for name, value in self.constants().items():
+            like = self.get_parameter(next(iter(published)))
+            destination[prefix + name] = like.new_full((1,), value)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        given = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
+        published = self.published()
+        problem = self.state_problem(given)
+        missing, unexpected, errors = [], [], [] if problem is None else [problem]
+        missing += [name for name in self.constants() if given.pop(name, None) is None]
+        for name in published:
+            if given.pop(name, None) is not None:
+                unexpected.append(name)
+        for name, (keys, shape) in published.items():
+            parts = {key: given.pop(key) for key in keys if key in given}
+            missing += [key for key in keys if key not in parts]
+            wrong = [
+                f"{key} has shape {tuple(part.shape)}, but here it is {tuple(shape)}"
+                for key, part in parts.items()
+                if part.shape != shape
+            ]
+            errors += wrong
+            if not parts or wrong:
+                continue
+            present = self.get_parameter(name).detach()
+            if len(parts) < len(keys):
+                if present.is_meta:  # nothing to keep where the state has nothing
+                    continue
+                device = next(iter(parts.values())).device
+                held = present.reshape(len(keys), *shape).to(device)
+                parts = dict(zip(keys, held, strict=True)) | parts
+            values = [parts[key] for key in keys]
+            whole = values[0] if len(keys) == 1 else torch.stack(values)
+            given[name] = whole.reshape(present.shape)
+        absent = []
+        super()._load_from_state_dict(
+            {prefix + name: value for name, value in given.items()},
+            prefix,
+            local_metadata,
+            strict,
+            absent,
+            unexpected_keys,
+            error_msgs,
+        )
+        translated = {prefix + name for name in published}
+        missing_keys += [key for key in absent if key not in translated]
+        if strict:
+            missing_keys += [prefix + key for key in missing]
+            unexpected_keys += [prefix + key for key in unexpected]
+        error_msgs += errors

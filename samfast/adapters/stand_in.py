@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that take another's place with all that it holds."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def standing_in(kind: type[Module], module: nn.Module) -> Module:
+    """A ``kind`` with the Parameters, buffers, submodules, hooks and options of ``module``.
+
+    What either registers or replaces later is its own. ``kind`` is a subclass of the module's
+    class and adds nothing that its __init__ would have to make.
+    """
+    new = kind.__new__(kind)
+    for name, value in vars(module).items():
+        new.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
+    return new
+
+
+def kind_of(module: nn.Module) -> str:
+    """Its class and the package that has it, as a phrase."""
+    kind = type(module)
+    return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+
+
+def altered(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks, or a patched forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its class is ``kind``, or one that a wrapper such as FSDP2 made of it."""
+    return type(module) is kind or (
+        isinstance(module, kind) and type(module).forward is kind.forward
+    )
+
+
+class _LeftAlone(threading.local):
+    modules: tuple[int, ...] = ()
+
+
+_left_alone = _LeftAlone()
+
+
+@contextlib.contextmanager
+def leaving_alone(module: nn.Module) -> Iterator[None]:
+    """In this thread the module is to run its stock forward."""
+    before = _left_alone.modules
+    _left_alone.modules = (*before, id(module))
+    try:
+        yield
+    finally:
+        _left_alone.modules = before
+
+
+def left_alone(module: nn.Module) -> bool:
+    return not torch.compiler.is_compiling() and id(module) in _left_alone.modules

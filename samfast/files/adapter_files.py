@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving what was trained to an adapter folder, and putting it on a model again."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+import samfast
+from samfast.adapters.adapter import adapter_parameter_names, adapters
+from samfast.adapters.attachment import attachment
+from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
+from samfast.adapters.finite import base_problem, not_finite
+from samfast.adapters.trained import trained_tensors
+from samfast.adapters.wrappers import refuse_new_parameters, unclear, unwrapped
+from samfast.files import peft_format
+from samfast.files.checking import (
+    check_base_of,
+    check_same,
+    check_tensors,
+    find_layers_of,
+    head_for,
+    image_size_of,
+    level_of,
+)
+from samfast.files.format import (
+    CONFIG,
+    TENSORS,
+    VERSION,
+    AdapterFile,
+    digest,
+    dtype_name,
+    read_adapter,
+)
+from samfast.methods.attach import attach_to, check_attachable
+from samfast.models.heads import HEADS, MULTI_TASK, given_head, head_of
+from samfast.models.multi_task import MultiTaskSam, tasks_from_config
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    head: str | None = None,
+    classes: Any = None,
+    image_size: int | None = None,
+    **extra: Any,
+) -> Path:
+    """Write every trained tensor of the model to a folder; ``load_adapter`` reads it.
+
+    Plain LoRA beside modules that are trained whole is in PEFT's format. An adapter that is there
+    already is replaced in one step.
+
+    head, classes: what the decoder predicts; the head that the model has, and the tasks of a
+        MultiTaskSam, if not given
+    image_size: default is the image encoder's
+    extra: JSON values that are kept under "extra" in the configuration
+
+    Of a wrapper with one SAM inside, that is saved. Raises ValueError when nothing was attached,
+    the head is not the model's, a tensor has NaN or infinity, or an extra is not a JSON value;
+    OSError when the folder cannot be written.
+    """
+    reason, model = unclear(model), unwrapped(model)
+    attached = attachment(model)
+    if attached is None:
+        reason = reason or "; samfast.attach adds one"
+        raise ValueError(f"this {type(model).__name__} has no adapter{reason}")
+    if head in tuple(HEADS) and head != head_of(model):
+        raise ValueError(f"head is {head!r}, but the model's is {head_of(model)!r}")
+    if classes is None and isinstance(model, MultiTaskSam):
+        classes = [task.config() for task in model.tasks]
+    tensors = trained_tensors(model)
+    if (bad := not_finite(tensors)) is not None:
+        raise ValueError(
+            f"{bad} contains NaN or infinity, so nothing was written to {folder}; go back to the "
+            "last good adapter, a smaller learning rate may help"
+        )
+    own = adapter_parameter_names(model)
+    beside = {name for name, _ in model.named_parameters() if name in tensors and name not in own}
+    config = peft_format.lora_config(model, attached.method, attached.layers, beside)
+    base = getattr(model, "samfast_base", None)
+    if image_size is None:
+        image_size = image_size_of(model)
+    prints = fingerprints(model, tensors.keys())
+    record = {
+        "format": VERSION,
+        "samfast": samfast.__version__,
+        "method": attached.method.config(),
+        "layers": list(attached.layers),
+        "base": dict(base) if isinstance(base, dict) else {"name": base},
+        "base_digest": digest_of(prints),
+        "base_identity": identity_of(prints),
+        "base_dtype": dtype_name(attached.base_dtype),
+        "image_size": image_size,
+        "head": head_of(model) if head is None else head,
+        "classes": classes,
+        "extra": extra,
+    }
+    try:
+        record = json.loads(json.dumps(record, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the adapter's configuration must be JSON values: {error}") from None
+    if config is None:
+        config = record
+    else:
+        config["auto_mapping"]["samfast"] = record
+        tensors = {peft_format.to_key(name): value for name, value in tensors.items()}
+    # One entry only: safetensors writes several in any order, and equal adapters are equal files.
+    header = {"samfast": json.dumps({"record": record, "sha256": digest(record, tensors)})}
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder for an adapter")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _write(folder, {CONFIG: text.encode(), TENSORS: save(tensors, metadata=header)})
+    return folder
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+    base_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Put a saved adapter on a model, in place, and return the model.
+
+    Inside a wrapper of one SAM it works on the SAM. An adapter of several tasks makes a
+    MultiTaskSam of a stock model, which shares its encoder, and returns that.
+
+    A stock model gets head and adapters (and everything frozen, as ``attach`` does); a model with
+    the same head and the same method on the same layers gets the tensors alone. The folder may be
+    of ``save_adapter`` or LoRA saved by PEFT.
+
+    trainable: whether the loaded tensors require a gradient
+    check_base: refuse an adapter that was trained on another base model; one that was trained at
+        another image size on the same base loads with a warning
+    base_dtype: as in ``attach``, for a stock model
+
+    Raises FileNotFoundError or ValueError with one sentence, and then has changed nothing; also
+    for NaN in the base, whatever check_base says.
+    """
+    adapter = read_adapter(folder)
+    given, stock = model, level_of(model, adapter)
+    model = _with_tasks(stock, adapter)
+    attached = attachment(model)
+    with given_head(model, head_for(model, adapter)):
+        if attached is None:
+            check_attachable(model, base_dtype)
+            if trainable:
+                refuse_new_parameters(given)
+            layers = find_layers_of(model, adapter)
+            adapter.method.check_model(model, layers)
+            adapted = adapter.method.build(layers)
+        else:
+            check_same(attached, adapter)
+            if base_dtype not in (None, attached.base_dtype):
+                raise ValueError(
+                    f"base_dtype is {dtype_name(base_dtype)}, but the model was attached with "
+                    f"{dtype_name(attached.base_dtype)}"
+                )
+            adapted = adapters(model)
+        check_tensors(model, adapter, adapted)
+        if (problem := base_problem(model, adapter.tensors.keys())) is not None:
+            raise ValueError(
+                f"adapter {adapter.folder} expects a base of finite numbers, but the model's "
+                f"{problem}; load its weights anew"
+            )
+        if check_base:
+            check_base_of(model, adapter)
+    own = adapter_parameter_names(model)
+    beside = {name for name, _ in model.named_parameters() if name in adapter.tensors} - own
+    if attached is None:
+        attach_to(model, adapter.method, layers, adapted, beside, base_dtype)
+        own = adapter_parameter_names(model)
+    else:
+        attached.trained = tuple(name for name, _ in model.named_parameters() if name in beside)
+    model.load_state_dict(adapter.tensors, strict=False)
+    for name, parameter in model.named_parameters():
+        if name in own or name in adapter.tensors:
+            parameter.requires_grad_(trainable)
+    return given if model is stock else model
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Put files in place, the last one as the commit; removes what killed writes left behind."""
+    for name in files:
+        for orphan in folder.glob(f".{name}.*.tmp"):
+            orphan.unlink(missing_ok=True)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, data in files.items():
+            with open(temporary[name], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(temporary[name], folder / name)
+        _sync(folder)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _with_tasks(model: nn.Module, adapter: AdapterFile) -> nn.Module:
+    """The MultiTaskSam for an adapter of several tasks; for other adapters the model itself."""
+    if adapter.record.get("head") != MULTI_TASK:
+        return model
+    try:
+        tasks = tasks_from_config(adapter.record.get("classes"))
+        if not isinstance(model, MultiTaskSam):
+            return MultiTaskSam(model, tasks)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
+    if model.tasks != tasks:
+        mine, theirs = (", ".join(map(str, own)) for own in (model.tasks, tasks))
+        raise ValueError(f"adapter {adapter.folder} is of {theirs}, but the model of {mine}")
+    return model

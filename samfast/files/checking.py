@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an adapter that was read belongs on a model: its layers, tensors, head and base."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from samfast.adapters.adapter import adapter_state
+from samfast.adapters.attachment import Attachment, attachment
+from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
+from samfast.adapters.wrappers import levels
+from samfast.methods.attach import check_layer
+from samfast.models.heads import HEADS, head_of
+
+if TYPE_CHECKING:
+    from samfast.files.format import AdapterFile
+
+
+def level_of(model: nn.Module, adapter: "AdapterFile") -> nn.Module:
+    """The model inside the wrappers; a wrapper where the adapter's names are of that one."""
+    inside = levels(model)
+    for level in inside[:-1]:
+        modules = dict(level.named_modules())
+        if adapter.layers and all(name in modules for name in adapter.layers):
+            return level
+    return inside[-1]
+
+
+def image_size_of(model: nn.Module) -> int | None:
+    """The side in pixels of what the model's image encoder takes; None for other models."""
+    return getattr(getattr(model, "image_encoder", None), "img_size", None)
+
+
+def _sizes(model: nn.Module, adapter: "AdapterFile") -> str | None:
+    """A phrase with both image sizes where they differ."""
+    theirs, mine = adapter.record.get("image_size"), image_size_of(model)
+    if theirs is None or mine is None or theirs == mine:
+        return None
+    return f"was trained at image size {theirs}, but the model has image size {mine}"
+
+
+def find_layers_of(model: nn.Module, adapter: "AdapterFile") -> dict[str, nn.Module]:
+    """The stock model's layers that the adapter belongs on, each checked."""
+    modules = dict(model.named_modules())
+    layers = {}
+    for name in adapter.layers:
+        layer = modules.get(name)
+        if not isinstance(layer, adapter.method.replaces):
+            kind = adapter.method.replaces.__name__
+            found = "nothing of that name" if layer is None else f"a {type(layer).__name__}"
+            raise ValueError(
+                f"adapter {adapter.folder} belongs on a {kind} {name}, but the model has {found}"
+            )
+        check_layer(adapter.method, name, layer)
+        layers[name] = layer
+    return layers
+
+
+def head_for(model: nn.Module, adapter: "AdapterFile") -> str:
+    """The head that the model must have for this adapter; adapters of PEFT know of none."""
+    mine, wanted = head_of(model), adapter.record.get("head")
+    if wanted not in tuple(HEADS) or wanted == mine:
+        return mine
+    if mine != "sam" or attachment(model) is not None:
+        raise ValueError(
+            f"adapter {adapter.folder} was trained with head {wanted!r}, but the model has {mine!r}"
+        )
+    return wanted
+
+
+def check_same(attached: Attachment, adapter: "AdapterFile") -> None:
+    if not attached.method.same_update(adapter.method):
+        raise ValueError(
+            f"adapter {adapter.folder} is {adapter.method!r}, but the model has {attached.method!r}"
+        )
+    different = set(attached.layers) ^ set(adapter.layers)
+    if different:
+        name = sorted(different)[0]
+        has, lacks = "the model", f"adapter {adapter.folder}"
+        if name in adapter.layers:
+            has, lacks = lacks, has
+        raise ValueError(f"{has} has {name} adapted, but {lacks} has not")
+
+
+def check_tensors(model: nn.Module, adapter: "AdapterFile", adapted: dict[str, nn.Module]) -> None:
+    """Every tensor of the file has a place of its shape, and every adapter finds its tensors."""
+    wanted, sizes = adapter_state(adapted), _sizes(model, adapter)
+    for name in wanted:
+        if name not in adapter.tensors:
+            raise ValueError(f"adapter {adapter.folder} has no tensor {name}")
+    for layer, module in adapted.items():
+        inside = f"{layer}." if layer else ""
+        state = {n[len(inside) :]: t for n, t in adapter.tensors.items() if n.startswith(inside)}
+        if (problem := module.state_problem(state)) is not None:
+            raise ValueError(f"adapter {adapter.folder} cannot be used in {layer}: {problem}")
+    places = {**model.state_dict(keep_vars=True), **wanted}
+    for name, tensor in adapter.tensors.items():
+        if name not in places:
+            raise ValueError(
+                f"adapter {adapter.folder} has a tensor {name}, which the model has not"
+            )
+        if tensor.shape != places[name].shape:
+            raise ValueError(
+                f"adapter {adapter.folder} has {name} of shape {tuple(tensor.shape)}, but in the "
+                f"model it is {tuple(places[name].shape)}{'; it ' + sizes if sizes else ''}"
+            )
+        if _kind(tensor) != _kind(places[name]):
+            raise ValueError(
+                f"adapter {adapter.folder} has {name} as {tensor.dtype}, but in the model it is "
+                f"{places[name].dtype}"
+            )
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def check_base_of(model: nn.Module, adapter: "AdapterFile") -> None:
+    """Raise ValueError for another base; warn where only the image size is another."""
+    stored, identity = adapter.record["base_digest"], adapter.record.get("base_identity")
+    if stored is None:  # PEFT's
+        return
+    prints, sizes = fingerprints(model, adapter.tensors.keys()), _sizes(model, adapter)
+    digest = digest_of(prints) if identity is None else identity_of(prints)
+    if digest == (identity or stored):
+        if sizes is not None:
+            warnings.warn(f"adapter {adapter.folder} {sizes}", stacklevel=3)
+        return
+    if sizes is not None and identity is None:
+        raise ValueError(
+            f"adapter {adapter.folder} {sizes}, and its digest is of samfast 0.1.0, which knows a "
+            "base at one image size only; build the model at that size, or pass check_base=False"
+        )
+    base = getattr(model, "samfast_base", None)
+    mine = base.get("name") if isinstance(base, dict) else base
+    theirs = adapter.record["base"].get("name")
+    raise ValueError(
+        f"adapter {adapter.folder} {f'{sizes}, and ' if sizes else ''}was trained on another base: "
+        f"{theirs or 'unnamed'} with digest {(identity or stored)[:12]}, while this model is "
+        f"{mine or 'unnamed'} with digest {digest[:12]} (check_base=False loads it all the same)"
+    )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form of an adapter folder, which PEFT reads where it can, and reading one without a model.
+
+adapter_model.safetensors  every trained tensor, shared ones once; its header carries the record
+adapter_config.json        PEFT's configuration with the record inside, or only the record
+
+The record says what the tensors belong to: method, layers, base model, image size, head, classes.
+The copy in the tensors' file counts, because one rename puts both in place: a folder is as it was
+or as it should be, whenever a write is killed. Digests of tensors and record are part of it.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from samfast.adapters.finite import not_finite
+from samfast.adapters.method import Method
+from samfast.files import peft_format
+from samfast.methods.registry import method_from_config
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+VERSION = 1
+_TYPES = {"layers": list, "base": dict, "base_digest": str, "extra": dict}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder, read and checked in itself. tensors: by the model's full names."""
+
+    folder: Path
+    record: dict[str, Any]
+    method: Method
+    layers: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
+
+
+def read_adapter(folder: str | os.PathLike) -> AdapterFile:
+    """Read an adapter folder and check it in itself; no model is needed.
+
+    Raises FileNotFoundError for what is not there and ValueError for what is broken.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"adapter folder {folder} does not exist")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not an adapter folder")
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).exists():
+            pickled = name == TENSORS and (folder / "adapter_model.bin").exists()
+            hint = "; adapter_model.bin is a pickle, which samfast does not read" if pickled else ""
+            raise FileNotFoundError(f"adapter folder {folder} has no {name}{hint}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is no regular file")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds {type(config).__name__}, not an object")
+    tensors, header = _read_tensors(folder / TENSORS)
+    try:
+        return _parse(folder, config, tensors, header)
+    except ValueError as error:
+        raise ValueError(f"adapter {folder} cannot be used: {error}") from None
+
+
+def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The record of an adapter folder: method, layers, base, image_size, head, classes, extra."""
+    return read_adapter(folder).record
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def digest(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of the record and of every tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _parse(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    header: dict[str, str],
+) -> AdapterFile:
+    """Method, layers and tensors from what the files hold; ValueError with the reason alone."""
+    if "samfast" not in header:
+        mapping = config.get("auto_mapping")
+        ours = isinstance(mapping, dict) and "samfast" in mapping
+        if ours or "peft_type" not in config:
+            raise ValueError(f"{TENSORS} has lost its record, or {CONFIG} belongs to another file")
+        method, layers, tensors = peft_format.read_lora(config, tensors)
+        _check_finite(tensors)
+        record = {
+            "method": method.config(),
+            "layers": list(layers),
+            "base": {"name": config.get("base_model_name_or_path")},
+            "base_digest": None,
+            "base_identity": None,
+            "base_dtype": None,
+            "image_size": None,
+            "head": None,
+            "classes": None,
+            "extra": {},
+        }
+        return AdapterFile(folder, record, method, layers, tensors)
+    record = _record(header["samfast"], tensors)
+    if any(key.startswith(peft_format.PREFIX) for key in tensors):
+        tensors = {peft_format.from_key(key): value for key, value in tensors.items()}
+    _check_finite(tensors)
+    method = method_from_config(record["method"])
+    return AdapterFile(folder, record, method, tuple(record["layers"]), tensors)
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    if (name := not_finite(tensors)) is not None:
+        raise ValueError(f"{name} contains NaN or infinity")
+
+
+def _record(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The record of samfast's own file, checked against its tensors."""
+    try:
+        content = json.loads(text)
+        record, stored, version = content["record"], content["sha256"], content["record"]["format"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"the record in {TENSORS} is broken") from None
+    if version != VERSION:
+        raise ValueError(f"its format is {version!r}, and this samfast reads {VERSION}")
+    if digest(record, tensors) != stored:
+        raise ValueError(f"{TENSORS} is damaged: its content does not have its digest")
+    for key, kind in _TYPES.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"its record has {key} {record.get(key)!r}, not a {kind.__name__}")
+    if not all(isinstance(name, str) for name in record["layers"]):
+        raise ValueError("its record has layers that are no names")
+    return record

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters in the file format of Hugging Face PEFT, written and read without importing it.
+
+PEFT names every tensor after its place under ``base_model.model.`` and adds ``.weight`` to lora_A
+and lora_B. Modules that are trained whole ("modules_to_save") keep their own names there.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from samfast.adapters.method import Method
+from samfast.methods.lora.method import Lora
+
+PREFIX = "base_model.model."
+_FACTORS = ("lora_A", "lora_B")
+# PEFT copies a module to train it whole and calls the copy, so it takes none that has no forward.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# Options that change what lora_A and lora_B mean, with the value under which they do not.
+_PLAIN_OPTIONS = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "kasa_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "monteclora_config": None,
+    "rank_pattern": {},
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+# Other initialisations subtract the start from the base weights, which the folder does not hold.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def to_key(name: str) -> str:
+    """PEFT's key of the tensor that the model calls ``name``."""
+    factor = name.rpartition(".")[2] in _FACTORS
+    return f"{PREFIX}{name}.weight" if factor else PREFIX + name
+
+
+def from_key(key: str) -> str:
+    """The model's name of the tensor that PEFT calls ``key``."""
+    name = key.removeprefix(PREFIX)
+    layer, _, leaf = name.rpartition(".")
+    return layer if leaf == "weight" and layer.rpartition(".")[2] in _FACTORS else name
+
+
+def modules_to_save(model: nn.Module, trained: Collection[str]) -> list[str] | None:
+    """Names of the modules whose tensors are exactly ``trained``; None when PEFT has no such list.
+
+    ``trained``: full names of the parameters that are trained beside the adapters. A module that
+    holds an adapter has parameters that are not among them, so it is never in the list.
+    """
+    names = [name for name, _ in model.named_modules()]
+
+    def cover(module: nn.Module, name: str) -> list[str] | None:
+        inside = f"{name}." if name else ""
+        own = [p for p, _ in module.named_parameters()]
+        count = sum(inside + p in trained for p in own)
+        if count == 0:
+            return []
+        callable_alone = name != "" and not isinstance(module, _CONTAINERS)
+        alone = sum(other.endswith(name) for other in names) == 1  # PEFT compares endings
+        if count == len(own) and callable_alone and alone:
+            return [name]
+        if any(inside + p in trained for p, _ in module.named_parameters(recurse=False)):
+            return None
+        parts = [cover(child, inside + leaf) for leaf, child in module.named_children()]
+        return None if None in parts else [entry for part in parts for entry in part]
+
+    return cover(model, "")
+
+
+def lora_config(
+    model: nn.Module, method: Method, layers: Collection[str], trained: Collection[str]
+) -> dict[str, Any] | None:
+    """PEFT's adapter_config.json for such an adapter, None when PEFT cannot express it."""
+    if type(method) is not Lora or method.slices is not None:
+        return None
+    names = [name for name, _ in model.named_modules()]
+    if any(name.endswith(f".{layer}") for layer in layers for name in names):
+        return None
+    whole = modules_to_save(model, trained)
+    if whole is None:
+        return None
+    return {
+        "auto_mapping": {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        },
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": method.rank if method.alpha is None else method.alpha,
+        "lora_dropout": method.dropout,
+        "modules_to_save": whole or None,
+        "peft_type": "LORA",
+        "r": method.rank,
+        "target_modules": sorted(layers),
+        "task_type": None,
+    }
+
+
+def read_lora(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> tuple[Lora, tuple[str, ...], dict[str, torch.Tensor]]:
+    """Method, adapted layers and tensors by the model's names of a folder that PEFT wrote.
+
+    Raises ValueError with the reason when it is no plain LoRA.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"its peft_type is {kind!r}, and of PEFT's methods samfast reads LORA")
+    for option, plain in _PLAIN_OPTIONS.items():
+        value = config.get(option, plain)
+        if value != plain and (value or plain):
+            raise ValueError(f"its option {option} is {value!r}, which samfast does not read")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise ValueError(f"its init_lora_weights is {start!r}, which changes the base weights")
+    tensors = {from_key(key): value for key, value in tensors.items()}
+    layers = sorted({n.rpartition(".")[0] for n in tensors if n.rpartition(".")[2] in _FACTORS})
+    if not layers:
+        raise ValueError("it holds no lora_A and lora_B")
+    method = Lora(
+        rank=config.get("r"),
+        alpha=config.get("lora_alpha"),
+        dropout=config.get("lora_dropout", 0.0),
+        target=tuple(layers),
+    )
+    return method, tuple(layers), tensors

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""segment_anything's attention without its bias tensor and without copies of windows."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samfast.adapters.stand_in import altered, kind_of, left_alone, standing_in
+from samfast.backends import requested, resolve
+from samfast.functional import window_relpos_attention
+from samfast.fused.proof import Attention, objection, signature
+from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.relpos_attention.op import supports
+from samfast.methods.cobot.layer import CobotQkvLora
+from samfast.methods.conv_lora.layer import ConvLoraLinear
+from samfast.methods.kronecker.layer import KroneckerLinear
+from samfast.methods.lora.layer import LoraLinear
+from samfast.methods.lora.qkv_layer import QkvLora
+from samfast.methods.ta_lora.layer import TaskLoraLinear
+
+# Layers that treat every token alone, and give their bias for a token of zeros.
+TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear, TaskLoraLinear)
+
+
+class RelPosAttention(Attention):
+    """Multi-head attention with decomposed relative positions (ViTDet, SAM), fused.
+
+    x: (B, H, W, D) -> (B, H, W, D), as the stock module; or, with ``window``, as the stock
+    module between window_partition and window_unpartition. Parameters, submodules and the state
+    dict are the stock module's.
+
+    Windows run in image order: padding is not projected, and no window is copied. That takes
+    layers that treat every token alone (``window_order`` says what stands against it); otherwise
+    the windows are cut before the projection, as in the stock block.
+
+    backend: which kernel runs the attention, see ``samfast.backends``
+    left_alone: whether the stock forward is to run, in a compiled block that runs its own
+
+    Where the stock class does not compute what it should, see ``samfast.fused.proof``, its own
+    forward runs.
+    """
+
+    backend = "auto"
+    left_alone = False
+
+    @classmethod
+    def from_attention(cls, attention: Attention) -> "RelPosAttention":
+        """A fused module with the Parameters, submodules and hooks of ``attention``."""
+        if type(attention) is not Attention:
+            raise TypeError(
+                f"expected segment_anything's Attention, got {type(attention).__name__}"
+            )
+        return standing_in(cls, attention)
+
+    def forward(self, x: Tensor, window: int | None = None, *more, **others) -> Tensor:
+        """window: side of the windows that attend to themselves; the whole map when None.
+
+        more, others: what a stock class that was changed may take; the fused one takes nothing.
+        """
+        stock = self.left_alone or left_alone(self) or objection(self) is not None
+        if more or others or (stock and (window is None or signature(Attention) != "(self, x)")):
+            return super().forward(x, *(() if window is None else (window,)), *more, **others)
+        if window is not None:
+            return self.forward_windows(x, window)
+        qkv = self.qkv(x)
+        batch, height, width = x.shape[:3]
+        if self.use_rel_pos:
+            qkv = qkv.reshape(batch, height, width, qkv.shape[-1])
+            return self.proj(self._attend(qkv, (height, width)))
+        head_dim = qkv.shape[-1] // (3 * self.num_heads)
+        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(out.transpose(1, 2).reshape(batch, height, width, qkv.shape[3] * head_dim))
+
+    def forward_windows(self, x: Tensor, window: int) -> Tensor:
+        """x (B, H, W, D) in image order, padded with zeros at the bottom and right if need be."""
+        if self.window_order() is None and objection(self) is None:
+            qkv, pad_h, pad_b = self._project(x, window)
+            pads = {"pad_bias": self.qkv.bias, "pad_h": pad_h, "pad_b": pad_b}
+            return self.proj(self._attend(qkv, (window, window), **pads))
+        windows = Windows(*x.shape[:3], window, window)
+        tokens, _ = windows.paste(self.forward(windows.cut(x)))
+        return tokens.view(*x.shape[:3], tokens.shape[1])
+
+    def window_order(self) -> str | None:
+        """None when windows run in image order, or why they are cut before the projection."""
+        if not self.use_rel_pos:
+            return "it has no relative positions"
+        for name in ("qkv", "proj"):
+            layer = getattr(self, name)
+            if altered(layer):
+                return f"{name} has hooks or a forward of its own"
+            if type(layer) in TOKEN_WISE:
+                continue
+            if type(layer) is not ConvLoraLinear or name != "qkv":
+                return f"{name} is {kind_of(layer)}, which may look at whole windows"
+            if not hasattr(layer, "forward_windows"):
+                return f"{name} is {kind_of(layer)}, whose experts see the padded windows"
+        return None
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        if not self.use_rel_pos:
+            return {}
+        sides = [(len(table) + 1) // 2 for table in (self.rel_pos_h, self.rel_pos_w)]
+        table = autocast_input(self.rel_pos_h.detach())
+        q = table.new_empty(0, *sides, self.num_heads, table.shape[1])
+        windows = Windows.whole(0, *sides)
+        try:
+            name = resolve(
+                "relpos_attention", self._backend(), q.device, lambda b: supports(b, q, windows)
+            )
+        except RuntimeError as error:
+            return {"relpos_attention": str(error)}
+        return {"relpos_attention": name}
+
+    def _project(self, x: Tensor, window: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """qkv (B, H, W, 3 · D), and the two factors of its padding beside the bias."""
+        if type(self.qkv) is ConvLoraLinear:
+            return self.qkv.forward_windows(x, window)
+        return self.qkv(x), None, None
+
+    def _attend(self, qkv: Tensor, window: tuple[int, int], **pads: Tensor | None) -> Tensor:
+        return window_relpos_attention(
+            qkv,
+            self.num_heads,
+            window,
+            self.rel_pos_h,
+            self.rel_pos_w,
+            scale=self.scale,
+            backend=self._backend(),
+            **pads,
+        )
+
+    def _backend(self) -> str:
+        name = requested(self.backend)
+        # SAMFAST_BACKEND asks all of a model, but attention has no CUDA source.
+        return "triton" if name == "cuda" and self.backend == "auto" else name
+
+    def extra_repr(self) -> str:
+        text = f"num_heads={self.num_heads}"
+        return text if self.backend == "auto" else f"{text}, backend={self.backend}"

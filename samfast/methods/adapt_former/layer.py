@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaptFormer: a bottleneck beside the MLP of a transformer block."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samfast.adapters.adapter import Adapter
+from samfast.adapters.block_layer import dropout_seed
+from samfast.adapters.checks import check_bottleneck, check_dropout
+from samfast.adapters.stand_in import altered, kind_of, standing_in
+from samfast.backends import requested
+from samfast.functional import adapt_former
+from samfast.integrations import segment_anything
+from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels.adapt_former.engine import backend_of
+from samfast.kernels.sam_block.plan import SidePlan
+
+MLPBlock = segment_anything.load().modeling.common.MLPBlock
+_PARTS = {"adapter_layer_norm_before": nn.LayerNorm, "down_proj": nn.Linear, "up_proj": nn.Linear}
+
+
+@dataclass(frozen=True)
+class BlockSide:
+    """One call's share in a fused block: what stands beside its MLP."""
+
+    plan: SidePlan
+    tensors: list[Tensor | None]
+
+
+class AdaptFormerMlp(Adapter, MLPBlock):
+    """MLP with a bottleneck beside it (AdaptFormer, NeurIPS 2022, as SAM-COBOT places it).
+
+    x: (..., D) -> (..., D) = mlp(x) + drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up
+    adapter_layer_norm_before.{weight, bias}: (D,), ones and zeros
+    down_proj.{weight, bias}: (bottleneck, D), Kaiming uniform, and (bottleneck,), zeros
+    up_proj.{weight, bias}: (D, bottleneck) and (D,), zeros
+
+    All six are float32 (float64 beside a float64 lin1) whatever the MLP's dtype. Dropout acts in
+    training only, on the bottleneck. lin1, lin2 and act are the stock module's.
+    """
+
+    unmergeable = "whose update is not linear"
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        mlp_dim: int,
+        act: type[nn.Module] = nn.GELU,
+        bottleneck: int = 16,
+        dropout: float = 0.1,
+        device=None,
+        dtype=None,
+    ):
+        check_bottleneck(bottleneck)
+        check_dropout(dropout)
+        super().__init__(embedding_dim, mlp_dim, act)
+        self.to(device=device, dtype=dtype)
+        self._add_adapter(bottleneck, dropout)
+
+    @classmethod
+    def from_mlp(
+        cls, mlp: MLPBlock, bottleneck: int = 16, dropout: float = 0.1
+    ) -> "AdaptFormerMlp":
+        """The bottleneck beside ``mlp``, whose lin1, lin2 and act it takes over."""
+        if type(mlp) is not MLPBlock:
+            raise TypeError(f"expected segment_anything's MLPBlock, got {type(mlp).__name__}")
+        cls.check_mlp(mlp)
+        check_bottleneck(bottleneck)
+        check_dropout(dropout)
+        module = standing_in(cls, mlp)
+        module._add_adapter(bottleneck, dropout)
+        return module
+
+    @staticmethod
+    def check_mlp(mlp: MLPBlock) -> None:
+        """Raise ValueError where the result is not as wide as x, which the branch is."""
+        width, out = mlp.lin1.in_features, mlp.lin2.out_features
+        if width != out:
+            raise ValueError(f"the MLP takes {width} features and gives {out}, not as many")
+
+    def _add_adapter(self, bottleneck: int, dropout: float) -> None:
+        weight, width = self.lin1.weight, self.lin1.in_features
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        options = {"device": weight.device, "dtype": wide}
+        self.bottleneck, self.dropout = bottleneck, dropout
+        self.adapter_layer_norm_before = nn.LayerNorm(width, **options)
+        self.down_proj = nn.Linear(width, bottleneck, **options)
+        self.up_proj = nn.Linear(bottleneck, width, **options)
+        for part in _PARTS:
+            getattr(self, part).train(self.training)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        self.adapter_layer_norm_before.reset_parameters()
+        nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
+        for zeros in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(zeros)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (bottleneck, D) and its bias as the branch takes them."""
+        return self.down_proj.weight, self.down_proj.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = super().forward(x)
+        if self.side_problem() is not None:
+            return base + self._in_parts(x).to(base.dtype)
+        norm, up = self.adapter_layer_norm_before, self.up_proj
+        return adapt_former(
+            x, base, norm.weight, norm.bias, *self.factors(), up.weight, up.bias, eps=norm.eps,
+            dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """The branch by its submodules, which may have hooks or be others by now."""
+        like = next(self.adapter_layer_norm_before.parameters(), x)
+        h = self.down_proj(self.adapter_layer_norm_before(x.to(like.dtype)))
+        z = F.relu(self.between(h))
+        return self.up_proj(F.dropout(z, self.dropout, self.training))
+
+    def between(self, h: Tensor) -> Tensor:
+        """What the bottleneck goes through before the ReLU, where ``factors`` is not asked."""
+        return h
+
+    def side_problem(self) -> str | None:
+        """None when the branch is one operation, or why its submodules run one by one."""
+        for name, kind in _PARTS.items():
+            part = getattr(self, name)
+            if type(part) is not kind:
+                return f"{name} is {kind_of(part)}"
+            if altered(part):
+                return f"{name} has hooks or a forward of its own"
+        return None
+
+    def block_side(self, x: Tensor) -> BlockSide:
+        """Its share in a fused block; x as the block's products take it."""
+        dropout = float(self.dropout) if self.training else 0.0
+        norm, up = self.adapter_layer_norm_before, self.up_proj
+        tensors = [norm.weight, norm.bias, *self.factors(), up.weight, up.bias]
+        seed = dropout_seed(dropout, x)
+        return BlockSide(SidePlan(float(norm.eps), dropout), [*tensors, seed])
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.named_parameters():
+            if name.partition(".")[0] in _PARTS:
+                yield name, parameter
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        if self.side_problem() is not None:
+            return {}
+        x = autocast_input(self.lin1.weight.detach()[:0])
+        try:
+            name = backend_of(requested("auto"), x, self.bottleneck, x.dtype)
+        except RuntimeError as error:
+            return {"adapt_former": str(error)}
+        return {"adapt_former": name}
+
+    def extra_repr(self) -> str:
+        return f"bottleneck={self.bottleneck}, dropout={self.dropout}"

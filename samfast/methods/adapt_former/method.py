@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaptFormer and its options."""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from samfast.adapters.checks import check_bottleneck, check_dropout, checked_target
+from samfast.adapters.method import Method
+from samfast.methods.cobot.checks import check_width
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptFormer(Method):
+    """AdaptFormer (NeurIPS 2022) beside the MLPs of transformer blocks, segment_anything's.
+
+    bottleneck: width of the branch
+    dropout: on the bottleneck, in training
+    cobot: the branches' coefficients are related across blocks as in SAM-COBOT (CVPR 2024)
+    target: as in ``Lora``, of MLPs
+    """
+
+    name: ClassVar[str] = "adaptformer"
+
+    bottleneck: int = 16
+    dropout: float = 0.1
+    cobot: bool = False
+    target: str | tuple[str, ...] = "mlp"
+
+    def __post_init__(self):
+        check_bottleneck(self.bottleneck)
+        check_dropout(self.dropout)
+        if not isinstance(self.cobot, bool):
+            raise ValueError(f"cobot is {self.cobot!r}; it must be True or False")
+        if self.cobot:
+            check_width("bottleneck", self.bottleneck)
+        object.__setattr__(self, "target", checked_target(self.target))
+
+    @property
+    def replaces(self) -> "type[nn.Module]":
+        """segment_anything's MLPBlock, which is imported when it is first asked for."""
+        from samfast.methods.adapt_former.layer import MLPBlock
+
+        return MLPBlock
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not AdaptFormer:
+            return False
+        return (self.bottleneck, self.cobot) == (other.bottleneck, other.cobot)
+
+    def check(self, layer: "nn.Module") -> None:
+        from samfast.methods.adapt_former.layer import AdaptFormerMlp
+
+        AdaptFormerMlp.check_mlp(layer)
+
+    def build(self, layers: "dict[str, nn.Module]") -> "dict[str, nn.Module]":
+        """With ``cobot``, in the order of the model, which numbers the layers that share."""
+        options = self.bottleneck, self.dropout
+        if not self.cobot:
+            from samfast.methods.adapt_former.layer import AdaptFormerMlp
+
+            return {name: AdaptFormerMlp.from_mlp(m, *options) for name, m in layers.items()}
+        from samfast.methods.adapt_former.cobot_layer import CobotAdaptFormerMlp
+        from samfast.methods.cobot.layer import relation
+
+        weight = next(iter(layers.values())).lin1.weight
+        shared = relation(self.bottleneck, len(layers), weight)
+        return {
+            name: CobotAdaptFormerMlp.from_mlp(layer, *options, shared, index)
+            for index, (name, layer) in enumerate(layers.items())
+        }
+
+    def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+        if self.cobot:
+            from samfast.methods.cobot.layer import CobotForward
+
+            CobotForward(list(adapted.values())).install(getattr(model, "image_encoder", model))

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaching a method to a model, and what users then do with all adapters at once."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from samfast.adapters.adapter import Adapter, adapters
+from samfast.adapters.attachment import Attachment, attachment, remember
+from samfast.adapters.base_digest import fingerprint
+from samfast.adapters.finite import base_problem
+from samfast.adapters.method import Method
+from samfast.adapters.wrappers import (
+    ENCODER,
+    levels,
+    prefix_of,
+    refuse_new_parameters,
+    unclear,
+    unwrapped,
+)
+from samfast.methods.ta_lora.tasks import numbers_of, set_task
+from samfast.models.heads import stock_state_dict
+
+BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    train: tuple[str, ...] | str = ("mask_decoder",),
+    base_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Freeze a model, put adapters on its target layers, and un-freeze what ``train`` names.
+
+    Works in place and returns the model. Inside a wrapper of one SAM (torch.compile's, Lightning's,
+    a module of one's own) it works on the SAM. Adapted layers share the weights they had; outputs
+    stay the same until training moves the adapters (LoRA and Conv-LoRA start at zero).
+
+    method: for example ``samfast.Lora(rank=4)``. Its ``target`` is a leaf name, matched in
+        ``model.image_encoder`` where there is one and anywhere else otherwise, or a regular
+        expression (whatever is no plain identifier) matched against full module names of the
+        whole model, or a tuple of those.
+    train: names of modules or parameters, each with all that is below it, trained whole beside the
+        adapters; () for adapters alone.
+    base_dtype: cast the frozen tensors of ``model.image_encoder`` (of the whole model where there
+        is none) to float32, bfloat16 or float16. Tensors that are trained keep their dtype and
+        adapters are float32, as are prompt encoder and mask decoder. A module inside the encoder
+        that ``train`` names then needs ``torch.autocast`` around the forward, for its float32
+        weights meet activations of the base's dtype.
+
+    Raises ValueError (TypeError for arguments of a wrong kind) with one sentence, before anything
+    is changed; also for a parameter with NaN or infinity and a persistent buffer with NaN.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method is {method!r}, which is not one of samfast's methods")
+    check_attachable(model, base_dtype)
+    refuse_new_parameters(model)
+    inner, prefix = unwrapped(model), prefix_of(model)
+    layers = find_layers(inner, method, prefix)
+    method.check_model(inner, layers)
+    trained = find_trained(inner, train, prefix)
+    if (problem := base_problem(inner)) is not None:
+        raise ValueError(f"expected a base of finite numbers, but {problem}; load its weights anew")
+    attach_to(inner, method, layers, method.build(layers), trained, base_dtype)
+    return model
+
+
+def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, not a torch.nn.Module")
+    if base_dtype is not None and base_dtype not in BASE_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in BASE_DTYPES)
+        raise ValueError(f"base_dtype is {base_dtype!r}; it must be one of {known}")
+    for name, module in adapters(model).items():
+        raise ValueError(f"{name or 'the model'} already has an adapter, {type(module).__name__}")
+    for level in levels(model):
+        if (attached := attachment(level)) is not None:
+            raise ValueError(f"{attached.method!r} is already attached to the model")
+
+
+def find_layers(model: nn.Module, method: Method, prefix: str = "") -> dict[str, nn.Module]:
+    """The layers that the method's target matches, each checked, by full name.
+
+    prefix: what a wrapper puts before the names; a regular expression may have it or not
+    """
+    targets = (method.target,) if isinstance(method.target, str) else method.target
+    candidates = {n: m for n, m in model.named_modules() if isinstance(m, method.replaces) and n}
+    scope = f"{ENCODER}." if isinstance(getattr(model, ENCODER, None), nn.Module) else ""
+    chosen = set()
+    for target in targets:
+        if target.isidentifier():
+            matched = [
+                name
+                for name in candidates
+                if name.startswith(scope) and name.rpartition(".")[2] == target
+            ]
+        else:
+            matched = [
+                name
+                for name in candidates
+                if re.fullmatch(target, name) or re.fullmatch(target, prefix + name)
+            ]
+        if not matched:
+            raise ValueError(_no_match(target, candidates, scope, method.replaces))
+        chosen.update(matched)
+    layers = {name: module for name, module in candidates.items() if name in chosen}
+    for name, layer in layers.items():
+        check_layer(method, name, layer)
+    return layers
+
+
+def check_layer(method: Method, name: str, layer: nn.Module) -> None:
+    """Raise ValueError, naming the layer, when the method cannot take its place."""
+    if type(layer) is not method.replaces:
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}, whose forward {method.name} would lose; only a "
+            f"plain {method.replaces.__name__} can be adapted"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        raise ValueError(f"{name} has hooks, which would be lost; remove them before attaching")
+    try:
+        method.check(layer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _no_match(
+    target: str, candidates: dict[str, nn.Module], scope: str, kind: type[nn.Module]
+) -> str:
+    what = "linear layer" if kind is nn.Linear else kind.__name__
+    examples = {}
+    for name in candidates:
+        if name.startswith(scope) or not target.isidentifier():
+            examples.setdefault(name.rpartition(".")[2], name)
+    where = f" in {scope[:-1]}" if scope and target.isidentifier() else ""
+    if not examples:
+        return f"target {target!r} matches no layer{where}, which has no {what} at all"
+    some = ", ".join(list(examples.values())[:4])
+    return f"target {target!r} matches no layer{where}; {what}s there are {some}"
+
+
+def find_trained(model: nn.Module, train: tuple[str, ...] | str, prefix: str = "") -> set[str]:
+    """Full names of the parameters that the entries of ``train`` stand for, with prefix or not."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    trained = set()
+    for entry in (train,) if isinstance(train, str) else tuple(train):
+        if not isinstance(entry, str) or not entry:
+            raise ValueError(f"train has {entry!r}, which is not the name of a module or parameter")
+        inner = entry.removeprefix(prefix)
+        matched = [name for name in names if name == inner or name.startswith(f"{inner}.")]
+        if not matched:
+            parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+            raise ValueError(
+                f"train names {entry!r}, which has no parameters in this model; its parts are "
+                f"{parts}; train=() trains the adapters alone"
+            )
+        trained.update(matched)
+    return trained
+
+
+def attach_to(
+    model: nn.Module,
+    method: Method,
+    layers: dict[str, nn.Module],
+    adapted: dict[str, nn.Module],
+    trained: set[str],
+    base_dtype: torch.dtype | None,
+) -> nn.Module:
+    """``attach`` once everything is found, checked and built: put ``adapted`` over ``layers``."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    for name in trained:
+        parameters[name].requires_grad_(True)
+    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    fingerprints = {} if base_dtype is None else _cast_frozen(model, base_dtype)
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    for name, module in adapted.items():
+        if base_dtype is not None:  # adapters of a float64 base that is float64 no longer
+            for _, parameter in module.adapter_parameters():
+                parameter.data = parameter.data.float()
+        for place in places[id(layers[name])]:
+            parent, _, leaf = place.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module)
+    method.attached(model, adapted)
+    remember(model, Attachment(method, tuple(layers), trained, base_dtype, fingerprints))
+    return model
+
+
+def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
+    """Cast the encoder's frozen floating tensors; fingerprints that the cast would change."""
+    scope = ENCODER if isinstance(getattr(model, ENCODER, None), nn.Module) else ""
+    prefix = f"{scope}." if scope else ""
+    encoder = model.get_submodule(scope)
+    before = {}
+
+    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if dtype == torch.float16:  # bfloat16 of a float16 is not always bfloat16 of the original
+            before[prefix + name] = fingerprint(tensor)
+        return tensor.to(dtype)
+
+    for name, parameter in encoder.named_parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = cast(name, parameter.data)
+    for path, module in encoder.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue  # a trained norm keeps its statistics beside its weights
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module._buffers[leaf] = cast(f"{path}.{leaf}" if path else leaf, buffer)
+    return before
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(full name, parameter) of all that require a gradient, shared ones once."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    *,
+    relation_lr: float | None = None,
+) -> list[dict]:
+    """Groups for an optimizer: weight decay on matrices and convolutions, none on vectors.
+
+    Biases, norms and other one-dimensional parameters get no decay, as users expect; adapters
+    are matrices and get it. Groups without parameters are left out.
+
+    relation_lr: learning rate of what ``Adapter.relation_parameters`` lists, in groups of their own
+        behind the others; SAM-COBOT's relation, coefficients and heads, which one of its authors'
+        scripts trains at 100 times the rate of the rest. None: ``lr``, and no groups of their own
+
+    Raises ValueError for a ``relation_lr`` that is no rate, or where no adapter has a relation.
+    """
+    if relation_lr is not None and not _is_rate(relation_lr):
+        raise ValueError(f"relation_lr is {relation_lr!r}; it must be a finite number, 0 or above")
+    layers = adapters(model).values()
+    biases = {id(bias) for layer in layers for bias in layer.biases()}
+    related = {id(p) for layer in layers for p in layer.relation_parameters()}
+    if relation_lr is not None and not related:
+        raise ValueError(f"relation_lr is {relation_lr}, but no adapter here has a relation")
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (relation, vector): [] for relation in (False, True) for vector in (False, True)
+    }
+    for _, parameter in trainable_parameters(model):
+        relation = relation_lr is not None and id(parameter) in related
+        vector = parameter.ndim < 2 or id(parameter) in biases
+        kinds[relation, vector].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": relation_lr if relation else lr,
+            "weight_decay": 0.0 if vector else weight_decay,
+        }
+        for (relation, vector), parameters in kinds.items()
+        if parameters
+    ]
+
+
+def _is_rate(value: float) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value < float("inf")
+
+
+def merge(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
+    """Fold every adapter into its layer's weight, in place: from then on no adapter costs time.
+
+    The model predicts only; ``unmerge`` puts back the weights, bit for bit. state_dict and
+    ``save_adapter`` give the same tensors in both states. Merging again folds the adapters'
+    present values anew.
+
+    task: of an adapter for several tasks, the one whose update is folded; None is the one that is
+        set. Raises ValueError when several are set, or the adapter has no tasks.
+    """
+    layers = _mergeable(model)
+    if task is not None:
+        numbers_of(model, task)  # before anything is changed
+        unmerge(model)
+        set_task(model, task)
+    for layer in layers:
+        layer.merge()
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo ``merge``; layers that are not merged stay as they are."""
+    for layer in _mergeable(model):
+        layer.unmerge()
+    return model
+
+
+def _mergeable(model: nn.Module) -> list[Adapter]:
+    found = adapters(unwrapped(model))
+    if not found:
+        raise ValueError(f"this {type(unwrapped(model)).__name__} has no adapter{unclear(model)}")
+    for name, layer in found.items():
+        if not hasattr(layer, "merge"):
+            raise ValueError(f"{name} is a {type(layer).__name__}, {layer.unmergeable}")
+    return list(found.values())
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the plain model with all adapters folded in; the model stays as it is.
+
+    Its names are those of the model before ``attach``, so a stock model loads it; a binary head
+    is written back into SAM's decoder as ``samfast.models.stock_state_dict`` does.
+    """
+    model = unwrapped(model)
+    layers = _mergeable(model)
+    was_merged = [layer.merged for layer in layers]
+    state = model.state_dict()
+    for name, layer in adapters(model).items():
+        for added, _ in layer.adapter_state():
+            state.pop(f"{name}.{added}" if name else added)
+        layer.merge()
+        state[f"{name}.weight" if name else "weight"] = layer.weight.detach()
+    for layer, merged in zip(layers, was_merged, strict=True):
+        if not merged:
+            layer.unmerge()
+    return stock_state_dict(model, state)

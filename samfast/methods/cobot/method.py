@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM-COBOT on LoRA and its options."""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from samfast.adapters.checks import checked_target
+from samfast.adapters.method import Method
+from samfast.methods.cobot.checks import check_width
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class CobotLora(Method):
+    """SAM-COBOT (CVPR 2024) on LoRA of q and v: coefficients that all blocks share, and heads.
+
+    rank: of the updates, which are unscaled; four must divide it
+    zero_start: start at the frozen model, with B zeros; as published it starts off it
+    target: as in ``Lora``, of packed qkv layers
+    """
+
+    name: ClassVar[str] = "cobot-lora"
+
+    rank: int = 4
+    zero_start: bool = False
+    target: str | tuple[str, ...] = "qkv"
+
+    def __post_init__(self):
+        check_width("rank", self.rank)
+        if not isinstance(self.zero_start, bool):
+            raise ValueError(f"zero_start is {self.zero_start!r}; it must be True or False")
+        object.__setattr__(self, "target", checked_target(self.target))
+
+    def same_update(self, other: Method) -> bool:
+        return type(other) is CobotLora and self.rank == other.rank
+
+    def check(self, layer: "nn.Linear") -> None:
+        from samfast.methods.cobot.layer import CobotQkvLora
+
+        if layer.out_features != 3 * layer.in_features:
+            raise ValueError(
+                f"a packed qkv layer has three outputs for each input, but this one has "
+                f"{layer.out_features} for {layer.in_features}"
+            )
+        CobotQkvLora.check_sizes(layer.in_features, layer.out_features, self.rank)
+
+    def build(self, layers: "dict[str, nn.Module]") -> "dict[str, nn.Module]":
+        """In the order of the model, which numbers the slices: q and v of each layer."""
+        from samfast.methods.cobot.layer import CobotQkvLora, relation
+
+        weight = next(iter(layers.values())).weight
+        shared = relation(self.rank, 2 * len(layers), weight)
+        return {
+            name: CobotQkvLora.from_linear(layer, self.rank, shared, index, self.zero_start)
+            for index, (name, layer) in enumerate(layers.items())
+        }
+
+    def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+        from samfast.methods.cobot.layer import CobotForward
+
+        CobotForward(list(adapted.values())).install(getattr(model, "image_encoder", model))

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conv-LoRA on a whole linear layer."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from samfast.adapters.adapted_linear import AdaptedLinear
+from samfast.adapters.block_layer import BlockLayer, dropout_seed
+from samfast.adapters.checks import check_alpha, check_dropout, check_linear_rank
+from samfast.adapters.latest_loss import LatestLoss, recomputing
+from samfast.adapters.published import Published, PublishedNames
+from samfast.backends import requested, resolve
+from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.conv_experts.conv_lora import (
+    COEFFICIENT,
+    conv_lora_linear,
+    middle_key,
+    part_backend,
+)
+from samfast.kernels.conv_experts.op import MAX_RATIO
+from samfast.kernels.conv_experts.op import check_experts as check_kernels
+from samfast.kernels.conv_experts.op import supports as experts_supports
+from samfast.kernels.expert_gate.op import check_gate, draw_noise
+from samfast.kernels.expert_gate.op import supports as gate_supports
+from samfast.kernels.lora_linear.op import supports as lora_supports
+from samfast.kernels.sam_block.plan import LayerPlan
+from samfast.methods.conv_lora.checks import check_choice, check_depthwise, check_experts
+
+_GATE = "lora_moe_gating."
+_CONSTANTS = {f"{_GATE}mean": 0.0, f"{_GATE}std": 1.0}  # of the gate's noise
+_RENAMED = {"w_gate": f"{_GATE}w_gate", "w_noise": f"{_GATE}w_noise"}
+_PACKED = {"expert_weight": "weight", "expert_bias": "bias"}
+
+
+def checked_ratios(ratios: Sequence[int] | None, experts: int) -> tuple[int, ...]:
+    """The experts' enlargements, 1, 2, … when None; ValueError when they do not fit."""
+    if ratios is None:
+        return tuple(range(1, experts + 1))
+    if not isinstance(ratios, (tuple, list)) or len(ratios) != experts:
+        raise ValueError(f"ratios is {ratios!r}; it must have one entry for each of {experts}")
+    for ratio in ratios:
+        whole = isinstance(ratio, int) and not isinstance(ratio, bool)
+        if not whole or not 1 <= ratio <= MAX_RATIO:
+            raise ValueError(
+                f"ratios has {ratio!r}; each must be a whole number from 1 to {MAX_RATIO}"
+            )
+    return tuple(ratios)
+
+
+class ConvLoraLinear(PublishedNames, AdaptedLinear):
+    """Linear layer whose low-rank update passes a routed convolution (Conv-LoRA, ICLR 2024).
+
+    x: (N, H, W, in_features), or (N, H·W, in_features) -> (…, out_features)
+    y = x Wᵀ + b + alpha/rank · (h + E(h)) Bᵀ with h = drop(x) Aᵀ seen as N maps of H × W. A gate
+    picks one expert for each map: E enlarges the map by the expert's ratio, convolves it 3 × 3,
+    applies GELU and shrinks it back.
+
+    lora_A: (rank, in_features), Kaiming uniform   lora_B: (out_features, rank), zeros
+    expert_weight: (experts, rank, rank, 3, 3), or (experts, rank, 1, 3, 3) when depthwise, each
+        expert as nn.Conv2d starts   expert_bias: (experts, rank), zeros
+    w_gate, w_noise: (rank, experts), zeros
+
+    All are float32 (float64 beside a float64 weight). The state dict has the published names:
+    lora_moe_experts.{i}.0.weight and .bias, lora_moe_gating.w_gate, w_noise, mean and std.
+
+    ratios: of the experts, 1, 2, … by default   top_k, formula: what is not the default runs on
+    plain autograd: several experts by their gate values, or "paper", the article's
+    Σ gate · conv without skip and GELU.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 3,
+        alpha: float | None = 32,
+        experts: int = 8,
+        *,
+        ratios: Sequence[int] | None = None,
+        depthwise: bool = False,
+        dropout: float = 0.0,
+        top_k: int = 1,
+        formula: str = "code",
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        self.check_sizes(in_features, out_features, rank)
+        check_alpha(alpha)
+        check_experts(experts)
+        ratios = checked_ratios(ratios, experts)
+        check_depthwise(depthwise)
+        check_dropout(dropout)
+        check_choice(top_k, experts, formula)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.rank = rank
+        self.alpha = rank if alpha is None else alpha
+        self.experts = experts
+        self.ratios = ratios
+        self.depthwise = depthwise
+        self.dropout = dropout
+        self.top_k = top_k
+        self.formula = formula
+        self.add_adapter(
+            lora_A=(rank, in_features),
+            lora_B=(out_features, rank),
+            expert_weight=(experts, rank, 1 if depthwise else rank, 3, 3),
+            expert_bias=(experts, rank),
+            w_gate=(rank, experts),
+            w_noise=(rank, experts),
+        )
+        self._latest = LatestLoss()
+        self.reset_adapter()
+
+    check_sizes = staticmethod(check_linear_rank)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 3,
+        alpha: float | None = 32,
+        experts: int = 8,
+        *,
+        ratios: Sequence[int] | None = None,
+        depthwise: bool = False,
+        dropout: float = 0.0,
+        top_k: int = 1,
+        formula: str = "code",
+    ) -> "ConvLoraLinear":
+        """Conv-LoRA around ``linear``, with the same weight and bias Parameters."""
+        return cls._from_linear(
+            linear,
+            rank=rank,
+            alpha=alpha,
+            experts=experts,
+            ratios=ratios,
+            depthwise=depthwise,
+            dropout=dropout,
+            top_k=top_k,
+            formula=formula,
+        )
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def reset_adapter(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        for kernel in self.expert_weight:
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        for zeros in (self.expert_bias, self.w_gate, self.w_noise):
+            nn.init.zeros_(zeros)
+
+    def forward(
+        self,
+        x: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        expert_index: Tensor | None = None,
+        return_aux: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y, or (y, balancing loss) with ``return_aux``; ``samfast.aux_loss`` has the loss too.
+
+        size: (H, W) of the maps when x is (N, H·W, in_features) and they are not square
+        noise: (N, experts), the gate's standard normal draw in training; drawn on x's
+            device, with ``generator`` where there is one, when it is not given
+        expert_index: (N,) int64, a choice that replaces the gate's
+
+        Raises ValueError when x is not of that shape or noise is given outside training.
+        """
+        if generator is not None and recomputing():
+            raise RuntimeError(
+                "a checkpoint runs this forward again, but its generator has moved on; draw the "
+                "noise before and give it as noise="
+            )
+        windows = self._windows(x, size)
+        if self.training and noise is None:
+            noise = draw_noise(x, windows.samples, self.experts, generator)
+        elif noise is not None and not self.training:
+            raise ValueError("noise is given, but the gate draws none outside training")
+        y, _, aux = self._run(x, windows, noise, expert_index)
+        return (y, aux) if return_aux else y
+
+    def forward_windows(self, x: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer on windows of images, without cutting them out: y, pad_h and pad_b.
+
+        x: (B, H, W, in_features), images in which gate and experts see window × window maps, zeros
+            where these stand over at the bottom and right -> y: (B, H, W, out_features)
+        A row of y for the padding is bias + pad_h pad_bᵀ, pad_h (B · pads, rank) image by image,
+        line by line, pad_b (out_features, rank).
+        """
+        windows = Windows(*x.shape[:3], window, window)
+        noise = None
+        if self.training:
+            noise = draw_noise(x, windows.samples, self.experts, None)
+        y, z_pad, _ = self._run(x, windows, noise, None)
+        return y, z_pad, self.scaling * self.lora_B
+
+    def block_problem(self) -> str | None:
+        """Why this layer cannot take part in a fused block, None when it can."""
+        if self.top_k > 1 or self.formula != "code":
+            return f"has top_k={self.top_k} and formula={self.formula!r}, for the reference alone"
+        return None
+
+    def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
+        """Its share in a fused block; x as the block's products take it."""
+        dropout = float(self.dropout) if self.training else 0.0
+        params = [self.expert_weight, self.expert_bias, self.w_gate, self.w_noise]
+        groups = self.rank if self.depthwise else 1
+        check_kernels(self.lora_A.shape[0], *params[:2], self.ratios, groups)
+        noise = draw_noise(x, windows.samples, self.experts, None) if self.training else None
+        check_gate(windows.samples, self.lora_A.shape[0], *params[2:], noise, None)
+        if self.training:
+            params.append(noise)
+        plan = LayerPlan(
+            adapted=True,
+            scaling=float(self.scaling),
+            dropout=dropout,
+            middle=middle_key(self.ratios, COEFFICIENT, requested("auto")),
+            flags=(int(self.training), 0),
+            params=len(params),
+        )
+        seed = dropout_seed(dropout, x)
+        factors = (self.weight, self.bias, self.lora_A, self.lora_B)
+        return BlockLayer(*factors, plan, seed, tuple(params), self._keep)
+
+    def _keep(self, aux: Tensor, y: Tensor) -> Tensor:
+        trained = (self.lora_A, self.w_gate, self.w_noise)
+        return self._latest.keep(aux, y, self.training, any(p.requires_grad for p in trained))
+
+    def _run(self, x, windows: Windows, noise, expert_index) -> tuple[Tensor, Tensor, Tensor]:
+        """y, z_pad and the balancing loss, which is kept for ``samfast.aux_loss``."""
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace and torch.onnx.export would keep the experts that the example "
+                "chose; use torch.export.export, which takes Conv-LoRA"
+            )
+        y, aux, z_pad = conv_lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.expert_weight,
+            self.expert_bias,
+            self.w_gate,
+            self.w_noise,
+            self.scaling,
+            self.ratios,
+            windows=windows,
+            noise=noise,
+            expert_index=expert_index,
+            dropout=self.dropout if self.training else 0.0,
+            top_k=self.top_k,
+            formula=self.formula,
+            return_pads=True,
+        )
+        return self._keep(aux, y), z_pad, aux
+
+    def _windows(self, x: Tensor, size: tuple[int, int] | None) -> Windows:
+        shape = tuple(x.shape)
+        if x.dim() in (3, 4) and 0 in shape[1:-1]:
+            raise ValueError(f"x has shape {shape}, maps without pixels")
+        if size is not None and (len(size) != 2 or not all(type(n) is int for n in size)):
+            raise ValueError(f"size is {size!r}; it must be two whole numbers, (H, W)")
+        if x.dim() == 4:
+            if size is not None and tuple(size) != shape[1:3]:
+                raise ValueError(f"x has shape {shape}, whose maps are not {tuple(size)}")
+            return Windows.whole(*shape[:3])
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {shape}, but must be (N, H, W, D) or (N, L, D)")
+        length = shape[1]
+        if size is None:
+            side = int(length**0.5 + 0.5)  # not isqrt, which torch.compile cannot trace
+            if side * side != length:
+                raise ValueError(
+                    f"x has shape {shape}, and {length} tokens are no square map; give its size"
+                )
+            return Windows.whole(shape[0], side, side)
+        height, width = size
+        if height < 1 or width < 1 or height * width != length:
+            raise ValueError(f"x has {length} tokens, which are no map of {height} × {width}")
+        return Windows.whole(shape[0], height, width)
+
+    def latest_loss(self) -> LatestLoss:
+        return self._latest
+
+    def biases(self) -> Iterator[nn.Parameter]:
+        yield self.expert_bias
+
+    def adapter_state(self) -> Iterator[tuple[str, Tensor]]:
+        return self.published_state()
+
+    def constants(self) -> dict[str, float]:
+        return _CONSTANTS
+
+    def state_problem(self, state: Mapping[str, Tensor]) -> str | None:
+        for name, value in _CONSTANTS.items():
+            given = state.get(name)
+            if given is not None and not given.is_meta and not bool((given == value).all()):
+                return f"{name} is {given.tolist()}, but the gate's noise is standard normal"
+        return None
+
+    def published(self) -> Published:
+        names = {name: ([key], self.get_parameter(name).shape) for name, key in _RENAMED.items()}
+        for name, leaf in _PACKED.items():
+            keys = [f"lora_moe_experts.{i}.0.{leaf}" for i in range(self.experts)]
+            names[name] = keys, self.get_parameter(name).shape[1:]
+        return names
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        operations = ("lora_linear", "conv_experts", "expert_gate")
+        asked = requested("auto")
+        if self.top_k > 1 or self.formula != "code":
+            if asked in ("auto", "reference"):
+                return dict.fromkeys(operations, "reference")
+            only = f"top_k={self.top_k} with formula={self.formula!r} runs on the reference alone"
+            return dict.fromkeys(operations, only)
+        x = autocast_input(self.weight.detach()[:0])
+        h = x.new_empty(0, self.rank)
+        supported = {
+            "lora_linear": lambda b: lora_supports(b, x, self.lora_A, self.lora_B),
+            "conv_experts": lambda b: experts_supports(b, h, self.expert_weight),
+            "expert_gate": lambda b: gate_supports(b, h, self.w_gate),
+        }
+        found = {}
+        for name, supports in supported.items():
+            backend = part_backend(name, asked)
+            try:
+                found[name] = resolve(name, backend, x.device, supports)
+            except RuntimeError as error:
+                found[name] = str(error)
+        return found
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"
+        text += f", experts={self.experts}"
+        if self.ratios != checked_ratios(None, self.experts):
+            text += f", ratios={self.ratios}"
+        for name, default in (
+            ("depthwise", False),
+            ("dropout", 0.0),
+            ("top_k", 1),
+            ("formula", "code"),
+        ):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text

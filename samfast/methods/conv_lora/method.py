@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conv-LoRA and its options."""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from samfast.adapters.checks import check_alpha, check_dropout, check_rank, checked_target
+from samfast.adapters.method import Method
+from samfast.methods.conv_lora.checks import check_choice, check_depthwise, check_experts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvLora(Method):
+    """Conv-LoRA (ICLR 2024) on linear layers that see maps of tokens.
+
+    rank, alpha: the update is scaled by alpha / rank; alpha None means alpha = rank
+    experts: number of convolutions, the i-th on the map enlarged i times
+    depthwise: each channel of the bottleneck has a convolution of its own
+    dropout: on the adapter's input, in training
+    target: as in ``Lora``
+    top_k: experts that a map passes   formula: "code", what the authors run, or "paper", what
+        their article writes; other choices than 1 and "code" are slow
+    """
+
+    name: ClassVar[str] = "conv-lora"
+
+    rank: int = 3
+    alpha: float | None = 32
+    experts: int = 8
+    depthwise: bool = False
+    dropout: float = 0.0
+    target: str | tuple[str, ...] = "qkv"
+    top_k: int = 1
+    formula: str = "code"
+
+    def __post_init__(self):
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        check_experts(self.experts)
+        check_depthwise(self.depthwise)
+        check_dropout(self.dropout)
+        check_choice(self.top_k, self.experts, self.formula)
+        object.__setattr__(self, "target", checked_target(self.target))
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not ConvLora:
+            return False
+        mine, theirs = (
+            (m.rank, (m.alpha or m.rank) / m.rank, m.experts, m.depthwise, m.top_k, m.formula)
+            for m in (self, other)
+        )
+        return mine == theirs
+
+    def check(self, layer: "nn.Linear") -> None:
+        from samfast.methods.conv_lora.layer import ConvLoraLinear
+
+        ConvLoraLinear.check_sizes(layer.in_features, layer.out_features, self.rank)
+
+    def wrap(self, layer: "nn.Linear") -> "nn.Module":
+        from samfast.methods.conv_lora.layer import ConvLoraLinear
+
+        return ConvLoraLinear.from_linear(
+            layer,
+            self.rank,
+            self.alpha,
+            self.experts,
+            depthwise=self.depthwise,
+            dropout=self.dropout,
+            top_k=self.top_k,
+            formula=self.formula,
+        )

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the number of Kronecker products; they need no torch."""
+
+
+def check_n(n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n is {n!r}; it must be a whole number of at least 1")
+
+
+def check_divides(n: int, in_features: int, out_features: int) -> None:
+    """Raise ValueError when a layer of this size has no n × n parts."""
+    check_n(n)
+    for size, what in ((in_features, "inputs"), (out_features, "outputs")):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"a linear layer has a whole number of {what} above 0, not {size!r}")
+        if size % n:
+            raise ValueError(f"n is {n}, which does not divide the {size} {what} of a linear layer")

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sum of Kronecker products of low rank beside a linear layer, as LoRA runs it."""
+
+import torch
+from torch import Tensor, nn
+
+from samfast.adapters.checks import check_alpha, check_dropout, check_rank
+from samfast.adapters.low_rank import LowRankLinear
+from samfast.backends import requested
+from samfast.functional import kronecker_factors, kronecker_weight, lora_linear
+from samfast.kernels.hypercomplex.factors import factors_backend
+from samfast.kernels.sam_block.plan import LayerPlan
+from samfast.methods.kronecker.checks import check_divides
+
+
+class KroneckerLinear(LowRankLinear):
+    """Linear layer with a low-rank PHM update (Compacter, Mahabadi et al. 2021, on the weight).
+
+    x: (..., in_features) -> (..., out_features) = x Wᵀ + b + alpha/rank · drop(x) ΔWᵀ,
+    ΔW = Σ_i kron_rules_i ⊗ (kron_left_i kron_right_iᵀ)
+
+    kron_rules: (n, n, n), uniform of variance 1/n   kron_left: (n, out_features/n, rank), zeros
+    kron_right: (n, in_features/n, rank), Kaiming uniform
+
+    The update is LoRA of rank n · n · rank whose factors are made of these; all that LoRA's layers
+    do and where they run is the same. All three are float32 (float64 beside a float64 weight).
+    ``alpha`` None means alpha = rank. Dropout acts in training only, on the adapter's input.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        n: int = 4,
+        rank: int = 1,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        self.check_sizes(in_features, out_features, n, rank)
+        check_alpha(alpha)
+        check_dropout(dropout)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.n = n
+        self.rank = rank
+        self.alpha = rank if alpha is None else alpha
+        self.dropout = dropout
+        self.add_adapter(
+            kron_rules=(n, n, n),
+            kron_left=(n, out_features // n, rank),
+            kron_right=(n, in_features // n, rank),
+        )
+        self.reset_adapter()
+
+    @staticmethod
+    def check_sizes(in_features: int, out_features: int, n: int, rank: int) -> None:
+        check_divides(n, in_features, out_features)
+        check_rank(rank)
+        if rank > min(in_features, out_features) // n:
+            raise ValueError(
+                f"rank {rank} is above {min(in_features, out_features) // n}, the smaller side of "
+                f"the {n} x {n} parts of a linear layer with {in_features} inputs and "
+                f"{out_features} outputs"
+            )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        n: int = 4,
+        rank: int = 1,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+    ) -> "KroneckerLinear":
+        """The update beside ``linear``, with the same weight and bias Parameters."""
+        return cls._from_linear(linear, n=n, rank=rank, alpha=alpha, dropout=dropout)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def reset_adapter(self) -> None:
+        reset_rules(self.kron_rules)
+        # As the rows of LoRA's A, of which a part sees in_features / n inputs.
+        bound = self.kron_right.shape[1] ** -0.5
+        nn.init.uniform_(self.kron_right, -bound, bound)
+        nn.init.zeros_(self.kron_left)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "kron_left" in self._parameters:  # nn.Linear calls this before the adapter exists
+            self.reset_adapter()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return kronecker_factors(self.kron_rules, self.kron_left, self.kron_right)
+
+    def delta_weight(self) -> Tensor:
+        wide = torch.promote_types(self.kron_rules.dtype, torch.float32)
+        rules, *pair = (t.to(wide) for t in (self.kron_rules, self.kron_left, self.kron_right))
+        return kronecker_weight(rules, pair, scaling=self.scaling)
+
+    def forward_adapted(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(
+            x, self.weight, self.bias, *self.factors(), self.scaling, dropout=dropout
+        )
+
+    def layer_plan(self, dropout: float) -> LayerPlan:
+        return LayerPlan(adapted=True, scaling=float(self.scaling), dropout=float(dropout))
+
+    def backends(self) -> dict[str, str]:
+        like = self.kron_left
+        try:
+            own = factors_backend(requested("auto"), like.device, like.dtype)
+        except RuntimeError as error:
+            return {"kronecker_factors": str(error)}
+        return {**super().backends(), "kronecker_factors": own}
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, n={self.n}, rank={self.rank}, alpha={self.alpha}"
+        text += f", dropout={self.dropout}" if self.dropout else ""
+        return text + (", merged" if self.merged else "")
+
+
+def reset_rules(rules: Tensor) -> None:
+    """Uniform of variance 1/n: a sum over n terms keeps the variance of what they mix."""
+    bound = (3 / rules.shape[1]) ** 0.5
+    nn.init.uniform_(rules, -bound, bound)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kronecker products on linear layers and their options."""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from samfast.adapters.checks import check_alpha, check_dropout, check_rank, checked_target
+from samfast.adapters.method import Method
+from samfast.methods.kronecker.checks import check_n
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker(Method):
+    """Sums of Kronecker products of low rank on linear layers (PHM, Compacter), from zero on.
+
+    n: number of products, and side of their rules; it divides the layers' sizes
+    rank: of the large factor of each product; the update is LoRA's of rank n · n · rank
+    alpha: the update is scaled by alpha / rank; None means alpha = rank
+    dropout: on the adapter's input, in training
+    target: as in ``Lora``
+    """
+
+    name: ClassVar[str] = "kronecker"
+
+    n: int = 4
+    rank: int = 1
+    alpha: float | None = None
+    dropout: float = 0.0
+    target: str | tuple[str, ...] = ("qkv", "proj")
+
+    def __post_init__(self):
+        check_n(self.n)
+        check_rank(self.rank)
+        check_alpha(self.alpha)
+        check_dropout(self.dropout)
+        object.__setattr__(self, "target", checked_target(self.target))
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not Kronecker:
+            return False
+        mine, theirs = ((m.n, m.rank, (m.alpha or m.rank) / m.rank) for m in (self, other))
+        return mine == theirs
+
+    def check(self, layer: "nn.Linear") -> None:
+        from samfast.methods.kronecker.layer import KroneckerLinear
+
+        KroneckerLinear.check_sizes(layer.in_features, layer.out_features, self.n, self.rank)
+
+    def wrap(self, layer: "nn.Linear") -> "nn.Module":
+        from samfast.methods.kronecker.layer import KroneckerLinear
+
+        return KroneckerLinear.from_linear(layer, self.n, self.rank, self.alpha, self.dropout)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on chosen slices of a packed query-key-value layer."""
+
+import math
+
+import torch
+from torch import nn
+
+from samfast.adapters.checks import QKV, check_dropout, check_rank, checked_slices
+from samfast.adapters.low_rank import LowRankLinear
+from samfast.functional import lora_linear
+from samfast.kernels.sam_block.plan import LayerPlan
+
+
+class QkvLora(LowRankLinear):
+    """A packed qkv layer whose query, key or value outputs each get a LoRA of their own.
+
+    x: (..., in_features) -> (..., out_features) = x Wᵀ + b; on every chosen slice i of length
+    L = out_features / 3 it adds drop(x) A_iᵀ B_iᵀ, without any scaling (the form of SAMed and of
+    SAM-COBOT's baseline).
+
+    lora_A: (n·rank, in_features), the n slices' A below each other, each Kaiming uniform
+    lora_B: (n·L, rank), the slices' B below each other, zeros
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        slices: tuple[str, ...] = ("q", "v"),
+        dropout: float = 0.0,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        self.check_sizes(in_features, out_features, rank)
+        slices = checked_slices(slices)
+        check_dropout(dropout)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.rank = rank
+        self.slices = slices
+        self.dropout = dropout
+        n, length = len(slices), out_features // 3
+        self.ranges = tuple((QKV.index(s) * length, (QKV.index(s) + 1) * length) for s in slices)
+        self.add_adapter(lora_A=(n * rank, in_features), lora_B=(n * length, rank))
+        self.reset_adapter()
+
+    @staticmethod
+    def check_sizes(in_features: int, out_features: int, rank: int) -> None:
+        check_rank(rank)
+        if out_features % 3:
+            raise ValueError(
+                f"a packed qkv layer has three equal parts, but {out_features} outputs do not "
+                "divide by 3"
+            )
+        if rank > min(in_features, out_features // 3):
+            raise ValueError(
+                f"rank {rank} is above {min(in_features, out_features // 3)}, the smaller side of "
+                f"a qkv slice with {in_features} inputs and {out_features // 3} outputs"
+            )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        slices: tuple[str, ...] = ("q", "v"),
+        dropout: float = 0.0,
+    ) -> "QkvLora":
+        """Sliced LoRA around a packed qkv layer, with the same weight and bias Parameters."""
+        return cls._from_linear(linear, rank=rank, slices=slices, dropout=dropout)
+
+    def reset_adapter(self) -> None:
+        # The bound depends on the number of inputs alone, so one call fills every slice's A.
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def delta_weight(self) -> torch.Tensor:
+        a, b = self.factors()
+        wide = torch.promote_types(a.dtype, torch.float32)
+        n, length = len(self.slices), self.out_features // 3
+        a = a.to(wide).view(n, self.rank, self.in_features)
+        b = b.to(wide).view(n, length, self.rank)
+        delta = a.new_zeros(self.out_features, self.in_features)
+        for (start, stop), part in zip(self.ranges, b @ a, strict=True):
+            delta[start:stop] = part
+        return delta
+
+    def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            *self.factors(),
+            1.0,
+            dropout=dropout,
+            slices=self.ranges,
+        )
+
+    def layer_plan(self, dropout: float) -> LayerPlan:
+        starts = tuple(start for start, _ in self.ranges)
+        own = len(starts) > 1
+        return LayerPlan(adapted=True, dropout=float(dropout), starts=starts, own=own)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, rank={self.rank}, slices={','.join(self.slices)}"
+        text += f", dropout={self.dropout}" if self.dropout else ""
+        return text + (", merged" if self.merged else "")

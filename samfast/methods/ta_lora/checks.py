@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of TA-LoRA's options; they need no torch."""
+
+Ranks = tuple[int, int, int]
+
+
+def check_tasks(tasks: int) -> None:
+    if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
+        raise ValueError(f"tasks is {tasks!r}; it must be a whole number of at least 1")
+
+
+def check_ranks(ranks: Ranks) -> None:
+    whole = isinstance(ranks, (tuple, list)) and len(ranks) == 3
+    if not whole or any(type(rank) is not int or rank < 1 for rank in ranks):
+        raise ValueError(f"ranks is {ranks!r}; it must be three whole numbers of at least 1")
+
+
+def check_scaling(scaling: float) -> None:
+    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if not number or not 0 < scaling < float("inf"):
+        raise ValueError(f"scaling is {scaling!r}; it must be a finite number above 0")
+
+
+def check_orthogonality(orthogonality: float) -> None:
+    number = isinstance(orthogonality, (int, float)) and not isinstance(orthogonality, bool)
+    if not number or not 0 <= orthogonality < float("inf"):
+        raise ValueError(
+            f"orthogonality is {orthogonality!r}; it must be a finite number, 0 for none"
+        )
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not name or name == "all":
+            raise ValueError(f"tasks has {name!r}, which is no name of a task")
+        if list(names).count(name) > 1:
+            raise ValueError(f"tasks names {name!r} twice")
+    if not names:
+        raise ValueError("tasks is empty; it must name at least one")

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TA-LoRA and its options."""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from samfast.adapters.checks import QKV, check_dropout, checked_slices, checked_target
+from samfast.adapters.method import Method
+from samfast.methods.ta_lora.checks import (
+    check_names,
+    check_orthogonality,
+    check_ranks,
+    check_scaling,
+    check_tasks,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class TaLora(Method):
+    """TA-LoRA: low-rank updates for several tasks, which share the factors of one Tucker tensor.
+
+    tasks: how many, or their names   ranks: of the inputs, the outputs and the tasks
+    scaling: of the update   dropout: on the adapter's input, in training
+    enabled: which of ("q", "k", "v") get an update; of all three, layers of other kinds do too
+    orthogonality: weight of the penalty in ``aux_loss``, 0 for none
+    target: as in ``Lora``
+    The authors' article gives no ranks, scaling and dropout; these are their later method's.
+    """
+
+    name: ClassVar[str] = "ta-lora"
+
+    tasks: int | tuple[str, ...] = 2
+    ranks: tuple[int, int, int] = (32, 32, 4)
+    scaling: float = 0.5
+    dropout: float = 0.1
+    enabled: tuple[str, ...] = QKV
+    orthogonality: float = 0.0
+    target: str | tuple[str, ...] = "qkv"
+
+    def __post_init__(self):
+        if isinstance(self.tasks, (tuple, list)):
+            check_names(self.tasks)
+            object.__setattr__(self, "tasks", tuple(self.tasks))
+        else:
+            check_tasks(self.tasks)
+        check_ranks(self.ranks)
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        check_scaling(self.scaling)
+        check_dropout(self.dropout)
+        object.__setattr__(self, "enabled", checked_slices(self.enabled))
+        check_orthogonality(self.orthogonality)
+        object.__setattr__(self, "target", checked_target(self.target))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tasks, () where they have numbers alone."""
+        return self.tasks if isinstance(self.tasks, tuple) else ()
+
+    @property
+    def count(self) -> int:
+        return len(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
+
+    def same_update(self, other: Method) -> bool:
+        if type(other) is not TaLora:
+            return False
+        mine, theirs = ((m.count, m.names, m.ranks, m.scaling, m.enabled) for m in (self, other))
+        return mine == theirs
+
+    def check_model(self, model: "nn.Module", layers: "dict[str, nn.Module]") -> None:
+        """The tasks are those of a MultiTaskSam, and the layers in the encoder."""
+        known = getattr(model, "tasks", None)
+        if known is None:
+            return
+        names = tuple(task.name for task in known)
+        if self.count != len(names) or (self.names and self.names != names):
+            given = ", ".join(self.names) or f"{self.count} of them"
+            raise ValueError(
+                f"the tasks of ta-lora are {given}, but those of the model {', '.join(names)}; "
+                "they must be the same, in the same order"
+            )
+        for name in layers:
+            if not name.startswith("image_encoder."):
+                raise ValueError(f"{name} is outside the image encoder, where no task is set")
+
+    def check(self, layer: "nn.Linear") -> None:
+        from samfast.methods.ta_lora.layer import TaskLoraLinear
+
+        sizes = layer.in_features, layer.out_features
+        TaskLoraLinear.check_sizes(*sizes, self.count, self.ranks, self.enabled)
+
+    def wrap(self, layer: "nn.Linear") -> "nn.Module":
+        from samfast.methods.ta_lora.layer import TaskLoraLinear
+
+        return TaskLoraLinear.from_linear(
+            layer, self.count, self.ranks, self.scaling, self.dropout, self.enabled,
+            self.orthogonality,
+        )  # fmt: skip
+
+    def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+        from samfast.methods.ta_lora.layer import TaskForward
+
+        TaskForward(list(adapted.values())).install(getattr(model, "image_encoder", model))
