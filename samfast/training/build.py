@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """From settings to a model that can be trained: base model, adapters, fused blocks."""
 
-import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 import samfast
+from samfast.methods.attach import find_layers
 from samfast.models import TRAINED_DECODER, MultiTaskSam, Task, binary_head, build_sam
-from samfast.modules.attach import find_layers
-from samfast.modules.methods import Kronecker
 from samfast.training.recipe import method_of
 from samfast.training.settings import MEMORY, FinetuneSettings
 
@@ -40,19 +39,8 @@ def attach_method(
     train = TRAINED_DECODER
     if isinstance(sam, MultiTaskSam):
         train = sam.trained_parts()
-    elif settings.method == "conv-lora":
+    elif method.binary_head:
         binary_head(sam)
-    if isinstance(method, Kronecker):
-        _check_kron_n(sam, method)
+    method.check_options(partial(find_layers, sam))
     samfast.attach(sam, method, train=train, base_dtype=base_dtype)
     return samfast.fuse(sam, memory=settings.memory or MEMORY[0]) if settings.fuse else sam
-
-
-def _check_kron_n(sam: nn.Module, method: Kronecker) -> None:
-    """Raise ValueError, by the option's name, for a layer that has no n · n equal parts."""
-    for name, layer in find_layers(sam, dataclasses.replace(method, n=1)).items():
-        for size, what in ((layer.in_features, "inputs"), (layer.out_features, "outputs")):
-            if size % method.n:
-                raise ValueError(
-                    f"kron_n is {method.n}, which does not divide the {size} {what} of {name}"
-                )

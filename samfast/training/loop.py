@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import samfast
+from samfast.adapters.finite import not_finite
+from samfast.adapters.trained import trained_state
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
-from samfast.modules.finite import not_finite
-from samfast.modules.trained import trained_state
 from samfast.training.build import attach_method, build_base
 from samfast.training.checks import check_settings
 from samfast.training.data import EpochSampler

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import samfast
+from samfast.files.format import AdapterFile, read_adapter
 from samfast.models import build_sam, image_size
-from samfast.modules.adapter_files import AdapterFile, read_adapter
 from samfast.training.boxes import check_box, parsed_box, resized_box
 from samfast.training.checks import check_prediction
 from samfast.training.data import Collate, Sample, resize_image

@@ -3,9 +3,9 @@
 
 import torch
 
+from samfast.files.format import read_adapter
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
-from samfast.modules.adapter_files import read_adapter
 from samfast.training.checks import check_prediction
 from samfast.training.goal import Goal
 from samfast.training.image_options import remembered_options

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 import samfast
 from samfast import backends
+from samfast.adapters.method import Method
 from samfast.integrations import segment_anything
-from samfast.modules.methods import Method
 
 HEAD_DIM = 64  # of a try-out; SAM's are 64 and 80
 
@@ -54,24 +53,14 @@ def _run_smallest_layers(
     method: Method, fuse: bool, device: torch.device, dtype: torch.dtype
 ) -> None:
     layers = []
-    modules = segment_anything.load().modeling.image_encoder
-    if not isinstance(method, samfast.DecoderOnly):
-        layer, width = _smallest_layer(method, modules.MLPBlock)
+    if (smallest := method.smallest_layer()) is not None:
+        layer, width = smallest
         layers.append((method.build({"layer": layer.to(device)})["layer"], width))
     if fuse:
+        modules = segment_anything.load().modeling.image_encoder
         block = modules.Block(HEAD_DIM, 1, use_rel_pos=True, input_size=(2, 2))
         layers.append((samfast.fuse(block).to(device), HEAD_DIM))
     for layer, width in layers:
         x = torch.zeros(1, 2, 2, width, device=device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             layer(x).sum().backward()
-
-
-def _smallest_layer(method: Method, mlp: type[nn.Module]) -> tuple[nn.Module, int]:
-    """A layer that the method can adapt, and its number of inputs."""
-    if isinstance(method, samfast.AdaptFormer):
-        width = max(16, method.bottleneck)
-        return mlp(width, width), width
-    rank = max(method.ranks) if hasattr(method, "ranks") else method.rank
-    width = max(16, rank) * getattr(method, "n", 1)
-    return nn.Linear(width, 3 * width), width
