@@ -26,6 +26,7 @@ class Option:
     choices: the values there are   metavar: what stands for the value in the help
     least: the smallest number that is right
     positional: given without its name   repeatable: given once for each value
+    in_folder: a flag that the default output folder is named after
     as_option, as_field: from the field's value to the command line's, and back
     """
 
@@ -40,6 +41,7 @@ class Option:
     least: float | None = None
     positional: bool = False
     repeatable: bool = False
+    in_folder: bool = False
     as_option: Callable[[Any], Any] = _same
     as_field: Callable[[Any], Any] = _same
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from samfast.methods.registry import VARIANTS
 from samfast.training.pictures import png_bytes
 from samfast.training.settings import FinetuneSettings
 
@@ -41,7 +42,9 @@ def clear_results(folder: Path) -> None:
 
 def output_folder(settings: FinetuneSettings) -> Path:
     """Where the results go; ValueError when something is there already."""
-    method = f"{settings.method}-depthwise" if settings.depthwise else settings.method
+    options = VARIANTS[settings.method].options()
+    flags = [o.name for o in options if o.in_folder and getattr(settings, o.name)]
+    method = "-".join([settings.method, *flags])
     prompt = "" if settings.prompt == "none" else f"-{settings.prompt}"
     prompt = prompt if settings.tasks is None else f"-{settings.tasks.stem}"
     name = f"{settings.data.resolve().name}-{settings.model}-{method}{prompt}"

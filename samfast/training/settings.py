@@ -28,7 +28,7 @@ TASK_LOSSES = {  # of each kind of task, the first unless told otherwise
 RANDOM_LR = 1e-3  # from random weights, whatever the method
 STEPS_PER_EPOCH = 50  # the least, where the settings leave the number of repeats open
 _PRECISION = (
-    "What products are computed in (auto: bf16 on a GPU that has it, else fp16; fp32 on a CPU)"
+    "Dtype of the products (auto: fp32 on a CPU; on a GPU bf16, or fp16 where that is missing)"
 )
 _BACKEND = "Which kernels run"
 _FUSE = "Run the encoder fused; --no-fuse runs segment_anything's own, to compare"
@@ -58,12 +58,14 @@ class DataSettings:
     )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,
-        "Mask values that are an object, or any: each above 0, such as the numbers of instances",
+        "Mask values that are foreground, or any: all above 0, such as the numbers of instances",
         metavar="any | INT ...",
         hint="default: the only value above 0",
     )
     threshold: float | None = option(
-        None, "An object is each mask value above this; not with --foreground", hint="default: none"
+        None,
+        "Count each mask value above this as foreground; not with --foreground",
+        hint="default: none",
     )
     bands: str | None = option(
         None,
