@@ -15,9 +15,19 @@ class Adapter:
     """Mixin of every module that adds trainable tensors to a module it replaces.
 
     unmergeable: why there is no ``merge``, of a module that has none
+    token_wise: it treats every token alone, and gives its bias for a token of zeros
+    window_wise: it has ``forward_windows``, which sees windows of images without cutting them out
     """
 
     unmergeable = "whose update depends on its input"
+    token_wise = False
+    window_wise = False
+
+    def __init_subclass__(cls, **options):
+        """A subclass may run another way, so each class says these two for itself."""
+        super().__init_subclass__(**options)
+        for word in ("token_wise", "window_wise"):
+            setattr(cls, word, vars(cls).get(word, False))
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name inside this module, parameter) of the tensors that the adapter adds."""

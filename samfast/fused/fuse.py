@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused blocks and attention in a model and out again, in place."""
 
-import sys
 import warnings
 
 from torch import nn
 
 from samfast.adapters.stand_in import kind_of, runs_as
+from samfast.fused import parts
 from samfast.kernels.sam_block.plan import check_memory
 
-_STOCK = "segment_anything.modeling.image_encoder"
 _OWN = "still segment_anything's own"
 _OPTIONS = ("backend", "left_alone", "memory")  # attributes of fused modules
 _INSIDE = "its block is left alone"
-_PARTS = ("norm1", "attn", "norm2", "mlp")  # of a transformer block, whoever wrote it
 
 
 def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
@@ -63,7 +61,7 @@ def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
 
     found = {name: _taken_name(module) or objection(module) for name, module in asked.items()}
     found = {name: reason for name, reason in found.items() if reason is not None}
-    inside = {id(asked[name]._modules.get("attn")) for name in found}
+    inside = {id(parts.child(asked[name], parts.ATTENTION)) for name in found}
     within = {name: _INSIDE for name, module in asked.items() if id(module) in inside}
     return found | within
 
@@ -132,7 +130,7 @@ def block_states(model: nn.Module) -> dict[str, str]:
             states[name] = _state(module, module.block_problem(), "in parts")
         elif stock is not None and isinstance(module, stock):
             states[name] = f"not fused: {_why_not(module, stock)}"
-        elif all(module._modules.get(part) is not None for part in _PARTS):
+        elif all(parts.child(module, part) is not None for part in parts.IN_BLOCK):
             states[name] = f"not fused: {kind_of(module)}, which is not segment_anything's"
     return states
 
@@ -156,7 +154,8 @@ def attention_states(model: nn.Module) -> dict[str, str]:
     states, blocks = {}, {}
     for block in model.modules() if kinds else ():
         if isinstance(block, block_kind):  # several may share an attention
-            blocks.setdefault(id(getattr(block, "attn", None)), []).append(block)
+            attention = parts.child(block, parts.ATTENTION)
+            blocks.setdefault(id(attention), []).append(block)
     for name, module in model.named_modules() if kinds else ():
         if not isinstance(module, stock):
             continue
@@ -179,7 +178,7 @@ def _attention_state(attn, around, stock: type[nn.Module], fused: type[nn.Module
         return f"not fused: {problem}"
     if around and all(runs_as(b, fused) and objection(b) is not None for b in around):
         return f"not fused: {_INSIDE}"
-    reasons = [_cut_first(b, stock, fused) for b in around if b.window_size > 0]
+    reasons = [_cut_first(b, stock, fused) for b in around if parts.window(b) > 0]
     reason = next((r for r in reasons if r is not None), None)
     return "fused" if reason is None else f"fused, windows cut first: {reason}"
 
@@ -193,13 +192,13 @@ def _cut_first(block: nn.Module, stock: type[nn.Module], fused: type[nn.Module])
 
 def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
     """What replaces segment_anything's Attention and Block; {} while no model can have them."""
-    encoder = sys.modules.get(_STOCK)
-    if not all(hasattr(encoder, name) for name in ("Attention", "Block", "MLPBlock")):
-        return {}  # not imported, or a copy without them
+    stock = parts.loaded()
+    if stock is None:
+        return {}
     from samfast.fused.rel_pos_attention import RelPosAttention
     from samfast.fused.sam_block import SamBlock
 
-    return {encoder.Attention: RelPosAttention, encoder.Block: SamBlock}
+    return {stock.attention: RelPosAttention, stock.block: SamBlock}
 
 
 def _block_kinds() -> tuple[type[nn.Module] | None, type[nn.Module] | None]:

@@ -12,26 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samfast.integrations import segment_anything
+from samfast.fused import parts as own
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import apart, deviation, difference, shell
 from samfast.kernels.relpos_attention.op import fit_table
 from samfast.kernels.sam_block.reference import attention, sam_block
 
-_encoder = segment_anything.load().modeling.image_encoder
-Attention, Block, MLPBlock = _encoder.Attention, _encoder.Block, _encoder.MLPBlock
+Attention, Block, MLPBlock = own.load()
 
-TABLES = ("rel_pos_h", "rel_pos_w")
-PARTS = {
-    Block: ("norm1", "attn", "norm2", "mlp"),
-    Attention: ("qkv", "proj"),
-    MLPBlock: ("lin1", "lin2", "act"),
-}
-READ = {  # attributes that the formula reads
-    Block: ("window_size",),
-    Attention: ("num_heads", "scale", "use_rel_pos"),
-    MLPBlock: (),
-}
+TABLES = own.TABLES
+PARTS = {Block: own.IN_BLOCK, Attention: own.IN_ATTENTION, MLPBlock: own.IN_MLP}
+READ = {Block: (own.WINDOW,), Attention: own.OPTIONS, MLPBlock: ()}  # what the formula reads
 LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU)
 _NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union(
     TABLES, *PARTS.values(), *READ.values()
@@ -54,12 +45,12 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
             return _signatures(module) or problem
         codes.append(code)
     held = [(name, *_held(part)) for name, (_, part) in parts.items()]
-    kept = tuple(codes), tuple(held), _has(parts, "use_rel_pos"), _has(parts, "qkv", "bias")
+    kept = tuple(codes), tuple(held), _has(parts, own.HAS_TABLES), _has(parts, own.QKV, "bias")
     sizes = tuple([getattr(p, n, None) for k, p in parts.values() for n in READ[k]])
     for number in sizes:
         if not isinstance(number, (bool, int, float)):
             return f"one of its sizes is a {type(number).__name__}, not a number"
-    width = getattr(getattr(module, "norm1", None), "normalized_shape", None)
+    width = getattr(getattr(module, own.NORM1, None), "normalized_shape", None)
     for key, judge in ((kept, _judgement), ((kept, sizes, width), _second_look)):
         if key not in _verdicts:
             if not ask:
@@ -83,11 +74,11 @@ def _stock_parts(module: nn.Module) -> dict[str, tuple[type[nn.Module], nn.Modul
     if isinstance(module, Attention):
         return {"": (Attention, module)}
     parts, children = {"": (Block, module)}, module._modules
-    attn = children.get("attn")
+    attn, mlp = children.get(own.ATTENTION), children.get(own.MLP)
     if type(attn) is Attention or hasattr(attn, "left_alone"):  # as a RelPosAttention has
-        parts["attn"] = (Attention, attn)
-    if type(children.get("mlp")) is MLPBlock:
-        parts["mlp"] = (MLPBlock, children["mlp"])
+        parts[own.ATTENTION] = (Attention, attn)
+    if type(mlp) is MLPBlock:
+        parts[own.MLP] = (MLPBlock, mlp)
     return parts
 
 
@@ -123,7 +114,7 @@ def _structure(name: str, kind: type[nn.Module], module: nn.Module) -> str | Non
         if more := [n for n in names if n not in expected]:
             return f"{it} has a {what} {more[0]}, which would be left out"
     needed = [(part, children) for part in PARTS[kind]]
-    if kind is Attention and module.use_rel_pos:
+    if kind is Attention and own.has_tables(module):
         needed += [(table, tensors) for table in TABLES]
     missing = [part for part, present in needed if part not in present]
     return f"{it} has no {missing[0]}" if missing else None
@@ -149,7 +140,7 @@ def _signatures(module: nn.Module) -> str | None:
 
 def _second_look(module: nn.Module, parts: dict) -> str | None:
     """At the module's own window, heads and scale."""
-    side = getattr(module, "window_size", 0)
+    side = getattr(module, own.WINDOW, 0)
     size = (side - side // 4, side - 1) if side else (3, 5)
     return apart(_Case(module, side, *size).deviation)
 
@@ -178,15 +169,15 @@ class _Case:
 
     def __init__(self, module: nn.Module, window: int, height: int, width: int):
         self.block = isinstance(module, Block)
-        self.attn = "attn." if self.block else ""
+        self.attn = f"{own.ATTENTION}." if self.block else ""
         self.window, self.size = window, (height, width)
         self.sides = (window, window) if window else (height, width)
-        self.heads = int(_found(module, f"{self.attn}num_heads", 2))
-        self.dim = _found(module, f"{self.attn}qkv.in_features", 32 * self.heads)
-        self.scale = float(_found(module, f"{self.attn}scale", 0.25))
-        self.eps = _found(module, "norm1.eps", 1e-6)
-        self.tables = bool(_found(module, f"{self.attn}use_rel_pos", True))
-        qkv = _found(module, f"{self.attn}qkv", None)
+        self.heads = int(_found(module, self.attn + own.HEADS, 2))
+        self.dim = _found(module, f"{self.attn}{own.QKV}.in_features", 32 * self.heads)
+        self.scale = float(_found(module, self.attn + own.SCALE, 0.25))
+        self.eps = _found(module, f"{own.NORM1}.eps", 1e-6)
+        self.tables = bool(_found(module, self.attn + own.HAS_TABLES, True))
+        qkv = _found(module, self.attn + own.QKV, None)
         self.bias = getattr(qkv, "bias", True) is not None
         self.generator = torch.Generator("cpu").manual_seed(0)
 
@@ -204,46 +195,42 @@ class _Case:
     def formula(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
         def layer(name):
             weight, bias = given[f"{name}.weight"], given.get(f"{name}.bias")
-            if name.startswith("norm"):
+            if name in (own.NORM1, own.NORM2):
                 return lambda t: F.layer_norm(t, t.shape[-1:], weight, bias, self.eps)
             return lambda t: F.linear(t, weight, bias)
 
         zeros = x.new_zeros(1, self.dim // self.heads)
         tables = [given.get(self.attn + name, zeros) for name in TABLES]
         tables = [fit_table(t, side) for t, side in zip(tables, self.sides, strict=True)]
-        qkv, proj = layer(f"{self.attn}qkv"), layer(f"{self.attn}proj")
+        qkv, proj = (layer(self.attn + name) for name in own.IN_ATTENTION)
         if not self.block:
             return attention(x, qkv, proj, *tables, self.heads, self.scale)
-        mlp = layer("mlp.lin1"), layer("mlp.lin2")
-        around = layer("norm1"), qkv, proj, layer("norm2"), *mlp
+        mlp = (layer(f"{own.MLP}.{name}") for name in (own.LIN1, own.LIN2))
+        around = layer(own.NORM1), qkv, proj, layer(own.NORM2), *mlp
         return sam_block(x, *around, *tables, self.heads, self.window, self.scale)
 
     def _block(self) -> nn.Module:
-        return shell(
-            Block,
-            {"window_size": self.window},
-            norm1=self._norm(),
-            attn=self._attention(),
-            norm2=self._norm(),
-            mlp=shell(
-                MLPBlock,
-                {},
-                lin1=self._linear(self.dim, self.dim),
-                lin2=self._linear(self.dim, self.dim),
-                act=nn.GELU(),
-            ),
-        )
+        made = self._norm(), self._attention(), self._norm(), self._mlp()
+        inside = dict(zip(own.IN_BLOCK, made, strict=True))
+        return shell(Block, {own.WINDOW: self.window}, **inside)
+
+    def _mlp(self) -> nn.Module:
+        made = *(self._linear(self.dim, self.dim) for _ in range(2)), nn.GELU()
+        return shell(MLPBlock, {}, **dict(zip(own.IN_MLP, made, strict=True)))
 
     def _attention(self) -> nn.Module:
         rows = 2 * self.sides[0] - 1, 2 * self.sides[1] - 1 if self.window else 7
         size = self.dim // self.heads
         tables = [nn.Parameter(0.3 * self._draw(n, size)) for n in rows] if self.tables else ()
-        read = {"num_heads": self.heads, "scale": self.scale, "use_rel_pos": self.tables}
+        read = {own.HEADS: self.heads, own.SCALE: self.scale, own.HAS_TABLES: self.tables}
+        layers = (
+            self._linear(3 * self.dim, self.dim, self.bias),
+            self._linear(self.dim, self.dim),
+        )
         return shell(
             Attention,
             read,
-            qkv=self._linear(3 * self.dim, self.dim, self.bias),
-            proj=self._linear(self.dim, self.dim),
+            **dict(zip(own.IN_ATTENTION, layers, strict=True)),
             **dict(zip(TABLES, tables, strict=False)),
         )
 

@@ -4,22 +4,17 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.adapter import Adapter
 from samfast.adapters.stand_in import altered, kind_of, left_alone, standing_in
 from samfast.backends import requested, resolve
 from samfast.functional import window_relpos_attention
-from samfast.fused.proof import Attention, objection, signature
+from samfast.fused import parts
+from samfast.fused.proof import objection, signature
 from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import supports
-from samfast.methods.cobot.layer import CobotQkvLora
-from samfast.methods.conv_lora.layer import ConvLoraLinear
-from samfast.methods.kronecker.layer import KroneckerLinear
-from samfast.methods.lora.layer import LoraLinear
-from samfast.methods.lora.qkv_layer import QkvLora
-from samfast.methods.ta_lora.layer import TaskLoraLinear
 
-# Layers that treat every token alone, and give their bias for a token of zeros.
-TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear, TaskLoraLinear)
+Attention = parts.load().attention
 
 
 class RelPosAttention(Attention):
@@ -62,50 +57,51 @@ class RelPosAttention(Attention):
             return super().forward(x, *(() if window is None else (window,)), *more, **others)
         if window is not None:
             return self.forward_windows(x, window)
-        qkv = self.qkv(x)
+        before, after = parts.projections(self).values()
+        qkv = before(x)
         batch, height, width = x.shape[:3]
-        if self.use_rel_pos:
+        if parts.has_tables(self):
             qkv = qkv.reshape(batch, height, width, qkv.shape[-1])
-            return self.proj(self._attend(qkv, (height, width)))
-        head_dim = qkv.shape[-1] // (3 * self.num_heads)
-        qkv = qkv.reshape(batch, height * width, 3, self.num_heads, head_dim)
+            return after(self._attend(qkv, (height, width)))
+        heads = parts.heads(self)
+        head_dim = qkv.shape[-1] // (3 * heads)
+        qkv = qkv.reshape(batch, height * width, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(out.transpose(1, 2).reshape(batch, height, width, qkv.shape[3] * head_dim))
+        out = F.scaled_dot_product_attention(q, k, v, scale=parts.scale(self))
+        return after(out.transpose(1, 2).reshape(batch, height, width, heads * head_dim))
 
     def forward_windows(self, x: Tensor, window: int) -> Tensor:
         """x (B, H, W, D) in image order, padded with zeros at the bottom and right if need be."""
         if self.window_order() is None and objection(self) is None:
-            qkv, pad_h, pad_b = self._project(x, window)
-            pads = {"pad_bias": self.qkv.bias, "pad_h": pad_h, "pad_b": pad_b}
-            return self.proj(self._attend(qkv, (window, window), **pads))
+            before, after = parts.projections(self).values()
+            qkv, pad_h, pad_b = _project(before, x, window)
+            pads = {"pad_bias": before.bias, "pad_h": pad_h, "pad_b": pad_b}
+            return after(self._attend(qkv, (window, window), **pads))
         windows = Windows(*x.shape[:3], window, window)
         tokens, _ = windows.paste(self.forward(windows.cut(x)))
         return tokens.view(*x.shape[:3], tokens.shape[1])
 
     def window_order(self) -> str | None:
         """None when windows run in image order, or why they are cut before the projection."""
-        if not self.use_rel_pos:
+        if not parts.has_tables(self):
             return "it has no relative positions"
-        for name in ("qkv", "proj"):
-            layer = getattr(self, name)
+        for name, layer in parts.projections(self).items():
             if altered(layer):
                 return f"{name} has hooks or a forward of its own"
-            if type(layer) in TOKEN_WISE:
+            if type(layer) is nn.Linear or (isinstance(layer, Adapter) and layer.token_wise):
                 continue
-            if type(layer) is not ConvLoraLinear or name != "qkv":
+            if not (name == parts.QKV and isinstance(layer, Adapter) and layer.window_wise):
                 return f"{name} is {kind_of(layer)}, which may look at whole windows"
-            if not hasattr(layer, "forward_windows"):
-                return f"{name} is {kind_of(layer)}, whose experts see the padded windows"
         return None
 
     def backends(self) -> dict[str, str]:
         """What a forward would choose here and now, for an x as autocast would have it."""
-        if not self.use_rel_pos:
+        if not parts.has_tables(self):
             return {}
-        sides = [(len(table) + 1) // 2 for table in (self.rel_pos_h, self.rel_pos_w)]
-        table = autocast_input(self.rel_pos_h.detach())
-        q = table.new_empty(0, *sides, self.num_heads, table.shape[1])
+        tables = parts.tables(self)
+        sides = [(len(table) + 1) // 2 for table in tables]
+        table = autocast_input(tables[0].detach())
+        q = table.new_empty(0, *sides, parts.heads(self), table.shape[1])
         windows = Windows.whole(0, *sides)
         try:
             name = resolve(
@@ -115,20 +111,13 @@ class RelPosAttention(Attention):
             return {"relpos_attention": str(error)}
         return {"relpos_attention": name}
 
-    def _project(self, x: Tensor, window: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """qkv (B, H, W, 3 · D), and the two factors of its padding beside the bias."""
-        if type(self.qkv) is ConvLoraLinear:
-            return self.qkv.forward_windows(x, window)
-        return self.qkv(x), None, None
-
     def _attend(self, qkv: Tensor, window: tuple[int, int], **pads: Tensor | None) -> Tensor:
         return window_relpos_attention(
             qkv,
-            self.num_heads,
+            parts.heads(self),
             window,
-            self.rel_pos_h,
-            self.rel_pos_w,
-            scale=self.scale,
+            *parts.tables(self),
+            scale=parts.scale(self),
             backend=self._backend(),
             **pads,
         )
@@ -139,5 +128,14 @@ class RelPosAttention(Attention):
         return "triton" if name == "cuda" and self.backend == "auto" else name
 
     def extra_repr(self) -> str:
-        text = f"num_heads={self.num_heads}"
+        text = f"num_heads={parts.heads(self)}"
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
+
+
+def _project(
+    layer: nn.Module, x: Tensor, window: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """qkv (B, H, W, 3 · D), and the two factors of its padding in addition to the bias."""
+    if isinstance(layer, Adapter) and layer.window_wise:
+        return layer.forward_windows(x, window)
+    return layer(x), None, None

@@ -97,6 +97,22 @@ def test_a_row_of_zeros_gives_the_bias_under_dropout_too(kind):
     assert torch.equal(rows, layer.bias.expand(50, -1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "word"), [(LoraLinear, "token_wise"), (ConvLoraLinear, "window_wise")]
+)
+def test_a_derived_layer_speaks_for_itself(kind, word):
+    """It may run another way, so what its base says of itself does not count."""
+    derived = type("Derived", (kind,), {})
+    saying = type("Saying", (kind,), {word: True})
+    for subclass, problem in (
+        (derived, "qkv is test_rel_pos_attention's Derived, which may"),
+        (saying, "None"),
+    ):
+        stock = adapted(subclass, {"rank": 2}, block(4))
+        layers = subject(stock, 1, 6, 7)
+        assert str(layers.ours.window_order()).startswith(problem)
+
+
 class OverWindows(nn.Linear):
     """A layer that looks at the whole map it is given."""
 

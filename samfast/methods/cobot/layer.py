@@ -173,6 +173,7 @@ class CobotQkvLora(CobotLayer, QkvLora):
     for an index outside the relation matrix.
     """
 
+    token_wise = True
     FOLDED = ("lora_B",)
 
     def __init__(

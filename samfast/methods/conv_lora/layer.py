@@ -72,6 +72,8 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
     Σ gate · conv without skip and GELU.
     """
 
+    window_wise = True
+
     def __init__(
         self,
         in_features: int,

@@ -27,6 +27,8 @@ class KroneckerLinear(LowRankLinear):
     ``alpha`` None means alpha = rank. Dropout acts in training only, on the adapter's input.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         in_features: int,

@@ -22,6 +22,8 @@ class LoraLinear(LowRankLinear):
     None means alpha = rank. Dropout acts in training only, on the adapter's input.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         in_features: int,

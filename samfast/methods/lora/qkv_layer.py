@@ -23,6 +23,8 @@ class QkvLora(LowRankLinear):
     lora_B: (n·L, rank), the slices' B below each other, zeros
     """
 
+    token_wise = True
+
     def __init__(
         self,
         in_features: int,

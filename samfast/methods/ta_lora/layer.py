@@ -44,6 +44,8 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
     Saves x, drop(x) U1 and its product with M_t. Raises ValueError for sizes that do not fit.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         in_features: int,

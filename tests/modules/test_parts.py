@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Only one file of the fused layers knows what segment_anything calls its parts."""
+
+import ast
+from pathlib import Path
+
+from samfast.fused import parts
+
+FOLDER = Path(parts.__file__).parent
+NAMES = {*parts.IN_BLOCK, *parts.IN_ATTENTION, *parts.IN_MLP, *parts.TABLES, *parts.OPTIONS}
+COMMON = {parts.ATTENTION, parts.MLP, parts.ACTIVATION, parts.SCALE}  # attributes of others too
+
+
+def spoken(path: Path) -> set[str]:
+    """The parts' names that a source has as attributes or as whole strings."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)} - COMMON
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    return (NAMES | {parts.WINDOW}) & (attributes | strings)
+
+
+def test_the_names_stand_in_one_file():
+    found = {path.name: spoken(path) for path in sorted(FOLDER.glob("*.py"))}
+    assert found.pop("parts.py") >= NAMES - COMMON
+    assert found and not any(found.values()), found
