@@ -25,7 +25,7 @@ _TWO_BOXES = 130  # columns of a terminal in which tyro puts boxes side by side
 _FLAG = 24  # columns of a method's option before its help
 
 
-def parse(argv: Sequence[str], commands: Mapping[str, type]) -> Any:
+def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     """The settings that a command line names; SystemExit after ``--help`` and wrong options.
 
     commands: the class of each command's settings, whose fields are options
@@ -34,12 +34,13 @@ def parse(argv: Sequence[str], commands: Mapping[str, type]) -> Any:
     if asked:
         argv = [*(word for word in argv[:1] if word in commands), "--help"]
     made = {name: _made(kind, asked) for name, kind in commands.items()}
-    unions = [
-        Annotated[made[name], tyro.conf.subcommand(name, description=_about(kind, name in argv))]
-        for name, kind in commands.items()
+    about = {name: _about(kind, argv[:1] == [name]) for name, kind in commands.items()}
+    subcommands = [
+        Annotated[made[name], tyro.conf.subcommand(name, description=about[name])]
+        for name in commands
     ]
     found = tyro.cli(
-        Union[tuple(unions)],  # noqa: UP007
+        Union[tuple(subcommands)],  # noqa: UP007
         prog="samfast",
         description="Parameter-efficient fine-tuning of the Segment Anything Model.",
         args=argv,
@@ -82,6 +83,7 @@ def _flat(found: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _about(kind: type, whole: bool) -> str:
+    """What a command is for: all of it, or the first line for the list of commands."""
     text = inspect.getdoc(kind) or ""
     return text if whole else text.partition("\n")[0]
 
@@ -113,6 +115,7 @@ def _hint(option: Option) -> str | None:
 
 
 def _kinds(union: UnionType) -> list[Any]:
+    """The union's types but None."""
     return [kind for kind in get_args(union) if kind is not type(None)]
 
 

@@ -156,7 +156,10 @@ MethodSettings = make_dataclass(
         ),
         *_method_fields(),
     ],
-    namespace={"__doc__": "The adapters that are trained, and their options."},
+    namespace={
+        "__doc__": "The adapters that are trained, and their options.",
+        "__module__": __name__,
+    },
     frozen=True,
     kw_only=True,
 )
@@ -274,9 +277,9 @@ class FinetuneSettings(
     """Fine-tune a SAM on a folder of images and masks.
 
     The data folder holds images/ and masks/, whose files are matched by name; or train/ and val/,
-    each with both. Masks hold 0 and one other value, which is foreground; for other masks, give
-    --foreground or --threshold. The output folder gets adapter/best, adapter/last, metrics.csv,
-    curves.png, overlays/, tensorboard/ and settings.json.
+    each with both. Masks hold 0 and one other value, which is foreground; other masks need
+    foreground values or a threshold. The output folder gets adapter/best, adapter/last,
+    metrics.csv, curves.png, overlays/, tensorboard/ and settings.json.
     """
 
 
