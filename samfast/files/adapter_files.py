@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import samfast
 from samfast.adapters.adapter import adapter_parameter_names, adapters
 from samfast.adapters.attachment import attachment
 from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
-from samfast.adapters.finite import base_problem, not_finite
+from samfast.adapters.finite import not_finite
 from samfast.adapters.trained import trained_tensors
 from samfast.adapters.wrappers import refuse_new_parameters, unclear, unwrapped
 from samfast.files import peft_format
 from samfast.files.checking import (
     check_base_of,
+    check_finite_base,
     check_same,
+    check_same_dtype,
     check_tensors,
     find_layers_of,
     head_for,
@@ -82,20 +85,14 @@ def save_adapter(
     own = adapter_parameter_names(model)
     beside = {name for name, _ in model.named_parameters() if name in tensors and name not in own}
     config = peft_format.lora_config(model, attached.method, attached.layers, beside)
-    base = getattr(model, "samfast_base", None)
-    if image_size is None:
-        image_size = image_size_of(model)
-    prints = fingerprints(model, tensors.keys())
     record = {
         "format": VERSION,
         "samfast": samfast.__version__,
         "method": attached.method.config(),
         "layers": list(attached.layers),
-        "base": dict(base) if isinstance(base, dict) else {"name": base},
-        "base_digest": digest_of(prints),
-        "base_identity": identity_of(prints),
+        **_record_of_base(model, tensors),
         "base_dtype": dtype_name(attached.base_dtype),
-        "image_size": image_size,
+        "image_size": image_size_of(model) if image_size is None else image_size,
         "head": head_of(model) if head is None else head,
         "classes": classes,
         "extra": extra,
@@ -104,6 +101,24 @@ def save_adapter(
         record = json.loads(json.dumps(record, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the adapter's configuration must be JSON values: {error}") from None
+    folder = Path(folder)
+    _write(folder, _contents(record, config, tensors))
+    return folder
+
+
+def _record_of_base(model: nn.Module, trained: Collection[str]) -> dict[str, Any]:
+    base, prints = getattr(model, "samfast_base", None), fingerprints(model, trained)
+    return {
+        "base": dict(base) if isinstance(base, dict) else {"name": base},
+        "base_digest": digest_of(prints),
+        "base_identity": identity_of(prints),
+    }
+
+
+def _contents(
+    record: dict[str, Any], config: dict[str, Any] | None, tensors: dict[str, torch.Tensor]
+) -> dict[str, bytes]:
+    """The files of a folder; config: PEFT's, None where it cannot express the adapter."""
     if config is None:
         config = record
     else:
@@ -111,13 +126,8 @@ def save_adapter(
         tensors = {peft_format.to_key(name): value for name, value in tensors.items()}
     # One entry only: safetensors writes several in any order, and equal adapters are equal files.
     header = {"samfast": json.dumps({"record": record, "sha256": digest(record, tensors)})}
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a folder for an adapter")
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _write(folder, {CONFIG: text.encode(), TENSORS: save(tensors, metadata=header)})
-    return folder
+    return {CONFIG: text.encode(), TENSORS: save(tensors, metadata=header)}
 
 
 def load_adapter(
@@ -159,18 +169,10 @@ def load_adapter(
             adapted = adapter.method.build(layers)
         else:
             check_same(attached, adapter)
-            if base_dtype not in (None, attached.base_dtype):
-                raise ValueError(
-                    f"base_dtype is {dtype_name(base_dtype)}, but the model was attached with "
-                    f"{dtype_name(attached.base_dtype)}"
-                )
+            check_same_dtype(attached, base_dtype)
             adapted = adapters(model)
         check_tensors(model, adapter, adapted)
-        if (problem := base_problem(model, adapter.tensors.keys())) is not None:
-            raise ValueError(
-                f"adapter {adapter.folder} expects a base of finite numbers, but the model's "
-                f"{problem}; load its weights anew"
-            )
+        check_finite_base(model, adapter)
         if check_base:
             check_base_of(model, adapter)
     own = adapter_parameter_names(model)
@@ -189,6 +191,9 @@ def load_adapter(
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:
     """Put files in place, the last one as the commit; removes what killed writes left behind."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder for an adapter")
+    folder.mkdir(parents=True, exist_ok=True)
     for name in files:
         for orphan in folder.glob(f".{name}.*.tmp"):
             orphan.unlink(missing_ok=True)

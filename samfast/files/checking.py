@@ -2,7 +2,6 @@
 """Whether an adapter that was read belongs on a model: its layers, tensors, head and base."""
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,15 +9,14 @@ from torch import nn
 from samfast.adapters.adapter import adapter_state
 from samfast.adapters.attachment import Attachment, attachment
 from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
+from samfast.adapters.finite import base_problem
 from samfast.adapters.wrappers import levels
+from samfast.files.format import AdapterFile, dtype_name
 from samfast.methods.attach import check_layer
 from samfast.models.heads import HEADS, head_of
 
-if TYPE_CHECKING:
-    from samfast.files.format import AdapterFile
 
-
-def level_of(model: nn.Module, adapter: "AdapterFile") -> nn.Module:
+def level_of(model: nn.Module, adapter: AdapterFile) -> nn.Module:
     """The model inside the wrappers; a wrapper where the adapter's names are of that one."""
     inside = levels(model)
     for level in inside[:-1]:
@@ -33,7 +31,7 @@ def image_size_of(model: nn.Module) -> int | None:
     return getattr(getattr(model, "image_encoder", None), "img_size", None)
 
 
-def _sizes(model: nn.Module, adapter: "AdapterFile") -> str | None:
+def _sizes(model: nn.Module, adapter: AdapterFile) -> str | None:
     """A phrase with both image sizes where they differ."""
     theirs, mine = adapter.record.get("image_size"), image_size_of(model)
     if theirs is None or mine is None or theirs == mine:
@@ -41,7 +39,7 @@ def _sizes(model: nn.Module, adapter: "AdapterFile") -> str | None:
     return f"was trained at image size {theirs}, but the model has image size {mine}"
 
 
-def find_layers_of(model: nn.Module, adapter: "AdapterFile") -> dict[str, nn.Module]:
+def find_layers_of(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Module]:
     """The stock model's layers that the adapter belongs on, each checked."""
     modules = dict(model.named_modules())
     layers = {}
@@ -58,7 +56,7 @@ def find_layers_of(model: nn.Module, adapter: "AdapterFile") -> dict[str, nn.Mod
     return layers
 
 
-def head_for(model: nn.Module, adapter: "AdapterFile") -> str:
+def head_for(model: nn.Module, adapter: AdapterFile) -> str:
     """The head that the model must have for this adapter; adapters of PEFT know of none."""
     mine, wanted = head_of(model), adapter.record.get("head")
     if wanted not in tuple(HEADS) or wanted == mine:
@@ -70,7 +68,7 @@ def head_for(model: nn.Module, adapter: "AdapterFile") -> str:
     return wanted
 
 
-def check_same(attached: Attachment, adapter: "AdapterFile") -> None:
+def check_same(attached: Attachment, adapter: AdapterFile) -> None:
     if not attached.method.same_update(adapter.method):
         raise ValueError(
             f"adapter {adapter.folder} is {adapter.method!r}, but the model has {attached.method!r}"
@@ -84,7 +82,23 @@ def check_same(attached: Attachment, adapter: "AdapterFile") -> None:
         raise ValueError(f"{has} has {name} adapted, but {lacks} has not")
 
 
-def check_tensors(model: nn.Module, adapter: "AdapterFile", adapted: dict[str, nn.Module]) -> None:
+def check_same_dtype(attached: Attachment, base_dtype: torch.dtype | None) -> None:
+    if base_dtype not in (None, attached.base_dtype):
+        raise ValueError(
+            f"base_dtype is {dtype_name(base_dtype)}, but the model was attached with "
+            f"{dtype_name(attached.base_dtype)}"
+        )
+
+
+def check_finite_base(model: nn.Module, adapter: AdapterFile) -> None:
+    if (problem := base_problem(model, adapter.tensors.keys())) is not None:
+        raise ValueError(
+            f"adapter {adapter.folder} expects a base of finite numbers, but the model's "
+            f"{problem}; load its weights anew"
+        )
+
+
+def check_tensors(model: nn.Module, adapter: AdapterFile, adapted: dict[str, nn.Module]) -> None:
     """Every tensor of the file has a place of its shape, and every adapter finds its tensors."""
     wanted, sizes = adapter_state(adapted), _sizes(model, adapter)
     for name in wanted:
@@ -117,7 +131,7 @@ def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex()
 
 
-def check_base_of(model: nn.Module, adapter: "AdapterFile") -> None:
+def check_base_of(model: nn.Module, adapter: AdapterFile) -> None:
     """Raise ValueError for another base; warn where only the image size is another."""
     stored, identity = adapter.record["base_digest"], adapter.record.get("base_identity")
     if stored is None:  # PEFT's

@@ -10,6 +10,8 @@ import torch
 
 import samfast
 from samfast.files.format import CONFIG, TENSORS
+from samfast.kernels.conv_experts import conv_lora
+from samfast.methods.conv_lora import checks
 from samfast.modules import ConvLoraLinear
 
 LAYERS = [f"image_encoder.blocks.{i}.attn.qkv" for i in (0, 1)]
@@ -165,6 +167,10 @@ def test_another_update_is_refused(attached, tmp_path, options):
     lora = samfast.Lora(rank=2)
     assert not lora.same_update(samfast.ConvLora()) and not samfast.ConvLora().same_update(lora)
     assert samfast.ConvLora(alpha=None).same_update(samfast.ConvLora(alpha=3, target="proj"))
+
+
+def test_the_formulas_are_those_of_the_operation():
+    assert checks.FORMULAS == conv_lora.FORMULAS
 
 
 def test_another_gate_is_refused_and_changes_nothing(attached, toy, tmp_path, monkeypatch):
