@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+
+from samfast.adapters.options import option
 
 _EXTRA = 'pip install "samfast[train]"'
 
@@ -19,10 +20,8 @@ _EXTRA = 'pip install "samfast[train]"'
 class InfoSettings:
     """Show what is installed and which kernels run here."""
 
-    check: bool = False
-    """Run every operation on every backend against float64."""
-    json: bool = False
-    """Print JSON."""
+    check: bool = option(False, "Run every operation on every backend against float64")
+    json: bool = option(False, "Print JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,22 +64,16 @@ def let_waiting_threads_sleep() -> None:
 
 
 def _parsed(argv: list[str]):
-    import tyro
-
+    from samfast.command_line import parse
     from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
-    command = (
-        Annotated[FinetuneSettings, tyro.conf.subcommand("finetune")]
-        | Annotated[EvaluateSettings, tyro.conf.subcommand("evaluate")]
-        | Annotated[PredictSettings, tyro.conf.subcommand("predict")]
-        | Annotated[InfoSettings, tyro.conf.subcommand("info")]
-    )
-    return tyro.cli(
-        command,
-        prog="samfast",
-        description="Parameter-efficient fine-tuning of the Segment Anything Model.",
-        args=argv,
-    )
+    commands = {
+        "finetune": FinetuneSettings,
+        "evaluate": EvaluateSettings,
+        "predict": PredictSettings,
+        "info": InfoSettings,
+    }
+    return parse(argv, commands)
 
 
 def _run(settings) -> int:

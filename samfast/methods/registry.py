@@ -19,11 +19,22 @@ class DecoderOnly(Method):
 
     name: ClassVar[str] = "decoder"
     target: ClassVar[tuple[str, ...]] = ()
+    lacks_all = "has no adapters"
+
+    def summary(self) -> str:
+        return "no adapters; only the mask decoder is trained"
+
+    def smallest_layer(self) -> None:
+        return None
 
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (Lora, ConvLora, CobotLora, AdaptFormer, Kronecker, TaLora, DecoderOnly)
+}
+
+VARIANTS: dict[str, Method] = {  # by their names on the command line
+    name: variant for method in METHODS.values() for name, variant in method.variants().items()
 }
 
 

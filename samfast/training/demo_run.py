@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
-from samfast.training import start
+from samfast.training.build import attach_method, build_base
 from samfast.training.demo_data import write_coins
 from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
 from samfast.training.folders import find_split
 from samfast.training.loop import finetune, seed_everything
 from samfast.training.metrics import ForegroundScores
 from samfast.training.predict import load_adapted
+from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
 WANTED = 0.95
@@ -54,7 +55,7 @@ def run(output: Path, seed: int = 0) -> bool:
     print("\nLoRA adapters and mask decoder")
     lora_result = finetune(lora)
 
-    adapted = start.Segmenter(load_adapted(output / "adapter" / "best"))
+    adapted = Segmenter(load_adapted(output / "adapter" / "best"))
     dice, _ = evaluate(adapted, loader)
     print("\nvalidation Dice")
     print(f"  everything foreground      {lora_result['all_foreground_dice']:.4f}")
@@ -69,11 +70,11 @@ def run(output: Path, seed: int = 0) -> bool:
     return dice >= WANTED
 
 
-def _untrained(settings: FinetuneSettings) -> start.Segmenter:
+def _untrained(settings: FinetuneSettings) -> Segmenter:
     """The model as ``finetune`` has it before its first step."""
-    sam = start.build_base(settings)
+    sam = build_base(settings)
     seed_everything(settings.seed)
-    return start.Segmenter(start.attach_method(sam, settings))
+    return Segmenter(attach_method(sam, settings))
 
 
 def _cost(result: dict) -> str:

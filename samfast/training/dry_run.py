@@ -39,13 +39,18 @@ from samfast import backends
 from samfast.counters import Living, counting, saved_bytes
 from samfast.kernels.relpos_attention import flops as attention_flops
 from samfast.models import build_sam, encode, image_size
-from samfast.training import start
+from samfast.training.build import attach_method, for_tasks
+from samfast.training.checks import check_settings
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.losses import LOSSES
-from samfast.training.many_tasks import TaskSegmenter, tasks_loss
+from samfast.training.many_tasks import tasks_loss
+from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.recipe import method_of, with_recipe
+from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import MEMORY, FinetuneSettings
 from samfast.training.task_data import TaskBatch
 from samfast.training.tasks import TaskSpec, read_tasks
+from samfast.training.try_out import backend_asked_for
 
 KERNELS = (
     *attention_flops.OPERATORS,
@@ -62,24 +67,24 @@ def dry_run(settings: FinetuneSettings) -> dict:
     FLOP are of one batch; ``accumulate`` of these make an optimizer step. Raises ValueError for
     settings that are wrong, as ``finetune`` does, but opens no file but that of the tasks.
     """
-    start.check_settings(settings)
-    settings = start.with_recipe(settings)
+    check_settings(settings)
+    settings = with_recipe(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = start.autocast_dtype(settings.precision, device)
-    base = start.base_dtype(settings.base_dtype, dtype, device)
+    dtype = autocast_dtype(settings.precision, device)
+    base = base_dtype(settings.base_dtype, dtype, device)
     specs = None if settings.tasks is None else read_tasks(settings.tasks)
     tasks = None if specs is None else [spec.task for spec in specs]
-    method = start.method_of(settings, tasks)
-    with start.backend_asked_for(settings.backend, method, settings.fuse, device, dtype):
+    method = method_of(settings, tasks)
+    with backend_asked_for(settings.backend, method, settings.fuse, device, dtype):
         pass
     sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
-    sam = start.for_tasks(sam, tasks)  # copies of fake tensors would be of another mode
+    sam = for_tasks(sam, tasks)  # copies of fake tensors would be of another mode
     with _counted_path(settings.backend), FakeTensorMode():
         _stand_for(sam, device)
         # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
         half = {torch.float16: torch.bfloat16}
-        start.attach_method(sam, settings, half.get(base, base))
-        kind = start.Segmenter if specs is None else TaskSegmenter
+        attach_method(sam, settings, half.get(base, base))
+        kind = Segmenter if specs is None else TaskSegmenter
         model = kind(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
         count, side = settings.batch_size, image_size(sam)
         if specs is None:
@@ -112,7 +117,7 @@ class _Counted:
     given: the tensors of its batch
     """
 
-    def __init__(self, model: start.Segmenter, batch: Batch | TaskBatch, given: list[Tensor]):
+    def __init__(self, model: Segmenter, batch: Batch | TaskBatch, given: list[Tensor]):
         self.model, self.batch, self.given = model, batch, given
         self.trained = [p for _, p in samfast.trainable_parameters(model.sam)]
         self.own = [*model.parameters(), *model.buffers()]
@@ -161,7 +166,7 @@ class _Counted:
 class _Step(_Counted):
     """Of one mask."""
 
-    def __init__(self, model: start.Segmenter, settings: FinetuneSettings, batch: Batch):
+    def __init__(self, model: Segmenter, settings: FinetuneSettings, batch: Batch):
         boxes = [] if batch.boxes is None else [batch.boxes]
         super().__init__(model, batch, [batch.images, batch.masks, batch.sizes, *boxes])
         self.settings = settings

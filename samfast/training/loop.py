@@ -19,21 +19,25 @@ from samfast.adapters.finite import not_finite
 from samfast.adapters.trained import trained_state
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
-from samfast.training import start
+from samfast.training.build import attach_method, build_base
+from samfast.training.checks import check_settings
 from samfast.training.data import EpochSampler
 from samfast.training.dry_run import dry_run
+from samfast.training.goal import Goal
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
+from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.progress import Losses, Progress, peak_memory_mib
-from samfast.training.records import RunFolder
+from samfast.training.recipe import method_of, with_recipe
+from samfast.training.records import RunFolder, output_folder
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
+from samfast.training.try_out import backend_asked_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Say = Callable[[str], None]
-Goal = OneMask | ManyTasks
 
 
 def finetune(settings: FinetuneSettings) -> dict:
@@ -46,19 +50,17 @@ def finetune(settings: FinetuneSettings) -> dict:
     """
     if settings.dry_run:
         return dry_run(settings)
-    start.check_settings(settings)
-    settings = start.with_recipe(settings)
-    output = start.output_folder(settings)
-    goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
+    check_settings(settings)
+    settings = with_recipe(settings)
+    output = output_folder(settings)
+    goal: Goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     accelerator, dtype = _accelerator(settings)
     try:
-        method = start.method_of(settings, goal.tasks)
-        with start.backend_asked_for(
-            settings.backend, method, settings.fuse, accelerator.device, dtype
-        ):
+        method = method_of(settings, goal.tasks)
+        with backend_asked_for(settings.backend, method, settings.fuse, accelerator.device, dtype):
             return _finetune(settings, goal, output, accelerator, dtype)
     finally:
         _release(accelerator)
@@ -72,10 +74,10 @@ def _finetune(
     dtype: torch.dtype,
 ) -> dict:
     say = _speaker(settings, accelerator)
-    base = start.base_dtype(settings.base_dtype, dtype, accelerator.device)
-    sam = start.build_base(settings, goal.tasks)
+    base = base_dtype(settings.base_dtype, dtype, accelerator.device)
+    sam = build_base(settings, goal.tasks)
     seed_everything(settings.seed)
-    start.attach_method(sam, settings, base)
+    attach_method(sam, settings, base)
     goal.check()
     trainable = sum(parameter.numel() for _, parameter in samfast.trainable_parameters(sam))
     say(
@@ -278,7 +280,7 @@ def _accelerator(settings: FinetuneSettings) -> tuple["Accelerator", torch.dtype
         raise RuntimeError(
             "accelerate is already initialised in this process; finetune starts its own"
         )
-    dtype = start.autocast_dtype(settings.precision, PartialState().device)
+    dtype = autocast_dtype(settings.precision, PartialState().device)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
     accelerator = Accelerator(
         mixed_precision=names[dtype], gradient_accumulation_steps=settings.accumulate

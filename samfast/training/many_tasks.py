@@ -1,53 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning for several tasks at once: their data, losses, scores and pictures.
 
-What ``samfast.training.loop`` asks of a goal; ``one_mask`` is the other one.
+One of the two goals, see ``samfast.training.goal``; ``one_mask`` has the other one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from samfast.models import image_size
 from samfast.training import pictures
-from samfast.training.data import padded_images, valid_region
-from samfast.training.evaluate import full_size
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, class_loss, direction_loss, value_loss
-from samfast.training.metrics import ClassScores, ForegroundScores, ValueScores
+from samfast.training.segmenters import TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
-from samfast.training.start import Segmenter
 from samfast.training.task_data import TaskBatch, TaskCollate, TaskDataset, truth_of
 from samfast.training.task_files import Item, check_items, find_items, read_stored, remarks
+from samfast.training.task_scores import TaskScores, listed, predictions, score_names, share
 from samfast.training.tasks import TaskSpec, read_tasks
 
 _SAMPLED = 4096  # values of each image that the best constant is found from
-
-
-class TaskSegmenter(Segmenter):
-    """Several tasks: padded images in, maps of every task out.
-
-    images (B, 3, S, S) uint8, sizes int64 (B, 2), rows: by task, its images -> {task: logits
-    float32 (rows, channels, S, S)}. Runs under autocast of ``dtype`` unless that is float32;
-    decoder_chunk as in ``segment``.
-    """
-
-    def forward(
-        self, images: Tensor, sizes: Tensor, rows: dict[str, list[int]]
-    ) -> dict[str, Tensor]:
-        valid = valid_region(sizes, image_size(self.sam))
-        images = padded_images(images, valid, self.sam.pixel_mean)
-        lower = self.dtype != torch.float32
-        with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
-            logits = self.sam(images, rows, decoder_chunk=self.decoder_chunk)
-        return {name: values.float() for name, values in logits.items()}
 
 
 def task_loss(spec: TaskSpec, logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,97 +43,6 @@ def tasks_loss(model: nn.Module, batch: TaskBatch, specs: Sequence[TaskSpec]) ->
     return sum(
         spec.weight * task_loss(spec, logits[spec.name], batch.targets[spec.name]) for spec in specs
     )
-
-
-def predicted(spec: TaskSpec, maps: Tensor) -> Tensor:
-    """What maps (C, H, W) say: bool or int64 (H, W), of regression (C, H, W) in stored units."""
-    if spec.kind == "binary":
-        return maps[0] > 0
-    if spec.kind == "semantic":
-        return maps.argmax(0)
-    if spec.loss == "cosine":  # of any length, but scale and offset are those of unit length
-        maps = F.normalize(maps, dim=0)
-    return stored_units(spec, maps)
-
-
-def stored_units(spec: TaskSpec, values: Tensor) -> Tensor:
-    return (values - spec.offset) / spec.scale
-
-
-def model_units(spec: TaskSpec, stored):
-    """Of a tensor or an array."""
-    return spec.scale * stored + spec.offset
-
-
-@torch.no_grad()
-def predictions(
-    model: nn.Module, loader: DataLoader
-) -> Iterator[tuple[TaskSpec, int, Tensor, Tensor]]:
-    """(task, number of the image, prediction, truth) at the files' own sizes, in eval mode."""
-    device = next(model.parameters()).device
-    specs = loader.collate_fn.specs
-    training, first = model.training, 0
-    model.eval()
-    try:
-        for batch in loader:
-            logits = model(batch.images.to(device), batch.sizes.to(device), batch.rows)
-            sizes = batch.sizes.tolist()
-            for spec in specs:
-                rows, truths = batch.rows[spec.name], batch.truths[spec.name]
-                for i, one, truth in zip(rows, logits[spec.name], truths, strict=True):
-                    maps = full_size(one, *sizes[i], truth.shape[-2:])
-                    yield spec, first + i, predicted(spec, maps), truth.to(device)
-            first += len(batch.images)
-    finally:
-        model.train(training)
-
-
-def score_names(spec: TaskSpec) -> tuple[str, ...]:
-    if spec.kind == "regression":
-        return ("angle",) if spec.loss == "cosine" else ("abs", "rel")
-    return ("dice", "iou") if spec.kind == "binary" else ("miou", "accuracy")
-
-
-@torch.no_grad()
-def predicted_tasks(
-    model: nn.Module, loader: DataLoader, specs: Sequence[TaskSpec]
-) -> Iterator[list[tuple[TaskSpec, np.ndarray]]]:
-    """What each image of a loader of ``data.Batch`` is predicted for these tasks, at its size."""
-    device = next(model.parameters()).device
-    for batch in loader:
-        rows = {spec.name: list(range(len(batch.images))) for spec in specs}
-        logits = model(batch.images.to(device), batch.sizes.to(device), rows)
-        for i, (size, truth) in enumerate(zip(batch.sizes.tolist(), batch.truths, strict=True)):
-            maps = [full_size(logits[spec.name][i], *size, truth.shape) for spec in specs]
-            values = [predicted(spec, own) for spec, own in zip(specs, maps, strict=True)]
-            yield [(s, v.cpu().numpy()) for s, v in zip(specs, values, strict=True)]
-
-
-class TaskScores:
-    """The scores of one task, whatever its kind."""
-
-    def __init__(self, spec: TaskSpec, device: torch.device | str = "cpu"):
-        self.spec = spec
-        if spec.kind == "binary":
-            self._scores = ForegroundScores(device)
-        elif spec.kind == "semantic":
-            self._scores = ClassScores(spec.channels, device)
-        else:
-            self._scores = ValueScores(spec.loss == "cosine", device)
-
-    def update(self, prediction: Tensor, truth: Tensor) -> None:
-        """Add one image: what ``predicted`` gives, and the truth as datasets hold it."""
-        if self.spec.kind == "binary":
-            counts = truth >= 0
-            prediction, truth = prediction[counts], truth[counts] == 1
-        elif self.spec.loss == "cosine":  # an angle is one between directions, wherever they start
-            prediction = model_units(self.spec, prediction)
-        elif self.spec.kind == "regression":
-            truth = stored_units(self.spec, truth)
-        self._scores.update(prediction, truth)
-
-    def compute(self) -> dict[str, float]:
-        return dict(zip(score_names(self.spec), self._scores.compute(), strict=True))
 
 
 class ManyTasks:
@@ -235,7 +120,7 @@ class ManyTasks:
         else:
             flat = torch.cat([_sample(truth) for truth in truths()], dim=1)
             middle = flat.mean(1) if spec.loss == "cosine" else flat.nanmedian(1).values
-            constant = stored_units(spec, middle)
+            constant = spec.stored_units(middle)
         scores = TaskScores(spec)
         for truth in truths():
             shape = truth.shape[-2:]
@@ -255,7 +140,7 @@ class ManyTasks:
                 f"task {spec.name}: {spec.kind}, {spec.channels} channel"
                 f"{'s' if spec.channels > 1 else ''}, loss {spec.loss} times {spec.weight:g}, "
                 f"{counts[0]} training and {counts[1]} validation images; the best constant "
-                f"scores {_listed(self.baseline[spec.name])}"
+                f"scores {listed(self.baseline[spec.name])}"
             )
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -292,7 +177,7 @@ class ManyTasks:
         for spec, _, prediction, truth in predictions(model, loader):
             scores[spec.name].update(prediction, truth)
         found = {name: own.compute() for name, own in scores.items()}
-        shares = [_share(found[name], self.baseline[name]) for name in found]
+        shares = [share(found[name], self.baseline[name]) for name in found]
         row = {self.score: sum(shares) / len(shares)}
         for task, own in found.items():
             row.update({f"val_{task}_{name}": value for name, value in own.items()})
@@ -302,7 +187,7 @@ class ManyTasks:
         return {name: row[f"val_{task}_{name}"] for name in self.score_names[task]}
 
     def epoch_text(self, row: dict) -> str:
-        parts = [f"{spec.name} {_listed(self._of_row(spec.name, row))}" for spec in self.specs]
+        parts = [f"{spec.name} {listed(self._of_row(spec.name, row))}" for spec in self.specs]
         return "  ".join([f"score {row[self.score]:.4f}", *parts])
 
     def closing(self, best: dict) -> str:
@@ -313,8 +198,8 @@ class ManyTasks:
         """A line for each task, with what the best constant scores."""
         width = max(len(spec.name) for spec in self.specs)
         return "\n".join(
-            f"{spec.name:<{width}}  {_listed(self._of_row(spec.name, row))}  (best constant "
-            f"{_listed(self.baseline[spec.name])})"
+            f"{spec.name:<{width}}  {listed(self._of_row(spec.name, row))}  (best constant "
+            f"{listed(self.baseline[spec.name])})"
             for spec in self.specs
         )
 
@@ -346,36 +231,8 @@ class ManyTasks:
                 name = f"{item.image.parent.parent.name}-{name}"
             yield (
                 f"{name}-{spec.name}",
-                panel(spec, read_image(item.image, self.options), truth, prediction),
+                pictures.task_panel(spec, read_image(item.image, self.options), truth, prediction),
             )
-
-
-def picture(
-    spec: TaskSpec, limits: tuple[float, float] | None = None
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What draws (image, prediction) of this task; limits: the values of the first and the last
-    colour, of the prediction itself if not given."""
-    if spec.kind == "binary":
-        return lambda image, values: pictures.tinted(image, values == 1, pictures.PREDICTION_COLOUR)
-    if spec.kind == "semantic":
-        return pictures.classes_over
-    if spec.loss == "cosine":
-        return lambda image, values: pictures.directions(model_units(spec, values))
-    return lambda image, values: pictures.heat(values[0], limits)
-
-
-def panel(spec: TaskSpec, image: np.ndarray, truth: Tensor, prediction: Tensor) -> Image.Image:
-    """image | truth | prediction side by side."""
-    if spec.kind == "regression":
-        truth = stored_units(spec, truth)
-    truth, prediction = truth.cpu().numpy(), prediction.cpu().numpy()
-    if spec.kind == "binary":
-        return pictures.overlay_panel(image, truth == 1, prediction)
-    limits = None
-    if spec.kind == "regression" and np.isfinite(truth[0]).any():
-        limits = tuple(np.nanpercentile(truth[0], (1, 99)).tolist())
-    draw = picture(spec, limits)
-    return pictures.side_by_side(image, draw(image, truth), draw(image, prediction))
 
 
 def _sample(truth: Tensor) -> Tensor:
@@ -383,20 +240,3 @@ def _sample(truth: Tensor) -> Tensor:
     flat = truth.flatten(1)
     flat = flat[:, flat.isfinite().all(0)]
     return flat[:, :: max(1, -(-flat.shape[1] // _SAMPLED))]
-
-
-def _share(scores: dict[str, float], constant: dict[str, float]) -> float:
-    """A task's part of the score of an epoch: 1 is perfect."""
-    name, value = next(iter(scores.items()))
-    if name == "angle":
-        return 1.0 - value / 90.0
-    if name == "abs":
-        return 1.0 - value / constant[name] if constant[name] > 0 else -value
-    return value
-
-
-_TITLES = {"dice": "Dice", "iou": "IoU", "miou": "mIoU"}
-
-
-def _listed(scores: dict[str, float]) -> str:
-    return " ".join(f"{_TITLES.get(name, name)} {value:.4f}" for name, value in scores.items())

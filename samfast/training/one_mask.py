@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning for one binary mask per image: its data, loss, scores and pictures.
 
-What ``samfast.training.loop`` asks of a goal; ``many_tasks`` is the other one.
+One of the two goals, see ``samfast.training.goal``; ``many_tasks`` has the other one.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from samfast.training import pictures, start
+from samfast.training import pictures
 from samfast.training.data import Batch, Collate, PairDataset
 from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
@@ -20,6 +20,7 @@ from samfast.training.image_options import image_options
 from samfast.training.images import read_image, read_mask
 from samfast.training.losses import LOSSES
 from samfast.training.metrics import all_foreground_scores
+from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import (
     check_foreground,
@@ -86,7 +87,7 @@ class OneMask:
         )
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
-        return start.Segmenter(sam, dtype, self.settings.decoder_chunk)
+        return Segmenter(sam, dtype, self.settings.decoder_chunk)
 
     def training_data(self, side: int) -> tuple[Dataset, Collate]:
         settings = self.settings

@@ -3,10 +3,13 @@
 
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from samfast.training.tasks import TaskSpec
 
 TRUTH_COLOUR = (0, 158, 115)  # green and orange that colour-blind readers tell apart
 PREDICTION_COLOUR = (230, 120, 0)
@@ -84,6 +87,34 @@ def directions(values: np.ndarray) -> np.ndarray:
     known = np.isfinite(length) & (length > 0)
     unit = np.divide(values, length, out=np.zeros_like(values), where=known)
     return (127.5 * (unit + 1)).round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def task_picture(
+    spec: TaskSpec, limits: tuple[float, float] | None = None
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """What draws (image, prediction) of this task; limits: the values of the first and the last
+    colour, of the prediction itself if not given."""
+    if spec.kind == "binary":
+        return lambda image, values: tinted(image, values == 1, PREDICTION_COLOUR)
+    if spec.kind == "semantic":
+        return classes_over
+    if spec.loss == "cosine":
+        return lambda image, values: directions(spec.model_units(values))
+    return lambda image, values: heat(values[0], limits)
+
+
+def task_panel(spec: TaskSpec, image: np.ndarray, truth: Tensor, prediction: Tensor) -> Image.Image:
+    """image | truth | prediction side by side."""
+    if spec.kind == "regression":
+        truth = spec.stored_units(truth)
+    truth, prediction = truth.cpu().numpy(), prediction.cpu().numpy()
+    if spec.kind == "binary":
+        return overlay_panel(image, truth == 1, prediction)
+    limits = None
+    if spec.kind == "regression" and np.isfinite(truth[0]).any():
+        limits = tuple(np.nanpercentile(truth[0], (1, 99)).tolist())
+    draw = task_picture(spec, limits)
+    return side_by_side(image, draw(image, truth), draw(image, prediction))
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:

@@ -14,17 +14,20 @@ from torch.utils.data import DataLoader, Dataset
 import samfast
 from samfast.files.format import AdapterFile, read_adapter
 from samfast.models import build_sam, image_size
-from samfast.training import start
 from samfast.training.boxes import check_box, parsed_box, resized_box
+from samfast.training.checks import check_prediction
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
 from samfast.training.image_options import ImageOptions, remembered_options
 from samfast.training.images import SUFFIXES, read_image
-from samfast.training.many_tasks import TaskSegmenter, picture, predicted_tasks
-from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, tinted
+from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
+from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.records import write_whole
+from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import PROMPTS, PredictSettings
+from samfast.training.task_scores import predicted_tasks
 from samfast.training.tasks import TaskSpec, chosen_specs
+from samfast.training.try_out import backend_asked_for
 
 
 def predict(settings: PredictSettings) -> dict:
@@ -32,7 +35,7 @@ def predict(settings: PredictSettings) -> dict:
 
     Every image is decoded before anything is written: a bad one is a ValueError with one sentence.
     """
-    start.check_prediction(settings)
+    check_prediction(settings)
     if not settings.images:
         raise ValueError("no image is named; give files or folders of them")
     paths = find_images(settings.images)
@@ -42,21 +45,21 @@ def predict(settings: PredictSettings) -> dict:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = start.autocast_dtype(settings.precision, device)
+    dtype = autocast_dtype(settings.precision, device)
     adapter = read_adapter(adapter_folder(settings.adapter))
     options = remembered_options(adapter.record["extra"], settings.bands, settings.range)
     shapes = {path: read_image(path, options).shape[:2] for path in paths}
     specs = chosen_specs(adapter.folder, adapter.record, settings.task)
     _check_files(names, specs)
     boxes = boxes_for(settings, prompt_of(adapter), shapes)
-    with start.backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
+    with backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
             settings.adapter,
             settings.checkpoint,
-            start.base_dtype("auto", dtype, device),
+            base_dtype("auto", dtype, device),
             fuse=settings.fuse,
         )
-        kind = TaskSegmenter if specs else start.Segmenter
+        kind = TaskSegmenter if specs else Segmenter
         model = kind(sam, dtype, settings.decoder_chunk).to(device)
         loader = DataLoader(
             _Photographs(paths, image_size(sam), boxes, options),
@@ -271,7 +274,7 @@ def _write_tasks(
         mask_path = folder / f"{name}_{spec.name}{suffix}"
         overlay_path = folder / f"{name}_{spec.name}_overlay.png"
         write_whole(mask_path, data)
-        write_whole(overlay_path, png_bytes(picture(spec)(image, values)))
+        write_whole(overlay_path, png_bytes(task_picture(spec)(image, values)))
         tasks[spec.name] = {"mask": str(mask_path), "overlay": str(overlay_path)}
     return {"image": str(path), "tasks": tasks}
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from samfast.methods.registry import VARIANTS
 from samfast.training.pictures import png_bytes
+from samfast.training.settings import FinetuneSettings
 
 COLUMNS_BEFORE = ("epoch", "step", "train_loss")
 COLUMNS_AFTER = ("images_per_second", "peak_memory_mib", "lr")
@@ -36,6 +38,25 @@ def clear_results(folder: Path) -> None:
             shutil.rmtree(folder / name)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def output_folder(settings: FinetuneSettings) -> Path:
+    """Where the results go; ValueError when something is there already."""
+    options = VARIANTS[settings.method].options()
+    flags = [o.name for o in options if o.in_folder and getattr(settings, o.name)]
+    method = "-".join([settings.method, *flags])
+    prompt = "" if settings.prompt == "none" else f"-{settings.prompt}"
+    prompt = prompt if settings.tasks is None else f"-{settings.tasks.stem}"
+    name = f"{settings.data.resolve().name}-{settings.model}-{method}{prompt}"
+    output = settings.output if settings.output is not None else Path("runs") / name
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file, not a folder")
+    if output.is_dir() and any(output.iterdir()) and not settings.overwrite:
+        raise ValueError(
+            f"output folder {output} is not empty; choose another --output, or --overwrite to "
+            "replace an earlier run's results"
+        )
+    return output
 
 
 class RunFolder:

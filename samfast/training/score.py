@@ -6,15 +6,18 @@ import torch
 from samfast.files.format import read_adapter
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
-from samfast.training import start
+from samfast.training.checks import check_prediction
+from samfast.training.goal import Goal
 from samfast.training.image_options import remembered_options
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import png_bytes
+from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.predict import adapter_folder, load_adapted, prompt_of
 from samfast.training.records import write_whole
 from samfast.training.settings import EvaluateSettings, FinetuneSettings
 from samfast.training.tasks import chosen_specs
+from samfast.training.try_out import backend_asked_for
 
 
 def score(settings: EvaluateSettings) -> dict:
@@ -22,7 +25,7 @@ def score(settings: EvaluateSettings) -> dict:
 
     Every file is decoded and checked first: a bad one is a ValueError with one sentence.
     """
-    start.check_prediction(settings)
+    check_prediction(settings)
     output = settings.output
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"output {output} is a file, not a folder")
@@ -40,6 +43,7 @@ def score(settings: EvaluateSettings) -> dict:
         decoder_chunk=settings.decoder_chunk,
         box_jitter=0.0,
     )
+    goal: Goal
     if specs:
         goal = ManyTasks(as_trained, specs, only_score=True)
     else:
@@ -48,9 +52,9 @@ def score(settings: EvaluateSettings) -> dict:
         torch.set_num_threads(settings.threads)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = start.autocast_dtype(settings.precision, device)
-    with start.backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
-        base = start.base_dtype("auto", dtype, device)
+    dtype = autocast_dtype(settings.precision, device)
+    with backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
+        base = base_dtype("auto", dtype, device)
         sam = load_adapted(settings.adapter, settings.checkpoint, base, fuse=settings.fuse)
         goal.check()
         model = goal.segmenter(sam, dtype).to(device)

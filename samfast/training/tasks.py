@@ -19,12 +19,17 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
 
 from samfast.models import Task
 from samfast.models.heads import MULTI_TASK
 from samfast.training.foreground import ANY, Foreground, chosen_foreground
 from samfast.training.settings import TASK_LOSSES
+
+Values = TypeVar("Values", Tensor, np.ndarray)
 
 UNLABELLED = 255  # of semantic masks, whatever else is ignored
 DERIVED = {"boundary": "binary", "distance": "regression"}
@@ -117,6 +122,14 @@ class TaskSpec:
     def rule(self) -> Foreground:
         """Which stored values of a binary task are foreground."""
         return chosen_foreground(self.foreground, self.threshold)
+
+    def stored_units(self, values: Tensor) -> Tensor:
+        """What a regression's values would be in a file."""
+        return (values - self.offset) / self.scale
+
+    def model_units(self, stored: Values) -> Values:
+        """What the model predicts where a regression's file holds ``stored``."""
+        return self.scale * stored + self.offset
 
     def config(self) -> dict[str, Any]:
         """The task as JSON values."""

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import samfast
 from samfast.models import MultiTaskSam, build_sam
-from samfast.training.many_tasks import TaskSegmenter, tasks_loss
+from samfast.training.many_tasks import tasks_loss
+from samfast.training.segmenters import TaskSegmenter
 from samfast.training.task_data import TaskBatch
 from samfast.training.tasks import TaskSpec
 

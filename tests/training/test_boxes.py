@@ -15,7 +15,7 @@ import samfast
 from samfast import cli
 from samfast.integrations import segment_anything
 from samfast.models import build_sam, segment
-from samfast.training import start
+from samfast.training import segmenters
 from samfast.training.boxes import foreground_box, jittered_box, parsed_box, resized_box
 from samfast.training.data import Collate, EpochSampler, PairDataset, model_size, padded_images
 from samfast.training.evaluate import evaluate, validation_loader
@@ -24,6 +24,9 @@ from samfast.training.images import read_mask
 from samfast.training.loop import finetune
 from samfast.training.metrics import ForegroundScores
 from samfast.training.predict import load_adapted
+from samfast.training.recipe import with_recipe
+from samfast.training.records import output_folder
+from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
 TINY = ("--model", "vit_tiny", "--image-size", "64")
@@ -118,7 +121,7 @@ def test_boxes_do_not_depend_on_workers_and_are_exact_in_validation(shared_data)
 
 def test_the_model_is_given_the_boxes():
     sam = build_sam("vit_tiny", image_size=64, seed=0).eval()
-    model = start.Segmenter(sam)
+    model = Segmenter(sam)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     sizes = torch.tensor([[64, 64], [40, 64]])
     boxes = torch.tensor([[3.0, 4, 30, 20], [10, 0, 50.5, 39]])
@@ -156,7 +159,7 @@ def test_a_run_with_boxes_learns_and_says_so_in_its_files(run):
     assert len(list((settings.output / "overlays").iterdir())) == 1
     sam = load_adapted(settings.output / "adapter" / "best")
     pairs = load_split(settings.data, val_fraction=0.34).val
-    scores = evaluate(start.Segmenter(sam), validation_loader(pairs, 64, 2, prompt="box"))
+    scores = evaluate(Segmenter(sam), validation_loader(pairs, 64, 2, prompt="box"))
     assert scores == (summary["val_dice"], summary["val_iou"])
     assert not any(p.requires_grad for p in sam.prompt_encoder.parameters())
 
@@ -164,13 +167,13 @@ def test_a_run_with_boxes_learns_and_says_so_in_its_files(run):
 @pytest.fixture
 def seen(monkeypatch):
     """(training or not, boxes) of every batch that a model segments."""
-    batches, whole = [], start.segment
+    batches, whole = [], segmenters.segment
 
     def watched(sam, images, boxes, **options):
         batches.append((sam.training, boxes))
         return whole(sam, images, boxes, **options)
 
-    monkeypatch.setattr(start, "segment", watched)
+    monkeypatch.setattr(segmenters, "segment", watched)
     return batches
 
 
@@ -275,11 +278,11 @@ def test_options_of_prompts(refused, shared_data, arguments, pattern):
 
 def test_the_jitter_is_a_fiftieth_of_the_image_and_runs_have_a_folder_of_their_own(tmp_path):
     def recipe(**options):
-        return start.with_recipe(FinetuneSettings(data=tmp_path / "cells", **options))
+        return with_recipe(FinetuneSettings(data=tmp_path / "cells", **options))
 
     assert recipe(prompt="box").box_jitter == 20 and recipe().box_jitter is None
     assert recipe(prompt="box", model="vit_tiny").box_jitter == 5
     assert recipe(prompt="box", image_size=512).box_jitter == 10
     assert recipe(prompt="box", box_jitter=0.0).box_jitter == 0
-    folders = [start.output_folder(recipe(prompt=prompt)).name for prompt in ("none", "box")]
+    folders = [output_folder(recipe(prompt=prompt)).name for prompt in ("none", "box")]
     assert folders == ["cells-vit_b-lora", "cells-vit_b-lora-box"]

@@ -17,13 +17,17 @@ from samfast.models import TRAINED_DECODER, binary_head, head_of
 from samfast.models.architectures import ARCHITECTURES
 from samfast.models.build import _construct
 from samfast.modules.adapter_files import read_adapter_config
-from samfast.training import loop, start
+from samfast.training import loop
+from samfast.training.build import attach_method, build_base
 from samfast.training.evaluate import evaluate, validation_loader
 from samfast.training.folders import load_split
 from samfast.training.loop import finetune
 from samfast.training.losses import LOSSES
 from samfast.training.metrics import ForegroundScores
 from samfast.training.predict import load_adapted
+from samfast.training.recipe import with_recipe
+from samfast.training.records import output_folder
+from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
 
@@ -48,9 +52,9 @@ def run(shared_data, tmp_path_factory):
 
 def start_of(settings):
     """The model before the first step."""
-    sam = start.build_base(settings)
+    sam = build_base(settings)
     loop.seed_everything(settings.seed)
-    return start.attach_method(sam, settings)
+    return attach_method(sam, settings)
 
 
 def test_the_loss_falls_and_every_trained_tensor_moves(run):
@@ -82,7 +86,7 @@ def test_the_recipe_is_that_of_the_authors(run, tmp_path):
 
     def rate(**options):
         options = {"data": tmp_path, "method": "conv-lora", **options}
-        return start.with_recipe(FinetuneSettings(**options)).lr
+        return with_recipe(FinetuneSettings(**options)).lr
 
     assert rate(checkpoint=tmp_path) == 1e-4 and rate(model="vit_tiny") == 1e-3
     assert rate(checkpoint=tmp_path, method="lora") == 2e-4
@@ -141,7 +145,7 @@ def test_a_loaded_adapter_scores_exactly_what_was_written(run, which):
     sam = load_adapted(folder)
     assert head_of(sam) == read_adapter_config(folder)["head"] == "binary"
     pairs = load_split(settings.data, val_fraction=0.34).val
-    scores = evaluate(start.Segmenter(sam), validation_loader(pairs, 64, settings.batch_size))
+    scores = evaluate(Segmenter(sam), validation_loader(pairs, 64, settings.batch_size))
     epoch = summary["best_epoch"] if which == "best" else settings.epochs
     row = rows_of(settings.output)[epoch - 1]
     assert scores == (float(row["val_dice"]), float(row["val_iou"]))
@@ -192,7 +196,7 @@ def test_options_reach_the_model(shared_data, tmp_path):
 
 def test_depthwise_runs_have_a_folder_of_their_own(tmp_path):
     settings = settings_for(tmp_path / "cells", None)
-    names = [start.output_folder(s).name for s in (settings, replace(settings, depthwise=True))]
+    names = [output_folder(s).name for s in (settings, replace(settings, depthwise=True))]
     assert names == ["cells-vit_tiny-conv-lora", "cells-vit_tiny-conv-lora-depthwise"]
 
 

@@ -16,13 +16,18 @@ from samfast import cli
 from samfast.counters import Living, counting, saved_bytes
 from samfast.models import encode, image_size
 from samfast.models.architectures import ARCHITECTURES
-from samfast.training import dry_run, loop, start
+from samfast.training import dry_run, loop
+from samfast.training.build import attach_method, build_base
 from samfast.training.data import padded_images, valid_region
 from samfast.training.losses import LOSSES
-from samfast.training.many_tasks import TaskSegmenter, tasks_loss
+from samfast.training.many_tasks import tasks_loss
+from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.recipe import with_recipe
+from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.task_data import TaskBatch
 from samfast.training.tasks import read_tasks
+from samfast.training.try_out import backend_asked_for
 
 TASKS = """
 tasks:
@@ -44,12 +49,12 @@ class RealStep:
     """A step as finetune makes it, on the CPU's memory, counted piece by piece."""
 
     def __init__(self, settings: FinetuneSettings):
-        settings = start.with_recipe(settings)
+        settings = with_recipe(settings)
         cpu = torch.device("cpu")
-        dtype = start.autocast_dtype(settings.precision, cpu)
-        base = start.base_dtype(settings.base_dtype, dtype, cpu)
-        self.sam = start.attach_method(start.build_base(settings), settings, base)
-        self.model = start.Segmenter(self.sam, dtype, settings.decoder_chunk).train()
+        dtype = autocast_dtype(settings.precision, cpu)
+        base = base_dtype(settings.base_dtype, dtype, cpu)
+        self.sam = attach_method(build_base(settings), settings, base)
+        self.model = Segmenter(self.sam, dtype, settings.decoder_chunk).train()
         self.criterion = LOSSES[settings.loss]
         side = image_size(self.sam)
         self.images = torch.randint(0, 256, (settings.batch_size, 3, side, side)).byte()
@@ -82,10 +87,10 @@ class RealTaskStep(RealStep):
     """Of several tasks, which every image has."""
 
     def __init__(self, settings: FinetuneSettings):
-        settings = start.with_recipe(settings)
+        settings = with_recipe(settings)
         self.specs = read_tasks(settings.tasks)
-        sam = start.build_base(settings, [spec.task for spec in self.specs])
-        self.sam = start.attach_method(sam, settings)
+        sam = build_base(settings, [spec.task for spec in self.specs])
+        self.sam = attach_method(sam, settings)
         self.model = TaskSegmenter(self.sam, torch.float32, settings.decoder_chunk).train()
         count, side = settings.batch_size, image_size(sam)
         images = torch.randint(0, 256, (count, 3, side, side)).byte()
@@ -187,7 +192,7 @@ def test_equals_a_real_step(monkeypatch, tmp_path, options):
 
 def test_trying_a_backend_takes_no_random_number():
     state, cpu = torch.get_rng_state(), torch.device("cpu")
-    with start.backend_asked_for("torch", samfast.Lora(rank=2), True, cpu, torch.float32):
+    with backend_asked_for("torch", samfast.Lora(rank=2), True, cpu, torch.float32):
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -263,7 +268,7 @@ def test_the_command_knows_each_method(method, capsys):
     assert cli.main(["finetune", "--dry-run", "--prompt", "box", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     settings = FinetuneSettings(model="vit_tiny", image_size=64, method=method)
-    sam = start.attach_method(start.build_base(settings), settings)
+    sam = attach_method(build_base(settings), settings)
     assert result["trained_parameters"] == samfast.report(sam).trained_parameters
     assert (result["method"], result["prompt"]) == (method, "box")
     assert dry_run.text(result).startswith(f"vit_tiny at 64 pixels, {method}, batches of 2, ")
@@ -281,7 +286,7 @@ def test_the_command_counts_tasks(capsys, tmp_path):
     assert result["peak_bytes"]["batch"] == 64 * 64 * (3 + 2 * 8 + 3 * 4) + 2 * 8
     settings = FinetuneSettings(model="vit_tiny", image_size=64, method="ta-lora")
     tasks = [spec.task for spec in read_tasks(tmp_path / "tasks.yaml")]
-    sam = start.attach_method(start.build_base(settings, tasks), settings)
+    sam = attach_method(build_base(settings, tasks), settings)
     assert result["trained_parameters"] == samfast.report(sam).trained_parameters
     assert "channels of tasks: classes 3, edges 1, slopes 3" in dry_run.text(result)
     assert list(tmp_path.iterdir()) == [tmp_path / "tasks.yaml"]

@@ -16,7 +16,8 @@ from PIL import Image
 import samfast
 from samfast import cli
 from samfast.modules.adapter_files import read_adapter_config
-from samfast.training import loop, start
+from samfast.training import loop
+from samfast.training.build import attach_method, build_base
 from samfast.training.evaluate import evaluate, validation_loader
 from samfast.training.folders import load_split
 from samfast.training.images import read_image, read_mask
@@ -25,6 +26,7 @@ from samfast.training.losses import LOSSES
 from samfast.training.metrics import ForegroundScores, all_foreground_scores
 from samfast.training.predict import load_adapted
 from samfast.training.records import COLUMNS
+from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
 VAL_FRACTION = 0.34  # two of six
@@ -83,9 +85,9 @@ def test_the_loss_falls_and_every_trained_tensor_moves(run):
     settings, _ = run
     rows = rows_of(settings.output)
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
-    before = start.build_base(settings)
+    before = build_base(settings)
     loop.seed_everything(settings.seed)
-    start.attach_method(before, settings)
+    attach_method(before, settings)
     after = load_adapted(settings.output / "adapter" / "last").state_dict()
     moved = {n: not torch.equal(p, after[n]) for n, p in samfast.trainable_parameters(before)}
     assert sum("lora_" in name for name in moved) == 12
@@ -108,7 +110,7 @@ def test_a_loaded_adapter_scores_exactly_what_was_written(run, which):
     settings, summary = run
     folder = settings.output / "adapter" / which
     record = read_adapter_config(folder)
-    model = start.Segmenter(load_adapted(folder))
+    model = Segmenter(load_adapted(folder))
     pairs = load_split(settings.data, val_fraction=VAL_FRACTION).val
     scores = evaluate(model, validation_loader(pairs, 64, settings.batch_size))
     epoch = summary["best_epoch"] if which == "best" else settings.epochs
@@ -159,9 +161,9 @@ def test_decoder_alone_trains_no_adapter(shared_data, tmp_path):
     adapted = load_adapted(settings.output / "adapter" / "best")
     assert not any("lora" in name for name, _ in adapted.named_parameters())
     pairs = load_split(shared_data).val
-    scores = evaluate(start.Segmenter(adapted), validation_loader(pairs, 64, 2))
+    scores = evaluate(Segmenter(adapted), validation_loader(pairs, 64, 2))
     assert scores == (summary["val_dice"], summary["val_iou"])
-    before = start.build_base(settings)
+    before = build_base(settings)
     encoder = adapted.image_encoder.state_dict()
     assert all(torch.equal(v, encoder[k]) for k, v in before.image_encoder.state_dict().items())
 
@@ -169,7 +171,7 @@ def test_decoder_alone_trains_no_adapter(shared_data, tmp_path):
 @pytest.mark.parametrize("method", ["decoder", "lora", "conv-lora"])
 def test_trained_decoder_is_all_that_a_single_mask_uses(method):
     settings = settings_for(Path("x"), Path("y"), method=method)
-    sam = start.attach_method(start.build_base(settings), settings)
+    sam = attach_method(build_base(settings), settings)
     unused = set(samfast.models.unused_by_segment(sam))
     decoder = {n for n, _ in sam.named_parameters() if n.startswith("mask_decoder.")}
     trained = {n for n, _ in samfast.trainable_parameters(sam)}

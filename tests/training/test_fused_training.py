@@ -12,7 +12,7 @@ from segment_anything.modeling.image_encoder import Block
 
 from samfast import cli
 from samfast.modules import SamBlock
-from samfast.training import start
+from samfast.training.build import attach_method, build_base
 from samfast.training.predict import load_adapted
 from samfast.training.settings import FinetuneSettings
 
@@ -65,7 +65,7 @@ def test_what_runs(shared_data, tmp_path, fuse, kind):
     settings = FinetuneSettings(
         data=shared_data, model="vit_tiny", image_size=64, method="decoder", fuse=fuse
     )
-    sam = start.attach_method(start.build_base(settings), settings)
+    sam = attach_method(build_base(settings), settings)
     assert {type(block) for block in sam.image_encoder.blocks} == {kind}
 
 

@@ -10,8 +10,11 @@ import samfast
 from samfast import cli
 from samfast.kernels.sam_block import plan
 from samfast.modules import attach
+from samfast.training import segmenters
 from samfast.training import settings as options
-from samfast.training import start
+from samfast.training.build import attach_method, build_base
+from samfast.training.precision import base_dtype
+from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -38,7 +41,7 @@ def test_the_names_are_those_of_the_library():
     ],
 )
 def test_base_dtype(name, dtype, device, expected):
-    assert start.base_dtype(name, dtype, device) == expected
+    assert base_dtype(name, dtype, device) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_base_dtype(name, dtype, device, expected):
 )
 def test_dtypes_that_do_not_go_together(name, dtype, sentence):
     with pytest.raises(ValueError, match=sentence):
-        start.base_dtype(name, dtype, CUDA)
+        base_dtype(name, dtype, CUDA)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_predict_refuses_no_objects(refused, shared_data, tmp_path):
 @pytest.mark.parametrize("memory", [None, "balanced"])
 def test_they_reach_the_model(memory, monkeypatch):
     given = FinetuneSettings(model="vit_tiny", image_size=64, memory=memory, decoder_chunk=3)
-    sam = start.attach_method(start.build_base(given), given, BF16)
+    sam = attach_method(build_base(given), given, BF16)
     assert {block.memory for block in sam.image_encoder.blocks} == {memory or "fast"}
     assert sam.image_encoder.patch_embed.proj.weight.dtype == BF16
     assert {p.dtype for _, p in samfast.trainable_parameters(sam)} == {FP32}
@@ -95,8 +98,8 @@ def test_they_reach_the_model(memory, monkeypatch):
         assert model is sam and boxes is None and decoder_chunk == 3
         return images.new_zeros(len(images), 1, 64, 64)
 
-    monkeypatch.setattr(start, "segment", segment)
-    model = start.Segmenter(sam, FP32, given.decoder_chunk)
+    monkeypatch.setattr(segmenters, "segment", segment)
+    model = Segmenter(sam, FP32, given.decoder_chunk)
     model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.full((2, 2), 64))
 
 

@@ -8,11 +8,15 @@ import torch
 
 import samfast
 from samfast.models import TRAINED_DECODER, Task, build_sam
-from samfast.training import loop, start
+from samfast.training import loop
+from samfast.training.build import attach_method, build_base
+from samfast.training.checks import check_settings
 from samfast.training.evaluate import evaluate, validation_loader
 from samfast.training.folders import load_split
 from samfast.training.loop import finetune
 from samfast.training.predict import load_adapted
+from samfast.training.recipe import method_of, with_recipe
+from samfast.training.segmenters import Segmenter
 from samfast.training.settings import METHODS, FinetuneSettings
 
 DEFAULTS = {
@@ -31,16 +35,16 @@ NEW = ("cobot-lora", "adaptformer", "cobot-adaptformer", "kronecker")
 
 
 def test_a_recipe_has_the_library_s_defaults():
-    assert tuple(DEFAULTS) == METHODS == tuple(start._RECIPES) == tuple(start._OPTIONS)
+    assert tuple(DEFAULTS) == METHODS
     for name, default in DEFAULTS.items():
         settings = FinetuneSettings(model="vit_tiny", method=name)
         tasks = TASKS if name == "ta-lora" else None
-        assert start.method_of(settings, tasks) == default()
-        recipe = start.with_recipe(settings)
+        assert method_of(settings, tasks) == default()
+        filled = with_recipe(settings)
         # As --lr; 100 times that is for who asks for it. A core would move too far.
-        assert recipe.relation_lr == (0.05 * recipe.lr if name == "ta-lora" else None)
+        assert filled.relation_lr == (0.05 * filled.lr if name == "ta-lora" else None)
         expected = ("polynomial", "structure") if name == "conv-lora" else ("cosine", "bce-dice")
-        assert (recipe.schedule, recipe.loss, recipe.lr) == (*expected, 1e-3)
+        assert (filled.schedule, filled.loss, filled.lr) == (*expected, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +76,8 @@ def test_a_recipe_has_the_library_s_defaults():
 )
 def test_options_reach_the_method(method, options, expected):
     settings = FinetuneSettings(model="vit_tiny", method=method, **options)
-    start.check_settings(FinetuneSettings(**{**vars(settings), "dry_run": True}))
-    assert start.method_of(settings) == expected()
+    check_settings(FinetuneSettings(**{**vars(settings), "dry_run": True}))
+    assert method_of(settings) == expected()
 
 
 @pytest.mark.parametrize(
@@ -179,9 +183,9 @@ def test_two_steps_with_boxes(shared_data, tmp_path, method):
     )
     summary = finetune(settings)
     assert summary["steps"] == 2
-    before = start.build_base(settings)
+    before = build_base(settings)
     loop.seed_everything(settings.seed)
-    start.attach_method(before, settings)
+    attach_method(before, settings)
     sam = load_adapted(tmp_path / "out" / "adapter" / "best")
     after = dict(sam.named_parameters())
     trained = {n for n, _ in samfast.trainable_parameters(before)}
@@ -192,7 +196,7 @@ def test_two_steps_with_boxes(shared_data, tmp_path, method):
         change = (parameter - after[name]).abs().max().item()
         assert (change > 1e-29) == moves, name  # a step of 1e-30 shows where zeros were
     pairs = load_split(shared_data, val_fraction=0.34).val
-    scores = evaluate(start.Segmenter(sam), validation_loader(pairs, 64, 2, prompt="box"))
+    scores = evaluate(Segmenter(sam), validation_loader(pairs, 64, 2, prompt="box"))
     assert scores == (summary["val_dice"], summary["val_iou"])
     record = samfast.read_adapter_config(tmp_path / "out" / "adapter" / "best")
     assert samfast.modules.methods.method_from_config(record["method"]) == DEFAULTS[method]()

@@ -14,7 +14,8 @@ from task_ranks import SPECS, STEPS, alone, batch, build
 
 import samfast
 from samfast.kernels._common.budget import Budget
-from samfast.training.many_tasks import TaskSegmenter, tasks_loss
+from samfast.training.many_tasks import tasks_loss
+from samfast.training.segmenters import TaskSegmenter
 
 HERE = Path(__file__).parent
 

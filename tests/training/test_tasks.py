@@ -8,7 +8,7 @@ from PIL import Image
 
 from samfast.training import losses
 from samfast.training.images import read_values
-from samfast.training.many_tasks import ManyTasks, TaskScores, predicted, task_loss
+from samfast.training.many_tasks import ManyTasks, task_loss
 from samfast.training.predict import _check_files
 from samfast.training.task_data import (
     TaskCollate,
@@ -20,6 +20,7 @@ from samfast.training.task_data import (
     truth_of,
 )
 from samfast.training.task_files import check_items, find_items
+from samfast.training.task_scores import TaskScores, predicted
 from samfast.training.tasks import TaskSpec, read_tasks, specs_from_config
 
 CLASSES = "{name: classes, kind: semantic, channels: 3, ignore: 9}"

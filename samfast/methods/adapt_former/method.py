@@ -5,8 +5,10 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from samfast.adapters.checks import check_bottleneck, check_dropout, checked_target
-from samfast.adapters.method import Method
+from samfast.adapters.method import Method, Relation
+from samfast.adapters.options import option, target_option
 from samfast.methods.cobot.checks import check_width
+from samfast.methods.cobot.method import COBOT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptFormer(Method):
-    """AdaptFormer (NeurIPS 2022) beside the MLPs of transformer blocks, segment_anything's.
+    """AdaptFormer (NeurIPS 2022): branches next to the MLPs of segment_anything's blocks.
 
     bottleneck: width of the branch
     dropout: on the bottleneck, in training
@@ -24,10 +26,12 @@ class AdaptFormer(Method):
 
     name: ClassVar[str] = "adaptformer"
 
-    bottleneck: int = 16
-    dropout: float = 0.1
+    bottleneck: int = option(16, "Width of the branches; with SAM-COBOT a multiple of 4")
+    dropout: float = option(0.1, "Dropout on the bottleneck, in training")
     cobot: bool = False
-    target: str | tuple[str, ...] = "mlp"
+    target: str | tuple[str, ...] = target_option(
+        "mlp", "MLPs of the encoder that get a branch: mlp, or a regular expression"
+    )
 
     def __post_init__(self):
         check_bottleneck(self.bottleneck)
@@ -44,6 +48,21 @@ class AdaptFormer(Method):
         from samfast.methods.adapt_former.layer import MLPBlock
 
         return MLPBlock
+
+    @classmethod
+    def variants(cls) -> dict[str, Method]:
+        return {cls.name: cls(), "cobot-adaptformer": cls(cobot=True)}
+
+    def summary(self) -> str:
+        return f"{super().summary()}{', with SAM-COBOT' if self.cobot else ''}"
+
+    @property
+    def relation(self) -> Relation | None:
+        return COBOT if self.cobot else None
+
+    def smallest_layer(self) -> "tuple[nn.Module, int]":
+        width = max(16, self.bottleneck)
+        return self.replaces(width, width), width
 
     def same_update(self, other: Method) -> bool:
         if type(other) is not AdaptFormer:

@@ -2,14 +2,20 @@
 """SAM-COBOT on LoRA and its options."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from samfast.adapters.checks import checked_target
-from samfast.adapters.method import Method
+from samfast.adapters.method import Method, Relation
+from samfast.adapters.options import option
 from samfast.methods.cobot.checks import check_width
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+# One of the authors' scripts trains them at 100 times the other rate.
+COBOT = Relation("the relation, the coefficients and the heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +28,12 @@ class CobotLora(Method):
     """
 
     name: ClassVar[str] = "cobot-lora"
+    lacks = MappingProxyType({"target": "adapts q and v of every block"})
 
-    rank: int = 4
-    zero_start: bool = False
+    rank: int = option(4, "Rank of the updates, a multiple of 4")
+    zero_start: bool = option(
+        False, "Initialise the update to zero (the published method does not)"
+    )
     target: str | tuple[str, ...] = "qkv"
 
     def __post_init__(self):
@@ -32,6 +41,10 @@ class CobotLora(Method):
         if not isinstance(self.zero_start, bool):
             raise ValueError(f"zero_start is {self.zero_start!r}; it must be True or False")
         object.__setattr__(self, "target", checked_target(self.target))
+
+    @property
+    def relation(self) -> Relation:
+        return COBOT
 
     def same_update(self, other: Method) -> bool:
         return type(other) is CobotLora and self.rank == other.rank

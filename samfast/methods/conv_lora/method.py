@@ -2,10 +2,12 @@
 """Conv-LoRA and its options."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from samfast.adapters.checks import check_alpha, check_dropout, check_rank, checked_target
 from samfast.adapters.method import Method
+from samfast.adapters.options import alpha_option, dropout_option, option, target_option
 from samfast.methods.conv_lora.checks import check_choice, check_depthwise, check_experts
 
 if TYPE_CHECKING:
@@ -26,13 +28,17 @@ class ConvLora(Method):
     """
 
     name: ClassVar[str] = "conv-lora"
+    recipe = MappingProxyType({"schedule": "polynomial", "loss": "structure"})  # the authors'
+    checkpoint_lr = 1e-4
+    binary_head = True
+    lacks = MappingProxyType({"slices": "adapts whole layers"})
 
-    rank: int = 3
-    alpha: float | None = 32
-    experts: int = 8
-    depthwise: bool = False
-    dropout: float = 0.0
-    target: str | tuple[str, ...] = "qkv"
+    rank: int = option(3, "Rank of the update")
+    alpha: float | None = alpha_option(32)
+    experts: int = option(8, "Convolutions that the gate chooses from")
+    depthwise: bool = option(False, "Give each channel a convolution of its own", in_folder=True)
+    dropout: float = dropout_option(0.0)
+    target: str | tuple[str, ...] = target_option("qkv")
     top_k: int = 1
     formula: str = "code"
 

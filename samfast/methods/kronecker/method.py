@@ -2,10 +2,12 @@
 """Kronecker products on linear layers and their options."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from samfast.adapters.checks import check_alpha, check_dropout, check_rank, checked_target
 from samfast.adapters.method import Method
+from samfast.adapters.options import alpha_option, dropout_option, option, target_option
 from samfast.methods.kronecker.checks import check_n
 
 if TYPE_CHECKING:
@@ -25,11 +27,13 @@ class Kronecker(Method):
 
     name: ClassVar[str] = "kronecker"
 
-    n: int = 4
-    rank: int = 1
-    alpha: float | None = None
-    dropout: float = 0.0
-    target: str | tuple[str, ...] = ("qkv", "proj")
+    n: int = option(4, "Number of products; it divides the layers' sizes", name="kron_n", least=1)
+    rank: int = option(
+        1, "Rank of each product's large factor; the update has rank kron_n * kron_n * rank"
+    )
+    alpha: float | None = alpha_option(None)
+    dropout: float = dropout_option(0.0)
+    target: str | tuple[str, ...] = target_option(("qkv", "proj"))
 
     def __post_init__(self):
         check_n(self.n)
@@ -37,6 +41,18 @@ class Kronecker(Method):
         check_alpha(self.alpha)
         check_dropout(self.dropout)
         object.__setattr__(self, "target", checked_target(self.target))
+
+    def check_options(self, find_layers: Callable[[Method], "dict[str, nn.Module]"]) -> None:
+        for name, layer in find_layers(dataclasses.replace(self, n=1)).items():
+            for size, what in ((layer.in_features, "inputs"), (layer.out_features, "outputs")):
+                if size % self.n:
+                    raise ValueError(
+                        f"kron_n is {self.n}, which does not divide the {size} {what} of {name}"
+                    )
+
+    @property
+    def smallest_width(self) -> int:
+        return max(16, self.rank) * self.n
 
     def same_update(self, other: Method) -> bool:
         if type(other) is not Kronecker:

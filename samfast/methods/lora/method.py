@@ -5,6 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from samfast.adapters.checks import (
+    QKV,
     check_alpha,
     check_dropout,
     check_rank,
@@ -12,6 +13,7 @@ from samfast.adapters.checks import (
     checked_target,
 )
 from samfast.adapters.method import Method
+from samfast.adapters.options import alpha_option, dropout_option, option, target_option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,11 +37,17 @@ class Lora(Method):
 
     name: ClassVar[str] = "lora"
 
-    rank: int = 4
-    alpha: float | None = None
-    dropout: float = 0.0
-    target: str | tuple[str, ...] = "qkv"
-    slices: tuple[str, ...] | None = None
+    rank: int = option(4, "Rank of the update")
+    alpha: float | None = alpha_option(None)
+    dropout: float = dropout_option(0.0)
+    target: str | tuple[str, ...] = target_option("qkv")
+    slices: tuple[str, ...] | None = option(
+        None,
+        "Adapt only these parts of qkv, each with factors of its own and no scaling",
+        type=tuple[str, ...],
+        choices=QKV,
+        hint="default: all of qkv at once",
+    )
 
     def __post_init__(self):
         check_rank(self.rank)

@@ -2,10 +2,12 @@
 """TA-LoRA and its options."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from samfast.adapters.checks import QKV, check_dropout, checked_slices, checked_target
-from samfast.adapters.method import Method
+from samfast.adapters.method import Method, Relation
+from samfast.adapters.options import dropout_option, option
 from samfast.methods.ta_lora.checks import (
     check_names,
     check_orthogonality,
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TaLora(Method):
-    """TA-LoRA: low-rank updates for several tasks, which share the factors of one Tucker tensor.
+    """TA-LoRA: low-rank updates for several tasks, which share one Tucker tensor's factors.
 
     tasks: how many, or their names   ranks: of the inputs, the outputs and the tasks
     scaling: of the update   dropout: on the adapter's input, in training
@@ -31,13 +33,24 @@ class TaLora(Method):
     """
 
     name: ClassVar[str] = "ta-lora"
+    needs_tasks = True
+    lacks = MappingProxyType({"target": "adapts q, k and v of every block"})
 
     tasks: int | tuple[str, ...] = 2
-    ranks: tuple[int, int, int] = (32, 32, 4)
+    ranks: tuple[int, int, int] = option(
+        (32, 32, 4),
+        "Rank of the inputs and of the outputs, next to 4 of the tasks",
+        name="rank",
+        type=int,
+        as_option=lambda ranks: ranks[0],
+        as_field=lambda rank: (rank, rank, 4),
+    )
     scaling: float = 0.5
-    dropout: float = 0.1
+    dropout: float = dropout_option(0.1)
     enabled: tuple[str, ...] = QKV
-    orthogonality: float = 0.0
+    orthogonality: float = option(
+        0.0, "Weight of the penalty that keeps the factors near orthogonal"
+    )
     target: str | tuple[str, ...] = "qkv"
 
     def __post_init__(self):
@@ -53,6 +66,14 @@ class TaLora(Method):
         object.__setattr__(self, "enabled", checked_slices(self.enabled))
         check_orthogonality(self.orthogonality)
         object.__setattr__(self, "target", checked_target(self.target))
+
+    @property
+    def relation(self) -> Relation:
+        return Relation("the core", share=0.05)  # see TaskLoraLinear.relation_parameters
+
+    @property
+    def smallest_width(self) -> int:
+        return max(16, *self.ranks)
 
     @property
     def names(self) -> tuple[str, ...]:

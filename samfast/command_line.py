@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How words become settings, and the help, made from the options of settings and of methods.
+
+Importing this loads tyro but not torch.
+"""
+
+import dataclasses
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import tyro
+
+from samfast.adapters.options import Option, options_of
+from samfast.methods.registry import VARIANTS
+from samfast.training.settings import GROUPS, FinetuneSettings, MethodSettings
+
+_VALUES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+_MARGIN = 30  # columns that a box and its flags take before and after a help text
+_TWO_BOXES = 130  # columns of a terminal in which tyro puts boxes side by side
+_FLAG = 24  # columns of a method's option before its help
+
+
+def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
+    """The settings that a command line names; SystemExit after ``--help`` and wrong options.
+
+    commands: the class of each command's settings, whose fields are options
+    """
+    asked = "-h" in argv or "--help" in argv
+    if asked:
+        argv = [*(word for word in argv[:1] if word in commands), "--help"]
+    made = {name: _made(kind, asked) for name, kind in commands.items()}
+    about = {name: _about(kind, argv[:1] == [name]) for name, kind in commands.items()}
+    subcommands = [
+        Annotated[made[name], tyro.conf.subcommand(name, description=about[name])]
+        for name in commands
+    ]
+    found = tyro.cli(
+        Union[tuple(subcommands)],  # noqa: UP007
+        prog="samfast",
+        description="Parameter-efficient fine-tuning of the Segment Anything Model.",
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    kind = next(kind for name, kind in commands.items() if type(found) is made[name])
+    return kind(**dict(_flat(found)))
+
+
+def _made(kind: type, asked: bool) -> type:
+    """A class for tyro, with the settings' options; those of fine-tuning in groups.
+
+    asked: for the help, where the methods list their options and ``--rank`` is not one of its own
+    """
+    if kind is not FinetuneSettings:
+        return _struct(kind.__name__, options_of(kind))
+    groups = []
+    for name, group in GROUPS.items():
+        options = options_of(group)
+        if group is MethodSettings and asked:
+            options = (dataclasses.replace(options[0], help=_methods_help(options[0]), hint=""),)
+        part = Annotated[_struct(name, options), tyro.conf.arg(help="")]
+        groups.append((name, part))
+    return dataclasses.make_dataclass(kind.__name__, groups, frozen=True)
+
+
+def _struct(name: str, options: Sequence[Option]) -> type:
+    fields = [(o.name, _annotated(o), dataclasses.field(default=o.default)) for o in options]
+    return dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+
+
+def _flat(found: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every option, whatever group it is in."""
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value)
+        else:
+            yield field.name, value
+
+
+def _about(kind: type, whole: bool) -> str:
+    """What a command is for: all of it, or the first line for the list of commands."""
+    text = inspect.getdoc(kind) or ""
+    return text if whole else text.partition("\n")[0]
+
+
+def _annotated(option: Option) -> Any:
+    """The option's type as tyro reads it."""
+    hint = _hint(option)
+    told = tyro.conf.arg(
+        help=option.help,
+        metavar=None if option.type is bool else _metavar(option),
+        help_behavior_hint=f"({hint})" if hint else "",
+    )
+    kind = option.type
+    if isinstance(kind, UnionType):  # tyro imports typeguard for this form and for None at its end
+        kind = Union[(None, *_kinds(kind))]
+    if option.positional:
+        kind = tyro.conf.Positional[kind]
+    if option.repeatable:
+        kind = tyro.conf.UseAppendAction[kind]
+    return Annotated[kind, told]
+
+
+def _hint(option: Option) -> str | None:
+    """What stands in brackets after the help."""
+    if option.hint is not None or option.default is None:
+        return option.hint
+    value = option.default
+    return f"default: {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def _kinds(union: UnionType) -> list[Any]:
+    """The union's types but None."""
+    return [kind for kind in get_args(union) if kind is not type(None)]
+
+
+def _metavar(option: Option) -> str:
+    if option.metavar is not None:
+        return option.metavar
+    kind = _kinds(option.type)[0] if isinstance(option.type, UnionType) else option.type
+    if option.choices:
+        name = f"{{{','.join(option.choices)}}}"
+    else:
+        name = _VALUES[get_args(kind)[0] if get_origin(kind) is tuple else kind]
+    return f"{name} ..." if get_origin(kind) is tuple else name
+
+
+def _methods_help(method: Option) -> str:
+    """``--method``'s help: each method with its own options, and what they are if not given."""
+    columns = shutil.get_terminal_size().columns
+    box = columns if columns < _TWO_BOXES else columns // 2
+    width = max(_FLAG + 16, box - _MARGIN)
+    lines = [f"{method.help} ({_hint(method)}). Each has options of its own:"]
+    for name, variant in VARIANTS.items():
+        needs = " (needs --tasks)" if variant.needs_tasks else ""
+        lines += ["", *textwrap.wrap(f"{name}: {variant.summary()}{needs}", width)]
+        for option in variant.options():
+            value = "" if option.type is bool else f" {_metavar(option)}"
+            hint = _hint(option)
+            lines += textwrap.wrap(
+                option.help if hint is None else f"{option.help} ({hint})",
+                width,
+                initial_indent=f"  --{option.name.replace('_', '-')}{value} ".ljust(_FLAG),
+                subsequent_indent=" " * _FLAG,
+            )
+    return "\n".join(lines)

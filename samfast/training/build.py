@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From settings to a model that can be trained: base model, adapters, fused blocks."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+import samfast
+from samfast.methods.attach import find_layers
+from samfast.models import TRAINED_DECODER, MultiTaskSam, Task, binary_head, build_sam
+from samfast.training.recipe import method_of
+from samfast.training.settings import MEMORY, FinetuneSettings
+
+
+def build_base(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) -> nn.Module:
+    """The SAM the settings name, on the CPU; of several tasks a MultiTaskSam."""
+    sam = build_sam(
+        settings.model,
+        checkpoint=settings.checkpoint,
+        image_size=settings.image_size,
+        random_init=settings.random_init,
+        seed=settings.seed,
+    )
+    return for_tasks(sam, tasks)
+
+
+def for_tasks(sam: nn.Module, tasks: Sequence[Task] | None) -> nn.Module:
+    """The sam itself where no tasks are named."""
+    return sam if tasks is None else MultiTaskSam(sam, tasks)
+
+
+def attach_method(
+    sam: nn.Module, settings: FinetuneSettings, base_dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Freeze the model, add the settings' adapters, leave the mask decoder to be trained; fuse."""
+    method = method_of(settings, getattr(sam, "tasks", None))
+    train = TRAINED_DECODER
+    if isinstance(sam, MultiTaskSam):
+        train = sam.trained_parts()
+    elif method.binary_head:
+        binary_head(sam)
+    method.check_options(partial(find_layers, sam))
+    samfast.attach(sam, method, train=train, base_dtype=base_dtype)
+    return samfast.fuse(sam, memory=settings.memory or MEMORY[0]) if settings.fuse else sam

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What no data or model can make right about settings: ValueErrors before anything is read."""
+
+from math import isfinite
+
+from samfast.adapters.options import options_of
+from samfast.methods.registry import VARIANTS
+from samfast.models.architectures import architecture
+from samfast.training.foreground import chosen_foreground
+from samfast.training.image_options import image_options
+from samfast.training.settings import (
+    EvaluateSettings,
+    FinetuneSettings,
+    MethodSettings,
+    PredictSettings,
+)
+
+Settings = FinetuneSettings | PredictSettings | EvaluateSettings
+
+
+def check_settings(settings: FinetuneSettings) -> None:
+    """Raise ValueError for an option that no data or model can make right."""
+    architecture(settings.model)
+    _check_choices(settings)
+    _check_method_options(settings)
+    if settings.memory is not None and not settings.fuse:
+        raise ValueError(
+            f"memory is {settings.memory}, which only the fused encoder has; leave out --no-fuse"
+        )
+    if settings.prompt != "box" and settings.box_jitter is not None:
+        raise ValueError(
+            f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
+        )
+    _check_tasks(settings)
+    chosen_foreground(settings.foreground, settings.threshold)
+    image_options(settings.bands, settings.range)
+    if settings.data is None and not settings.dry_run:
+        raise ValueError("no data folder is named; give it with --data")
+    _check_least(settings)
+    side = settings.image_size or architecture(settings.model).image_size
+    if settings.box_jitter is not None and settings.box_jitter > side:
+        raise ValueError(
+            f"box_jitter is {settings.box_jitter}; it must be at most {side}, the image's side"
+        )
+    for name in ("lr", "relation_lr"):
+        rate = getattr(settings, name)
+        if rate is not None and not (rate > 0 and isfinite(rate)):
+            raise ValueError(f"{name} is {rate}; it must be above 0")
+    if not 0.0 < settings.val_fraction < 1.0:
+        raise ValueError(f"val_fraction is {settings.val_fraction}; it must lie between 0 and 1")
+
+
+def check_prediction(settings: PredictSettings | EvaluateSettings) -> None:
+    """``check_settings`` for prediction and scores."""
+    _check_choices(settings)
+    _check_least(settings)
+    image_options(getattr(settings, "bands", None), getattr(settings, "range", None))
+
+
+def _check_choices(settings: Settings) -> None:
+    for option in options_of(settings):
+        value = getattr(settings, option.name)
+        if not option.choices or value is None or isinstance(value, tuple):
+            continue
+        if value not in option.choices:
+            known = ", ".join(option.choices)
+            raise ValueError(f"unknown {option.name} {value!r}; known are {known}")
+
+
+def _check_least(settings: Settings) -> None:
+    for option in options_of(settings):
+        value = getattr(settings, option.name)
+        if option.least is None or value is None:
+            continue
+        if not (value >= option.least and isfinite(value)):
+            raise ValueError(f"{option.name} is {value}; it must be at least {option.least}")
+
+
+def _check_tasks(settings: FinetuneSettings) -> None:
+    """Raise ValueError for what goes with several tasks only, or not at all."""
+    if settings.tasks is None:
+        if VARIANTS[settings.method].needs_tasks:
+            raise ValueError(
+                f"method {settings.method} is for several tasks; name their file with --tasks"
+            )
+        return
+    if settings.prompt != "none":
+        raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
+    for name in ("loss", "foreground", "threshold"):
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"{name} is an option of one mask; with several tasks it is a key of each task in "
+                f"{settings.tasks}"
+            )
+
+
+def _check_method_options(settings: FinetuneSettings) -> None:
+    """Raise ValueError for an option of another method."""
+    method = VARIANTS[settings.method]
+    own = {"method", *(option.name for option in method.options())}
+    for option in options_of(MethodSettings):
+        name, value = option.name, getattr(settings, option.name)
+        if name in own or value is None or value is False:
+            continue
+        given = f"{name} is {value}"
+        if isinstance(value, tuple):
+            given = f"{name} {'are' if name.endswith('s') else 'is'} {', '.join(value)}"
+        lacks = method.lacks.get(name, method.lacks_all)
+        raise ValueError(f"{given}, but method {settings.method} {lacks}")

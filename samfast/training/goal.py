@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training and scoring ask of a goal: one mask per image, or several tasks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from samfast.models import Task
+
+
+class Split(Protocol):
+    """Files for training and for validation; each file has a ``stem``."""
+
+    train: Sequence[Any]
+    val: Sequence[Any]
+
+
+class Goal(Protocol):
+    """Data, loss, scores and pictures of what is learned.
+
+    ``OneMask`` and ``ManyTasks`` are the two there are. Making one finds the files and opens no
+    image. ``check`` decodes them all; ``scores`` and the texts need what it found.
+
+    score: the column of the table that says which epoch is the best; larger is better
+    columns: the columns of scores in the table, ``score`` among them
+    curves: (column, name) of each curve to draw
+    loss_name: of the loss, as the curves' axis names it
+    tasks: the tasks of a MultiTaskSam; None for one mask
+    split: the files for training and for validation
+    """
+
+    score: str
+    columns: Sequence[str]
+    curves: Sequence[tuple[str, str]]
+    loss_name: str
+    tasks: Sequence[Task] | None
+    split: Split
+
+    def check(self) -> None:
+        """Decode every file and check it; raise ValueError for the first broken rule."""
+
+    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """The model that is trained: padded images in, logits out, under autocast of ``dtype``."""
+
+    def training_data(self, side: int) -> tuple[Dataset, Any]:
+        """The training images at ``side`` pixels, and the function that makes batches of them.
+
+        The dataset is asked for (index, pass) keys, see ``EpochSampler``; a batch has ``images``.
+        """
+
+    def validation_loader(
+        self, items: Sequence[Any], side: int, batch_size: int, workers: int = 0
+    ) -> DataLoader:
+        """Batches of files of the split in their order, with the truth at its own size."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch; model: what ``segmenter`` made, wrapped or not."""
+
+    def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
+        """The value of each of ``columns`` over a validation loader."""
+
+    def overlays(
+        self, model: nn.Module, items: Sequence[Any], side: int
+    ) -> Iterator[tuple[str, Image.Image]]:
+        """(file name without suffix, image | truth | prediction) for files of the split."""
+
+    def sentences(self) -> Iterator[str]:
+        """What a run says before it begins."""
+
+    def epoch_text(self, row: Mapping[str, Any]) -> str:
+        """The scores of an epoch as part of a line."""
+
+    def closing(self, best: Mapping[str, Any]) -> str:
+        """What a run says at its end; best: the row of the best epoch."""
+
+    def table(self, row: Mapping[str, Any]) -> str:
+        """The scores as text, next to those of the best constant prediction."""
+
+    def summary(self, best: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores as ``summary.json`` has them."""
+
+    def remembered(self) -> dict[str, Any]:
+        """What the adapter's folder keeps for evaluation and prediction."""
+
+    def baseline_line(self) -> tuple[float, str] | None:
+        """Height and name of a line in the curves; None for no line."""

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training takes where the settings leave it open, and the method that they name."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from samfast.adapters.method import Method
+from samfast.methods.registry import VARIANTS
+from samfast.models import Task
+from samfast.models.architectures import architecture
+from samfast.training.settings import RANDOM_LR, FinetuneSettings
+
+BOX_JITTER_SHARE = 50  # of the image's side: 20 pixels of 1024, as many as in SAM's own training
+
+
+def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
+    """The settings with what they leave open as their method's recipe has it."""
+    method = VARIANTS[settings.method]
+    recipe = {**method.recipe, **{option.name: option.default for option in method.options()}}
+    recipe["lr"] = RANDOM_LR if settings.checkpoint is None else method.checkpoint_lr
+    if method.relation is not None and method.relation.share is not None:
+        recipe["relation_lr"] = method.relation.share * (settings.lr or recipe["lr"])
+    if settings.prompt == "box":
+        side = settings.image_size or architecture(settings.model).image_size
+        recipe["box_jitter"] = float(round(side / BOX_JITTER_SHARE))
+    open_ = {name: value for name, value in recipe.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **open_)
+
+
+def method_of(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) -> Method:
+    """What the settings attach; ValueError when an option of it is wrong."""
+    method = VARIANTS[settings.method]
+    names = tuple(task.name for task in tasks or ())
+    return method.with_options(vars(with_recipe(settings)), names)

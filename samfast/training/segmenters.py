@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Padded images in, maps of logits out: the models that are trained, around a SAM."""
+
+import torch
+from torch import Tensor, nn
+
+from samfast.models import image_size, segment
+from samfast.training.data import padded_images, valid_region
+
+
+class Segmenter(nn.Module):
+    """Binary segmentation: padded images in, one map of logits out, prompted by a box or nothing.
+
+    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4) -> logits float32
+    (B, S, S), valid bool (B, S, S). The map is that of SAM's first mask token, the one for a single
+    mask, with boxes and without. Runs under autocast of ``dtype`` unless that is float32;
+    decoder_chunk as in ``segment``.
+    """
+
+    def __init__(
+        self,
+        sam: nn.Module,
+        dtype: torch.dtype = torch.float32,
+        decoder_chunk: int | None = None,
+    ):
+        super().__init__()
+        self.sam = sam
+        self.dtype = dtype
+        self.decoder_chunk = decoder_chunk
+
+    def forward(
+        self, images: Tensor, sizes: Tensor, boxes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        valid = valid_region(sizes, image_size(self.sam))
+        images = padded_images(images, valid, self.sam.pixel_mean)
+        lower = self.dtype != torch.float32
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
+            logits = segment(self.sam, images, boxes, decoder_chunk=self.decoder_chunk)
+        return logits[:, 0].float(), valid
+
+
+class TaskSegmenter(Segmenter):
+    """Several tasks: padded images in, maps of every task out.
+
+    images (B, 3, S, S) uint8, sizes int64 (B, 2), rows: by task, its images -> {task: logits
+    float32 (rows, channels, S, S)}. Runs under autocast of ``dtype`` unless that is float32;
+    decoder_chunk as in ``segment``.
+    """
+
+    def forward(
+        self, images: Tensor, sizes: Tensor, rows: dict[str, list[int]]
+    ) -> dict[str, Tensor]:
+        valid = valid_region(sizes, image_size(self.sam))
+        images = padded_images(images, valid, self.sam.pixel_mean)
+        lower = self.dtype != torch.float32
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
+            logits = self.sam(images, rows, decoder_chunk=self.decoder_chunk)
+        return {name: values.float() for name, values in logits.items()}

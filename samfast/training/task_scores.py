@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model predicts for several tasks, and the scores of each kind of task."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from samfast.training.evaluate import full_size
+from samfast.training.metrics import ClassScores, ForegroundScores, ValueScores
+from samfast.training.tasks import TaskSpec
+
+_TITLES = {"dice": "Dice", "iou": "IoU", "miou": "mIoU"}
+
+
+def predicted(spec: TaskSpec, maps: Tensor) -> Tensor:
+    """What maps (C, H, W) say: bool or int64 (H, W), of regression (C, H, W) in stored units."""
+    if spec.kind == "binary":
+        return maps[0] > 0
+    if spec.kind == "semantic":
+        return maps.argmax(0)
+    if spec.loss == "cosine":  # of any length, but scale and offset are those of unit length
+        maps = F.normalize(maps, dim=0)
+    return spec.stored_units(maps)
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module, loader: DataLoader
+) -> Iterator[tuple[TaskSpec, int, Tensor, Tensor]]:
+    """(task, number of the image, prediction, truth) at the files' own sizes, in eval mode."""
+    device = next(model.parameters()).device
+    specs = loader.collate_fn.specs
+    training, first = model.training, 0
+    model.eval()
+    try:
+        for batch in loader:
+            logits = model(batch.images.to(device), batch.sizes.to(device), batch.rows)
+            sizes = batch.sizes.tolist()
+            for spec in specs:
+                rows, truths = batch.rows[spec.name], batch.truths[spec.name]
+                for i, one, truth in zip(rows, logits[spec.name], truths, strict=True):
+                    maps = full_size(one, *sizes[i], truth.shape[-2:])
+                    yield spec, first + i, predicted(spec, maps), truth.to(device)
+            first += len(batch.images)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def predicted_tasks(
+    model: nn.Module, loader: DataLoader, specs: Sequence[TaskSpec]
+) -> Iterator[list[tuple[TaskSpec, np.ndarray]]]:
+    """What each image of a loader of ``data.Batch`` is predicted for these tasks, at its size."""
+    device = next(model.parameters()).device
+    for batch in loader:
+        rows = {spec.name: list(range(len(batch.images))) for spec in specs}
+        logits = model(batch.images.to(device), batch.sizes.to(device), rows)
+        for i, (size, truth) in enumerate(zip(batch.sizes.tolist(), batch.truths, strict=True)):
+            maps = [full_size(logits[spec.name][i], *size, truth.shape) for spec in specs]
+            values = [predicted(spec, own) for spec, own in zip(specs, maps, strict=True)]
+            yield [(s, v.cpu().numpy()) for s, v in zip(specs, values, strict=True)]
+
+
+def score_names(spec: TaskSpec) -> tuple[str, ...]:
+    if spec.kind == "regression":
+        return ("angle",) if spec.loss == "cosine" else ("abs", "rel")
+    return ("dice", "iou") if spec.kind == "binary" else ("miou", "accuracy")
+
+
+class TaskScores:
+    """The scores of one task, whatever its kind."""
+
+    def __init__(self, spec: TaskSpec, device: torch.device | str = "cpu"):
+        self.spec = spec
+        if spec.kind == "binary":
+            self._scores = ForegroundScores(device)
+        elif spec.kind == "semantic":
+            self._scores = ClassScores(spec.channels, device)
+        else:
+            self._scores = ValueScores(spec.loss == "cosine", device)
+
+    def update(self, prediction: Tensor, truth: Tensor) -> None:
+        """Add one image: what ``predicted`` gives, and the truth as datasets hold it."""
+        if self.spec.kind == "binary":
+            counts = truth >= 0
+            prediction, truth = prediction[counts], truth[counts] == 1
+        elif self.spec.loss == "cosine":  # an angle is one between directions, wherever they start
+            prediction = self.spec.model_units(prediction)
+        elif self.spec.kind == "regression":
+            truth = self.spec.stored_units(truth)
+        self._scores.update(prediction, truth)
+
+    def compute(self) -> dict[str, float]:
+        return dict(zip(score_names(self.spec), self._scores.compute(), strict=True))
+
+
+def share(scores: dict[str, float], constant: dict[str, float]) -> float:
+    """A task's part of the score of an epoch: 1 is perfect."""
+    name, value = next(iter(scores.items()))
+    if name == "angle":
+        return 1.0 - value / 90.0
+    if name == "abs":
+        return 1.0 - value / constant[name] if constant[name] > 0 else -value
+    return value
+
+
+def listed(scores: dict[str, float]) -> str:
+    return " ".join(f"{_TITLES.get(name, name)} {value:.4f}" for name, value in scores.items())
