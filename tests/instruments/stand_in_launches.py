@@ -37,7 +37,7 @@ CPU, HALF = torch.device("cpu"), torch.bfloat16
 
 def registered(quick):
     """As benchmarks.launches has it, of one operation."""
-    for name, made in launches.hypercomplex(quick):
+    for name, made in launches.of("hypercomplex")(quick):
         if "factors" in name:
             yield name, made
 
