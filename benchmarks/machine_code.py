@@ -284,10 +284,9 @@ def main(arguments=None) -> int:
         parser.error("TRITON_INTERPRET is set, but interpreted kernels cannot be compiled")
     import triton
 
-    from benchmarks import offline
-    from benchmarks.launches import relpos_attention, sam_block
+    from benchmarks import launches, offline
 
-    named = [*relpos_attention(False), *sam_block(False)]
+    named = [*launches.of("relpos_attention")(False), *launches.of("sam_block")(False)]
     first: dict[str, object] = {}
     for job in offline.distinct(named, [ARCH]):
         code = limited(job.source(), 1, ARCH, ())

@@ -3,8 +3,8 @@
 
 A launcher is run on meta tensors while ``recording`` stands in for the launch, so what is compiled
 is what a user's call would launch: the same types, constants and divisibility by sixteen. Launches
-that lead to the same code are compiled once, in parallel processes. Which launches there are stands
-in ``benchmarks/launches.py``. Kernels must be imported without TRITON_INTERPRET.
+that lead to the same code are compiled once, in parallel processes. ``benchmarks/launches.py``
+finds them. Kernels must be imported without TRITON_INTERPRET.
 """
 
 import argparse

@@ -11,19 +11,10 @@ import torch
 
 from samfast import __version__, backends
 from samfast.integrations.torchvision import operators_problem
+from samfast.kernels import operations
 from samfast.kernels._common.budget import Budget
 
-OPERATIONS = (
-    "lora_linear",
-    "conv_experts",
-    "expert_gate",
-    "cobot_fold",
-    "adapt_former",
-    "hypercomplex",
-    "task_core",
-    "relpos_attention",
-    "sam_block",
-)
+OPERATIONS = operations("example.py")
 _OTHERS = ("triton", "segment-anything", "torchvision", "peft", "transformers", "accelerate")
 _CODE = {"default": "plain", "avx2": "AVX2", "avx512": "AVX-512"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sybil import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
+from samfast import kernels
 from samfast.models import architectures, build_sam
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 SMALL_VIT_B = architectures.Architecture(192, 2, 3, (1,), window=7, image_size=64)
 CHECKPOINT = "sam_vit_b_01ec64.pth"
 FOLDERS = {"photos": 255, "roads": 7, "camvid": 7}  # and the value of an object in their masks
+KERNEL_FILE = re.compile(r"# kernels/(\w+/\w+\.py)\n")
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:samfast|make|pip|pytest|python3?) [^`]+)`")
 
 
@@ -95,12 +98,20 @@ def be_the_only_process() -> None:
 
 
 def run_python(document: str) -> None:
-    """Every Python block in order. One that imports samfast stands by itself, others go on."""
+    """Every Python block in order. One that imports samfast stands by itself, others go on. One
+    that begins with the name of a file in kernels/ is that file, which a later block imports."""
     parsed = Document.parse(str(ROOT / document), PythonCodeBlockParser())
+    folder = tempfile.TemporaryDirectory()
+    kernels.__path__.append(folder.name)
     for example in parsed.examples():
         if "import samfast\n" in example.parsed:
             parsed.namespace.clear()
-        example.evaluate()
+        if file := KERNEL_FILE.match(example.parsed):
+            path = Path(folder.name, file[1])
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(example.parsed, encoding="utf-8")
+        else:
+            example.evaluate()
         if "segment_anything" in sys.modules:  # never before a document's own code imports it
             registry = sys.modules["segment_anything"].sam_model_registry
             registry["vit_b"] = lambda checkpoint: build_sam("vit_b", checkpoint)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from samfast.kernels import operations
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("triton", "transformers", "torchvision", "segment_anything", "peft", "accelerate")
 
@@ -67,6 +69,12 @@ def test_wheel_content(pure_wheel):
     ):
         assert expected in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_a_wheel_finds_the_operations_of_the_checkout(pure_wheel, tmp_path):
+    code = "from samfast.kernels import operations; print(*operations('example.py'))"
+    found = python(code, tmp_path, PYTHONPATH=str(pure_wheel[1])).split()
+    assert found == list(operations("example.py")) and "lora_linear" in found
 
 
 @pytest.mark.slow_on_cpu

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of the GPU's smoke tests is complete and short; its results survive a stop."""
 
-import ast
 import difflib
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu import planted, proofs, smoke_cases, test_smoke
+from gpu.smoke_cases import kernels
 from junit_now import JunitNow
 
 from benchmarks import smoke, timed
@@ -22,16 +22,6 @@ from samfast.kernels.relpos_attention import triton_kernels
 ROOT = Path(__file__).parents[1]
 MOST = 150
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def kernels(operation: str) -> set[str]:
-    """Names of the Triton kernels that an operation's folder launches."""
-    found = set()
-    for path in (ROOT / "kernels" / operation).glob("triton_*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
-                found.add(node.name)
-    return found
 
 
 def test_at_most_so_many():

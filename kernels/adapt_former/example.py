@@ -3,12 +3,15 @@
 
 import torch
 
+from samfast.kernels.adapt_former import costs
 from samfast.kernels.adapt_former.engine import supports
 from samfast.kernels.adapt_former.op import SIDE, adapt_former
+from samfast.kernels.lora_linear.costs import own_launches
 from samfast.kernels.lora_linear.op import supports as up_supports
 
 RESULTS = ("y", *(f"d{name}" for name in ("x", "base", *SIDE)))
 D, V = 96, 16
+LAUNCHES = own_launches(costs.stages(98, D, V, 2), "base + b_up", "db_up")
 
 
 def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

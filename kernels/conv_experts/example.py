@@ -3,9 +3,14 @@
 
 import torch
 
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.conv_experts import costs
 from samfast.kernels.conv_experts.op import conv_experts, supports
+from samfast.kernels.lora_linear.costs import own_launches
 
 RESULTS = ("z", "dh", "dweight", "dbias")
+_STAGES = costs.stages(Windows.whole(2, 9, 9), [2, 3], range(1, 9), 3, False, 2)
+LAUNCHES = own_launches(_STAGES, "noise", "gate")
 
 
 def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

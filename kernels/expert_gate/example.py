@@ -3,9 +3,14 @@
 
 import torch
 
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.conv_experts import costs
 from samfast.kernels.expert_gate.op import expert_gate, supports
+from samfast.kernels.lora_linear.costs import own_launches
 
 RESULTS = ("expert_index", "loss", "dh", "dw_gate", "dw_noise")
+_STAGES = costs.stages(Windows.whole(12, 3, 3), [0] * 12, range(1, 9), 3, False, 2)
+LAUNCHES = own_launches([stage for stage in _STAGES if stage.name == "gate"])
 
 
 def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

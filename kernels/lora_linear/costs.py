@@ -15,6 +15,11 @@ class Stage:
     product: bool = False  # a GEMM of the library
 
 
+def own_launches(stages: list[Stage], *others: str) -> int:
+    """Launches of samfast's kernels: neither the library's products nor the stages named."""
+    return sum(s.launches for s in stages if not s.product and s.name not in others)
+
+
 def frozen(tokens: int, features: int, out: int, itemsize: int) -> list[Stage]:
     """Forward and input gradient of the frozen layer alone."""
     flops = 2 * tokens * features * out

@@ -3,9 +3,11 @@
 
 import torch
 
+from samfast.kernels.lora_linear import costs
 from samfast.kernels.lora_linear.op import lora_linear, supports
 
 RESULTS = ("y", "dx", "dlora_a", "dlora_b")
+LAUNCHES = costs.own_launches(costs.stages(196, 192, 576, 4, 2))
 
 
 def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,9 +4,12 @@
 import torch
 
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.lora_linear.costs import own_launches
+from samfast.kernels.relpos_attention import costs
 from samfast.kernels.relpos_attention.op import supports, window_relpos_attention
 
 RESULTS = ("out", "dqkv", "drel_pos_h", "drel_pos_w", "dpad_bias")
+LAUNCHES = own_launches(costs.stages(Windows(1, 9, 11, 7, 7), 2, 16, 2))
 
 
 def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

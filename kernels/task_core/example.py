@@ -3,9 +3,13 @@
 
 import torch
 
+from samfast.kernels.lora_linear.costs import own_launches
+from samfast.kernels.task_core import costs
 from samfast.kernels.task_core.op import supports, task_core
 
 RESULTS = ("z", "dh", "dcore", "dfactor_task")
+_STAGES = [*costs.product(21, 8, 5, 2, 2), *costs.cores(1, 8, 5, 2, 2)]
+LAUNCHES = own_launches(_STAGES, "gather", "stack dM", "gather again")
 
 
 def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -67,7 +67,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for operation in PLANTS:
             with planted(operation, Path(folder)):
-                recorded = [one for _, some in getattr(launches, operation)(True) for one in some]
+                recorded = [one for _, some in launches.of(operation)(True) for one in some]
             jobs = [Compile.of(one, 90) for one in recorded]
             jobs = [job for job in jobs if job.module == f"planted_{operation}"]
             wrong += not jobs

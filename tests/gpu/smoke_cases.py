@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the first run on a GPU checks: each operation's ways, and the kernels that each launches.
 
-The cases are those of tests/kernels, at their small sizes: one compile of a kernel for each.
+The cases are those of tests/kernels, at their small sizes: one compile of a kernel for each. An
+operation without rows of its own runs its example.
 """
 
+import ast
 import dataclasses
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,11 +21,12 @@ from kernels.lora_linear import cases as lora_linear
 from kernels.relpos_attention import cases as relpos_attention
 from kernels.sam_block import cases as sam_block
 from kernels.task_core import cases as task_core
+from samfast.info import OPERATIONS
 from samfast.kernels.adapt_former import triton_kernels as sums
-from samfast.kernels.expert_gate import example as expert_gate
 
 from .proofs import DEVICE
 
+ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_HEAD = 64  # the widest head that attention's kernels take in float32
 
@@ -50,6 +55,16 @@ class Row:
         return self.exact(dtype) if self.exact else self.run(torch.float64, "reference")
 
 
+def kernels(operation: str) -> set[str]:
+    """Names of the Triton kernels that an operation's folder launches."""
+    found = set()
+    for path in (ROOT / "kernels" / operation).glob("triton_*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                found.add(node.name)
+    return found
+
+
 def _rows(operation, kernels, ways, names=(), native=()):
     """native: the ways for which csrc/cuda has sources too"""
     for way, case in ways.items():
@@ -73,10 +88,6 @@ def _in_chunks():
     yield Row("adapt_former", "chunks", run, ("gradient_kernel",), adapt_former.NAMES)
 
 
-def _gate(dtype, backend):
-    return expert_gate.run(backend, DEVICE, dtype)
-
-
 def _folds():
     kernels = ("fold_kernel", "fold_backward_kernel", "shared_backward_kernel")
     for way, case in {"up": cobot_fold.CASES[0], "down": cobot_fold.CASES[1]}.items():
@@ -90,10 +101,22 @@ def _folds():
         yield Row("cobot_fold", way, run, kernels, exact=exact)
 
 
+def _example(operation) -> Row:
+    """The example of an operation, which launches all its kernels."""
+    example = importlib.import_module(f"samfast.kernels.{operation}.example")
+
+    def run(dtype, backend):
+        return example.run(backend, DEVICE, dtype)
+
+    native = (ROOT / "csrc" / "cuda" / f"{operation}.cu").is_file()
+    backends = ("triton", "cuda") if native else ("triton",)
+    return Row(operation, "example", run, tuple(kernels(operation)), example.RESULTS, backends)
+
+
 MAPS, WINDOWS = relpos_attention.MapCase, relpos_attention.WindowCase
 EXPERTS, BLOCK, LORA = conv_experts.Case, sam_block.Case, lora_linear.Case
 Q_AND_V = ((0, 16), (32, 48))
-ROWS = (
+LISTED = (
     *_rows(
         "lora_linear",
         ("down_kernel", "up_kernel", "up_backward_kernel", "reduce_kernel", "down_backward_kernel"),
@@ -135,7 +158,6 @@ ROWS = (
         conv_experts.NAMES,
         native=("all",),
     ),
-    Row("expert_gate", "training", _gate, ("pool_kernel", "balance_kernel"), expert_gate.RESULTS),
     *_folds(),
     *_rows(
         "adapt_former",
@@ -177,3 +199,4 @@ ROWS = (
         },
     ),
 )
+ROWS = (*LISTED, *map(_example, sorted(set(OPERATIONS) - {row.operation for row in LISTED})))

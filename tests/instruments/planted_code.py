@@ -8,13 +8,16 @@ import dataclasses
 import importlib
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import launches
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.relpos_attention import launches as of_attention
 from samfast.kernels.relpos_attention import tiling
+from samfast.kernels.sam_block import launches as of_block
 
 FOLDER = tempfile.TemporaryDirectory()
 sys.path.insert(0, FOLDER.name)
@@ -47,17 +50,19 @@ def attention(stage, windows, head_dim, tile=None):
             tile if asked == stage else sizes(name, asked, *rest)
         )
     try:
-        found = launches._relpos_attention(windows, 16, head_dim, BF16)
+        with of_attention.tiles_of("sm_90"):
+            call = partial(of_attention.run, windows, 16, head_dim, BF16)
+            found = launches.recorded({"sm_90": call})
     finally:
         tiling._sizes = sizes
-    return only(launches._only(90, found), stage)
+    return only(found, stage)
 
 
 def registered(quick):
     """quick: the cheapest one"""
     gelu = next(
         launch
-        for launch in launches._sam_block(1280, 4, BF16, BF16)
+        for launch in launches.recorded(partial(of_block.run, 1280, 4, BF16, BF16))
         if launch.kernel.fn.__name__ == "gelu_kernel"
     )
     value, product = "wide * below(wide)", "tl.dot(g, a.to(g.dtype), input_precision=PRECISION)"

@@ -21,49 +21,30 @@ from samfast import backends
 from samfast.counters import counting
 from samfast.info import OPERATIONS
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.adapt_former import costs as adapt_former
-from samfast.kernels.conv_experts import costs as conv_experts
-from samfast.kernels.hypercomplex import costs as hypercomplex
-from samfast.kernels.lora_linear import costs as lora_linear
 from samfast.kernels.lora_linear import triton_kernels
-from samfast.kernels.relpos_attention import costs as relpos_attention
 from samfast.kernels.sam_block import costs as sam_block
 from samfast.kernels.sam_block.op import sam_block as fused_block
 from samfast.kernels.sam_block.plan import LayerPlan, Plan
-from samfast.kernels.task_core import costs as task_core
 
 CPU, HALF = torch.device("cpu"), torch.bfloat16
 
 
 def registered(quick):
     """As benchmarks.launches has it, of one operation."""
-    for name, made in launches.hypercomplex(quick):
+    for name, made in launches.of("hypercomplex")(quick):
         if "factors" in name:
             yield name, made
 
 
-def kernels(stages, *others) -> int:
-    """Launches of our kernels by the costs: neither torch's products nor the stages named."""
-    return sum(s.launches for s in stages if not s.product and s.name not in others)
+def example(operation):
+    return importlib.import_module(f"samfast.kernels.{operation}.example")
 
 
 def designed() -> dict[str, int]:
     """Of each operation's example, forward and backward."""
-    experts = conv_experts.stages(Windows.whole(2, 9, 9), [2, 3], range(1, 9), 3, False, 2)
-    cores = [*task_core.product(21, 8, 5, 2, 2), *task_core.cores(1, 8, 5, 2, 2)]
-    return {
-        "lora_linear": kernels(lora_linear.stages(196, 192, 576, 4, 2)),
-        "conv_experts": kernels(experts, "noise", "gate"),
-        "expert_gate": kernels(experts, "noise", *(s.name for s in experts[2:])),
-        "cobot_fold": 3,  # the fold, its backward, and the gradients that slices share
-        "adapt_former": kernels(adapt_former.stages(98, 96, 16, 2), "base + b_up", "db_up"),
-        "hypercomplex": kernels(hypercomplex.stages(42, 48, 80, 4, 2), "db"),
-        "task_core": kernels(cores, "gather", "stack dM", "gather again"),
-        "relpos_attention": kernels(relpos_attention.stages(Windows(1, 9, 11, 7, 7), 2, 16, 2)),
-        "whole block": sum(
-            s.launches for s in sam_block.stages(Windows(1, 9, 11, 7, 7), 32, 2, 4, 2)
-        ),
-    }
+    found = {name: example(name).LAUNCHES for name in OPERATIONS if name != "sam_block"}
+    stages = sam_block.stages(Windows(1, 9, 11, 7, 7), 32, 2, 4, 2)
+    return found | {"whole block": sum(stage.launches for stage in stages)}
 
 
 def whole_block():
@@ -154,8 +135,7 @@ def main(folder=None):
         assert offline.main(arguments) == 0
     with stand_in.standing_in(90, compiles=False) as standing:
         for name in OPERATIONS:
-            example = importlib.import_module(f"samfast.kernels.{name}.example")
-            found[name] = record(partial(example.run, "triton", CPU, HALF))
+            found[name] = record(partial(example(name).run, "triton", CPU, HALF))
         block = whole_block()
         standing.stream = 7
         found["whole block"] = record(block)
