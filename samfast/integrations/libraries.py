@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of other libraries that adapt a model, and which file here knows them.
+
+A library is known by names of classes. It is never imported: a model that has its layers did that.
+Each file has
+
+    OWNER, REMOVAL, SAVING   the library's name, and its calls that take its adapters off or save
+    mixin_of(kind)           what fuses modules of a class, None where nothing does
+    kind_of(module)          what the library calls the layer
+    parameters(module)       (name, Parameter) of what the adapter adds
+"""
+
+import importlib
+from types import ModuleType
+
+from torch import nn
+
+from samfast.adapters.stand_in import altered
+from samfast.integrations.swap import swapped
+
+LIBRARIES = {"peft.tuners.tuners_utils.BaseTunerLayer": "peft_layers"}  # a class: its file
+
+
+def library_of(kind: type[nn.Module]) -> ModuleType | None:
+    """The file that knows modules of this class, None for samfast's, torch's and unknown ones."""
+    for base in kind.__mro__:
+        file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
+        if file is not None:
+            return importlib.import_module(f"samfast.integrations.{file}")
+    return None
+
+
+def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that another library adapted, by full name."""
+    return {name: m for name, m in model.named_modules() if library_of(type(m)) is not None}
+
+
+def fusable(module: nn.Module) -> type | None:
+    """The mixin that fuses the module; None where there is none, or it has its class already."""
+    library = library_of(type(module))
+    if library is None or swapped(module) is not None or "forward" in vars(module):
+        return None
+    return library.mixin_of(type(module))
+
+
+def parameters_of_others(layers: dict[str, nn.Module]) -> set[str]:
+    """Full names of every tensor that other libraries added."""
+    return {
+        f"{layer}.{name}" if layer else name
+        for layer, module in layers.items()
+        for name, _ in library_of(type(module)).parameters(module)
+    }
+
+
+def states_of_others(layers: dict[str, nn.Module]) -> dict[str, str]:
+    """How each of these layers runs: "fused: …" or "not fused: …", with whose it is and why."""
+    return {name: _state(module) for name, module in layers.items()}
+
+
+def _state(module: nn.Module) -> str:
+    library = library_of(type(module))
+    what = f"{library.OWNER}'s {library.kind_of(module)}"
+    if swapped(module) is None:
+        if library.mixin_of(type(module)) is None:
+            return f"not fused: {what}, which samfast does not know"
+        if "forward" in vars(module):
+            return f"not fused: {what} with a forward that was replaced"
+        return f"not fused: {what}; fuse it with samfast.fuse(model)"
+    if altered(module):
+        return f"not fused: {what} has hooks or a forward of its own"
+    problem = module.block_problem()
+    return f"fused: {what}" if problem is None else f"not fused: {what} {problem}"
+
+
+def first_of_others(model: nn.Module) -> tuple[str, ModuleType, str] | None:
+    """The first layer of another library's: its full name, who knows it and what it is."""
+    for name, module in layers_of_others(model).items():
+        library = library_of(type(module))
+        return name or "the model", library, f"{library.OWNER}'s {library.kind_of(module)}"
+    return None
