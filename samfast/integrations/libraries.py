@@ -4,10 +4,10 @@
 A library is known by names of classes. It is never imported: a model that has its layers did that.
 Each file has
 
-    OWNER, REMOVAL, SAVING   the library's name, and its calls that take its adapters off or save
-    mixin_of(kind)           what fuses modules of a class, None where nothing does
-    kind_of(module)          what the library calls the layer
-    parameters(module)       (name, Parameter) of what the adapter adds
+    OWNER, CALLS         the library's name; its own calls for what samfast does with its adapters
+    mixin_of(kind)       what fuses modules of a class, None where nothing does
+    kind_of(module)      what the library calls the layer
+    parameters(module)   (name, Parameter) of what the adapter adds
 """
 
 import importlib
@@ -72,9 +72,23 @@ def _state(module: nn.Module) -> str:
     return f"fused: {what}" if problem is None else f"not fused: {what} {problem}"
 
 
-def first_of_others(model: nn.Module) -> tuple[str, ModuleType, str] | None:
-    """The first layer of another library's: its full name, who knows it and what it is."""
+def refuse_others(model: nn.Module) -> None:
+    """Raise ValueError where another library has adapted a layer."""
     for name, module in layers_of_others(model).items():
         library = library_of(type(module))
-        return name or "the model", library, f"{library.OWNER}'s {library.kind_of(module)}"
+        raise ValueError(
+            f"{name or 'the model'} already has an adapter, {library.OWNER}'s "
+            f"{library.kind_of(module)}; {library.CALLS['keep']}"
+        )
+
+
+def call_of_owner(model: nn.Module, action: str) -> str | None:
+    """What to do instead, where the adapters of a model are another library's.
+
+    action: "save", "merge" or "loss"
+    """
+    for module in layers_of_others(model).values():
+        library = library_of(type(module))
+        kind = type(model).__name__
+        return f"the adapters of this {kind} are {library.OWNER}'s; {library.CALLS[action]}"
     return None

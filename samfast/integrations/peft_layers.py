@@ -17,8 +17,15 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan
 
 OWNER = "PEFT"
-SAVING = "model.save_pretrained(folder)"
-REMOVAL = "model.merge_and_unload()"
+CALLS = {
+    "keep": "samfast.fuse(model) lets it run fused, and PEFT's model.unload() takes it off",
+    "save": "save them with PEFT's model.save_pretrained(folder)",
+    "merge": (
+        "fold them in with PEFT's model.merge_and_unload(), or with merge_adapter() and out with "
+        "unmerge_adapter()"
+    ),
+    "loss": "they add nothing to the loss, so leave aux_loss out",
+}
 _LAYER = "peft.tuners.lora.layer"
 _NARROW = (torch.float16, torch.bfloat16)
 
