@@ -5,7 +5,8 @@ A library is known by names of classes. It is never imported: a model that has i
 Each file has
 
     OWNER, CALLS         the library's name; its own calls for what samfast does with its adapters
-    mixin_of(kind)       what fuses modules of a class, None where nothing does
+    objection(module)    why the module's class is left alone, None where samfast knows it
+    mixin_of(module)     what fuses a module of a class that samfast knows
     kind_of(module)      what the library calls the layer
     parameters(module)   (name, Parameter) of what the adapter adds
 """
@@ -40,7 +41,7 @@ def fusable(module: nn.Module) -> type | None:
     library = library_of(type(module))
     if library is None or swapped(module) is not None or "forward" in vars(module):
         return None
-    return library.mixin_of(type(module))
+    return library.mixin_of(module) if library.objection(module) is None else None
 
 
 def parameters_of_others(layers: dict[str, nn.Module]) -> set[str]:
@@ -61,10 +62,10 @@ def _state(module: nn.Module) -> str:
     library = library_of(type(module))
     what = f"{library.OWNER}'s {library.kind_of(module)}"
     if swapped(module) is None:
-        if library.mixin_of(type(module)) is None:
-            return f"not fused: {what}, which samfast does not know"
         if "forward" in vars(module):
             return f"not fused: {what} with a forward that was replaced"
+        if (reason := library.objection(module)) is not None:
+            return f"not fused: {what}, {reason}"
         return f"not fused: {what}; fuse it with samfast.fuse(model)"
     if altered(module):
         return f"not fused: {what} has hooks or a forward of its own"

@@ -11,10 +11,13 @@ from samfast.adapters.low_rank import backend_of
 from samfast.adapters.stand_in import altered
 from samfast.adapters.stand_in import kind_of as phrase
 from samfast.functional import lora_linear
+from samfast.integrations.peft_proof import objection
 from samfast.integrations.swap import patched, swapped
 from samfast.kernels._common.autocast import autocast_dtype
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan
+
+__all__ = ["CALLS", "OWNER", "FusedLoraLinear", "kind_of", "mixin_of", "objection", "parameters"]
 
 OWNER = "PEFT"
 CALLS = {
@@ -26,7 +29,6 @@ CALLS = {
     ),
     "loss": "they add nothing to the loss, so leave aux_loss out",
 }
-_LAYER = "peft.tuners.lora.layer"
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -100,10 +102,11 @@ class FusedLoraLinear:
 
     def _problem(self, name: str) -> str | None:
         """What is not plain in an adapter."""
-        variant = getattr(self, "lora_variant", {}).get(name)
-        if variant is not None or self.use_dora.get(name, False):
-            kind = "DoRA" if variant is None else type(variant).__name__
-            return f"has a variant of LoRA, {kind}"
+        if self.use_dora.get(name, False):
+            return "has a variant of LoRA, DoRA"
+        variant = getattr(self, "lora_variant", {}).get(name)  # PEFT 0.15 has none
+        if variant is not None:
+            return f"has a variant of LoRA, {type(variant).__name__}"
         if self.fan_in_fan_out:
             return "has its weight the other way round"
         down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
@@ -144,11 +147,8 @@ def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str
     return f"has factors of {names[0]} and {names[1]} over a weight of {names[2]}"
 
 
-def mixin_of(kind: type[nn.Module]) -> type | None:
-    """What fuses modules of this class: of ``lora.Linear`` only, for others derive from it."""
-    forward = vars(kind).get("forward")
-    own = getattr(forward, "__globals__", {}).get("__name__") == _LAYER
-    return FusedLoraLinear if own and forward.__qualname__ == "Linear.forward" else None
+def mixin_of(module: nn.Module) -> type:
+    return FusedLoraLinear
 
 
 def kind_of(module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 """What is not plain LoRA runs PEFT's own forward, gives PEFT's numbers, and report says why."""
 
 import copy
+import sys
 
 import peft
 import pytest
@@ -76,7 +77,7 @@ def mixed_dtypes():
 
 
 HOSTILE = {  # a model: the reason, and how many blocks still run as one
-    dora: ("qkv has a variant of LoRA, DoraLinearVariant", 0),
+    dora: ("qkv has a variant of LoRA, DoRA", 0),
     two_active: ("qkv has 2 active adapters", 0),
     biased: ("qkv has a bias in its adapter", 0),
     hooked: ("qkv has hooks or a forward of its own", 1),
@@ -169,3 +170,16 @@ def test_a_patched_class_is_left_alone(monkeypatch):
     again = samfast.fuse(adapted())
     all_within_budget(again(x), lambda: before(x), lambda: double(x.double()), torch.float32)
     assert block_calls(again, x) == 0
+
+
+def test_another_formula_is_found_out(monkeypatch):
+    """As a later PEFT might have it: its own code, in its own module."""
+    code = "def forward(self, x): return 2 * self.base_layer(x)"
+    layer = sys.modules[peft.tuners.lora.Linear.__module__]
+    names = {}
+    exec(code, vars(layer), names)
+    monkeypatch.setattr(layer.Linear, "forward", names["forward"])
+    model = samfast.fuse(adapted())
+    state = samfast.report(model).others[QKV]
+    assert state.startswith("not fused: PEFT's lora.Linear, but its forward gives another output (")
+    assert block_calls(model, maps()) == 0

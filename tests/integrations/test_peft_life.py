@@ -55,7 +55,7 @@ def test_unfuse_waits_for_a_replaced_forward():
     fused = samfast.fuse(adapted())
     layer = fused.get_submodule("base_model.model.blocks.0.attn.qkv")
     layer.forward = layer.forward
-    with pytest.raises(RuntimeError, match="blocks.0.attn.qkv, a FusedLinear, was replaced after"):
+    with pytest.raises(RuntimeError, match=r"blocks.0.attn.qkv, a FusedLinear, was replaced after"):
         samfast.unfuse(fused)
 
 
@@ -90,9 +90,8 @@ def test_layers_made_later_wait_for_fuse():
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_saved_folders_are_the_same(tmp_path):
     stock = adapted_encoder(modules_to_save=["neck.2"])
-    fused, x = samfast.fuse(copy.deepcopy(stock)), images()
     stock.save_pretrained(tmp_path / "stock")
-    fused.save_pretrained(tmp_path / "fused")
+    samfast.fuse(stock).save_pretrained(tmp_path / "fused")
     names = sorted(path.name for path in (tmp_path / "stock").iterdir())
     for name in names:
         if name != "README.md":
@@ -101,17 +100,25 @@ def test_saved_folders_are_the_same(tmp_path):
     loaded = peft.PeftModel.from_pretrained(encoder(), tmp_path / "fused")
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, stock.state_dict()[name]) or "rel_pos" in name, name
-    assert "adapter_model.safetensors" in names and block_calls(samfast.fuse(loaded), x) == DEPTH
+    assert (
+        "adapter_model.safetensors" in names
+        and block_calls(samfast.fuse(loaded), images()) == DEPTH
+    )
 
 
 def test_a_pickled_model_opens_where_only_samfast_is_imported(tmp_path):
+    """And fuse imports no library there that the model has not."""
     fused, x = samfast.fuse(adapted_encoder()).eval(), images()
     with torch.no_grad():
         torch.save({"model": fused, "x": x, "y": fused(x)}, tmp_path / "model.pt")
     code = f"""if True:
-        import torch, samfast
+        import sys, torch, samfast
         from samfast.integrations.torchvision import declare_missing_schemas
         declare_missing_schemas()
+        from samfast.models import build_sam
+        sam = samfast.fuse(build_sam("vit_tiny", image_size=64))
+        samfast.report(sam), samfast.unfuse(sam)
+        print("peft" in sys.modules, "samfast.integrations.peft_layers" in sys.modules)
         torch.set_num_threads({torch.get_num_threads()})
         held = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
         with torch.no_grad():
@@ -119,25 +126,10 @@ def test_a_pickled_model_opens_where_only_samfast_is_imported(tmp_path):
         print(set(samfast.report(held["model"]).blocks.values()))
         print(type(samfast.unfuse(held["model"]).base_model.model.blocks[0].attn.qkv).__name__)
     """
-    assert _printed(code) == ["True", "{'fused'}", "Linear"]
-
-
-def test_fuse_imports_no_library():
-    code = """if True:
-        import sys, samfast
-        from samfast.models import build_sam
-        sam = samfast.fuse(build_sam("vit_tiny", image_size=64))
-        samfast.report(sam), samfast.unfuse(sam)
-        print("peft" in sys.modules, "samfast.integrations.peft_layers" in sys.modules)
-    """
-    assert _printed(code) == ["False False"]
-
-
-def _printed(code):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+    assert done.stdout.splitlines() == ["False False", "True", "{'fused'}", "Linear"]
 
 
 def test_a_whole_sam_and_what_report_says():
