@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from samfast.adapters.block_layer import BlockLayer, dropout_seed
 from samfast.adapters.low_rank import backend_of
@@ -87,6 +88,8 @@ class FusedLoraLinear:
         base = self.base_layer
         if type(base) is not nn.Linear:
             return None, f"is over {phrase(base)}, not a plain nn.Linear"
+        if _quantised(base.weight):
+            return None, f"has a weight that is a {type(base.weight).__name__}"
         if altered(base):
             return None, "has hooks or a forward of its own on its base layer"
         if self.disable_adapters:
@@ -108,17 +111,17 @@ class FusedLoraLinear:
         if variant is not None:
             return f"has a variant of LoRA, {type(variant).__name__}"
         if self.fan_in_fan_out:
-            return "has its weight the other way round"
+            return "has a transposed weight (fan_in_fan_out)"
         down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        if up.bias is not None or down.bias is not None:
-            return "has a bias in its adapter"
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return "has factors that are not plain nn.Linear"
+        if up.bias is not None or down.bias is not None:
+            return "has a bias in its adapter"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"has {phrase(dropout)} before its adapter"
         if altered(down) or altered(up) or altered(dropout):
             return "has hooks or a forward of its own in its adapter"
-        if not 0.0 <= self._dropout(name) < 1.0:
+        if self._dropout(name) >= 1.0:
             return f"has a dropout of {dropout.p}"
         if not isinstance(self.scaling[name], (int, float)):
             return f"has a scaling that is a {type(self.scaling[name]).__name__}, not a number"
@@ -137,6 +140,11 @@ class FusedLoraLinear:
     def _takes(self, x: Tensor) -> bool:
         """Whether x has the weight's dtype; PEFT says what is wrong with another."""
         return x.dtype == self.base_layer.weight.dtype or autocast_dtype(x.device.type) is not None
+
+
+def _quantised(weight: Tensor) -> bool:
+    """Whether it is no plain tensor; what FSDP shards is one by the time of the forward."""
+    return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
 
 
 def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str | None:

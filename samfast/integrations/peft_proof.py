@@ -48,7 +48,8 @@ def _stand_in(module: nn.Module) -> nn.Module:
         "lora_B": nn.Linear(2, 5, bias=False),
         "lora_dropout": nn.Identity(),
     }
-    parts = {name: type(part)() for name, part in module.named_children() if name != "base_layer"}
+    kinds = nn.ModuleDict, nn.ParameterDict
+    parts = {n: type(part)() for n, part in module.named_children() if isinstance(part, kinds)}
     parts |= {name: nn.ModuleDict({_NAME: layer}) for name, layer in layers.items()}
     return shell(type(module), values, base_layer=nn.Linear(6, 5), **parts)
 

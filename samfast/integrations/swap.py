@@ -29,7 +29,7 @@ def derived(stock: type[nn.Module], mixin: type) -> type[nn.Module]:
         "__module__": stock.__module__,
         "__doc__": mixin.__doc__,
         "__reduce_ex__": _reduce,
-        "_swapped": Swapped(stock, mixin, stock.forward),
+        "_samfast_swapped": Swapped(stock, mixin, stock.forward),
     }
     name = f"Fused{stock.__name__}"
     return types.new_class(name, (mixin, stock), exec_body=lambda space: space.update(names))
@@ -42,33 +42,33 @@ def swap(module: nn.Module, mixin: type) -> None:
 
 def swapped(module: nn.Module) -> Swapped | None:
     """What the module's class was made of, also inside a class that a wrapper made of it."""
-    return getattr(type(module), "_swapped", None)
+    return getattr(type(module), "_samfast_swapped", None)
 
 
 def patched(module: nn.Module) -> bool:
     """Whether the stock class of a swapped module has another forward since."""
-    made_of = type(module)._swapped
+    made_of = type(module)._samfast_swapped
     return made_of.stock.forward is not made_of.forward
 
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether the module's class is one of ``derived``, and no wrapper's."""
-    return "_swapped" in vars(type(module))
+    return "_samfast_swapped" in vars(type(module))
 
 
 def swap_back(module: nn.Module) -> None:
-    module.__class__ = type(module)._swapped.stock
+    module.__class__ = type(module)._samfast_swapped.stock
 
 
 def _reduce(self, protocol):
     """As the stock class pickles, but that the class is made anew where it is loaded."""
     kind, reduced = (
         type(self),
-        super(type(self)._swapped.mixin, self).__reduce_ex__(max(protocol, 2)),
+        super(type(self)._samfast_swapped.mixin, self).__reduce_ex__(max(protocol, 2)),
     )
     if not is_swapped(self) or reduced[0] is not copyreg.__newobj__ or reduced[1][0] is not kind:
         return reduced
-    made_of = kind._swapped[:2]
+    made_of = kind._samfast_swapped[:2]
     return _new, (*made_of, *reduced[1][1:]), *reduced[2:]
 
 

@@ -10,6 +10,7 @@ import torch
 from budgets import all_within_budget
 from peft_models import DEPTH, adapted, block_calls, config, maps, moved, run
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import samfast
 
@@ -125,6 +126,7 @@ def test_a_batch_of_several_adapters():
     assert block_calls(fused, x) == DEPTH  # once the hooks are gone
 
 
+@pytest.mark.filterwarnings("ignore:Adapter default was active")
 def test_merged_disabled_and_none_active_are_plain_linear_layers():
     stock = second(adapted())
     fused, x = samfast.fuse(copy.deepcopy(stock)), maps()
@@ -183,3 +185,12 @@ def test_another_formula_is_found_out(monkeypatch):
     state = samfast.report(model).others[QKV]
     assert state.startswith("not fused: PEFT's lora.Linear, but its forward gives another output (")
     assert block_calls(model, maps()) == 0
+
+
+def test_a_weight_that_is_no_plain_tensor():
+    """As quantised weights are."""
+    fused = samfast.fuse(adapted())
+    base = fused.get_submodule(QKV).base_layer
+    base.weight = nn.Parameter(TwoTensor(base.weight.data, base.weight.data), requires_grad=False)
+    state = next(iter(samfast.report(fused).blocks.values()))
+    assert state == "fused in parts: qkv has a weight that is a TwoTensor"

@@ -23,6 +23,7 @@ from peft_models import (
     run,
 )
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import samfast
 from samfast.models import build_sam, segment
@@ -181,3 +182,20 @@ def test_calls_of_the_owner_are_named(tmp_path):
     with pytest.raises(ValueError, match=match):
         samfast.attach(model, samfast.Lora(), train=())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_sharded_after_fuse(tmp_path):
+    """report says of sharded weights what a forward does with them."""
+    stock, x = adapted(), maps()
+    fused = samfast.fuse(copy.deepcopy(stock))
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for block in fused.base_model.model.blocks:
+            fully_shard(block, mesh=mesh)
+        assert {*samfast.report(fused).blocks.values()} == {"fused"}
+        assert block_calls(fused, x) == DEPTH
+        same(fused, stock, x)
+    finally:
+        torch.distributed.destroy_process_group()
