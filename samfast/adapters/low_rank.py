@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear layer under every mergeable low-rank adapter: shared weight, merging, state dict."""
 
+from collections.abc import Sequence
+
 import torch
 
 from samfast.adapters.adapted_linear import AdaptedLinear
@@ -112,7 +114,7 @@ class LowRankLinear(AdaptedLinear):
 
 
 def backend_of(
-    weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], slices: int = 1
+    weight: torch.Tensor, factors: Sequence[torch.Tensor], slices: int = 1
 ) -> dict[str, str]:
     """What runs ``lora_linear`` on these, for an x as autocast would have it."""
     x = autocast_input(weight.detach()[:0])

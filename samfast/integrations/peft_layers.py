@@ -30,6 +30,7 @@ CALLS = {
     ),
     "loss": "they add nothing to the loss, so leave aux_loss out",
 }
+_PARTS = ("lora_A", "lora_B", "lora_dropout")  # of an adapter
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -47,13 +48,13 @@ class FusedLoraLinear:
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        name, problem = self._adapter()
-        if args or kwargs or name is None or problem is not None or not self._takes(x):
+        active = self._active()
+        theirs = args or kwargs or not active or not self._takes(x)
+        if theirs or self.block_problem() is not None:
             return super().forward(x, *args, **kwargs)
-        base, scaling, dropout = self.base_layer, self.scaling[name], self._dropout(name)
-        return lora_linear(
-            x, base.weight, base.bias, *self._factors(name), scaling, dropout=dropout
-        )
+        weight, bias, lora_a, lora_b = self._tensors(active[0])
+        scaling, dropout = self.scaling[active[0]], self._dropout(active[0])
+        return lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout=dropout)
 
     @property
     def token_wise(self) -> bool:
@@ -62,46 +63,45 @@ class FusedLoraLinear:
 
     def block_problem(self) -> str | None:
         """Why PEFT's own forward runs, None where the layer can take part in a fused block."""
-        return self._adapter()[1]
+        if patched(self):
+            return "has a class with a forward that was replaced"
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear:
+            return f"is over {phrase(base)}, not a plain nn.Linear"
+        if _quantised(base.weight):
+            return f"has a weight that is a {type(base.weight).__name__}"
+        if altered(base):
+            return "has hooks or a forward of its own on its base layer"
+        if self.disable_adapters and self.merged:
+            return "is disabled while it is merged, so PEFT unmerges it at its next forward"
+        active = self._active()
+        if len(active) > 1:
+            return f"has {len(active)} active adapters"
+        return self._problem(active[0]) if active else None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
         """Its share in a fused block; x as the block's products take it."""
-        base, (name, _) = self.base_layer, self._adapter()
-        if name is None:
-            return BlockLayer(base.weight, base.bias)
-        dropout = self._dropout(name)
-        plan = LayerPlan(adapted=True, scaling=float(self.scaling[name]), dropout=dropout)
-        seed = dropout_seed(dropout, x)
-        return BlockLayer(base.weight, base.bias, *self._factors(name), plan, seed)
+        active = self._active()
+        if not active:
+            return BlockLayer(self.weight, self.bias)
+        dropout = self._dropout(active[0])
+        plan = LayerPlan(adapted=True, scaling=float(self.scaling[active[0]]), dropout=dropout)
+        return BlockLayer(*self._tensors(active[0]), plan, dropout_seed(dropout, x))
 
     def backends(self) -> dict[str, str]:
         """What a forward would choose here and now, for an x as autocast would have it."""
-        name, problem = self._adapter()
-        if name is None or problem is not None:
+        active = self._active()
+        if not active or self.block_problem() is not None:
             return {}
-        return backend_of(self.base_layer.weight, self._factors(name))
+        weight, _, *factors = self._tensors(active[0])
+        return backend_of(weight, factors)
 
-    def _adapter(self) -> tuple[str | None, str | None]:
-        """The active adapter, None for a plain linear layer; and why PEFT's own forward runs."""
-        if patched(self):
-            return None, "has a class with a forward that was replaced"
-        base = self.base_layer
-        if type(base) is not nn.Linear:
-            return None, f"is over {phrase(base)}, not a plain nn.Linear"
-        if _quantised(base.weight):
-            return None, f"has a weight that is a {type(base.weight).__name__}"
-        if altered(base):
-            return None, "has hooks or a forward of its own on its base layer"
-        if self.disable_adapters:
-            merged = "is disabled while it is merged, so PEFT unmerges it at its next forward"
-            return None, merged if self.merged else None
-        if self.merged:
-            return None, None
-        down = self.lora_A
-        active = [name for name in self.active_adapters if name in down]
-        if len(active) != 1:
-            return None, f"has {len(active)} active adapters" if active else None
-        return active[0], self._problem(active[0])
+    def _active(self) -> list[str]:
+        """The adapters that act now; none makes the layer a plain linear one."""
+        if self.disable_adapters or self.merged:
+            return []
+        adapters = self._modules["lora_A"]._modules
+        return [name for name in self.active_adapters if name in adapters]
 
     def _problem(self, name: str) -> str | None:
         """What is not plain in an adapter."""
@@ -112,7 +112,7 @@ class FusedLoraLinear:
             return f"has a variant of LoRA, {type(variant).__name__}"
         if self.fan_in_fan_out:
             return "has a transposed weight (fan_in_fan_out)"
-        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        down, up, dropout = (self._modules[part]._modules[name] for part in _PARTS)
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return "has factors that are not plain nn.Linear"
         if up.bias is not None or down.bias is not None:
@@ -121,7 +121,7 @@ class FusedLoraLinear:
             return f"has {phrase(dropout)} before its adapter"
         if altered(down) or altered(up) or altered(dropout):
             return "has hooks or a forward of its own in its adapter"
-        if self._dropout(name) >= 1.0:
+        if type(dropout) is nn.Dropout and dropout.p >= 1.0:
             return f"has a dropout of {dropout.p}"
         if not isinstance(self.scaling[name], (int, float)):
             return f"has a scaling that is a {type(self.scaling[name]).__name__}, not a number"
@@ -129,8 +129,11 @@ class FusedLoraLinear:
             return "does not cast its input to its adapter's dtype"
         return _dtype_problem(self.base_layer.weight.dtype, down.weight.dtype, up.weight.dtype)
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight
+    def _tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """weight, bias, lora_a and lora_b."""
+        base = self._modules["base_layer"]
+        down, up = (self._modules[part]._modules[name] for part in _PARTS[:2])
+        return base.weight, base.bias, down.weight, up.weight
 
     def _dropout(self, name: str) -> float:
         """The probability that acts now."""
@@ -139,11 +142,13 @@ class FusedLoraLinear:
 
     def _takes(self, x: Tensor) -> bool:
         """Whether x has the weight's dtype; PEFT says what is wrong with another."""
-        return x.dtype == self.base_layer.weight.dtype or autocast_dtype(x.device.type) is not None
+        return x.dtype == self.weight.dtype or autocast_dtype(x.device.type) is not None
 
 
 def _quantised(weight: Tensor) -> bool:
     """Whether it is no plain tensor; what FSDP shards is one by the time of the forward."""
+    if type(weight) is nn.Parameter:
+        return False
     return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
 
 

@@ -60,16 +60,13 @@ def swap_back(module: nn.Module) -> None:
     module.__class__ = type(module)._samfast_swapped.stock
 
 
-def _reduce(self, protocol):
+def _reduce(self: nn.Module, protocol: int) -> tuple:
     """As the stock class pickles, but that the class is made anew where it is loaded."""
-    kind, reduced = (
-        type(self),
-        super(type(self)._samfast_swapped.mixin, self).__reduce_ex__(max(protocol, 2)),
-    )
-    if not is_swapped(self) or reduced[0] is not copyreg.__newobj__ or reduced[1][0] is not kind:
-        return reduced
-    made_of = kind._samfast_swapped[:2]
-    return _new, (*made_of, *reduced[1][1:]), *reduced[2:]
+    stock, mixin, _ = type(self)._samfast_swapped
+    make, arguments, *rest = super(mixin, self).__reduce_ex__(max(protocol, 2))
+    if is_swapped(self) and make is copyreg.__newobj__ and arguments[0] is type(self):
+        make, arguments = _new, (stock, mixin, *arguments[1:])
+    return make, arguments, *rest
 
 
 def _new(stock: type[nn.Module], mixin: type, *arguments):

@@ -107,6 +107,7 @@ def test_saved_folders_are_the_same(tmp_path):
     )
 
 
+@pytest.mark.slow_on_cpu
 def test_a_pickled_model_opens_where_only_samfast_is_imported(tmp_path):
     """And fuse imports no library there that the model has not."""
     fused, x = samfast.fuse(adapted_encoder()).eval(), images()
