@@ -250,13 +250,7 @@ def window_relpos_attention(
     batch, height, width, columns = qkv.shape
     if height == 0 or width == 0:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, a map without tokens")
-    size = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
-    whole = (isinstance(side, (int, torch.SymInt)) and type(side) is not bool for side in size)
-    if not all(whole) or len(size) != 2 or min(size) < 1:
-        raise ValueError(
-            f"window is {window!r}, but must be a side or (height, width), whole numbers of at "
-            "least 1"
-        )
+    size = _sides(window)
     windows = Windows(batch, height, width, *size)
     named = {"qkv": qkv, "rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
     named |= {"pad_bias": pad_bias, "pad_h": pad_h, "pad_b": pad_b}
@@ -277,6 +271,17 @@ def window_relpos_attention(
         parts, pad_bias, pad_h, pad_b, *tables, list(windows), scale, name
     )
     return out.flatten(3)
+
+
+def _sides(window) -> tuple[int, int]:
+    size = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    whole = (isinstance(side, (int, torch.SymInt)) and type(side) is not bool for side in size)
+    if not all(whole) or len(size) != 2 or min(size) < 1:
+        raise ValueError(
+            f"window is {window!r}, but must be a side or (height, width), whole numbers of at "
+            "least 1"
+        )
+    return size
 
 
 def _check(named: dict[str, Tensor | None], size, head_dim: int, dtype: torch.dtype) -> None:
