@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from draws import DEVICE
 
 from kernels.adapt_former import cases as adapt_former
 from kernels.cobot_fold import cases as cobot_fold
@@ -19,8 +20,6 @@ from kernels.sam_block import cases as sam_block
 from kernels.task_core import cases as task_core
 from samfast.kernels.adapt_former import triton_kernels as sums
 from samfast.kernels.expert_gate import example as expert_gate
-
-from .proofs import DEVICE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32_HEAD = 64  # the widest head that attention's kernels take in float32

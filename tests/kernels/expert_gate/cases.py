@@ -43,7 +43,10 @@ OPERATIONS = [
         BACKENDS,
         kept,
         faults={
-            "test_a_second_derivative_is_refused[constant": "it hangs on what the forward made, "
+            (
+                "test_a_second_derivative_is_refused",
+                "constant",
+            ): "it hangs on what the forward made, "
             "so a constant loss's gradient counts as a constant"
         },
     )
