@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BYTES = Callable[[Sequence[Tensor], frozenset], tuple[int, int]]
+Kept = Callable[[Sequence[Tensor], frozenset[int]], tuple[int, int]]
 
 
 def runnable_by(example) -> Callable[[str], str | None]:
@@ -35,7 +35,8 @@ class Operation:
     call: (tensors, backend) -> the results that have a gradient; "reference" is a backend too
     runnable, backends: which backends run here, and which there are
     kept: (tensors, wanted) -> the bytes kept for a backward with the gradients ``wanted``, by their
-        places: of what was given (beside parameters) or is a result, and of what is made for it
+        places: of what was given (parameters aside) or is a result, and of what is made for it;
+        None where a test of its own counts them
     activations: how many of the tensors are not parameters
     apart: places whose gradients cost something, and nothing where nobody wants any of them; each
         by itself where None
@@ -49,7 +50,7 @@ class Operation:
     call: Callable[[Sequence[Tensor], str], Sequence[Tensor]]
     runnable: Callable[[str], str | None]
     backends: tuple[str, ...] = ("torch",)
-    kept: BYTES | None = None
+    kept: Kept | None = None
     activations: int = 1
     apart: tuple[tuple[int, ...], ...] | None = None
     autocast: str = ""

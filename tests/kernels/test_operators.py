@@ -30,8 +30,8 @@ CASES = [
 ]
 OPERATIONS = [operation for cases in CASES for operation in cases.OPERATIONS]
 FINITE = [operation for cases in CASES for operation in getattr(cases, "FINITE", ())]
-OUTER_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 INNER_CHECKS = ("test_schema", "test_faketensor")
+INNER = ("", "_forward", "_backward")  # an operator without a forward runs itself
 tensors_in = partial(tree_map_only, torch.Tensor)
 
 
@@ -115,8 +115,8 @@ def test_opcheck(operation, backend, requires_grad):
 @cases()
 def test_opcheck_of_the_two_halves(operation, backend):
     found = calls(operation, backend)
-    for name in (f"{operation.name}_forward", f"{operation.name}_backward"):
-        if call := found.of(name):
+    for suffix in INNER:
+        if call := found.of(operation.name + suffix):
             operator, arguments = call
             arguments = tensors_in(torch.Tensor.detach, arguments)
             torch.library.opcheck(operator, arguments, test_utils=INNER_CHECKS)
@@ -151,7 +151,7 @@ def test_fakes_promise_what_is_made(operation, backend, layout, incoming):
     """Shapes, strides and dtypes, whichever gradients are wanted."""
     for wanted in few_subsets(len(operation.leaves())):
         found = calls(operation, backend, wanted, layout, incoming)
-        for suffix in ("_forward", "_backward"):
+        for suffix in INNER:
             if not (call := found.of(operation.name + suffix)):
                 continue
             operator, arguments = call
@@ -191,7 +191,8 @@ def test_a_checkpoint_gives_the_same_bits(operation, backend, reentrant):
     leaves = operation.leaves()
     full = operation.run(leaves, backend)
     torch.manual_seed(3)
-    made = checkpoint(lambda *t: operation.call(t, backend), *leaves, use_reentrant=reentrant)
+    call = partial(operation.call, backend=backend)
+    made = checkpoint(lambda *t: tuple(call(t)), *leaves, use_reentrant=reentrant)
     torch.autograd.backward(made, gradients_for(made))
     for ours, whole in zip([*made, *(t.grad for t in leaves)], full, strict=True):
         assert torch.equal(ours, whole)
@@ -235,14 +236,14 @@ def test_a_gradient_that_nobody_wants_costs_nothing(operation, backend):
 
 
 @pytest.mark.slow_on_cpu("triton")
-@cases()
-def test_saved_bytes(operation, backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@cases(of=[operation for operation in OPERATIONS if operation.kept])
+def test_saved_bytes(operation, backend, dtype):
     """By what is packed for the backward, and by what stays alive."""
-    if operation.kept is None:
-        pytest.skip("a test of its own counts them")
-    operation.results(operation.leaves(), backend)  # first calls import and cache
-    for wanted in few_subsets(len(operation.leaves())):
-        leaves = operation.leaves(wanted=wanted)
+    operation.results(operation.leaves(dtype), backend)  # first calls import and cache
+    each = few_subsets(len(operation.leaves()))
+    for wanted in each if dtype == torch.float32 else each[:1]:
+        leaves = operation.leaves(dtype, wanted)
         given, made = operation.kept(leaves, frozenset(wanted))
         saved = saved_bytes(
             lambda leaves=leaves: operation.results(leaves, backend),
