@@ -229,7 +229,7 @@ def test_a_gradient_that_nobody_wants_costs_nothing(operation, backend):
 
     full = cost(places)
     apart = [(i,) for i in places] if operation.apart is None else operation.apart
-    for some in {*apart, *((i,) for i in places)}:
+    for some in {*apart, *few_subsets(len(places))[1:]}:
         alone, others = cost(some), cost([i for i in places if i not in some])
         assert alone <= full and others <= full, some
         assert some not in apart or others < full, f"the gradients {some} are made for nobody"
@@ -304,10 +304,10 @@ def test_a_result_that_nobody_used_counts_as_zeros(operation, backend):
 
 
 def layouts(operation):
-    """Every tensor by itself, and all at once, in every odd layout."""
+    """All tensors, and each by itself, in every odd layout."""
     odd = [list(odd_layouts(t.detach())) for t in operation.leaves()]
     for kind in range(3):
-        for which in [*((i,) for i in range(len(odd))), range(len(odd))]:
+        for which in few_subsets(len(odd)):
             yield (
                 kind,
                 [
@@ -343,12 +343,9 @@ def test_expanded_memory(operation, backend):
         operation.leaves(),
         gradients_for(operation.results(operation.leaves(), backend)),
     )
-    for place in range(len(leaves) + 1):
-        tensors, incoming = list(leaves), given
-        if place < len(leaves):
-            tensors[place] = tensors[place].detach()[:1].expand_as(tensors[place])
-        else:
-            incoming = [g.flatten()[0].expand(g.shape) for g in given]
+    for which in (*few_subsets(len(leaves))[1:], ()):
+        tensors = [t.detach()[:1].expand_as(t) if i in which else t for i, t in enumerate(leaves)]
+        incoming = given if which else [g.flatten()[0].expand(g.shape) for g in given]
 
         def run(dtype, tensors=tensors, incoming=incoming):
             dense = [t.detach().to(dtype).contiguous().requires_grad_() for t in tensors]
