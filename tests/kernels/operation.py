@@ -89,8 +89,8 @@ def gradients_for(results) -> list[Tensor]:
 
 
 def subsets(count: int) -> list[tuple[int, ...]]:
-    """Of the places of ``count`` tensors: every one, where they are not many."""
-    sizes = range(1, count + 1) if count <= 6 else (1, count)
+    """Of the places of ``count`` tensors: every one, or of many all, each and each pair."""
+    sizes = range(1, count + 1) if count <= 6 else (1, *([2] if count <= 10 else []), count)
     return [which for size in sizes for which in combinations(range(count), size)]
 
 
@@ -133,3 +133,20 @@ class PublicCalls(TorchFunctionMode):
 
     def of(self, name: str):
         return next(made for made in self.made if made[0]._qualified_op_name == f"samfast::{name}")
+
+
+def calls(operation, backend, wanted=None, layout=lambda t: t, incoming=lambda t: t):
+    """The inner operators that one forward and backward run."""
+    tensors = [layout(t) for t in operation.leaves()]
+    tensors = of_wanted(tensors, wanted)
+    with Calls() as found:
+        made = operation.results(tensors, backend)
+        given = [incoming(g) for g in gradients_for(made)]
+        torch.autograd.grad(made, [t for t in tensors if t.requires_grad], given, allow_unused=True)
+    return found
+
+
+def of_wanted(tensors, wanted):
+    """The same in memory, and those that are wanted with a gradient."""
+    wanted = range(len(tensors)) if wanted is None else wanted
+    return [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
