@@ -78,12 +78,6 @@ class RelPosAttention(Operator):
     def fake(q, *_):
         return _out_and_lse(q)
 
-    @staticmethod
-    def fake_backward(dout, out, lse, q, k, v, table_h, table_w, windows, scale, backend, needs):
-        grads = [q.new_empty(q.shape) for _ in range(3)]
-        grads += _of_tables((table_h, table_w), table_h, table_w)
-        return [g if need else None for g, need in zip(grads, needs, strict=True)]
-
 
 class WindowRelPosAttention(Operator):
     """Saves qkv (batch, H, W, 3, heads, head_dim), out, one number per query and the sources of
@@ -127,16 +121,6 @@ class WindowRelPosAttention(Operator):
     def fake(qkv, *_):
         return _out_and_lse(qkv[:, :, :, 0])
 
-    @staticmethod
-    def fake_backward(
-        dout, out, lse, qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, backend,
-        needs,
-    ):  # fmt: skip
-        pads = [None if t is None else t.new_empty(t.shape) for t in (pad_bias, pad_h, pad_b)]
-        tables = _of_tables((table_h, table_w), table_h, table_w)
-        grads = [qkv.new_empty(qkv.shape), *pads, *tables]
-        return [g if need else None for g, need in zip(grads, needs, strict=True)]
-
 
 def _out_and_lse(q):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -145,11 +129,11 @@ def _out_and_lse(q):
 
 
 def _of_tables(grads, table_h, table_w):
-    """Gradients of the tables, which lie as these do; None where none were made."""
+    """Gradients of the tables in their dtypes; None where none were made."""
     if grads is None:
         return [None, None]
     made = zip(grads, (table_h, table_w), strict=True)
-    return [torch.empty_like(t).copy_(g) for g, t in made]
+    return [t.new_empty(t.shape).copy_(g) for g, t in made]
 
 
 def fit_table(table: Tensor, size: int) -> Tensor:

@@ -41,7 +41,6 @@ class Operation:
     apart: places whose gradients cost something, and nothing where nobody wants any of them; each
         by itself where None
     autocast: what it makes narrow: the "result", its "products" or ""
-    faults: what does not hold yet, by the test and the end of the case's id, and why
     """
 
     name: str
@@ -54,7 +53,6 @@ class Operation:
     activations: int = 1
     apart: tuple[tuple[int, ...], ...] | None = None
     autocast: str = ""
-    faults: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
 
     @property
     def id(self) -> str:

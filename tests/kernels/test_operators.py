@@ -36,9 +36,6 @@ def skipped_where_it_does_not_run(request):
         return
     if reason := values["operation"].runnable(values["backend"]):
         pytest.skip(reason)
-    for (test, case), reason in values["operation"].faults.items():
-        if request.node.originalname == test and request.node.name.endswith(f"-{case}]"):
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 def test_no_operator_is_left_out():

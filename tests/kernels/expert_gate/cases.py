@@ -42,13 +42,6 @@ OPERATIONS = [
         runnable,
         BACKENDS,
         kept,
-        faults={
-            (
-                "test_a_second_derivative_is_refused",
-                "constant",
-            ): "it hangs on what the forward made, "
-            "so a constant loss's gradient counts as a constant"
-        },
     )
 ]
 FINITE = [Operation("expert_gate", "", lambda dtype: tensors(5, 2, 2, 2, 3)[0], call, runnable)]

@@ -150,10 +150,6 @@ def factors(case):
         ("torch", "triton"),
         kept=lambda tensors, wanted: (0, 0),
         activations=0,
-        faults={
-            ("test_fakes_promise_what_is_made", "torch-turned"): "of transposed rules, left and "
-            "right torch makes a transposed factor, where the fake promises a contiguous one"
-        },
     )
 
 
