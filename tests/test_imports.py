@@ -9,14 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FACES = ("samfast.modules", "samfast.integrations.peft")  # import paths of 0.1.0, for users
 KERNELS = "samfast.kernels."
-ALLOWED = {  # (importer, imported): why
-    (f"{KERNELS}adapt_former.triton_kernels", f"{KERNELS}adapt_former.engine"): (
-        "the engine loads the kernels on use, and holds a limit that costs need without Triton"
-    ),
-    (f"{KERNELS}hypercomplex.op", f"{KERNELS}hypercomplex.factored"): (
-        "the public function hands weights of low rank over, on use"
-    ),
-}
+ALLOWED: dict[tuple[str, str], str] = {}  # (importer, imported): why
 
 
 def find_sources() -> dict[str, Path]:

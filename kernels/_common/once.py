@@ -35,7 +35,9 @@ def once_differentiable(backward):
             grads = backward(ctx, *incoming)
         if not torch.is_grad_enabled():
             return grads
-        sources = (t for t in (*ctx.saved_tensors, *incoming) if t is not None and t.requires_grad)
+        known = (*ctx.saved_tensors, *incoming)
+        sources = [t for t in known if t is not None and t.requires_grad]
+        sources = sources or [torch.zeros((), requires_grad=True)]  # nothing saved is an input
         return _Refused.apply(len(grads), *grads, *sources)
 
     return wrapped

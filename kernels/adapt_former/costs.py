@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the branch costs on a GPU by its design: FLOP, bytes and launches of each stage."""
 
-from samfast.kernels.adapt_former.engine import MAX_ALONG
 from samfast.kernels.lora_linear import costs as low_rank
 from samfast.kernels.lora_linear.costs import Stage
 from samfast.kernels.lora_linear.engine import MAX_CHUNKS
+
+MAX_ALONG = 2**25  # bytes of partials that G may take where the pass over whole rows makes it
 
 
 def _program_rows(bottleneck: int) -> int:

@@ -13,7 +13,6 @@ from samfast.kernels.lora_linear.op import MAX_TRITON_RANK
 from samfast.kernels.lora_linear.op import TABLE as UP_TABLE
 from samfast.kernels.lora_linear.op import path_of as engine_path_of
 
-MAX_ALONG = 2**25  # bytes of partials that G may take where the pass over whole rows makes it
 TABLE = Table(
     "adapt_former",
     __package__,

@@ -19,7 +19,7 @@ from torch import Tensor
 from samfast.kernels._common.philox import threshold as keep_threshold
 from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
-from samfast.kernels.adapt_former.engine import MAX_ALONG
+from samfast.kernels.adapt_former.costs import MAX_ALONG
 from samfast.kernels.lora_linear.triton_kernels import chunk_rows, precision
 from samfast.kernels.sam_block.triton_norm import merge
 

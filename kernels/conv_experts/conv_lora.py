@@ -128,25 +128,9 @@ def conv_lora_linear(
     Saves x, h, the update's z, one choice and r numbers a sample and 2·r·M numbers.
     """
     check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, None)
-    rank = lora_a.shape[0]
-    groups = rank if expert_weight.dim() == 5 and expert_weight.shape[2] == 1 else 1
-    op.check_experts(rank, expert_weight, expert_bias, ratios, groups)
-    check_gate(windows.samples, rank, w_gate, w_noise, noise, expert_index)
-    if math.prod(x.shape[:-1]) != windows.tokens:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but the windows hold {windows.tokens} tokens"
-        )
     small = {"expert_weight": expert_weight, "expert_bias": expert_bias, "w_gate": w_gate}
     small |= {"w_noise": w_noise, "noise": noise, "expert_index": expert_index}
-    check_devices({"x": x, **small})
-    if w_gate.shape[1] != len(ratios):
-        raise ValueError(
-            f"w_gate has {w_gate.shape[1]} columns but there are {len(ratios)} experts"
-        )
-    if not 1 <= top_k <= len(ratios):
-        raise ValueError(f"top_k is {top_k}, but there are {len(ratios)} experts")
-    if formula not in FORMULAS:
-        raise ValueError(f"formula is {formula!r}; known are {', '.join(FORMULAS)}")
+    groups = _check_experts(x, lora_a.shape[0], small, ratios, windows, top_k, formula)
     requested = backends.requested(backend)
     noise = usable_noise(noise, x)
     if (top_k > 1 or formula == "paper") and requested not in ("auto", "reference"):
@@ -170,6 +154,31 @@ def conv_lora_linear(
         dropout=dropout, seed=seed, backend=part_backend("lora_linear", requested),
     )  # fmt: skip
     return made if return_pads else made[:2]
+
+
+def _check_experts(x, rank, small, ratios, windows, top_k, formula) -> int:
+    """Raise one sentence where experts, gate, windows and choices do not fit; returns groups.
+
+    small: the tensors but those of the low-rank update, by name
+    """
+    expert_weight, expert_bias, w_gate, w_noise, noise, expert_index = small.values()
+    groups = rank if expert_weight.dim() == 5 and expert_weight.shape[2] == 1 else 1
+    op.check_experts(rank, expert_weight, expert_bias, ratios, groups)
+    check_gate(windows.samples, rank, w_gate, w_noise, noise, expert_index)
+    if math.prod(x.shape[:-1]) != windows.tokens:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but the windows hold {windows.tokens} tokens"
+        )
+    check_devices({"x": x, **small})
+    if w_gate.shape[1] != len(ratios):
+        raise ValueError(
+            f"w_gate has {w_gate.shape[1]} columns but there are {len(ratios)} experts"
+        )
+    if not 1 <= top_k <= len(ratios):
+        raise ValueError(f"top_k is {top_k}, but there are {len(ratios)} experts")
+    if formula not in FORMULAS:
+        raise ValueError(f"formula is {formula!r}; known are {', '.join(FORMULAS)}")
+    return groups
 
 
 def _literal(

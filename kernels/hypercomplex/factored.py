@@ -9,8 +9,8 @@ from torch import Tensor
 
 from samfast.kernels._common.autocast import autocast_input, without_autocast
 from samfast.kernels.hypercomplex import costs, reference
+from samfast.kernels.hypercomplex.built import check_linear
 from samfast.kernels.hypercomplex.factors import check_factors, kronecker_factors
-from samfast.kernels.hypercomplex.op import check_linear
 from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
 from samfast.kernels.lora_linear.op import lora_linear
 

@@ -10,7 +10,7 @@ from samfast.kernels._common.autocast import without_autocast
 from samfast.kernels._common.operator import Operator
 from samfast.kernels._common.table import Table
 from samfast.kernels.hypercomplex import reference
-from samfast.kernels.hypercomplex.op import MAX_ELEMENTS
+from samfast.kernels.hypercomplex.built import MAX_ELEMENTS
 
 TABLE = Table(
     "kronecker_factors",

@@ -14,7 +14,8 @@ def forward(rules, left, right, dtype):
     mixed = rules.to(wide).transpose(0, 1)[:, None, :, :, None]  # (n, 1, m, n, 1)
     lora_b = mixed * left.to(wide).transpose(0, 1)[None, :, :, None, :]  # (n, P, m, n, k)
     width = terms * n * rank
-    return lora_a.view(width, n * columns), lora_b.to(dtype).reshape(n * rows, width)
+    lora_b = lora_b.to(dtype).reshape(n * rows, width)
+    return lora_a.view(width, n * columns), lora_b.contiguous()
 
 
 def backward(da, db, rules, left, right, needs):

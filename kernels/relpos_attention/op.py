@@ -78,12 +78,6 @@ class RelPosAttention(Operator):
     def fake(q, *_):
         return _out_and_lse(q)
 
-    @staticmethod
-    def fake_backward(dout, out, lse, q, k, v, table_h, table_w, windows, scale, backend, needs):
-        grads = [q.new_empty(q.shape) for _ in range(3)]
-        grads += _of_tables((table_h, table_w), table_h, table_w)
-        return [g if need else None for g, need in zip(grads, needs, strict=True)]
-
 
 class WindowRelPosAttention(Operator):
     """Saves qkv (batch, H, W, 3, heads, head_dim), out, one number per query and the sources of
@@ -127,16 +121,6 @@ class WindowRelPosAttention(Operator):
     def fake(qkv, *_):
         return _out_and_lse(qkv[:, :, :, 0])
 
-    @staticmethod
-    def fake_backward(
-        dout, out, lse, qkv, pad_bias, pad_h, pad_b, table_h, table_w, windows, scale, backend,
-        needs,
-    ):  # fmt: skip
-        pads = [None if t is None else t.new_empty(t.shape) for t in (pad_bias, pad_h, pad_b)]
-        tables = _of_tables((table_h, table_w), table_h, table_w)
-        grads = [qkv.new_empty(qkv.shape), *pads, *tables]
-        return [g if need else None for g, need in zip(grads, needs, strict=True)]
-
 
 def _out_and_lse(q):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -145,11 +129,11 @@ def _out_and_lse(q):
 
 
 def _of_tables(grads, table_h, table_w):
-    """Gradients of the tables, which lie as these do; None where none were made."""
+    """Gradients of the tables in their dtypes; None where none were made."""
     if grads is None:
         return [None, None]
     made = zip(grads, (table_h, table_w), strict=True)
-    return [torch.empty_like(t).copy_(g) for g, t in made]
+    return [t.new_empty(t.shape).copy_(g) for g, t in made]
 
 
 def fit_table(table: Tensor, size: int) -> Tensor:
@@ -250,13 +234,7 @@ def window_relpos_attention(
     batch, height, width, columns = qkv.shape
     if height == 0 or width == 0:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, a map without tokens")
-    size = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
-    whole = (isinstance(side, (int, torch.SymInt)) and type(side) is not bool for side in size)
-    if not all(whole) or len(size) != 2 or min(size) < 1:
-        raise ValueError(
-            f"window is {window!r}, but must be a side or (height, width), whole numbers of at "
-            "least 1"
-        )
+    size = _sides(window)
     windows = Windows(batch, height, width, *size)
     named = {"qkv": qkv, "rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
     named |= {"pad_bias": pad_bias, "pad_h": pad_h, "pad_b": pad_b}
@@ -277,6 +255,17 @@ def window_relpos_attention(
         parts, pad_bias, pad_h, pad_b, *tables, list(windows), scale, name
     )
     return out.flatten(3)
+
+
+def _sides(window) -> tuple[int, int]:
+    size = tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    whole = (isinstance(side, (int, torch.SymInt)) and type(side) is not bool for side in size)
+    if not all(whole) or len(size) != 2 or min(size) < 1:
+        raise ValueError(
+            f"window is {window!r}, but must be a side or (height, width), whole numbers of at "
+            "least 1"
+        )
+    return size
 
 
 def _check(named: dict[str, Tensor | None], size, head_dim: int, dtype: torch.dtype) -> None:

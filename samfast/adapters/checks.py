@@ -6,14 +6,22 @@ import re
 QKV = ("q", "k", "v")
 
 
+def check_whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be True or False")
+
+
 def check_rank(rank: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is {rank!r}; it must be a whole number of at least 1")
+    check_whole("rank", rank)
 
 
 def check_bottleneck(bottleneck: int) -> None:
-    if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-        raise ValueError(f"bottleneck is {bottleneck!r}; it must be a whole number of at least 1")
+    check_whole("bottleneck", bottleneck)
 
 
 def check_linear_rank(in_features: int, out_features: int, rank: int) -> None:

@@ -9,5 +9,3 @@ from samfast.files.peft_format import (
     read_lora,
     to_key,
 )
-
-__all__ = ["PREFIX", "from_key", "lora_config", "modules_to_save", "read_lora", "to_key"]

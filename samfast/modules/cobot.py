@@ -10,13 +10,3 @@ from samfast.methods.cobot.layer import (
     fold,
     relation,
 )
-
-__all__ = [
-    "QUARTERS",
-    "CobotForward",
-    "CobotLayer",
-    "CobotQkvLora",
-    "check_width",
-    "fold",
-    "relation",
-]

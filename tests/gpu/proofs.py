@@ -8,13 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
+from draws import DEVICE
 
 from benchmarks.graph import captured
 from samfast.counters import count, saved_bytes
 from samfast.integrations.torchvision import installed
 
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 def need_segment_anything() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from draws import DEVICE
 
 from kernels.adapt_former import cases as adapt_former
 from kernels.cobot_fold import cases as cobot_fold
@@ -23,8 +24,6 @@ from kernels.sam_block import cases as sam_block
 from kernels.task_core import cases as task_core
 from samfast.info import OPERATIONS
 from samfast.kernels.adapt_former import triton_kernels as sums
-
-from .proofs import DEVICE
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

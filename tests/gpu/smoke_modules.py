@@ -2,13 +2,12 @@
 """Every module of samfast.modules at a small size, with numbers in all of it, and an input."""
 
 import torch
+from draws import DEVICE
 from torch import nn
 
 import samfast.modules
 from samfast.integrations import segment_anything
 from samfast.methods.cobot.layer import relation
-
-from .proofs import DEVICE
 
 D, OUT, SIDE, WINDOW, HEADS = 64, 192, 14, 7, 2
 MAPS = ("RelPosAttention", "SamBlock")

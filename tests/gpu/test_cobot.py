@@ -6,6 +6,7 @@ Values and gradients run on a GPU too, from tests/kernels.
 
 import pytest
 import torch
+from draws import DEVICE
 from torch import nn
 
 from samfast.backends import triton_missing
@@ -14,7 +15,7 @@ from samfast.methods.cobot.layer import CobotForward, relation
 from samfast.modules import CobotQkvLora
 
 from . import proofs
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 
 pytestmark = pytest.mark.slow_on_cpu
 

@@ -6,6 +6,7 @@ Values, gradients and module checks run on a GPU too, from tests/kernels and tes
 
 import pytest
 import torch
+from draws import DEVICE
 from torch import nn
 
 from samfast.functional import conv_experts
@@ -13,7 +14,7 @@ from samfast.kernels.conv_experts.op import supports
 from samfast.modules import ConvLoraLinear
 
 from . import proofs
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 
 pytestmark = pytest.mark.slow_on_cpu
 

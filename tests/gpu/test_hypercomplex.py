@@ -6,6 +6,7 @@ Values, gradients and module checks run on a GPU too, from tests/kernels and tes
 
 import pytest
 import torch
+from draws import DEVICE
 
 from samfast.backends import triton_missing
 from samfast.counters import count
@@ -14,7 +15,7 @@ from samfast.kernels.hypercomplex import cuda_path
 from samfast.modules import KroneckerLinear, PHMLinear, QuaternionLinear
 
 from . import proofs
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 
 pytestmark = pytest.mark.slow_on_cpu
 

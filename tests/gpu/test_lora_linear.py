@@ -6,6 +6,7 @@ Values, gradients and module checks run on a GPU too, from tests/kernels and tes
 
 import pytest
 import torch
+from draws import DEVICE
 from torch import nn
 
 from samfast.backends import triton_missing
@@ -14,7 +15,7 @@ from samfast.functional import lora_linear
 from samfast.modules import LoraLinear
 
 from . import proofs
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 
 pytestmark = pytest.mark.slow_on_cpu
 

@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from draws import DEVICE
 from torch import nn
 
 from samfast.backends import triton_missing
@@ -17,7 +18,7 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block import costs
 
 from . import proofs
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 
 proofs.need_segment_anything()
 

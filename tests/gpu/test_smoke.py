@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import DEVICE, drawing
 from stock_runs import by_reference
 
 from benchmarks.graph import captured
@@ -20,7 +21,7 @@ from samfast.kernels._common.budget import Budget
 from samfast.kernels.conv_experts.op import supports
 
 from . import planted, proofs, smoke_modules, test_window_attention
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 from .smoke_cases import ROWS
 
 pytestmark = pytest.mark.gpu_smoke
@@ -117,11 +118,7 @@ def norm():
     from samfast.kernels.sam_block import triton_kernels
 
     tokens, width = (4096, 1280) if CUDA else (8, 32)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE, torch.bfloat16)
-
+    draw = drawing(0, torch.bfloat16)
     dn, x, residual = (draw(tokens, width) for _ in range(3))
     weight, bias, low = draw(width), draw(width), (draw(tokens, 4), draw(4, width), False)
 
@@ -136,13 +133,10 @@ def norm():
 
 def experts():
     """The backward of a convolution adds to the patches that its program stored."""
-    generator = torch.Generator().manual_seed(0)
     samples, side = (25, 14) if CUDA else (2, 4)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()
-
+    draw = drawing(0, torch.float32)
     leaves = [draw(samples, side, side, 3), draw(8, 3, 3, 3, 3), draw(8, 3)]
+    leaves = [t.requires_grad_() for t in leaves]
     index = torch.arange(samples, device=DEVICE) % 8
 
     def call():

@@ -6,6 +6,7 @@ Values, gradients and operators run on a GPU too, from tests/kernels.
 
 import pytest
 import torch
+from draws import DEVICE, drawing
 
 from samfast.backends import triton_missing
 from samfast.counters import count
@@ -14,7 +15,7 @@ from samfast.kernels.lora_linear.op import low_rank_linear
 from samfast.kernels.task_core import cuda_path, middle_key
 
 from . import proofs
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -27,17 +28,13 @@ BACKENDS = [name for name, missing in (
 TASK = {"one": [1], "all": [0, 1, 2], "mixed": [2, 0, 2, 1, 1, 2][:SAMPLES]}
 
 
-def draw(generator, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-
 def problem(dtype=torch.float32, task="mixed"):
     """h, core and factor_task as leaves, the tasks, and an incoming gradient."""
-    generator = torch.Generator().manual_seed(0)
+    draw = drawing(0, torch.float32)
     rows, columns, depth = RANKS
-    h = draw(generator, SAMPLES, TOKENS, rows, dtype=dtype)
-    core, factor = draw(generator, *RANKS) / rows**0.5, draw(generator, TASKS, depth)
-    dz = draw(generator, SAMPLES, TOKENS, columns, dtype=dtype)
+    h = draw(SAMPLES, TOKENS, rows, dtype=dtype)
+    core, factor = draw(*RANKS) / rows**0.5, draw(TASKS, depth)
+    dz = draw(SAMPLES, TOKENS, columns, dtype=dtype)
     leaves = [t.requires_grad_() for t in (h, core, factor)]
     return leaves, torch.tensor(TASK[task], device=DEVICE), dz
 
@@ -62,11 +59,11 @@ def test_optimizer_steps_under_graph_replay_equal_eager(backend):
     low_rank = "triton" if backend == "cuda" else backend
 
     def prepare():
-        generator = torch.Generator().manual_seed(0)
-        x, weight = draw(generator, SAMPLES, TOKENS, WIDTH), draw(generator, WIDTH, WIDTH) / WIDTH
-        target = draw(generator, SAMPLES, TOKENS, WIDTH)
-        a, b = draw(generator, RANKS[0], WIDTH) / WIDTH**0.5, draw(generator, WIDTH, RANKS[1])
-        core, factor = draw(generator, *RANKS), draw(generator, TASKS, RANKS[2])
+        draw = drawing(0, torch.float32)
+        x, weight = draw(SAMPLES, TOKENS, WIDTH), draw(WIDTH, WIDTH) / WIDTH
+        target = draw(SAMPLES, TOKENS, WIDTH)
+        a, b = draw(RANKS[0], WIDTH) / WIDTH**0.5, draw(WIDTH, RANKS[1])
+        core, factor = draw(*RANKS), draw(TASKS, RANKS[2])
         trained = [t.requires_grad_() for t in (a, b, core, factor)]
         task = torch.tensor(TASK["all"], device=DEVICE)
 

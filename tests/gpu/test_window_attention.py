@@ -8,12 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from draws import DEVICE, drawing
 
 from samfast.backends import triton_missing
 from samfast.functional import window_relpos_attention
 
 from . import proofs
-from .proofs import CUDA, DEVICE
+from .proofs import CUDA
 
 pytestmark = pytest.mark.slow_on_cpu
 
@@ -30,14 +31,11 @@ SIZES = {
 def problem(kind, dtype=torch.float32):
     """qkv, tables and bias that want gradients, and dout."""
     side, window, heads, head_dim = SIZES[kind]
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
+    draw = drawing(0, torch.float32)
     width = heads * head_dim
     qkv = draw(1, side, side, 3 * width).to(dtype)
-    leaves = [qkv, *(0.3 * draw(2 * window - 1, head_dim) for _ in range(2)), draw(3 * width)]
+    tables = (draw(2 * window - 1, head_dim, divisor=10 / 3) for _ in range(2))
+    leaves = [qkv, *tables, draw(3 * width)]
     return [t.requires_grad_() for t in leaves], draw(1, side, side, width).to(dtype)
 
 

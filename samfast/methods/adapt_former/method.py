@@ -4,7 +4,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from samfast.adapters.checks import check_bottleneck, check_dropout, checked_target
+from samfast.adapters.checks import check_bottleneck, check_dropout, check_flag, checked_target
 from samfast.adapters.method import Method, Relation
 from samfast.adapters.options import option, target_option
 from samfast.methods.cobot.checks import check_width
@@ -36,8 +36,7 @@ class AdaptFormer(Method):
     def __post_init__(self):
         check_bottleneck(self.bottleneck)
         check_dropout(self.dropout)
-        if not isinstance(self.cobot, bool):
-            raise ValueError(f"cobot is {self.cobot!r}; it must be True or False")
+        check_flag("cobot", self.cobot)
         if self.cobot:
             check_width("bottleneck", self.bottleneck)
         object.__setattr__(self, "target", checked_target(self.target))

@@ -5,7 +5,7 @@ import dataclasses
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
-from samfast.adapters.checks import checked_target
+from samfast.adapters.checks import check_flag, checked_target
 from samfast.adapters.method import Method, Relation
 from samfast.adapters.options import option
 from samfast.methods.cobot.checks import check_width
@@ -38,8 +38,7 @@ class CobotLora(Method):
 
     def __post_init__(self):
         check_width("rank", self.rank)
-        if not isinstance(self.zero_start, bool):
-            raise ValueError(f"zero_start is {self.zero_start!r}; it must be True or False")
+        check_flag("zero_start", self.zero_start)
         object.__setattr__(self, "target", checked_target(self.target))
 
     @property

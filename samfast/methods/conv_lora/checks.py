@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of Conv-LoRA's options; they need no torch."""
 
+from samfast.adapters.checks import check_flag, check_whole
+
 FORMULAS = ("code", "paper")
 
 
 def check_experts(experts: int) -> None:
-    if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
-        raise ValueError(f"experts is {experts!r}; it must be a whole number of at least 1")
+    check_whole("experts", experts)
 
 
 def check_depthwise(depthwise: bool) -> None:
-    if not isinstance(depthwise, bool):
-        raise ValueError(f"depthwise is {depthwise!r}; it must be True or False")
+    check_flag("depthwise", depthwise)
 
 
 def check_choice(top_k: int, experts: int, formula: str) -> None:

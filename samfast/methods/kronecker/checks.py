@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the number of Kronecker products; they need no torch."""
 
+from samfast.adapters.checks import check_whole
+
 
 def check_n(n: int) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n is {n!r}; it must be a whole number of at least 1")
+    check_whole("n", n)
 
 
 def check_divides(n: int, in_features: int, out_features: int) -> None:

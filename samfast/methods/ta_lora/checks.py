@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of TA-LoRA's options; they need no torch."""
 
+from samfast.adapters.checks import check_whole
+
 Ranks = tuple[int, int, int]
 
 
 def check_tasks(tasks: int) -> None:
-    if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
-        raise ValueError(f"tasks is {tasks!r}; it must be a whole number of at least 1")
+    check_whole("tasks", tasks)
 
 
 def check_ranks(ranks: Ranks) -> None:

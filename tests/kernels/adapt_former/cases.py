@@ -5,14 +5,17 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from draws import DEVICE, drawing
 
 from samfast.functional import adapt_former
 from samfast.kernels._common.philox import keep_mask
 from samfast.kernels.adapt_former import example
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from ..operation import Operation, runnable_by
+
 NAMES = example.RESULTS
 BACKENDS = ("torch", "auto")
+runnable = runnable_by(example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +44,14 @@ class Case:
 
     def tensors(self, dtype, small=None):
         """The eight leaves and dy. small: dtype of all but x, base and dy."""
-        generator = torch.Generator().manual_seed(7)
-        width, bottleneck = self.shape[-1], self.bottleneck
-
-        def draw(*shape, divisor=1.0, kind=small or dtype):
-            values = torch.randn(*shape, generator=generator, dtype=torch.float64) / divisor
-            return values.to(DEVICE, kind)
-
-        x = self.mean + self.spread * draw(*self.shape, kind=torch.float64)
-        leaves = [x.to(dtype), draw(*self.shape, kind=dtype), draw(width), draw(width)]
+        draw, width, bottleneck = drawing(7, small or dtype), self.shape[-1], self.bottleneck
+        x = self.mean + self.spread * draw(*self.shape, dtype=torch.float64)
+        leaves = [x.to(dtype), draw(*self.shape, dtype=dtype), draw(width), draw(width)]
         signs = 1.0 - 2.0 * (torch.arange(bottleneck, device=DEVICE) % 2)
         leaves += [draw(bottleneck, width, divisor=4 * width**0.5)]
         leaves += [(signs * (2 + draw(bottleneck, divisor=5).abs())).to(small or dtype)]
         leaves += [draw(width, bottleneck, divisor=bottleneck**0.5), draw(width)]
-        return [t.requires_grad_() for t in leaves], draw(*self.shape, kind=dtype)
+        return [t.requires_grad_() for t in leaves], draw(*self.shape, dtype=dtype)
 
     def call(self, leaves, backend="auto"):
         if backend == "literal":
@@ -80,6 +77,28 @@ class Case:
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-def runnable(backend: str) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    return None if backend == "auto" else example.missing(backend, DEVICE, torch.float32)
+def kept(tensors, wanted):
+    """x, where it is needed, and z."""
+    x, down = tensors[0], tensors[4]
+    low = wanted & {0, 2, 3, 4, 5}
+    z = x.nbytes // down.shape[1] * down.shape[0]
+    return x.nbytes if low else 0, z if low or 6 in wanted else 0
+
+
+def operation(case, way):
+    return Operation(
+        "adapt_former",
+        way,
+        lambda dtype: case.tensors(dtype)[0],
+        lambda tensors, backend: [case.call(tensors, backend)],
+        runnable,
+        ("torch", "auto", "triton"),
+        kept,
+        activations=2,
+        apart=((0,), *((i,) for i in range(2, 8))),  # base's is the incoming one
+        autocast="products",
+    )
+
+
+OPERATIONS = [operation(Case(dropout=0.2), "")]
+FINITE = [operation(Case(shape=(2, 2, 8), bottleneck=3, dropout=0.2), "")]

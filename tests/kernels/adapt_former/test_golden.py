@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget, keep
+from draws import DEVICE
 
 from samfast.functional import adapt_former
 
-from .cases import DEVICE, runnable
+from .cases import runnable
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "cobot_adaptformer.safetensors"
 SIDE = ("norm.weight", "norm.bias", "down.weight", "down.bias", "up.weight", "up.bias")

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, assert_same_dtypes
+from draws import DEVICE
 
 from samfast import backends
 from samfast.counters import counting
@@ -16,7 +17,6 @@ from samfast.kernels.sam_block.plan import SIDE, SidePlan, plan_of
 
 from ..sam_block.cases import Case as BlockCase
 from ..sam_block.cases import runnable
-from .cases import DEVICE
 
 BOTTLENECK = 3
 interpreted = not torch.cuda.is_available() and backends.triton_missing(DEVICE) is None

@@ -6,12 +6,13 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, assert_same_dtypes
+from draws import DEVICE
 
 from samfast.functional import adapt_former
 from samfast.kernels._common.philox import keep_mask
 from samfast.kernels.adapt_former.engine import supports
 
-from .cases import BACKENDS, DEVICE, NAMES, Case, runnable
+from .cases import BACKENDS, NAMES, Case, runnable
 
 CASES = (
     Case(),

@@ -4,17 +4,15 @@
 from typing import NamedTuple
 
 import torch
+from draws import drawing
 
-from samfast import backends
 from samfast.functional import cobot_fold
+from samfast.kernels.cobot_fold import example
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from ..operation import Operation, runnable_by
+
 BACKENDS = ("torch", "triton")
-
-
-def runnable(backend: str) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    return backends.triton_missing(DEVICE) if backend == "triton" else None
+runnable = runnable_by(example)
 
 
 class Case(NamedTuple):
@@ -34,11 +32,10 @@ class Case(NamedTuple):
 
     def sources(self, dtype=torch.float64, then=None) -> list:
         """c, p, and the four lists, rounded to ``dtype`` and of ``then`` or the same."""
-        generator = torch.Generator().manual_seed(0)
+        drawn = drawing(0, dtype)
 
         def draw(*shape):
-            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-            return drawn.to(DEVICE, then or dtype)
+            return drawn(*shape).to(then or dtype)
 
         v, n = self.width, self.own
         factor = (v, self.rows) if self.down else (n * self.rows, v)
@@ -52,19 +49,24 @@ class Case(NamedTuple):
             [draw(v) for _ in each] if self.down else [],
         ]
 
+    def flat(self, sources) -> list[torch.Tensor]:
+        c, p, *lists = sources
+        return [c, p, *(t for part in lists for t in part)]
+
+    def call(self, flat, backend) -> list[torch.Tensor]:
+        """Folded factors and biases."""
+        each = [flat[2 + i * self.layers : 2 + (i + 1) * self.layers] for i in range(4)]
+        folded, shifts = cobot_fold(*flat[:2], *each, self.first, down=self.down, backend=backend)
+        return [*folded, *shifts]
+
     def results(self, sources, backend, incoming=None) -> list[torch.Tensor]:
         """Folded factors and biases, then the gradients of all sources, of fixed products.
 
         incoming: what is done to the gradients that come in
         """
-        c, p, *lists = sources
-        flat = [t.detach().requires_grad_() for t in (c, p, *(t for part in lists for t in part))]
-        each = [flat[2 + i * self.layers : 2 + (i + 1) * self.layers] for i in range(4)]
-        folded, shifts = cobot_fold(*flat[:2], *each, self.first, down=self.down, backend=backend)
-        made = [*folded, *shifts]
-        generator = torch.Generator().manual_seed(1)
-        given = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in made]
-        given = [g.to(t.device, t.dtype) for g, t in zip(given, made, strict=True)]
+        flat = [t.detach().requires_grad_() for t in self.flat(sources)]
+        made, draw = self.call(flat, backend), drawing(1)
+        given = [draw(*t.shape).to(t.dtype) for t in made]
         given = given if incoming is None else [incoming(g) for g in given]
         grads = torch.autograd.grad(made, flat, given)
         return [t.detach() for t in (*made, *grads)]
@@ -76,3 +78,21 @@ CASES = (
     Case(8, 1, 2, 70, 80, first=76),
     Case(20, 2, 1, 65, 5, first=2, down=True),
 )
+SMALL = (Case(4, 2, 2, 3, 5, 1), Case(8, 2, 1, 3, 3, 1, True))
+
+
+def operation(case, way):
+    return Operation(
+        "cobot_fold",
+        way,
+        lambda dtype: case.flat(case.sources(dtype)),
+        case.call,
+        runnable,
+        BACKENDS,
+        kept=lambda tensors, wanted: (0, 0),
+        activations=0,
+        apart=(),  # all are made together
+    )
+
+
+OPERATIONS = FINITE = [operation(SMALL[0], "up"), operation(SMALL[1], "down")]

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, assert_same_dtypes, within_budget
+from draws import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import count
@@ -13,9 +14,8 @@ from samfast.functional import cobot_fold
 from samfast.kernels.cobot_fold import reference
 from samfast.kernels.cobot_fold.op import supports
 
-from .cases import BACKENDS, CASES, DEVICE, Case, runnable
+from .cases import BACKENDS, CASES, SMALL, Case, runnable
 
-SMALL = (Case(4, 2, 2, 3, 5, 1), Case(8, 2, 1, 3, 3, 1, True))
 KERNELS = {"fold_kernel": 1, "fold_backward_kernel": 1, "shared_backward_kernel": 1}
 
 
@@ -72,31 +72,6 @@ def test_mixed_dtypes(case, backend, kinds):
     assert [f.dtype for f in fakes] == [of_kind["factor"], made[-1]]
 
 
-def in_gaps(t, layout):
-    """The same values at odd strides and an odd offset, with NaN between them."""
-    if layout == "turned":
-        return t.movedim(0, -1).contiguous().movedim(-1, 0)
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 3), float("nan"))
-    wide[..., 1 : 1 + 2 * t.shape[-1] : 2] = t
-    return wide[..., 1 : 1 + 2 * t.shape[-1] : 2]
-
-
-@pytest.mark.parametrize("layout", ["gaps", "turned"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_odd_memory(backend, layout):
-    """Of every source, and of the gradients that come in: as good as dense ones."""
-    skip_unless(backend)
-    for case in SMALL:
-        c, p, *lists = case.sources(torch.float32)
-        odd = [in_gaps(c, layout), in_gaps(p, layout)]
-        odd += [[in_gaps(t, layout) for t in part] for part in lists]
-        assert layout == "turned" or not any(t.is_contiguous() for t in (odd[0], *odd[2], *odd[4]))
-        exact = partial(case.results, case.sources(torch.float32, then=torch.float64), "reference")
-        stock = partial(case.results, [c, p, *lists], "reference")
-        found = case.results(odd, backend, lambda g: in_gaps(g, layout))
-        all_within_budget(found, stock, exact, torch.float32)
-
-
 def test_the_quaternion_head_is_a_hamilton_product():
     """For a quaternion x, x W is the product x̄ w̄ with its vector part negated, that is w x."""
     x, w = torch.randn(2, 4, dtype=torch.float64)
@@ -115,19 +90,6 @@ def test_the_quaternion_head_is_a_hamilton_product():
 
     ours = x @ reference.quaternion(w.view(4, 1, 1))
     within_budget(ours, product, product, torch.float64, "w x")
-
-
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_gradcheck(case):
-    c, p, *lists = case.sources()
-    flat = [t.requires_grad_() for t in (c, p, *(t for part in lists for t in part))]
-
-    def call(c, p, *rest):
-        each = [rest[i : i + case.layers] for i in range(0, 4 * case.layers, case.layers)]
-        folded, shifts = cobot_fold(c, p, *each, case.first, down=case.down, backend="torch")
-        return *folded, *shifts
-
-    assert torch.autograd.gradcheck(call, flat)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -171,48 +133,6 @@ def test_launches_and_syncs(case):
     ours = {name: n for name, n in counts.launches.items() if "kernel" in name}
     assert ours == KERNELS
     assert counts.total_syncs == 0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bits_repeat_and_only_wanted_gradients_come(backend):
-    skip_unless(backend)
-    case = CASES[0]
-    sources = case.sources(torch.float32)
-    first, second = (case.results(sources, backend) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    c, p, gammas, heads, factors, _ = sources
-    gammas[1].requires_grad_()
-    folded, _ = cobot_fold(c, p, gammas, heads, factors, backend=backend)
-    folded[1].sum().backward()
-    assert gammas[1].grad is not None
-    assert all(t.grad is None for t in (c, p, gammas[0], *heads, *factors))
-
-
-@pytest.mark.parametrize("used", ["folded", "shifts"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_result_that_nobody_used_counts_as_zeros(backend, used):
-    """Its gradient does not come at all: the bits of one of zeros."""
-    skip_unless(backend)
-    for case in (case for case in SMALL if case.down or used == "folded"):
-        c, p, *lists = case.sources(torch.float32)
-        flat = [t.requires_grad_() for t in (c, p, *(t for part in lists for t in part))]
-        folded, shifts = cobot_fold(c, p, *lists, case.first, down=case.down, backend=backend)
-        some, others = (folded, shifts) if used == "folded" else (shifts, folded)
-        given = [torch.ones_like(t) for t in some]
-        zeros = [torch.zeros_like(t) for t in others]
-        alone = torch.autograd.grad(some, flat, given, retain_graph=True, allow_unused=True)
-        both = torch.autograd.grad([*some, *others], flat, [*given, *zeros])
-        for mine, whole in zip(alone, both, strict=True):
-            assert torch.equal(mine, whole)
-
-
-def test_opcheck():
-    case = CASES[1]
-    c, p, *lists = case.sources(torch.float32)
-    c.requires_grad_()
-    for part in lists:
-        part[0].requires_grad_()
-    torch.library.opcheck(torch.ops.samfast.cobot_fold, (c, p, *lists, 0, True, "torch"))
 
 
 def test_bad_input():

@@ -4,17 +4,20 @@
 import dataclasses
 
 import torch
+from draws import DEVICE, drawing
 from marks import CUDA
 
-from samfast import backends
-from samfast.functional import conv_experts
-from samfast.kernels.conv_experts.op import supports
+from samfast.functional import conv_experts, conv_lora_linear
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.conv_experts import example
+
+from ..operation import Operation, runnable_by
 
 NAMES = ("z", "dh", "dweight", "dbias")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("torch", "cpu", "triton", CUDA)
 # Those that are fast enough for every case; the interpreter has cases of its own.
 WHOLE = ("torch", "triton", "cuda") if DEVICE.type == "cuda" else ("torch", "cpu")
+runnable = runnable_by(example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +52,11 @@ class Case:
 
     def tensors(self, dtype, weight_dtype=None):
         """h, weight, bias as leaves that want gradients, and dz."""
-        generator = torch.Generator().manual_seed(11)
-
-        def draw(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        experts, rank = len(self.ratios), self.rank
-        h = draw(self.samples, self.height, self.width, rank)
-        weight = 0.4 * draw(experts, rank, rank // self.groups, 3, 3)
-        bias, dz = draw(experts, rank), draw(*h.shape)
-        small = weight_dtype or dtype
-        leaves = [h.to(DEVICE, dtype), weight.to(DEVICE, small), bias.to(DEVICE, small)]
-        return [t.requires_grad_() for t in leaves], dz.to(DEVICE, dtype)
+        draw, experts, rank = drawing(11, weight_dtype or dtype), len(self.ratios), self.rank
+        h = draw(self.samples, self.height, self.width, rank, dtype=dtype)
+        weight = draw(experts, rank, rank // self.groups, 3, 3, divisor=2.5)
+        bias, dz = draw(experts, rank), draw(*h.shape, dtype=dtype)
+        return [t.requires_grad_() for t in (h, weight, bias)], dz
 
     def run(self, dtype, backend, weight_dtype=None):
         """[z, dh, dweight, dbias]."""
@@ -76,8 +72,69 @@ class Case:
         )  # fmt: skip
 
 
-def runnable(backend: str) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    if backend == "triton" and (missing := backends.triton_missing(DEVICE)) is not None:
-        return missing
-    return supports(backend, torch.empty(1, 3, device=DEVICE), torch.empty(8, 3, 3, 3, 3))
+SMALL = Case(samples=2, height=3, width=5, rank=2, ratios=(1, 3))
+
+
+def operation(case, way=""):
+    index = case.choices()
+
+    def call(tensors, backend):
+        z = conv_experts(
+            *tensors, index, case.ratios, residual=case.residual, activation=case.activation,
+            groups=case.groups, backend=backend,
+        )  # fmt: skip
+        return [z]
+
+    return Operation(
+        "conv_experts",
+        way,
+        lambda dtype: case.tensors(dtype)[0],
+        call,
+        runnable,
+        ("torch", "cpu", "triton", "cuda"),
+        kept=lambda tensors, wanted: (tensors[0].nbytes + index.nbytes, 0),
+        apart=((0,), (1, 2)),  # those of an expert are made together
+    )
+
+
+def at_borders(ratios, depthwise):
+    """Every pixel is at one."""
+    sizes = dict(samples=2, height=2, width=3, rank=2, index=(0, 1))
+    case = Case(ratios=ratios, depthwise=depthwise, **sizes)
+    return operation(case, "borders" + case.id)
+
+
+WINDOWS, RATIOS = Windows(1, 4, 3, 3, 3), (1, 2, 3)
+NOISE = drawing(13, torch.float32)(WINDOWS.samples, len(RATIOS))
+
+
+def layer_tensors(dtype):
+    """x, lora_a, lora_b, the experts' weight and bias, w_gate and w_noise; then weight and bias."""
+    draw, rank, experts = drawing(12, dtype), 2, len(RATIOS)
+    made = [draw(1, 4, 3, 6), draw(rank, 6, divisor=2.5), draw(8, rank)]
+    made += [draw(experts, rank, rank, 3, 3, divisor=3), draw(experts, rank)]
+    return [*made, draw(rank, experts), draw(rank, experts), draw(8, 6, divisor=2.5), draw(8)]
+
+
+def layer(tensors, backend):
+    """A Conv-LoRA layer in windows with padding: y, its loss and z of the padding."""
+    x, a, b, expert_weight, expert_bias, w_gate, w_noise, weight, bias = tensors
+    return conv_lora_linear(
+        x, weight, bias, a, b, expert_weight, expert_bias, w_gate, w_noise, 0.5, RATIOS,
+        windows=WINDOWS, noise=NOISE, return_pads=True, backend=backend,
+    )  # fmt: skip
+
+
+LAYER = Operation(
+    "lora_linear",
+    "conv-lora",
+    layer_tensors,
+    layer,
+    runnable,
+    ("torch", "cpu", "triton"),
+    apart=((0,), (1,), (2,), (3, 4), (7,), (8,)),
+    autocast="result",
+)
+OPERATIONS = [operation(SMALL), LAYER]
+FINITE = [at_borders(r, d) for r in ((1, 2), (3, 4), (5, 8)) for d in (False, True)]
+FINITE += [LAYER]

@@ -4,6 +4,7 @@
 import dataclasses
 
 import torch
+from draws import drawing
 
 from samfast import backends
 from samfast.kernels._common.windows import Windows
@@ -47,12 +48,8 @@ class Problem:
 
     def tensors(self, dtype, weight_dtype):
         """h, weight, bias, dz, dz_pad and the balance (daux, dpool, dgate)."""
-        generator = torch.Generator().manual_seed(13)
+        draw = drawing(13, dtype, "cpu")
         windows, rank, experts = self.windows, self.rank, len(self.ratios)
-
-        def draw(*shape, dtype=dtype):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
         h, dz = draw(windows.tokens, rank), draw(windows.tokens, rank)
         dz_pad = draw(windows.batch * windows.pads, rank)
         weight = draw(experts, rank, 1 if self.depthwise else rank, 3, 3, dtype=torch.float64)

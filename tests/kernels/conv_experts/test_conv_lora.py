@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget, keep
+from draws import DEVICE, drawing
 from safetensors import safe_open
 
 from samfast.counters import count, saved_bytes
@@ -16,7 +17,6 @@ from samfast.kernels._common.windows import Windows
 
 from ..expert_gate import cases as gate
 from . import cases as experts
-from .cases import DEVICE
 
 GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("conv_lora_*.safetensors"))
 NAMES = ("x", "lora_A", "lora_B", "w_gate", "w_noise")
@@ -120,21 +120,17 @@ class Layer:
     """A frozen linear layer with Conv-LoRA; windows are samples."""
 
     def __init__(self, samples=3, size=14, features=24, rank=3, experts=8, depthwise=False):
-        generator = torch.Generator().manual_seed(6)
-
-        def draw(*shape, scale=1.0):
-            return (scale * torch.randn(*shape, generator=generator)).to(DEVICE)
-
+        draw = drawing(6, torch.float32)
         out = 3 * features
         self.x = draw(samples, size, size, features).requires_grad_()
-        self.weight, self.bias = draw(out, features, scale=features**-0.5), draw(out)
+        self.weight, self.bias = draw(out, features, divisor=features**0.5), draw(out)
         self.dy = draw(samples, size, size, out)
         self.windows = Windows.whole(samples, size, size)
         self.ratios = tuple(range(1, experts + 1))
         self.noise, self.one = draw(samples, experts), torch.ones((), device=DEVICE)
         shapes = [(rank, features), (out, rank), (experts, rank, 1 if depthwise else rank, 3, 3)]
         shapes += [(experts, rank), (rank, experts), (rank, experts)]
-        self.factors = [draw(*shape, scale=0.3).requires_grad_() for shape in shapes]
+        self.factors = [draw(*shape, divisor=10 / 3).requires_grad_() for shape in shapes]
 
     def forward(self, backend="auto", **options):
         options = {"noise": self.noise} | options

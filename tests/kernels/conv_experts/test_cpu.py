@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import drawing
 
 from samfast import backends
 from samfast.kernels._common.windows import Windows
@@ -45,11 +46,7 @@ class Call:
         self.windows, self.rank, self.ratios = windows, rank, ratios
         self.residual, self.activation, self.pads = residual, activation, pads
         self.groups, self.balance = rank if depthwise else 1, balance
-        generator = torch.Generator().manual_seed(7)
-
-        def draw(*shape):
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
+        draw = drawing(7, device="cpu")
         experts, n = len(ratios), windows.samples
         self.index = torch.arange(n) % experts if index is None else torch.tensor(index)
         weight = draw(experts, rank, rank // self.groups, 3, 3) * 0.4

@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import DEVICE, drawing
 
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts import reference
 
-from .cases import DEVICE, NAMES, WHOLE, Case, runnable
+from .cases import NAMES, WHOLE, Case, runnable
 
 FORCED = [
     Case(samples=1, height=height, width=width, depthwise=depthwise, index=(e,))
@@ -94,12 +95,7 @@ def test_windows_of_images(height, width, depthwise, backend):
     if reason := runnable(backend):
         pytest.skip(reason)
     windows = Windows(2, height, width, 14, 14)
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
-
-    rank, experts = 3, 8
+    draw, rank, experts = drawing(3), 3, 8
     index = torch.arange(windows.samples, device=DEVICE) % experts
     weight = 0.4 * draw(experts, rank, 1 if depthwise else rank, 3, 3)
     h, bias = draw(windows.tokens, rank), draw(experts, rank)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import drawing
 
 from samfast import backends
 from samfast.kernels._common.windows import Windows
@@ -22,11 +23,7 @@ PADDED = Windows(2, 7, 5, 3, 3)
 
 def draw(windows, rank, experts, dtype=torch.float64, seed=3):
     """h, w_gate, w_noise and noise."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    normal = drawing(seed, device="cpu")
     h = normal(windows.tokens, rank).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     weights = [normal(rank, experts).to(wide) for _ in range(2)]

@@ -4,18 +4,16 @@
 import dataclasses
 
 import torch
+from draws import drawing
 
-from samfast.functional import hypercomplex_linear
-from samfast.kernels.hypercomplex import kronecker_factors
-from samfast.kernels.hypercomplex.op import supports
+from samfast.functional import hypercomplex_linear, kronecker_weight
+from samfast.kernels.hypercomplex import example, kronecker_factors
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from ..operation import Operation, runnable_by
+
 NAMES = ("y", "dx", "drules", "dweights", "dbias", "dbase")
 FACTOR_NAMES = ("lora_a", "lora_b", "drules", "dleft", "dright")
-
-
-def draw(generator, *shape, divisor=1.0):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) / divisor
+runnable = runnable_by(example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +37,23 @@ class Case:
 
     def tensors(self, dtype, parameter_dtype=None):
         """x, rules, weights, bias, base as leaves that want gradients or None, and dy."""
-        generator = torch.Generator().manual_seed(5)
-        terms, inputs, outputs = self.terms or self.n, self.n * self.columns, self.n * self.rows
-        x = draw(generator, *self.tokens, inputs)
-        rules = draw(generator, terms, self.n, self.n, divisor=self.n**0.5)
-        weights = draw(generator, terms, self.rows, self.columns, divisor=inputs**0.5)
-        bias = draw(generator, outputs) if self.bias else None
-        base = draw(generator, outputs, inputs, divisor=inputs**0.5) if self.base else None
-        dy = draw(generator, *self.tokens, outputs)
+        draw, terms = drawing(5), self.terms or self.n
+        inputs, outputs = self.n * self.columns, self.n * self.rows
+        x = draw(*self.tokens, inputs)
+        rules = draw(terms, self.n, self.n, divisor=self.n**0.5)
+        weights = draw(terms, self.rows, self.columns, divisor=inputs**0.5)
+        bias = draw(outputs) if self.bias else None
+        base = draw(outputs, inputs, divisor=inputs**0.5) if self.base else None
+        dy = draw(*self.tokens, outputs)
         leaves = [x, rules, weights, bias, base]
         if self.whole:
             *leaves, dy = (None if t is None else (3 * t).round() for t in (*leaves, dy))
         kinds = [dtype] + [parameter_dtype or dtype] * 4
         leaves = [
-            None if t is None else t.to(DEVICE, kind).requires_grad_()
+            None if t is None else t.to(kind).requires_grad_()
             for t, kind in zip(leaves, kinds, strict=True)
         ]
-        return leaves, dy.to(DEVICE, dtype)
+        return leaves, dy.to(dtype)
 
     def call(self, leaves, backend):
         x, rules, weights, bias, base = leaves
@@ -87,12 +85,12 @@ class Factors:
         return f"n{self.n}{terms}-{self.rows}x{self.columns}-k{self.rank}"
 
     def tensors(self, dtype):
-        generator, terms = torch.Generator().manual_seed(6), self.terms or self.n
+        draw, terms = drawing(6, dtype), self.terms or self.n
         sizes = [(terms, self.n, self.n), (terms, self.rows, self.rank)]
         sizes += [(terms, self.columns, self.rank)]
         width = terms * self.n * self.rank
         incoming = [(width, self.n * self.columns), (self.n * self.rows, width)]
-        made = [draw(generator, *size).to(DEVICE, dtype) for size in (*sizes, *incoming)]
+        made = [draw(*size) for size in (*sizes, *incoming)]
         return [t.requires_grad_() for t in made[:3]], made[3:]
 
     def run(self, dtype, backend):
@@ -101,7 +99,69 @@ class Factors:
         return [*made, *torch.autograd.grad(made, leaves, incoming)]
 
 
-def runnable(backend: str) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    part = torch.empty(4, 4, 4, device=DEVICE)
-    return supports(backend, DEVICE, torch.float32, part, part)
+def linear(case, way=""):
+    """The tensors that the case has, in their order."""
+
+    def call(tensors, backend):
+        given = iter(tensors)
+        there = (True, True, True, case.bias, case.base)
+        return [case.call([next(given) if t else None for t in there], backend)]
+
+    def kept(tensors, wanted):
+        parts = {1, 2, 4} if case.bias else {1, 2, 3}
+        return tensors[0].nbytes if wanted & parts else 0, 0
+
+    return Operation(
+        "hypercomplex_linear",
+        way,
+        lambda dtype: [t for t in case.tensors(dtype)[0] if t is not None],
+        call,
+        runnable,
+        BACKENDS,
+        kept,
+        apart=tuple((i,) for i in range(3 + case.bias)),  # the base's is made for the parts'
+        autocast="result",
+    )
+
+
+def weight(case, way=""):
+    def call(tensors, backend):
+        return [kronecker_weight(*tensors, scaling=case.scaling, backend=backend)]
+
+    return Operation(
+        "kronecker_weight",
+        way,
+        lambda dtype: case.tensors(dtype)[0][1:3],
+        call,
+        runnable,
+        BACKENDS,
+        kept=lambda tensors, wanted: (0, 0),
+        activations=0,
+    )
+
+
+def factors(case):
+    return Operation(
+        "kronecker_factors",
+        "",
+        lambda dtype: case.tensors(dtype)[0],
+        lambda tensors, backend: kronecker_factors(*tensors, backend),
+        runnable,
+        ("torch", "triton"),
+        kept=lambda tensors, wanted: (0, 0),
+        activations=0,
+    )
+
+
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+CASE = Case(n=3, rows=4, columns=5, base=True, scaling=0.5)
+OPERATIONS = [
+    linear(CASE),
+    linear(Case(n=3, rows=4, columns=5, bias=False), "plain"),
+    weight(CASE),
+    factors(Factors(n=3, rows=2, columns=3, rank=2)),
+]
+FINITE = [factors(Factors(n=3, rows=2, columns=3, rank=2))]
+for n in (2, 3, 4, 8, 16):
+    small = Case(n, 1, 1, min(n, 3) if n < 16 else 1, tokens=(2,), base=n == 3, scaling=0.5)
+    FINITE += [linear(small, f"n{n}"), weight(small, f"n{n}")]

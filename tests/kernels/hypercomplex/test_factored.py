@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget, assert_same_dtypes, keep
+from draws import DEVICE, drawing
 from marks import CUDA
 
 from samfast.counters import count, saved_bytes
@@ -16,7 +17,7 @@ from samfast.kernels._common.budget import Budget
 from samfast.kernels.hypercomplex import costs
 from samfast.kernels.hypercomplex.factored import by_factors
 
-from .cases import DEVICE, draw, runnable
+from .cases import runnable
 
 BACKENDS = ("torch", "cpu", "triton", CUDA)
 NAMES = ("y", "dx", "drules", "dleft", "dright", "dbias", "dbase")
@@ -41,15 +42,15 @@ class Pair:
 
     def tensors(self, dtype, parameters=None):
         """x, rules, left, right, bias, base, and dy."""
-        generator, terms = torch.Generator().manual_seed(4), self.terms or self.n
+        draw, terms = drawing(4), self.terms or self.n
         inputs, outputs = self.n * self.columns, self.n * self.rows
         made = [
-            draw(generator, 3, 7, inputs),
-            draw(generator, terms, self.n, self.n, divisor=self.n**0.5),
-            draw(generator, terms, self.rows, self.rank, divisor=self.rank**0.5),
-            draw(generator, terms, self.columns, self.rank, divisor=inputs**0.5),
-            draw(generator, outputs),
-            draw(generator, outputs, inputs, divisor=inputs**0.5),
+            draw(3, 7, inputs),
+            draw(terms, self.n, self.n, divisor=self.n**0.5),
+            draw(terms, self.rows, self.rank, divisor=self.rank**0.5),
+            draw(terms, self.columns, self.rank, divisor=inputs**0.5),
+            draw(outputs),
+            draw(outputs, inputs, divisor=inputs**0.5),
         ]
         kinds = [dtype, *[parameters or dtype] * 4, dtype]
         made = [
@@ -57,7 +58,7 @@ class Pair:
             for t, kind in zip(made, kinds, strict=True)
         ]
         made[5] = None if self.base is None else made[5].requires_grad_(self.base == "trained")
-        return made, draw(generator, 3, 7, outputs).to(DEVICE, dtype)
+        return made, draw(3, 7, outputs).to(DEVICE, dtype)
 
     def call(self, made, backend):
         x, rules, left, right, bias, base = made
@@ -190,10 +191,8 @@ def test_weight(dtype, backend):
 
 def test_krona(backend):
     """One rule and one weight beside a frozen base: y = x (W + s · A ⊗ B)ᵀ, from zero on."""
-    generator = torch.Generator().manual_seed(0)
-    x, a, b, w, dy = (
-        draw(generator, *shape).to(DEVICE) for shape in ((5, 12), (3, 3), (6, 4), (18, 12), (5, 18))
-    )
+    draw = drawing(0)
+    x, a, b, w, dy = (draw(*shape) for shape in ((5, 12), (3, 3), (6, 4), (18, 12), (5, 18)))
 
     def run(dtype, by):
         leaves = [t.to(dtype).requires_grad_() for t in (x, a, b)]

@@ -6,14 +6,14 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
-from torch._subclasses.fake_tensor import FakeTensorMode
+from draws import DEVICE
 
 from samfast.counters import count, saved_bytes
 from samfast.functional import kronecker_weight
 from samfast.kernels.hypercomplex import kronecker_factors
 from samfast.kernels.hypercomplex.factors import factors_backend
 
-from .cases import DEVICE, FACTOR_NAMES, Factors, runnable
+from .cases import FACTOR_NAMES, Factors, runnable
 
 CASES = [
     Factors(n=2, rows=7, columns=31, rank=3),
@@ -53,31 +53,6 @@ def test_values(case, dtype, backend):
     assert {t.dtype for t in ours} == {dtype}
 
 
-def test_gradcheck():
-    leaves, _ = Factors(n=3, rows=2, columns=3, rank=2).tensors(torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: kronecker_factors(*t, "torch"), leaves)
-
-
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck(requires_grad):
-    leaves, _ = Factors(n=3, rows=2, columns=3, rank=2).tensors(torch.float32)
-    leaves = [t.detach().requires_grad_(requires_grad) for t in leaves]
-    torch.library.opcheck(torch.ops.samfast.kronecker_factors, (*leaves, "auto"))
-
-
-def test_opcheck_of_the_backward(backend):
-    leaves, incoming = Factors(n=3, rows=2, columns=3, rank=2).tensors(torch.float32)
-    leaves = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in leaves]
-    operator = torch.ops.samfast.kronecker_factors_backward
-    arguments = (*incoming, *leaves, [True] * 3, backend)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator, arguments, test_utils=checks)
-    with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
-        promised = operator(*fakes)
-    assert [t.stride() for t in promised] == [t.stride() for t in operator(*arguments)]
-
-
 def test_launches_and_what_is_saved(backend):
     case = Factors(n=2, rows=24, columns=16)
     leaves, incoming = case.tensors(torch.float32)
@@ -89,16 +64,6 @@ def test_launches_and_what_is_saved(backend):
     most = (1, 1) if backend == "triton" else (4, 6)
     assert forward.total_launches <= most[0] and backward.total_launches <= most[1]
     assert forward.total_syncs == backward.total_syncs == 0
-
-
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_only_the_wanted_gradients_are_made(wanted, backend):
-    leaves, incoming = Factors(n=2, rank=2).tensors(torch.float32)
-    full = torch.autograd.grad(kronecker_factors(*leaves, backend), leaves, incoming)
-    some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
-    made = kronecker_factors(*some, backend)
-    grads = torch.autograd.grad(made, [some[i] for i in wanted], incoming)
-    assert all(torch.equal(g, full[i]) for i, g in zip(wanted, grads, strict=True))
 
 
 def test_a_factor_that_is_not_used(backend):

@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, within_budget
+from draws import DEVICE
 from marks import CUDA
 
 from samfast.functional import hypercomplex_linear, kronecker_weight
 
-from .cases import DEVICE, NAMES, Case, runnable
+from .cases import NAMES, Case, runnable
 
 BACKENDS = ("torch", "cpu", "triton", CUDA)
 CASES = [

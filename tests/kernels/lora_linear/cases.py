@@ -4,12 +4,15 @@
 import dataclasses
 
 import torch
+from draws import DEVICE
 
-from samfast import backends
 from samfast.functional import lora_linear
+from samfast.kernels.lora_linear import example
+
+from ..operation import Operation, runnable_by
 
 NAMES = ("y", "dx", "dweight", "dbias", "dlora_a", "dlora_b")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+runnable = runnable_by(example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +78,40 @@ class Case:
         return [y, *grads]
 
 
-def runnable(backend: str) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    if backend == "cpu":
-        return backends.cpu_missing(DEVICE, torch.float32, "lora_down")
-    if backend == "triton":
-        return backends.triton_missing(DEVICE)
-    return None
+def operation(case, way):
+    """A seed is drawn in every call that needs one."""
+
+    def call(tensors, backend):
+        y = lora_linear(
+            *tensors, case.scaling, dropout=case.dropout, slices=case.slices, backend=backend
+        )
+        return [y]
+
+    def kept(tensors, wanted):
+        """x for a gradient of a matrix of its width, h for lora_b's, and a seed."""
+        x, a = tensors[0], tensors[3]
+        h = x.nbytes // x.shape[-1] * a.shape[0] if 4 in wanted else 0
+        return x.nbytes if wanted & {1, 3} else 0, h + (8 if case.dropout else 0)
+
+    return Operation(
+        "lora_linear",
+        way,
+        lambda dtype: case.tensors(dtype)[0],
+        call,
+        runnable,
+        ("torch", "cpu", "triton"),
+        kept,
+        autocast="result",
+    )
+
+
+SLICES = ((0, 6), (12, 18))
+OPERATIONS = [
+    operation(Case(shape=(3, 5, 12), out=18, rank=2, scaling=0.5), ""),
+    operation(Case((3, 5, 12), 18, rank=2, slices=SLICES, dropout=0.3, scaling=0.5), "slices"),
+]
+FINITE = [
+    operation(Case(shape=(2, 3, 6), out=9, rank=2), ""),
+    operation(Case(shape=(2, 6), out=9, rank=2, slices=((0, 3), (6, 9)), dropout=0.3), "slices"),
+    operation(Case(shape=(2, 6), out=9, rank=2, slices=((0, 3), (6, 9)), shared=True), "shared"),
+]

@@ -3,11 +3,12 @@
 
 import pytest
 import torch
+from draws import DEVICE
 
 from samfast.counters import count, saved_bytes
 from samfast.functional import lora_linear
 
-from .cases import DEVICE, Case, runnable
+from .cases import Case, runnable
 
 T, D, O, R = 3 * 70, 40, 96, 4
 CASE = Case(shape=(3, 70, D), out=O, rank=R)

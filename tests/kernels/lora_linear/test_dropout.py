@@ -3,11 +3,12 @@
 
 import pytest
 import torch
+from draws import DEVICE
 
 from samfast.functional import lora_linear
 from samfast.kernels._common.philox import keep_mask, philox_words
 
-from .cases import DEVICE, runnable
+from .cases import runnable
 
 
 def test_philox_known_answers():

@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import DEVICE
 
 from samfast.kernels._common import middle
 from samfast.kernels.lora_linear.op import low_rank_linear
 
-from .cases import DEVICE, runnable
+from .cases import runnable
 
 
 @middle.register

@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import DEVICE
 
 from samfast.kernels.lora_linear.op import MAX_TRITON_RANK
 
-from .cases import DEVICE, NAMES, Case, runnable
+from .cases import NAMES, Case, runnable
 
 QV = ((0, 16), (32, 48))
 AWKWARD = [

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from budgets import all_within_budget, within_budget
+from draws import drawing
 
 from samfast.kernels.relpos_attention import reference, torch_path
 
@@ -18,11 +19,7 @@ class Call:
     """
 
     def __init__(self, windows, heads=2, head_dim=16, pads="rows"):
-        generator = torch.Generator().manual_seed(3)
-
-        def draw(*shape, scale=1.0):
-            return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-
+        draw = drawing(3, device="cpu")
         self.windows, self.scale = windows, 0.8 * head_dim**-0.5
         shape = (windows.batch, windows.image_height, windows.image_width, heads, head_dim)
         self.tokens = {name: draw(*shape) for name in ("q", "k", "v")}
@@ -35,7 +32,7 @@ class Call:
             self.pads = [draw(first, rows, heads, head_dim).expand(pad_shape) for _ in range(2)]
         self.pad_shape = pad_shape
         sizes = windows.height, windows.width
-        self.tables = [draw(2 * size - 1, head_dim, scale=0.4) for size in sizes]
+        self.tables = [draw(2 * size - 1, head_dim, divisor=2.5) for size in sizes]
 
     def arguments(self, dtype):
         """Up to lse; expanded pads keep their stride of 0."""

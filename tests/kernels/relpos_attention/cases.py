@@ -4,20 +4,18 @@
 import dataclasses
 
 import torch
+from draws import DEVICE, drawing
 
-from samfast import backends
 from samfast.functional import relpos_attention, window_relpos_attention
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.relpos_attention.op import supports
+from samfast.kernels.relpos_attention import example
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from ..operation import Operation, runnable_by
+
 BACKENDS = ("torch", "cpu", "triton")
 # Those that are fast enough for every case; the interpreter has cases of its own.
 WHOLE = ("torch", "triton") if DEVICE.type == "cuda" else ("torch", "cpu")
-
-
-def draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+runnable = runnable_by(example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +38,12 @@ class MapCase:
 
     def tensors(self, dtype, table_dtype=None):
         """q, k, v and the tables as leaves that want gradients, and dout."""
-        generator = torch.Generator().manual_seed(5)
+        draw, small = drawing(5, dtype), table_dtype or dtype
         shape = (self.batch, self.heads, self.height, self.width, self.head_dim)
         lengths = self.tables or (2 * self.height - 1, 2 * self.width - 1)
-        leaves = [draw(generator, *shape).to(DEVICE, dtype) for _ in range(3)]
-        leaves += [
-            (0.5 * draw(generator, length, self.head_dim)).to(DEVICE, table_dtype or dtype)
-            for length in lengths
-        ]
-        dout = draw(generator, *shape).to(DEVICE, dtype)
-        return [t.requires_grad_() for t in leaves], dout
+        leaves = [draw(*shape) for _ in range(3)]
+        leaves += [draw(length, self.head_dim, divisor=2, dtype=small) for length in lengths]
+        return [t.requires_grad_() for t in leaves], draw(*shape)
 
     def call(self, leaves, backend):
         return relpos_attention(*leaves, backend=backend)
@@ -88,21 +82,19 @@ class WindowCase:
 
     def tensors(self, dtype, table_dtype=None):
         """qkv, the tables and what makes the padding as leaves that want gradients, and dout."""
-        generator = torch.Generator().manual_seed(6)
+        draw, small = drawing(6, dtype), table_dtype or dtype
         width = self.heads * self.head_dim
         size = (self.batch, self.height, self.width)
-        small = table_dtype or dtype
-        leaves = [draw(generator, *size, 3 * width).to(DEVICE, dtype)]
+        leaves = [draw(*size, 3 * width)]
         for side in self.window:
-            leaves.append((0.5 * draw(generator, 2 * side - 1, self.head_dim)).to(DEVICE, small))
+            leaves.append(draw(2 * side - 1, self.head_dim, divisor=2, dtype=small))
         if self.rank is not None:
-            leaves.append(draw(generator, 3 * width).to(DEVICE, small))
+            leaves.append(draw(3 * width, dtype=small))
         if self.rank:
             rows = self.batch * self.windows.pads
-            leaves.append(draw(generator, rows, self.rank).to(DEVICE, dtype))
-            leaves.append(draw(generator, 3 * width, self.rank).to(DEVICE, small))
-        dout = draw(generator, *size, width).to(DEVICE, dtype)
-        return [t.requires_grad_() for t in leaves], dout
+            leaves.append(draw(rows, self.rank))
+            leaves.append(draw(3 * width, self.rank, dtype=small))
+        return [t.requires_grad_() for t in leaves], draw(*size, width)
 
     def call(self, leaves, backend):
         qkv, table_h, table_w, *pads = leaves
@@ -114,9 +106,38 @@ class WindowCase:
     run = MapCase.run
 
 
-def runnable(backend: str, head_dim: int = 16) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    if backend == "triton" and (missing := backends.triton_missing(DEVICE)) is not None:
-        return missing
-    q = torch.empty(1, 2, 2, 1, head_dim, device=DEVICE)
-    return supports(backend, q, Windows.whole(1, 2, 2))
+def operation(case, name, activations, **options):
+    def kept(tensors, wanted):
+        """The tensors and the result, and one number a query and head."""
+        given = sum(t.nbytes for t in tensors[:activations])
+        queries = case.batch * case.heads * case.height * case.width
+        return given * 4 // 3, max(4, tensors[0].itemsize) * queries
+
+    return Operation(
+        name,
+        "",
+        lambda dtype: case.tensors(dtype)[0],
+        lambda tensors, backend: [case.call(tensors, backend)],
+        runnable,
+        BACKENDS,
+        kept,
+        activations,
+        autocast="result",
+        **options,
+    )
+
+
+MAP = MapCase(batch=1, heads=1, height=2, width=3)
+WINDOWS = WindowCase(batch=1, heads=1, height=3, width=2, window=(2, 2), rank=2)
+
+
+def operations(heads):
+    apart = (3, 4), ((1, 2), (3,), (4,), (5,), (3, 4, 5))  # those of q, k and v are always made
+    of_map, windows = (dataclasses.replace(case, heads=heads) for case in (MAP, WINDOWS))
+    return [
+        operation(of_map, "relpos_attention", 3, apart=apart[:1]),
+        operation(windows, "window_relpos_attention", 1, apart=apart[1]),
+    ]
+
+
+OPERATIONS, FINITE = operations(heads=2), operations(heads=1)

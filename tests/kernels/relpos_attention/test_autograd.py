@@ -1,88 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention operations as operators: gradcheck, opcheck, compile and what they save."""
+"""The attention operations: sizes that change, what they save, and bad arguments."""
 
 import dataclasses
 from functools import partial
 
 import pytest
 import torch
-from budgets import all_within_budget, within_budget
+from budgets import within_budget
+from draws import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samfast.counters import saved_bytes
 from samfast.functional import relpos_attention, window_relpos_attention
 
-from ..alike import assert_alike
-from .cases import BACKENDS, DEVICE, MapCase, WindowCase, runnable
-
-MAP = MapCase(batch=1, heads=1, height=2, width=3)
-WINDOWS = WindowCase(batch=1, heads=1, height=3, width=2, window=(2, 2), rank=2)
-
-
-@pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
-def test_gradcheck(case):
-    leaves, _ = case.tensors(torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: case.call(t, "torch"), leaves)
-
-
-def operator_arguments(case, requires_grad):
-    leaves, dout = case.tensors(torch.float32)
-    leaves = [t.detach().requires_grad_(requires_grad) for t in leaves]
-    if case is MAP:
-        q, k, v = (t.detach().movedim(1, 3).requires_grad_(requires_grad) for t in leaves[:3])
-        windows = [1, 2, 3, 2, 3]
-        inputs, dout = (q, k, v, *leaves[3:]), dout.movedim(1, 3)
-    else:
-        qkv, table_h, table_w, *pads = leaves
-        qkv = qkv.detach().unflatten(3, (3, 1, 16)).requires_grad_(requires_grad)
-        windows = list(case.windows)
-        inputs, dout = (qkv, *pads, table_h, table_w), dout.unflatten(3, (1, 16))
-    return inputs, windows, dout
-
-
-@pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
-def test_opcheck(case, requires_grad, backend):
-    inputs, windows, _ = operator_arguments(case, requires_grad)
-    name = "relpos_attention" if case is MAP else "window_relpos_attention"
-    operator = getattr(torch.ops.samfast, name)
-    torch.library.opcheck(operator, (*inputs, windows, 0.25, backend))
-
-
-@pytest.mark.slow_on_cpu("triton")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
-def test_opcheck_of_the_two_halves(case, backend):
-    if reason := runnable(backend):
-        pytest.skip(reason)
-    inputs, windows, dout = operator_arguments(case, False)
-    name = "relpos_attention" if case is MAP else "window_relpos_attention"
-    forward = getattr(torch.ops.samfast, f"{name}_forward")
-    checks = ("test_schema", "test_faketensor")
-    arguments = (*inputs, windows, 0.25, backend)
-    torch.library.opcheck(forward, arguments, test_utils=checks)
-    backward = getattr(torch.ops.samfast, f"{name}_backward")
-    for tables in (True, False):
-        needs = [*[True] * (len(inputs) - 2), tables, tables]
-        grads = (dout.contiguous(), *forward(*arguments), *arguments, needs)
-        torch.library.opcheck(backward, grads, test_utils=checks)
-
-
-@pytest.mark.slow_on_cpu("windows")
-@pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
-def test_compile_fullgraph(case):
-    leaves, dout = case.tensors(torch.float32)
-
-    def call(*tensors):
-        return case.call(tensors, "auto")
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    eager, traced = call(*leaves), compiled(*leaves)
-    expected = torch.autograd.grad(eager, leaves, dout)
-    actual = torch.autograd.grad(traced, leaves, dout)
-    assert torch.equal(eager, traced)
-    assert all(torch.equal(e, t) for e, t in zip(expected, actual, strict=True))
+from .cases import MAP, WINDOWS, MapCase, WindowCase
 
 
 @pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
@@ -115,33 +46,6 @@ def test_a_table_resized_by_shapes_alone_leaves_no_trace():
     assert torch.autograd.grad(case.call(leaves, "torch"), leaves, dout)[3].isfinite().all()
 
 
-@pytest.mark.slow_on_cpu("triton")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
-def test_only_the_wanted_gradients_are_made(case, backend):
-    if reason := runnable(backend):
-        pytest.skip(reason)
-    full = case.run(torch.float32, backend)[1:]
-    for wanted in range(len(full)):
-        leaves, dout = case.tensors(torch.float32)
-        leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(leaves)]
-        (grad,) = torch.autograd.grad(case.call(leaves, backend), [leaves[wanted]], dout)
-        assert_alike(grad, full[wanted])
-
-
-@pytest.mark.slow_on_cpu("triton")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
-def test_an_expanded_gradient_is_like_a_dense_one(case, backend):
-    if reason := runnable(backend):
-        pytest.skip(reason)
-    leaves, _ = case.tensors(torch.float32)
-    out = case.call(leaves, backend)
-    expanded = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
-    dense = torch.autograd.grad(out, leaves, torch.ones_like(out))
-    assert all(torch.equal(e, d) for e, d in zip(expanded, dense, strict=True))
-
-
 def test_saved_for_backward_is_qkv_and_the_result():
     """Beside them one number a query and head, and what makes the padding."""
     case = WindowCase(heads=4, head_dim=32, rank=3)
@@ -151,26 +55,6 @@ def test_saved_for_backward_is_qkv_and_the_result():
     tensors = qkv.nbytes + qkv.nbytes // 3
     assert saved.hooks == tensors + saved.living
     assert 0 < saved.living <= 8 * queries
-
-
-def test_double_backward_is_refused():
-    leaves, dout = MAP.tensors(torch.float32)
-    out = MAP.call(leaves, "torch")
-    (dq,) = torch.autograd.grad(out, leaves[0], dout.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_autocast_takes_and_gives_its_dtype(backend):
-    case = WindowCase(rank=2)
-    leaves, dout = case.tensors(torch.float32)
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        ours = case.call(leaves, backend)
-    assert ours.dtype == torch.bfloat16
-    ours = [ours, *torch.autograd.grad(ours, leaves, dout.bfloat16())]
-    stock, exact = (partial(case.run, t, "reference") for t in (torch.bfloat16, torch.float64))
-    all_within_budget(ours, stock, exact, torch.bfloat16, case.names)
 
 
 def test_batches_of_one_image_are_the_batch():

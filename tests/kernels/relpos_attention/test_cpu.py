@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, keep, within_budget
+from draws import drawing
 
 from samfast import backends
 from samfast.functional import relpos_attention, window_relpos_attention
@@ -258,16 +259,12 @@ def test_tables_of_any_dtype(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_the_public_function_with_every_source_of_padding(dtype):
-    generator = torch.Generator().manual_seed(5)
     heads, head_dim, rank, window = 2, 16, 3, 14
     windows = Windows(2, 20, 17, window, window)
     columns = 3 * heads * head_dim
-
-    def draw(*shape, scale=1.0):
-        return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-
+    draw = drawing(5, device="cpu")
     qkv, dout = draw(2, 20, 17, columns), draw(2, 20, 17, columns // 3)
-    tables = [draw(2 * window - 1, head_dim, scale=0.4) for _ in range(2)]
+    tables = [draw(2 * window - 1, head_dim, divisor=2.5) for _ in range(2)]
     padding = [draw(columns), draw(windows.batch * windows.pads, rank), draw(columns, rank)]
 
     def results(dtype, backend):

@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import DEVICE
 
-from .cases import DEVICE, MapCase, WindowCase
+from .cases import MapCase, WindowCase
 
 image_encoder = pytest.importorskip("segment_anything.modeling.image_encoder")
 

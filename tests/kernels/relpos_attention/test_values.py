@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, assert_same_dtypes
+from draws import DEVICE
 from layouts import odd_layouts
 
 from samfast.functional import relpos_attention, window_relpos_attention
 
-from .cases import DEVICE, WHOLE, MapCase, WindowCase, runnable
+from .cases import WHOLE, MapCase, WindowCase, runnable
 
 CASES = (
     MapCase(),
@@ -35,7 +36,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("backend", WHOLE)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_budget(case, backend, dtype):
-    if reason := runnable(backend, case.head_dim):
+    if reason := runnable(backend):
         pytest.skip(reason)
     stock, exact = (partial(case.run, t, "reference") for t in (dtype, torch.float64))
     ours = case.run(dtype, backend)

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from draws import DEVICE, drawing
 
 from samfast.kernels._common.philox import keep_mask
 from samfast.kernels._common.windows import Windows
@@ -14,8 +15,10 @@ from samfast.kernels.lora_linear.reference import lora_linear
 from samfast.kernels.sam_block import example, reference, sam_block
 from samfast.kernels.sam_block.plan import HEAD, LAYERS, LayerPlan, Plan
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from ..operation import Operation, runnable_by
+
 BACKENDS = ("torch", "auto")
+runnable = runnable_by(example)
 FACTORS = ("weight", "bias", "lora_a", "lora_b", "seed")
 EXPERTS = ("expert_weight", "expert_bias", "w_gate", "w_noise", "noise", "expert_index")
 RATIOS = (1, 2, 3)
@@ -90,13 +93,7 @@ class Case:
     def tensors(self, dtype, small=None):
         """x and the tensors of the operator, those with a name as leaves that want gradients;
         dy. small: dtype of all but x and the weights."""
-        generator = torch.Generator().manual_seed(7)
-        small = small or dtype
-
-        def draw(*shape, divisor=1.0, dtype=small):
-            values = torch.randn(*shape, generator=generator, dtype=torch.float64) / divisor
-            return values.to(DEVICE, dtype)
-
+        draw = drawing(7, small or dtype)
         dim, size = self.dim, (self.batch, self.height, self.width)
         x, dy = (draw(*size, dim, dtype=dtype) for _ in range(2))
         tensors = [draw(dim) for _ in range(4)]
@@ -184,6 +181,31 @@ class Case:
         return result | ({"loss": losses[0].detach()} if losses else {})
 
 
-def runnable(backend: str) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    return None if backend == "auto" else example.missing(backend, DEVICE, torch.float32)
+def operation(case, way, backends):
+    """x and the tensors with a name; the others are the same in every call."""
+
+    others = case.tensors(torch.float32)[1]
+
+    def tensors(dtype):
+        x, tensors, _ = case.tensors(dtype)
+        return [x, *(t for t, name in zip(tensors, case.names, strict=True) if name)]
+
+    def call(leaves, backend):
+        x, *named = leaves
+        given = iter(named)
+        changed = [next(given) if name else t for t, name in zip(others, case.names, strict=True)]
+        y, losses = case.call(x, changed, backend)
+        return [y, *(30 * loss for loss in losses)]
+
+    return Operation("sam_block", way, tensors, call, runnable, backends, apart=())
+
+
+WINDOWS = Case(batch=1, height=3, width=2, window=2, dim=16, heads=1, experts=True, dropout=0.2)
+MAP = Case(batch=1, height=2, width=3, window=0, dim=16, heads=1, sliced=True)
+UNEVEN = Case(batch=1, experts=True, dropout=0.2, heads=1, dim=16)
+OPERATIONS = [
+    operation(UNEVEN, "fast", ("auto",)),
+    operation(dataclasses.replace(MAP, memory="balanced"), "balanced", ("torch",)),
+    operation(dataclasses.replace(WINDOWS, memory="minimal"), "minimal", ("torch", "auto")),
+]
+FINITE = [operation(WINDOWS, "windows", ("torch",)), operation(MAP, "map", ("torch",))]

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from budgets import keep
+from draws import drawing
 from torch import Tensor
 
 from samfast.kernels._common.budget import Budget
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-6
 
 
@@ -39,11 +39,7 @@ class Call:
         return "-".join([f"{self.tokens}x{self.columns}", f"r{self.rank}", *kinds])
 
     def tensors(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(7)
-
-        def draw(*shape, dtype=self.dtype):
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
+        draw = drawing(7, self.dtype)
         rows, single = (self.tokens, self.columns), torch.float32
         x = self.mean + self.spread * draw(*rows, dtype=torch.float64)
         made = {

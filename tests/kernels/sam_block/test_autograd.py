@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block's operators: opcheck, compile, what they save, what they make and never write to."""
+"""The block's operators: their halves, what they save, what they make and never write to."""
 
 import dataclasses
 
@@ -10,53 +10,13 @@ from samfast.counters import saved_bytes
 from samfast.kernels.sam_block.block import Block
 from samfast.kernels.sam_block.plan import LAYERS
 
-from ..alike import assert_alike
-from .cases import BACKENDS, Case
+from .cases import BACKENDS, MAP, WINDOWS, Case
 
-WINDOWS = Case(batch=1, height=3, width=2, window=2, dim=16, heads=1, experts=True, dropout=0.2)
-MAP = Case(batch=1, height=2, width=3, window=0, dim=16, heads=1, sliced=True)
-SMALL = pytest.mark.parametrize("case", [WINDOWS, MAP], ids=["windows", "map"])
 MEMORY = pytest.mark.parametrize("memory", ["fast", "balanced", "minimal"])
 
 
 def leaves_of(case, x, tensors):
     return [x, *(t for t, name in zip(tensors, case.names, strict=True) if name)]
-
-
-@SMALL
-def test_gradcheck(case):
-    x, tensors, _ = case.tensors(torch.float64)
-    places = [i for i, name in enumerate(case.names) if name]
-
-    def call(x, *leaves):
-        changed = list(tensors)
-        for i, t in zip(places, leaves, strict=True):
-            changed[i] = t
-        y, losses = case.call(x, changed, "torch")
-        return (y, *losses)
-
-    inputs = leaves_of(case, x, tensors)
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-
-
-@pytest.mark.parametrize(
-    ("case", "backend", "requires_grad"),
-    [
-        (MAP, "torch", True),
-        pytest.param(WINDOWS, "auto", True, marks=pytest.mark.slow),
-        pytest.param(MAP, "auto", False, marks=pytest.mark.slow),
-        pytest.param(WINDOWS, "torch", True, marks=pytest.mark.slow),
-        pytest.param(WINDOWS, "auto", False, marks=pytest.mark.slow),
-        pytest.param(MAP, "auto", True, marks=pytest.mark.slow),
-    ],
-    ids=lambda value: value.id if isinstance(value, Case) else str(value),
-)
-def test_opcheck(case, backend, requires_grad):
-    x, tensors, _ = case.tensors(torch.float32)
-    for t in leaves_of(case, x, tensors):
-        t.requires_grad_(requires_grad)
-    arguments = (x, tensors, case.plan.key, case.plan.numbers, backend)
-    torch.library.opcheck(torch.ops.samfast.sam_block, arguments)
 
 
 @pytest.mark.parametrize(
@@ -82,46 +42,6 @@ def test_opcheck_of_the_two_halves(case, memory, backend):
         torch.library.opcheck(backward, (dy, daux, *kept, *arguments, needs), test_utils=checks)
 
 
-@pytest.mark.parametrize(
-    ("case", "memory"),
-    [
-        (WINDOWS, "fast"),
-        (MAP, "balanced"),
-        pytest.param(WINDOWS, "minimal", marks=pytest.mark.slow),
-    ],
-    ids=["windows-fast", "map-balanced", "windows-minimal"],
-)
-def test_compile_fullgraph(case, memory):
-    case = dataclasses.replace(case, memory=memory)
-    x, tensors, dy = case.tensors(torch.float32)
-    torch._dynamo.reset()  # the sizes of the last case would be symbols here
-    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
-    results = []
-    for call in (case.call, compiled):
-        y, losses = call(x, tensors)
-        total = (y * dy).sum() + sum(30 * loss for loss in losses)
-        results.append([y, *losses, *torch.autograd.grad(total, leaves_of(case, x, tensors))])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("memory", "backend"), [("fast", "auto"), ("balanced", "torch"), ("minimal", "auto")]
-)
-def test_only_the_wanted_gradients_are_made(memory, backend):
-    """Each alone, with the bits it has beside the others."""
-    case = Case(batch=1, experts=True, dropout=0.2, memory=memory, heads=1, dim=16)
-    full = case.run(torch.float32, backend)
-    for wanted in ["dx", *(name for name in case.names if name)]:
-        x, tensors, dy = case.tensors(torch.float32)
-        for t, name in zip((x, *tensors), ("dx", *case.names), strict=True):
-            if name:
-                t.requires_grad_(name == wanted)
-        leaf = dict(zip(("dx", *case.names), (x, *tensors), strict=True))[wanted]
-        y, (loss,) = case.call(x, tensors, backend)
-        (grad,) = torch.autograd.grad((y * dy).sum() + 30 * loss, leaf)
-        assert_alike(grad, full[wanted], wanted)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_the_backward_is_asked_for(backend, monkeypatch):
     """Gradients nobody wants are not computed: no product for them is even begun."""
@@ -145,20 +65,6 @@ def test_what_the_backward_is_asked_for(backend, monkeypatch):
         name for t, name in zip(tensors, case.names, strict=True) if name and t.grad is not None
     ]
     assert made == ["lin2.lora_a", "lin2.lora_b"] and x.grad is None
-
-
-def test_nothing_wanted_is_no_graph():
-    case = Case(experts=True)
-    x, tensors, _ = case.tensors(torch.float32)
-    frozen = [t if t is None else t.detach() for t in tensors]
-    y, (loss,) = case.call(x.detach(), frozen)
-    assert y.grad_fn is None and loss.grad_fn is None
-    with torch.no_grad():
-        y_off, _ = case.call(x, tensors)
-    with torch.inference_mode():
-        y_inference, _ = case.call(x, tensors)
-    assert y_off.grad_fn is None and not y_off.requires_grad
-    assert torch.equal(y, y_off) and torch.equal(y, y_inference)
 
 
 def pieces(case, width):
@@ -268,15 +174,6 @@ def test_a_saved_input_that_was_changed_is_noticed():
         changed += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(dy)
-
-
-def test_double_backward_is_refused():
-    case = Case(adapters=("qkv",))
-    x, tensors, dy = case.tensors(torch.float32)
-    y, _ = case.call(x, tensors)
-    (dx,) = torch.autograd.grad(y, x, dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 @MEMORY

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget, keep, within_budget
+from draws import DEVICE
 
 from samfast import backends
 from samfast.kernels.sam_block import torch_path
 
-from .stage_calls import DEVICE, EPS, Call
+from .stage_calls import EPS, Call
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 CASES = [

@@ -4,14 +4,20 @@
 import dataclasses
 
 import torch
+import torch.nn.functional as F
+from draws import DEVICE, drawing
 from marks import CUDA
 
-from samfast.functional import task_core
-from samfast.kernels.task_core.op import supports
+from samfast.functional import task_core, task_cores
+from samfast.kernels._common.autocast import autocast_input, without_autocast
+from samfast.kernels.lora_linear.op import low_rank_linear
+from samfast.kernels.task_core import example, middle_key
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from ..operation import Operation, runnable_by
+
 BACKENDS = ("torch", "cpu", "triton", CUDA)
 NAMES = ("z", "dh", "dcore", "dfactor_task")
+runnable = runnable_by(example)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +36,11 @@ class Case:
 
     def tensors(self, dtype, parameter_dtype=None):
         """h, core and factor_task as leaves that want gradients, and dz."""
-        generator = torch.Generator().manual_seed(7)
-        rows, columns, depth = self.ranks
-        parameter_dtype = parameter_dtype or dtype
-
-        def draw(*shape, kind, divisor=1.0):
-            drawn = torch.randn(*shape, generator=generator, dtype=torch.float64) / divisor
-            return drawn.to(DEVICE, kind)
-
-        h = draw(*self.shape, rows, kind=dtype)
-        core = draw(rows, columns, depth, kind=parameter_dtype, divisor=rows**0.5)
-        factor = draw(self.tasks, depth, kind=parameter_dtype)
-        dz = draw(*self.shape, columns, kind=dtype)
+        draw, (rows, columns, depth) = drawing(7, parameter_dtype or dtype), self.ranks
+        h = draw(*self.shape, rows, dtype=dtype)
+        core = draw(rows, columns, depth, divisor=rows**0.5)
+        factor = draw(self.tasks, depth)
+        dz = draw(*self.shape, columns, dtype=dtype)
         return [t.requires_grad_() for t in (h, core, factor)], dz
 
     def given(self):
@@ -72,7 +71,121 @@ def literal(case, dtype, parameter_dtype=None):
     return [z, *torch.autograd.grad(z, leaves, dz)]
 
 
-def runnable(backend: str) -> str | None:
-    """None when the backend runs on this machine's test device, else the sentence why not."""
-    t = torch.empty(4, 4, device=DEVICE)
-    return supports(backend, t, t)
+CASE = Case(shape=(4, 9), ranks=(6, 5, 3), task=(2, 0))
+
+
+def whole(case):
+    """The function, of both operators."""
+    task = case.given()
+
+    def call(tensors, backend):
+        return [task_core(*tensors, task, backend=backend)]
+
+    def kept(tensors, wanted):
+        """h and the tasks; the cores of all tasks."""
+        h, core, factor = tensors
+        return h.nbytes + task.nbytes, 4 * len(factor) * core[..., 0].numel()
+
+    return Operation(
+        "task_core_product",
+        "function",
+        lambda dtype: case.tensors(dtype)[0],
+        call,
+        runnable,
+        ("torch", "cpu", "triton", "cuda"),
+        kept,
+        apart=((0,), (1, 2)),  # of the cores, both are made together
+    )
+
+
+def product_tensors(dtype):
+    (h, core, factor), _ = CASE.tensors(dtype)
+    (m,) = task_cores([core], [factor], backend="reference")
+    return [h.flatten(0, -2), m[0]]
+
+
+TASK = CASE.given()
+
+
+def product(tensors, backend):
+    """M three times, so that its gradient comes in parts."""
+    h, m = tensors
+    if backend == "reference":
+        pairs = zip(h.chunk(len(TASK)), TASK.tolist(), strict=True)
+        with without_autocast(h.device.type):
+            return [torch.cat([rows @ m[task].to(rows.dtype) for rows, task in pairs])]
+    return [torch.ops.samfast.task_core_product(h, m.expand(3, -1, -1, -1), TASK, backend)]
+
+
+def cores_tensors(dtype):
+    draw = drawing(8, dtype)
+    return [draw(6, 5, 3), draw(6, 5, 3), draw(4, 3), draw(4, 3)]
+
+
+def cores(tensors, backend):
+    """The first part of each; there are more on a GPU."""
+    return [m[0] for m in task_cores(tensors[:2], tensors[2:], backend=backend)]
+
+
+def layer_tensors(dtype):
+    """x, lora_a, lora_b, M, and the weight."""
+    draw = drawing(9, dtype)
+    return [draw(6, 10, 12), draw(8, 12, divisor=3), draw(12, 5), draw(4, 8, 5), draw(12, 12)]
+
+
+LAYERS_TASK = torch.tensor([3, 0, 0, 3, 1, 1], device=DEVICE)
+
+
+def layer(tensors, backend):
+    """A linear layer with a task's core between lora_a and lora_b."""
+    x, a, b, m, weight = tensors
+    if backend == "reference":
+        x, m = autocast_input(x), m.to(autocast_input(x).dtype)
+        with without_autocast(x.device.type):
+            a, b, weight = (t.to(x.dtype) for t in (a, b, weight))
+            h = zip(F.linear(x, a), LAYERS_TASK.tolist(), strict=True)
+            z = torch.stack([rows @ m[task] for rows, task in h])
+            return [F.linear(x, weight) + 0.5 * F.linear(z, b)]
+    y, _, _ = low_rank_linear(
+        x, weight, None, a, b, 0.5, middle=middle_key(backend),
+        params=[m.expand(3, -1, -1, -1), LAYERS_TASK], backend=backend,
+    )  # fmt: skip
+    return [y]
+
+
+OPERATIONS = [
+    whole(CASE),
+    Operation(
+        "task_core_product",
+        "",
+        product_tensors,
+        product,
+        runnable,
+        ("torch", "cpu", "triton", "cuda"),
+        kept=lambda tensors, wanted: (tensors[0].nbytes + TASK.nbytes, 0),
+    ),
+    Operation(
+        "task_cores",
+        "",
+        cores_tensors,
+        cores,
+        runnable,
+        ("torch", "cpu", "triton", "cuda"),
+        kept=lambda tensors, wanted: (0, 0),
+        activations=0,
+        apart=(),  # all are made together
+    ),
+    Operation(
+        "lora_linear",
+        "task-core",
+        layer_tensors,
+        layer,
+        runnable,
+        ("torch", "cpu", "triton"),
+        autocast="result",
+    ),
+]
+FINITE = [
+    dataclasses.replace(whole(Case(shape=(6, 2), ranks=(3, 2, 2), task=task)), way=f"tasks{way}")
+    for way, task in {"1": 1, "012": (0, 1, 2), "200212": (2, 0, 0, 2, 1, 2)}.items()
+]

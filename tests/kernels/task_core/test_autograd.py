@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products as operators: gradcheck, opcheck, compile, memory, launches, what is saved."""
+"""The products in a layer: values, compile, launches, memory and an empty batch."""
 
 from functools import partial
 
 import pytest
 import torch
 from budgets import all_within_budget
-from torch._subclasses.fake_tensor import FakeTensorMode
+from draws import DEVICE
 
-from samfast.counters import count, saved_bytes
-from samfast.functional import task_core, task_cores
+from samfast.counters import count
+from samfast.functional import task_cores
 from samfast.kernels.lora_linear.op import low_rank_linear
 from samfast.kernels.task_core import middle_key
 from samfast.kernels.task_core.op import core_backend
 
-from .cases import BACKENDS, DEVICE, NAMES, Case, runnable
-
-CASE = Case(shape=(4, 9), ranks=(6, 5, 3), task=(2, 0))
+from .cases import BACKENDS, CASE, NAMES, Case, runnable
 
 
 @pytest.fixture(params=BACKENDS)
@@ -24,57 +22,6 @@ def backend(request):
     if reason := runnable(request.param):
         pytest.skip(reason)
     return request.param
-
-
-@pytest.mark.parametrize("task", [1, (0, 1, 2), (2, 0, 0, 2, 1, 2)], ids=str)
-def test_gradcheck(task):
-    case = Case(shape=(6, 2), ranks=(3, 2, 2), task=task)
-    leaves, _ = case.tensors(torch.float64)
-    assert torch.autograd.gradcheck(lambda *given: case.call(given, "torch"), leaves)
-
-
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck(requires_grad):
-    (h, core, factor), _ = CASE.tensors(torch.float32)
-    h, core, factor = (t.detach().requires_grad_(requires_grad) for t in (h, core, factor))
-    packet = torch.ops.samfast
-    torch.library.opcheck(packet.task_cores, ([core, core], [factor, factor], "auto"))
-    m = torch.randn(3, 6, 5, device=DEVICE).expand(3, -1, -1, -1)
-    rows = h.detach().reshape(36, 6).requires_grad_(requires_grad)
-    arguments = (rows, m.detach().clone().requires_grad_(requires_grad), CASE.given())
-    for backend in ("auto", "torch"):
-        torch.library.opcheck(packet.task_core_product, (*arguments, backend))
-
-
-@pytest.mark.slow_on_cpu("triton")
-def test_opcheck_of_the_backwards(backend):
-    """What the fakes promise is what the bodies return, strides too."""
-    h, dz = torch.randn(36, 6, device=DEVICE), torch.randn(36, 5, device=DEVICE)
-    m = torch.randn(3, 6, 5, device=DEVICE).expand(4, -1, -1, -1)
-    cores, factors = (
-        [torch.randn(6, 5, 2, device=DEVICE)] * 2,
-        [torch.randn(3, 2, device=DEVICE)] * 2,
-    )
-    dm = torch.randn(2, 4, 3, 6, 5, device=DEVICE)
-    packet, task = torch.ops.samfast, CASE.given()
-    calls = [
-        (packet.task_core_product_forward, (h, m, task, backend)),
-        (packet.task_core_product_backward, (dz, h, m, task, [True, True], backend)),
-        (packet.task_core_product_backward, (dz, h, m, task, [False, True], backend)),
-        (packet.task_cores_forward, (cores, factors, backend)),
-        (packet.task_cores_backward, (dm, cores, factors, backend)),
-    ]
-
-    def described(made):
-        made = [made] if isinstance(made, torch.Tensor) else made
-        return [(t.shape, t.stride(), t.dtype) for t in made]
-
-    for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-        with FakeTensorMode() as mode:
-            fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
-            promised = described(operator(*fakes))
-        assert promised == described(operator(*arguments))
 
 
 def layer(x, weight, lora_a, lora_b, cores, factors, task, backend="auto"):
@@ -137,15 +84,6 @@ def test_compile_fullgraph():
     assert all(torch.equal(e, t) for e, t in zip(*results, strict=True))
 
 
-def test_compile_the_function():
-    (h, core, factor), dz = CASE.tensors(torch.float32)
-    task, results = CASE.given(), []
-    for call in (task_core, torch.compile(task_core, fullgraph=True, backend="aot_eager")):
-        z = call(h, core, factor, task)
-        results.append([z, *torch.autograd.grad(z, [h, core, factor], dz)])
-    assert all(torch.equal(e, t) for e, t in zip(*results, strict=True))
-
-
 @pytest.mark.slow_on_cpu("triton")
 def test_launches(backend):
     """Product 1 + 1, cores 2 + 3 whatever the number of layers; no host sync."""
@@ -179,25 +117,6 @@ def test_nothing_as_wide_as_the_update_is_made(backend):
 
     x, parts = tensors[0], task_cores(*tensors[4:], backend=backend)[0].shape[0]
     assert count(call).largest <= max(4 * x.numel(), 4 * 2 * parts * 4 * 8 * 5)
-
-
-@pytest.mark.slow_on_cpu("triton")
-def test_saves_h_and_one_m(backend):
-    (h, core, factor), _ = CASE.tensors(torch.float32)
-    known = [h, core, factor]
-    saved = saved_bytes(lambda: CASE.call(known, backend), known)
-    assert saved.living <= 4 * 3 * 6 * 5 + 8 * 2  # M and the tasks
-
-
-@pytest.mark.slow_on_cpu("triton")
-def test_only_the_wanted_gradients_are_made(backend):
-    tensors, dz = CASE.tensors(torch.float32)
-    full = torch.autograd.grad(CASE.call(tensors, backend), tensors, dz)
-    for wanted in (0,), (1,), (2,), (0, 2), (1, 2):
-        some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-        grads = torch.autograd.grad(CASE.call(some, backend), [some[i] for i in wanted], dz)
-        for i, grad in zip(wanted, grads, strict=True):
-            assert torch.equal(grad, full[i]), NAMES[i + 1]
 
 
 def layouts(t):
@@ -235,23 +154,6 @@ def test_odd_memory(backend):
 
 
 @pytest.mark.slow_on_cpu("triton")
-def test_nothing_is_written_and_bits_repeat(backend):
-    tensors, dz = CASE.tensors(torch.float32)
-    before = [t.detach().clone() for t in (*tensors, dz)]
-    runs = []
-    for deterministic in (False, False, True):
-        torch.use_deterministic_algorithms(deterministic)  # poisons what is not written
-        try:
-            z = CASE.call(tensors, backend)
-            runs.append([z, *torch.autograd.grad(z, tensors, dz)])
-        finally:
-            torch.use_deterministic_algorithms(False)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
-    assert all(torch.equal(b, t) for b, t in zip(before, (*tensors, dz), strict=True))
-
-
-@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("task", [1, (0, 1, 2), ()], ids=str)
 def test_an_empty_batch(task, backend):
     case = Case(shape=(0, 5), task=task)
@@ -260,15 +162,6 @@ def test_an_empty_batch(task, backend):
         z = case.call(leaves, which)
         assert z.shape == (0, 5, 5)
         assert not any(g.any() for g in torch.autograd.grad(z, leaves, dz))
-
-
-def test_a_second_derivative_is_refused():
-    tensors, _ = CASE.tensors(torch.float32)
-    for i in (0, 1):
-        z = CASE.call(tensors, "auto").square().sum()
-        (grad,) = torch.autograd.grad(z, tensors[i], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
 
 
 def test_which_backend_is_told():

@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget
+from draws import DEVICE, drawing
 
 from samfast.functional import task_core, task_cores
 from samfast.kernels.task_core import torch_path
 
-from .cases import BACKENDS, DEVICE, NAMES, Case, literal, runnable
+from .cases import BACKENDS, NAMES, Case, literal, runnable
 
 CASES = [
     Case(),  # one task
@@ -120,11 +121,7 @@ def test_one_tasks_infinity_stays_its_own(backend):
 
 def test_layers_together_are_layers_alone(backend):
     """One operation for all layers; with gradients, of which some are not wanted."""
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
+    draw = drawing(2, torch.float32)
     cores = [draw(6, 5, 3).requires_grad_() for _ in range(3)]
     factors = [draw(4, 3).requires_grad_() for _ in range(3)]
     together = task_cores(cores, factors, backend=backend)
