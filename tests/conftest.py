@@ -132,7 +132,7 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-SMALL_MODELS = ("models", "modules", "training")
+SMALL_MODELS = ("integrations", "models", "modules", "training")
 
 
 @pytest.fixture(scope="module", autouse=True)

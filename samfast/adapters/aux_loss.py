@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from samfast.adapters.adapter import Adapter, adapters
 from samfast.adapters.attachment import attachment_within
 from samfast.adapters.wrappers import unwrapped
+from samfast.integrations.libraries import call_of_owner
 
 
 class _Leave(torch.autograd.Function):
@@ -92,7 +93,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     model = unwrapped(model)
     layers = adapters(model)
     if not layers and attachment_within(model) is None:
-        raise ValueError(f"this {type(model).__name__} has no adapter; samfast.attach adds one")
+        nothing = f"this {type(model).__name__} has no adapter; samfast.attach adds one"
+        raise ValueError(call_of_owner(model, "loss") or nothing)
     terms = [t for layer in layers.values() if (t := layer.latest_loss()) is not None]
     if not terms:
         return _joint_loss(model, list(layers.values()))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear layer under every mergeable low-rank adapter: shared weight, merging, state dict."""
 
+from collections.abc import Sequence
+
 import torch
 
 from samfast.adapters.adapted_linear import AdaptedLinear
@@ -74,19 +76,9 @@ class LowRankLinear(AdaptedLinear):
 
     def backends(self) -> dict[str, str]:
         """What a forward would choose here and now, for an x as autocast would have it."""
-        x, count = autocast_input(self.weight.detach()[:0]), len(getattr(self, "slices", ())) or 1
         with torch.no_grad():
             factors = self.factors()
-        try:
-            name = resolve(
-                "lora_linear",
-                requested("auto"),
-                x.device,
-                lambda backend: supports(backend, x, *factors, count),
-            )
-        except RuntimeError as error:
-            return {"lora_linear": str(error)}
-        return {"lora_linear": name}
+        return backend_of(self.weight, factors, len(getattr(self, "slices", ())) or 1)
 
     @torch.inference_mode(False)  # a later backward saves the merged weight
     @torch.no_grad()
@@ -119,3 +111,20 @@ class LowRankLinear(AdaptedLinear):
         super()._load_from_state_dict(*args, **kwargs)
         if merged:
             self.merge()
+
+
+def backend_of(
+    weight: torch.Tensor, factors: Sequence[torch.Tensor], slices: int = 1
+) -> dict[str, str]:
+    """What runs ``lora_linear`` on these, for an x as autocast would have it."""
+    x = autocast_input(weight.detach()[:0])
+    try:
+        name = resolve(
+            "lora_linear",
+            requested("auto"),
+            x.device,
+            lambda backend: supports(backend, x, *factors, slices),
+        )
+    except RuntimeError as error:
+        return {"lora_linear": str(error)}
+    return {"lora_linear": name}

@@ -39,6 +39,7 @@ from samfast.files.format import (
     dtype_name,
     read_adapter,
 )
+from samfast.integrations.libraries import call_of_owner
 from samfast.methods.attach import attach_to, check_attachable
 from samfast.models.heads import HEADS, MULTI_TASK, given_head, head_of
 from samfast.models.multi_task import MultiTaskSam, tasks_from_config
@@ -71,7 +72,8 @@ def save_adapter(
     attached = attachment(model)
     if attached is None:
         reason = reason or "; samfast.attach adds one"
-        raise ValueError(f"this {type(model).__name__} has no adapter{reason}")
+        nothing = f"this {type(model).__name__} has no adapter{reason}"
+        raise ValueError(call_of_owner(model, "save") or nothing)
     if head in tuple(HEADS) and head != head_of(model):
         raise ValueError(f"head is {head!r}, but the model's is {head_of(model)!r}")
     if classes is None and isinstance(model, MultiTaskSam):

@@ -7,6 +7,8 @@ from torch import nn
 
 from samfast.adapters.stand_in import kind_of, runs_as
 from samfast.fused import parts
+from samfast.integrations.libraries import fusable
+from samfast.integrations.swap import is_swapped, swap, swap_back, swapped
 from samfast.kernels.sam_block.plan import check_memory
 
 _OWN = "still segment_anything's own"
@@ -15,7 +17,7 @@ _INSIDE = "its block is left alone"
 
 
 def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
-    """Let the blocks of every SAM encoder in ``model`` run fused, in place; returns the model.
+    """Let SAM's encoders and PEFT's layers in ``model`` run fused, in place; returns the model.
 
     segment_anything's Attention and Block become RelPosAttention and SamBlock: the same module
     objects with the same Parameters, submodules, hooks and state dict, so adapters, optimizers
@@ -30,6 +32,11 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     as they are as well; the attention of a derived block is fused. Hooks that torch registers for
     all modules see a fused block as one module.
 
+    PEFT's ``lora.Linear`` becomes a class derived from it, in a block or anywhere else in the
+    model, which may be a PeftModel. Parameters, files and PEFT's calls stay as they are. A layer
+    that PEFT's ``add_adapter`` makes later needs ``fuse`` again. See
+    ``samfast.integrations.peft_layers``.
+
     memory: what every block saves for its backward, see SamBlock: "fast" saves all that is dear
         to compute, "balanced" computes two of four layers again, "minimal" the whole block. The
         gradients are the same. None means "fast", and leaves blocks that are fused already as
@@ -42,8 +49,11 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     kinds = _kinds()
     modules = dict(_checked(model).named_modules())
     asked = {n: m for n, m in modules.items() if type(m) in kinds and "forward" not in m.__dict__}
-    if not asked and not any(runs_as(m, kind) for m in modules.values() for kind in kinds.values()):
+    layers = {n: kind for n, m in modules.items() if (kind := fusable(m)) is not None}
+    if not asked and not layers and not any(_is_fused(m, kinds) for m in modules.values()):
         raise ValueError(_nothing(model, "fuse"))
+    for name, mixin in layers.items():
+        swap(modules[name], mixin)
     objections = _objections(asked)
     for name, module in asked.items():
         if name not in objections:
@@ -53,6 +63,10 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     for block in fused_blocks(model).values() if memory is not None else ():
         block.memory = memory
     return model
+
+
+def _is_fused(module: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> bool:
+    return swapped(module) is not None or any(runs_as(module, kind) for kind in kinds.values())
 
 
 def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
@@ -83,19 +97,19 @@ def _left_alone(objections: dict[str, str], asked: dict[str, nn.Module]) -> str:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo ``fuse``: segment_anything's own classes again, the same Parameters; in place.
+    """Undo ``fuse``, in place: segment_anything's and PEFT's classes again, the same Parameters.
 
     Modules that are not fused stay as they are. Raises ValueError for a model in which nothing is
     fused, and RuntimeError, before anything is changed, when the forward of a fused module was
     wrapped since, or its class changed: the wrapper holds the fused forward.
     """
-    stock = {fused: kind for kind, fused in _kinds().items()}
-    modules = _checked(model).named_modules()
-    fused = {name: m for name, m in modules if any(runs_as(m, kind) for kind in stock)}
+    kinds = _kinds()
+    stock = {fused: kind for kind, fused in kinds.items()}
+    fused = {n: m for n, m in _checked(model).named_modules() if _is_fused(m, kinds)}
     if not fused:
         raise ValueError(_nothing(model, "unfuse"))
     for name, module in fused.items():
-        if type(module) not in stock:
+        if type(module) not in stock and not is_swapped(module):
             raise RuntimeError(
                 f"{name or 'the model'} was given the class {type(module).__name__} after fuse; "
                 "unfuse before that"
@@ -106,6 +120,9 @@ def unfuse(model: nn.Module) -> nn.Module:
                 "after fuse; undo that before unfuse"
             )
     for module in fused.values():
+        if is_swapped(module):
+            swap_back(module)
+            continue
         for option in _OPTIONS:
             module.__dict__.pop(option, None)
         module.__class__ = stock[type(module)]

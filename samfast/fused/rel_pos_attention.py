@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.adapters.adapter import Adapter
+from samfast.adapters.block_layer import layer_problem
 from samfast.adapters.stand_in import altered, kind_of, left_alone, standing_in
 from samfast.backends import requested, resolve
 from samfast.functional import window_relpos_attention
@@ -88,10 +89,12 @@ class RelPosAttention(Attention):
         for name, layer in parts.projections(self).items():
             if altered(layer):
                 return f"{name} has hooks or a forward of its own"
-            if type(layer) is nn.Linear or (isinstance(layer, Adapter) and layer.token_wise):
+            if type(layer) is nn.Linear or getattr(layer, "token_wise", False):
                 continue
-            if not (name == parts.QKV and isinstance(layer, Adapter) and layer.window_wise):
-                return f"{name} is {kind_of(layer)}, which may look at whole windows"
+            if name == parts.QKV and isinstance(layer, Adapter) and layer.window_wise:
+                continue
+            problem = layer_problem(name, layer) if hasattr(layer, "block_problem") else None
+            return problem or f"{name} is {kind_of(layer)}, which may look at whole windows"
         return None
 
     def backends(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,6 +13,12 @@ from samfast.adapters.attachment import attachment_within
 from samfast.adapters.method import Method
 from samfast.adapters.wrappers import unwrapped
 from samfast.fused.fuse import attention_states, block_states, fused_blocks
+from samfast.integrations.libraries import (
+    layers_of_others,
+    parameters_of_others,
+    states_of_others,
+)
+from samfast.integrations.swap import swapped
 from samfast.models.reading import modules_of, unread_by_segment
 
 _OF_BLOCKS = ("relpos_attention", "sam_block")  # operations whose rows stand below the blocks
@@ -36,6 +42,8 @@ class Report:
         "not fused: …" with the reason
     memory: the modes of the fused blocks, see ``fuse``; () where there are none
     unread: names of trained parameters of a SAM that ``segment`` never reads
+    others: of every layer that another library adapted by full name, "fused: …" or "not fused: …"
+        with whose it is and the reason; their adapters count as adapter parameters
     """
 
     method: Method | None
@@ -53,6 +61,7 @@ class Report:
     blocks: dict[str, str]
     memory: tuple[str, ...]
     unread: tuple[str, ...] = ()
+    others: dict[str, str] = field(default_factory=dict)
 
     @property
     def trained_parameters(self) -> int:
@@ -66,6 +75,7 @@ class Report:
         rows = [
             ("method", "none" if self.method is None else repr(self.method)),
             ("adapted layers", adapted + (f" ({self.merged} merged)" if self.merged else "")),
+            *(_state_rows("layers of others", self.others) if self.others else []),
             *self._backend_rows(lambda operation: operation not in _OF_BLOCKS),
             *_state_rows("attention", self.attention),
             *_state_rows("blocks", self.blocks),
@@ -94,7 +104,8 @@ def report(model: nn.Module) -> Report:
     """Count what is trained, frozen and adapted, and say what is fused; works on any model."""
     model = unwrapped(model)
     layers = adapters(model)
-    own = adapter_parameter_names(model)
+    others = layers_of_others(model)
+    own = adapter_parameter_names(model) | parameters_of_others(others)
     parts: Counter = Counter()
     trained: Counter = Counter()
     frozen: Counter = Counter()
@@ -126,12 +137,18 @@ def report(model: nn.Module) -> Report:
         frozen_dtypes=dict(frozen),
         merged=sum(layer.merged for layer in layers.values()),
         backends=_choices(
-            [*layers.values(), *(model.get_submodule(n) for n in fused), *blocks.values()]
+            [
+                *layers.values(),
+                *filter(swapped, others.values()),
+                *(model.get_submodule(n) for n in fused),
+                *blocks.values(),
+            ]
         ),
         attention=attention,
         blocks=block_states(model),
         memory=tuple(sorted({block.memory for block in blocks.values()})),
         unread=tuple(unread_by_segment(model)),
+        others=states_of_others(others),
     )
 
 

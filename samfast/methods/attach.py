@@ -20,6 +20,7 @@ from samfast.adapters.wrappers import (
     unclear,
     unwrapped,
 )
+from samfast.integrations.libraries import call_of_owner, refuse_others
 from samfast.methods.ta_lora.tasks import numbers_of, set_task
 from samfast.models.heads import stock_state_dict
 
@@ -52,7 +53,8 @@ def attach(
         weights meet activations of the base's dtype.
 
     Raises ValueError (TypeError for arguments of a wrong kind) with one sentence, before anything
-    is changed; also for a parameter with NaN or infinity and a persistent buffer with NaN.
+    is changed; also for a parameter with NaN or infinity, a persistent buffer with NaN, and a layer
+    that another library adapted.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method is {method!r}, which is not one of samfast's methods")
@@ -76,6 +78,7 @@ def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
         raise ValueError(f"base_dtype is {base_dtype!r}; it must be one of {known}")
     for name, module in adapters(model).items():
         raise ValueError(f"{name or 'the model'} already has an adapter, {type(module).__name__}")
+    refuse_others(model)
     for level in levels(model):
         if (attached := attachment(level)) is not None:
             raise ValueError(f"{attached.method!r} is already attached to the model")
@@ -302,7 +305,8 @@ def unmerge(model: nn.Module) -> nn.Module:
 def _mergeable(model: nn.Module) -> list[Adapter]:
     found = adapters(unwrapped(model))
     if not found:
-        raise ValueError(f"this {type(unwrapped(model)).__name__} has no adapter{unclear(model)}")
+        nothing = f"this {type(unwrapped(model)).__name__} has no adapter{unclear(model)}"
+        raise ValueError(call_of_owner(unwrapped(model), "merge") or nothing)
     for name, layer in found.items():
         if not hasattr(layer, "merge"):
             raise ValueError(f"{name} is a {type(layer).__name__}, {layer.unmergeable}")

@@ -211,5 +211,5 @@ def test_peft_models_are_looked_through(tiny_sam, images):
     assert unwrapped(model) is sam
     with torch.no_grad():
         assert torch.equal(segment(model, images), segment(sam, images))
-    with pytest.raises(ValueError, match=r"this Sam has no adapter; samfast.attach adds one"):
+    with pytest.raises(ValueError, match=r"of this Sam are PEFT's; save them with"):
         samfast.save_adapter(model, "nowhere")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's ``lora.Linear``, alone or in a fused block (PEFT 0.15 to 0.21)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from samfast.adapters.block_layer import BlockLayer, dropout_seed
+from samfast.adapters.low_rank import backend_of
+from samfast.adapters.stand_in import altered
+from samfast.adapters.stand_in import kind_of as phrase
+from samfast.functional import lora_linear
+from samfast.integrations.peft_proof import objection
+from samfast.integrations.swap import patched, swapped
+from samfast.kernels._common.autocast import autocast_dtype
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.sam_block.plan import LayerPlan
+
+__all__ = ["CALLS", "OWNER", "FusedLoraLinear", "kind_of", "mixin_of", "objection", "parameters"]
+
+OWNER = "PEFT"
+CALLS = {
+    "keep": "samfast.fuse(model) lets it run fused, and PEFT's model.unload() takes it off",
+    "save": "save them with PEFT's model.save_pretrained(folder)",
+    "merge": (
+        "fold them in with PEFT's model.merge_and_unload(), or with merge_adapter() and out with "
+        "unmerge_adapter()"
+    ),
+    "loss": "they add nothing to the loss, so leave aux_loss out",
+}
+_PARTS = ("lora_A", "lora_B", "lora_dropout")  # of an adapter
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+class FusedLoraLinear:
+    """PEFT's linear layer with LoRA, by samfast's operators.
+
+    x: (..., in_features) -> (..., out_features) = x Wᵀ + b + scaling · drop(x) Aᵀ Bᵀ
+
+    It fuses one active adapter of plain LoRA on a plain ``nn.Linear``. A merged or disabled adapter
+    makes it that linear layer. In every other case PEFT's own forward runs, and ``block_problem``
+    says why. What PEFT keeps is read at every forward, so its calls work as before.
+
+    Dropout has the same distribution as PEFT's, but other random numbers: samfast draws a seed and
+    keeps no mask. In eval, and with a probability of 0, there is no difference.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        active = self._active()
+        theirs = args or kwargs or not active or not self._takes(x)
+        if theirs or self.block_problem() is not None:
+            return super().forward(x, *args, **kwargs)
+        weight, bias, lora_a, lora_b = self._tensors(active[0])
+        scaling, dropout = self.scaling[active[0]], self._dropout(active[0])
+        return lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout=dropout)
+
+    @property
+    def token_wise(self) -> bool:
+        """Whether every token is treated alone, and a token of zeros gives the bias."""
+        return self.block_problem() is None
+
+    def block_problem(self) -> str | None:
+        """Why PEFT's own forward runs, None where the layer can take part in a fused block."""
+        if patched(self):
+            return "has a class with a forward that was replaced"
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear:
+            return f"is over {phrase(base)}, not a plain nn.Linear"
+        if _quantised(base.weight):
+            return f"has a weight that is a {type(base.weight).__name__}"
+        if altered(base):
+            return "has hooks or a forward of its own on its base layer"
+        if self.disable_adapters and self.merged:
+            return "is disabled while it is merged, so PEFT unmerges it at its next forward"
+        active = self._active()
+        if len(active) > 1:
+            return f"has {len(active)} active adapters"
+        return self._problem(active[0]) if active else None
+
+    def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
+        """Its share in a fused block; x as the block's products take it."""
+        active = self._active()
+        if not active:
+            return BlockLayer(self.weight, self.bias)
+        dropout = self._dropout(active[0])
+        plan = LayerPlan(adapted=True, scaling=float(self.scaling[active[0]]), dropout=dropout)
+        return BlockLayer(*self._tensors(active[0]), plan, dropout_seed(dropout, x))
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        active = self._active()
+        if not active or self.block_problem() is not None:
+            return {}
+        weight, _, *factors = self._tensors(active[0])
+        return backend_of(weight, factors)
+
+    def _active(self) -> list[str]:
+        """The adapters that act now; none makes the layer a plain linear one."""
+        if self.disable_adapters or self.merged:
+            return []
+        adapters = self._modules["lora_A"]._modules
+        return [name for name in self.active_adapters if name in adapters]
+
+    def _problem(self, name: str) -> str | None:
+        """What is not plain in an adapter."""
+        if self.use_dora.get(name, False):
+            return "has a variant of LoRA, DoRA"
+        variant = getattr(self, "lora_variant", {}).get(name)  # PEFT 0.15 has none
+        if variant is not None:
+            return f"has a variant of LoRA, {type(variant).__name__}"
+        if self.fan_in_fan_out:
+            return "has a transposed weight (fan_in_fan_out)"
+        down, up, dropout = (self._modules[part]._modules[name] for part in _PARTS)
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+            return "has factors that are not plain nn.Linear"
+        if up.bias is not None or down.bias is not None:
+            return "has a bias in its adapter"
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"has {phrase(dropout)} before its adapter"
+        if altered(down) or altered(up) or altered(dropout):
+            return "has hooks or a forward of its own in its adapter"
+        if type(dropout) is nn.Dropout and dropout.p >= 1.0:
+            return f"has a dropout of {dropout.p}"
+        if not isinstance(self.scaling[name], (int, float)):
+            return f"has a scaling that is a {type(self.scaling[name]).__name__}, not a number"
+        if not getattr(self, "cast_input_dtype_enabled", True):
+            return "does not cast its input to its adapter's dtype"
+        return _dtype_problem(self.base_layer.weight.dtype, down.weight.dtype, up.weight.dtype)
+
+    def _tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """weight, bias, lora_a and lora_b."""
+        base = self._modules["base_layer"]
+        down, up = (self._modules[part]._modules[name] for part in _PARTS[:2])
+        return base.weight, base.bias, down.weight, up.weight
+
+    def _dropout(self, name: str) -> float:
+        """The probability that acts now."""
+        dropout = self.lora_dropout[name]
+        return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x has the weight's dtype; PEFT says what is wrong with another."""
+        return x.dtype == self.weight.dtype or autocast_dtype(x.device.type) is not None
+
+
+def _quantised(weight: Tensor) -> bool:
+    """Whether it is no plain tensor; what FSDP shards is one by the time of the forward."""
+    if type(weight) is nn.Parameter:
+        return False
+    return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
+
+
+def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str | None:
+    """Factors are of the base's dtype, or float32 over a narrow base."""
+    if down == up and (down == base or (down == torch.float32 and base in _NARROW)):
+        return None
+    names = [str(dtype).removeprefix("torch.") for dtype in (down, up, base)]
+    return f"has factors of {names[0]} and {names[1]} over a weight of {names[2]}"
+
+
+def mixin_of(module: nn.Module) -> type:
+    return FusedLoraLinear
+
+
+def kind_of(module: nn.Module) -> str:
+    """Such as lora.Linear: the method and the class."""
+    made_of = swapped(module)
+    kind = type(module) if made_of is None else made_of.stock
+    tuners, _, rest = kind.__module__.partition("peft.tuners.")
+    return f"{rest.partition('.')[0]}.{kind.__name__}" if rest and not tuners else kind.__name__
+
+
+def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Of all its adapters, active or not."""
+    for name, parameter in module.named_parameters():
+        if name.partition(".")[0] in module.adapter_layer_names:
+            yield name, parameter
