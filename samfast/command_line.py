@@ -30,7 +30,8 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
 
     commands: the class of each command's settings, whose fields are options
     """
-    asked = "-h" in argv or "--help" in argv
+    options = argv[: argv.index("--")] if "--" in argv else argv
+    asked = "-h" in options or "--help" in options
     if asked:
         argv = [*(word for word in argv[:1] if word in commands), "--help"]
     made = {name: _made(kind, asked) for name, kind in commands.items()}

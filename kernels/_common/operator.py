@@ -13,6 +13,7 @@ arguments by name. ``task_core/op.py`` is a short example.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from samfast.kernels._common.autocast import without_autocast
 from samfast.kernels._common.autograd import (
@@ -177,13 +178,22 @@ def _register(cls: type[Operator]) -> None:
     @torch.library.impl(name, "Autograd")
     def autograd(*args):
         flat = spread(plan.tensors(args), plan.lists)
-        if torch.is_grad_enabled():
-            for t in flat:
-                if t is not None and t.requires_grad:
-                    made = apply(args, *flat)
-                    return with_list(cls, made) if plan.ends_in_list else made
-        with below_autograd():  # nothing is kept, not for a moment either
-            return light(*args)
+        if not _wanted(flat):
+            with below_autograd():  # nothing is kept, not for a moment either
+                return light(*args)
+        made = apply(args, *flat)
+        return with_list(cls, made) if plan.ends_in_list else made
+
+
+def _wanted(tensors) -> bool:
+    """Whether a gradient is wanted, or a tangent, which torch says that there is none of."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _define(cls: type[Operator], name: str, arguments: Arguments, outputs: str, run, fake) -> None:

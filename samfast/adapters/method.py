@@ -28,6 +28,15 @@ class Relation:
     share: float | None = None
 
 
+class _LinearLayer:
+    """nn.Linear, of the class too, imported when it is first asked for."""
+
+    def __get__(self, method: Any, owner: type) -> "type[nn.Module]":
+        from torch import nn
+
+        return nn.Linear
+
+
 class Method:
     """What ``attach`` and training ask of a method.
 
@@ -51,6 +60,7 @@ class Method:
     needs_tasks: ClassVar[bool] = False
     lacks: ClassVar[Mapping[str, str]] = MappingProxyType({})
     lacks_all: ClassVar[str] = "has none"
+    replaces = _LinearLayer()
 
     @classmethod
     def variants(cls) -> "dict[str, Method]":
@@ -104,12 +114,6 @@ class Method:
     def smallest_width(self) -> int:
         """Inputs of ``smallest_layer``."""
         return max(16, getattr(self, "rank", 1))
-
-    @property
-    def replaces(self) -> "type[nn.Module]":
-        from torch import nn
-
-        return nn.Linear
 
     def check(self, layer: "nn.Module") -> None:
         """Raise ValueError when this layer cannot be adapted; changes nothing."""

@@ -14,6 +14,7 @@ from budgets import all_within_budget, keep
 from draws import DEVICE
 from layouts import odd_layouts
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -391,3 +392,15 @@ def test_a_backward_inside_autocast_changes_nothing(operation, backend):
     with torch.autocast(DEVICE.type, torch.bfloat16):
         grads = torch.autograd.grad(made, leaves, gradients_for(made))
     assert all(torch.equal(a, b) for a, b in zip((*made, *grads), full, strict=True))
+
+
+@cases(("auto",))
+def test_a_tangent_is_refused(operation, backend):
+    """Forward mode has no formula here, and a tangent that is dropped would be a wrong zero."""
+    leaves = operation.leaves(wanted=())
+    with forward_ad.dual_level():
+        plain = operation.results(leaves, backend)  # nothing has a tangent
+        assert all(not t.requires_grad for t in plain)
+        first = forward_ad.make_dual(leaves[0], torch.ones_like(leaves[0]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            operation.results([first, *leaves[1:]], backend)

@@ -167,3 +167,8 @@ def test_help_comes_whatever_else_is_given(capsys):
     for argv in (["finetune", "--rank", "4", "-h"], ["--help"], ["predict", "a.png", "--help"]):
         assert cli.main(argv) == 0
         assert "usage: samfast" in capsys.readouterr().out
+
+
+def test_after_two_dashes_help_is_a_name(capsys):
+    assert cli.main(["predict", "--adapter", "x", "--", "--help"]) == 2
+    assert "samfast: --help does not exist" in capsys.readouterr().err
