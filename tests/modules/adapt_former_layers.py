@@ -5,7 +5,8 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from sam_layers import DEVICE, block, subject
+from draws import DEVICE
+from sam_layers import block, subject
 from segment_anything.modeling.common import MLPBlock
 from torch import nn
 

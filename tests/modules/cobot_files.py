@@ -8,12 +8,12 @@ import pytest
 import safetensors
 import torch
 from budgets import keep
+from draws import DEVICE
 from stock_runs import by_reference
 
 from samfast.kernels._common.budget import Budget
 from samfast.modules.cobot import CobotForward, relation
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = 3
 
 

@@ -6,14 +6,13 @@ import copy
 import torch
 from black_box import Subject
 from budgets import keep
+from draws import DEVICE
 from segment_anything.modeling.image_encoder import Attention, Block
 from stock_runs import by_reference
 from torch import nn
 
 from samfast.kernels._common.budget import Budget
 from samfast.modules import RelPosAttention, SamBlock
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def random_tables(model, seed=0):

@@ -9,7 +9,8 @@ import torch
 from adapt_former_layers import LiteralAdaptFormer, adapted_mlp, fill, sided, with_side
 from black_box import Subject
 from budgets import all_within_budget, keep
-from sam_layers import DEVICE, block, check_all_dtypes, subject
+from draws import DEVICE
+from sam_layers import block, check_all_dtypes, subject
 from segment_anything.modeling.common import MLPBlock
 from stock_runs import by_reference
 from torch import nn

@@ -8,8 +8,8 @@ import pytest
 import torch
 from adapt_former_layers import LiteralAdaptFormer, adapted_mlp, cobot_mlp, sided
 from black_box import Subject
+from draws import DEVICE
 from literal_cobot import LiteralCobotAdaptFormer
-from sam_layers import DEVICE
 
 from samfast.backends import NAMES
 from samfast.modules import CobotAdaptFormerMlp, SamBlock

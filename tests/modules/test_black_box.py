@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from black_box import Subject
+from draws import DEVICE
 from literal_cobot import LiteralCobot
 from literal_task_lora import LiteralTaskLora
 from torch import nn
 
 from samfast.backends import triton_missing
 from samfast.modules import CobotQkvLora, LoraLinear, QkvLora, TaskLoraLinear
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class LiteralLora(nn.Linear):

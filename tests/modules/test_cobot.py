@@ -9,7 +9,8 @@ import pytest
 import safetensors
 import torch
 from budgets import all_within_budget, keep, within_budget
-from cobot_files import DEVICE, check, relation_of, state_of
+from cobot_files import check, relation_of, state_of
+from draws import DEVICE
 from stock_runs import by_reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -5,13 +5,13 @@ import black_box
 import pytest
 import torch
 from black_box import Subject
+from draws import DEVICE
 from literal_conv_lora import LiteralConvLora
 from torch import nn
 
 from samfast.backends import NAMES
 from samfast.modules import ConvLoraLinear
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (5, 6)
 INDEX = torch.tensor([3, 0, 1], device=DEVICE)  # a choice that rounding cannot change
 NOISE = torch.tensor(

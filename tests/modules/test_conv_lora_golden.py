@@ -9,13 +9,13 @@ import pytest
 import safetensors
 import torch
 from budgets import keep
+from draws import DEVICE
 from literal_conv_lora import LiteralConvLora
 
 from samfast.backends import NAMES
 from samfast.kernels._common.budget import Budget
 from samfast.modules import ConvLoraLinear
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = sorted((Path(__file__).parents[1] / "golden").glob("conv_lora_*.safetensors"))
 EXPERT = "expert.{}.{}"
 # The authors' full state-dict names of what the files abbreviate.

@@ -11,8 +11,9 @@ from functools import partial
 import pytest
 import torch
 from budgets import all_within_budget, within_budget
+from draws import DEVICE
 from literal_conv_lora import LiteralConvLora
-from sam_layers import DEVICE, block
+from sam_layers import block
 from stock_runs import by_reference
 from torch import nn
 

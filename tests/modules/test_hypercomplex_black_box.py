@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from black_box import Subject
+from draws import DEVICE
 from torch import nn
 
 from samfast.backends import triton_missing
 from samfast.modules import PHMLinear, QuaternionLinear
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class LiteralPhm(nn.Module):

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from budgets import all_within_budget, within_budget
+from draws import DEVICE
 from literal_kronecker import LiteralKronecker, filled
 from stock_runs import by_reference
 from torch import nn
@@ -17,8 +18,6 @@ from samfast.backends import triton_missing
 from samfast.counters import count, saved_bytes
 from samfast.modules import KroneckerLinear, LoraLinear
 from samfast.modules.adapter_files import TENSORS
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ import black_box
 import pytest
 import torch
 from black_box import Subject
+from draws import DEVICE
 from literal_kronecker import LiteralFactors, LiteralKronecker, filled
 
 from samfast.backends import triton_missing
 from samfast.modules import KroneckerLinear
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.slow_on_cpu("triton", "generated")

@@ -5,7 +5,8 @@ import copy
 
 import black_box
 import pytest
-from sam_layers import DEVICE, attention, block, subject
+from draws import DEVICE
+from sam_layers import attention, block, subject
 from test_black_box import LiteralLora
 from torch import nn
 

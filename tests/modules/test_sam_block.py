@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from budgets import all_within_budget, keep
-from sam_layers import DEVICE, block, check_all_dtypes, subject
+from draws import DEVICE
+from sam_layers import block, check_all_dtypes, subject
 from stock_runs import by_reference
 from torch import nn
 

@@ -6,7 +6,8 @@ import copy
 import black_box
 import pytest
 import torch
-from sam_layers import DEVICE, block, subject
+from draws import DEVICE
+from sam_layers import block, subject
 from test_black_box import LiteralLora
 from torch import nn
 

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from budgets import all_within_budget, keep, within_budget
+from draws import DEVICE
 from literal_task_lora import LiteralTaskLora
 from stock_runs import by_reference
 from torch import nn
@@ -21,7 +22,6 @@ from samfast.kernels._common.budget import Budget
 from samfast.modules import LoraLinear, TaskLoraLinear
 from samfast.modules.task_lora import TaskForward
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = {"core": "td_G", "factor_in": "td_U1", "factor_out": "td_U2", "factor_task": "td_U3"}
 FILES = {"ta_lora_qkv": ("q", "k", "v"), "ta_lora_qv": ("q", "v")}
 METHOD = samfast.TaLora(tasks=("edges", "parts", "depth"), ranks=(8, 6, 3), dropout=0.0)
