@@ -12,6 +12,9 @@ CASES = [
 ]
 OPERATIONS = [operation for cases in CASES for operation in cases.OPERATIONS]
 FINITE = [operation for cases in CASES for operation in getattr(cases, "FINITE", ())]
+# Ways of an operator that has another: one of them is enough for a quick look.
+FIRST = {o.name: o for o in reversed(OPERATIONS)} | {o.name: o for o in OPERATIONS if not o.way}
+OTHERS = [operation.id for operation in OPERATIONS if FIRST[operation.name] is not operation]
 
 
 def cases(backends=None, of=OPERATIONS):

@@ -23,7 +23,7 @@ from samfast.kernels._common.budget import Budget
 
 from .alike import assert_alike
 from .operation import PublicCalls, calls, few_subsets, gradients_for, of_wanted, subsets
-from .registry import FINITE, OPERATIONS, cases
+from .registry import FINITE, OPERATIONS, OTHERS, cases
 
 INNER_CHECKS = ("test_schema", "test_faketensor")
 INNER = ("", "_forward", "_backward")  # an operator without a forward runs itself
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_finite_differences(operation, backend):
     assert torch.autograd.gradcheck(lambda *t: call(t), leaves, fast_mode=fast)
 
 
-@pytest.mark.slow_on_cpu("False", "sam_block-fast", "sam_block-minimal", "cobot_fold-up")
+@pytest.mark.slow_on_cpu("False", *OTHERS)
 @pytest.mark.parametrize("requires_grad", [True, False])
 @cases(("torch",))
 def test_opcheck(operation, backend, requires_grad):
@@ -100,7 +100,7 @@ def spread(t):
     return t.flatten()[0].expand(t.shape)
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", *OTHERS)
 @pytest.mark.parametrize(
     ("layout", "incoming"),
     [(dense, dense), (turned, turned), (dense, spread)],
@@ -110,7 +110,7 @@ def spread(t):
 def test_fakes_promise_what_is_made(operation, backend, layout, incoming):
     """Shapes, strides and dtypes, whichever gradients are wanted."""
     each = few_subsets(len(operation.leaves()))
-    for wanted in each if layout is dense else each[:1]:
+    for wanted in each if layout is dense and backend == "torch" else each[:1]:
         found = calls(operation, backend, wanted, layout, incoming)
         for suffix in INNER:
             if not (call := found.of(operation.name + suffix)):
@@ -128,7 +128,7 @@ def test_compile_fullgraph_under_autocast(operation, backend):
     test_compile_fullgraph(operation, backend, autocast=True)
 
 
-@pytest.mark.slow_on_cpu("sam_block-minimal")
+@pytest.mark.slow_on_cpu(*OTHERS)
 @cases(("auto",))
 def test_compile_fullgraph(operation, backend, autocast=False):
     """Forward and backward in one graph, bits as in eager mode."""

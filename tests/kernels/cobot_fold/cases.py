@@ -95,4 +95,4 @@ def operation(case, way):
     )
 
 
-OPERATIONS = FINITE = [operation(SMALL[0], "up"), operation(SMALL[1], "down")]
+OPERATIONS = FINITE = [operation(SMALL[1], "down"), operation(SMALL[0], "up")]

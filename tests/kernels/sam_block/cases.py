@@ -204,8 +204,8 @@ WINDOWS = Case(batch=1, height=3, width=2, window=2, dim=16, heads=1, experts=Tr
 MAP = Case(batch=1, height=2, width=3, window=0, dim=16, heads=1, sliced=True)
 UNEVEN = Case(batch=1, experts=True, dropout=0.2, heads=1, dim=16)
 OPERATIONS = [
-    operation(UNEVEN, "fast", ("auto",)),
     operation(dataclasses.replace(MAP, memory="balanced"), "balanced", ("torch",)),
+    operation(UNEVEN, "fast", ("auto",)),
     operation(dataclasses.replace(WINDOWS, memory="minimal"), "minimal", ("torch", "auto")),
 ]
 FINITE = [operation(WINDOWS, "windows", ("torch",)), operation(MAP, "map", ("torch",))]
