@@ -175,6 +175,7 @@ def test_only_the_wanted_gradients_are_made(operation, backend):
             assert_alike(made, whole, str(wanted))
 
 
+@pytest.mark.slow_on_cpu(*OTHERS)
 @cases(("torch",))
 def test_a_gradient_that_nobody_wants_costs_nothing(operation, backend):
     """No gradient by itself costs more than all together, and without it they cost less."""
