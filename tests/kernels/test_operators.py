@@ -47,7 +47,9 @@ def test_no_operator_is_left_out():
     assert {operation.name for operation in OPERATIONS} == outer
 
 
-@pytest.mark.slow_on_cpu("lora_linear-conv-lora")
+@pytest.mark.slow_on_cpu(
+    but=[f"{name}-torch" for name in ("lora_linear", "kronecker_factors", "expert_gate")]
+)
 @cases(("torch",), of=FINITE)
 def test_gradients_are_those_of_finite_differences(operation, backend):
     leaves = operation.leaves(torch.float64)
@@ -122,7 +124,7 @@ def test_fakes_promise_what_is_made(operation, backend, layout, incoming):
             assert described(operator(*arguments)) == described(promised), (suffix, wanted)
 
 
-@pytest.mark.slow_on_cpu(but=["lora_linear-auto", "hypercomplex_linear-auto"])
+@pytest.mark.slow_on_cpu(but=["lora_linear-auto"])
 @cases(("auto",), of=[operation for operation in OPERATIONS if operation.autocast])
 def test_compile_fullgraph_under_autocast(operation, backend):
     test_compile_fullgraph(operation, backend, autocast=True)
