@@ -346,7 +346,7 @@ def _run(program) -> object:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
             return end.code or 0
-        except Exception:
+        except Exception:  # of any program: its traceback is printed, and 1 says that it failed
             traceback.print_exc()
             return 1
     return 0

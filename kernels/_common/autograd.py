@@ -176,7 +176,7 @@ def _cast(grads, dtype: torch.dtype):
 
 
 def _gradients(cls: type, plan: Plan, need: list, values: tuple, facts) -> list:
-    """Of each input tensor, from one call of the backward; a list for a list, None where unneeded.
+    """Call the backward once; return the gradient of each input tensor, None where unneeded.
 
     need: whether each wants one, a tuple for a list   values: in the order of the plan's pool
     """

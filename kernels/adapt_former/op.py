@@ -38,7 +38,7 @@ class AdaptFormer(Operator):
 
     @staticmethod
     def path(backend, x, up, dtype, **_):
-        """Of the half up to z, and of the half from z on."""
+        """Return two paths: one computes z, the other multiplies z by ``up``."""
         z = x.new_empty(0, up.shape[1], dtype=dtype)
         return engine.path_of(backend, x, up.shape[1], dtype), engine.up_path_of(backend, z, up)
 

@@ -114,7 +114,7 @@ class Plan(NamedTuple):
         return [self.scale, *self.eps, *of_layers, *(self.side or ())]
 
     def windows(self, x: Tensor) -> Windows:
-        """Of the attention; x (B, H, W, D)."""
+        """Return the attention's windows for x (B, H, W, D)."""
         sides = (self.window, self.window) if self.window else x.shape[1:3]
         return Windows(*x.shape[:3], *sides)
 

@@ -20,7 +20,12 @@ OTHERS = [operation.id for operation in OPERATIONS if FIRST[operation.name] is n
 def cases(backends=None, of=OPERATIONS):
     """Operations and backends, all that an operation has or those of ``backends``."""
     pairs = [
-        pytest.param(operation, backend, marks=[pytest.mark.gpu] * (backend == "cuda"))
+        pytest.param(
+            operation,
+            backend,
+            marks=[pytest.mark.gpu] * (backend == "cuda")
+            + [pytest.mark.slow_on_cpu] * (of is not FINITE and operation.id in OTHERS),
+        )
         for operation in of
         for backend in (operation.backends if backends is None else backends)
     ]
