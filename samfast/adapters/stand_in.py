@@ -28,7 +28,12 @@ def standing_in(kind: type[Module], module: nn.Module) -> Module:
 def kind_of(module: nn.Module) -> str:
     """Its class and the package that has it, as a phrase."""
     kind = type(module)
-    return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+    return f"{whose(kind.__module__.partition('.')[0])} {kind.__name__}"
+
+
+def whose(package: str) -> str:
+    """The genitive of a name."""
+    return f"{package}'" if package.endswith("s") else f"{package}'s"
 
 
 def altered(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ import warnings
 
 from torch import nn
 
-from samfast.adapters.stand_in import kind_of
+from samfast.adapters.stand_in import bare, kind_of, whose
 from samfast.fused.block import BlockInParts
 from samfast.fused.classes import (
     fused_class,
@@ -23,24 +23,29 @@ from samfast.kernels.sam_block.plan import check_memory
 
 _OPTIONS = ("backend", "left_alone", "memory")  # attributes of fused modules
 _INSIDE = "its block is left alone"
+_BY_BLOCK = "its block runs its own forward"
 _ATTENTIONS = {"attn", "attention"}  # what libraries call the attention of a block
 
 
 def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     """Let SAM's encoders and PEFT's layers in ``model`` run fused, in place; returns the model.
 
-    segment_anything's Attention and Block become RelPosAttention and SamBlock: the same module
+    Known are the blocks of segment_anything, of copies of it under other names, of transformers'
+    SamModel and SamHQModel, and of timm's samvit models. segment_anything's Attention and Block
+    become RelPosAttention and SamBlock, other classes ones derived from them: the same module
     objects with the same Parameters, submodules, hooks and state dict, so adapters, optimizers
     and files know no difference. Before or after ``attach``.
 
-    A class is proved before it is trusted, on a CPU, in about a second for ViT-H: its forward takes
-    what segment_anything's takes and reaches nothing but its module, torch and numbers, its
-    children are the same, and runs with weights of its own give the same result and gradients. A
-    block that fails stays as it is, its attention too; a warning says why, and ``report``. The
-    question is asked again, at every forward, once a class was patched or got another part.
-    Modules of classes derived from these, of other packages, or with a forward of their own, stay
-    as they are as well; the attention of a derived block is fused. Hooks that torch registers for
-    all modules see a fused block as one module.
+    A class is proved before it is trusted, on a CPU, in about a second for ViT-H: runs with weights
+    of its own give the result and gradients of a SAM block, and its children are the same. The
+    forward of segment_anything's and copies' classes reaches nothing but its module, torch and
+    numbers; all methods of a transformers or timm class are that library's. A block that fails
+    stays as it is, its attention too; a warning says why, and ``report``. The question is asked
+    again, at every forward, once a class was patched or got another part.
+    Modules of classes derived from these, or with a forward of their own, stay as they are as
+    well; the attention of a derived block is fused. A transformers or timm block with something
+    that a fused block leaves out (dropout in training, layer scale) runs its own forward. Hooks
+    that torch registers for all modules see a fused block as one module.
 
     PEFT's ``lora.Linear`` becomes a class derived from it, in a block or anywhere else in the
     model, which may be a PeftModel. Parameters, files and PEFT's calls stay as they are. A layer
@@ -190,7 +195,7 @@ def _attention_state(attn: nn.Module, around: list[nn.Module]) -> str:
     family = family_of(type(attn))
     if family.published:
         fused = [is_fused_block(block) and block.block_problem() is None for block in around]
-        return "fused" if fused and all(fused) else "not fused: its block runs its own forward"
+        return "fused" if fused and all(fused) else f"not fused: {_BY_BLOCK}"
     if not is_fused_attention(attn):
         reason = _why_not(attn)
         left = [b for b in around if type(b) is family.block and _why_not(b) != _own(family)]
@@ -212,18 +217,18 @@ def _cut_first(block: nn.Module) -> str | None:
 
 
 def _own(family: Family) -> str:
-    return f"still {family.package}'s own"
+    return f"still {whose(family.package)} own"
 
 
 def _why_not(module: nn.Module) -> str:
     """Why a block or an attention is not fused."""
     family, kind = family_of(type(module)), type(module).__name__
     stock = family.block if isinstance(module, family.block) else family.attention
-    if type(module) is not stock and type(module).forward is stock.forward:
-        what = f"{family.package}'s {stock.__name__}"
-        return f"a {kind}, which a wrapper made of {what}; fuse first"
+    original = f"{whose(family.package)} {stock.__name__}"
+    if type(module) is not stock and bare(type(module).forward) is bare(stock.forward):
+        return f"a {kind}, which a wrapper made of {original}; fuse first"
     if type(module) is not stock:
-        return f"a {kind}, a class derived from {family.package}'s {stock.__name__}"
+        return f"a {kind}, a class derived from {original}"
     if "forward" in module.__dict__:
         return f"{kind} with a forward that was replaced"
     return _taken_name(module) or objection(module, ask=False) or _own(family)
@@ -238,7 +243,8 @@ def _checked(model: nn.Module) -> nn.Module:
 def _nothing(model: nn.Module, action: str) -> str:
     kind = type(model).__name__
     for name, state in attention_states(model).items():
-        return f"this {kind} has nothing to {action}; {name or 'it'} is {state}"
+        if _BY_BLOCK not in state:
+            return f"this {kind} has nothing to {action}; {name or 'it'} is {state}"
     sentence = f"this {kind} has no block or attention that fuse knows"
     for name, state in block_states(model).items():
         return f"{sentence}; {name or 'it'} is {state}"
