@@ -53,7 +53,7 @@ def layers_of(tensors, dtype):
     return layers
 
 
-@pytest.mark.slow_on_cpu("cuda", "triton-alone")
+@pytest.mark.slow_on_cpu("cuda", "triton")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_golden(backend, together, monkeypatch):

@@ -62,6 +62,7 @@ def check(windows, rank, experts, dtype=torch.float32, noisy=True, forced=False,
     all_within_budget(ours[1:], stock, exact, dtype, ("aux", "dpool", "dgate"))
 
 
+@pytest.mark.slow_on_cpu("True-forward", "False-shuffled", "False-reverse")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("noisy", [True, False])
 def test_orders(order, noisy):
