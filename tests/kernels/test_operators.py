@@ -59,7 +59,13 @@ def test_gradients_are_those_of_finite_differences(operation, backend):
 
 
 @pytest.mark.slow_on_cpu(
-    "False", *OTHERS, "adapt_former-torch", "cobot_fold-down-torch", "sam_block-balanced-torch"
+    "False",
+    *OTHERS,
+    "adapt_former-torch",
+    "cobot_fold-down-torch",
+    "hypercomplex_linear-torch",
+    "sam_block-balanced-torch",
+    "window_relpos_attention-torch",
 )
 @pytest.mark.parametrize("requires_grad", [True, False])
 @cases(("torch",))

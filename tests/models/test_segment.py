@@ -48,6 +48,7 @@ def test_unused_parameters_are_those_without_a_gradient(small):
     assert set(unused_by_segment(small)) == names - used
 
 
+@pytest.mark.slow_on_cpu("fp16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("how", ["autocast", "base"])
 def test_low_precision(small, small_double, how, dtype):

@@ -129,6 +129,7 @@ def without_dropout(tiny_sam, move):
     return move(sam).image_encoder.train()
 
 
+@pytest.mark.slow_on_cpu("True-stock", "False-fused")
 @pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks(without_dropout, reentrant, fused):
