@@ -83,12 +83,11 @@ def test_yaml(block, tmp_path):
 
 
 def test_options_of_long_commands():
-    """Which wait for `make test-slow` to run: each still means something."""
-    lines = [line for block in LONG for line in block.source.splitlines()]
-    samfast_lines = [shlex.split(line, comments=True) for line in lines if "samfast " in line]
-    for _, *arguments in samfast_lines:
-        assert cli._parsed(arguments) is not None
-    assert len(samfast_lines) >= 3 * len({b for b in LONG if b.language == "sh"})
+    """Those that `make test` does not run are at least parsed."""
+    lines = [line for block in LONG for line in block.source.splitlines() if "samfast " in line]
+    assert len(lines) >= len(LONG)
+    for line in lines:
+        assert cli._parsed(shlex.split(line, comments=True)[1:])
 
 
 @pytest.mark.parametrize(
