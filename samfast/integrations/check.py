@@ -11,6 +11,7 @@ after ``fuse``: ViT-B at 1024², batch 1, float32, counted on tensors without me
 import argparse
 import copy
 import functools
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -51,6 +52,10 @@ class Library(NamedTuple):
     name: str
     needs: tuple[str, ...]
     make: Callable[[Size], nn.Module]
+
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 class Row(NamedTuple):
@@ -193,19 +198,18 @@ def _moved(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _output(model: nn.Module, x: Tensor) -> list[Tensor]:
+def output(model: nn.Module, x: Tensor) -> list[Tensor]:
     """All tensors of a forward that depend on the blocks."""
     y = model(x)
     y = y.get("last_hidden_state") if hasattr(y, "get") else y
-    flat = [y] if isinstance(y, Tensor) else [y[0], *y[1]]
-    return flat
+    return [y] if isinstance(y, Tensor) else [y[0], *y[1]]
 
 
 def _run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of x and of every trained parameter that is used."""
     x = x.detach().requires_grad_()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    outputs = _output(model, x)
+    outputs = output(model, x)
     generator = torch.Generator().manual_seed(1)
     towards = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
     leaves = [x, *trained.values()]
@@ -233,7 +237,7 @@ def _calls(model: nn.Module, x: Tensor) -> int:
 def _saved(model: nn.Module) -> int:
     images = torch.empty(1, 3, VIT_B.image, VIT_B.image, device="meta")
     known = [images, *model.parameters(), *model.buffers()]
-    return saved_bytes(lambda: _output(model, images), known).hooks
+    return saved_bytes(lambda: output(model, images), known).hooks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,8 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     for library in LIBRARIES:
         if only not in library.name:
             continue
-        missing = [name for name in library.needs if importlib.util.find_spec(name) is None]
-        if missing:
+        if missing := library.missing():
             print(f"{library.name:34} not installed: {', '.join(missing)}")
             continue
         with warnings.catch_warnings():
