@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's ``lora.Linear``, alone or in a fused block (tested with PEFT 0.21)."""
+"""PEFT's ``lora.Linear``, alone or in a fused block (tested with PEFT 0.15 to 0.21)."""
 
 from collections.abc import Iterator
 

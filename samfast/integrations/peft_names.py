@@ -109,7 +109,7 @@ def _matches(entries: Entries, name: str, prefix: str = "") -> bool:
 
 
 def _saved_whole(config: Any, name: str) -> bool:
-    """Whether it is in what modules_to_save names, where PEFT adapts nothing."""
+    """Whether it is in what modules_to_save names, where PEFT adapts nothing (0.15 still did)."""
     whole = config.modules_to_save or ()
     return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in whole)
 

@@ -56,6 +56,10 @@ def trained_by_peft(model):
 
 @pytest.mark.parametrize("options", MATCHED.values(), ids=MATCHED)
 def test_the_same_layers_as_peft(sam, options):
+    if peft.__version__.startswith("0.15.") and "mask_decoder" in options.get(
+        "modules_to_save", ()
+    ):
+        pytest.skip("PEFT 0.15 also adapts layers of modules that it trains whole")
     ours = samfast.attach(sam(), config(**options))
     theirs = peft.get_peft_model(sam(), config(**options))
     inside = theirs.get_base_model().named_modules()

@@ -113,6 +113,16 @@ def test_hostile(make):
     )
 
 
+@pytest.mark.parametrize("make", [dora, biased, two_active], ids=lambda make: make.__name__)
+def test_the_way_out_that_report_names(make):
+    model = samfast.fuse(make()).eval()
+    if make is two_active:
+        model.set_adapter("default")
+    else:
+        model.merge_adapter()
+    assert block_calls(model, maps()) == DEPTH
+
+
 def _spoken(state):
     return state.replace(f"{__name__.partition('.')[0]}'s", "tests's")
 

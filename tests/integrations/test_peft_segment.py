@@ -37,9 +37,8 @@ def trained(model):
     """A PeftModel whose trained weights differ from those at the start."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        for _, parameter in samfast.trainable_parameters(model):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 
