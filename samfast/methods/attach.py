@@ -75,7 +75,10 @@ def attach(
     else:
         method, layers, train = peft_config.translated(config, inner, prefix, train)
         for name, layer in layers.items():
-            check_layer(method, name, layer)
+            try:
+                check_layer(method, name, layer)
+            except ValueError as error:
+                raise ValueError(f"{error}; exclude_modules leaves layers out") from None
     method.check_model(inner, layers)
     trained = find_trained(inner, train, prefix)
     if (problem := base_problem(inner)) is not None:

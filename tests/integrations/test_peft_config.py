@@ -174,6 +174,10 @@ REFUSED = [
         "target_modules also match image_encoder.patch_embed.proj, a Conv2d, but samfast.attach "
         'adapts nn.Linear only; write "attn.proj" instead of "proj"',
     ),
+    (
+        {"target_modules": "all-linear", "r": 8},
+        r"layers\.2: rank 8 is above 4, .*; exclude_modules leaves layers out",
+    ),
     ({"target_modules": ".*proj"}, "a Conv2d, .*; leave it out with exclude_modules"),
 ]
 
