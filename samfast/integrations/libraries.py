@@ -63,12 +63,12 @@ def _state(module: nn.Module) -> str:
     what = f"{library.OWNER}'s {library.kind_of(module)}"
     if swapped(module) is None:
         if "forward" in vars(module):
-            return f"not fused: {what} with a forward that was replaced"
+            return f"not fused: {what} with a forward that was replaced; undo that, then fuse"
         if (reason := library.objection(module)) is not None:
             return f"not fused: {what}, {reason}"
         return f"not fused: {what}; fuse it with samfast.fuse(model)"
     if altered(module):
-        return f"not fused: {what} has hooks or a forward of its own"
+        return f"not fused: {what} has hooks or a forward of its own; remove them to fuse it"
     problem = module.block_problem()
     return f"fused: {what}" if problem is None else f"not fused: {what} {problem}"
 
