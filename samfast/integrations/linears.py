@@ -83,6 +83,8 @@ def kinds_problem(layers: Mapping[str, nn.Module]) -> str | None:
     for name, layer in layers.items():
         if type(layer) is not nn.Linear:
             return f"has {kind_of(layer)} as {name}, not a plain nn.Linear"
+        if weight_of(layer).dim() != 2:  # as a shard may be
+            return f"has a weight of shape {tuple(weight_of(layer).shape)} in {name}"
     return None
 
 

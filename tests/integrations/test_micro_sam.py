@@ -48,6 +48,12 @@ def test_every_gradient(updated):
     as_exact_as(fused, stock, maps())
 
 
+def test_an_mlp_on_its_own():
+    fused, stock = fused_and_stock(micro("mlp").blocks[0].mlp)
+    assert fused.block_problem() is None and fused.backends()
+    as_exact_as(fused, stock, maps())
+
+
 def test_alpha_is_read_at_every_forward():
     """Not divided by the rank; a Parameter is left to its owner."""
     fused, stock = fused_and_stock(micro("q", "v"))

@@ -49,6 +49,7 @@ def test_every_gradient(kind):
     as_exact_as(fused, stock, maps())
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("memory", ["balanced", "minimal"])
 def test_every_memory(memory):
     stock = samed()

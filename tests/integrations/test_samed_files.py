@@ -45,6 +45,7 @@ def changed(file, change):
     return file
 
 
+@pytest.mark.slow_on_cpu("lora.safetensors")
 @pytest.mark.parametrize("name", ["lora.pth", "lora.safetensors"])
 def test_the_same_masks(name, tmp_path):
     stock, path = trained(), tmp_path / name
