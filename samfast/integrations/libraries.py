@@ -17,7 +17,7 @@ from types import ModuleType
 
 from torch import nn
 
-from samfast.adapters.stand_in import altered
+from samfast.adapters.stand_in import altered, whose
 from samfast.integrations.swap import swapped
 
 LIBRARIES = {  # a class: its file
@@ -53,7 +53,7 @@ def owner_of(module: nn.Module) -> str:
 
 def described(module: nn.Module) -> str:
     """Whose such a layer is and what it is called there."""
-    return f"{owner_of(module)}'s {library_of(module).kind_of(module)}"
+    return f"{whose(owner_of(module))} {library_of(module).kind_of(module)}"
 
 
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
@@ -114,5 +114,5 @@ def call_of_owner(model: nn.Module, action: str) -> str | None:
     """
     for module in layers_of_others(model).values():
         call, kind = library_of(module).CALLS[action], type(model).__name__
-        return f"the adapters of this {kind} are {owner_of(module)}'s; {call}"
+        return f"the adapters of this {kind} are {whose(owner_of(module))}; {call}"
     return None

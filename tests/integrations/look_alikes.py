@@ -179,7 +179,7 @@ BUILDS = {
     with_a_gate: "has a parameter gate, which would be left out",
     biased: "has a bias in its update of q",
     of_two_ranks: "has updates of ranks 3 and 5, not of one",
-    of_another_layer: "has look_alikes's Doubled as qkv, not a plain nn.Linear",
+    of_another_layer: "has look_alikes' Doubled as qkv, not a plain nn.Linear",
     of_another_dim: (
         "has an update of q of shapes (3, 32) and (16, 3), which does not take 32 features to 32"
     ),

@@ -15,6 +15,7 @@ from torch import nn
 from wrapped_models import as_exact_as, branches, micro, moved, photographs, sam
 
 import samfast
+from samfast.adapters.stand_in import whose
 
 UPDATED = [("q",), ("q", "v"), ("q", "k", "v"), ("q", "v", "mlp"), ("mlp",)]
 QUICK = ("lora-autocast", "lora-copies", "branch-autocast", "branch-copies", "branch-checkpointing")
@@ -42,7 +43,7 @@ def test_every_gradient(updated):
     fused, stock = fused_and_stock(micro(*updated))
     assert block_calls(fused, maps()) == DEPTH
     assert [*fused.state_dict()] == [*stock.state_dict()]
-    kinds = {f"fused: literal_wrappers's {kind}" for kind in ("AttentionLoRA", "MLPLoRA")}
+    kinds = {f"fused: literal_wrappers' {kind}" for kind in ("AttentionLoRA", "MLPLoRA")}
     found = {*samfast.report(fused).others.values()}
     assert found == kinds if "mlp" in updated else found < kinds
     as_exact_as(fused, stock, maps())
@@ -76,7 +77,7 @@ def test_alpha_is_read_at_every_forward():
 def test_a_branch_runs_in_parts(alpha):
     fused, stock = fused_and_stock(branches(alpha=alpha))
     found = samfast.report(fused)
-    assert {*found.others.values()} == {"fused: literal_wrappers's AdaptFormer"}
+    assert {*found.others.values()} == {"fused: literal_wrappers' AdaptFormer"}
     assert {*found.blocks.values()} == {IN_PARTS} and {*found.attention.values()} == {"fused"}
     names = [n for n, p in fused.named_parameters() if p.requires_grad]
     count = sum(fused.get_parameter(name).numel() for name in names)
@@ -221,7 +222,7 @@ def test_look_alikes(make):
     assert type(fused.mlp) is type(stock.mlp)
     package, kind = type(stock.mlp).__module__, type(stock.mlp).__name__
     state = samfast.report(fused).others["mlp"]
-    assert state.startswith(f"not fused: {package}'s {kind}, which {reason}")
+    assert state.startswith(f"not fused: {whose(package)} {kind}, which {reason}")
     assert block_calls(fused, maps()) == 0
     as_exact_as(fused, stock, maps())
 
@@ -273,7 +274,7 @@ def test_what_samfast_does_not_know_is_named(monkeypatch):
 
 def test_calls_of_the_owner_are_named(tmp_path):
     model = samfast.fuse(micro("q", "v"))
-    owners = "the adapters of this Trunk are literal_wrappers's; "
+    owners = "the adapters of this Trunk are literal_wrappers'; "
     with pytest.raises(ValueError, match=owners + r"save model.state_dict\(\)"):
         samfast.save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match=owners + "micro_sam has no call that folds them"):

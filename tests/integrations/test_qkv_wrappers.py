@@ -16,8 +16,9 @@ from torch import nn
 from wrapped_models import as_exact_as, samed, wrapper
 
 import samfast
+from samfast.adapters.stand_in import whose
 
-STATE = "fused: literal_wrappers's _LoRA_qkv"
+STATE = "fused: literal_wrappers' _LoRA_qkv"
 KINDS = {"samed": wrappers._LoRA_qkv, "cobot": wrappers.CobotBaseline}
 QUICK = ("windows-autocast", "windows-checkpointing", "windows-copies")
 
@@ -81,7 +82,7 @@ def test_factors_of_another_dtype_than_the_base():
     with torch.autocast("cpu", torch.bfloat16):
         assert block_calls(fused, maps()) == DEPTH
     assert [*samfast.report(fused).others.values()] == [
-        "not fused: literal_wrappers's _LoRA_qkv has layers of bfloat16 and float32"
+        "not fused: literal_wrappers' _LoRA_qkv has layers of bfloat16 and float32"
     ] * DEPTH
     for model in (stock, fused):
         with pytest.raises(RuntimeError, match="dtype"):
@@ -148,7 +149,7 @@ def alike(module):
     assert samfast.report(fused).blocks["trunk.blocks.0"] == "fused"
     package = kind.__module__.partition(".")[0]
     state = samfast.report(fused).others["odd"]
-    start = f"not fused: {package}'s _LoRA_qkv, which "
+    start = f"not fused: {whose(package)} _LoRA_qkv, which "
     assert state.startswith(start)
     return fused["odd"], state.removeprefix(start)
 
