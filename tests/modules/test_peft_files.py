@@ -35,6 +35,7 @@ def by_peft(model, folder):
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
+@pytest.mark.slow_on_cpu("alone", "used")
 @pytest.mark.parametrize(
     "method, train",
     [
@@ -86,6 +87,7 @@ def test_peft_loads_our_folder(tiny_sam, move, images, tmp_path, method, train):
     assert len(found) + matched == len(stored)
 
 
+@pytest.mark.slow_on_cpu("regex-alone", "list-decoder")
 @pytest.mark.parametrize("whole", [None, ["mask_decoder"]], ids=["alone", "decoder"])
 @pytest.mark.parametrize("targets", [["qkv"], r".*blocks\.[02]\.mlp\.lin\d"], ids=["list", "regex"])
 def test_we_load_a_folder_of_peft(tiny_sam, images, tmp_path, whole, targets):
