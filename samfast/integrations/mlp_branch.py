@@ -74,7 +74,8 @@ class FusedBranchMlp:
         up, alpha = self._modules["up_proj"], self.alpha
         reason = own_problem(self) or now_problem({"up_proj": up})
         if reason is None and isinstance(alpha, Tensor) and alpha.dtype != up.weight.dtype:
-            return f"has an alpha of {alpha.dtype} and an up_proj of {up.weight.dtype}"
+            names = [str(t.dtype).removeprefix("torch.") for t in (alpha, up.weight)]
+            return f"has an alpha of {names[0]} and an up_proj of {names[1]}"
         return reason
 
     def side_problem(self) -> str:

@@ -85,6 +85,19 @@ def test_a_branch_runs_in_parts(alpha):
     as_exact_as(fused, stock, maps())
 
 
+def test_dtypes_of_a_branch_are_the_owners():
+    """alpha is no scalar to torch, so autocast does not narrow its product."""
+    fused, stock = fused_and_stock(branches().blocks[0].mlp)
+    for x in (maps(), maps(dtype=torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused(x).dtype == stock(x).dtype == torch.float32
+    for model in (fused, stock):
+        model.bfloat16().alpha.data = model.alpha.data.float()
+    assert fused.block_problem() == "has an alpha of float32 and an up_proj of bfloat16"
+    x = maps(dtype=torch.bfloat16)
+    assert torch.equal(fused(x), stock(x))
+
+
 def test_a_branch_saves_no_map_for_alpha():
     """The owner's keeps up's result, D elements a token, for the gradient of alpha."""
 
