@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m samfast.integrations.check`` prints, and that it says when something is wrong."""
+"""What ``samfast.integrations.check`` prints, and that it says when something is wrong."""
 
 import functools
 
