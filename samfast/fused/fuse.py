@@ -28,7 +28,7 @@ _ATTENTIONS = {"attn", "attention"}  # what libraries call the attention of a bl
 
 
 def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
-    """Let SAM's encoders and PEFT's layers in ``model`` run fused, in place; returns the model.
+    """Let SAM's blocks and others' adapters in ``model`` run fused, in place; returns the model.
 
     Known are the blocks of segment_anything, of copies of it under other names, of transformers'
     SamModel and SamHQModel, and of timm's samvit models. segment_anything's Attention and Block
@@ -48,9 +48,10 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     that torch registers for all modules see a fused block as one module.
 
     PEFT's ``lora.Linear`` becomes a class derived from it, in a block or anywhere else in the
-    model, which may be a PeftModel. Parameters, files and PEFT's calls stay as they are. A layer
-    that PEFT's ``add_adapter`` makes later needs ``fuse`` again. See
-    ``samfast.integrations.peft_layers``.
+    model, which may be a PeftModel. So do ``_LoRA_qkv`` as SAMed and Sam_LoRA have it, and
+    micro-sam's ``AttentionLoRA``, ``MLPLoRA`` and ``AdaptFormer``. Parameters, files and their
+    owner's calls stay as they are. A layer that PEFT's ``add_adapter`` makes later needs ``fuse``
+    again. See ``samfast.integrations``.
 
     memory: what every block saves for its backward, see SamBlock: "fast" saves all that is dear
         to compute, "balanced" computes two of four layers again, "minimal" the whole block. The

@@ -121,7 +121,7 @@ def now_problem(layers: Mapping[str, nn.Module | None]) -> str | None:
         weight = weight_of(layer)
         if altered(layer):
             return f"has hooks or a forward of its own on {name}"
-        if _quantised(weight):
+        if quantised(weight):
             return f"has a weight in {name} that is a {type(weight).__name__}"
         dtypes.add(weight.dtype)
     if len(dtypes) == 1:
@@ -162,7 +162,7 @@ class UpdatedLinear:
         return BlockLayer(*tensors, LayerPlan(adapted=True))
 
 
-def _quantised(weight: Tensor) -> bool:
+def quantised(weight: Tensor) -> bool:
     """Whether it is no plain tensor; what FSDP shards is one by the time of the forward."""
     if type(weight) is nn.Parameter:
         return False

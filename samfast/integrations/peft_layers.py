@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from samfast.adapters.block_layer import BlockLayer, dropout_seed
 from samfast.adapters.low_rank import backend_of
 from samfast.adapters.stand_in import altered
 from samfast.adapters.stand_in import kind_of as phrase
 from samfast.functional import lora_linear
+from samfast.integrations.linears import quantised
 from samfast.integrations.peft_proof import objection
 from samfast.integrations.swap import patched, swapped
 from samfast.kernels._common.autocast import autocast_dtype
@@ -69,7 +69,7 @@ class FusedLoraLinear:
         base = self._modules["base_layer"]
         if type(base) is not nn.Linear:
             return f"is over {phrase(base)}, not a plain nn.Linear"
-        if _quantised(base.weight):
+        if quantised(base.weight):
             return f"has a weight that is a {type(base.weight).__name__}"
         if altered(base):
             return "has hooks or a forward of its own on its base layer; remove them to fuse it"
@@ -144,13 +144,6 @@ class FusedLoraLinear:
     def _takes(self, x: Tensor) -> bool:
         """Whether x has the weight's dtype; PEFT says what is wrong with another."""
         return x.dtype == self.weight.dtype or autocast_dtype(x.device.type) is not None
-
-
-def _quantised(weight: Tensor) -> bool:
-    """Whether it is no plain tensor; what FSDP shards is one by the time of the forward."""
-    if type(weight) is nn.Parameter:
-        return False
-    return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
 
 
 def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str | None:
