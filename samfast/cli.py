@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from samfast.adapters.options import option
 from samfast.training.ending import Ending, is_lost, run_together
-from samfast.training.launched import Launched, launched
+from samfast.training.launched import ALONE, Launched, launched
 
 _EXTRA = 'pip install "samfast[train]"'
 
@@ -83,7 +83,7 @@ def let_waiting_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def _parsed(argv: list[str], place: Launched):
+def _parsed(argv: list[str], place: Launched = ALONE):
     from samfast.command_line import parse
     from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
@@ -143,8 +143,8 @@ def _stop(error: BaseException, sentence: str, code: int = 2) -> Ending:
 
 def _lost(error: RuntimeError, place: Launched) -> Ending:
     others = "the other process" if place.processes == 2 else f"one of {place.processes} processes"
-    first = str(error).partition("\n")[0]
-    return _stop(error, f"{others} ended, so this one cannot go on ({first})")._replace(lost=True)
+    sentence = f"{others} ended, so this one cannot go on; results of earlier epochs are kept"
+    return _stop(error, sentence)._replace(lost=True)
 
 
 def _say(sentence: str) -> None:

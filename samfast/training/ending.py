@@ -12,8 +12,8 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import NamedTuple
 
 from samfast.training.launched import Launched
@@ -87,14 +87,15 @@ def _agreed(place: Launched, ending: Ending, say: Say) -> Ending:
 
 
 def _of_all(store, place: Launched, own: Ending, say: Say) -> Ending:
-    patience = timedelta(seconds=SECONDS_FOR_WORD)
-    if not place.first and (said := _word(store, _SAID, 2 * patience)) is not None:
-        return said
-    if store.check([_SAID]):  # by another, while this one worked on
-        return Ending(*json.loads(store.get(_SAID)))
+    patience = 0 if place.first else 2 * SECONDS_FOR_WORD
+    if (said := _word(store, _SAID, patience)) is not None:
+        return said  # by the first, or by another while the first worked on
     found = own
     if place.first:
-        others = (_word(store, _key(rank), patience) for rank in range(place.processes))
+        until = time.monotonic() + SECONDS_FOR_WORD
+        others = [
+            _word(store, _key(rank), until - time.monotonic()) for rank in range(place.processes)
+        ]
         causes = [word for word in others if word is not None and word.code and not word.lost]
         found = causes[0] if causes else own
     if found.sentence is not None:
@@ -103,14 +104,13 @@ def _of_all(store, place: Launched, own: Ending, say: Say) -> Ending:
     return found
 
 
-def _word(store, key: str, patience: timedelta) -> Ending | None:
-    """What another process left under a key, None when nothing came."""
-    from torch import distributed
-
-    try:
-        store.wait([key], patience)
-    except distributed.DistStoreError:
-        return None
+def _word(store, key: str, patience: float) -> Ending | None:
+    """What is left under a key within so many seconds, None for nothing."""
+    until = time.monotonic() + patience
+    while not store.check([key]):
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.05)
     return Ending(*json.loads(store.get(key)))
 
 

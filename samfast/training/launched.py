@@ -39,6 +39,9 @@ class Launched(NamedTuple):
         return self.rank == 0
 
 
+ALONE = Launched(0, 1)
+
+
 def launched() -> Launched:
     """This process's place; ValueError when the environment names several but not which one."""
     processes = _number("WORLD_SIZE")
@@ -49,7 +52,7 @@ def launched() -> Launched:
             f"GPU; use ACCELERATE_USE_CPU=1 {_TORCHRUN}, or ask it for --num_processes 1"
         )
     if processes is None or processes <= 1:
-        return Launched(0, 1)
+        return ALONE
     if rank is None:
         raise ValueError(
             f"WORLD_SIZE is {processes}, but RANK is not set, so this may be the only process; "

@@ -17,9 +17,17 @@ if TYPE_CHECKING:
 SECONDS_TO_MEET = 120  # programs on several machines start at different times
 
 
-@functools.cache
 def meeting_place() -> distributed.Store:
-    """Where the processes leave messages for each other; ValueError when not all of them come."""
+    """Where the processes leave messages for each other; ValueError when not all of them came."""
+    found = _met()
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+@functools.cache
+def _met() -> distributed.Store | str:
+    """The place, or why there is none; it is waited for once."""
     from torch.distributed.rendezvous import rendezvous
 
     place = launched()
@@ -31,10 +39,10 @@ def meeting_place() -> distributed.Store:
         store.set(f"here/{place.rank}", "")
         store.wait([f"here/{rank}" for rank in range(place.processes)], patience)
     except distributed.DistError as error:
-        raise ValueError(
+        return (
             f"not all of {place.processes} processes came within {SECONDS_TO_MEET} s "
             f"({str(error).partition('. ')[0]}); start all of them, or unset WORLD_SIZE for one"
-        ) from None
+        )
     return store
 
 

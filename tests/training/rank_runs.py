@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``samfast finetune`` with its gradients written down, in two processes or in one.
 
-python rank_runs.py FOLDER finetune … runs the command line in two ranks that are forked after the
-imports. Each leaves in FOLDER/{rank}.pt its exit code and what ``recorded`` found.
+python rank_runs.py FOLDER CHANGE finetune … runs the command line in two ranks that are forked
+after the imports. Each leaves in FOLDER/{rank}.pt its exit code and what ``recorded`` found.
+CHANGE is a function of this file.
 """
 
 import csv
@@ -12,22 +13,25 @@ import socket
 import sys
 from pathlib import Path
 
+import accelerate.data_loader  # noqa: F401
 import pytest
 import torch
+import torch.utils.tensorboard
 from stock_runs import double
 
 import samfast
 from samfast import cli
-from samfast.training import build, loop
+from samfast.integrations.torchvision import declare_missing_schemas
+from samfast.training import build, loop, one_mask
 
 RANKS = 2
 STILL = ["--lr", "1e-30", "--weight-decay", "0", "--clip", "0"]  # the same weights in every step
 
 
-def recorded(arguments, change=lambda patch: None) -> tuple[int, dict]:
+def recorded(arguments, change) -> tuple[int, dict]:
     """The exit code, and the gradients of each step, the loss and the scores.
 
-    change: more to replace, by pytest's ``MonkeyPatch``
+    change: replaces more by pytest's ``MonkeyPatch``
     """
     found, steps = {}, []
     with pytest.MonkeyPatch.context() as patch:
@@ -49,6 +53,7 @@ def recorded(arguments, change=lambda patch: None) -> tuple[int, dict]:
 
         patch.setattr(torch.optim.AdamW, "step", stepping)
         patch.setattr(loop, "attach_method", attached)
+        patch.setattr(loop, "curves_png", lambda *_: b"")
         change(patch)
         code = cli.main(list(map(str, arguments)))
     output = Path(arguments[arguments.index("--output") + 1])
@@ -61,6 +66,48 @@ def recorded(arguments, change=lambda patch: None) -> tuple[int, dict]:
     return code, found
 
 
+def as_it_is(patch) -> None:
+    """Nothing is replaced."""
+
+
+def light(patch) -> None:
+    """Two blocks, and no scores: torchmetrics takes longest of all to import."""
+    made = build.build_sam
+
+    def short(*args, **options):
+        sam = made(*args, **options)
+        sam.image_encoder.blocks = sam.image_encoder.blocks[1:3]
+        return sam
+
+    patch.setattr(build, "build_sam", short)
+    for name in ("evaluate", "all_foreground_scores"):
+        patch.setattr(one_mask, name, lambda *_: (0.5, 0.5))
+
+
+def second_fails(patch) -> None:
+    """In its first step, which the first rank waits for."""
+    loss = loop.Run.loss
+
+    def failing(self, batch, weights=None):
+        if self.accelerator.process_index == 1:
+            raise FloatingPointError("the second has enough")
+        return loss(self, batch, weights)
+
+    patch.setattr(loop.Run, "loss", failing)
+
+
+def first_cannot_write(patch) -> None:
+    def save(self, folder, row):
+        raise OSError(f"{folder}: no room")
+
+    patch.setattr(loop.Run, "save", save)
+
+
+def light_in_float64(patch) -> None:
+    light(patch)
+    in_float64(patch)
+
+
 def in_float64(patch) -> None:
     """The whole run, with the random numbers of float32."""
     made, noise = build.build_sam, torch.randn
@@ -71,26 +118,23 @@ def in_float64(patch) -> None:
     )
 
 
-def work(rank: int, port: int, folder: Path, arguments: list[str]) -> None:
+def work(rank: int, port: int, folder: Path, change: str, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     place = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": RANKS}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    torch.save(recorded(arguments), folder / f"{rank}.pt")
+    torch.save(recorded(arguments, globals()[change]), folder / f"{rank}.pt")
 
 
-def main(folder: Path, arguments: list[str]) -> int:
-    import accelerate.data_loader  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    import torchmetrics.classification  # noqa: F401
+def main(folder: Path, change: str, arguments: list[str]) -> int:
+    if not change.startswith("light"):
+        import torchmetrics.classification  # noqa: F401
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     context = multiprocessing.get_context("fork")  # before autograd, which allows no fork
-    ranks = [
-        context.Process(target=work, args=(rank, port, folder, arguments)) for rank in range(RANKS)
-    ]
+    words = port, folder, change, arguments
+    ranks = [context.Process(target=work, args=(rank, *words)) for rank in range(RANKS)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -99,7 +143,5 @@ def main(folder: Path, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from samfast.integrations.torchvision import declare_missing_schemas
-
     declare_missing_schemas()
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
