@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from samfast.training.launched import Launched
@@ -72,14 +72,11 @@ def _agreed(place: Launched, ending: Ending, say: Say) -> Ending:
 
     from samfast.training.ranks import meeting_place
 
-    if ending.code != 0:
-        _leave()
+    if ending.code == 0:
+        return ending
+    _leave()
     try:
-        store = meeting_place()
-        store.set(_key(place.rank), json.dumps(ending))
-        if ending.code == 0:
-            return ending
-        return _of_all(store, place, ending, say)
+        return _of_all(meeting_place(), place, ending, say)
     except (ValueError, distributed.DistError):  # nobody to agree with
         if ending.sentence is not None:
             say(ending.sentence)
@@ -87,21 +84,29 @@ def _agreed(place: Launched, ending: Ending, say: Say) -> Ending:
 
 
 def _of_all(store, place: Launched, own: Ending, say: Say) -> Ending:
+    store.set(_key(place.rank), json.dumps(own))
     patience = 0 if place.first else 2 * SECONDS_FOR_WORD
     if (said := _word(store, _SAID, patience)) is not None:
+        store.set(_heard(place.rank), json.dumps(said))
         return said  # by the first, or by another while the first worked on
-    found = own
+    found, words = own, {}
     if place.first:
-        until = time.monotonic() + SECONDS_FOR_WORD
-        others = [
-            _word(store, _key(rank), until - time.monotonic()) for rank in range(place.processes)
-        ]
-        causes = [word for word in others if word is not None and word.code and not word.lost]
+        words = _words(store, map(_key, range(place.processes)))
+        causes = [word for word in words.values() if word.code and not word.lost]
         found = causes[0] if causes else own
     if found.sentence is not None:
         say(found.sentence)
     store.set(_SAID, json.dumps(found))
+    # The first may hold the messages, and stays until they are read.
+    _words(store, (_heard(rank) for rank in range(1, place.processes) if _key(rank) in words))
     return found
+
+
+def _words(store, keys: Iterable[str]) -> dict[str, Ending]:
+    """What comes under these keys while there is patience."""
+    until = time.monotonic() + SECONDS_FOR_WORD
+    found = {key: _word(store, key, until - time.monotonic()) for key in keys}
+    return {key: word for key, word in found.items() if word is not None}
 
 
 def _word(store, key: str, patience: float) -> Ending | None:
@@ -116,6 +121,10 @@ def _word(store, key: str, patience: float) -> Ending | None:
 
 def _key(rank: int) -> str:
     return f"ending/{rank}"
+
+
+def _heard(rank: int) -> str:
+    return f"heard/{rank}"
 
 
 def _leave() -> None:
