@@ -7,6 +7,7 @@ CHANGE is a function of this file.
 """
 
 import csv
+import importlib
 import multiprocessing
 import os
 import socket
@@ -20,7 +21,8 @@ import torch.utils.tensorboard
 from stock_runs import double
 
 import samfast
-from samfast import cli
+from samfast import cli, command_line  # noqa: F401
+from samfast.integrations import segment_anything
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.training import build, loop, one_mask
 
@@ -127,8 +129,10 @@ def work(rank: int, port: int, folder: Path, change: str, arguments: list[str]) 
 
 
 def main(folder: Path, change: str, arguments: list[str]) -> int:
+    segment_anything.load()
+    importlib.import_module("torch._dynamo")  # what both would import, once
     if not change.startswith("light"):
-        import torchmetrics.classification  # noqa: F401
+        importlib.import_module("torchmetrics.classification")
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

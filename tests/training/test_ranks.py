@@ -100,8 +100,8 @@ def same_as_one_process(folder, arguments, change=as_it_is, exact=in_float64, re
 
 @needs_fork
 def test_two_ranks_train_as_one_process(tmp_path):
-    """Five images: a batch of four, then one, of which the second rank has none."""
-    data = fill_folder(tmp_path / "data", 6)
+    """Seven images: a batch of four, then two and one."""
+    data = fill_folder(tmp_path / "data", 9)
     same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL], light, light_in_float64)
 
 
