@@ -84,13 +84,13 @@ YAML = [block for block in ALL if block.language == "yaml"]
 def test_accelerate_s_yaml(block, tmp_path):
     path = tmp_path / "accelerate.yaml"
     path.write_text(block.source)
-    config = load_config_from_file(path)
+    config = load_config_from_file(str(path))
     assert config.num_processes == 2
     kinds = {"MULTI_GPU": {}, "FSDP": {"fsdp_transformer_layer_cls_to_wrap": SamBlock.__name__}}
     assert kinds[config.distributed_type].items() <= config.fsdp_config.items()
 
 
-@pytest.mark.parametrize("block", filter(is_tasks, YAML), ids=str)
+@pytest.mark.parametrize("block", [b for b in YAML if is_tasks(b)], ids=str)
 def test_yaml(block, tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text(block.source)
