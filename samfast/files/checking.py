@@ -8,7 +8,7 @@ from torch import nn
 
 from samfast.adapters.adapter import adapter_state
 from samfast.adapters.attachment import Attachment, attachment
-from samfast.adapters.base_digest import digest_of, fingerprints
+from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
 from samfast.adapters.finite import base_problem
 from samfast.adapters.wrappers import encoder_name, encoder_of, levels
 from samfast.files.format import AdapterFile, dtype_name
@@ -143,7 +143,7 @@ def check_base_of(model: nn.Module, adapter: AdapterFile) -> None:
     prints, sizes = fingerprints(model, adapter.tensors.keys()), _sizes(model, adapter)
     digest = digest_of(prints) if identity is None else base_identity(prints)
     # samfast 0.1.0 took the identity of a SamModel by Hugging Face's names.
-    if digest == (identity or stored) or digest_of(prints) == stored:
+    if digest == (identity or stored) or identity_of(prints) == identity:
         if sizes is not None:
             warnings.warn(f"adapter {adapter.folder} {sizes}", stacklevel=3)
         return

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from budgets import within_budget
+from torch import nn
 
 pytest.importorskip("transformers")
 
@@ -25,6 +26,9 @@ METHODS = {
     "ta-lora": samfast.TaLora(tasks=2, ranks=(4, 4, 2), dropout=0.0, orthogonality=0.1),
     "decoder": samfast.DecoderOnly(),
 }
+QUICK = ("lora", "slices", "conv-lora", "cobot-lora")
+MERGED = ("slices", "kronecker", "ta-lora")
+WAYS = ("to Sam", "to SamModel")
 
 
 def moved(sam, seed=1):
@@ -48,7 +52,8 @@ def logits(sam):
 
 def test_leaf_targets_match_in_the_encoder_only():
     sam = model()
-    samfast.attach(sam, METHODS["lora"], train=())
+    wrapped = nn.Sequential(sam)
+    assert samfast.attach(wrapped, METHODS["lora"], train="0.mask_decoder") is wrapped
     assert attachment(sam).layers == tuple(
         f"vision_encoder.layers.{i}.{leaf}" for i in range(2) for leaf in ("attn.qkv", "mlp.lin1")
     )
@@ -58,7 +63,9 @@ def test_leaf_targets_match_in_the_encoder_only():
     assert attachment(whole).layers[0] == "mask_decoder.transformer.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in METHODS]
+)
 def test_an_adapter_lives_on_a_sam_model(name, tmp_path):
     start = logits(model())
     sam = adapted(METHODS[name])
@@ -84,7 +91,7 @@ def test_an_adapter_lives_on_a_sam_model(name, tmp_path):
         samfast.load_adapter(model(seed=1), folder)
 
 
-@pytest.mark.parametrize("name", ["lora", "slices", "kronecker", "ta-lora"])
+@pytest.mark.parametrize("name", ["lora", *(pytest.param(n, marks=SLOW) for n in MERGED)])
 def test_merging(name):
     sam = adapted(METHODS[name])
     stock = model().state_dict()
@@ -111,8 +118,9 @@ def test_tasks_are_set():
     sam = adapted(samfast.TaLora(tasks=("a", "b"), ranks=(4, 4, 2)))
     first, second = (logits(samfast.set_task(sam, task)) for task in ("a", "b"))
     assert not torch.equal(first, second)
-    assert torch.equal(logits(samfast.merge(samfast.set_task(sam, "a"))), first) is False
-    assert len(sam.vision_encoder._forward_pre_hooks) == 1
+    merged = logits(samfast.merge(sam, task="a"))
+    assert (merged - first).abs().max() < 1e-4 * first.abs().max()
+    assert len(sam.vision_encoder._forward_pre_hooks) == 1 and not sam._forward_pre_hooks
 
 
 def test_the_frozen_encoder_is_cast(tmp_path):
@@ -130,17 +138,13 @@ def test_the_frozen_encoder_is_cast(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "way"),
     [
-        "lora",
-        "cobot-lora",
-        *(
-            pytest.param(n, marks=SLOW)
-            for n in ("slices", "conv-lora", "kronecker", "ta-lora", "decoder")
-        ),
+        ("lora", "to Sam"),
+        ("cobot-lora", "to SamModel"),
+        *(pytest.param(name, way, marks=SLOW) for name in METHODS for way in WAYS),
     ],
 )
-@pytest.mark.parametrize("way", ["to Sam", "to SamModel"])
 def test_each_library_takes_the_others_adapter(name, way, tmp_path):
     """On the same base, in training form: as exact as segment_anything's own."""
     sam = model(eps=1e-5)
@@ -238,8 +242,6 @@ def test_a_matrix_with_two_places_is_not_pefts(tmp_path):
 
 
 def test_adaptformer_is_refused():
-    nothing = (
-        r"no layer in vision_encoder, which has no MLPBlock at all; samfast\.models\.build_sam"
-    )
+    nothing = r"in vision_encoder, which has no MLPBlock at all; samfast\.models\.build_sam\("
     with pytest.raises(ValueError, match=nothing):
         samfast.attach(model(), samfast.AdaptFormer(bottleneck=8))
