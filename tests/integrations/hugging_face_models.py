@@ -18,21 +18,25 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 KINDS = {"sam": (SamConfig, SamModel), "hq": (SamHQConfig, SamHQModel)}
 
 
-def model(kind="sam", side=SIDE, eps=1e-6, seed=0, **vision):
+def model(kind="sam", eps=1e-6, seed=0, global_blocks=(1,)):
     """A padded window of three and a global block; numbers that matter, the same at every call."""
+    return copy.deepcopy(_made(kind, eps, seed, global_blocks))
+
+
+@functools.cache
+def _made(kind, eps, seed, global_blocks):
     config_of, model_of = KINDS[kind]
     torch.manual_seed(seed)
     encoder = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "image_size": side,
+        "image_size": SIDE,
         "window_size": 3,
-        "global_attn_indexes": [1],
+        "global_attn_indexes": list(global_blocks),
         "mlp_ratio": 2.0,
         "output_channels": CHANNELS,
         "num_pos_feats": CHANNELS // 2,
-        **vision,
     }
     decoder = {
         "hidden_size": CHANNELS,
@@ -42,7 +46,7 @@ def model(kind="sam", side=SIDE, eps=1e-6, seed=0, **vision):
         "layer_norm_eps": eps,
         **({"vit_dim": 32} if kind == "hq" else {}),
     }
-    prompts = {"hidden_size": CHANNELS, "image_size": side}
+    prompts = {"hidden_size": CHANNELS, "image_size": SIDE}
     made = model_of(
         config_of(vision_config=encoder, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     )

@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"this SamModel's vision encoder has 64 and its prompt"):
         segment(sam, images())
     with pytest.raises(ValueError, match="no global block, whose output its decoder reads"):
-        segment(model("hq", global_attn_indexes=[]), images())
+        segment(model("hq", global_blocks=()), images())
     with pytest.raises(ValueError, match="leave out the high-quality mask of this SamHQModel"):
         binary_head(model("hq"))
     with pytest.raises(ValueError, match="this SamModel is no Sam of segment_anything"):
