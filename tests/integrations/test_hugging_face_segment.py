@@ -44,7 +44,7 @@ QUICK = [("sam", "both", None), ("hq", "both", 2)]
 )
 def test_equals_the_models_own_forward(kind, given, chunk):
     """With every gradient; in chunks, one begins in the middle of an image."""
-    sam, arguments = model(kind), prompts(given)
+    sam, arguments = model(kind, seed=2), prompts(given)
     stock = partial(run, own_forward, sam, images(), **arguments)
     exact = partial(run, own_forward, double(sam), images(), **arguments)
     ours = run(partial(segment, decoder_chunk=chunk), sam, images(), **arguments)
