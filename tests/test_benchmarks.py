@@ -193,6 +193,7 @@ def test_all_attentions_compute_the_same(windows):
     assert ("SDPA without bias" in workload.providers) == (windows.pads == 0)
 
 
+@pytest.mark.slow_on_cpu("14")
 @pytest.mark.parametrize("window", [14, 0])
 def test_routing_does_not_hang_on_rounding(window, monkeypatch):
     """Else bfloat16 would choose other experts than float64, and no comparison mean anything."""

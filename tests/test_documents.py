@@ -26,12 +26,10 @@ from samfast.models import architectures
 from samfast.training.tasks import read_tasks
 
 LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
-SLOW = ("--dry-run", "--image-size 256")
+SLOW = ("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora")
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
-SHELL = [
-    pytest.param(b, id=str(b), marks=[pytest.mark.slow] if any(map(b.source.count, SLOW)) else [])
-    for b in {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
-]
+SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
+LONG = [b for b in SHELL if any(map(b.source.count, SLOW))]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +58,12 @@ def test_no_block_goes_unseen():
         own = [block for block in ALL if block.document == document]
         assert text.count("```") == 2 * sum(block.language != "inline" for block in own)
     assert {block.language for block in ALL} == {"python", "sh", "yaml", "inline"}
+    assert {b.document for b in ALL if b.language == "python"} == set(DOCUMENTS)
 
 
-@pytest.mark.parametrize("document", sorted({b.document for b in ALL if b.language == "python"}))
+@pytest.mark.parametrize(
+    "document", ["README.md", pytest.param("CONTRIBUTING.md", marks=pytest.mark.slow)]
+)
 def test_python(document, reader):
     """In a process of its own, where nothing has mended torchvision before the first block."""
     command = [sys.executable, str(ROOT / "tests" / "documents.py"), document]
@@ -81,7 +82,18 @@ def test_yaml(block, tmp_path):
     assert [spec.name for spec in read_tasks(path)] == names
 
 
-@pytest.mark.parametrize("block", SHELL)
+def test_options_of_long_commands():
+    """Those that `make test` does not run are at least parsed."""
+    lines = [line for block in LONG for line in block.source.splitlines() if "samfast " in line]
+    assert len(lines) >= len(LONG)
+    for line in lines:
+        assert cli._parsed(shlex.split(line, comments=True)[1:])
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, id=str(b), marks=[pytest.mark.slow] if b in LONG else []) for b in SHELL],
+)
 def test_commands(block, reader, monkeypatch):
     for line in filter(None, block.source.splitlines()):
         program, *arguments = shlex.split(line, comments=True)

@@ -2,6 +2,7 @@
 """Who imports whom, read from the sources: no circles, and kernels on the ground."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def imported(tree: ast.AST, known: set[str]) -> set[str]:
     return found & known
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     sources = find_sources()
     return {

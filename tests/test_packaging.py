@@ -114,6 +114,7 @@ def test_an_editable_installation_works_elsewhere(tmp_path):
     assert python(code, tmp_path) == str(ROOT / "kernels" / "lora_linear" / "op.py")
 
 
+@pytest.mark.slow_on_cpu
 def test_a_wheel_from_the_checkout_root(pure_wheel):
     """The sources win there, as for every package that stands in the current folder."""
     code = "import samfast.kernels.lora_linear.op as op, transformers; print(op.__file__)"

@@ -3,13 +3,14 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
+_CHECKPOINTING = "transformers.modeling_layers"
 
 
 def standing_in(kind: type[Module], module: nn.Module) -> Module:
@@ -27,7 +28,12 @@ def standing_in(kind: type[Module], module: nn.Module) -> Module:
 def kind_of(module: nn.Module) -> str:
     """Its class and the package that has it, as a phrase."""
     kind = type(module)
-    return f"{kind.__module__.partition('.')[0]}'s {kind.__name__}"
+    return f"{whose(kind.__module__.partition('.')[0])} {kind.__name__}"
+
+
+def whose(package: str) -> str:
+    """The genitive of a name."""
+    return f"{package}'" if package.endswith("s") else f"{package}'s"
 
 
 def altered(module: nn.Module) -> bool:
@@ -44,8 +50,15 @@ def altered(module: nn.Module) -> bool:
 def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether its class is ``kind``, or one that a wrapper such as FSDP2 made of it."""
     return type(module) is kind or (
-        isinstance(module, kind) and type(module).forward is kind.forward
+        isinstance(module, kind) and bare(type(module).forward) is kind.forward
     )
+
+
+def bare(forward: Callable) -> Callable:
+    """Without what transformers puts around the forward of each layer, to checkpoint it."""
+    while getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTING:
+        forward = forward.__wrapped__
+    return forward
 
 
 class _LeftAlone(threading.local):

@@ -39,6 +39,7 @@ from samfast.files.format import (
     dtype_name,
     read_adapter,
 )
+from samfast.files.samed_format import check_numbered
 from samfast.files.spelling import base_identity, spelled_for
 from samfast.integrations.libraries import call_of_owner
 from samfast.methods.attach import attach_to, check_attachable
@@ -150,7 +151,8 @@ def load_adapter(
     A stock model gets head and adapters (and everything frozen, as ``attach`` does); a model with
     the same head and the same method on the same layers gets the tensors alone. The folder may be
     of ``save_adapter`` or LoRA saved by PEFT, from segment_anything's Sam or Hugging Face's
-    SamModel: each takes the other's.
+    SamModel: each takes the other's. Or it is a file: SAMed's (.pth, .pt) with its prompt encoder
+    and mask decoder, or Sam_LoRA's (.safetensors).
 
     trainable: whether the loaded tensors require a gradient
     check_base: refuse an adapter that was trained on another base model; one that was trained at
@@ -177,6 +179,8 @@ def load_adapter(
             check_same(attached, adapter)
             check_same_dtype(attached, base_dtype)
             adapted = adapters(model)
+        if adapter.numbered:
+            check_numbered(model, adapter.folder, len(adapter.layers), adapter.tensors)
         check_tensors(model, adapter, adapted)
         check_finite_base(model, adapter)
         if check_base:

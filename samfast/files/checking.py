@@ -51,6 +51,12 @@ def find_layers_of(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Modul
         layer = modules.get(name)
         if not isinstance(layer, adapter.method.replaces):
             kind = adapter.method.replaces.__name__
+            if layer is not None and "format" not in adapter.record:  # PEFT's
+                raise ValueError(
+                    f"adapter {adapter.folder} adapts {name}, a {type(layer).__name__}, and "
+                    f"samfast only nn.{kind}; load it with PEFT's PeftModel.from_pretrained, then "
+                    "call samfast.fuse"
+                )
             found = "nothing of that name" if layer is None else f"a {type(layer).__name__}"
             raise ValueError(
                 f"adapter {adapter.folder} belongs on a {kind} {name}, but the model has {found}"

@@ -21,8 +21,9 @@ import torch
 
 from samfast.adapters.finite import not_finite
 from samfast.adapters.method import Method
-from samfast.files import peft_format
+from samfast.files import peft_format, samed_format
 from samfast.methods.registry import method_from_config
+from samfast.models.checkpoints import read_file
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -32,23 +33,30 @@ _TYPES = {"layers": list, "base": dict, "base_digest": str, "extra": dict}
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter folder, read and checked in itself. tensors: by the model's full names."""
+    """An adapter folder, read and checked in itself. tensors: by the model's full names.
+
+    numbered: its layers have numbers in the file, and the names here are those of all blocks
+    """
 
     folder: Path
     record: dict[str, Any]
     method: Method
     layers: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
+    numbered: bool = False
 
 
 def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     """Read an adapter folder and check it in itself; no model is needed.
 
-    Raises FileNotFoundError for what is not there and ValueError for what is broken.
+    A file of SAMed (.pth, .pt) or Sam_LoRA (.safetensors) is read as well. Raises
+    FileNotFoundError for what is not there and ValueError for what is broken.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"adapter folder {folder} does not exist")
+    if folder.is_file() and folder.suffix in samed_format.SUFFIXES:
+        return _read_numbered(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file, not an adapter folder")
     for name in (CONFIG, TENSORS):
@@ -112,18 +120,7 @@ def _parse(
             raise ValueError(f"{TENSORS} has lost its record, or {CONFIG} belongs to another file")
         method, layers, tensors = peft_format.read_lora(config, tensors)
         _check_finite(tensors)
-        record = {
-            "method": method.config(),
-            "layers": list(layers),
-            "base": {"name": config.get("base_model_name_or_path")},
-            "base_digest": None,
-            "base_identity": None,
-            "base_dtype": None,
-            "image_size": None,
-            "head": None,
-            "classes": None,
-            "extra": {},
-        }
+        record = _record_of_others(method, layers, config.get("base_model_name_or_path"))
         return AdapterFile(folder, record, method, layers, tensors)
     record = _record(header["samfast"], tensors)
     if any(key.startswith(peft_format.PREFIX) for key in tensors):
@@ -131,6 +128,28 @@ def _parse(
     _check_finite(tensors)
     method = method_from_config(record["method"])
     return AdapterFile(folder, record, method, tuple(record["layers"]), tensors)
+
+
+def _read_numbered(path: Path) -> AdapterFile:
+    try:
+        method, layers, tensors = samed_format.read_numbered(path, read_file(path))
+        _check_finite(tensors)
+    except ValueError as error:
+        raise ValueError(f"adapter {path} cannot be used: {error}") from None
+    record = _record_of_others(method, layers, None)
+    return AdapterFile(path, record, method, layers, tensors, numbered=True)
+
+
+def _record_of_others(method: Method, layers: tuple[str, ...], base: str | None) -> dict[str, Any]:
+    """The record of an adapter that samfast did not write."""
+    unknown = ("base_digest", "base_identity", "base_dtype", "image_size", "head", "classes")
+    return {
+        "method": method.config(),
+        "layers": list(layers),
+        "base": {"name": base},
+        **dict.fromkeys(unknown),
+        "extra": {},
+    }
 
 
 def _check_finite(tensors: dict[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ PEFT names every tensor after its place under ``base_model.model.`` and adds ``.
 and lora_B. Modules that are trained whole ("modules_to_save") keep their own names there.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from samfast.adapters.checks import check_alpha, check_rank
 from samfast.adapters.method import Method
 from samfast.methods.lora.method import Lora
 
@@ -36,7 +38,6 @@ _PLAIN_OPTIONS = {
     "use_bdlora": None,
     "use_dora": False,
     "use_qalora": False,
-    "use_rslora": False,
     "velora_config": None,
 }
 # Other initialisations subtract the start from the base weights, which the folder does not hold.
@@ -141,9 +142,12 @@ def read_lora(
     layers = sorted({n.rpartition(".")[0] for n in tensors if n.rpartition(".")[2] in _FACTORS})
     if not layers:
         raise ValueError("it holds no lora_A and lora_B")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    check_rank(rank)
+    check_alpha(alpha)
     method = Lora(
-        rank=config.get("r"),
-        alpha=config.get("lora_alpha"),
+        rank=rank,
+        alpha=(alpha or rank) * math.sqrt(rank) if config.get("use_rslora") else alpha,
         dropout=config.get("lora_dropout", 0.0),
         target=tuple(layers),
     )

@@ -5,37 +5,53 @@ import warnings
 
 from torch import nn
 
-from samfast.adapters.stand_in import kind_of, runs_as
-from samfast.fused import parts
+from samfast.adapters.stand_in import bare, kind_of, whose
+from samfast.fused.block import BlockInParts
+from samfast.fused.classes import (
+    fused_class,
+    is_fused,
+    is_fused_attention,
+    is_fused_block,
+    stock_class,
+)
+from samfast.fused.families import family_of, is_attention, is_block
+from samfast.fused.parts import Family
+from samfast.fused.proof import objection
 from samfast.integrations.libraries import fusable
-from samfast.integrations.swap import is_swapped, swap, swap_back, swapped
+from samfast.integrations.swap import swap
 from samfast.kernels.sam_block.plan import check_memory
 
-_OWN = "still segment_anything's own"
 _OPTIONS = ("backend", "left_alone", "memory")  # attributes of fused modules
 _INSIDE = "its block is left alone"
+_BY_BLOCK = "its block runs its own forward"
+_ATTENTIONS = {"attn", "attention"}  # what libraries call the attention of a block
 
 
 def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
-    """Let SAM's encoders and PEFT's layers in ``model`` run fused, in place; returns the model.
+    """Let SAM's blocks and others' adapters in ``model`` run fused, in place; returns the model.
 
-    segment_anything's Attention and Block become RelPosAttention and SamBlock: the same module
+    Known are the blocks of segment_anything, of copies of it under other names, of transformers'
+    SamModel and SamHQModel, and of timm's samvit models. segment_anything's Attention and Block
+    become RelPosAttention and SamBlock, other classes ones derived from them: the same module
     objects with the same Parameters, submodules, hooks and state dict, so adapters, optimizers
     and files know no difference. Before or after ``attach``.
 
-    A class is proved before it is trusted, on a CPU, in about a second for ViT-H: its forward takes
-    what segment_anything's takes and reaches nothing but its module, torch and numbers, its
-    children are the same, and runs with weights of its own give the same result and gradients. A
-    block that fails stays as it is, its attention too; a warning says why, and ``report``. The
-    question is asked again, at every forward, once a class was patched or got another part.
-    Modules of classes derived from these, of other packages, or with a forward of their own, stay
-    as they are as well; the attention of a derived block is fused. Hooks that torch registers for
-    all modules see a fused block as one module.
+    A class is proved before it is trusted, on a CPU, in about a second for ViT-H: runs with weights
+    of its own give the result and gradients of a SAM block, and its children are the same. The
+    forward of segment_anything's and copies' classes reaches nothing but its module, torch and
+    numbers; all methods of a transformers or timm class are that library's. A block that fails
+    stays as it is, its attention too; a warning says why, and ``report``. The question is asked
+    again, at every forward, once a class was patched or got another part.
+    Modules of classes derived from these, or with a forward of their own, stay as they are as
+    well; the attention of a derived block is fused. A transformers or timm block with something
+    that a fused block leaves out (dropout in training, layer scale) runs its own forward. Hooks
+    that torch registers for all modules see a fused block as one module.
 
     PEFT's ``lora.Linear`` becomes a class derived from it, in a block or anywhere else in the
-    model, which may be a PeftModel. Parameters, files and PEFT's calls stay as they are. A layer
-    that PEFT's ``add_adapter`` makes later needs ``fuse`` again. See
-    ``samfast.integrations.peft_layers``.
+    model, which may be a PeftModel. So do ``_LoRA_qkv`` as SAMed and Sam_LoRA have it, and
+    micro-sam's ``AttentionLoRA``, ``MLPLoRA`` and ``AdaptFormer``. Parameters, files and their
+    owner's calls stay as they are. A layer that PEFT's ``add_adapter`` makes later needs ``fuse``
+    again. See ``samfast.integrations``.
 
     memory: what every block saves for its backward, see SamBlock: "fast" saves all that is dear
         to compute, "balanced" computes two of four layers again, "minimal" the whole block. The
@@ -46,18 +62,17 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     """
     if memory is not None:
         check_memory(memory)
-    kinds = _kinds()
     modules = dict(_checked(model).named_modules())
-    asked = {n: m for n, m in modules.items() if type(m) in kinds and "forward" not in m.__dict__}
+    asked = {name: m for name, m in modules.items() if _to_fuse(m)}
     layers = {n: kind for n, m in modules.items() if (kind := fusable(m)) is not None}
-    if not asked and not layers and not any(_is_fused(m, kinds) for m in modules.values()):
+    if not asked and not layers and not any(is_fused(m) for m in modules.values()):
         raise ValueError(_nothing(model, "fuse"))
     for name, mixin in layers.items():
         swap(modules[name], mixin)
     objections = _objections(asked)
     for name, module in asked.items():
         if name not in objections:
-            module.__class__ = kinds[type(module)]
+            module.__class__ = fused_class(type(module))
     if objections:
         warnings.warn(_left_alone(objections, asked), stacklevel=2)
     for block in fused_blocks(model).values() if memory is not None else ():
@@ -65,19 +80,24 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     return model
 
 
-def _is_fused(module: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> bool:
-    return swapped(module) is not None or any(runs_as(module, kind) for kind in kinds.values())
+def _to_fuse(module: nn.Module) -> bool:
+    """Whether it is a block or an attention of a class that there is a fused one for."""
+    if "forward" in vars(module) or not (is_block(module) or is_attention(module)):
+        return False
+    return fused_class(type(module)) is not None
 
 
 def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
-    """Why modules of segment_anything's classes are left alone, by name."""
-    from samfast.fused.proof import objection
-
+    """Why modules of a library's classes are left alone, by name."""
     found = {name: _taken_name(module) or objection(module) for name, module in asked.items()}
     found = {name: reason for name, reason in found.items() if reason is not None}
-    inside = {id(parts.child(asked[name], parts.ATTENTION)) for name in found}
+    inside = {id(_attention_in(asked[name])) for name in found if is_block(asked[name])}
     within = {name: _INSIDE for name, module in asked.items() if id(module) in inside}
     return found | within
+
+
+def _attention_in(block: nn.Module) -> nn.Module | None:
+    return block._modules.get(family_of(type(block)).parts.IN_BLOCK[1])
 
 
 def _taken_name(module: nn.Module) -> str | None:
@@ -103,13 +123,11 @@ def unfuse(model: nn.Module) -> nn.Module:
     fused, and RuntimeError, before anything is changed, when the forward of a fused module was
     wrapped since, or its class changed: the wrapper holds the fused forward.
     """
-    kinds = _kinds()
-    stock = {fused: kind for kind, fused in kinds.items()}
-    fused = {n: m for n, m in _checked(model).named_modules() if _is_fused(m, kinds)}
+    fused = {n: m for n, m in _checked(model).named_modules() if is_fused(m)}
     if not fused:
         raise ValueError(_nothing(model, "unfuse"))
     for name, module in fused.items():
-        if type(module) not in stock and not is_swapped(module):
+        if stock_class(type(module)) is None:
             raise RuntimeError(
                 f"{name or 'the model'} was given the class {type(module).__name__} after fuse; "
                 "unfuse before that"
@@ -120,121 +138,101 @@ def unfuse(model: nn.Module) -> nn.Module:
                 "after fuse; undo that before unfuse"
             )
     for module in fused.values():
-        if is_swapped(module):
-            swap_back(module)
-            continue
-        for option in _OPTIONS:
-            module.__dict__.pop(option, None)
-        module.__class__ = stock[type(module)]
+        if is_fused_block(module) or is_fused_attention(module):
+            for option in _OPTIONS:
+                module.__dict__.pop(option, None)
+        module.__class__ = stock_class(type(module))
     return model
 
 
 def fused_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Every SamBlock by its full name."""
-    _, fused = _block_kinds()
-    return {name: m for name, m in model.named_modules() if fused and runs_as(m, fused)}
+    """Every fused block by its full name."""
+    return {name: m for name, m in model.named_modules() if is_fused_block(m)}
 
 
 def block_states(model: nn.Module) -> dict[str, str]:
-    """How every transformer block runs, by full name: segment_anything's, and any with its parts.
+    """How every transformer block runs, by full name: those that fuse knows, and any alike.
 
     "fused", or "fused in parts: …" or "not fused: …" with the reason
     """
-    stock, fused = _block_kinds()
     states = {}
     for name, module in model.named_modules():
-        if fused is not None and runs_as(module, fused):
-            states[name] = _state(module, module.block_problem(), "in parts")
-        elif stock is not None and isinstance(module, stock):
-            states[name] = f"not fused: {_why_not(module, stock)}"
-        elif all(parts.child(module, part) is not None for part in parts.IN_BLOCK):
-            states[name] = f"not fused: {kind_of(module)}, which is not segment_anything's"
+        if is_fused_block(module):
+            states[name] = _state(module)
+        elif is_block(module):
+            states[name] = f"not fused: {_why_not(module)}"
+        elif "mlp" in module._modules and not _ATTENTIONS.isdisjoint(module._modules):
+            states[name] = f"not fused: {kind_of(module)}, which fuse does not know"
     return states
 
 
-def _state(module: nn.Module, problem: str | None, otherwise: str) -> str:
-    """How a fused module runs, given what stands against it."""
-    from samfast.fused.proof import objection
-
+def _state(block: nn.Module) -> str:
+    """How a fused block runs."""
+    problem = block.block_problem()
     if problem is None:
         return "fused"
-    return f"not fused: {problem}" if objection(module) else f"fused {otherwise}: {problem}"
+    in_parts = isinstance(block, BlockInParts) and objection(block) is None
+    return f"fused in parts: {problem}" if in_parts else f"not fused: {problem}"
 
 
 def attention_states(model: nn.Module) -> dict[str, str]:
-    """How every attention of segment_anything's runs, by full name.
+    """How the attention of every block that fuse knows runs, by full name.
 
     "fused", or "fused, windows cut first: …" or "not fused: …" with the reason
     """
-    kinds = _kinds()
-    stock, block_kind = tuple(kinds) or (None, None)
-    states, blocks = {}, {}
-    for block in model.modules() if kinds else ():
-        if isinstance(block, block_kind):  # several may share an attention
-            attention = parts.child(block, parts.ATTENTION)
-            blocks.setdefault(id(attention), []).append(block)
-    for name, module in model.named_modules() if kinds else ():
-        if not isinstance(module, stock):
-            continue
-        around = blocks.get(id(module), [])
-        if runs_as(module, kinds[stock]):
-            states[name] = _attention_state(module, around, block_kind, kinds[block_kind])
-        else:
-            reason = _why_not(module, stock)
-            left = [b for b in around if type(b) is block_kind and _why_not(b, block_kind) != _OWN]
-            inside = left and reason == _OWN
-            states[name] = f"not fused: {_INSIDE if inside else reason}"
+    blocks: dict[int, list[nn.Module]] = {}
+    for block in model.modules():
+        if is_block(block):  # several may share an attention
+            blocks.setdefault(id(_attention_in(block)), []).append(block)
+    states = {}
+    for name, module in model.named_modules():
+        if is_attention(module):
+            states[name] = _attention_state(module, blocks.get(id(module), []))
     return states
 
 
-def _attention_state(attn, around, stock: type[nn.Module], fused: type[nn.Module]) -> str:
-    """Of a fused attention, by the blocks around it."""
-    from samfast.fused.proof import objection
-
+def _attention_state(attn: nn.Module, around: list[nn.Module]) -> str:
+    """Of an attention, by the blocks around it."""
+    family = family_of(type(attn))
+    if family.published:
+        fused = [is_fused_block(block) and block.block_problem() is None for block in around]
+        return "fused" if fused and all(fused) else f"not fused: {_BY_BLOCK}"
+    if not is_fused_attention(attn):
+        reason = _why_not(attn)
+        left = [b for b in around if type(b) is family.block and _why_not(b) != _own(family)]
+        return f"not fused: {_INSIDE if left and reason == _own(family) else reason}"
     if (problem := objection(attn)) is not None:
         return f"not fused: {problem}"
-    if around and all(runs_as(b, fused) and objection(b) is not None for b in around):
+    if around and all(is_fused_block(b) and objection(b) is not None for b in around):
         return f"not fused: {_INSIDE}"
-    reasons = [_cut_first(b, stock, fused) for b in around if parts.window(b) > 0]
+    reasons = [_cut_first(b) for b in around if family.parts.window(b) > 0]
     reason = next((r for r in reasons if r is not None), None)
     return "fused" if reason is None else f"fused, windows cut first: {reason}"
 
 
-def _cut_first(block: nn.Module, stock: type[nn.Module], fused: type[nn.Module]) -> str | None:
+def _cut_first(block: nn.Module) -> str | None:
     """Why the windows of a block are cut before its attention, None when they are not."""
-    if runs_as(block, fused):
+    if is_fused_block(block):
         return block.window_order()
-    return f"its block is {_why_not(block, stock)}"
+    return f"its block is {_why_not(block)}"
 
 
-def _kinds() -> dict[type[nn.Module], type[nn.Module]]:
-    """What replaces segment_anything's Attention and Block; {} while no model can have them."""
-    stock = parts.loaded()
-    if stock is None:
-        return {}
-    from samfast.fused.rel_pos_attention import RelPosAttention
-    from samfast.fused.sam_block import SamBlock
-
-    return {stock.attention: RelPosAttention, stock.block: SamBlock}
+def _own(family: Family) -> str:
+    return f"still {whose(family.package)} own"
 
 
-def _block_kinds() -> tuple[type[nn.Module] | None, type[nn.Module] | None]:
-    """segment_anything's Block and what replaces it, None while no model can have them."""
-    kinds = _kinds()
-    return list(kinds.items())[1] if kinds else (None, None)
-
-
-def _why_not(module: nn.Module, stock: type[nn.Module]) -> str:
-    kind = type(module).__name__
-    if type(module) is not stock and type(module).forward is stock.forward:
-        return f"a {kind}, which a wrapper made of segment_anything's {stock.__name__}; fuse first"
+def _why_not(module: nn.Module) -> str:
+    """Why a block or an attention is not fused."""
+    family, kind = family_of(type(module)), type(module).__name__
+    stock = family.block if isinstance(module, family.block) else family.attention
+    original = f"{whose(family.package)} {stock.__name__}"
+    if type(module) is not stock and bare(type(module).forward) is bare(stock.forward):
+        return f"a {kind}, which a wrapper made of {original}; fuse first"
     if type(module) is not stock:
-        return f"a {kind}, a class derived from segment_anything's {stock.__name__}"
+        return f"a {kind}, a class derived from {original}"
     if "forward" in module.__dict__:
         return f"{kind} with a forward that was replaced"
-    from samfast.fused.proof import objection
-
-    return _taken_name(module) or objection(module, ask=False) or _OWN
+    return _taken_name(module) or objection(module, ask=False) or _own(family)
 
 
 def _checked(model: nn.Module) -> nn.Module:
@@ -246,8 +244,9 @@ def _checked(model: nn.Module) -> nn.Module:
 def _nothing(model: nn.Module, action: str) -> str:
     kind = type(model).__name__
     for name, state in attention_states(model).items():
-        return f"this {kind} has nothing to {action}; {name or 'it'} is {state}"
-    sentence = f"this {kind} has no attention of the segment_anything package, which fuse is for"
+        if _BY_BLOCK not in state:
+            return f"this {kind} has nothing to {action}; {name or 'it'} is {state}"
+    sentence = f"this {kind} has no block or attention that fuse knows"
     for name, state in block_states(model).items():
         return f"{sentence}; {name or 'it'} is {state}"
     return sentence

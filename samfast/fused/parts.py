@@ -1,98 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What segment_anything calls its transformer block and what is in it.
+"""What libraries call a transformer block of SAM's kind and what is in it.
 
-The other files of this folder ask here for a class, for a name, or for what has the name.
+The other files of this folder ask here for a name, or for what has the name.
 """
 
-import sys
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from samfast.integrations import segment_anything
-
-IN_BLOCK = NORM1, ATTENTION, NORM2, MLP = ("norm1", "attn", "norm2", "mlp")
-IN_ATTENTION = QKV, PROJ = ("qkv", "proj")
-IN_MLP = LIN1, LIN2, ACTIVATION = ("lin1", "lin2", "act")
-TABLES = ("rel_pos_h", "rel_pos_w")  # parameters of an attention with relative positions
-WINDOW = "window_size"  # of a block, 0 for the whole map
-OPTIONS = HEADS, SCALE, HAS_TABLES = ("num_heads", "scale", "use_rel_pos")  # of an attention
-_MODULE = "segment_anything.modeling.image_encoder"
+from samfast.adapters.stand_in import altered, kind_of
 
 
-class Stock(NamedTuple):
-    """segment_anything's classes."""
+class Layout:
+    """The names in segment_anything; another library's is a class derived from this one.
 
+    Paths start at the block. IDENTITIES: children that a fused block leaves out, which therefore
+    must be nn.Identity   DROPOUTS: children that are dropout   CHANCES: numbers that are its
+    probability   VALUES: what else a forward reads of its module, and what it must be   FLAGS: what
+    it reads that may be either
+    takes: what the forwards take
+    """
+
+    IN_BLOCK: ClassVar = ("norm1", "attn", "norm2", "mlp")
+    IN_ATTENTION: ClassVar = ("qkv", "proj")
+    IN_MLP: ClassVar = ("lin1", "lin2", "act")
+    TABLES: ClassVar = ("rel_pos_h", "rel_pos_w")  # parameters with relative positions
+    WINDOW: ClassVar = "window_size"  # of a block, 0 for the whole map
+    OPTIONS: ClassVar = ("num_heads", "scale", "use_rel_pos")  # of an attention
+    IDENTITIES: ClassVar[tuple[str, ...]] = ()
+    DROPOUTS: ClassVar[tuple[str, ...]] = ()
+    CHANCES: ClassVar[tuple[str, ...]] = ()
+    VALUES: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    FLAGS: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar = "(self, x)"
+
+    @classmethod
+    def norms(cls, block: nn.Module) -> dict[str, nn.Module]:
+        """The norms before the attention and before the MLP."""
+        return {name: getattr(block, name) for name in cls.IN_BLOCK[::2]}
+
+    @classmethod
+    def attention(cls, block: nn.Module) -> nn.Module:
+        return getattr(block, cls.IN_BLOCK[1])
+
+    @classmethod
+    def mlp(cls, block: nn.Module) -> nn.Module:
+        return getattr(block, cls.IN_BLOCK[3])
+
+    @classmethod
+    def activation(cls, block: nn.Module) -> nn.Module:
+        return getattr(cls.mlp(block), cls.IN_MLP[2])
+
+    @classmethod
+    def window(cls, block: nn.Module) -> int:
+        return getattr(block, cls.WINDOW)
+
+    @classmethod
+    def linears(cls, block: nn.Module) -> dict[str, nn.Module]:
+        """The four linear layers in the order in which they run."""
+        mlp = cls.mlp(block)
+        around = {name: getattr(mlp, name) for name in cls.IN_MLP[:2]}
+        return {**cls.projections(cls.attention(block)), **around}
+
+    @classmethod
+    def projections(cls, attention: nn.Module) -> dict[str, nn.Module]:
+        """The layers before and after the attention."""
+        return {name: getattr(attention, name) for name in cls.IN_ATTENTION}
+
+    @classmethod
+    def heads(cls, attention: nn.Module) -> int:
+        return getattr(attention, cls.OPTIONS[0])
+
+    @classmethod
+    def scale(cls, attention: nn.Module) -> float:
+        return getattr(attention, cls.OPTIONS[1])
+
+    @classmethod
+    def has_tables(cls, attention: nn.Module) -> bool:
+        return getattr(attention, cls.OPTIONS[2])
+
+    @classmethod
+    def tables(cls, attention: nn.Module) -> tuple[Tensor, Tensor]:
+        """Relative positions along the height and along the width."""
+        height, width = cls.TABLES
+        return getattr(attention, height), getattr(attention, width)
+
+    @classmethod
+    def activation_problem(cls, act: nn.Module) -> str | None:
+        """Why it is not the exact GELU."""
+        if type(act) is not nn.GELU or act.approximate != "none":
+            return f"the activation is {act}, not the exact GELU"
+        return None
+
+    @classmethod
+    def attention_altered(cls, attention: nn.Module) -> bool:
+        """Whether calling the attention does more than its class says."""
+        return altered(attention)
+
+    @classmethod
+    def option_problem(cls, block: nn.Module) -> str | None:
+        """Which of the parts that a fused block leaves out does something."""
+        for path in cls.IDENTITIES:
+            part = block.get_submodule(path)
+            if type(part) is not nn.Identity or altered(part):
+                return f"{path} is {kind_of(part)}, which a fused block leaves out"
+        for path in cls.DROPOUTS:
+            part = block.get_submodule(path)
+            if type(part) not in (nn.Dropout, nn.Identity) or altered(part):
+                return f"{path} is {kind_of(part)}, not a plain dropout"
+            if part.training and getattr(part, "p", 0.0) > 0:
+                return f"{path} is a dropout of {part.p}, which acts in training"
+        for path in cls.CHANCES:
+            parent, _, name = path.rpartition(".")
+            part = block.get_submodule(parent)
+            if part.training and (chance := getattr(part, name)) > 0:
+                return f"{path} is {chance}, which acts in training"
+        for path, value in cls.VALUES.items():
+            parent, _, name = path.rpartition(".")
+            if (found := getattr(block.get_submodule(parent), name, value)) is not value:
+                return f"{path} is {found!r}, where a fused block takes {value!r}"
+        return None
+
+
+class Family(NamedTuple):
+    """The classes of one library.
+
+    package: its name   published: its code is known by its place, and needs no look at each line
+    attentions: all classes that its blocks may have for their attention
+    """
+
+    package: str
     attention: type[nn.Module]
     block: type[nn.Module]
     mlp: type[nn.Module]
+    parts: type[Layout] = Layout
+    published: bool = False
+    attentions: tuple[type[nn.Module], ...] = ()
 
-
-def load() -> Stock:
-    """The classes of the installed segment_anything, which is imported now."""
-    return _classes(segment_anything.load().modeling.image_encoder)
-
-
-def loaded() -> Stock | None:
-    """The classes; None while no model can have them."""
-    encoder = sys.modules.get(_MODULE)
-    if not all(hasattr(encoder, name) for name in ("Attention", "Block", "MLPBlock")):
-        return None  # not imported, or a copy without them
-    return _classes(encoder)
-
-
-def _classes(encoder: Any) -> Stock:
-    return Stock(encoder.Attention, encoder.Block, encoder.MLPBlock)
+    def attention_of(self, block: nn.Module) -> type[nn.Module]:
+        """Which of the classes the block's attention has."""
+        found = type(block._modules.get(self.parts.IN_BLOCK[1]))
+        return found if found in self.attentions else self.attention
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:
     """The part of that name, None where there is none."""
     return module._modules.get(name)
-
-
-def norms(block: nn.Module) -> dict[str, nn.Module]:
-    return {NORM1: block.norm1, NORM2: block.norm2}
-
-
-def attention(block: nn.Module) -> nn.Module:
-    return block.attn
-
-
-def mlp(block: nn.Module) -> nn.Module:
-    return block.mlp
-
-
-def activation(block: nn.Module) -> nn.Module:
-    return block.mlp.act
-
-
-def window(block: nn.Module) -> int:
-    return block.window_size
-
-
-def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The four linear layers in the order in which they run."""
-    mlp = block.mlp
-    return {**projections(block.attn), LIN1: mlp.lin1, LIN2: mlp.lin2}
-
-
-def projections(attention: nn.Module) -> dict[str, nn.Module]:
-    """The layers before and after the attention."""
-    return {QKV: attention.qkv, PROJ: attention.proj}
-
-
-def has_tables(attention: nn.Module) -> bool:
-    return attention.use_rel_pos
-
-
-def tables(attention: nn.Module) -> tuple[Tensor, Tensor]:
-    """Relative positions along the height and along the width."""
-    return attention.rel_pos_h, attention.rel_pos_w
-
-
-def heads(attention: nn.Module) -> int:
-    return attention.num_heads
-
-
-def scale(attention: nn.Module) -> float:
-    return attention.scale

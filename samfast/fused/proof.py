@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a Block or an Attention that bears segment_anything's name computes what it does.
+"""Whether a block or an attention computes what its name says.
 
 Copies of segment_anything change these classes, and programs patch them. A module is fused where
 its forward takes what the original takes, its parts are exactly the original's, and runs of it
@@ -7,55 +7,64 @@ agree with the formula in ``samfast.kernels.sam_block.reference``.
 """
 
 import inspect
+from collections.abc import Iterator
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samfast.fused import parts as own
+from samfast.fused.families import family_of
+from samfast.fused.parts import Family, Layout
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import apart, deviation, difference, shell
 from samfast.kernels.relpos_attention.op import fit_table
 from samfast.kernels.sam_block.reference import attention, sam_block
 
-Attention, Block, MLPBlock = own.load()
-
-TABLES = own.TABLES
-PARTS = {Block: own.IN_BLOCK, Attention: own.IN_ATTENTION, MLPBlock: own.IN_MLP}
-READ = {Block: (own.WINDOW,), Attention: own.OPTIONS, MLPBlock: ()}  # what the formula reads
 LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU)
 _NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union(
-    TABLES, *PARTS.values(), *READ.values()
+    Layout.TABLES,
+    Layout.IN_BLOCK,
+    Layout.IN_ATTENTION,
+    Layout.IN_MLP,
+    Layout.OPTIONS,
+    [Layout.WINDOW],
 )
-_codes = {kind: PlainCode(kind, _NAMES) for kind in (*PARTS, *LAYERS)}
+_BLOCK, _ATTENTION, _MLP = _ROLES = ("block", "attention", "mlp")
+_codes: dict[type[nn.Module], PlainCode] = {}
 _verdicts: dict[tuple, str | None] = {}
+
+_Parts = dict[str, tuple[str, nn.Module]]  # by name: its role, and what has it
 
 
 def objection(module: nn.Module, ask: bool = True) -> str | None:
-    """Why ``module``, a Block or an Attention, is not what it is called; None where it is.
+    """Why ``module``, a block or an attention, is not what it is called; None where it is.
 
     Answers from memory while its classes' code, its parts and its sizes stay as they are, and
     otherwise runs a probe on a CPU; without ``ask`` says None instead. A compiled graph keeps the
     answer it was traced with.
     """
-    parts, codes = _stock_parts(module), []
-    for kind in (*_classes(module), *LAYERS):
-        code, problem = _codes[kind]()
+    family = family_of(type(module))
+    parts, codes = _stock_parts(family, module), []
+    for kind in (*_classes(family, module), *LAYERS):
+        code, problem = _code(family, kind)
         if problem is not None:
-            return _signatures(module) or problem
-        codes.append(code)
-    held = [(name, *_held(part)) for name, (_, part) in parts.items()]
-    kept = tuple(codes), tuple(held), _has(parts, own.HAS_TABLES), _has(parts, own.QKV, "bias")
-    sizes = tuple([getattr(p, n, None) for k, p in parts.values() for n in READ[k]])
+            return _signatures(family, module) or problem
+        codes.append((kind, code))
+    held = [(name, *_held(family, part)) for name, (_, part) in parts.items()]
+    own = family.parts
+    has_tables, has_bias = _has(parts, own.OPTIONS[2]), _has(parts, own.IN_ATTENTION[0], "bias")
+    kept = tuple(codes), tuple(held), has_tables, has_bias
+    sizes = tuple([getattr(p, n, None) for role, p in parts.values() for n in _read(own, role)])
     for number in sizes:
         if not isinstance(number, (bool, int, float)):
             return f"one of its sizes is a {type(number).__name__}, not a number"
-    width = getattr(getattr(module, own.NORM1, None), "normalized_shape", None)
+    width = getattr(getattr(module, own.IN_BLOCK[0], None), "normalized_shape", None)
     for key, judge in ((kept, _judgement), ((kept, sizes, width), _second_look)):
         if key not in _verdicts:
             if not ask:
                 return None
-            _verdicts[key] = judge(module, parts)
+            _verdicts[key] = judge(family, module, parts)
         if _verdicts[key] is not None:
             return _verdicts[key]
     return None
@@ -65,84 +74,139 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
 objection._dynamo_marked_constant = True
 
 
-def _classes(module: nn.Module) -> tuple[type[nn.Module], ...]:
-    return (Attention,) if isinstance(module, Attention) else (Block, Attention, MLPBlock)
+def _read(own: type[Layout], role: str) -> tuple[str, ...]:
+    """The numbers that the formula, or the forward, reads of a part."""
+    numbers = {_BLOCK: (own.WINDOW,), _ATTENTION: own.OPTIONS, _MLP: ()}[role]
+    return (*numbers, *_below(own, role, own.FLAGS))
 
 
-def _stock_parts(module: nn.Module) -> dict[str, tuple[type[nn.Module], nn.Module]]:
-    """The module itself and those of its children whose class is segment_anything's, by name."""
-    if isinstance(module, Attention):
-        return {"": (Attention, module)}
-    parts, children = {"": (Block, module)}, module._modules
-    attn, mlp = children.get(own.ATTENTION), children.get(own.MLP)
-    if type(attn) is Attention or hasattr(attn, "left_alone"):  # as a RelPosAttention has
-        parts[own.ATTENTION] = (Attention, attn)
-    if type(mlp) is MLPBlock:
-        parts[own.MLP] = (MLPBlock, mlp)
+def _inside(own: type[Layout], role: str) -> tuple[str, ...]:
+    """The children that the formula is about."""
+    return dict(zip(_ROLES, (own.IN_BLOCK, own.IN_ATTENTION, own.IN_MLP), strict=True))[role]
+
+
+def _below(own: type[Layout], role: str, paths) -> list[str]:
+    """Of paths from the block, those of a part's own children or attributes, without the part."""
+    prefix = {_BLOCK: "", _ATTENTION: f"{own.IN_BLOCK[1]}.", _MLP: f"{own.IN_BLOCK[3]}."}[role]
+    found = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    return [name for name in found if "." not in name]
+
+
+def _code(family: Family, kind: type[nn.Module]) -> tuple[object, str | None]:
+    """What tells states of a class's code apart, and what is not as it should be."""
+    if family.published and kind not in LAYERS:
+        return _published(kind)
+    if kind not in _codes:
+        _codes[kind] = PlainCode(kind, _NAMES)
+    return _codes[kind]()
+
+
+def _published(kind: type[nn.Module]) -> tuple[tuple[FunctionType, ...], str | None]:
+    """The methods of a library's class; each has to be from that library."""
+    package, found = kind.__module__.partition(".")[0], []
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, method in vars(base).items():
+            if not isinstance(method, FunctionType):
+                continue
+            found.append(method)
+            for function in _wrapped(method):
+                if function.__globals__.get("__name__", "").partition(".")[0] != package:
+                    return tuple(found), f"the {name} of {kind.__name__} was replaced"
+    return tuple(found), None
+
+
+def _wrapped(function: FunctionType) -> Iterator[FunctionType]:
+    """A function and what it says that it wraps."""
+    while isinstance(function, FunctionType):
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _classes(family: Family, module: nn.Module) -> tuple[type[nn.Module], ...]:
+    if isinstance(module, family.attention):
+        return (family.attention,)
+    return family.block, family.attention_of(module), family.mlp
+
+
+def _stock_parts(family: Family, module: nn.Module) -> _Parts:
+    """The module itself and those of its children whose class is the library's, by name."""
+    if isinstance(module, family.attention):
+        return {"": (_ATTENTION, module)}
+    parts, children = {"": (_BLOCK, module)}, module._modules
+    _, name_of_attn, _, name_of_mlp = family.parts.IN_BLOCK
+    attn, mlp = children.get(name_of_attn), children.get(name_of_mlp)
+    stock = type(attn) is family.attention or type(attn) in family.attentions
+    if stock or hasattr(attn, "left_alone"):  # as a FusedAttention has
+        parts[name_of_attn] = (_ATTENTION, attn)
+    if type(mlp) is family.mlp:
+        parts[name_of_mlp] = (_MLP, mlp)
     return parts
 
 
-def _has(parts: dict, *names: str) -> bool:
+def _has(parts: _Parts, *names: str) -> bool:
     """Whether what these names lead to from the attention is there, and true where it is a flag."""
-    value = next((part for kind, part in parts.values() if kind is Attention), None)
+    value = next((part for role, part in parts.values() if role == _ATTENTION), None)
     for name in names:
         value = getattr(value, name, None)
     return value is not None and value is not False
 
 
-def _held(module: nn.Module) -> tuple[tuple[str, ...], ...]:
+def _held(family: Family, module: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Names of the module's children, parameters and buffers."""
     stores = (module._modules, module._parameters, module._buffers)
     children, tensors, buffers = (
         tuple([name for name, value in store.items() if value is not None]) for store in stores
     )
     if getattr(module, "_is_replica", False):  # DataParallel's hold parameters as attributes
-        tensors += tuple([name for name in TABLES if name in vars(module)])
+        tensors += tuple([name for name in family.parts.TABLES if name in vars(module)])
     return children, tensors, buffers
 
 
-def _structure(name: str, kind: type[nn.Module], module: nn.Module) -> str | None:
+def _structure(family: Family, name: str, role: str, module: nn.Module) -> str | None:
     """What the module has that the original does not have, or the other way round."""
-    it = f"its {name}" if name else "it"
-    children, tensors, buffers = _held(module)
-    known = TABLES if kind is Attention else ()
+    it, own = f"its {name}" if name else "it", family.parts
+    children, tensors, buffers = _held(family, module)
+    idle = _below(own, role, (*own.IDENTITIES, *own.DROPOUTS))
+    known = own.TABLES if role == _ATTENTION else ()
     for what, names, expected in (
-        ("child", children, PARTS[kind]),
+        ("child", children, (*_inside(own, role), *idle)),
         ("parameter", tensors, known),
         ("buffer", buffers, ()),
     ):
         if more := [n for n in names if n not in expected]:
             return f"{it} has a {what} {more[0]}, which would be left out"
-    needed = [(part, children) for part in PARTS[kind]]
-    if kind is Attention and own.has_tables(module):
-        needed += [(table, tensors) for table in TABLES]
+    needed = [(part, children) for part in (*_inside(own, role), *idle)]
+    if role == _ATTENTION and own.has_tables(module):
+        needed += [(table, tensors) for table in own.TABLES]
     missing = [part for part, present in needed if part not in present]
     return f"{it} has no {missing[0]}" if missing else None
 
 
-def _judgement(module: nn.Module, parts: dict) -> str | None:
-    for name, (kind, part) in parts.items():
-        if (problem := _structure(name, kind, part)) is not None:
+def _judgement(family: Family, module: nn.Module, parts: _Parts) -> str | None:
+    for name, (role, part) in parts.items():
+        if (problem := _structure(family, name, role, part)) is not None:
             return problem
-    if (problem := _signatures(module)) is not None:
+    if (problem := _signatures(family, module)) is not None:
         return problem
-    cases = ((4, 5, 3), (0, 3, 5)) if isinstance(module, Block) else ((0, 3, 5),)
-    problems = (apart(_Case(module, *case).problem) for case in cases)
+    block = isinstance(module, family.block)
+    cases = ((4, 5, 3), (0, 3, 5)) if block else ((0, 3, 5),)
+    problems = (apart(_Case(family, module, *case).problem) for case in cases)
     return next((p for p in problems if p is not None), None)
 
 
-def _signatures(module: nn.Module) -> str | None:
-    for kind in _classes(module):
-        if (taken := signature(kind)) != "(self, x)":
-            return f"the forward of {kind.__name__} takes {taken}, not (self, x)"
+def _signatures(family: Family, module: nn.Module) -> str | None:
+    """Whether the forwards take what they should; a published library's are as they are."""
+    for kind in () if family.published else _classes(family, module):
+        if (taken := signature(kind)) != family.parts.takes:
+            return f"the forward of {kind.__name__} takes {taken}, not {family.parts.takes}"
     return None
 
 
-def _second_look(module: nn.Module, parts: dict) -> str | None:
+def _second_look(family: Family, module: nn.Module, parts: _Parts) -> str | None:
     """At the module's own window, heads and scale."""
-    side = getattr(module, own.WINDOW, 0)
+    side = getattr(module, family.parts.WINDOW, 0)
     size = (side - side // 4, side - 1) if side else (3, 5)
-    return apart(_Case(module, side, *size).deviation)
+    return apart(_Case(family, module, side, *size).deviation)
 
 
 def signature(kind: type[nn.Module]) -> str:
@@ -167,18 +231,23 @@ class _Case:
         interpolated. The MLP is no wider than the block, which saves time.
     """
 
-    def __init__(self, module: nn.Module, window: int, height: int, width: int):
-        self.block = isinstance(module, Block)
-        self.attn = f"{own.ATTENTION}." if self.block else ""
+    def __init__(self, family: Family, module: nn.Module, window: int, height: int, width: int):
+        self.family, self.own = family, family.parts
+        self.block = isinstance(module, family.block)
+        self.before, attn, self.between, self.mlp = self.own.IN_BLOCK
+        self.attn = f"{attn}." if self.block else ""
+        self.attention_class = family.attention_of(module) if self.block else family.attention
         self.window, self.size = window, (height, width)
         self.sides = (window, window) if window else (height, width)
-        self.heads = int(_found(module, self.attn + own.HEADS, 2))
-        self.dim = _found(module, f"{self.attn}{own.QKV}.in_features", 32 * self.heads)
-        self.scale = float(_found(module, self.attn + own.SCALE, 0.25))
-        self.eps = _found(module, f"{own.NORM1}.eps", 1e-6)
-        self.tables = bool(_found(module, self.attn + own.HAS_TABLES, True))
-        qkv = _found(module, self.attn + own.QKV, None)
-        self.bias = getattr(qkv, "bias", True) is not None
+        heads, scale, has_tables = (self.attn + name for name in self.own.OPTIONS)
+        qkv = f"{self.attn}{self.own.IN_ATTENTION[0]}"
+        self.heads = int(_found(module, heads, 2))
+        self.dim = _found(module, f"{qkv}.in_features", 32 * self.heads)
+        self.scale = float(_found(module, scale, 0.25))
+        self.eps = _found(module, f"{self.before}.eps", 1e-6)
+        self.tables = bool(_found(module, has_tables, True))
+        self.bias = getattr(_found(module, qkv, None), "bias", True) is not None
+        self.flags = {path: _found(module, path, True) for path in self.own.FLAGS}
         self.generator = torch.Generator("cpu").manual_seed(0)
 
     def problem(self) -> str | None:
@@ -195,44 +264,49 @@ class _Case:
     def formula(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
         def layer(name):
             weight, bias = given[f"{name}.weight"], given.get(f"{name}.bias")
-            if name in (own.NORM1, own.NORM2):
+            if name in (self.before, self.between):
                 return lambda t: F.layer_norm(t, t.shape[-1:], weight, bias, self.eps)
             return lambda t: F.linear(t, weight, bias)
 
         zeros = x.new_zeros(1, self.dim // self.heads)
-        tables = [given.get(self.attn + name, zeros) for name in TABLES]
+        tables = [given.get(self.attn + name, zeros) for name in self.own.TABLES]
         tables = [fit_table(t, side) for t, side in zip(tables, self.sides, strict=True)]
-        qkv, proj = (layer(self.attn + name) for name in own.IN_ATTENTION)
+        qkv, proj = (layer(self.attn + name) for name in self.own.IN_ATTENTION)
         if not self.block:
             return attention(x, qkv, proj, *tables, self.heads, self.scale)
-        mlp = (layer(f"{own.MLP}.{name}") for name in (own.LIN1, own.LIN2))
-        around = layer(own.NORM1), qkv, proj, layer(own.NORM2), *mlp
+        mlp = (layer(f"{self.mlp}.{name}") for name in self.own.IN_MLP[:2])
+        around = layer(self.before), qkv, proj, layer(self.between), *mlp
         return sam_block(x, *around, *tables, self.heads, self.window, self.scale)
+
+    def _shell(self, role: str, kind: type[nn.Module], made, read: dict, tables=()) -> nn.Module:
+        own = self.own
+        idle = {name: nn.Identity() for name in _below(own, role, own.IDENTITIES)}
+        idle |= {name: nn.Dropout(0.0) for name in _below(own, role, own.DROPOUTS)}
+        read |= dict.fromkeys(_below(own, role, own.CHANCES), 0.0)
+        given = {**own.VALUES, **self.flags}
+        values = {path.rpartition(".")[2]: value for path, value in given.items()}
+        read |= {name: values[name] for name in _below(own, role, given)}
+        inside = dict(zip(_inside(own, role), made, strict=True))
+        return shell(kind, read, **inside, **idle, **dict(zip(own.TABLES, tables, strict=False)))
 
     def _block(self) -> nn.Module:
         made = self._norm(), self._attention(), self._norm(), self._mlp()
-        inside = dict(zip(own.IN_BLOCK, made, strict=True))
-        return shell(Block, {own.WINDOW: self.window}, **inside)
+        return self._shell(_BLOCK, self.family.block, made, {self.own.WINDOW: self.window})
 
     def _mlp(self) -> nn.Module:
         made = *(self._linear(self.dim, self.dim) for _ in range(2)), nn.GELU()
-        return shell(MLPBlock, {}, **dict(zip(own.IN_MLP, made, strict=True)))
+        return self._shell(_MLP, self.family.mlp, made, {})
 
     def _attention(self) -> nn.Module:
         rows = 2 * self.sides[0] - 1, 2 * self.sides[1] - 1 if self.window else 7
         size = self.dim // self.heads
         tables = [nn.Parameter(0.3 * self._draw(n, size)) for n in rows] if self.tables else ()
-        read = {own.HEADS: self.heads, own.SCALE: self.scale, own.HAS_TABLES: self.tables}
+        read = dict(zip(self.own.OPTIONS, (self.heads, self.scale, self.tables), strict=True))
         layers = (
             self._linear(3 * self.dim, self.dim, self.bias),
             self._linear(self.dim, self.dim),
         )
-        return shell(
-            Attention,
-            read,
-            **dict(zip(own.IN_ATTENTION, layers, strict=True)),
-            **dict(zip(TABLES, tables, strict=False)),
-        )
+        return self._shell(_ATTENTION, self.attention_class, layers, read, tables)
 
     def _linear(self, features: int, inputs: int, bias: bool = True) -> nn.Linear:
         layer = nn.Linear(1, 1, bias=bias)

@@ -1,43 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_anything's attention without its bias tensor and without copies of windows."""
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from samfast.adapters.stand_in import standing_in
+from samfast.fused.attention import FusedAttention
+from samfast.fused.families import load
 
-from samfast.adapters.adapter import Adapter
-from samfast.adapters.block_layer import layer_problem
-from samfast.adapters.stand_in import altered, kind_of, left_alone, standing_in
-from samfast.backends import requested, resolve
-from samfast.functional import window_relpos_attention
-from samfast.fused import parts
-from samfast.fused.proof import objection, signature
-from samfast.kernels._common.autocast import autocast_input
-from samfast.kernels._common.windows import Windows
-from samfast.kernels.relpos_attention.op import supports
-
-Attention = parts.load().attention
+Attention = load().attention
 
 
-class RelPosAttention(Attention):
+class RelPosAttention(FusedAttention, Attention):
     """Multi-head attention with decomposed relative positions (ViTDet, SAM), fused.
 
     x: (B, H, W, D) -> (B, H, W, D), as the stock module; or, with ``window``, as the stock
     module between window_partition and window_unpartition. Parameters, submodules and the state
-    dict are the stock module's.
-
-    Windows run in image order: padding is not projected, and no window is copied. That takes
-    layers that treat every token alone (``window_order`` says what stands against it); otherwise
-    the windows are cut before the projection, as in the stock block.
+    dict are the stock module's. See ``samfast.fused.attention``.
 
     backend: which kernel runs the attention, see ``samfast.backends``
-    left_alone: whether the stock forward is to run, in a compiled block that runs its own
-
-    Where the stock class does not compute what it should, see ``samfast.fused.proof``, its own
-    forward runs.
     """
-
-    backend = "auto"
-    left_alone = False
 
     @classmethod
     def from_attention(cls, attention: Attention) -> "RelPosAttention":
@@ -47,98 +26,3 @@ class RelPosAttention(Attention):
                 f"expected segment_anything's Attention, got {type(attention).__name__}"
             )
         return standing_in(cls, attention)
-
-    def forward(self, x: Tensor, window: int | None = None, *more, **others) -> Tensor:
-        """window: side of the windows that attend to themselves; the whole map when None.
-
-        more, others: what a stock class that was changed may take; the fused one takes nothing.
-        """
-        stock = self.left_alone or left_alone(self) or objection(self) is not None
-        if more or others or (stock and (window is None or signature(Attention) != "(self, x)")):
-            return super().forward(x, *(() if window is None else (window,)), *more, **others)
-        if window is not None:
-            return self.forward_windows(x, window)
-        before, after = parts.projections(self).values()
-        qkv = before(x)
-        batch, height, width = x.shape[:3]
-        if parts.has_tables(self):
-            qkv = qkv.reshape(batch, height, width, qkv.shape[-1])
-            return after(self._attend(qkv, (height, width)))
-        heads = parts.heads(self)
-        head_dim = qkv.shape[-1] // (3 * heads)
-        qkv = qkv.reshape(batch, height * width, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, scale=parts.scale(self))
-        return after(out.transpose(1, 2).reshape(batch, height, width, heads * head_dim))
-
-    def forward_windows(self, x: Tensor, window: int) -> Tensor:
-        """x (B, H, W, D) in image order, padded with zeros at the bottom and right if need be."""
-        if self.window_order() is None and objection(self) is None:
-            before, after = parts.projections(self).values()
-            qkv, pad_h, pad_b = _project(before, x, window)
-            pads = {"pad_bias": before.bias, "pad_h": pad_h, "pad_b": pad_b}
-            return after(self._attend(qkv, (window, window), **pads))
-        windows = Windows(*x.shape[:3], window, window)
-        tokens, _ = windows.paste(self.forward(windows.cut(x)))
-        return tokens.view(*x.shape[:3], tokens.shape[1])
-
-    def window_order(self) -> str | None:
-        """None when windows run in image order, or why they are cut before the projection."""
-        if not parts.has_tables(self):
-            return "it has no relative positions"
-        for name, layer in parts.projections(self).items():
-            if altered(layer):
-                return f"{name} has hooks or a forward of its own"
-            if type(layer) is nn.Linear or getattr(layer, "token_wise", False):
-                continue
-            if name == parts.QKV and isinstance(layer, Adapter) and layer.window_wise:
-                continue
-            problem = layer_problem(name, layer) if hasattr(layer, "block_problem") else None
-            return problem or f"{name} is {kind_of(layer)}, which may look at whole windows"
-        return None
-
-    def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
-        if not parts.has_tables(self):
-            return {}
-        tables = parts.tables(self)
-        sides = [(len(table) + 1) // 2 for table in tables]
-        table = autocast_input(tables[0].detach())
-        q = table.new_empty(0, *sides, parts.heads(self), table.shape[1])
-        windows = Windows.whole(0, *sides)
-        try:
-            name = resolve(
-                "relpos_attention", self._backend(), q.device, lambda b: supports(b, q, windows)
-            )
-        except RuntimeError as error:
-            return {"relpos_attention": str(error)}
-        return {"relpos_attention": name}
-
-    def _attend(self, qkv: Tensor, window: tuple[int, int], **pads: Tensor | None) -> Tensor:
-        return window_relpos_attention(
-            qkv,
-            parts.heads(self),
-            window,
-            *parts.tables(self),
-            scale=parts.scale(self),
-            backend=self._backend(),
-            **pads,
-        )
-
-    def _backend(self) -> str:
-        name = requested(self.backend)
-        # SAMFAST_BACKEND asks all of a model, but attention has no CUDA source.
-        return "triton" if name == "cuda" and self.backend == "auto" else name
-
-    def extra_repr(self) -> str:
-        text = f"num_heads={parts.heads(self)}"
-        return text if self.backend == "auto" else f"{text}, backend={self.backend}"
-
-
-def _project(
-    layer: nn.Module, x: Tensor, window: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """qkv (B, H, W, 3 · D), and the two factors of its padding in addition to the bias."""
-    if isinstance(layer, Adapter) and layer.window_wise:
-        return layer.forward_windows(x, window)
-    return layer(x), None, None

@@ -12,7 +12,9 @@ from samfast.adapters.adapter import adapter_parameter_names, adapters
 from samfast.adapters.attachment import attachment_within
 from samfast.adapters.method import Method
 from samfast.adapters.wrappers import unwrapped
+from samfast.fused.classes import is_fused_attention
 from samfast.fused.fuse import attention_states, block_states, fused_blocks
+from samfast.fused.proof import objection
 from samfast.integrations.libraries import (
     layers_of_others,
     parameters_of_others,
@@ -124,7 +126,7 @@ def report(model: nn.Module) -> Report:
             frozen[parameter.dtype] += count
     record = attachment_within(model)
     attention, blocks = attention_states(model), fused_blocks(model)
-    fused = [name for name, state in attention.items() if state.startswith("fused")]
+    alone = [module for module in model.modules() if is_fused_attention(module)]
     return Report(
         method=None if record is None else record.method,
         layers={name: type(layer).__name__ for name, layer in layers.items()},
@@ -140,7 +142,7 @@ def report(model: nn.Module) -> Report:
             [
                 *layers.values(),
                 *filter(swapped, others.values()),
-                *(model.get_submodule(n) for n in fused),
+                *(layer for layer in alone if objection(layer) is None),
                 *blocks.values(),
             ]
         ),

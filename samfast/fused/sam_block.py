@@ -1,25 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_anything's transformer block as one operator."""
 
-import torch
-from torch import Tensor, nn
-
-from samfast.adapters.block_layer import block_layer, layer_problem
-from samfast.adapters.stand_in import altered, kind_of, leaving_alone, runs_as, standing_in
-from samfast.backends import requested
-from samfast.fused import parts
-from samfast.fused.proof import objection
+from samfast.adapters.stand_in import standing_in
+from samfast.fused.block import BlockInParts, check_memory
+from samfast.fused.families import load
 from samfast.fused.rel_pos_attention import RelPosAttention
-from samfast.kernels._common.autocast import autocast_dtype, autocast_input
-from samfast.kernels._common.windows import Windows
-from samfast.kernels.relpos_attention.op import fit_table
-from samfast.kernels.sam_block.op import sam_block, stages_backend
-from samfast.kernels.sam_block.plan import Plan, check_memory
 
-Attention, Block, MLPBlock = parts.load()
+_family = load()
+Attention, Block, MLPBlock = _family.attention, _family.block, _family.mlp
 
 
-class SamBlock(Block):
+class SamBlock(BlockInParts, Block):
     """Transformer block with window attention, as the stock module, in one autograd node.
 
     x: (B, H, W, D) -> (B, H, W, D). Parameters, submodules and the state dict are the stock
@@ -32,8 +23,6 @@ class SamBlock(Block):
         of the block is. The gradients are the same.
     """
 
-    memory = "fast"
-
     @classmethod
     def from_block(cls, block: Block, memory: str = "fast") -> "SamBlock":
         """A block with the Parameters, submodules and hooks of ``block``."""
@@ -42,148 +31,8 @@ class SamBlock(Block):
         check_memory(memory)
         module = standing_in(cls, block)
         module.memory = memory
-        attention = parts.attention(block)
+        attention = _family.parts.attention(block)
         if type(attention) is Attention:
-            setattr(module, parts.ATTENTION, RelPosAttention.from_attention(attention))
+            name = _family.parts.IN_BLOCK[1]
+            setattr(module, name, RelPosAttention.from_attention(attention))
         return module
-
-    def forward(self, x: Tensor) -> Tensor:
-        problem = self.block_problem()
-        if problem is None and self._fits(x):
-            return self._fused(x)
-        if problem is not None and objection(self) is not None:
-            return self._stock(x)
-        first, second = parts.norms(self).values()
-        x = x + self._attention(first(x))
-        return x + parts.mlp(self)(second(x))
-
-    def block_problem(self) -> str | None:
-        """None when the block runs as one node, or why its submodules run one by one.
-
-        Where that is that its class is not what it is called, its own forward runs.
-        """
-        if (reason := objection(self)) is not None:
-            return reason
-        if requested("auto") == "reference":
-            return "the reference backend runs its submodules one by one"
-        attn, mlp = parts.attention(self), parts.mlp(self)
-        if (reason := self.window_order()) is not None and (
-            parts.window(self) > 0 or not runs_as(attn, RelPosAttention) or altered(attn)
-        ):
-            return reason
-        if not parts.has_tables(attn):
-            return "attn has no relative positions"
-        if attn.backend == "reference":
-            return "attn has the reference backend, which is plain autograd"
-        for name, norm in parts.norms(self).items():
-            if (reason := _norm_problem(name, norm)) is not None:
-                return reason
-        if type(mlp) is not MLPBlock and not hasattr(mlp, "block_side"):
-            return f"mlp is {kind_of(mlp)}"
-        act = parts.activation(self)
-        if altered(mlp) or altered(act):
-            return "mlp or its activation has hooks or a forward of its own"
-        if type(act) is not nn.GELU or act.approximate != "none":
-            return f"the activation is {act}, not the exact GELU"
-        if hasattr(mlp, "side_problem") and (reason := mlp.side_problem()) is not None:
-            return reason
-        problems = (layer_problem(name, layer) for name, layer in parts.linears(self).items())
-        return next((p for p in problems if p is not None), None)
-
-    def _fits(self, x: Tensor) -> bool:
-        """Whether x is what the norm takes; the submodules say what is wrong with another."""
-        width = parts.norms(self)[parts.NORM1].normalized_shape
-        if x.dim() != 4 or x.shape[3:] != width or 0 in x.shape[1:3]:
-            return False
-        autocast = autocast_dtype(x.device.type) is not None
-        weight = parts.projections(parts.attention(self))[parts.QKV].weight
-        return x.is_floating_point() and (autocast or x.dtype == weight.dtype)
-
-    def _stock(self, x: Tensor) -> Tensor:
-        """Bit for bit what the stock class gives, its attention included."""
-        attn = parts.attention(self)
-        if not runs_as(attn, RelPosAttention):
-            return super().forward(x)
-        if not torch.compiler.is_compiling():
-            with leaving_alone(attn):
-                return super().forward(x)
-        attn.left_alone = True
-        try:
-            return super().forward(x)
-        finally:
-            attn.left_alone = False
-
-    def _fused(self, x: Tensor) -> Tensor:
-        attn, mlp, side = parts.attention(self), parts.mlp(self), parts.window(self)
-        norms = parts.norms(self).values()
-        sides = (side, side) if side else x.shape[1:3]
-        windows, whole = Windows(*x.shape[:3], *sides), Windows.whole(*x.shape[:3])
-        like = autocast_input(x[:0])
-        layers = [
-            block_layer(layer, like, windows if name == parts.QKV else whole)
-            for name, layer in parts.linears(self).items()
-        ]
-        beside = mlp.block_side(like) if hasattr(mlp, "block_side") else None
-        plan = Plan(
-            heads=parts.heads(attn),
-            window=side,
-            scale=float(parts.scale(attn)),
-            eps=tuple([float(norm.eps) for norm in norms]),
-            dtype="" if like.dtype == x.dtype else str(like.dtype).removeprefix("torch."),
-            memory=self.memory,
-            attention="" if attn.backend == "auto" else requested(attn.backend),
-            layers=tuple(layer.plan for layer in layers),
-            side=None if beside is None else beside.plan,
-        )
-        head = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
-        sized = zip(parts.tables(attn), sides, strict=True)
-        tables = [fit_table(table, size) for table, size in sized]
-        tensors = [*head, *tables, *(t for layer in layers for t in layer.tensors)]
-        tensors += [] if beside is None else beside.tensors
-        y, aux = sam_block(x, tensors, plan)
-        for layer, value in zip(layers, aux, strict=True):
-            if layer.keep is not None:
-                y = layer.keep(value, y)
-        return y
-
-    def _attention(self, x: Tensor) -> Tensor:
-        attn, side = parts.attention(self), parts.window(self)
-        if side == 0:
-            return attn(x)
-        if self.window_order() is None:
-            return attn(x, window=side)
-        windows = Windows(*x.shape[:3], side, side)
-        tokens, _ = windows.paste(attn(windows.cut(x)))
-        return tokens.view(x.shape)
-
-    def window_order(self) -> str | None:
-        """None when windows run in image order, or why they are cut before the attention."""
-        attn = parts.attention(self)
-        if not runs_as(attn, RelPosAttention):
-            return f"attn is {kind_of(attn)}"
-        if altered(attn):
-            return "attn has hooks or a forward of its own"
-        return attn.window_order()
-
-    def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
-        if self.block_problem() is not None:
-            return {}
-        x = autocast_input(parts.norms(self)[parts.NORM1].weight.detach()[None, :0])
-        try:
-            return {"sam_block": stages_backend(requested("auto"), x)}
-        except RuntimeError as error:
-            return {"sam_block": str(error)}
-
-    def extra_repr(self) -> str:
-        return f"memory={self.memory}"
-
-
-def _norm_problem(name: str, norm: nn.Module) -> str | None:
-    if type(norm) is not nn.LayerNorm:
-        return f"{name} is {kind_of(norm)}"
-    if altered(norm):
-        return f"{name} has hooks or a forward of its own"
-    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-        return f"{name} is {norm}, not a LayerNorm over the features with weight and bias"
-    return None

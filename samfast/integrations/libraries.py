@@ -2,9 +2,10 @@
 """Layers of other libraries that adapt a model, and which file here knows them.
 
 A library is known by names of classes. It is never imported: a model that has its layers did that.
-Each file has
+Some classes are copied from program to program, and are known by their bare name. Each file has
 
-    OWNER, CALLS         the library's name; its own calls for what samfast does with its adapters
+    OWNER                the library's name, None where it is the package that has the class
+    CALLS                its own calls for what samfast does with its adapters
     objection(module)    why the module's class is left alone, None where samfast knows it
     mixin_of(module)     what fuses a module of a class that samfast knows
     kind_of(module)      what the library calls the layer
@@ -16,29 +17,53 @@ from types import ModuleType
 
 from torch import nn
 
-from samfast.adapters.stand_in import altered
+from samfast.adapters.stand_in import altered, whose
 from samfast.integrations.swap import swapped
 
-LIBRARIES = {"peft.tuners.tuners_utils.BaseTunerLayer": "peft_layers"}  # a class: its file
+LIBRARIES = {  # a class: its file
+    "peft.tuners.tuners_utils.BaseTunerLayer": "peft_layers",
+    "micro_sam.models.peft_sam.FacTSurgery": "micro_sam",
+    "micro_sam.models.peft_sam.ScaleShiftLayer": "micro_sam",
+}
+COPIED = {  # a class of any package: its file, and the child that is the layer it adapts
+    "_LoRA_qkv": ("qkv_wrappers", "qkv"),
+    "AttentionLoRA": ("micro_sam", "qkv_proj"),
+    "MLPLoRA": ("micro_sam", "mlp_layer"),
+    "AdaptFormer": ("micro_sam", "mlp_proj"),
+}
 
 
-def library_of(kind: type[nn.Module]) -> ModuleType | None:
-    """The file that knows modules of this class, None for samfast's, torch's and unknown ones."""
-    for base in kind.__mro__:
+def library_of(module: nn.Module) -> ModuleType | None:
+    """The file that knows a module by its class, None for samfast's, torch's and unknown ones."""
+    for base in type(module).__mro__:
         file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
+        if file is None and base.__name__ in COPIED:
+            copied, child = COPIED[base.__name__]
+            file = copied if module._modules.get(child) is not None else None
         if file is not None:
             return importlib.import_module(f"samfast.integrations.{file}")
     return None
 
 
+def owner_of(module: nn.Module) -> str:
+    """Whose a layer is that another library adapted."""
+    package = type(module).__module__.partition(".")[0]
+    return library_of(module).OWNER or ("your program" if package == "__main__" else package)
+
+
+def described(module: nn.Module) -> str:
+    """Whose such a layer is and what it is called there."""
+    return f"{whose(owner_of(module))} {library_of(module).kind_of(module)}"
+
+
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that another library adapted, by full name."""
-    return {name: m for name, m in model.named_modules() if library_of(type(m)) is not None}
+    return {name: m for name, m in model.named_modules() if library_of(m) is not None}
 
 
 def fusable(module: nn.Module) -> type | None:
     """The mixin that fuses the module; None where there is none, or it has its class already."""
-    library = library_of(type(module))
+    library = library_of(module)
     if library is None or swapped(module) is not None or "forward" in vars(module):
         return None
     return library.mixin_of(module) if library.objection(module) is None else None
@@ -49,7 +74,7 @@ def parameters_of_others(layers: dict[str, nn.Module]) -> set[str]:
     return {
         f"{layer}.{name}" if layer else name
         for layer, module in layers.items()
-        for name, _ in library_of(type(module)).parameters(module)
+        for name, _ in library_of(module).parameters(module)
     }
 
 
@@ -59,16 +84,16 @@ def states_of_others(layers: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def _state(module: nn.Module) -> str:
-    library = library_of(type(module))
-    what = f"{library.OWNER}'s {library.kind_of(module)}"
+    library = library_of(module)
+    what = described(module)
     if swapped(module) is None:
         if "forward" in vars(module):
-            return f"not fused: {what} with a forward that was replaced"
+            return f"not fused: {what} with a forward that was replaced; undo that, then fuse"
         if (reason := library.objection(module)) is not None:
             return f"not fused: {what}, {reason}"
         return f"not fused: {what}; fuse it with samfast.fuse(model)"
     if altered(module):
-        return f"not fused: {what} has hooks or a forward of its own"
+        return f"not fused: {what} has hooks or a forward of its own; remove them to fuse it"
     problem = module.block_problem()
     return f"fused: {what}" if problem is None else f"not fused: {what} {problem}"
 
@@ -76,10 +101,9 @@ def _state(module: nn.Module) -> str:
 def refuse_others(model: nn.Module) -> None:
     """Raise ValueError where another library has adapted a layer."""
     for name, module in layers_of_others(model).items():
-        library = library_of(type(module))
         raise ValueError(
-            f"{name or 'the model'} already has an adapter, {library.OWNER}'s "
-            f"{library.kind_of(module)}; {library.CALLS['keep']}"
+            f"{name or 'the model'} already has an adapter, {described(module)}; "
+            f"{library_of(module).CALLS['keep']}"
         )
 
 
@@ -89,7 +113,6 @@ def call_of_owner(model: nn.Module, action: str) -> str | None:
     action: "save", "merge" or "loss"
     """
     for module in layers_of_others(model).values():
-        library = library_of(type(module))
-        kind = type(model).__name__
-        return f"the adapters of this {kind} are {library.OWNER}'s; {library.CALLS[action]}"
+        call, kind = library_of(module).CALLS[action], type(model).__name__
+        return f"the adapters of this {kind} are {whose(owner_of(module))}; {call}"
     return None

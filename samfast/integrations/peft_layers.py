@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's ``lora.Linear``, alone or in a fused block (tested with PEFT 0.21)."""
+"""PEFT's ``lora.Linear``, alone or in a fused block (tested with PEFT 0.15 to 0.21)."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from samfast.adapters.block_layer import BlockLayer, dropout_seed
 from samfast.adapters.low_rank import backend_of
 from samfast.adapters.stand_in import altered
 from samfast.adapters.stand_in import kind_of as phrase
 from samfast.functional import lora_linear
+from samfast.integrations.linears import quantised
 from samfast.integrations.peft_proof import objection
 from samfast.integrations.swap import patched, swapped
 from samfast.kernels._common.autocast import autocast_dtype
@@ -30,6 +30,7 @@ CALLS = {
     ),
     "loss": "they add nothing to the loss, so leave aux_loss out",
 }
+_MERGE = "to predict fused, call merge_adapter()"
 _PARTS = ("lora_A", "lora_B", "lora_dropout")  # of an adapter
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -68,15 +69,15 @@ class FusedLoraLinear:
         base = self._modules["base_layer"]
         if type(base) is not nn.Linear:
             return f"is over {phrase(base)}, not a plain nn.Linear"
-        if _quantised(base.weight):
+        if quantised(base.weight):
             return f"has a weight that is a {type(base.weight).__name__}"
         if altered(base):
-            return "has hooks or a forward of its own on its base layer"
+            return "has hooks or a forward of its own on its base layer; remove them to fuse it"
         if self.disable_adapters and self.merged:
             return "is disabled while it is merged, so PEFT unmerges it at its next forward"
         active = self._active()
         if len(active) > 1:
-            return f"has {len(active)} active adapters"
+            return f"has {len(active)} active adapters; set_adapter(name) leaves one"
         return self._problem(active[0]) if active else None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
@@ -106,7 +107,7 @@ class FusedLoraLinear:
     def _problem(self, name: str) -> str | None:
         """What is not plain in an adapter."""
         if self.use_dora.get(name, False):
-            return "has a variant of LoRA, DoRA"
+            return f"has a variant of LoRA, DoRA; {_MERGE}"
         variant = getattr(self, "lora_variant", {}).get(name)  # PEFT 0.15 has none
         if variant is not None:
             return f"has a variant of LoRA, {type(variant).__name__}"
@@ -116,17 +117,17 @@ class FusedLoraLinear:
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return "has factors that are not plain nn.Linear"
         if up.bias is not None or down.bias is not None:
-            return "has a bias in its adapter"
+            return f"has a bias in its adapter; {_MERGE}"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"has {phrase(dropout)} before its adapter"
         if altered(down) or altered(up) or altered(dropout):
-            return "has hooks or a forward of its own in its adapter"
+            return "has hooks or a forward of its own in its adapter; remove them to fuse it"
         if type(dropout) is nn.Dropout and dropout.p >= 1.0:
             return f"has a dropout of {dropout.p}"
         if not isinstance(self.scaling[name], (int, float)):
             return f"has a scaling that is a {type(self.scaling[name]).__name__}, not a number"
         if not getattr(self, "cast_input_dtype_enabled", True):
-            return "does not cast its input to its adapter's dtype"
+            return "does not cast its input to its adapter's dtype; enable that to fuse it"
         return _dtype_problem(self.base_layer.weight.dtype, down.weight.dtype, up.weight.dtype)
 
     def _tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -145,19 +146,15 @@ class FusedLoraLinear:
         return x.dtype == self.weight.dtype or autocast_dtype(x.device.type) is not None
 
 
-def _quantised(weight: Tensor) -> bool:
-    """Whether it is no plain tensor; what FSDP shards is one by the time of the forward."""
-    if type(weight) is nn.Parameter:
-        return False
-    return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
-
-
 def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str | None:
     """Factors are of the base's dtype, or float32 over a narrow base."""
     if down == up and (down == base or (down == torch.float32 and base in _NARROW)):
         return None
     names = [str(dtype).removeprefix("torch.") for dtype in (down, up, base)]
-    return f"has factors of {names[0]} and {names[1]} over a weight of {names[2]}"
+    return (
+        f"has factors of {names[0]} and {names[1]} over a weight of {names[2]}; cast them to "
+        f"{names[2]} to fuse it"
+    )
 
 
 def mixin_of(module: nn.Module) -> type:

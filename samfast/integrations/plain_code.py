@@ -17,7 +17,10 @@ TENSORS = frozenset(
     "pad permute repeat reshape roll scaled_dot_product_attention shape size softmax split squeeze "
     "stack sub transpose unbind unflatten unsqueeze view zeros".split()
 )
-_BUILTINS = frozenset("abs float int isinstance len list max min range round tuple zip".split())
+_BUILTINS = frozenset(
+    "abs float hasattr int isinstance len list max min range round tuple zip".split()
+)
+_WRITES = ("STORE_SUBSCR", "STORE_SLICE")
 _MODULES = ("torch", "torch.nn", "torch.nn.functional", "math")
 _NUMBERS = (bool, int, float, str, type(None))
 _ABSENT = object()
@@ -27,10 +30,12 @@ class PlainCode:
     """The forward of a class, read again only once something it reaches was replaced.
 
     names: attributes of the class's modules and of their parts that it may read
+    writes: whether it may write to a part of a tensor, ``t[...] = u``; a run with gradients shows
+        whether the tensor is its input
     """
 
-    def __init__(self, kind: type[nn.Module], names: frozenset[str]):
-        self.kind, self.names = kind, names
+    def __init__(self, kind: type[nn.Module], names: frozenset[str], writes: bool = False):
+        self.kind, self.names, self.writes = kind, names, writes
         self.bases = [vars(c) for c in kind.__mro__[: kind.__mro__.index(nn.Module)]]
         self.code = -1
         self.problem: str | None = None
@@ -104,6 +109,10 @@ class PlainCode:
             kind, name = instruction.opname, instruction.argval
             if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self._global(function, name, modules, found)
+                if name == "hasattr":
+                    self._asked(function, code)
+            elif self.writes and kind in _WRITES:
+                continue
             elif kind in ("LOAD_ATTR", "LOAD_METHOD"):
                 self._attribute(name, modules, found)
             elif "SUPER" in kind or kind.startswith(("STORE_", "DELETE_", "IMPORT_")):
@@ -119,6 +128,14 @@ class PlainCode:
             modules.append(value)
         else:
             self._value(name, value, found)
+
+    def _asked(self, function, code: CodeType) -> None:
+        """What hasattr may be asked for: any text in the code but the documentation."""
+        for text in code.co_consts:
+            if isinstance(text, str) and text != function.__doc__:
+                if text not in self.names:
+                    raise self._uses(f"hasattr, and {text!r}")
+                self.attributes.add(text)
 
     def _attribute(self, name: str, modules: list, found: list) -> None:
         if name not in TENSORS and name not in self.names:

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +23,13 @@ from samfast.adapters.wrappers import (
     unclear,
     unwrapped,
 )
+from samfast.integrations import peft_config
 from samfast.integrations.libraries import call_of_owner, refuse_others
 from samfast.methods.ta_lora.tasks import numbers_of, set_task
 from samfast.models import hf_names
 from samfast.models.heads import stock_state_dict
 
+DECODER = ("mask_decoder",)  # trained whole beside samfast's methods
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ONLY_SEGMENT_ANYTHING = (
     "samfast.models.build_sam(name, checkpoint=folder) makes segment_anything's Sam, which has "
@@ -36,9 +39,9 @@ _ONLY_SEGMENT_ANYTHING = (
 
 def attach(
     model: nn.Module,
-    method: Method,
+    method: Method | Any,
     *,
-    train: tuple[str, ...] | str = ("mask_decoder",),
+    train: tuple[str, ...] | str | None = None,
     base_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Freeze a model, put adapters on its target layers, and un-freeze what ``train`` names.
@@ -50,9 +53,11 @@ def attach(
     method: for example ``samfast.Lora(rank=4)``. Its ``target`` is a leaf name, matched in
         ``model.image_encoder`` (``vision_encoder`` of Hugging Face's SamModel) where there is one
         and anywhere else otherwise, or a regular expression (whatever is no plain identifier)
-        matched against full module names of the whole model, or a tuple of those.
+        matched against full module names of the whole model, or a tuple of those. Or PEFT's
+        ``LoraConfig`` for plain LoRA, whose names match as PEFT matches them.
     train: names of modules or parameters, each with all that is below it, trained whole beside the
-        adapters; () for adapters alone. A SamModel takes segment_anything's names too.
+        adapters; () for adapters alone. None is ("mask_decoder",), or modules_to_save of PEFT's
+        config. A SamModel takes segment_anything's names too.
     base_dtype: cast the frozen tensors of the image encoder (of the whole model where there
         is none) to float32, bfloat16 or float16. Tensors that are trained keep their dtype and
         adapters are float32, as are prompt encoder and mask decoder. A module inside the encoder
@@ -63,17 +68,32 @@ def attach(
     is changed; also for a parameter with NaN or infinity, a persistent buffer with NaN, and a layer
     that another library adapted.
     """
-    if not isinstance(method, Method):
+    config = method if peft_config.is_config(method) else None
+    if config is not None:
+        peft_config.check_config(config)
+    elif not isinstance(method, Method):
         raise TypeError(f"method is {method!r}, which is not one of samfast's methods")
     check_attachable(model, base_dtype)
     refuse_new_parameters(model)
     inner, prefix = unwrapped(model), prefix_of(model)
-    layers = find_layers(inner, method, prefix)
+    if config is None:
+        layers = find_layers(inner, method, prefix)
+        train = DECODER if train is None else train
+    else:
+        method, layers, train = peft_config.translated(config, inner, prefix, train)
+        for name, layer in layers.items():
+            try:
+                check_layer(method, name, layer)
+            except ValueError as error:
+                raise ValueError(f"{error}; exclude_modules leaves layers out") from None
     method.check_model(inner, layers)
     trained = find_trained(inner, train, prefix)
     if (problem := base_problem(inner)) is not None:
         raise ValueError(f"expected a base of finite numbers, but {problem}; load its weights anew")
-    attach_to(inner, method, layers, method.build(layers), trained, base_dtype)
+    adapted = method.build(layers)
+    if config is not None:
+        peft_config.start(config, adapted)
+    attach_to(inner, method, layers, adapted, trained, base_dtype)
     return model
 
 

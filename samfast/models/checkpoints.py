@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -68,7 +69,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if path.is_dir():
         content = _read_folder(path)
     elif path.is_file():
-        content = _read_file(path)
+        content = read_file(path)
     elif path.exists():
         raise ValueError(f"checkpoint {path} is neither a file nor a folder")
     else:
@@ -107,7 +108,8 @@ def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike) -> None:
     sam.load_state_dict(copies, assign=True)
 
 
-def _read_file(path: Path):
+def read_file(path: Path) -> Any:
+    """What a file of safetensors or of PyTorch holds, on the CPU; nothing in it is executed."""
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -139,7 +141,7 @@ def _read_folder(folder: Path) -> dict:
         )
     for weights in _WEIGHTS:
         if (folder / weights).is_file():
-            return _read_file(folder / weights)
+            return read_file(folder / weights)
         index = folder / f"{weights}.index.json"
         if index.is_file():
             return _read_shards(index)
@@ -157,7 +159,7 @@ def _read_shards(index: Path) -> dict:
             raise ValueError(f"{index} names the file {file!r}, which is not in its own folder")
         if not shard.is_file():
             raise FileNotFoundError(f"{index} names the file {file!r}, which does not exist")
-        content = _read_file(shard)
+        content = read_file(shard)
         if not isinstance(content, Mapping):
             raise ValueError(f"checkpoint {shard} holds a {type(content).__name__}, not tensors")
         state.update(content)

@@ -72,6 +72,7 @@ def binary_head(sam: nn.Module) -> nn.Module:
     parts = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
     if not all(isinstance(getattr(decoder, part, None), nn.Module) for part in parts):
         raise ValueError(f"this {type(sam).__name__} has no mask decoder of SAM{unclear(sam)}")
+    _refuse_copies(decoder, "binary_head")
     tokens, networks = decoder.mask_tokens, decoder.output_hypernetworks_mlps
     weight = tokens.weight
     setattr(decoder, _ATTRIBUTE, _Taken(weight.detach()[1:].clone(), tuple(networks[1:])))
@@ -92,6 +93,7 @@ def restore_head(sam: nn.Module) -> nn.Module:
     if taken is None:
         return sam
     decoder = unwrapped(sam).mask_decoder
+    _refuse_copies(decoder, "restore_head")
     weight = decoder.mask_tokens.weight
     tokens = torch.cat([weight.detach(), taken.tokens.to(weight)])
     _set_tokens(decoder, tokens, weight.requires_grad)
@@ -162,6 +164,15 @@ def given_head(model: nn.Module, name: str) -> Iterator[None]:
 
 def _taken(model: nn.Module) -> _Taken | None:
     return getattr(getattr(unwrapped(model), "mask_decoder", None), _ATTRIBUTE, None)
+
+
+def _refuse_copies(decoder: nn.Module, action: str) -> None:
+    """Raise ValueError where PEFT keeps copies of the decoder, which a change would not reach."""
+    if "modules_to_save" in decoder._modules:
+        raise ValueError(
+            f"the mask decoder is in PEFT's modules_to_save, and {action} would miss its copies; "
+            f"call {action} before peft.get_peft_model"
+        )
 
 
 def _set_tokens(decoder: nn.Module, weight: Tensor, trained: bool) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which SAM ``segment`` reads, and which of its parameters it never does."""
 
+import re
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -8,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from samfast.adapters.wrappers import encoder_name, levels, unclear, unwrapped
 from samfast.models.hugging_face import HuggingFaceSam, is_hugging_face
 
+# PEFT's modules_to_save puts a copy beside the module that was there.
+_COPIES = re.compile(r"(?<=\.)(original_module|modules_to_save\.[^.]+)\.")
 SAM_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
@@ -17,17 +21,19 @@ def unused_by_segment(sam: nn.Module) -> list[str]:
     They predict the quality of masks, the three masks of an ambiguous prompt, and embed mask
     prompts.
     """
-    return [
-        name
-        for name, _ in sam.named_parameters()
-        if "mask_decoder.iou_prediction_head." in name
+    return [name for name, _ in sam.named_parameters() if _never_read(_COPIES.sub("", name))]
+
+
+def _never_read(name: str) -> bool:
+    return (
+        "mask_decoder.iou_prediction_head." in name
         or "prompt_encoder.mask_downscaling." in name
         or "prompt_encoder.mask_embed." in name  # Hugging Face's name of it
         or (
             "mask_decoder.output_hypernetworks_mlps." in name
             and "mask_decoder.output_hypernetworks_mlps.0." not in name
         )
-    ]
+    )
 
 
 def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Module | HuggingFaceSam:

@@ -146,7 +146,9 @@ def check_decoder_chunk(chunk: int | None) -> None:
 
 def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
     encoder = sam.image_encoder
-    side = encoder.img_size // encoder.patch_embed.proj.stride[0]
+    patches = encoder.patch_embed.proj
+    patches = getattr(patches, "base_layer", patches)  # of PEFT's layer around it
+    side = encoder.img_size // patches.stride[0]
     # Not of the neck, in whose place another library may have put a wrapper.
     channels = 2 * _grid_layer(sam).positional_encoding_gaussian_matrix.shape[1]
     return (channels + getattr(encoder, "more_channels", 0), side, side)

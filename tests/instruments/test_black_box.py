@@ -179,7 +179,7 @@ def subject(kind):
     return Subject(kind(24, 40, 3), Literal(24, 40, 3), torch.randn(3, 5, 24, dtype=torch.float64))
 
 
-@pytest.mark.slow_on_cpu("generated")
+@pytest.mark.slow_on_cpu("generated", "compiled")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 def test_a_right_module_passes(check):
     check(subject(Right))

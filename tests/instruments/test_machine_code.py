@@ -173,6 +173,7 @@ def test_the_table_of_a_version_is_replaced(tmp_path, monkeypatch):
         machine_code._file.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_needless_erf_is_seen():
     code, text = gate(*PLANTED, "--quick")
     assert code == 1, text

@@ -23,20 +23,30 @@ __global__ void spills(const float* x, float* y, int n) {
 PLANTED = ("--launches", "tests.instruments.planted_kernels")
 
 
+def test_planted_faults():
+    check_faults("--only", "faults", count="4 compiles of 4 launches, 4 wrong")
+
+
+@pytest.mark.slow_on_cpu
 def test_planted_kernels():
-    code, text = gate("--archs", "86", *PLANTED, "--quick", "--jobs", "1")
+    text = check_faults(count="7 compiles of 8 launches, 4 wrong")
+    clean = [row for row in text.splitlines() if " clean_kernel" in row]
+    assert len(clean) == 3 and clean[0].startswith("sound +1 ")  # one compile for the same code
+    assert not any("NOT CLEAN" in row for row in clean)
+
+
+def check_faults(*options, count):
+    """The gate sees each fault and fails. Returns what it printed."""
+    code, text = gate("--archs", "86", *PLANTED, "--quick", "--jobs", "1", *options)
     rows = {
         row.split(" sm_86 ")[1].split()[0]: row for row in text.splitlines() if " sm_86 " in row
     }
-    assert code == 1
+    assert code == 1 and count in text
     assert "NOT CLEAN" in rows["spilling_kernel"] and "spills   0" not in rows["spilling_kernel"]
     assert "atomics 1" in rows["atomic_kernel"] and "NOT CLEAN" in rows["atomic_kernel"]
     assert "spills   0" in rows["crowded_kernel"] and "NOT CLEAN" in rows["crowded_kernel"]
     assert "NOT COMPILED: arange's range must be a power of 2" in rows["refused_kernel"]
-    clean = [row for row in text.splitlines() if " clean_kernel" in row]
-    assert len(clean) == 3 and clean[0].startswith("sound +1 ")  # one compile for the same code
-    assert not any("NOT CLEAN" in row for row in clean)
-    assert "7 compiles of 8 launches, 4 wrong" in text
+    return text
 
 
 @pytest.mark.slow_on_cpu

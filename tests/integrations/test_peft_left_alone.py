@@ -77,15 +77,23 @@ def mixed_dtypes():
     return model
 
 
+MERGE = "to predict fused, call merge_adapter()"
 HOSTILE = {  # a model: the reason, and how many blocks still run as one
-    dora: ("qkv has a variant of LoRA, DoRA", 0),
-    two_active: ("qkv has 2 active adapters", 0),
-    biased: ("qkv has a bias in its adapter", 0),
+    dora: (f"qkv has a variant of LoRA, DoRA; {MERGE}", 0),
+    two_active: ("qkv has 2 active adapters; set_adapter(name) leaves one", 0),
+    biased: (f"qkv has a bias in its adapter; {MERGE}", 0),
     hooked: ("qkv has hooks or a forward of its own", 1),
-    hooked_inside: ("qkv has hooks or a forward of its own in its adapter", 1),
+    hooked_inside: (
+        "qkv has hooks or a forward of its own in its adapter; remove them to fuse it",
+        1,
+    ),
     other_base: ("qkv is over tests's Doubled, not a plain nn.Linear", 1),
     other_dropout: ("qkv has torch's Threshold before its adapter", 1),
-    mixed_dtypes: ("qkv has factors of float64 and float64 over a weight of float32", 1),
+    mixed_dtypes: (
+        "qkv has factors of float64 and float64 over a weight of float32; cast them to float32 "
+        "to fuse it",
+        1,
+    ),
 }
 
 
@@ -103,6 +111,16 @@ def test_hostile(make):
     all_within_budget(
         run(fused, x), lambda: run(stock, x), lambda: run(double, x.double()), torch.float32
     )
+
+
+@pytest.mark.parametrize("make", [dora, biased, two_active], ids=lambda make: make.__name__)
+def test_the_way_out_that_report_names(make):
+    model = samfast.fuse(make()).eval()
+    if make is two_active:
+        model.set_adapter("default")
+    else:
+        model.merge_adapter()
+    assert block_calls(model, maps()) == DEPTH
 
 
 def _spoken(state):

@@ -58,7 +58,15 @@ def test_gradients_are_those_of_finite_differences(operation, backend):
     assert torch.autograd.gradcheck(lambda *t: call(t), leaves, fast_mode=fast)
 
 
-@pytest.mark.slow_on_cpu("False", *OTHERS)
+@pytest.mark.slow_on_cpu(
+    "False",
+    *OTHERS,
+    "adapt_former-torch",
+    "cobot_fold-down-torch",
+    "hypercomplex_linear-torch",
+    "sam_block-balanced-torch",
+    "window_relpos_attention-torch",
+)
 @pytest.mark.parametrize("requires_grad", [True, False])
 @cases(("torch",))
 def test_opcheck(operation, backend, requires_grad):
@@ -102,7 +110,9 @@ def spread(t):
     return t.flatten()[0].expand(t.shape)
 
 
-@pytest.mark.slow_on_cpu("triton", *OTHERS)
+@pytest.mark.slow_on_cpu(
+    "triton", *OTHERS, "adapt_former-torch-expanded", "cobot_fold-down-torch-expanded"
+)
 @pytest.mark.parametrize(
     ("layout", "incoming"),
     [(dense, dense), (turned, turned), (dense, spread)],
@@ -161,7 +171,7 @@ def test_a_checkpoint_gives_the_same_bits(operation, backend, reentrant):
         assert torch.equal(ours, whole)
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "adapt_former-auto", "window_relpos_attention-torch")
 @cases()
 def test_only_the_wanted_gradients_are_made(operation, backend):
     """Whichever are wanted, those that are have the bits they have with all the others."""
@@ -177,7 +187,7 @@ def test_only_the_wanted_gradients_are_made(operation, backend):
             assert_alike(made, whole, str(wanted))
 
 
-@pytest.mark.slow_on_cpu(*OTHERS)
+@pytest.mark.slow_on_cpu(*OTHERS, "window_relpos_attention-torch", "cobot_fold-down-torch")
 @cases(("torch",))
 def test_a_gradient_that_nobody_wants_costs_nothing(operation, backend):
     """No gradient by itself costs more than all together, and without it they cost less."""
@@ -199,7 +209,7 @@ def test_a_gradient_that_nobody_wants_costs_nothing(operation, backend):
         assert some not in apart or others < full, f"the gradients {some} are made for nobody"
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "adapt_former-auto")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @cases(of=[operation for operation in OPERATIONS if operation.kept])
 def test_saved_bytes(operation, backend, dtype):
@@ -282,7 +292,7 @@ def layouts(operation):
             )
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "adapt_former-auto", "window_relpos_attention-torch")
 @cases()
 def test_odd_memory(operation, backend):
     """Of every tensor and of the gradients that come in: as good as dense ones."""
@@ -300,7 +310,7 @@ def test_odd_memory(operation, backend):
             keep(budget, operation.run(tensors, backend, odd))
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "adapt_former-auto", "window_relpos_attention-torch")
 @cases()
 def test_expanded_memory(operation, backend):
     """Of every tensor, and of the incoming gradients: as good as dense ones."""

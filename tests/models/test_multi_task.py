@@ -75,7 +75,20 @@ def run(model, call, images, weights):
     return {**{f"{n}.logits.all": v.detach() for n, v in logits.items()}, **gradients}
 
 
-@pytest.mark.slow_on_cpu("None")
+def test_logits_in_chunks_are_those_of_separate_decoder_calls(model, small, small_double):
+    images, wide = images_of(2), copy.deepcopy(model).double()
+
+    def theirs(own, sam):
+        with torch.no_grad():
+            return {task.name: separate_calls(own, sam, images, task.name) for task in TASKS}
+
+    with torch.no_grad():
+        ours = model(images, decoder_chunk=2)
+    stock, exact = partial(theirs, model, small), partial(theirs, wide, small_double)
+    all_within_budget(ours, stock, exact, torch.float32)
+
+
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_equals_separate_decoder_calls(model, small, small_double, chunk):
     images = images_of(2)
@@ -231,6 +244,7 @@ def test_blocks_below_the_first_adapter_are_shared(dependent):
     assert rows == [2, 2, 3, 3]
 
 
+@pytest.mark.slow_on_cpu("False")
 @pytest.mark.parametrize("fused", [False, True])
 def test_images_and_tasks_belong_together(dependent, fused):
     if fused:
@@ -250,6 +264,7 @@ def test_images_and_tasks_belong_together(dependent, fused):
         assert some["depth"].shape == (0, 2, *SIZE)
 
 
+@pytest.mark.slow_on_cpu
 def test_gradients_of_all_tasks_are_those_of_each(dependent):
     """In float64."""
     images, own = images_of(2), copy.deepcopy(dependent).double()

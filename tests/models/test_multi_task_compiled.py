@@ -43,6 +43,7 @@ def compiled(model, backend):
     return torch.compile(model, fullgraph=True, backend=noted), graphs
 
 
+@pytest.mark.slow
 def test_the_encoder_is_one_graph_for_each_way_of_asking(model):
     """Whatever was asked before."""
     images = torch.rand(1, 3, 64, 64) * 255

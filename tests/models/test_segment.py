@@ -15,12 +15,14 @@ from samfast.models import decode, encode, segment, unused_by_segment
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
-@pytest.mark.slow_on_cpu("size0", "size1", "size2", "size3", "size7")
+@pytest.mark.slow_on_cpu(but=["points, ragged-size4-float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(
     ("kind", "size"),
     [*((kind, (50, 95)) for kind in KINDS), ("none", (SIDE, SIDE)), ("three boxes", (95, 1))],
 )
-def test_equals_the_stock_loop(small, small_double, kind, size):
+def test_equals_the_stock_loop(small, small_double, kind, size, dtype):
+    """Those without a prompt are in test_heads.py, boxes with points in test_segment_chunks.py."""
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     arguments = prompts(kind, 2, size)
     weights = torch.randn(*size)
@@ -29,11 +31,11 @@ def test_equals_the_stock_loop(small, small_double, kind, size):
     def moved(results):
         return {name: values for name, values in results.items() if values.any()}
 
-    for dtype, sam in ((torch.float32, small), (torch.float64, small_double)):
-        budget = Budget(partial(run, stock, sam, images, arguments, weights), exact, dtype)
-        ours = moved(run(segment, sam, images, arguments, weights))
-        assert set(ours) == set(moved(budget.exact))
-        keep(budget, ours, some=True)
+    sam = small if dtype == torch.float32 else small_double
+    budget = Budget(partial(run, stock, sam, images, arguments, weights), exact, dtype)
+    ours = moved(run(segment, sam, images, arguments, weights))
+    assert set(ours) == set(moved(budget.exact))
+    keep(budget, ours, some=True)
 
 
 def test_unused_parameters_are_those_without_a_gradient(small):
@@ -46,6 +48,7 @@ def test_unused_parameters_are_those_without_a_gradient(small):
     assert set(unused_by_segment(small)) == names - used
 
 
+@pytest.mark.slow_on_cpu("fp16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("how", ["autocast", "base"])
 def test_low_precision(small, small_double, how, dtype):

@@ -215,6 +215,7 @@ def test_in_a_block(sizes, change, memory):
     check_all_dtypes(layers)
 
 
+@pytest.mark.slow_on_cpu("auto")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
     "trained",
@@ -304,6 +305,7 @@ def test_one_sample_that_is_not_a_number(memory):
     assert ours["y"][0].isfinite().all() and ours["y"][1].isnan().all()
 
 
+@pytest.mark.slow_on_cpu("balanced-torch.float32")
 @pytest.mark.parametrize(
     ("memory", "dtype"),
     [("fast", torch.bfloat16), ("balanced", torch.float32), ("minimal", torch.bfloat16)],

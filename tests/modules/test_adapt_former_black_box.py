@@ -78,7 +78,9 @@ CASES = [
 
 
 @pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
-@pytest.mark.slow_on_cpu("triton", "generated", "torch-compiled", "cobot-block-fast-auto")
+@pytest.mark.slow_on_cpu(
+    "triton", "generated", "torch-compiled", "cobot-block-fast-auto", "cobot-alone-auto-compiled"
+)
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):

@@ -66,7 +66,9 @@ def tasks():
     return ours, LiteralTaskLora(ours)
 
 
-@pytest.mark.slow_on_cpu("torch", "triton", "generated")
+@pytest.mark.slow_on_cpu(
+    "torch", "triton", "generated", "CobotQkvLora-compiled", "TaskLoraLinear-compiled"
+)
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
     "make",

@@ -44,7 +44,7 @@ def layers_of(tensors, dtype):
     return layers
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "cpu", "torch-together", "reference-together")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", [name for name in backends.NAMES if name != "cuda"])
 def test_golden(backend, together, monkeypatch):
@@ -364,6 +364,7 @@ def test_files_hold_published_names_and_shared_tensors_once(tiny_sam, images, mo
     samfast.load_adapter(attached(tiny_sam()), tmp_path / "adapter")
 
 
+@pytest.mark.slow_on_cpu
 def test_launches_beyond_plain_lora(tiny_sam, monkeypatch):
     """Six in a step, whatever the number of blocks: none in a block, no host sync."""
     if (reason := backends.triton_missing(DEVICE)) is not None:

@@ -53,7 +53,7 @@ def layers_of(tensors, dtype):
     return layers
 
 
-@pytest.mark.slow_on_cpu("cuda", "triton-alone")
+@pytest.mark.slow_on_cpu("cuda", "triton")
 @pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
 @pytest.mark.parametrize("backend", backends.NAMES)
 def test_golden(backend, together, monkeypatch):
@@ -129,6 +129,7 @@ def without_dropout(tiny_sam, move):
     return move(sam).image_encoder.train()
 
 
+@pytest.mark.slow_on_cpu("True-stock", "False-fused")
 @pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks(without_dropout, reentrant, fused):

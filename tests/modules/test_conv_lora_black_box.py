@@ -43,7 +43,7 @@ CASES = [("auto", False), ("auto", True), ("torch", True), ("triton", False), ("
 
 
 @pytest.mark.gpu(*(f"triton-{kind}-{name}" for kind in ("full", "depthwise") for name in LONG))
-@pytest.mark.slow_on_cpu("triton", "generated")
+@pytest.mark.slow_on_cpu("triton", "generated", "torch-depthwise", "depthwise-compiled")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
     ("backend", "depthwise"), CASES, ids=[f"{b}-{'depthwise' if d else 'full'}" for b, d in CASES]

@@ -71,7 +71,7 @@ def run(module, tensors, call):
 
 
 @pytest.mark.gpu("cuda", "global_eval-triton", "rect_eval-triton")  # minutes in the interpreter
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "reference")
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton", "cuda"])
 @pytest.mark.parametrize(
     "path", CASES, ids=[path.stem.removeprefix("conv_lora_") for path in CASES]

@@ -80,6 +80,7 @@ def run(model, dtype):
     return dict(zip(["y", "aux", "dx", *named], [y.detach(), aux.detach(), *grads], strict=True))
 
 
+@pytest.mark.slow_on_cpu("evaluation-torch", "full-training-torch")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("depthwise", [False, True], ids=["full", "depthwise"])

@@ -74,7 +74,7 @@ def compare(attached, stock, forward, images, target):
     assert (ours.sum(1) - theirs.sum(1)).abs().max() <= 2e-6
 
 
-@pytest.mark.slow_on_cpu("depthwise")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("depthwise", [False, True], ids=["full", "depthwise"])
 def test_converges_as_the_literal_method(toy, depthwise):
     torch.manual_seed(0)

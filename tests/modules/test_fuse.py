@@ -259,7 +259,7 @@ def test_a_block_of_the_users_own_inside_out():
 
 @pytest.mark.parametrize("function", [samfast.fuse, samfast.unfuse])
 def test_nothing_to_fuse(toy, function):
-    with pytest.raises(ValueError, match="no attention of the segment_anything package, which fus"):
+    with pytest.raises(ValueError, match="no block or attention that fuse knows"):
         function(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is str"):
         function("model")
@@ -268,7 +268,7 @@ def test_nothing_to_fuse(toy, function):
 @pytest.mark.parametrize("function", [samfast.fuse, samfast.unfuse])
 def test_blocks_of_another_package_are_left_alone(toy, sam, function):
     vendored = toy()
-    sentence = "not fused: toy_sam's Block, which is not segment_anything's"
+    sentence = "not fused: toy_sam's Block, which fuse does not know"
     with pytest.raises(ValueError, match=f"; image_encoder.blocks.0 is {sentence}"):
         function(vendored)
     assert set(samfast.report(vendored).blocks.values()) == {sentence}

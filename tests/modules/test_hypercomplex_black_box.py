@@ -85,7 +85,12 @@ KINDS = {"PHMLinear": phm, "PHMLinear-factored": factored, "QuaternionLinear": q
 
 
 @pytest.mark.slow_on_cpu(
-    "triton", "generated", "torch-PHMLinear-factored", "torch-QuaternionLinear"
+    "triton",
+    "generated",
+    "torch-PHMLinear-factored",
+    "torch-QuaternionLinear",
+    "auto-PHMLinear-factored-compiled",
+    "auto-QuaternionLinear-compiled",
 )
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)

@@ -20,6 +20,9 @@ from samfast.modules import CobotQkvLora, ConvLoraLinear, LoraLinear, TaskLoraLi
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.slow_on_cpu(
+    "adaptformer", "cobot-adaptformer", "kronecker", "qkv-lora", "conv-lora-depthwise"
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_predictions_leave_training_as_it_was(name, tiny_sam, move):
     """In inference mode, under no_grad, before weights are loaded, before and after a step."""

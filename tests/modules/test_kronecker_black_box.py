@@ -12,7 +12,7 @@ from samfast.backends import triton_missing
 from samfast.modules import KroneckerLinear
 
 
-@pytest.mark.slow_on_cpu("triton", "generated")
+@pytest.mark.slow_on_cpu("triton", "generated", "torch")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 def test_black_box(check, backend, monkeypatch):

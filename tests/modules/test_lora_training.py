@@ -64,6 +64,7 @@ def train(model, forward, images, target, steps=STEPS):
     return torch.stack(losses)
 
 
+@pytest.mark.slow_on_cpu("sliced")
 @pytest.mark.parametrize(
     "method",
     [

@@ -35,6 +35,7 @@ def by_peft(model, folder):
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
+@pytest.mark.slow_on_cpu("alone", "used")
 @pytest.mark.parametrize(
     "method, train",
     [
@@ -86,6 +87,7 @@ def test_peft_loads_our_folder(tiny_sam, move, images, tmp_path, method, train):
     assert len(found) + matched == len(stored)
 
 
+@pytest.mark.slow_on_cpu("regex-alone", "list-decoder")
 @pytest.mark.parametrize("whole", [None, ["mask_decoder"]], ids=["alone", "decoder"])
 @pytest.mark.parametrize("targets", [["qkv"], r".*blocks\.[02]\.mlp\.lin\d"], ids=["list", "regex"])
 def test_we_load_a_folder_of_peft(tiny_sam, images, tmp_path, whole, targets):
@@ -169,7 +171,6 @@ def test_modules_to_save_covers_exactly_what_is_trained(toy):
     [
         ({"peft_type": "LOHA"}, "its peft_type is 'LOHA', and of PEFT's methods samfast reads"),
         ({"use_dora": True}, "its option use_dora is True, which samfast does not read"),
-        ({"use_rslora": True}, "its option use_rslora is True"),
         ({"bias": "all"}, "its option bias is 'all'"),
         ({"rank_pattern": {"a": 2}}, "its option rank_pattern is"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
@@ -194,8 +195,20 @@ def test_a_convolution_that_peft_adapted_is_refused(toy, tmp_path):
     targets = ["patch_embed.proj"]
     wrapped = peft.get_peft_model(toy(), peft.LoraConfig(r=2, target_modules=targets))
     wrapped.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="proj, but the model has a Conv2d"):
+    match = "adapts image_encoder.patch_embed.proj, a Conv2d, and samfast only nn.Linear; load it"
+    with pytest.raises(ValueError, match=match):
         samfast.load_adapter(toy(), tmp_path)
+
+
+def test_a_rank_stabilised_scale_is_read(toy, tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["qkv"])
+    wrapped = peft.get_peft_model(toy(), config)
+    wrapped.save_pretrained(tmp_path)
+    loaded = adapters(samfast.load_adapter(toy(), tmp_path))
+    for name, layer in loaded.items():
+        assert layer.scaling == pytest.approx(
+            wrapped.get_submodule(f"base_model.model.{name}").scaling["default"]
+        )
 
 
 def test_an_empty_folder_of_peft_is_refused(toy, tmp_path):

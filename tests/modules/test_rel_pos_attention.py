@@ -11,6 +11,7 @@ from torch import nn
 from samfast.modules import ConvLoraLinear, LoraLinear, QkvLora, RelPosAttention, SamBlock
 
 
+@pytest.mark.slow_on_cpu("torch")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
     ("height", "width", "tables"),
@@ -44,6 +45,7 @@ def test_one_token(make, backend, monkeypatch):
         assert result[name].abs().max() <= torch.finfo(torch.float32).eps * values
 
 
+@pytest.mark.slow_on_cpu("torch")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
     ("window", "batch", "height", "width"),

@@ -48,7 +48,7 @@ LONG = [check.__name__ for check in black_box.CHECKS if check not in INTERPRETED
 
 
 @pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
-@pytest.mark.slow_on_cpu("torch", "triton", "generated")
+@pytest.mark.slow_on_cpu("torch", "triton", "generated", "SamBlock-auto-compiled")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("make", "backend"), CASES)
 def test_black_box(make, check, backend, monkeypatch):

@@ -27,7 +27,7 @@ def model(request):
     return request.param, saved.encoder(request.param, DTYPE)
 
 
-@pytest.mark.slow_on_cpu(but=["vit_b"])
+@pytest.mark.slow_on_cpu(but=["vit_b-fast"])
 @pytest.mark.parametrize("memory", MEMORY)
 def test_little_more_than_the_floor(model, memory, monkeypatch):
     """By what is passed to autograd, and by what is alive after the forward; for "minimal" with

@@ -268,6 +268,7 @@ def test_no_weight_of_an_update_is_ever_made(tiny_sam, images):
     assert sizes[False] < updates <= sizes[True]
 
 
+@pytest.mark.slow_on_cpu
 def test_launches_beyond_plain_lora(monkeypatch):
     """Two each way in a layer, five in a step, whatever the number of layers; no host sync."""
     if (reason := backends.triton_missing(DEVICE)) is not None:

@@ -46,6 +46,9 @@ CALLS = (
 )
 
 
+@pytest.mark.slow_on_cpu(
+    "adaptformer", "cobot-adaptformer", "kronecker", "qkv-lora", "conv-lora-depthwise"
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_same_step_after_each_call(name, tiny_sam, move):
     """One after another on one model; only the last changes what torch's convolutions round."""

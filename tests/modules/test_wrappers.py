@@ -64,6 +64,7 @@ EACH = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow_on_cpu("lightning")
 @EACH
 def test_every_function_works_on_the_model_inside(tiny_sam, move, tmp_path, wrap, prefix):
     sam = move(samfast.attach(binary_head(tiny_sam()), samfast.Lora(rank=2)))

@@ -135,6 +135,7 @@ def test_option_out_of_range(refused, shared_data, option, value, pattern):
     refused(*tiny(shared_data), option, value, pattern=pattern)
 
 
+@pytest.mark.slow_on_cpu("arguments2", "arguments3")
 @pytest.mark.parametrize(
     "arguments,pattern",
     [

@@ -179,6 +179,7 @@ def test_two_runs_with_one_seed_are_equal(run, tmp_path):
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
+@pytest.mark.slow_on_cpu
 def test_options_reach_the_model(shared_data, tmp_path):
     arguments = ["finetune", "--data", str(shared_data), "--model", "vit_tiny", "--epochs", "1"]
     arguments += ["--image-size", "64", "--method", "conv-lora", "--depthwise", "--rank", "4"]

@@ -155,6 +155,7 @@ def test_two_runs_with_one_seed_are_equal(run, tmp_path):
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+@pytest.mark.slow_on_cpu
 def test_decoder_alone_trains_no_adapter(shared_data, tmp_path):
     settings = settings_for(shared_data, tmp_path / "out", method="decoder", epochs=1)
     summary = finetune(settings)
@@ -264,6 +265,7 @@ def test_gradients_that_are_not_finite_are_noticed_before_saving(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow_on_cpu
 def test_weights_that_are_not_finite_keep_the_last_good_adapter(
     shared_data, tmp_path, monkeypatch, capfd
 ):

@@ -31,7 +31,7 @@ def rows_of(output):
 def test_the_same_training_with_and_without(shared_data, tmp_path, method, monkeypatch):
     """The loss of every epoch, the adapter's names and shapes, and masks of either prediction."""
     common = ["--data", shared_data, "--model", "vit_tiny", "--image-size", 64, "--method", method]
-    common += ["--epochs", 3, "--repeats", 1, "--lr", 1e-3, "--overlays", 0]
+    common += ["--epochs", 2, "--repeats", 1, "--lr", 1e-3, "--overlays", 0]
     fused, stock = tmp_path / "fused", tmp_path / "stock"
     run("finetune", *common, "--output", fused)
     run("finetune", *common, "--output", stock, "--no-fuse")

@@ -112,6 +112,7 @@ def test_options_that_do_not_fit(refused, shared_data, method, arguments, patter
     refused("finetune", *data, "--method", method, *arguments, pattern=pattern)
 
 
+@pytest.mark.slow_on_cpu("cobot-lora", "cobot-adaptformer", "adaptformer")
 @pytest.mark.parametrize("method", NEW)
 def test_a_backend_that_a_method_lacks_is_refused_at_once(
     refused, shared_data, method, monkeypatch

@@ -68,7 +68,9 @@ def settings_for(data, output, **options) -> FinetuneSettings:
     )
 
 
-@pytest.fixture(scope="module", params=["lora", "ta-lora"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("lora", marks=pytest.mark.slow_on_cpu), "ta-lora"]
+)
 def run(request, data, tmp_path_factory):
     """A finished run of two steps."""
     output = tmp_path_factory.mktemp("run") / "out"

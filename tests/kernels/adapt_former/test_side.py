@@ -76,6 +76,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow_on_cpu("auto-torch.float16", "auto-torch.bfloat16", "torch-torch.float16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

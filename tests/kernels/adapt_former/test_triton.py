@@ -36,7 +36,7 @@ CASES = (
 )
 
 
-@pytest.mark.slow_on_cpu("v1", "v6", "v16")
+@pytest.mark.slow_on_cpu("v1", "v6", "v16", "3x130-v17-drop0.1-0.0-torch.float16")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.id}-{case.mean}")
 def test_budget(case, dtype):
@@ -103,6 +103,7 @@ def few_partials(monkeypatch):
     monkeypatch.setattr(kernels, "chunk_rows", lambda tokens, block_m: block_m * 2)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -221,6 +222,7 @@ def turned(t):
     return t.t().contiguous().t()
 
 
+@pytest.mark.slow_on_cpu("turned")
 @pytest.mark.parametrize("layout", [beside_nan, turned])
 def test_layouts(layout):
     case = CASES[1]
@@ -259,7 +261,7 @@ def test_adding_to_a_gradient_that_is_there(path):
 
 def test_constant_rows_are_those_of_zeros():
     """To the bit, as statistics are of a row less its first element."""
-    x, (weight, bias, down, down_bias), dz, _ = arguments(Case(shape=(70, 39)), torch.float32)
+    x, (weight, bias, down, down_bias), dz, _ = arguments(Case(shape=(18, 39)), torch.float32)
     made = []
     for rows in (torch.zeros_like(x), (1e3 * x[:, :1]).expand(x.shape).contiguous()):
         z = kernels.low(rows, weight, bias, down, down_bias, 1e-5, 0.0, None, torch.float32)

@@ -38,6 +38,7 @@ def check(case, backend, dtype):
     assert_same_dtypes(ours, all_within_budget(ours, stock, exact, dtype, NAMES))
 
 
+@pytest.mark.slow_on_cpu("auto", "torch-torch.float16", "reference-torch.float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS, "cpu"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

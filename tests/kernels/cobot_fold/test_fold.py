@@ -124,6 +124,7 @@ def test_orders_of_programs(case):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.slow_on_cpu("v16-3x1of3-33rows-down")
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_launches_and_syncs(case):

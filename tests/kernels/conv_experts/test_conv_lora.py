@@ -87,7 +87,7 @@ def published_cases():
             yield pytest.param(path, backend, id=f"{path.stem[10:]}-{backend}", marks=marks)
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "global_eval-torch")
 @pytest.mark.parametrize(("path", "backend"), list(published_cases()))
 def test_published_numbers(path, backend):
     """The published module's own, and ours, are in the budget of its formula."""

@@ -89,7 +89,7 @@ class Call:
         all_within_budget(ours, stock, exact, dtype, names)
 
 
-@pytest.mark.slow_on_cpu("26-5", "2-3")
+@pytest.mark.slow_on_cpu("26-5", "2-3", "blocks-9-16")
 @pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("height,width", [(14, 14), (9, 16), (1, 1), (2, 3), (26, 5)])
@@ -111,6 +111,7 @@ def test_ranks_of_the_cpu_alone(rank):
     Call(Windows.whole(2, 4, 5), rank, True, ratios=(4, 5)).check(cpu_path)
 
 
+@pytest.mark.slow_on_cpu("float16", "(14, 28)")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("image", [(20, 17), (14, 28), (5, 30), (33, 9)], ids=str)
 def test_windows_with_pads_and_balance(image, dtype, path):

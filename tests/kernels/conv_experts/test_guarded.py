@@ -27,7 +27,9 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.slow_on_cpu("forward", "235-reverse", "r1-4-reverse")
+@pytest.mark.slow_on_cpu(
+    "forward", "235-reverse", "235-shuffled", "r1-4-reverse", "depthwise-shuffled"
+)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.id)
 def test_kernels_under_guard(problem, order):

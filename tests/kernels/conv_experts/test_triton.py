@@ -62,7 +62,7 @@ def test_without_skip_and_activation():
 
 
 def test_unused_experts_have_zero_gradients():
-    problem = Problem(Windows.whole(2, 3, 3), ratios=(1, 2, 3), index=(2, 2))
+    problem = Problem(Windows.whole(2, 3, 3), 1, (1, 2, 3), index=(2, 2))
     dweight, dbias = problem.run(kernels, torch.float32)[3:5]
     assert torch.equal(dweight[:2], torch.zeros_like(dweight[:2]))
     assert torch.equal(dbias[:2], torch.zeros_like(dbias[:2]))
@@ -70,7 +70,7 @@ def test_unused_experts_have_zero_gradients():
 
 
 @pytest.mark.parametrize(
-    "wrong", [-1, 2, *(pytest.param(n, marks=SLOW) for n in (2**40, -(2**40)))]
+    "wrong", [2, *(pytest.param(n, marks=SLOW) for n in (-1, 2**40, -(2**40)))]
 )
 def test_unknown_expert_gives_nan_and_spoils_no_other_sample(wrong):
     right = Problem(Windows.whole(2, 3, 3), 1, index=(0, 1))
@@ -84,7 +84,7 @@ def test_unknown_expert_gives_nan_and_spoils_no_other_sample(wrong):
 
 
 def test_huge_inputs_stay_finite():
-    problem = Problem(Windows.whole(2, 3, 3))
+    problem = Problem(Windows.whole(2, 3, 3), rank=1)
     h, weight, bias, dz, _, _ = problem.tensors(torch.float32, torch.float32)
     inputs = (h * 1e15, weight * 1e15, bias, problem.choices(), problem.windows, problem.ratios)
     z, _ = kernels.forward(*inputs, True, "gelu")
@@ -94,13 +94,13 @@ def test_huge_inputs_stay_finite():
 
 
 def test_launches(guarded_kernels):
-    problem = Problem(SMALL)
+    problem = Problem(SMALL, rank=1)
     before = guarded_kernels.launches
     problem.run(kernels, torch.float32)
     assert guarded_kernels.launches - before == 3
 
 
-@pytest.mark.slow_on_cpu(but=["True", "needs2"])
+@pytest.mark.slow_on_cpu(but=["True-needs0", "False-needs2"])
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("balanced", [True, False])
 def test_only_what_is_needed(needs, balanced, guarded_kernels):

@@ -29,7 +29,7 @@ def run(leaves, noise, backend, **options):
     return index, [loss, *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.slow_on_cpu("triton-34x1x2x5x3", "triton-25x14x14x3x8")
+@pytest.mark.slow_on_cpu("triton-34x1x2x5x3", "triton-25x14x14x3x8", "torch.float16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(
@@ -125,6 +125,7 @@ def test_a_seed_draws_what_the_published_module_draws():
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow_on_cpu
 def test_opcheck_without_noise():
     (h, w_gate, w_noise), _ = tensors(4, dtype=torch.float32)
     h = h.detach().reshape(-1, 3).requires_grad_()

@@ -62,12 +62,14 @@ def check(windows, rank, experts, dtype=torch.float32, noisy=True, forced=False,
     all_within_budget(ours[1:], stock, exact, dtype, ("aux", "dpool", "dgate"))
 
 
+@pytest.mark.slow_on_cpu("True-forward", "True-reverse", "False-shuffled", "False-reverse")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("noisy", [True, False])
 def test_orders(order, noisy):
     check(PADDED, 3, 8, noisy=noisy, order=order)
 
 
+@pytest.mark.slow_on_cpu("dtype0")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_inputs(dtype):
     check(PADDED, 3, 4, dtype)

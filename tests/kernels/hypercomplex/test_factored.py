@@ -146,6 +146,7 @@ def test_products_make_no_matrix():
     assert saved.hooks == saved.living == 4 * 16 * (tokens + inputs + outputs)
 
 
+@pytest.mark.slow_on_cpu
 def test_gradcheck():
     for case in (
         Pair(2, 6, 5, 1, True),

@@ -29,7 +29,7 @@ def layer(dtype=torch.float32, backend="triton", **options):
     return (x, weight, bias, a, b), forward, both
 
 
-@pytest.mark.slow_on_cpu("dtype1")
+@pytest.mark.slow_on_cpu("dtype1", "dtype0-0.0")
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -81,7 +81,7 @@ def test_flops_of_the_torch_backend():
     assert counts.flops == frozen + 6 * T * D * R + 6 * T * O * R
 
 
-@pytest.mark.slow_on_cpu(but=["0.1", "0.0-torch"])
+@pytest.mark.slow_on_cpu(but=["0.1-torch", "0.1-cpu", "0.0-torch"])
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_saved_bytes(backend, dropout):

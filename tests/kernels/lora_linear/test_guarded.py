@@ -26,7 +26,7 @@ CASES = [
 ]
 
 
-@pytest.mark.slow_on_cpu("float16", "forward")
+@pytest.mark.slow_on_cpu("float16", "forward", "reverse")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -19,6 +19,7 @@ def draw(*shape, dtype=torch.float16):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+@pytest.mark.slow_on_cpu("starts0", "starts2")
 @pytest.mark.parametrize(
     ("starts", "own", "need_b"), [((), False, True), ((0, 24), True, True), ((0, 24), False, False)]
 )

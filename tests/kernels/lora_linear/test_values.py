@@ -50,7 +50,7 @@ def backend_parameters():
     return parameters
 
 
-@pytest.mark.slow_on_cpu("triton")
+@pytest.mark.slow_on_cpu("triton", "torch-float16")
 @pytest.mark.parametrize(("backend", "dtype"), backend_parameters())
 @pytest.mark.parametrize("case", AWKWARD + SAM, ids=lambda case: case.id)
 def test_error_budget(case, backend, dtype):
@@ -85,6 +85,7 @@ def test_torch_backend_in_float64(case):
         assert torch.equal(mine, theirs), name
 
 
+@pytest.mark.slow_on_cpu("triton-float32", "triton-bfloat16")
 @pytest.mark.parametrize(("backend", "dtype"), backend_parameters())
 def test_bits_repeat(backend, dtype):
     case = Case(shape=(3, 50, 65), out=96, rank=8, dropout=0.2)

@@ -16,6 +16,7 @@ from samfast.functional import relpos_attention, window_relpos_attention
 from .cases import MAP, WINDOWS, MapCase, WindowCase
 
 
+@pytest.mark.slow_on_cpu("windows")
 @pytest.mark.parametrize("case", [MAP, WINDOWS], ids=["map", "windows"])
 def test_compile_with_sizes_that_change(case):
     """One graph serves every batch, as with stock layers."""

@@ -28,6 +28,7 @@ def name_of(value):
     return "x".join(map(str, value)) if isinstance(value, Windows) else str(value).split(".")[-1]
 
 
+@pytest.mark.slow_on_cpu("rows-bfloat16", "2x20x17x14x14-None")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("pads", ["rows", "bias", None])
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_kinds_of_padding(windows, pads):
     Call(windows, heads=1, pads=pads).check(kernels)
 
 
-@pytest.mark.slow_on_cpu("1x9x13x9x13")
+@pytest.mark.slow_on_cpu("1x9x13x9x13", "1x2x3x4x20")
 @pytest.mark.parametrize(
     "windows",
     [
@@ -93,6 +93,10 @@ def test_sizes(windows):
     Call(windows, heads=1).check(kernels)
 
 
+@pytest.mark.slow_on_cpu("lines")
+@pytest.mark.parametrize(
+    "windows", [Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)], ids=["one-hot", "lines"]
+)
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [
@@ -103,11 +107,11 @@ def test_sizes(windows):
         pytest.param(112, torch.float16, marks=SLOW),
     ],
 )
-def test_heads_in_two_parts(head_dim, dtype):
-    for windows in (Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)):
-        Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
+def test_heads_in_two_parts(windows, head_dim, dtype):
+    Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
 
 
+@pytest.mark.slow_on_cpu("False")
 @pytest.mark.parametrize("first", [True, False])
 def test_either_order_of_the_logits_terms(first, monkeypatch):
     """dk and dv add them as suits Triton's version."""
@@ -121,6 +125,7 @@ def test_several_tiles_to_a_line(tiles, dtype):
     Call(TWO_TILES, heads=1).check(kernels, dtype)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     ("width", "head_dim"), [(18, 16), pytest.param(40, 96, marks=SLOW)], ids=str
 )

@@ -32,6 +32,7 @@ LARGE = MapCase(batch=1, heads=1, height=64, width=64)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@pytest.mark.slow_on_cpu("torch-float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("backend", WHOLE)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

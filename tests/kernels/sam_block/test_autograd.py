@@ -19,6 +19,7 @@ def leaves_of(case, x, tensors):
     return [x, *(t for t, name in zip(tensors, case.names, strict=True) if name)]
 
 
+@pytest.mark.slow_on_cpu("windows-minimal")
 @pytest.mark.parametrize(
     ("case", "memory", "backend"),
     [(WINDOWS, "fast", "auto"), (MAP, "balanced", "torch"), (WINDOWS, "minimal", "torch")],
@@ -85,7 +86,7 @@ def pieces(case, width):
     return saved
 
 
-@pytest.mark.slow_on_cpu("torch.bfloat16", "minimal-auto", "balanced-torch")
+@pytest.mark.slow_on_cpu("torch.bfloat16", "minimal-auto", "balanced-torch", "fast-auto")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @MEMORY

@@ -45,6 +45,7 @@ def check(case, backend, dtype, small=None):
     assert_same_dtypes(ours, budget)
 
 
+@pytest.mark.slow_on_cpu("auto-float16", "auto-bfloat16", "torch-float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -84,6 +85,7 @@ def test_the_same_bits_again(case, backend):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow_on_cpu("auto")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory", ["fast", "balanced", "minimal"])
 def test_odd_memory(memory, backend):

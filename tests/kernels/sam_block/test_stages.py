@@ -46,7 +46,7 @@ def path(request):
     return torch_path if request.param == "torch" else kernels()
 
 
-@pytest.mark.slow_on_cpu("triton-21x33", "triton-21x48", "triton-21x100")
+@pytest.mark.slow_on_cpu("triton-21x33", "triton-21x48", "triton-21x100", "triton-16x768-r8")
 @pytest.mark.parametrize("call", CASES, ids=lambda call: call.id)
 def test_budget(path, call):
     call.check(path, low_rank=path is not torch_path)
@@ -188,6 +188,7 @@ def test_gradients_of_the_norm_s_own_parameters(path):
     assert only[0] is None and torch.equal(only[1], ours[1])
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_three_runs_are_equal(path):
     call = Call(tokens=33, columns=48)
     first = call.run(path)

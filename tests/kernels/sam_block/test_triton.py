@@ -36,6 +36,7 @@ def equal(ours, expected):
     return all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow_on_cpu("0")
 @pytest.mark.parametrize("rank", [0, 3])
 def test_every_order_gives_the_same_bits(rank):
     call = Call(tokens=40, columns=48, rank=rank)
@@ -64,6 +65,7 @@ def every_other(t):
     return wide[..., 0]
 
 
+@pytest.mark.slow_on_cpu("turned")
 @pytest.mark.parametrize("layout", [beside_nan, turned, every_other])
 def test_layouts(layout):
     call = Call(columns=48, dtype=HALF)
@@ -115,7 +117,7 @@ BLOCKS = {
 SLOW = [pytest.mark.slow]
 
 
-@pytest.mark.slow_on_cpu("dtype0")
+@pytest.mark.slow_on_cpu("dtype0", "global")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [

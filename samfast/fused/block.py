@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformer block of SAM's kind as one operator, whichever library's class it has."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from samfast.adapters.block_layer import block_layer, layer_problem
+from samfast.adapters.stand_in import altered, kind_of, leaving_alone, runs_as
+from samfast.backends import requested
+from samfast.fused.attention import FusedAttention
+from samfast.fused.families import family_of
+from samfast.fused.parts import Family
+from samfast.fused.proof import objection
+from samfast.kernels._common.autocast import autocast_dtype, autocast_input
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.relpos_attention.op import fit_table
+from samfast.kernels.sam_block.op import sam_block, stages_backend
+from samfast.kernels.sam_block.plan import Plan, check_memory
+
+__all__ = ["BlockInParts", "FusedBlock", "WholeBlock", "check_memory"]
+
+
+class FusedBlock:
+    """Mixin of a block that runs as one operator where nothing stands against it.
+
+    x: (B, H, W, D) -> (B, H, W, D), token by token whatever the layout of x
+
+    memory: what the node saves for its backward, in elements per token. "fast": 10 · D, nothing is
+        computed again but norms and GELU; "balanced": 3 · D, qkv and lin1 are; "minimal": D, all
+        of the block is. The gradients are the same.
+    """
+
+    memory = "fast"
+    _family: ClassVar[Family]
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls._family = family_of(cls)
+
+    def block_problem(self) -> str | None:
+        """None when the block runs as one node, or why it does not.
+
+        Where that is that its class is not what it is called, its own forward runs.
+        """
+        if (reason := objection(self)) is not None:
+            return reason
+        if requested("auto") == "reference":
+            return "the reference backend runs its submodules one by one"
+        if (reason := self._attention_problem()) is not None:
+            return reason
+        parts = self._family.parts
+        for name, norm in parts.norms(self).items():
+            if (reason := _norm_problem(name, norm)) is not None:
+                return reason
+        mlp = parts.mlp(self)
+        if type(mlp) is not self._family.mlp and not hasattr(mlp, "block_side"):
+            return f"mlp is {kind_of(mlp)}"
+        act = parts.activation(self)
+        if altered(mlp) or altered(act):
+            return "mlp or its activation has hooks or a forward of its own"
+        if (reason := parts.activation_problem(act)) is not None:
+            return reason
+        if hasattr(mlp, "side_problem") and (reason := mlp.side_problem()) is not None:
+            return reason
+        problems = (layer_problem(name, layer) for name, layer in parts.linears(self).items())
+        return next((p for p in problems if p is not None), parts.option_problem(self))
+
+    def _attention_problem(self) -> str | None:
+        """What stands against the attention as a part of the node."""
+        raise NotImplementedError
+
+    def _attention_backend(self) -> str:
+        """Backend of the attention alone, "" for the block's."""
+        return ""
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether x is what the norm takes; the submodules say what is wrong with another."""
+        parts = self._family.parts
+        width = next(iter(parts.norms(self).values())).normalized_shape
+        if x.dim() != 4 or x.shape[3:] != width or 0 in x.shape[1:3]:
+            return False
+        autocast = autocast_dtype(x.device.type) is not None
+        qkv = next(iter(parts.linears(self).values()))
+        return x.is_floating_point() and (autocast or x.dtype == qkv.weight.dtype)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        parts = self._family.parts
+        attn, mlp, side = parts.attention(self), parts.mlp(self), parts.window(self)
+        norms = parts.norms(self).values()
+        sides = (side, side) if side else x.shape[1:3]
+        windows, whole = Windows(*x.shape[:3], *sides), Windows.whole(*x.shape[:3])
+        like = autocast_input(x[:0])
+        qkv, *others = parts.linears(self).values()
+        layers = [block_layer(qkv, like, windows)]
+        layers += [block_layer(layer, like, whole) for layer in others]
+        beside = mlp.block_side(like) if hasattr(mlp, "block_side") else None
+        plan = Plan(
+            heads=parts.heads(attn),
+            window=side,
+            scale=float(parts.scale(attn)),
+            eps=tuple([float(norm.eps) for norm in norms]),
+            dtype="" if like.dtype == x.dtype else str(like.dtype).removeprefix("torch."),
+            memory=self.memory,
+            attention=self._attention_backend(),
+            layers=tuple(layer.plan for layer in layers),
+            side=None if beside is None else beside.plan,
+        )
+        head = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+        sized = zip(parts.tables(attn), sides, strict=True)
+        tables = [fit_table(table, size) for table, size in sized]
+        tensors = [*head, *tables, *(t for layer in layers for t in layer.tensors)]
+        tensors += [] if beside is None else beside.tensors
+        y, aux = sam_block(x, tensors, plan)
+        for layer, value in zip(layers, aux, strict=True):
+            if layer.keep is not None:
+                y = layer.keep(value, y)
+        return y
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        if self.block_problem() is not None:
+            return {}
+        norm = next(iter(self._family.parts.norms(self).values()))
+        x = autocast_input(norm.weight.detach()[None, :0])
+        try:
+            return {"sam_block": stages_backend(requested("auto"), x)}
+        except RuntimeError as error:
+            return {"sam_block": str(error)}
+
+    def extra_repr(self) -> str:
+        return f"memory={self.memory}"
+
+
+class WholeBlock(FusedBlock):
+    """A block that is one operator or runs its own forward, its attention included."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        if len(args) == 1 and not kwargs and self.block_problem() is None and self._fits(args[0]):
+            return self._fused(args[0])
+        return super().forward(*args, **kwargs)
+
+    def _attention_problem(self) -> str | None:
+        parts = self._family.parts
+        attn = parts.attention(self)
+        if type(attn) is not self._family.attention_of(self):
+            return f"attn is {kind_of(attn)}"
+        if parts.attention_altered(attn):
+            return "attn has hooks or a forward of its own"
+        return None if parts.has_tables(attn) else "attn has no relative positions"
+
+
+class BlockInParts(FusedBlock):
+    """A block of segment_anything's code, which also runs in parts, the attention fused.
+
+    ``block_problem`` says what stands against one node; then the submodules run one after another,
+    with the attention fused where it can be, and save what they save.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        problem = self.block_problem()
+        if problem is None and self._fits(x):
+            return self._fused(x)
+        if problem is not None and objection(self) is not None:
+            return self._stock(x)
+        first, second = self._family.parts.norms(self).values()
+        x = x + self._attention(first(x))
+        return x + self._family.parts.mlp(self)(second(x))
+
+    def _attention_problem(self) -> str | None:
+        parts = self._family.parts
+        attn = parts.attention(self)
+        if (reason := self.window_order()) is not None and (
+            parts.window(self) > 0 or not runs_as(attn, FusedAttention) or altered(attn)
+        ):
+            return reason
+        if not parts.has_tables(attn):
+            return "attn has no relative positions"
+        if attn.backend == "reference":
+            return "attn has the reference backend, which is plain autograd"
+        return None
+
+    def _attention_backend(self) -> str:
+        attn = self._family.parts.attention(self)
+        return "" if attn.backend == "auto" else requested(attn.backend)
+
+    def _stock(self, x: Tensor) -> Tensor:
+        """Bit for bit what the stock class gives, its attention included."""
+        attn = self._family.parts.attention(self)
+        if not runs_as(attn, FusedAttention):
+            return super().forward(x)
+        if not torch.compiler.is_compiling():
+            with leaving_alone(attn):
+                return super().forward(x)
+        attn.left_alone = True
+        try:
+            return super().forward(x)
+        finally:
+            attn.left_alone = False
+
+    def _attention(self, x: Tensor) -> Tensor:
+        attn, side = self._family.parts.attention(self), self._family.parts.window(self)
+        if side == 0:
+            return attn(x)
+        if self.window_order() is None:
+            return attn(x, window=side)
+        windows = Windows(*x.shape[:3], side, side)
+        tokens, _ = windows.paste(attn(windows.cut(x)))
+        return tokens.view(x.shape)
+
+    def window_order(self) -> str | None:
+        """None when windows run in image order, or why they are cut before the attention."""
+        attn = self._family.parts.attention(self)
+        if not runs_as(attn, FusedAttention):
+            return f"attn is {kind_of(attn)}"
+        if altered(attn):
+            return "attn has hooks or a forward of its own"
+        return attn.window_order()
+
+
+def _norm_problem(name: str, norm: nn.Module) -> str | None:
+    if type(norm) is not nn.LayerNorm:
+        return f"{name} is {kind_of(norm)}"
+    if altered(norm):
+        return f"{name} has hooks or a forward of its own"
+    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        return f"{name} is {norm}, not a LayerNorm over the features with weight and bias"
+    return None

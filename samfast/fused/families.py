@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose transformer blocks these are: segment_anything's, a copy's of it, another library's.
+
+A class is found by what it is called and where it was written; whether it computes what its name
+says is ``samfast.fused.proof``'s question.
+"""
+
+import functools
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+
+from samfast.fused.parts import Family
+from samfast.integrations import segment_anything
+
+SEGMENT_ANYTHING = "segment_anything"
+_MODULE = "segment_anything.modeling.image_encoder"
+_COPIED = ("Attention", "Block", "MLPBlock")
+# Classes of blocks and attentions: the file that knows them.
+LIBRARIES = {
+    "transformers.models.sam.modeling_sam.SamVisionAttention": "transformers_sam",
+    "transformers.models.sam.modeling_sam.SamVisionLayer": "transformers_sam",
+    "transformers.models.sam_hq.modeling_sam_hq.SamHQVisionAttention": "transformers_sam",
+    "transformers.models.sam_hq.modeling_sam_hq.SamHQVisionLayer": "transformers_sam",
+    "timm.models.vision_transformer_sam.Attention": "timm_sam",
+    "timm.models.vision_transformer_sam.Block": "timm_sam",
+}
+
+
+def load() -> Family:
+    """The classes of the installed segment_anything, which is imported now."""
+    encoder = segment_anything.load().modeling.image_encoder
+    return Family(SEGMENT_ANYTHING, *(getattr(encoder, name) for name in _COPIED))
+
+
+def loaded() -> Family | None:
+    """The classes of segment_anything; None while no model can have them."""
+    encoder = sys.modules.get(_MODULE)
+    if not all(hasattr(encoder, name) for name in _COPIED):
+        return None  # not imported, or a copy without them
+    return Family(SEGMENT_ANYTHING, *(getattr(encoder, name) for name in _COPIED))
+
+
+@functools.cache
+def family_of(kind: type[nn.Module]) -> Family | None:
+    """Of the class of a block or an attention, or of one derived from such a class."""
+    for base in kind.__mro__:
+        file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
+        if file is not None:
+            return importlib.import_module(f"samfast.integrations.{file}").family(base)
+        stock = loaded()
+        if stock is not None and base in (stock.block, stock.attention):
+            return stock
+        if base.__qualname__ in _COPIED and (copy := _copy(base)) is not None:
+            return copy
+    return None
+
+
+def _copy(kind: type[nn.Module]) -> Family | None:
+    """The classes beside one that has the name of one of segment_anything's."""
+    beside: dict[str, Any] = getattr(kind.__init__, "__globals__", {})
+    found = [beside.get(name) for name in _COPIED]
+    if kind not in found[:2] or not all(_is_module(other) for other in found):
+        return None
+    return Family(kind.__module__.partition(".")[0], *found)
+
+
+def _is_module(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether its class is a library's block, what a fusion made of it, or derived from one."""
+    family = family_of(type(module))
+    return family is not None and isinstance(module, family.block)
+
+
+def is_attention(module: nn.Module) -> bool:
+    family = family_of(type(module))
+    return family is not None and isinstance(module, family.attention)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""micro-sam's LoRA on both layers of a block's MLP."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samfast.adapters.low_rank import backend_of
+from samfast.integrations.linears import (
+    UpdatedLinear,
+    held_problem,
+    kinds_problem,
+    layers_stamp,
+    mlp_problem,
+    now_problem,
+    pair_problem,
+    stamp,
+    takes,
+)
+from samfast.integrations.probe import shell
+from samfast.integrations.wrapper_proof import drawn_linear, own_problem
+
+_PAIRS = {f"lin{i}": (f"w_a_linear_{i}", f"w_b_linear_{i}") for i in (1, 2)}
+_PAIR_NAMES = tuple(name for pair in _PAIRS.values() for name in pair)
+
+
+class LoraSizes(NamedTuple):
+    """Of an MLP and the updates of its layers.  biases: whether lin1 and lin2 have one"""
+
+    features: tuple[int, int, int]
+    ranks: tuple[int, int]
+    biases: tuple[bool, bool]
+
+
+class FusedMlpLora:
+    """An MLP whose layers have LoRA, unscaled, by samfast's operators.
+
+    x: (..., D) -> (..., D) = lin2(act(lin1(x))) with x Wᵀ + b + x Aᵀ Bᵀ in place of both layers
+
+    In a block it has lin1, lin2 and act as the block looks for them. It fuses plain ``nn.Linear``
+    layers without hooks. In every other case the owner's forward runs, and ``block_problem`` says
+    why.
+    """
+
+    reads = ("mlp_layer", "activation", "lin1", "lin2", *_PAIR_NAMES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.block_problem() is not None or not takes(x, self.lin1.weight):
+            return super().forward(x)
+        return self.lin2(self.act(self.lin1(x)))
+
+    @property
+    def lin1(self) -> UpdatedLinear:
+        return self._layer("lin1")
+
+    @property
+    def lin2(self) -> UpdatedLinear:
+        return self._layer("lin2")
+
+    @property
+    def act(self) -> nn.Module:
+        return self._modules["activation"]
+
+    def block_problem(self) -> str | None:
+        """Why the owner's forward runs, None where samfast's operators do."""
+        return own_problem(self) or now_problem(_lora_layers(self))
+
+    def side_problem(self) -> str | None:
+        """Why it cannot take part in a fused block, None where it can."""
+        problem = self.block_problem()
+        return None if problem is None else f"mlp {problem}"
+
+    def block_side(self, x: Tensor) -> None:
+        """Nothing stands beside the MLP; its layers are another's."""
+        return None
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        if self.block_problem() is not None:
+            return {}
+        layer = self.lin1
+        return backend_of(layer.weight, (layer.lora_a, layer.lora_b))
+
+    def _layer(self, name: str) -> UpdatedLinear:
+        down, up = (self._modules[part] for part in _PAIRS[name])
+        return UpdatedLinear(self._modules["mlp_layer"]._modules[name], down, up)
+
+    @staticmethod
+    def stamp(module: nn.Module) -> tuple:
+        inside = module._modules.get("mlp_layer")
+        plain = () if inside is None else layers_stamp(inside._modules)
+        return *stamp(module), plain
+
+    @classmethod
+    def structure(cls, module: nn.Module) -> str | None:
+        reason = held_problem(module, ("mlp_layer", "activation", *_PAIR_NAMES))
+        if reason is None:
+            reason = mlp_problem(module._modules["mlp_layer"], "mlp_layer", tuple(_PAIRS))
+        if reason is not None:
+            return reason
+        layers = _lora_layers(module)
+        if (reason := kinds_problem(layers)) is not None:
+            return reason
+        for name, (down, up) in _PAIRS.items():
+            base = layers[name]
+            found = pair_problem(name, base, base.weight.shape[0], layers[down], layers[up])
+            if found is not None:
+                return found
+        if layers["lin1"].weight.shape[0] != layers["lin2"].weight.shape[1]:
+            return "has a lin2 that does not take what its lin1 gives"
+        return None
+
+    @staticmethod
+    def sizes(module: nn.Module) -> LoraSizes:
+        layers = _lora_layers(module)
+        first, second = layers["lin1"], layers["lin2"]
+        return LoraSizes(
+            (first.weight.shape[1], first.weight.shape[0], second.weight.shape[0]),
+            tuple([layers[up].weight.shape[1] for _, up in _PAIRS.values()]),
+            (first.bias is not None, second.bias is not None),
+        )
+
+    @staticmethod
+    def small(sizes: LoraSizes) -> LoraSizes:
+        return sizes._replace(features=(6, 7, 5), ranks=(2, 3))
+
+    @staticmethod
+    def width(sizes: LoraSizes) -> int:
+        return sizes.features[0]
+
+    @staticmethod
+    def stand_in(kind: type[nn.Module], sizes: LoraSizes, generator: torch.Generator) -> nn.Module:
+        chain = zip(_PAIRS.items(), sizes.features, sizes.features[1:], sizes.ranks, sizes.biases,
+                    strict=False)  # fmt: skip
+        plain, updates, act = {}, {}, nn.GELU()
+        for (name, (down, up)), inputs, outputs, rank, bias in chain:
+            plain[name] = drawn_linear(generator, inputs, outputs, bias)
+            updates[down] = drawn_linear(generator, inputs, rank)
+            updates[up] = drawn_linear(generator, rank, outputs)
+        mlp = shell(nn.Module, {}, **plain, act=act)
+        return shell(kind, {}, mlp_layer=mlp, **updates, activation=act)
+
+    @staticmethod
+    def formula(sizes: LoraSizes) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+        def updated(x: Tensor, given: Mapping[str, Tensor], name: str) -> Tensor:
+            weight, bias = (given.get(f"mlp_layer.{name}.{part}") for part in ("weight", "bias"))
+            down, up = (given[f"{part}.weight"] for part in _PAIRS[name])
+            return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
+
+        return lambda x, given: updated(F.gelu(updated(x, given, "lin1")), given, "lin2")
+
+
+def _lora_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """lin1, lin2 and the four layers of their updates."""
+    inside = module._modules["mlp_layer"]._modules
+    plain = {name: inside[name] for name in _PAIRS}
+    return plain | {name: module._modules[name] for name in _PAIR_NAMES}

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's LoraConfig as ``attach`` takes it: plain LoRA, or a sentence about what is not.
+
+A config is known by its class, so PEFT is not imported.
+"""
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from samfast.adapters.checks import check_rank
+from samfast.integrations.peft_names import layers_of, patterns_of, trained_modules
+from samfast.methods.lora.method import Lora
+
+_BASE = ("peft.config", "PeftConfigMixin")
+_READ = (
+    "exclude_modules",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "r",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
+_NOTES = (  # they do not change a plain adapter
+    "auto_mapping",
+    "base_model_name_or_path",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+)
+_STARTS = (True, False, "gaussian")
+_HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
+_BY_PEFT = "peft.get_peft_model(model, config) takes it, and samfast.fuse speeds that up"
+_INSTEAD = {
+    "inference_mode": "set it to False to train, or load a folder with samfast.load_adapter",
+    "layers_pattern": "name the layers in target_modules",
+    "layers_to_transform": "name the layers in target_modules",
+}
+
+
+def is_config(value: Any) -> bool:
+    """Whether it is a config of PEFT's, of whichever method."""
+    return any((kind.__module__, kind.__qualname__) == _BASE for kind in type(value).__mro__)
+
+
+def check_config(config: Any) -> None:
+    """Raise TypeError for a config of another method, ValueError for more than plain LoRA."""
+    kind = type(config).__name__
+    if _text(config.peft_type) != "LORA":
+        raise TypeError(
+            f"expected one of samfast's methods or PEFT's LoraConfig, got PEFT's {kind}; "
+            "peft.get_peft_model(model, config) takes it"
+        )
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), _default(field)
+        if field.name in (*_READ, *_NOTES) or value == default or not (value or default):
+            continue
+        raise ValueError(
+            f"{kind} has {field.name}={reprlib.repr(value)}, which samfast.attach does not do; "
+            f"{_INSTEAD.get(field.name, _BY_PEFT)}"
+        )
+    if getattr(config, "_custom_modules", None):
+        raise ValueError(f"{kind} has custom modules, which samfast.attach does not do; {_BY_PEFT}")
+    if (head := _HEADS.get(_text(config.task_type))) is not None:
+        raise ValueError(
+            f"{kind} has task_type={_text(config.task_type)!r}, for which PEFT trains a {head} "
+            "too; leave it out, and name in modules_to_save what is trained"
+        )
+    if _start(config) not in _STARTS:
+        raise ValueError(
+            f"{kind} has init_lora_weights={config.init_lora_weights!r}, but samfast.attach does "
+            f'True, False and "gaussian"; {_BY_PEFT}'
+        )
+
+
+def translated(
+    config: Any, model: nn.Module, prefix: str, train: tuple[str, ...] | str | None
+) -> tuple[Lora, dict[str, nn.Module], tuple[str, ...] | str]:
+    """Method, layers and what is trained whole, of a checked config.
+
+    prefix: what a wrapper puts before the model's names   train: what the caller named, or None
+    """
+    if train is not None and config.modules_to_save:
+        raise ValueError(
+            f"train is {train!r} and modules_to_save is {config.modules_to_save!r}; both name what "
+            "is trained whole, so give only one of them"
+        )
+    layers = layers_of(config, model, prefix)
+    train = trained_modules(config, model) if train is None else train
+    check_rank(config.r)
+    alpha = config.lora_alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"lora_alpha is {alpha!r}; it must be a finite number above 0")
+    method = Lora(
+        rank=config.r,
+        alpha=alpha * math.sqrt(config.r) if config.use_rslora else alpha,
+        dropout=config.lora_dropout,
+        target=patterns_of(config, model, layers),
+    )
+    return method, layers, train
+
+
+def start(config: Any, adapted: Mapping[str, nn.Module]) -> None:
+    """Fill the factors as init_lora_weights says; they are filled as for True already."""
+    for layer in adapted.values():
+        if _start(config) == "gaussian":
+            nn.init.normal_(layer.lora_A, std=1 / layer.rank)
+        elif _start(config) is False:
+            nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
+
+
+def _start(config: Any) -> Any:
+    value = config.init_lora_weights
+    return value.lower() if isinstance(value, str) else value
+
+
+def _text(value: Any) -> str | None:
+    """The text of an enum or of a string."""
+    return getattr(value, "value", value)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

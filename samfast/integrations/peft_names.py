@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules the names of a PEFT config stand for, by PEFT's own rules."""
+
+import re
+import reprlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+Entries = str | Collection[str]
+
+_ALL_LINEAR = "all-linear"
+
+
+def layers_of(config: Any, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The linear layers that the config adapts, by full name.
+
+    prefix: what a wrapper puts before the names; they match with it or without it
+
+    Raises ValueError where there is none, or a layer of another kind among them.
+    """
+    target = _checked(config.target_modules, "target_modules")
+    if not target:
+        raise ValueError(
+            f"target_modules is {config.target_modules!r}, and PEFT has no default for SAM; name "
+            'layers, such as ["qkv"]'
+        )
+    modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(target, str) and target.lower() == _ALL_LINEAR:
+        target = _every_linear(model)
+    matched = {n: m for n, m in modules.items() if _matches(target, n, prefix)}
+    if not matched:
+        known = {n.rpartition(".")[2]: n for n, m in modules.items() if isinstance(m, nn.Linear)}
+        some = ", ".join(list(known.values())[:4])
+        raise ValueError(
+            f"target_modules {_shown(target)} match no layer; linear layers there are {some}"
+        )
+    exclude = _checked(getattr(config, "exclude_modules", None), "exclude_modules")
+    layers = {
+        name: module
+        for name, module in matched.items()
+        if not (exclude and _matches(exclude, name, prefix)) and not _saved_whole(config, name)
+    }
+    if not layers:
+        raise ValueError(
+            f"target_modules {_shown(target)} match {len(matched)} layers, but exclude_modules or "
+            "modules_to_save leave all of them out"
+        )
+    for name, module in layers.items():
+        if not isinstance(module, nn.Linear):
+            raise ValueError(_not_linear(name, module, target, layers, prefix))
+    return layers
+
+
+def trained_modules(config: Any, model: nn.Module) -> tuple[str, ...]:
+    """Full names of the modules that modules_to_save stands for: those that end so."""
+    entries = config.modules_to_save or ()
+    if isinstance(entries, str):
+        raise ValueError(f"modules_to_save is {entries!r}; give a list of names")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name for name, m in modules.items() if name and any(True for _ in m.parameters())]
+    found: dict[str, None] = {}
+    for entry in entries:
+        matched = [name for name in names if entry and name.endswith(entry)]
+        if not matched:
+            parts = ", ".join(leaf for leaf, _ in model.named_children())
+            raise ValueError(
+                f"modules_to_save names {entry!r}, but no module with parameters ends so; the "
+                f"model's parts are {parts}"
+            )
+        found.update(dict.fromkeys(matched))
+    return tuple(found)
+
+
+def patterns_of(config: Any, model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
+    """Regular expressions for exactly these layers: short ones, or else their names."""
+    target = config.target_modules
+    if isinstance(target, str):
+        short = (".*",) if target.lower() == _ALL_LINEAR else (f"(?:{target})",)
+    else:
+        short = tuple(rf"(.*\.)?{re.escape(entry)}" for entry in sorted(target))
+    linear = [name for name, m in model.named_modules() if name and isinstance(m, nn.Linear)]
+    if {n for n in linear if any(re.fullmatch(t, n) for t in short)} == set(layers):
+        return short
+    return tuple(f"(?:{re.escape(name)})" for name in layers)
+
+
+def _checked(entries: Entries | None, option: str) -> Entries | None:
+    """ValueError for a regular expression that is none."""
+    if isinstance(entries, str):
+        try:
+            re.compile(entries)
+        except re.error as error:
+            raise ValueError(
+                f"{option} {entries!r} is not a regular expression: {error}; give a list of names"
+            ) from None
+    return entries
+
+
+def _matches(entries: Entries, name: str, prefix: str = "") -> bool:
+    """A string is a regular expression; an entry of a list is a name or the end of one."""
+    if isinstance(entries, str):
+        return any(re.fullmatch(entries, full) for full in {name, prefix + name})
+    return any(
+        full in entries or any(full.endswith(f".{entry}") for entry in entries)
+        for full in {name, prefix + name}
+    )
+
+
+def _saved_whole(config: Any, name: str) -> bool:
+    """Whether it is in what modules_to_save names, where PEFT adapts nothing (0.15 still did)."""
+    whole = config.modules_to_save or ()
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in whole)
+
+
+def _every_linear(model: nn.Module) -> set[str]:
+    """What "all-linear" stands for: every linear layer but a transformers model's output."""
+    found = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) or _has_class(m, "transformers.pytorch_utils", "Conv1D")
+    }
+    if _has_class(model, "transformers.modeling_utils", "PreTrainedModel"):
+        output = model.get_output_embeddings()
+        found -= {name for name, m in model.named_modules() if output is not None and m is output}
+    return found
+
+
+def _has_class(module: nn.Module, package: str, name: str) -> bool:
+    kinds = type(module).__mro__
+    return any((kind.__module__, kind.__qualname__) == (package, name) for kind in kinds)
+
+
+def _not_linear(
+    name: str,
+    module: nn.Module,
+    target: Entries,
+    layers: Mapping[str, nn.Module],
+    prefix: str,
+) -> str:
+    """A sentence about a match of another class, with a longer entry that leaves it out."""
+    way = "leave it out with exclude_modules"
+    entries = () if isinstance(target, str) else sorted(target)
+    for entry in (e for e in entries if _matches([e], name, prefix)):
+        for other in (n for n, m in layers.items() if isinstance(m, nn.Linear)):
+            longer = ".".join(other.split(".")[-entry.count(".") - 2 :])
+            if _matches([entry], other, prefix) and not _matches([longer], name, prefix):
+                way = f'write "{longer}" instead of "{entry}"'
+    return (
+        f"target_modules also match {name}, a {type(module).__name__}, but samfast.attach adapts "
+        f"nn.Linear only; {way}"
+    )
+
+
+def _shown(target: Entries) -> str:
+    return repr(target) if isinstance(target, str) else reprlib.repr(sorted(target))

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision layers of Hugging Face's SamModel and SamHQModel (tested with transformers 5.23)."""
+
+import sys
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from samfast.adapters.stand_in import altered
+from samfast.fused.parts import Family, Layout
+
+_HOOKS = "transformers.utils.output_capturing"
+_GELU = "transformers.activations"
+
+
+class VisionLayer(Layout):
+    """What transformers calls the parts."""
+
+    IN_BLOCK: ClassVar = ("layer_norm1", "attn", "layer_norm2", "mlp")
+    OPTIONS: ClassVar = ("num_attention_heads", "scale", "use_rel_pos")
+    CHANCES: ClassVar = ("attn.dropout",)
+
+    @classmethod
+    def activation_problem(cls, act: nn.Module) -> str | None:
+        """transformers' GELUActivation holds the function that it calls."""
+        kind = type(act)
+        if kind.__module__ != _GELU or kind.__qualname__ != "GELUActivation":
+            return super().activation_problem(act)
+        as_written = kind.forward.__globals__.get("__name__") == _GELU
+        return None if as_written and act.act is F.gelu else f"the activation is a changed {act}"
+
+    @classmethod
+    def attention_altered(cls, attention: nn.Module) -> bool:
+        """transformers' hooks that record outputs count while attentions are recorded."""
+        hooks = attention._forward_hooks
+        if not hooks or not all(_records(hook) for hook in hooks.values()):
+            return altered(attention)
+        if torch.compiler.is_compiling():
+            return True  # a graph may be called for either
+        recorded = sys.modules[_HOOKS]._active_collector.get()
+        others = attention._forward_pre_hooks, attention._backward_hooks
+        others = *others, attention._backward_pre_hooks
+        return "attentions" in (recorded or ()) or any(others) or "forward" in vars(attention)
+
+
+def _records(hook) -> bool:
+    """Whether a hook is one with which transformers records outputs."""
+    return getattr(hook, "__module__", "") == _HOOKS
+
+
+def family(kind: type[nn.Module]) -> Family | None:
+    """The classes that stand beside a layer's or an attention's."""
+    prefix = "SamHQ" if kind.__name__.startswith("SamHQ") else "Sam"
+    beside = vars(sys.modules[kind.__module__])
+    names = (f"{prefix}Vision{part}" for part in ("Layer", "Attention", "SdpaAttention"))
+    layer, eager, sdpa = (beside.get(name) for name in names)
+    mlp = beside.get(f"{prefix}MLPBlock")
+    if layer is None or eager is None or mlp is None:
+        return None
+    attentions = tuple(kind for kind in (eager, sdpa) if kind is not None)
+    return Family("transformers", eager, layer, mlp, VisionLayer, True, attentions)
