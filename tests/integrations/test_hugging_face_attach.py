@@ -234,6 +234,36 @@ def test_a_matrix_with_two_places_is_not_pefts(tmp_path):
     assert torch.equal(logits(samfast.load_adapter(model(), folder)), logits(sam))
 
 
+def test_fused_blocks_keep_the_adapter(tmp_path):
+    sam = adapted(samfast.Lora(rank=2))
+    folder = samfast.save_adapter(sam, tmp_path / "adapter")
+    fused = samfast.fuse(samfast.load_adapter(model(), folder))
+    assert set(samfast.report(fused).blocks.values()) == {"fused"}
+    exact = samfast.load_adapter(model().double(), folder).double()
+    within_budget(logits(fused), lambda: logits(sam), lambda: logits(exact), torch.float32)
+
+
+def test_files_of_samed(tmp_path):
+    def file(blocks):
+        shapes = {"a": (2, 32), "b": (32, 2)}
+        content = {
+            f"w_{part}_{i:03}": 0.1 * torch.randn(shape)
+            for i in range(2 * blocks)
+            for part, shape in shapes.items()
+        }
+        whole = ("prompt_encoder", "mask_decoder")
+        state = twin(model(seed=1)).state_dict()
+        content |= {name: t for name, t in state.items() if name.startswith(whole)}
+        torch.save(content, tmp_path / f"{blocks}.pth")
+        return tmp_path / f"{blocks}.pth"
+
+    path = file(2)
+    mine, theirs = (samfast.load_adapter(m, path) for m in (model(), twin(model())))
+    assert torch.allclose(logits(mine), logits(theirs), rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="is of 1 blocks, but the model has 2, and the file does"):
+        samfast.load_adapter(model(), file(1))
+
+
 def test_adaptformer_is_refused():
     nothing = r"in vision_encoder, which has no MLPBlock at all; samfast\.models\.build_sam\("
     with pytest.raises(ValueError, match=nothing):
