@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samfast.methods.lora.method import Lora
+from samfast.models.hf_names import spelled
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 SLICES = ("q", "v")
@@ -103,7 +104,7 @@ def check_numbered(
     model: nn.Module, path: Path, layers: int, tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise ValueError where the model has more blocks, or a decoder of other masks."""
-    names, blocks = {name for name, _ in model.named_modules()}, 0
+    names, blocks = {spelled(name) for name, _ in model.named_modules()}, 0
     while _LAYER.format(blocks) in names:
         blocks += 1
     if blocks > layers:
