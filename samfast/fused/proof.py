@@ -47,14 +47,14 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
     """
     family = family_of(type(module))
     parts, codes = _stock_parts(family, module), []
-    for name, (_, part) in parts.items():
-        if family.published and (method := own_method(part)) is not None:
-            return f"its {name}.{method} was replaced" if name else f"its {method} was replaced"
     for kind in (*_classes(family, module), *LAYERS):
         code, problem = _code(family, kind)
         if problem is not None:
             return _signatures(family, module) or problem
         codes.append((kind, code))
+    for name, (role, part) in parts.items() if family.published else ():
+        if (method := _own_method(family, module, role, part)) is not None:
+            return f"its {name}.{method} was replaced" if name else f"its {method} was replaced"
     held = [(name, *_held(family, part)) for name, (_, part) in parts.items()]
     own = family.parts
     has_tables, has_bias = _has(parts, own.OPTIONS[2]), _has(parts, own.IN_ATTENTION[0], "bias")
@@ -116,6 +116,15 @@ def _published(kind: type[nn.Module]) -> tuple[tuple, str | None]:
         problem = replaced and f"the {replaced} of {kind.__name__} was replaced"
         _methods[kind] = known, state, problem
     return state, problem
+
+
+def _own_method(family: Family, module: nn.Module, role: str, part: nn.Module) -> str | None:
+    """A method of a library's class that this part has another of."""
+    block = isinstance(module, family.block)
+    attention = family.attention_of(module) if block else family.attention
+    kinds = dict(zip(_ROLES, (family.block, attention, family.mlp), strict=True))
+    methods, _, _ = _methods[kinds[role]]
+    return own_method(part, methods)
 
 
 def _classes(family: Family, module: nn.Module) -> tuple[type[nn.Module], ...]:

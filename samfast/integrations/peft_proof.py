@@ -21,9 +21,10 @@ def objection(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__module__ != _LAYER or kind.__qualname__ != "Linear":
         return "which samfast does not know"
-    if (method := foreign_method(kind) or own_method(module)) is not None:
+    methods = methods_of(kind)
+    if (method := foreign_method(kind) or own_method(module, methods)) is not None:
         return f"whose {method} was replaced"
-    key = kind, tuple(methods_of(kind).values())
+    key = kind, tuple(methods.values())
     if key not in _verdicts:
         _verdicts[key] = apart(lambda: _probed(module))
     return _verdicts[key]

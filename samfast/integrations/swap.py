@@ -52,7 +52,7 @@ def patched(module: nn.Module) -> str | None:
     for name, method in methods.items():
         if getattr(stock, name, None) is not method:
             return name
-    return own_method(module)
+    return own_method(module, methods)
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, FunctionType]:
@@ -82,11 +82,12 @@ def _wrapped(function: FunctionType) -> Iterator[FunctionType]:
         function = getattr(function, "__wrapped__", None)
 
 
-def own_method(module: nn.Module) -> str | None:
-    """The name of a method that an instance has in place of its class's."""
+def own_method(module: nn.Module, methods: dict[str, FunctionType]) -> str | None:
+    """The name of one of its class's methods that an instance has another of."""
     own = vars(module)
-    found = [name for name in own if isinstance(getattr(type(module), name, None), FunctionType)]
-    return found[0] if found else None
+    if methods.keys().isdisjoint(own):
+        return None
+    return next(name for name in methods if name in own)
 
 
 def is_swapped(module: nn.Module) -> bool:
