@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan
+
+_TORCH_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+_TRACED = ("FunctionalTensor",)  # torch.export's
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,26 @@ def dropout_seed(dropout: float, x: Tensor) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
+def foreign_tensor(tensor: Tensor) -> bool:
+    """Whether operations on it may mean something else: a quantised one, or one that overrides
+    torch's functions. What FSDP shards is a plain tensor by the time of the forward.
+    """
+    kind = type(tensor)
+    if kind is nn.Parameter or kind is Tensor:
+        return False
+    own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    if own not in _TORCH_FUNCTIONS:
+        return True
+    return is_traceable_wrapper_subclass(tensor) and kind.__name__ not in ("DTensor", *_TRACED)
+
+
 def layer_problem(name: str, layer: nn.Module) -> str | None:
     """Why the layer cannot take part in a fused block, None when it can."""
     if altered(layer):
         return f"{name} has hooks or a forward of its own"
     if type(layer) is nn.Linear:
-        return None
+        foreign = foreign_tensor(layer.weight)
+        return f"{name} has a weight that is a {type(layer.weight).__name__}" if foreign else None
     if not hasattr(layer, "block_layer"):
         return f"{name} is {kind_of(layer)}, which does not say how to fuse it"
     if getattr(layer, "weight", None) is None:

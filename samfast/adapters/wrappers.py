@@ -9,8 +9,25 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-ENCODER = "image_encoder"
+ENCODER = "image_encoder"  # segment_anything's name
+ENCODER_OF_HF = "vision_encoder"  # Hugging Face's, which models of other kinds use as well
 ATTACHMENT = "samfast_attachment"
+_PARTS_OF_HF = ("patch_embed", "layers", "neck")  # of its encoder of SAM
+
+
+def encoder_name(model: nn.Module) -> str:
+    """What the model calls its image encoder of SAM; "" where it has none."""
+    parts = model._modules if isinstance(model, nn.Module) else {}
+    if isinstance(parts.get(ENCODER), nn.Module):
+        return ENCODER
+    encoder = parts.get(ENCODER_OF_HF)
+    known = encoder is not None and all(hasattr(encoder, part) for part in _PARTS_OF_HF)
+    return ENCODER_OF_HF if known else ""
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The image encoder of SAM in the model; the model itself where there is none."""
+    return model.get_submodule(encoder_name(model))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -65,7 +82,7 @@ def _wrapped(model: nn.Module) -> str | None:
 
 def _is_model(model: nn.Module) -> bool:
     """Whether it is what attach and segment work on: a SAM, or a model that was attached to."""
-    return ENCODER in model._modules or hasattr(model, ATTACHMENT)
+    return encoder_name(model) != "" or hasattr(model, ATTACHMENT)
 
 
 def _parts_with_sam(model: nn.Module) -> list[str]:

@@ -14,10 +14,10 @@ from torch import nn
 import samfast
 from samfast.adapters.adapter import adapter_parameter_names, adapters
 from samfast.adapters.attachment import attachment
-from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
+from samfast.adapters.base_digest import digest_of, fingerprints
 from samfast.adapters.finite import not_finite
 from samfast.adapters.trained import trained_tensors
-from samfast.adapters.wrappers import refuse_new_parameters, unclear, unwrapped
+from samfast.adapters.wrappers import encoder_name, refuse_new_parameters, unclear, unwrapped
 from samfast.files import peft_format
 from samfast.files.checking import (
     check_base_of,
@@ -40,6 +40,7 @@ from samfast.files.format import (
     read_adapter,
 )
 from samfast.files.samed_format import check_numbered
+from samfast.files.spelling import base_identity, spelled_for
 from samfast.integrations.libraries import call_of_owner
 from samfast.methods.attach import attach_to, check_attachable
 from samfast.models.heads import HEADS, MULTI_TASK, given_head, head_of
@@ -114,7 +115,8 @@ def _record_of_base(model: nn.Module, trained: Collection[str]) -> dict[str, Any
     return {
         "base": dict(base) if isinstance(base, dict) else {"name": base},
         "base_digest": digest_of(prints),
-        "base_identity": identity_of(prints),
+        "base_identity": base_identity(prints),
+        "encoder": encoder_name(model),
     }
 
 
@@ -148,8 +150,9 @@ def load_adapter(
 
     A stock model gets head and adapters (and everything frozen, as ``attach`` does); a model with
     the same head and the same method on the same layers gets the tensors alone. The folder may be
-    of ``save_adapter`` or LoRA saved by PEFT, or a file: SAMed's (.pth, .pt) with its prompt
-    encoder and mask decoder, or Sam_LoRA's (.safetensors).
+    of ``save_adapter`` or LoRA saved by PEFT, from segment_anything's Sam or Hugging Face's
+    SamModel: each takes the other's. Or it is a file: SAMed's (.pth, .pt) with its prompt encoder
+    and mask decoder, or Sam_LoRA's (.safetensors).
 
     trainable: whether the loaded tensors require a gradient
     check_base: refuse an adapter that was trained on another base model; one that was trained at
@@ -161,6 +164,7 @@ def load_adapter(
     """
     adapter = read_adapter(folder)
     given, stock = model, level_of(model, adapter)
+    adapter = spelled_for(stock, adapter)
     model = _with_tasks(stock, adapter)
     attached = attachment(model)
     with given_head(model, head_for(model, adapter)):

@@ -10,8 +10,9 @@ from samfast.adapters.adapter import adapter_state
 from samfast.adapters.attachment import Attachment, attachment
 from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
 from samfast.adapters.finite import base_problem
-from samfast.adapters.wrappers import levels
+from samfast.adapters.wrappers import encoder_name, encoder_of, levels
 from samfast.files.format import AdapterFile, dtype_name
+from samfast.files.spelling import base_identity
 from samfast.methods.attach import check_layer
 from samfast.models.heads import HEADS, head_of
 
@@ -28,7 +29,10 @@ def level_of(model: nn.Module, adapter: AdapterFile) -> nn.Module:
 
 def image_size_of(model: nn.Module) -> int | None:
     """The side in pixels of what the model's image encoder takes; None for other models."""
-    return getattr(getattr(model, "image_encoder", None), "img_size", None)
+    if not encoder_name(model):
+        return None
+    encoder = encoder_of(model)  # segment_anything's, or Hugging Face's
+    return getattr(encoder, "img_size", None) or getattr(encoder, "image_size", None)
 
 
 def _sizes(model: nn.Module, adapter: AdapterFile) -> str | None:
@@ -143,8 +147,9 @@ def check_base_of(model: nn.Module, adapter: AdapterFile) -> None:
     if stored is None:  # PEFT's
         return
     prints, sizes = fingerprints(model, adapter.tensors.keys()), _sizes(model, adapter)
-    digest = digest_of(prints) if identity is None else identity_of(prints)
-    if digest == (identity or stored):
+    digest = digest_of(prints) if identity is None else base_identity(prints)
+    # samfast 0.1.0 took the identity of a SamModel by Hugging Face's names.
+    if digest == (identity or stored) or identity_of(prints) == identity:
         if sizes is not None:
             warnings.warn(f"adapter {adapter.folder} {sizes}", stacklevel=3)
         return

@@ -6,6 +6,7 @@ and lora_B. Modules that are trained whole ("modules_to_save") keep their own na
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
@@ -82,6 +83,12 @@ def modules_to_save(model: nn.Module, trained: Collection[str]) -> list[str] | N
     return cover(model, "")
 
 
+def _has_two_places(model: nn.Module, trained: Collection[str]) -> bool:
+    """Whether a trained Parameter is in two modules: PEFT would copy it for one of them."""
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return any(places[id(p)] > 1 for name, p in model.named_parameters() if name in trained)
+
+
 def lora_config(
     model: nn.Module, method: Method, layers: Collection[str], trained: Collection[str]
 ) -> dict[str, Any] | None:
@@ -92,7 +99,7 @@ def lora_config(
     if any(name.endswith(f".{layer}") for layer in layers for name in names):
         return None
     whole = modules_to_save(model, trained)
-    if whole is None:
+    if whole is None or _has_two_places(model, trained):
         return None
     return {
         "auto_mapping": {

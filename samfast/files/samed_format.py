@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samfast.methods.lora.method import Lora
+from samfast.models.hf_names import spelled
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 SLICES = ("q", "v")
@@ -56,10 +57,13 @@ def _sorted(path: Path, content: Mapping) -> tuple[Factors, dict[str, Tensor]]:
     """The factors by number, and what was trained whole by the model's names."""
     factors, whole = {"a": {}, "b": {}}, {}
     for key, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"its {key} is a {type(value).__name__}, not a tensor")
+        if not isinstance(key, str):
+            raise ValueError(f"it has a key {key!r}, which is a {type(key).__name__}, not a name")
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"its {key} is a {what}, not a plain tensor")
         found = _FACTOR.fullmatch(key)
-        if found:
+        if found and found[2] == f"{int(found[2]):03d}":
             factors[found[1]][int(found[2])] = value.detach()
         elif key.partition(".")[0] in _WHOLE:
             whole[key] = value.detach()
@@ -103,7 +107,7 @@ def check_numbered(
     model: nn.Module, path: Path, layers: int, tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise ValueError where the model has more blocks, or a decoder of other masks."""
-    names, blocks = {name for name, _ in model.named_modules()}, 0
+    names, blocks = {spelled(name) for name, _ in model.named_modules()}, 0
     while _LAYER.format(blocks) in names:
         blocks += 1
     if blocks > layers:
@@ -111,7 +115,17 @@ def check_numbered(
             f"adapter {path} is of {layers} blocks, but the model has {blocks}, and the file does "
             "not say which of them were adapted"
         )
-    theirs, mine = tensors.get(_TOKENS), model.state_dict(keep_vars=True).get(_TOKENS)
+    state = {spelled(name): t for name, t in model.state_dict(keep_vars=True).items()}
+    given = {spelled(name) for name in tensors}
+    for part in _WHOLE:
+        absent = [name for name in state if name.startswith(f"{part}.") and name not in given]
+        held = any(name.startswith(f"{part}.") for name in given)
+        if held and absent:
+            raise ValueError(
+                f"adapter {path} has a part of {part} only; {absent[0]} and {len(absent) - 1} more "
+                "tensors are missing"
+            )
+    theirs, mine = tensors.get(_TOKENS), state.get(_TOKENS)
     if theirs is not None and mine is not None and len(theirs) != len(mine):
         raise ValueError(
             f"adapter {path} has a decoder with {len(theirs)} mask tokens, but the model's has "

@@ -137,9 +137,17 @@ class WholeBlock(FusedBlock):
     """A block that is one operator or runs its own forward, its attention included."""
 
     def forward(self, *args, **kwargs) -> Tensor:
-        if len(args) == 1 and not kwargs and self.block_problem() is None and self._fits(args[0]):
-            return self._fused(args[0])
-        return super().forward(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        x, parts = args[0], self._family.parts
+        if not torch.compiler.is_compiling():
+            if parts.recording(parts.attention(self)):
+                x._samfast_recorded = True  # a checkpoint that runs this again records nothing
+            elif getattr(x, "_samfast_recorded", False):
+                return super().forward(x)
+        if self.block_problem() is None and self._fits(x):
+            return self._fused(x)
+        return super().forward(x)
 
     def _attention_problem(self) -> str | None:
         parts = self._family.parts

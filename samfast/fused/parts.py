@@ -100,6 +100,11 @@ class Layout:
         return altered(attention)
 
     @classmethod
+    def recording(cls, attention: nn.Module) -> bool:
+        """Whether the library is to be given the attention's inner results in this forward."""
+        return False
+
+    @classmethod
     def option_problem(cls, block: nn.Module) -> str | None:
         """Which of the parts that a fused block leaves out does something."""
         for path in cls.IDENTITIES:

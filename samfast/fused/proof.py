@@ -7,8 +7,6 @@ agree with the formula in ``samfast.kernels.sam_block.reference``.
 """
 
 import inspect
-from collections.abc import Iterator
-from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +16,11 @@ from samfast.fused.families import family_of
 from samfast.fused.parts import Family, Layout
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import apart, deviation, difference, shell
+from samfast.integrations.swap import foreign_method, methods_of, own_method
 from samfast.kernels.relpos_attention.op import fit_table
 from samfast.kernels.sam_block.reference import attention, sam_block
 
+LARGEST_WINDOW = 32  # that a run is made at
 LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU)
 _NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union(
     Layout.TABLES,
@@ -32,6 +32,7 @@ _NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union
 )
 _BLOCK, _ATTENTION, _MLP = _ROLES = ("block", "attention", "mlp")
 _codes: dict[type[nn.Module], PlainCode] = {}
+_methods: dict[type[nn.Module], tuple[dict, tuple, str | None]] = {}
 _verdicts: dict[tuple, str | None] = {}
 
 _Parts = dict[str, tuple[str, nn.Module]]  # by name: its role, and what has it
@@ -51,6 +52,9 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
         if problem is not None:
             return _signatures(family, module) or problem
         codes.append((kind, code))
+    for name, (role, part) in parts.items() if family.published else ():
+        if (method := _own_method(family, module, role, part)) is not None:
+            return f"its {name}.{method} was replaced" if name else f"its {method} was replaced"
     held = [(name, *_held(family, part)) for name, (_, part) in parts.items()]
     own = family.parts
     has_tables, has_bias = _has(parts, own.OPTIONS[2]), _has(parts, own.IN_ATTENTION[0], "bias")
@@ -59,6 +63,8 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
     for number in sizes:
         if not isinstance(number, (bool, int, float)):
             return f"one of its sizes is a {type(number).__name__}, not a number"
+        if number < 0:
+            return f"one of its sizes is {number}"
     width = getattr(getattr(module, own.IN_BLOCK[0], None), "normalized_shape", None)
     for key, judge in ((kept, _judgement), ((kept, sizes, width), _second_look)):
         if key not in _verdicts:
@@ -101,25 +107,24 @@ def _code(family: Family, kind: type[nn.Module]) -> tuple[object, str | None]:
     return _codes[kind]()
 
 
-def _published(kind: type[nn.Module]) -> tuple[tuple[FunctionType, ...], str | None]:
-    """The methods of a library's class; each has to be from that library."""
-    package, found = kind.__module__.partition(".")[0], []
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for name, method in vars(base).items():
-            if not isinstance(method, FunctionType):
-                continue
-            found.append(method)
-            for function in _wrapped(method):
-                if function.__globals__.get("__name__", "").partition(".")[0] != package:
-                    return tuple(found), f"the {name} of {kind.__name__} was replaced"
-    return tuple(found), None
+def _published(kind: type[nn.Module]) -> tuple[tuple, str | None]:
+    """The methods of a library's class, looked at again once one was replaced."""
+    known, state, problem = _methods.get(kind, (None, (), None))
+    if known is None or any(getattr(kind, n, None) is not m for n, m in known.items()):
+        known, replaced = methods_of(kind), foreign_method(kind)
+        state = tuple(known.values())
+        problem = replaced and f"the {replaced} of {kind.__name__} was replaced"
+        _methods[kind] = known, state, problem
+    return state, problem
 
 
-def _wrapped(function: FunctionType) -> Iterator[FunctionType]:
-    """A function and what it says that it wraps."""
-    while isinstance(function, FunctionType):
-        yield function
-        function = getattr(function, "__wrapped__", None)
+def _own_method(family: Family, module: nn.Module, role: str, part: nn.Module) -> str | None:
+    """A method of a library's class that this part has another of."""
+    block = isinstance(module, family.block)
+    attention = family.attention_of(module) if block else family.attention
+    kinds = dict(zip(_ROLES, (family.block, attention, family.mlp), strict=True))
+    methods, _, _ = _methods[kinds[role]]
+    return own_method(part, methods)
 
 
 def _classes(family: Family, module: nn.Module) -> tuple[type[nn.Module], ...]:
@@ -189,7 +194,7 @@ def _judgement(family: Family, module: nn.Module, parts: _Parts) -> str | None:
     if (problem := _signatures(family, module)) is not None:
         return problem
     block = isinstance(module, family.block)
-    cases = ((4, 5, 3), (0, 3, 5)) if block else ((0, 3, 5),)
+    cases = ((4, 5, 3), (0, 6, 7)) if block else ((0, 6, 7),)
     problems = (apart(_Case(family, module, *case).problem) for case in cases)
     return next((p for p in problems if p is not None), None)
 
@@ -203,8 +208,8 @@ def _signatures(family: Family, module: nn.Module) -> str | None:
 
 
 def _second_look(family: Family, module: nn.Module, parts: _Parts) -> str | None:
-    """At the module's own window, heads and scale."""
-    side = getattr(module, family.parts.WINDOW, 0)
+    """At the module's own window, up to a size where that takes no time, heads and scale."""
+    side = min(getattr(module, family.parts.WINDOW, 0), LARGEST_WINDOW)
     size = (side - side // 4, side - 1) if side else (3, 5)
     return apart(_Case(family, module, side, *size).deviation)
 
@@ -252,7 +257,7 @@ class _Case:
 
     def problem(self) -> str | None:
         tested = self._block() if self.block else self._attention()
-        return difference(tested, self.formula, self._draw(2, *self.size, self.dim))
+        return difference(tested, self.formula, self._draw(3, *self.size, self.dim))
 
     def deviation(self) -> str | None:
         tested = self._block() if self.block else self._attention()

@@ -9,9 +9,8 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from samfast.adapters.block_layer import BlockLayer
+from samfast.adapters.block_layer import BlockLayer, foreign_tensor
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.functional import lora_linear
 from samfast.kernels._common.autocast import autocast_dtype
@@ -121,7 +120,7 @@ def now_problem(layers: Mapping[str, nn.Module | None]) -> str | None:
         weight = weight_of(layer)
         if altered(layer):
             return f"has hooks or a forward of its own on {name}"
-        if quantised(weight):
+        if foreign_tensor(weight):
             return f"has a weight in {name} that is a {type(weight).__name__}"
         dtypes.add(weight.dtype)
     if len(dtypes) == 1:
@@ -160,10 +159,3 @@ class UpdatedLinear:
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
         tensors = self.weight, self.bias, self.lora_a, self.lora_b
         return BlockLayer(*tensors, LayerPlan(adapted=True))
-
-
-def quantised(weight: Tensor) -> bool:
-    """Whether it is no plain tensor; what FSDP shards is one by the time of the forward."""
-    if type(weight) is nn.Parameter:
-        return False
-    return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"

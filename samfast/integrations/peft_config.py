@@ -63,7 +63,7 @@ def check_config(config: Any) -> None:
         )
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), _default(field)
-        if field.name in (*_READ, *_NOTES) or value == default or not (value or default):
+        if field.name in (*_READ, *_NOTES) or _same(value, default):
             continue
         raise ValueError(
             f"{kind} has {field.name}={reprlib.repr(value)}, which samfast.attach does not do; "
@@ -127,6 +127,17 @@ def _start(config: Any) -> Any:
 def _text(value: Any) -> str | None:
     """The text of an enum or of a string."""
     return getattr(value, "value", value)
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether an option is as it is by default; nothing at all has several forms."""
+    if _nothing(value) or _nothing(default):
+        return _nothing(value) and _nothing(default)
+    return value == default and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _nothing(value: Any) -> bool:
+    return value is None or value is False or (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from samfast.adapters.block_layer import BlockLayer, dropout_seed
+from samfast.adapters.block_layer import BlockLayer, dropout_seed, foreign_tensor
 from samfast.adapters.low_rank import backend_of
 from samfast.adapters.stand_in import altered
 from samfast.adapters.stand_in import kind_of as phrase
 from samfast.functional import lora_linear
-from samfast.integrations.linears import quantised
 from samfast.integrations.peft_proof import objection
 from samfast.integrations.swap import patched, swapped
 from samfast.kernels._common.autocast import autocast_dtype
@@ -64,12 +63,12 @@ class FusedLoraLinear:
 
     def block_problem(self) -> str | None:
         """Why PEFT's own forward runs, None where the layer can take part in a fused block."""
-        if patched(self):
-            return "has a class with a forward that was replaced"
+        if (method := patched(self)) is not None:
+            return f"has another {method} than its class had; undo that to fuse it"
         base = self._modules["base_layer"]
         if type(base) is not nn.Linear:
             return f"is over {phrase(base)}, not a plain nn.Linear"
-        if quantised(base.weight):
+        if foreign_tensor(base.weight):
             return f"has a weight that is a {type(base.weight).__name__}"
         if altered(base):
             return "has hooks or a forward of its own on its base layer; remove them to fuse it"

@@ -62,6 +62,8 @@ def trained_modules(config: Any, model: nn.Module) -> tuple[str, ...]:
     names = [name for name, m in modules.items() if name and any(True for _ in m.parameters())]
     found: dict[str, None] = {}
     for entry in entries:
+        if not isinstance(entry, str):
+            raise ValueError(f"modules_to_save has {entry!r}, which is not the name of a module")
         matched = [name for name in names if entry and name.endswith(entry)]
         if not matched:
             parts = ", ".join(leaf for leaf, _ in model.named_children())
@@ -77,13 +79,18 @@ def patterns_of(config: Any, model: nn.Module, layers: Collection[str]) -> tuple
     """Regular expressions for exactly these layers: short ones, or else their names."""
     target = config.target_modules
     if isinstance(target, str):
-        short = (".*",) if target.lower() == _ALL_LINEAR else (f"(?:{target})",)
+        short = (".*",) if target.lower() == _ALL_LINEAR else (_apart(target),)
     else:
         short = tuple(rf"(.*\.)?{re.escape(entry)}" for entry in sorted(target))
     linear = [name for name, m in model.named_modules() if name and isinstance(m, nn.Linear)]
     if {n for n in linear if any(re.fullmatch(t, n) for t in short)} == set(layers):
         return short
     return tuple(f"(?:{re.escape(name)})" for name in layers)
+
+
+def _apart(pattern: str) -> str:
+    """A regular expression as ``attach`` takes it, which is never a plain name."""
+    return f"(?:{pattern})" if pattern.isidentifier() else pattern
 
 
 def _checked(entries: Entries | None, option: str) -> Entries | None:
@@ -111,7 +118,13 @@ def _matches(entries: Entries, name: str, prefix: str = "") -> bool:
 def _saved_whole(config: Any, name: str) -> bool:
     """Whether it is in what modules_to_save names, where PEFT adapts nothing (0.15 still did)."""
     whole = config.modules_to_save or ()
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in whole)
+    try:
+        return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in whole)
+    except re.error as error:
+        raise ValueError(
+            f"modules_to_save {whole!r} has a name that is not a regular expression: {error}; PEFT "
+            "takes them as such"
+        ) from None
 
 
 def _every_linear(model: nn.Module) -> set[str]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.integrations.probe import apart, difference, shell
+from samfast.integrations.swap import foreign_method, methods_of, own_method
 
 _LAYER = "peft.tuners.lora.layer"
 _NAME, _SCALING = "probe", 0.75
@@ -20,10 +21,10 @@ def objection(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__module__ != _LAYER or kind.__qualname__ != "Linear":
         return "which samfast does not know"
-    forward = kind.forward
-    if getattr(forward, "__globals__", {}).get("__name__") != _LAYER:
-        return "whose class has a forward that was replaced"
-    key = kind, forward
+    methods = methods_of(kind)
+    if (method := foreign_method(kind) or own_method(module, methods)) is not None:
+        return f"whose {method} was replaced"
+    key = kind, tuple(methods.values())
     if key not in _verdicts:
         _verdicts[key] = apart(lambda: _probed(module))
     return _verdicts[key]

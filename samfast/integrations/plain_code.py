@@ -24,6 +24,7 @@ _WRITES = ("STORE_SUBSCR", "STORE_SLICE")
 _MODULES = ("torch", "torch.nn", "torch.nn.functional", "math")
 _NUMBERS = (bool, int, float, str, type(None))
 _ABSENT = object()
+LARGEST_NUMBER = 5  # segment_anything permutes five dimensions; runs are made on larger maps
 
 
 class PlainCode:
@@ -105,6 +106,8 @@ class PlainCode:
             self._instructions(function, inner, modules, found)
 
     def _instructions(self, function, code: CodeType, modules: list, found: list) -> None:
+        for value in code.co_consts:
+            self._small(value)
         for instruction in dis.get_instructions(code):
             kind, name = instruction.opname, instruction.argval
             if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -163,7 +166,13 @@ class PlainCode:
         for value in values:
             if not isinstance(value, _NUMBERS):
                 raise self._uses(f"a {type(value).__name__}")
+            self._small(value)
             found.append((type(value), repr(value)))
+
+    def _small(self, value) -> None:
+        """A larger number may stand for a size from which on the code does something else."""
+        if isinstance(value, (int, float)) and abs(value) > LARGEST_NUMBER:
+            raise self._uses(f"the number {value}")
 
     def _uses(self, what: str) -> "_NotPlain":
         return _NotPlain(f"the forward of {self.kind.__name__} uses {what}")

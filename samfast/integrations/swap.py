@@ -8,18 +8,19 @@ stay with it, and so does whatever an optimizer or its owner's code holds of it.
 import copyreg
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Iterator
+from types import FunctionType
 from typing import NamedTuple
 
 from torch import nn
 
 
 class Swapped(NamedTuple):
-    """What a class was made of."""
+    """What a class was made of.  methods: the stock class's own and inherited, when it was made"""
 
     stock: type[nn.Module]
     mixin: type
-    forward: Callable  # the stock class's, when this was made
+    methods: dict[str, FunctionType]
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def derived(stock: type[nn.Module], mixin: type) -> type[nn.Module]:
         "__module__": stock.__module__,
         "__doc__": mixin.__doc__,
         "__reduce_ex__": _reduce,
-        "_samfast_swapped": Swapped(stock, mixin, stock.forward),
+        "_samfast_swapped": Swapped(stock, mixin, methods_of(stock)),
     }
     name = f"Fused{stock.__name__}"
     return types.new_class(name, (mixin, stock), exec_body=lambda space: space.update(names))
@@ -45,10 +46,48 @@ def swapped(module: nn.Module) -> Swapped | None:
     return getattr(type(module), "_samfast_swapped", None)
 
 
-def patched(module: nn.Module) -> bool:
-    """Whether the stock class of a swapped module has another forward since."""
-    made_of = type(module)._samfast_swapped
-    return made_of.stock.forward is not made_of.forward
+def patched(module: nn.Module) -> str | None:
+    """A method that the stock class of a swapped module, or the module, has another of since."""
+    stock, _, methods = type(module)._samfast_swapped
+    for name, method in methods.items():
+        if getattr(stock, name, None) is not method:
+            return name
+    return own_method(module, methods)
+
+
+def methods_of(kind: type[nn.Module]) -> dict[str, FunctionType]:
+    """Its methods by name, and how it is called, but nothing else of torch's Module."""
+    names = {name for base in kind.__mro__ if base is not nn.Module for name in vars(base)}
+    found = ((name, getattr(kind, name, None)) for name in sorted(names | {"__call__"}))
+    return {name: method for name, method in found if isinstance(method, FunctionType)}
+
+
+def foreign_method(kind: type[nn.Module]) -> str | None:
+    """The name of a method of a library's class that was written outside the library.
+
+    Decorators of torch and of Python, such as no_grad, are no one's.
+    """
+    known = kind.__module__.partition(".")[0], "torch", "contextlib", "functools"
+    for name, method in methods_of(kind).items():
+        for function in _wrapped(method):
+            if function.__globals__.get("__name__", "").partition(".")[0] not in known:
+                return name
+    return None
+
+
+def _wrapped(function: FunctionType) -> Iterator[FunctionType]:
+    """A function and what it says that it wraps."""
+    while isinstance(function, FunctionType):
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def own_method(module: nn.Module, methods: dict[str, FunctionType]) -> str | None:
+    """The name of one of its class's methods that an instance has another of."""
+    own = vars(module)
+    if methods.keys().isdisjoint(own):
+        return None
+    return next(name for name in methods if name in own)
 
 
 def is_swapped(module: nn.Module) -> bool:

@@ -28,7 +28,8 @@ class VisionLayer(Layout):
         kind = type(act)
         if kind.__module__ != _GELU or kind.__qualname__ != "GELUActivation":
             return super().activation_problem(act)
-        as_written = kind.forward.__globals__.get("__name__") == _GELU
+        as_written = getattr(kind.forward, "__globals__", {}).get("__name__") == _GELU
+        as_written = as_written and kind.__call__ is nn.Module.__call__
         return None if as_written and act.act is F.gelu else f"the activation is a changed {act}"
 
     @classmethod
@@ -39,10 +40,17 @@ class VisionLayer(Layout):
             return altered(attention)
         if torch.compiler.is_compiling():
             return True  # a graph may be called for either
-        recorded = sys.modules[_HOOKS]._active_collector.get()
         others = attention._forward_pre_hooks, attention._backward_hooks
         others = *others, attention._backward_pre_hooks
-        return "attentions" in (recorded or ()) or any(others) or "forward" in vars(attention)
+        return cls.recording(attention) or any(others) or "forward" in vars(attention)
+
+    @classmethod
+    def recording(cls, attention: nn.Module) -> bool:
+        """Whether a forward is on that returns attentions."""
+        if not attention._forward_hooks or torch.compiler.is_compiling():
+            return False
+        hooks = sys.modules.get(_HOOKS)
+        return hooks is not None and "attentions" in (hooks._active_collector.get() or ())
 
 
 def _records(hook) -> bool:

@@ -14,7 +14,9 @@ from samfast.adapters.base_digest import fingerprint
 from samfast.adapters.finite import base_problem
 from samfast.adapters.method import Method
 from samfast.adapters.wrappers import (
-    ENCODER,
+    ENCODER_OF_HF,
+    encoder_name,
+    encoder_of,
     levels,
     prefix_of,
     refuse_new_parameters,
@@ -24,10 +26,15 @@ from samfast.adapters.wrappers import (
 from samfast.integrations import peft_config
 from samfast.integrations.libraries import call_of_owner, refuse_others
 from samfast.methods.ta_lora.tasks import numbers_of, set_task
+from samfast.models import hf_names
 from samfast.models.heads import stock_state_dict
 
 DECODER = ("mask_decoder",)  # trained whole beside samfast's methods
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ONLY_SEGMENT_ANYTHING = (
+    "samfast.models.build_sam(name, checkpoint=folder) makes segment_anything's Sam, which has "
+    "them, of the folder of a SamModel"
+)
 
 
 def attach(
@@ -44,14 +51,14 @@ def attach(
     stay the same until training moves the adapters (LoRA and Conv-LoRA start at zero).
 
     method: for example ``samfast.Lora(rank=4)``. Its ``target`` is a leaf name, matched in
-        ``model.image_encoder`` where there is one and anywhere else otherwise, or a regular
-        expression (whatever is no plain identifier) matched against full module names of the
-        whole model, or a tuple of those. Or PEFT's ``LoraConfig`` for plain LoRA, whose names match
-        as PEFT matches them.
+        ``model.image_encoder`` (``vision_encoder`` of Hugging Face's SamModel) where there is one
+        and anywhere else otherwise, or a regular expression (whatever is no plain identifier)
+        matched against full module names of the whole model, or a tuple of those. Or PEFT's
+        ``LoraConfig`` for plain LoRA, whose names match as PEFT matches them.
     train: names of modules or parameters, each with all that is below it, trained whole beside the
         adapters; () for adapters alone. None is ("mask_decoder",), or modules_to_save of PEFT's
-        config.
-    base_dtype: cast the frozen tensors of ``model.image_encoder`` (of the whole model where there
+        config. A SamModel takes segment_anything's names too.
+    base_dtype: cast the frozen tensors of the image encoder (of the whole model where there
         is none) to float32, bfloat16 or float16. Tensors that are trained keep their dtype and
         adapters are float32, as are prompt encoder and mask decoder. A module inside the encoder
         that ``train`` names then needs ``torch.autocast`` around the forward, for its float32
@@ -111,7 +118,8 @@ def find_layers(model: nn.Module, method: Method, prefix: str = "") -> dict[str,
     """
     targets = (method.target,) if isinstance(method.target, str) else method.target
     candidates = {n: m for n, m in model.named_modules() if isinstance(m, method.replaces) and n}
-    scope = f"{ENCODER}." if isinstance(getattr(model, ENCODER, None), nn.Module) else ""
+    encoder = encoder_name(model)
+    scope = f"{encoder}." if encoder else ""
     chosen = set()
     for target in targets:
         if target.isidentifier():
@@ -160,7 +168,9 @@ def _no_match(
             examples.setdefault(name.rpartition(".")[2], name)
     where = f" in {scope[:-1]}" if scope and target.isidentifier() else ""
     if not examples:
-        return f"target {target!r} matches no layer{where}, which has no {what} at all"
+        nothing = f"target {target!r} matches no layer{where}, which has no {what} at all"
+        foreign = scope == f"{ENCODER_OF_HF}." and kind is not nn.Linear
+        return f"{nothing}; {_ONLY_SEGMENT_ANYTHING}" if foreign else nothing
     some = ", ".join(list(examples.values())[:4])
     return f"target {target!r} matches no layer{where}; {what}s there are {some}"
 
@@ -168,12 +178,16 @@ def _no_match(
 def find_trained(model: nn.Module, train: tuple[str, ...] | str, prefix: str = "") -> set[str]:
     """Full names of the parameters that the entries of ``train`` stand for, with prefix or not."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    spelled = hf_names.spellings(names) if encoder_name(model) == ENCODER_OF_HF else {}
     trained = set()
     for entry in (train,) if isinstance(train, str) else tuple(train):
         if not isinstance(entry, str) or not entry:
             raise ValueError(f"train has {entry!r}, which is not the name of a module or parameter")
         inner = entry.removeprefix(prefix)
-        matched = [name for name in names if name == inner or name.startswith(f"{inner}.")]
+        matched = [name for name in names if f"{name}.".startswith(f"{inner}.")]
+        matched = matched or [
+            name for name, other in spelled.items() if f"{other}.".startswith(f"{inner}.")
+        ]
         if not matched:
             parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise ValueError(
@@ -218,9 +232,8 @@ def attach_to(
 
 def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
     """Cast the encoder's frozen floating tensors; fingerprints that the cast would change."""
-    scope = ENCODER if isinstance(getattr(model, ENCODER, None), nn.Module) else ""
-    prefix = f"{scope}." if scope else ""
-    encoder = model.get_submodule(scope)
+    prefix = f"{encoder_name(model)}." if encoder_name(model) else ""
+    encoder = encoder_of(model)
     before = {}
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from samfast.adapters.wrappers import unclear, unwrapped
+from samfast.models.hugging_face import is_high_quality
 
 # What one mask reads of the decoder: all but the quality head, and the other masks' hypernetworks
 # where the head has them. Entries for ``attach(..., train=TRAINED_DECODER)``.
@@ -58,10 +59,15 @@ def binary_head(sam: nn.Module) -> nn.Module:
     has nothing to choose from and raises ValueError.
 
     A model that has the head stays as it is. ``restore_head`` puts back what was taken away.
-    Raises ValueError for a model without SAM's mask decoder.
+    Raises ValueError for a model without SAM's mask decoder, or with that of a SamHQModel.
     """
     if _taken(sam) is not None:
         return sam
+    if is_high_quality(unwrapped(sam)):
+        raise ValueError(
+            f"a binary head would leave out the high-quality mask of this {type(sam).__name__}; "
+            "train its mask_decoder as it is"
+        )
     decoder = getattr(unwrapped(sam), "mask_decoder", None)
     parts = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
     if not all(isinstance(getattr(decoder, part, None), nn.Module) for part in parts):

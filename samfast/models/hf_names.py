@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of Hugging Face's ``SamModel`` in segment_anything's spelling.
+"""Names of Hugging Face's ``SamModel`` in segment_anything's spelling, and back.
 
 The tensors are the same, only their names differ. One number outside the files differs too: beside
 these weights Hugging Face runs the norms of the decoder's transformer with the eps of its
@@ -7,9 +7,10 @@ configuration (1e-6 by default), segment_anything with the 1e-5 that SAM was tra
 """
 
 import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
 
-from torch import Tensor
-
+Value = TypeVar("Value")
 _SHARED = "shared_image_embedding.positional_embedding"
 _TIED = "prompt_encoder.shared_embedding.positional_embedding"
 _MATRIX = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -54,18 +55,38 @@ _RULES = [
 ]
 
 
-def is_hugging_face(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith("vision_encoder.") for name in state)
+def is_hugging_face(names: Iterable[str]) -> bool:
+    return any(name.startswith("vision_encoder.") for name in names)
 
 
-def to_segment_anything(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_segment_anything(state: Mapping[str, Value]) -> dict[str, Value]:
     """The same tensors by segment_anything's names; names without a rule stay as they are."""
-    kept = [name for name in state if name != _TIED or _SHARED not in state]
-    return {_rename(name): state[name] for name in kept}
+    return {other: state[name] for name, other in spellings(state).items()}
 
 
-def _rename(name: str) -> str:
+def spellings(names: Collection[str]) -> dict[str, str]:
+    """segment_anything's name by Hugging Face's; of one tensor's two names the first alone."""
+    return {name: spelled(name) for name in names if name != _TIED or _SHARED not in names}
+
+
+def spelled(name: str) -> str:
+    """A name, of a tensor or a module, as segment_anything spells it."""
     for pattern, replacement in _RULES:
         if pattern.match(name):
             return pattern.sub(replacement, name, count=1)
+    return name
+
+
+def spelled_back(name: str, known: Mapping[str, str]) -> str:
+    """segment_anything's name, of a tensor or a module, as Hugging Face spells it.
+
+    known: Hugging Face's name by segment_anything's, of a model's modules and tensors. What has no
+        such name is inside of the nearest module that has one.
+    """
+    head, tail = name, ""
+    while head:
+        if head in known:
+            return known[head] + tail
+        head, _, leaf = head.rpartition(".")
+        tail = f".{leaf}{tail}"
     return name

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from samfast.adapters.wrappers import levels, unclear, unwrapped
+from samfast.adapters.wrappers import encoder_name, levels, unclear, unwrapped
+from samfast.models.hugging_face import HuggingFaceSam, is_hugging_face
 
 # PEFT's modules_to_save puts a copy beside the module that was there.
 _COPIES = re.compile(r"(?<=\.)(original_module|modules_to_save\.[^.]+)\.")
@@ -27,6 +28,7 @@ def _never_read(name: str) -> bool:
     return (
         "mask_decoder.iou_prediction_head." in name
         or "prompt_encoder.mask_downscaling." in name
+        or "prompt_encoder.mask_embed." in name  # Hugging Face's name of it
         or (
             "mask_decoder.output_hypernetworks_mlps." in name
             and "mask_decoder.output_hypernetworks_mlps.0." not in name
@@ -34,15 +36,15 @@ def _never_read(name: str) -> bool:
     )
 
 
-def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Module:
+def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Module | HuggingFaceSam:
     """The SAM inside a wrapper, or the model itself; TypeError for what has not these parts.
 
-    RuntimeError where it is DistributedDataParallel whose gradients would not be averaged.
+    Hugging Face's comes with segment_anything's names for its parts. RuntimeError where it is
+    DistributedDataParallel whose gradients would not be averaged.
     """
-    if isinstance(model, nn.Module) and "image_encoder" in model._modules:
-        sam = model
-    else:
-        sam = _looked_for(model)
+    sam = model if encoder_name(model) else _looked_for(model)
+    if is_hugging_face(sam):
+        return HuggingFaceSam(sam)
     absent = [part for part in (*parts, "pixel_mean") if not hasattr(sam, part)]
     if not absent:
         return sam
@@ -52,7 +54,7 @@ def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Modul
     if hasattr(sam, "mask_decoders"):
         raise TypeError(f"{sentence}; call it with the images instead")
     if hasattr(sam, "vision_encoder"):
-        raise TypeError(f"{sentence}; save it and build_sam(checkpoint=folder) reads its weights")
+        raise TypeError(f"{sentence}; of Hugging Face's models it may be SamModel or SamHQModel")
     raise TypeError(f"{sentence}, which has no {absent[0]}")
 
 
@@ -100,7 +102,7 @@ def check_all_read(sam: nn.Module) -> None:
 
 
 def modules_of(names: list[str], limit: int = 3) -> list[str]:
-    """The modules that hold these parameters of a SAM, a few of them."""
+    """The modules that hold these parameters of a SAM, a few of them, a perceptron as one."""
     found = list(dict.fromkeys(_module_of(name) for name in names))
     return found[:limit] + ([f"{len(found) - limit} more"] if len(found) > limit else [])
 
@@ -109,4 +111,5 @@ def _module_of(name: str) -> str:
     head, networks, tail = name.partition(".output_hypernetworks_mlps.")
     if networks:
         return head + networks + tail.partition(".")[0]
-    return ".".join(name.split(".")[:-1]).partition(".layers.")[0]
+    module = ".".join(name.split(".")[:-1]).partition(".layers.")[0]
+    return module.removesuffix(".proj_in").removesuffix(".proj_out")

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from samfast.models.objects import of_each_object
 from samfast.models.prompts import Points, check_prompts, padded_boxes
 from samfast.models.reading import check_all_read, sam_within
+
+_DRAW_NOTHING = ("torch", "segment_anything", "transformers")  # but for dropout
 
 
 def segment(
@@ -28,7 +31,8 @@ def segment(
 ) -> Tensor | list[Tensor]:
     """Mask logits of N objects per image.
 
-    sam: segment_anything's Sam, or a wrapper with one inside, whose own forward is not called
+    sam: segment_anything's Sam, Hugging Face's SamModel or SamHQModel, or a wrapper with one
+        inside, whose own forward is not called; its masks are those of ``multimask_output=False``
     images: [B, 3, H, W] RGB values 0..255, uint8 or float, H and W at most sam's image size
     boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`, the left upper
         one first; or a list of B tensors [N_i, 4], a number of boxes for each image
@@ -59,7 +63,8 @@ def encode(sam: nn.Module, images: Tensor) -> Tensor:
     """Image embeddings [B, 256, n, n] of images [B, 3, H, W], n = sam's image size / 16.
 
     Normalised in at least float32, padded with zeros right and below, then in the dtype of the
-    encoder's patch embedding.
+    encoder's patch embedding. Of a SamHQModel [B, 256 + D, n, n]: its decoder also reads what the
+    encoder's first global block gives, of D channels.
     """
     sam = sam_within(sam, ("image_encoder",))
     height, width = _check_images(sam, images)
@@ -83,7 +88,7 @@ def decode(
     *,
     decoder_chunk: int | None = None,
 ) -> Tensor | list[Tensor]:
-    """Mask logits [B, N, H, W] from embeddings [B, 256, n, n] of images of `size` (H, W).
+    """Mask logits [B, N, H, W] from ``encode``'s embeddings of images of `size` (H, W).
 
     Prompts, chunks and result as in segment.
     """
@@ -98,7 +103,7 @@ def decode(
     boxes, counts = padded_boxes(boxes, count)
     encoder = sam.prompt_encoder
     tokens = _prompt_tokens(encoder, shape[0] * count, boxes, points)
-    positions = encode_grid(encoder.pe_layer, shape[2:])
+    positions = encode_grid(_grid_layer(sam), shape[2:])
     dense = encoder.no_mask_embed.weight
     masks = decode_objects(
         sam.mask_decoder, embeddings, positions, tokens, dense, count, decoder_chunk
@@ -145,8 +150,13 @@ def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
     patches = getattr(patches, "base_layer", patches)  # of PEFT's layer around it
     side = encoder.img_size // patches.stride[0]
     # Not of the neck, in whose place another library may have put a wrapper.
-    grid = getattr(sam, "pe_layer", None) or sam.prompt_encoder.pe_layer
-    return (2 * grid.positional_encoding_gaussian_matrix.shape[1], side, side)
+    channels = 2 * _grid_layer(sam).positional_encoding_gaussian_matrix.shape[1]
+    return (channels + getattr(encoder, "more_channels", 0), side, side)
+
+
+def _grid_layer(sam: nn.Module) -> nn.Module:
+    """The positional encoding of the embedding's cells."""
+    return getattr(sam, "pe_layer", None) or sam.prompt_encoder.pe_layer
 
 
 def _check_images(sam: nn.Module, images: Tensor) -> tuple[int, int]:
@@ -259,7 +269,7 @@ def _in_chunks(
 
 def _may_draw(module: nn.Module) -> bool:
     """Whether a forward of it in training may take random numbers: dropout, or unknown code."""
-    known = type(module).__module__.partition(".")[0] in ("torch", "segment_anything")
+    known = type(module).__module__.partition(".")[0] in _DRAW_NOTHING
     return module.training and (not known or getattr(module, "p", 0) > 0)
 
 
@@ -275,16 +285,18 @@ def _predict_masks(
     """decode_objects of the objects from `first` on, where each image has `count` in sequence;
     those of the last image may end early. prompts: [M, T, 256], of these objects
     """
+    if hasattr(decoder, "predict"):  # of Hugging Face's SAM-HQ
+        return decoder.predict(embeddings, positions, prompts, dense, first, count)
     dtype = decoder.mask_tokens.weight.dtype
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]
     tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(dtype)], dim=1)
 
     embeddings, dense = embeddings.to(dtype), dense.to(dtype)[..., None, None]
     if len(dense) == 1:
-        source = _of_each_object(embeddings + dense, first, len(prompts), count)
+        source = of_each_object(embeddings + dense, first, len(prompts), count)
     else:
         rows = dense.expand(len(embeddings), *dense.shape).flatten(0, 1)
-        source = _of_each_object(embeddings, first, len(prompts), count)
+        source = of_each_object(embeddings, first, len(prompts), count)
         source = source + rows[first : first + len(prompts)]
     positions = positions.to(dtype).expand(len(source), -1, -1, -1)
 
@@ -294,20 +306,6 @@ def _predict_masks(
     weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # [M, 32]
     masks = weights[:, None] @ features.flatten(2)
     return masks.view(len(masks), *features.shape[2:])
-
-
-def _of_each_object(source: Tensor, first: int, number: int, count: int) -> Tensor:
-    """[M, ...], for each of `number` objects from `first` on its image's row of source [B, ...].
-
-    By expansion, not by an index, whose backward would add by atomics on a GPU.
-    """
-    if number == len(source) * count:
-        return source[:, None].expand(-1, count, *source.shape[1:]).flatten(0, 1)
-    rows, last = [], first + number
-    for i, row in enumerate(source):
-        own = min(last, (i + 1) * count) - max(first, i * count)
-        rows.append(row.expand(own, *row.shape))
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:

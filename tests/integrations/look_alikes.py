@@ -57,6 +57,23 @@ def wide_only(self, x):
     return packed
 
 
+def on_small_maps(self, x):
+    """Where a run would have to be made on larger maps."""
+    packed = self.qkv(x)
+    if x.shape[1] > 8:
+        return packed
+    packed[:, :, :, : self.dim] += self.linear_b_q(self.linear_a_q(x))
+    packed[:, :, :, -self.dim :] += self.linear_b_v(self.linear_a_v(x))
+    return packed
+
+
+def by_the_batch(self, x):
+    packed, share = self.qkv(x), 1 / max(1, x.shape[0] - 1)
+    packed[:, :, :, : self.dim] += share * self.linear_b_q(self.linear_a_q(x))
+    packed[:, :, :, -self.dim :] += share * self.linear_b_v(self.linear_a_v(x))
+    return packed
+
+
 def of_a_task(self, x, task=0):
     return _LoRA_qkv.forward(self, x)
 
@@ -88,7 +105,9 @@ FORWARDS = {
     on_rows: f"{_RUN}fails alone: RuntimeError",
     halved: f"{_RUN}gives another output",
     on_keys: f"{_RUN}gives another output",
-    wide_only: f"{_RUN}gives another output",
+    wide_only: f"{_CODE}the number 20",
+    on_small_maps: f"{_CODE}the number 8",
+    by_the_batch: f"{_RUN}gives another output",
     of_a_task: "has a forward that takes (self, x, task=0), not (self, x)",
     by_a_flag: f"{_CODE}FLAG, a list",
     in_training: f"{_CODE}training",

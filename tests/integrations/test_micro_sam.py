@@ -209,6 +209,26 @@ def of_the_paper():
     return block, "is not what its name says: its forward gives another output"
 
 
+class Late(wrappers.AdaptFormer):
+    """Its dropout is behind the branch."""
+
+    __qualname__ = "AdaptFormer"
+
+    def forward(self, x):
+        z = self.up_proj(self.non_linear_func(self.down_proj(x)))
+        return self.dropout_layer(z) * self.alpha + x + self.mlp_proj(x)
+
+
+Late.__name__ = "AdaptFormer"
+
+
+def dropped_late():
+    block = branches().blocks[0]
+    block.mlp = block.mlp.mlp_proj
+    Late(3, block, projection_size=8, dropout=0.5)
+    return block.eval(), "is not what its name says: its forward gives another output"
+
+
 def normed():
     block = branches().blocks[0]
     block.mlp.layer_norm = nn.LayerNorm(32)
@@ -227,7 +247,10 @@ def over_a_layer():
     return block, "has a mlp_proj without a child lin1"
 
 
-@pytest.mark.parametrize("make", [halved, of_the_paper, normed, of_many_alphas, over_a_layer])
+LOOK_ALIKES = (halved, of_the_paper, dropped_late, normed, of_many_alphas, over_a_layer)
+
+
+@pytest.mark.parametrize("make", LOOK_ALIKES)
 def test_look_alikes(make):
     stock, reason = make()
     moved(stock)

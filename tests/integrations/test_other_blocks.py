@@ -320,3 +320,74 @@ def test_unknown_blocks_are_named():
     model = transformers.Sam2HieraDetModel(config)
     with pytest.raises(ValueError, match="Sam2MultiScaleBlock, which fuse does not know"):
         samfast.fuse(model)
+
+
+@HUGGING_FACE
+def test_attentions_recorded_in_a_checkpoint(kind):
+    """What a checkpoint runs again is what it ran, although nothing is recorded then."""
+    stock = kind.encoder().train()
+    fused = samfast.fuse(copy.deepcopy(stock))
+    grads = []
+    for model in (stock, fused):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        x = images().requires_grad_()
+        y = model(x, output_attentions=True).last_hidden_state
+        grads.append(torch.autograd.grad(y.square().mean(), x)[0])
+    assert torch.equal(*grads)
+    assert block_calls(fused, images()) == DEPTH
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["get_decomposed_rel_pos", "window_partition"])
+def test_a_method_of_one_instance(name, when):
+    stock = layer(KINDS["eager"])
+    holder = stock if name == "window_partition" else stock.attn
+    own = getattr(type(holder), name)
+
+    def changed(*arguments):
+        y = own(holder, *arguments)
+        return (1.1 * y[0], y[1]) if isinstance(y, tuple) else 1.1 * y
+
+    fused = copy.deepcopy(stock)
+    if when == "after":
+        samfast.fuse(fused)
+    for block in (stock, fused):
+        setattr(block if holder is stock else block.attn, name, changed)
+    if when == "before":
+        with pytest.warns(UserWarning, match=f"{name} was replaced"):
+            samfast.fuse(fused)
+    x = maps(dtype=torch.float32)
+    assert torch.equal(fused(x), stock(x))
+    assert samfast.report(fused).blocks[""].endswith(f"{name} was replaced")
+
+
+def test_an_activation_whose_call_is_patched(monkeypatch):
+    block = samfast.fuse(layer(KINDS["sdpa"]))
+    kind = type(block.mlp.act)
+    monkeypatch.setattr(kind, "__call__", lambda self, x: 0.5 * self.forward(x), raising=False)
+    assert samfast.report(block).blocks[""].startswith("not fused: the activation is a changed")
+
+
+class Halved(torch.Tensor):
+    """A weight that means something else to torch's functions."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [t.as_subclass(torch.Tensor) * 0.5 if type(t) is cls else t for t in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [KINDS["copy"], KINDS["sdpa"]], ids=["copy", "sdpa"])
+def test_a_weight_of_another_class(kind):
+    block = samfast.fuse(layer(kind).requires_grad_(False))
+    with torch.no_grad():
+        weight = block.mlp.lin1.weight.detach().as_subclass(Halved)
+    del block.mlp.lin1.weight
+    block.mlp.lin1.weight = weight
+    assert block.block_problem() == "lin1 has a weight that is a Halved"
+
+
+def test_windows_that_are_none():
+    block = samfast.fuse(layer(KINDS["sdpa"]))
+    block.window_size = -1
+    assert block_calls(block, maps(dtype=torch.float32)) == 0

@@ -24,6 +24,7 @@ MATCHED = {
     "endings": {"target_modules": ["attn.qkv", "attn.proj", "image_encoder.blocks.0.mlp.lin1"]},
     "decoder": {"target_modules": ["lin1", "q_proj"]},
     "expression": {"target_modules": r".*blocks\.\d\.mlp\.lin[12]"},
+    "flags": {"target_modules": "(?i).*QKV"},
     "all-linear": {"target_modules": "all-linear"},
     "excluded": {"target_modules": ["qkv", "lin2"], "exclude_modules": ["blocks.1.attn.qkv"]},
     "excluded-expression": {"target_modules": ["proj"], "exclude_modules": ".*patch_embed.*"},
@@ -147,6 +148,12 @@ REFUSED = [
         QKV | {"layers_to_transform": [0]},
         r"layers_to_transform=\[0\].*; name the layers in target_",
     ),
+    (QKV | {"layers_to_transform": 0}, r"layers_to_transform=0, .*; name the layers in target_"),
+    (
+        QKV | {"modules_to_save": ["["]},
+        r"modules_to_save \['\['\] has a name that is not a reg",
+    ),
+    (QKV | {"modules_to_save": [3]}, "modules_to_save has 3, which is not the name of a module"),
     (QKV | {"inference_mode": True}, "inference_mode=True.*; set it to False to train, or load"),
     (QKV | {"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS', for which PEFT trains a classifier too"),
     (

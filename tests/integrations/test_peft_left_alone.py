@@ -186,7 +186,7 @@ def test_a_patched_class_is_left_alone(monkeypatch):
     double = copy.deepcopy(before).double()
     all_within_budget(fused(x), lambda: before(x), lambda: double(x.double()), torch.float32)
     assert block_calls(fused, x) == 0
-    assert "a forward that was replaced" in next(iter(samfast.report(fused).blocks.values()))
+    assert "another forward than its class had" in next(iter(samfast.report(fused).blocks.values()))
     again = samfast.fuse(adapted())
     all_within_budget(again(x), lambda: before(x), lambda: double(x.double()), torch.float32)
     assert block_calls(again, x) == 0
@@ -212,3 +212,27 @@ def test_a_weight_that_is_no_plain_tensor():
     base.weight = nn.Parameter(TwoTensor(base.weight.data, base.weight.data), requires_grad=False)
     state = next(iter(samfast.report(fused).blocks.values()))
     assert state == "fused in parts: qkv has a weight that is a TwoTensor"
+
+
+@pytest.mark.parametrize("name", ["__call__", "_cast_input_dtype", "on an instance"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_method_than_forward(name, when, monkeypatch):
+    kind = peft.tuners.lora.layer.Linear
+    stock = adapted()
+    fused = copy.deepcopy(stock)
+    if when == "after":
+        samfast.fuse(fused)
+    if name == "on an instance":
+        for model in (stock, fused):
+            layer = model.get_submodule(QKV)
+            layer._cast_input_dtype = lambda x, dtype: 2 * x.to(dtype)
+    elif name == "__call__":
+        monkeypatch.setattr(kind, name, lambda self, x: 2 * self.forward(x), raising=False)
+    else:
+        monkeypatch.setattr(kind, name, lambda self, x, dtype: 2 * x.to(dtype))
+    if when == "before":
+        samfast.fuse(fused)
+    layer = fused.get_submodule(QKV)
+    x = torch.randn(2, 3, 3, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer(x), stock.get_submodule(QKV)(x))
+    assert not samfast.report(fused).others[QKV].startswith("fused")

@@ -153,7 +153,20 @@ REFUSED = {
     ),
     "with something else": (
         lambda s: s.update(epoch=3),
-        "its epoch is a int, not a tensor",
+        "its epoch is a int, not a plain tensor",
+    ),
+    "with a number for a name": (
+        lambda s: s.update({3: torch.ones(2)}),
+        "it has a key 3, which is a int, not a name",
+    ),
+    "with a sparse tensor": (
+        lambda s: s.update(w_a_000=s["w_a_000"].to_sparse()),
+        "its w_a_000 is a torch.sparse_coo, not a plain tensor",
+    ),
+    "with a number of four digits": (
+        lambda s: s.update(w_a_0000=s["w_a_000"]),
+        "it has a tensor w_a_0000, which is neither LoRA of the image encoder nor in the prompt "
+        "encoder or mask decoder",
     ),
     "without LoRA": (
         lambda s: [s.pop(key) for key in [*s] if key.startswith("w_")],
@@ -178,6 +191,13 @@ def test_refused(what, file):
 def test_a_file_that_is_damaged(file):
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match="damaged or not a PyTorch checkpoint"):
+        samfast.load_adapter(sam(), file)
+
+
+def test_a_part_of_the_decoder(file):
+    changed(file, lambda state: state.pop("mask_decoder.iou_token.weight"))
+    match = "a part of mask_decoder only; mask_decoder.iou_token.weight and 0 more tensors are mis"
+    with pytest.raises(ValueError, match=match):
         samfast.load_adapter(sam(), file)
 
 

@@ -181,7 +181,7 @@ def test_what_it_reaches_is_watched(monkeypatch):
 
 
 SIZES = {
-    "window": ((7, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (m.window_size != 7))),
+    "window": ((3, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (m.window_size != 3))),
     "heads": ((4, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (m.attn.num_heads != 4))),
     "scale": ((4, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (m.attn.scale != 0.5))),
     "one image": ((4, (8, 8)), lambda m, x, stock: stock(m, x) * (2 - (x.shape[0] != 1))),
@@ -205,6 +205,13 @@ def test_a_forward_that_looks_at_its_sizes(name, monkeypatch):
     assert proof.objection(layer) == (
         "its forward gives another output (1e+02 % off) at this size, under no_grad"
     )
+
+
+def test_a_forward_that_knows_large_sizes(monkeypatch):
+    """No run is made at them."""
+    change = patched(Block, lambda m, x, stock: stock(m, x) * (2 if x.shape[1] > 200 else 1))
+    monkeypatch.setattr(Block, "forward", change)
+    assert proof.objection(block(4).float()) == "the forward of Block uses the number 200"
 
 
 def test_sizes_that_are_not_numbers():

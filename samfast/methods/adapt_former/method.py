@@ -92,6 +92,7 @@ class AdaptFormer(Method):
 
     def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
         if self.cobot:
+            from samfast.adapters.wrappers import encoder_of
             from samfast.methods.cobot.layer import CobotForward
 
-            CobotForward(list(adapted.values())).install(getattr(model, "image_encoder", model))
+            CobotForward(list(adapted.values())).install(encoder_of(model))

@@ -70,6 +70,7 @@ class CobotLora(Method):
         }
 
     def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+        from samfast.adapters.wrappers import encoder_of
         from samfast.methods.cobot.layer import CobotForward
 
-        CobotForward(list(adapted.values())).install(getattr(model, "image_encoder", model))
+        CobotForward(list(adapted.values())).install(encoder_of(model))

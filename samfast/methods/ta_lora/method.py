@@ -121,6 +121,7 @@ class TaLora(Method):
         )  # fmt: skip
 
     def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+        from samfast.adapters.wrappers import encoder_of
         from samfast.methods.ta_lora.layer import TaskForward
 
-        TaskForward(list(adapted.values())).install(getattr(model, "image_encoder", model))
+        TaskForward(list(adapted.values())).install(encoder_of(model))

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of images for each of their objects, which are in sequence."""
+
+import torch
+from torch import Tensor
+
+
+def of_each_object(source: Tensor, first: int, number: int, count: int) -> Tensor:
+    """[M, ...], for each of `number` objects from `first` on its image's row of source [B, ...].
+
+    By expansion, not by an index, whose backward would add by atomics on a GPU.
+    """
+    if number == len(source) * count:
+        return source[:, None].expand(-1, count, *source.shape[1:]).flatten(0, 1)
+    rows, last = [], first + number
+    for i, row in enumerate(source):
+        own = min(last, (i + 1) * count) - max(first, i * count)
+        rows.append(row.expand(own, *row.shape))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
