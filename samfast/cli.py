@@ -2,9 +2,11 @@
 """The command line: ``samfast {finetune,evaluate,predict,info}``, also ``python -m samfast``.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
-and exit code 2; an interrupt in exit code 130. SAMFAST_TRACEBACK=1 shows where it arose.
+and exit code 2; an interrupt in exit code 130. SAMFAST_TRACEBACK=1 shows where it arose. Several
+processes end alike (``samfast.training.ending``).
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -12,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from samfast.adapters.options import option
+from samfast.training.ending import Ending, is_lost, run_together
+from samfast.training.launched import ALONE, Launched, launched
 
 _EXTRA = 'pip install "samfast[train]"'
 
@@ -34,9 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samfast {samfast.__version__}")
         return 0
     try:
-        return _run(_parsed(argv))
+        place = launched()
+    except ValueError as error:
+        _say(str(error))
+        return 2
+    if place.processes > 1:
+        return run_together(place, lambda: _ending(argv, place), _say)
+    ending = _ending(argv, place)
+    if ending.sentence is not None:
+        _say(ending.sentence)
+    return ending.code
+
+
+def _ending(argv: list[str], place: Launched) -> Ending:
+    try:
+        return Ending(_run(_parsed(argv, place), place))
     except SystemExit as stop:  # how tyro ends: 0 after --help, 2 after a wrong option
-        return stop.code if isinstance(stop.code, int) else 2
+        return Ending(stop.code if isinstance(stop.code, int) else 2)
     except KeyboardInterrupt as stop:
         return _stop(stop, str(stop) or "interrupted", 130)
     except ModuleNotFoundError as error:
@@ -45,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _stop(error, str(error))
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and place.processes > 1 and is_lost(error):
+            return _lost(error, place)
         if not _out_of_memory(error):
             raise
         advice = (
@@ -63,7 +83,7 @@ def let_waiting_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def _parsed(argv: list[str]):
+def _parsed(argv: list[str], place: Launched = ALONE):
     from samfast.command_line import parse
     from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
@@ -73,12 +93,20 @@ def _parsed(argv: list[str]):
         "predict": PredictSettings,
         "info": InfoSettings,
     }
-    return parse(argv, commands)
+    if place.first:
+        return parse(argv, commands)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        return parse(argv, commands)  # the first process says what is wrong
 
 
-def _run(settings) -> int:
-    from samfast.training.settings import EvaluateSettings, PredictSettings
+def _run(settings, place: Launched) -> int:
+    from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
+    if place.processes > 1 and not isinstance(settings, FinetuneSettings):
+        raise ValueError(
+            f"{place.processes} processes were started, but only samfast finetune runs in more "
+            "than one; start this without torchrun or accelerate launch"
+        )
     if isinstance(settings, InfoSettings):
         from samfast import info
 
@@ -107,11 +135,20 @@ def _run(settings) -> int:
     return 0
 
 
-def _stop(error: BaseException, sentence: str, code: int = 2) -> int:
+def _stop(error: BaseException, sentence: str, code: int = 2) -> Ending:
     if os.environ.get("SAMFAST_TRACEBACK") == "1":
         raise error
-    print(f"samfast: {' '.join(sentence.split())}", file=sys.stderr)
-    return code
+    return Ending(code, sentence)
+
+
+def _lost(error: RuntimeError, place: Launched) -> Ending:
+    others = "the other process" if place.processes == 2 else f"one of {place.processes} processes"
+    sentence = f"{others} ended, so this one cannot go on; results of earlier epochs are kept"
+    return _stop(error, sentence)._replace(lost=True)
+
+
+def _say(sentence: str) -> None:
+    print(f"samfast: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
 
 
 def _out_of_memory(error: BaseException) -> bool:

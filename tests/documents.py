@@ -63,6 +63,11 @@ def blocks(document: str) -> list[Block]:
     return sorted(found, key=lambda block: block.line)
 
 
+def is_tasks(block: Block) -> bool:
+    """Whether it is the file of --tasks; other YAML is for accelerate."""
+    return block.language == "yaml" and "tasks:" in block.source
+
+
 def use_small_vit_b() -> None:
     architectures.ARCHITECTURES["vit_b"] = SMALL_VIT_B
 
@@ -84,7 +89,7 @@ def write_stand_ins(folder: Path) -> None:
             mask[8 * i : 8 * i + 16, 10:40] = value
             Image.fromarray(mask).save(folder / name / "masks" / f"{i}.png")
     picture(folder / "photo.png", 240, 330)
-    (tasks,) = [block.source for block in blocks("README.md") if block.language == "yaml"]
+    (tasks,) = [b.source for b in blocks("README.md") if is_tasks(b)]
     (folder / "tasks.yaml").write_text(tasks)
     torch.save(build_sam("vit_b", random_init=True, seed=0).state_dict(), folder / CHECKPOINT)
 

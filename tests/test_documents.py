@@ -16,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import DOCUMENTS, ROOT, blocks, use_small_vit_b, write_stand_ins
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from documents import DOCUMENTS, ROOT, blocks, is_tasks, use_small_vit_b, write_stand_ins
 from packaging.requirements import Requirement
 from project_file import project
 
 from benchmarks.options import parsed
 from samfast import cli
 from samfast.models import architectures
+from samfast.modules import SamBlock
 from samfast.training.tasks import read_tasks
 
 LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
@@ -74,7 +77,20 @@ def test_python(document, reader):
     assert ran == [f"ran {b}" for b in ALL if (b.language, b.document) == ("python", document)]
 
 
-@pytest.mark.parametrize("block", [b for b in ALL if b.language == "yaml"], ids=str)
+YAML = [block for block in ALL if block.language == "yaml"]
+
+
+@pytest.mark.parametrize("block", [b for b in YAML if not is_tasks(b)], ids=str)
+def test_accelerate_s_yaml(block, tmp_path):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(block.source)
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    kinds = {"MULTI_GPU": {}, "FSDP": {"fsdp_transformer_layer_cls_to_wrap": SamBlock.__name__}}
+    assert kinds[config.distributed_type].items() <= config.fsdp_config.items()
+
+
+@pytest.mark.parametrize("block", [b for b in YAML if is_tasks(b)], ids=str)
 def test_yaml(block, tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text(block.source)
@@ -109,6 +125,18 @@ def samfast(arguments):
     if arguments[0] == "finetune" and not {"--help", "--dry-run"} & set(arguments):
         arguments = [*arguments, *LESS]
     assert cli.main(arguments) == 0
+
+
+def torchrun(arguments):
+    """tests/training/test_ranks.py starts several processes."""
+    assert arguments[:3] == ["--nproc-per-node", "2", "-m"] and arguments[3] == "samfast"
+    assert cli._parsed(arguments[4:])
+
+
+def accelerate(arguments):
+    launched = launch_command_parser().parse_args(arguments[1:])
+    assert arguments[0] == "launch" and launched.module
+    assert launched.training_script == "samfast" and cli._parsed(launched.training_script_args)
 
 
 def make(arguments):
@@ -168,6 +196,8 @@ def pytest_(arguments):
 
 START = {
     "samfast": samfast,
+    "torchrun": torchrun,
+    "accelerate": accelerate,
     "make": make,
     "python": python,
     "python3": python,

@@ -57,8 +57,15 @@ class Goal(Protocol):
     ) -> DataLoader:
         """Batches of files of the split in their order, with the truth at its own size."""
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of one batch; model: what ``segmenter`` made, wrapped or not."""
+    def counts(self, indices: Sequence[int]) -> Sequence[int]:
+        """Over how many of these training images each mean in the loss is."""
+
+    def loss(self, model: nn.Module, batch: Any, weights: Sequence[float] | None = None) -> Tensor:
+        """The loss of one batch; model: what ``segmenter`` made, wrapped or not.
+
+        weights: by which to multiply each mean that ``counts`` counts, where processes share a
+        batch
+        """
 
     def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
         """The value of each of ``columns`` over a validation loader."""

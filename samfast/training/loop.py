@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,14 @@ from samfast.training.checks import check_settings
 from samfast.training.data import EpochSampler
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
+from samfast.training.joined import JoinedBatches, own_loader
+from samfast.training.launched import Launched
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.progress import Losses, Progress, peak_memory_mib
+from samfast.training.ranks import check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
@@ -54,11 +57,12 @@ def finetune(settings: FinetuneSettings) -> dict:
     settings = with_recipe(settings)
     output = output_folder(settings)
     goal: Goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     accelerator, dtype = _accelerator(settings)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     try:
+        check_kind(accelerator.distributed_type.value)
         method = method_of(settings, goal.tasks)
         with backend_asked_for(settings.backend, method, settings.fuse, accelerator.device, dtype):
             return _finetune(settings, goal, output, accelerator, dtype)
@@ -78,6 +82,7 @@ def _finetune(
     sam = build_base(settings, goal.tasks)
     seed_everything(settings.seed)
     attach_method(sam, settings, base)
+    own_random_numbers(settings.seed)
     goal.check()
     trainable = sum(parameter.numel() for _, parameter in samfast.trainable_parameters(sam))
     say(
@@ -132,27 +137,27 @@ class Run:
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
         workers = _workers(settings, accelerator.device)
         data, collate = goal.training_data(side)
+        place = Launched(accelerator.process_index, accelerator.num_processes)
+        repeats = _repeats(settings, len(data), place.processes)
+        sampler = EpochSampler(len(data), settings.seed, repeats)
+        self.batches = JoinedBatches(sampler, settings.batch_size, place)
         loader = DataLoader(
             data,
-            batch_size=settings.batch_size,
-            sampler=EpochSampler(
-                len(data), settings.seed, _repeats(settings, len(data), accelerator.num_processes)
-            ),
+            batch_sampler=self.batches,
             collate_fn=collate,
             num_workers=workers,
             pin_memory=accelerator.device.type == "cuda",
             persistent_workers=workers > 0,
         )
         self.plain_model = goal.segmenter(sam, dtype)
-        self.model, self.optimizer, self.loader = accelerator.prepare(
-            self.plain_model, optimizer, loader
-        )
+        self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
+        self.loader = own_loader(loader, accelerator.device)
         steps = settings.epochs * math.ceil(len(self.loader) / settings.accumulate)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, _schedule(settings.schedule, steps)
         )
         # Not prepared: a loader evened out over processes would repeat images and falsify scores.
-        mine = goal.split.val[accelerator.process_index :: accelerator.num_processes]
+        mine = goal.split.val[place.rank :: place.processes]
         self.val_loader = goal.validation_loader(mine, side, settings.batch_size, workers)
         self.step = 0
         self.best: dict | None = None
@@ -202,6 +207,7 @@ class Run:
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         self.loader.set_epoch(epoch)
+        parts = zip(self.batches.counts(), self.batches.weights(self.goal.counts), strict=True)
         self.model.train()
         total = len(self.loader) * settings.batch_size
         progress = Progress(
@@ -210,9 +216,9 @@ class Run:
         losses = Losses(self.step)
         lr = self.schedule.get_last_lr()[0]
         with progress:
-            for batch in self.loader:
+            for batch, (images, weights) in zip(self.loader, parts, strict=True):
                 with accelerator.accumulate(self.model):
-                    loss = self.loss(batch)
+                    loss = self.loss(batch, weights)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and settings.clip > 0:
                         accelerator.clip_grad_norm_(self.parameters, settings.clip)
@@ -223,15 +229,13 @@ class Run:
                     lr = self.schedule.get_last_lr()[0]
                     if not accelerator.optimizer_step_was_skipped:
                         self.schedule.step()
-                losses.add(loss, len(batch.images))
+                losses.add(loss, images)
                 if progress.advance(len(batch.images)):
                     progress.show(losses.mean())
+            losses.join(accelerator.reduce)
             mean = losses.mean()  # waits for the device, so the clock below is right
-            rate = progress.images_per_second()
-        totals = accelerator.reduce(
-            torch.tensor([mean * losses.images, losses.images, rate], device=accelerator.device),
-            reduction="sum",
-        ).tolist()
+            rate = torch.tensor(progress.images_per_second(), device=accelerator.device)
+        rate = accelerator.reduce(rate, reduction="sum").item()
         if (bad := not_finite(trained_state(self.sam))) is not None:  # all that save() would write
             raise FloatingPointError(
                 f"{bad} is no longer finite after epoch {epoch}; the results of earlier epochs are "
@@ -240,15 +244,21 @@ class Run:
         return {
             "epoch": epoch,
             "step": self.step,
-            "train_loss": totals[0] / totals[1],
-            "images_per_second": round(totals[2], 3),
+            "train_loss": mean,
+            "images_per_second": round(rate, 3),
             "peak_memory_mib": peak_memory_mib(accelerator.device),
             "lr": lr,
         }
 
-    def loss(self, batch) -> Tensor:
-        """The goal's loss, and what the adapters add to it."""
-        return self.goal.loss(self.model, batch) + samfast.aux_loss(self.sam)
+    def loss(self, batch, weights: Sequence[float] | None = None) -> Tensor:
+        """The goal's loss, and what the adapters add to it.
+
+        weights: of this process's means in the mean over processes, the images' first
+        """
+        if weights is None:
+            return self.goal.loss(self.model, batch) + samfast.aux_loss(self.sam)
+        loss = self.goal.loss(self.model, batch, weights[1:])
+        return loss + weights[0] * samfast.aux_loss(self.sam)
 
     def save(self, folder: Path, row: dict) -> None:
         scores = {name: row[name] for name in ("epoch", *self.goal.columns)}
@@ -273,14 +283,14 @@ def seed_everything(seed: int) -> None:
 
 
 def _accelerator(settings: FinetuneSettings) -> tuple["Accelerator", torch.dtype]:
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
     from accelerate.state import is_initialized
 
     if is_initialized():
         raise RuntimeError(
             "accelerate is already initialised in this process; finetune starts its own"
         )
-    dtype = autocast_dtype(settings.precision, PartialState().device)
+    dtype = autocast_dtype(settings.precision, start().device)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
     accelerator = Accelerator(
         mixed_precision=names[dtype], gradient_accumulation_steps=settings.accumulate

@@ -37,11 +37,22 @@ def task_loss(spec: TaskSpec, logits: Tensor, targets: Tensor) -> Tensor:
     return LOSSES[spec.loss](logits[:, 0], targets == 1, targets >= 0)
 
 
-def tasks_loss(model: nn.Module, batch: TaskBatch, specs: Sequence[TaskSpec]) -> Tensor:
-    """The weighted sum of the tasks' losses; model: a TaskSegmenter, wrapped or not."""
+def tasks_loss(
+    model: nn.Module,
+    batch: TaskBatch,
+    specs: Sequence[TaskSpec],
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """The weighted sum of the tasks' losses; model: a TaskSegmenter, wrapped or not.
+
+    weights: of each task, by which its own weight is multiplied
+    """
     logits = model(batch.images, batch.sizes, batch.rows)
+    losses = [task_loss(spec, logits[spec.name], batch.targets[spec.name]) for spec in specs]
+    factors = [1.0] * len(specs) if weights is None else weights
     return sum(
-        spec.weight * task_loss(spec, logits[spec.name], batch.targets[spec.name]) for spec in specs
+        spec.weight * factor * loss
+        for spec, factor, loss in zip(specs, factors, losses, strict=True)
     )
 
 
@@ -168,8 +179,14 @@ class ManyTasks:
             num_workers=workers,
         )
 
-    def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
-        return tasks_loss(model, batch, self.specs)
+    def counts(self, indices: Sequence[int]) -> list[int]:
+        targets = [self.split.train[i].targets for i in indices]
+        return [sum(spec.name in own for own in targets) for spec in self.specs]
+
+    def loss(
+        self, model: nn.Module, batch: TaskBatch, weights: Sequence[float] | None = None
+    ) -> Tensor:
+        return tasks_loss(model, batch, self.specs, weights)
 
     def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
         device = next(model.parameters()).device

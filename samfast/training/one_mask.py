@@ -4,7 +4,7 @@
 One of the two goals, see ``samfast.training.goal``; ``many_tasks`` has the other one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -111,9 +111,15 @@ class OneMask:
             pairs, side, batch_size, self.foreground, workers, settings.prompt, self.options
         )
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def counts(self, indices: Sequence[int]) -> list[int]:
+        return [len(indices)]
+
+    def loss(
+        self, model: nn.Module, batch: Batch, weights: Sequence[float] | None = None
+    ) -> Tensor:
         logits, valid = model(batch.images, batch.sizes, batch.boxes)
-        return LOSSES[self.settings.loss](logits, batch.masks, valid)
+        loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
+        return loss if weights is None else weights[0] * loss
 
     def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
         return dict(zip(self.columns, evaluate(model, loader), strict=True))

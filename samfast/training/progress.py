@@ -4,6 +4,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ class Losses:
     def add(self, loss: Tensor, count: int) -> None:
         self.values.append(loss.detach().float())
         self.counts.append(count)
+
+    def join(self, reduce: Callable[..., Tensor]) -> None:
+        """Put the mean over processes in the place of each loss; reduce: accelerate's."""
+        self.values = list(reduce(torch.stack(self.values), reduction="mean"))
 
     def mean(self) -> float:
         """Mean over images so far; FloatingPointError when one of the losses is not finite."""

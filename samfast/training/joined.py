@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One batch spread over several processes, so that they train as one process would."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from samfast.training.data import EpochSampler
+from samfast.training.launched import Launched
+
+Counts = Callable[[Sequence[int]], Sequence[int]]
+
+
+class JoinedBatches(Sampler):
+    """This process's part of each joined batch of ``batch_size * processes`` images.
+
+    A part is a run of the joined batch; parts differ by at most one image. A process whose part is
+    empty takes the joined batch's first image, whose weight is 0: all must run as often.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, place: Launched):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.place = place
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // (self.batch_size * self.place.processes))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for joined in self._joined():
+            yield self._part(joined) or joined[:1]
+
+    def counts(self) -> Iterator[int]:
+        """The images of each joined batch."""
+        return map(len, self._joined())
+
+    def weights(self, counts: Counts) -> Iterator[list[float] | None]:
+        """By what to multiply the means over a part, so that the mean over processes is right.
+
+        The first is for a mean over all images, the others are for those that ``counts`` counts;
+        each is the processes times the part's share. None for one process alone.
+        counts: of images by their indices, over how many each of the goal's means is
+        """
+        processes = self.place.processes
+        for joined in self._joined():
+            if processes == 1:
+                yield None
+                continue
+            parts = [[index for index, _ in keys] for keys in (self._part(joined), joined)]
+            own, total = ([len(indices), *counts(indices)] for indices in parts)
+            yield [processes * n / max(1, m) for n, m in zip(own, total, strict=True)]
+
+    def _joined(self) -> Iterator[list[tuple[int, int]]]:
+        keys, size = list(self.sampler), self.batch_size * self.place.processes
+        for start in range(0, len(keys), size):
+            yield keys[start : start + size]
+
+    def _part(self, joined: list) -> list:
+        rank, processes = self.place
+        first, last = (-(-len(joined) * r // processes) for r in (rank, rank + 1))
+        return joined[first:last]
+
+
+def own_loader(loader: DataLoader, device: torch.device) -> DataLoader:
+    """accelerate's loader of batches that are this process's already."""
+    from accelerate.data_loader import prepare_data_loader
+
+    return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)

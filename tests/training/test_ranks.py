@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes train as one process on the joined batch, and end as one."""
+
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from budgets import all_within_budget
+from conftest import fill_folder
+from PIL import Image
+from rank_runs import (
+    STILL,
+    as_it_is,
+    first_cannot_write,
+    in_float64,
+    light,
+    light_in_float64,
+    recorded,
+    second_fails,
+)
+from stock_runs import by_reference
+
+import samfast
+from samfast import cli
+from samfast.training import launched, loop, ranks
+from samfast.training.data import Batch, EpochSampler
+from samfast.training.joined import JoinedBatches
+from samfast.training.launched import ALONE, Launched
+
+HERE = Path(__file__).parent
+needs_fork = pytest.mark.skipif(
+    not torch.distributed.is_available() or not hasattr(os, "fork"), reason="needs gloo and fork"
+)
+TINY = ["--model", "vit_tiny", "--image-size", 64, "--epochs", 1, "--repeats", 1, "--overlays", 0]
+
+
+def environment(**more):
+    """Of a process that finds samfast and the tests, on one thread and on CPUs."""
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+    found["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    found["ACCELERATE_USE_CPU"] = "1"
+    return found
+
+
+def two_ranks(folder, change, *arguments):
+    """Exit codes, records and standard error of both."""
+    words = [change.__name__, "finetune", *map(str, arguments), "--output", str(folder / "two")]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "rank_runs.py"), str(folder), *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (first, own), (second, other) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return (first, second), (own, other), done
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def alone(change, folder, *arguments):
+    words = ["finetune", *arguments, "--output", folder / "one", "--overwrite"]
+    code, found = recorded(words, change)
+    assert code == 0
+    return found
+
+
+def same_as_one_process(folder, arguments, change=as_it_is, exact=in_float64, reference=None):
+    """Gradients of every step, loss and scores, within the budget of a run on the joined batch.
+
+    reference: replaces more in that run
+    """
+    codes, (own, other), done = two_ranks(folder, change, *arguments, "--batch-size", 2)
+    assert codes == (0, 0), done.stderr
+    steps = {name for name in own if name.startswith("step")}
+    assert steps and all(torch.equal(own[name], other[name]) for name in steps)
+    runs = []
+    for kind in (change, exact):
+
+        def changed(patch, kind=kind):
+            kind(patch)
+            if reference is not None:
+                reference(patch)
+
+        runs.append(by_reference(alone, changed, folder, *arguments, "--batch-size", 4))
+    all_within_budget(own, *runs, torch.float32)
+
+
+@needs_fork
+def test_two_ranks_train_as_one_process(tmp_path):
+    """Seven images: a batch of four, then two and one."""
+    data = fill_folder(tmp_path / "data", 9)
+    same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL], light, light_in_float64)
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "lora", "--accumulate", 2],
+        ["--method", "cobot-lora", "--prompt", "box"],
+        ["--method", "adaptformer", "--dropout", 0],
+        ["--method", "cobot-adaptformer", "--dropout", 0],
+        ["--method", "kronecker"],
+        ["--method", "decoder", "--loss", "structure"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_each_method_trains_as_in_one_process(tmp_path, options):
+    """Seven images: a batch of four, then two and one."""
+    data = fill_folder(tmp_path / "data", 9)
+    same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL, *options])
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "ta-lora"])
+def test_tasks_train_as_in_one_process(tmp_path, method):
+    """Some images lack a task, so each task has an uneven share of its own."""
+    data = fill_folder(tmp_path / "data", 9)
+    (data / "depth").mkdir()
+    for i in (0, 1, 4, 5, 7):
+        mask = np.asarray(Image.open(data / "masks" / f"p{i}.png"))
+        depth = np.where(mask > 0, np.float32(0.5), np.float32(1.5))
+        Image.fromarray(depth).save(data / "depth" / f"p{i}.tif")
+    file = data / "tasks.yaml"
+    file.write_text(
+        "tasks:\n  - {name: rectangle, kind: binary, foreground: [255]}\n"
+        "  - {name: depth, kind: regression, folder: depth, weight: 0.5}\n"
+    )
+    options = ["--tasks", file, "--method", method]
+    options += ["--dropout", 0] if method == "ta-lora" else []
+    same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL, *options])
+
+
+def in_parts(patch):
+    """Each half of a batch by itself, with the random numbers of the rank that would have it."""
+    streams = []
+
+    def loss(self, batch, weights=None):
+        if not streams:
+            streams.append(torch.get_rng_state())
+            torch.manual_seed(self.settings.seed + 1)
+            torch.empty((), dtype=torch.int64).random_()  # the loader's draw of an epoch
+            streams.append(torch.get_rng_state())
+        count, total = len(batch.images), 0.0
+        bounds = (0, -(-count // 2), count)
+        for rank in (0, 1):
+            part = slice(*bounds[rank : rank + 2])
+            own = Batch(*(None if t is None else t[part] for t in batch))
+            torch.set_rng_state(streams[rank])
+            part_loss = self.goal.loss(self.model, own) + samfast.aux_loss(self.sam)
+            streams[rank] = torch.get_rng_state()
+            total = total + len(own.images) / count * part_loss
+        return total
+
+    patch.setattr(loop.Run, "loss", loss)
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["conv-lora", "adaptformer"])
+def test_random_methods_train_as_in_one_process_that_takes_parts(tmp_path, method):
+    """Dropout and noise are each rank's own, and so is Conv-LoRA's balancing loss."""
+    data = fill_folder(tmp_path / "data", 9)
+    arguments = ["--data", data, *TINY, *STILL, "--method", method]
+    same_as_one_process(tmp_path, arguments, reference=in_parts)
+
+
+def test_a_batch_is_shared_without_loss_or_repetition():
+    """Parts in turn are the batch of one process; what is repeated has no weight."""
+    sampler = EpochSampler(11, seed=3, repeats=1)
+    sampler.set_epoch(2)
+    whole = list(JoinedBatches(sampler, 8, ALONE))
+    parts = [JoinedBatches(sampler, 2, Launched(rank, 4)) for rank in range(4)]
+    assert [len(batch) for batch in whole] == [8, 3] == list(parts[0].counts())
+    assert all(len(part) == 2 for part in parts)
+
+    def counts(indices):  # of a task that only even images have
+        return [sum(index % 2 == 0 for index in indices)]
+
+    weights = [list(part.weights(counts)) for part in parts]
+    for number, (joined, *own) in enumerate(zip(whole, *parts, strict=True)):
+        shares = [share[number] for share in weights]
+        real = [keys if share > 0 else [] for keys, (share, _) in zip(own, shares, strict=True)]
+        assert list(itertools.chain(*real)) == joined and all(own)
+        (evens,) = counts([index for index, _ in joined])
+        for keys, found in zip(real, shares, strict=True):
+            (even,) = counts([index for index, _ in keys])
+            assert found == [4 * len(keys) / len(joined), 4 * even / max(1, evens)]
+    assert list(JoinedBatches(sampler, 8, ALONE).weights(counts)) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, (2, 3)),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set.*torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2; it must be from 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            "accelerate launch started one process of several.*torchrun",
+        ),
+    ],
+)
+def test_what_the_environment_says(variables, expected, monkeypatch, capsys, tmp_path):
+    for names in launched._NAMES.values():
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, tuple):
+        assert launched.launched() == expected
+        return
+    assert cli.main(["finetune", "--data", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert re.match(f"samfast: {expected}", err) and err.count("\n") == 1
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """The first of two processes; the other never comes."""
+    ranks._met.cache_clear()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # which it sets, here until the test's end
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(ranks, "SECONDS_TO_MEET", 0.2)
+    yield
+    ranks._met.cache_clear()
+
+
+def test_a_process_that_stays_the_only_one_stops(place, shared_data, tmp_path, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        words = ["finetune", "--data", shared_data, *TINY, "--output", tmp_path / "out"]
+        assert cli.main([str(word) for word in words]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    (line,) = re.findall("^samfast: .*", capsys.readouterr().err, re.MULTILINE)
+    assert re.search("not all of 2 processes came within 0.2 s .*unset WORLD_SIZE", line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cpus_on_request(monkeypatch):
+    """accelerate's own variable decides, also where a GPU is."""
+    from accelerate.state import PartialState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    PartialState._reset_state()
+    try:
+        assert ranks.start().device.type == "cpu"
+    finally:
+        PartialState._reset_state()
+
+
+def test_what_shards_the_model_is_refused():
+    ranks.check_kind("MULTI_GPU")
+    with pytest.raises(ValueError, match="accelerate is set to FSDP; start it with torchrun"):
+        ranks.check_kind("FSDP")
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [as_it_is, second_fails, first_cannot_write])
+def test_an_error_is_said_once_and_ends_all(tmp_path, change):
+    """Of both, of the second alone, of the first alone."""
+    data = fill_folder(tmp_path / "data", 6)
+    if change is as_it_is:
+        (data / "masks" / "p3.png").unlink()
+    codes, _, done = two_ranks(tmp_path, change, "--data", data, *TINY, *STILL)
+    assert codes == (2, 2), done.stderr
+    sentences = re.findall("^samfast: .*", done.stderr, re.MULTILINE)
+    expected = {
+        as_it_is: r"samfast: image .*p3\.png has no mask",
+        second_fails: "samfast: the second has enough",
+        first_cannot_write: "samfast: .*no room",
+    }
+    assert len(sentences) == 1 and re.match(expected[change], sentences[0]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_fork
+@pytest.mark.slow
+def test_wrong_options_are_said_once(tmp_path):
+    codes, _, done = two_ranks(tmp_path, as_it_is, "--lerning-rate", 3)
+    assert codes == (2, 2) and done.stderr.count("Unrecognized options:") == 1
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_killed_rank_ends_the_other(tmp_path, killed):
+    """Without torchrun, which would do so itself."""
+    data = fill_folder(tmp_path / "data", 6)
+    words = ["finetune", "--data", data, *TINY, "--epochs", 1000, "--output", tmp_path / "out"]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(free_port())
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "samfast", *map(str, words)],
+            env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for line in both[0].stdout:
+            if line.startswith("epoch 1/"):
+                break
+        both[killed].kill()
+        left = both[1 - killed]
+        _, err = left.communicate(timeout=60)
+    finally:
+        for process in both:
+            process.kill()
+    assert left.returncode == 2
+    assert err.count("samfast: the other process ended, so this one cannot go on") == 1
+    assert (tmp_path / "out" / "adapter" / "last").is_dir()
