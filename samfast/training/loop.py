@@ -60,9 +60,11 @@ def finetune(settings: FinetuneSettings) -> dict:
     accelerator, dtype = _accelerator(settings)
     try:
         method = method_of(settings, goal.tasks)
-        with backend_asked_for(settings.backend, method, settings.fuse, accelerator.device, dtype):
-            with _run_folder(settings, goal, output, accelerator) as folder:
-                return _finetune(settings, goal, folder, accelerator, dtype)
+        with (
+            backend_asked_for(settings.backend, method, settings.fuse, accelerator.device, dtype),
+            _run_folder(settings, goal, output, accelerator) as folder,
+        ):
+            return _finetune(settings, goal, folder, accelerator, dtype)
     finally:
         _release(accelerator)
 

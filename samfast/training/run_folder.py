@@ -43,16 +43,22 @@ def clear_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def check_folder(output: Path) -> None:
+    """Raise ValueError where something else is than a folder; changes nothing."""
+    if output.is_dir():
+        return
+    if output.exists():
+        raise ValueError(f"output {output} is a file, not a folder")
+    if output.is_symlink():
+        raise ValueError(f"output {output} is a symbolic link that leads nowhere; remove it")
+
+
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raise ValueError where a run cannot write to a folder that is as it is; changes nothing."""
-    if folder.is_dir():
-        kept = any(folder.iterdir()) and not overwrite
-        if kept and not was_cut_short(folder):  # then the lock says more
-            raise _not_empty(folder)
-    elif folder.is_symlink():
-        raise ValueError(f"output {folder} is a symbolic link that leads nowhere; remove it")
-    elif folder.exists():
-        raise ValueError(f"output {folder} is a file, not a folder")
+    check_folder(folder)
+    kept = folder.is_dir() and any(folder.iterdir()) and not overwrite
+    if kept and not was_cut_short(folder):  # then the lock says more
+        raise _not_empty(folder)
 
 
 def has_result(folder: Path) -> bool:

@@ -103,7 +103,7 @@ class TaskSpec:
                 "x, y and z of directions"
             )
         parts = PurePath(self.folder).parts
-        if not parts or PurePath(self.folder).is_absolute() or ".." in parts:
+        if not parts or PurePath(self.folder).is_absolute() or ".." in parts or "\0" in self.folder:
             raise ValueError(
                 f"task {task.name} has folder {self.folder!r}, which is no folder inside the data "
                 "folder"
@@ -143,10 +143,11 @@ def specs_from_config(config: Any) -> tuple[TaskSpec, ...]:
         isinstance(task, dict) and "name" in task and set(task) <= known for task in config
     ):
         raise ValueError(f"{config!r} does not describe tasks")
-    return tuple(
-        TaskSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in task.items()})
-        for task in config
-    )
+    given = [{key: value for key, value in task.items() if value is not None} for task in config]
+    for task in given:
+        if not isinstance(task.get("name"), str):
+            raise ValueError(f"a task has name {task.get('name')!r}, not a text")
+    return tuple(_spec(_checked(task), {}) for task in given)
 
 
 def chosen_specs(folder: Path, record: dict[str, Any], task: str | None) -> tuple[TaskSpec, ...]:

@@ -291,7 +291,7 @@ def test_a_kill_during_saving_leaves_the_old_adapter_or_the_new(
 
 @pytest.mark.parametrize("step", range(5))
 def test_a_kill_during_the_first_save_leaves_no_folder(toy, saved, tmp_path, step, monkeypatch):
-    """Killed at the n-th of: both files synced, the folder synced, its rename, its parent synced."""
+    """Killed at the n-th of: two files synced, the folder synced and renamed, its parent synced."""
     model, _ = saved
     calls = []
 
@@ -385,8 +385,8 @@ LORA = samfast.Lora(rank=2).config()
         (lambda f: (f / TENSORS).write_bytes(b"\x80" * 99), ValueError, "not a complete"),
         (lambda f: rewrite(f, record={"format": 2}), ValueError, "format is 2, .* reads 1"),
         (lambda f: rewrite(f, record={"layers": 5}), ValueError, "layers 5, not a list"),
-        (lambda f: rewrite(f, record={"layers": [5]}), ValueError, "layers that are no names"),
-        (lambda f: rewrite(f, record={"base": []}), ValueError, r"base \[\], not a dict"),
+        (lambda f: rewrite(f, record={"layers": [5]}), ValueError, "not a list of different names"),
+        (lambda f: rewrite(f, record={"base": []}), ValueError, r"base \[\], not an object"),
         (lambda f: rewrite(f, record={"method": "lora"}), ValueError, "not describe a method"),
         (
             lambda f: rewrite(f, record={"method": {"name": "dora"}}),
