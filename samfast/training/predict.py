@@ -16,6 +16,7 @@ from samfast.files.format import CONFIG, read_adapter
 from samfast.files.placing import write_whole
 from samfast.files.temporary import remove_dead
 from samfast.models import build_sam, image_size
+from samfast.models.architectures import ARCHITECTURES
 from samfast.training.boxes import check_box, parsed_box, resized_box
 from samfast.training.checks import check_prediction
 from samfast.training.data import Collate, Sample, resize_image
@@ -170,10 +171,14 @@ def load_adapted(
             f"adapter {adapter} was trained on {base['name']} with random weights of no known "
             "seed, which cannot be drawn again"
         )
+    if base["name"] not in ARCHITECTURES:
+        raise ValueError(
+            f"adapter {adapter} was trained on {base['name']}; known are {', '.join(ARCHITECTURES)}"
+        )
     sam = build_sam(
         base["name"],
         checkpoint=checkpoint,
-        image_size=base["image_size"],
+        image_size=base.get("image_size"),
         random_init=checkpoint is None,
         seed=base.get("seed"),
     )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from samfast.models import Task
 from samfast.models.heads import MULTI_TASK
+from samfast.models.multi_task import tasks_from_config
 from samfast.training.foreground import ANY, Foreground, chosen_foreground
 from samfast.training.settings import TASK_LOSSES
 
@@ -160,9 +161,11 @@ def chosen_specs(folder: Path, record: dict[str, Any], task: str | None) -> tupl
             raise ValueError(f"adapter {folder} has one mask and no tasks; leave out --task")
         return ()
     # An adapter that the command line did not write knows what its decoders predict.
-    config = record["extra"].get("tasks", record["classes"])
+    config = record["extra"].get("tasks", record.get("classes"))
     try:
         specs = specs_from_config(config)
+        if tuple(spec.task for spec in specs) != tasks_from_config(record.get("classes")):
+            raise ValueError("its tasks are not those of its decoders")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"adapter {folder} cannot be used: {error}") from None
     if task is None:
