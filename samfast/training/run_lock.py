@@ -31,7 +31,7 @@ class RunLock:
         from filelock import Timeout
 
         try:
-            self._lock.acquire(timeout=0)
+            self._take(0.0)
         except Timeout:
             # Without a holder's file the other run has only just begun, or is about to end.
             if _is_gone(holder := _holder(self.folder)):
@@ -49,11 +49,22 @@ class RunLock:
                 (self.folder / name).unlink(missing_ok=True)
         self._lock.release()
 
+    def _take(self, seconds: float) -> None:
+        """Lock the file that has the name; a run that ends removes the one that it had."""
+        while True:
+            with open(self.folder / LOCK, "ab") as file:
+                self._lock.acquire(timeout=seconds)
+                with suppress(FileNotFoundError):
+                    named = (self.folder / LOCK).stat()
+                    if os.path.samestat(os.fstat(file.fileno()), named):
+                        return
+                self._lock.release()
+
     def _wait(self, holder: dict[str, Any]) -> None:
         from filelock import Timeout
 
         try:
-            self._lock.acquire(timeout=_GRACE)
+            self._take(_GRACE)
         except Timeout:
             raise self._refusal(holder) from None
 
