@@ -144,7 +144,10 @@ def specs_from_config(config: Any) -> tuple[TaskSpec, ...]:
         isinstance(task, dict) and "name" in task and set(task) <= known for task in config
     ):
         raise ValueError(f"{config!r} does not describe tasks")
-    given = [{key: value for key, value in task.items() if value is not None} for task in config]
+    given = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in task.items() if v is not None}
+        for task in config
+    ]
     for task in given:
         if not isinstance(task.get("name"), str):
             raise ValueError(f"a task has name {task.get('name')!r}, not a text")
