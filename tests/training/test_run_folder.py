@@ -143,6 +143,30 @@ def test_a_kill_between_old_and_new_results_loses_neither(tmp_path, step, monkey
     assert texts(tmp_path) == (dict.fromkeys(EARLIER, "new") if step == 4 else before)
 
 
+@pytest.mark.parametrize("step", range(3))
+def test_a_kill_while_old_results_come_back_loses_none(tmp_path, step, monkeypatch):
+    result(tmp_path, "old")
+    before, renames = texts(tmp_path), []
+    place = claimed(tmp_path, overwrite=True)
+    place.begin()
+    place._lock._lock.release()
+    rename = os.rename
+
+    def dying(*args):
+        if len(renames) == step:
+            raise Killed
+        renames.append(args)
+        rename(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", dying)
+        with pytest.raises(Killed):
+            claimed(tmp_path)
+    with pytest.raises(ValueError, match="is not empty"):
+        claimed(tmp_path)
+    assert texts(tmp_path) == before
+
+
 def test_what_a_run_without_results_left_is_no_hindrance(tmp_path):
     place = claimed(tmp_path)
     place.begin()
