@@ -26,7 +26,8 @@ _FLAG = 24  # columns of a method's option before its help
 
 
 def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
-    """The settings that a command line names; SystemExit after ``--help`` and wrong options.
+    """The settings that a command line names; SystemExit after ``--help`` and wrong options, and
+    ValueError for an empty value, which would mean the folder at hand as a path.
 
     commands: the class of each command's settings, whose fields are options
     """
@@ -34,6 +35,7 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     asked = "-h" in options or "--help" in options
     if asked:
         argv = [*(word for word in argv[:1] if word in commands), "--help"]
+    _check_values(argv)
     made = {name: _made(kind, asked) for name, kind in commands.items()}
     about = {name: _about(kind, argv[:1] == [name]) for name, kind in commands.items()}
     subcommands = [
@@ -49,6 +51,15 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     )
     kind = next(kind for name, kind in commands.items() if type(found) is made[name])
     return kind(**dict(_flat(found)))
+
+
+def _check_values(argv: Sequence[str]) -> None:
+    option = "one of the values"
+    for word in argv:
+        name, equals, value = word.partition("=")
+        option = name if name.startswith("--") else option
+        if word == "" or (name.startswith("--") and equals and not value):
+            raise ValueError(f"{option} is empty; give it a value, or leave it out")
 
 
 def _made(kind: type, asked: bool) -> type:

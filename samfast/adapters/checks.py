@@ -4,11 +4,14 @@
 import re
 
 QKV = ("q", "k", "v")
+MOST = 2**31 - 1  # of whole numbers
 
 
 def check_whole(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if value > MOST:
+        raise ValueError(f"{name} is {value}; it must be at most {MOST}")
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -24,7 +24,7 @@ class Option:
     default: as the command line would give it; a flag is off
     hint: takes the place of "default: VALUE"
     choices: the values there are   metavar: what stands for the value in the help
-    least: the smallest number that is right
+    least, most: the smallest and the largest number that is right
     positional: given without its name   repeatable: given once for each value
     in_folder: a flag that the default output folder is named after
     as_option, as_field: from the field's value to the command line's, and back
@@ -39,6 +39,7 @@ class Option:
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     least: float | None = None
+    most: float = 2**31 - 1  # of whole numbers
     positional: bool = False
     repeatable: bool = False
     in_folder: bool = False

@@ -39,6 +39,7 @@ from samfast.files.format import (
     dtype_name,
     read_adapter,
 )
+from samfast.files.placing import write_together
 from samfast.files.samed_format import check_numbered
 from samfast.files.spelling import base_identity, spelled_for
 from samfast.integrations.libraries import call_of_owner
@@ -58,8 +59,8 @@ def save_adapter(
 ) -> Path:
     """Write every trained tensor of the model to a folder; ``load_adapter`` reads it.
 
-    Plain LoRA beside modules that are trained whole is in PEFT's format. An adapter that is there
-    already is replaced in one step.
+    Plain LoRA beside modules that are trained whole is in PEFT's format. A new folder appears in
+    one step, with all its files. An adapter that is there already is replaced in one step.
 
     head, classes: what the decoder predicts; the head that the model has, and the tasks of a
         MultiTaskSam, if not given
@@ -106,7 +107,9 @@ def save_adapter(
     except (TypeError, ValueError) as error:
         raise ValueError(f"the adapter's configuration must be JSON values: {error}") from None
     folder = Path(folder)
-    _write(folder, _contents(record, config, tensors))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder for an adapter")
+    write_together(folder, _contents(record, config, tensors))
     return folder
 
 
@@ -197,38 +200,6 @@ def load_adapter(
         if name in own or name in adapter.tensors:
             parameter.requires_grad_(trainable)
     return given if model is stock else model
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Put files in place, the last one as the commit; removes what killed writes left behind."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a folder for an adapter")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        for orphan in folder.glob(f".{name}.*.tmp"):
-            orphan.unlink(missing_ok=True)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
-        for name, data in files.items():
-            with open(temporary[name], "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in files:
-            os.replace(temporary[name], folder / name)
-        _sync(folder)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _with_tasks(model: nn.Module, adapter: AdapterFile) -> nn.Module:

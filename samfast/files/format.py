@@ -22,13 +22,13 @@ import torch
 from samfast.adapters.finite import not_finite
 from samfast.adapters.method import Method
 from samfast.files import peft_format, samed_format
+from samfast.files.record import check_base, check_record
 from samfast.methods.registry import method_from_config
 from samfast.models.checkpoints import read_file
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 VERSION = 1
-_TYPES = {"layers": list, "base": dict, "base_digest": str, "extra": dict}
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,15 @@ def _parse(
             raise ValueError(f"{TENSORS} has lost its record, or {CONFIG} belongs to another file")
         method, layers, tensors = peft_format.read_lora(config, tensors)
         _check_finite(tensors)
-        record = _record_of_others(method, layers, config.get("base_model_name_or_path"))
+        base = config.get("base_model_name_or_path")
+        check_base({"name": base})
+        record = _record_of_others(method, layers, base)
         return AdapterFile(folder, record, method, layers, tensors)
     record = _record(header["samfast"], tensors)
     if any(key.startswith(peft_format.PREFIX) for key in tensors):
         tensors = {peft_format.from_key(key): value for key, value in tensors.items()}
     _check_finite(tensors)
-    method = method_from_config(record["method"])
+    method = method_from_config(record.get("method"))
     return AdapterFile(folder, record, method, tuple(record["layers"]), tensors)
 
 
@@ -168,9 +170,5 @@ def _record(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         raise ValueError(f"its format is {version!r}, and this samfast reads {VERSION}")
     if digest(record, tensors) != stored:
         raise ValueError(f"{TENSORS} is damaged: its content does not have its digest")
-    for key, kind in _TYPES.items():
-        if not isinstance(record.get(key), kind):
-            raise ValueError(f"its record has {key} {record.get(key)!r}, not a {kind.__name__}")
-    if not all(isinstance(name, str) for name in record["layers"]):
-        raise ValueError("its record has layers that are no names")
+    check_record(record)
     return record

@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 
 PATCH = 16
+MOST_PIXELS = 2**15  # of a side, whose positions take gigabytes already
 CHANNELS = 256  # of the image embedding and of every prompt token
 
 
@@ -49,4 +50,6 @@ def check_image_size(size) -> int:
         number = 0
     if number <= 0 or number % PATCH:
         raise ValueError(f"image size {size!r} is not a positive multiple of {PATCH}")
+    if number > MOST_PIXELS:
+        raise ValueError(f"image size {number} is above {MOST_PIXELS}, the largest there is")
     return number

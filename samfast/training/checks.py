@@ -2,6 +2,7 @@
 """What no data or model can make right about settings: ValueErrors before anything is read."""
 
 from math import isfinite
+from pathlib import Path
 
 from samfast.adapters.options import options_of
 from samfast.methods.registry import VARIANTS
@@ -20,6 +21,7 @@ Settings = FinetuneSettings | PredictSettings | EvaluateSettings
 
 def check_settings(settings: FinetuneSettings) -> None:
     """Raise ValueError for an option that no data or model can make right."""
+    _check_paths(settings)
     architecture(settings.model)
     _check_choices(settings)
     _check_method_options(settings)
@@ -36,7 +38,7 @@ def check_settings(settings: FinetuneSettings) -> None:
     image_options(settings.bands, settings.range)
     if settings.data is None and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
-    _check_least(settings)
+    _check_limits(settings)
     side = settings.image_size or architecture(settings.model).image_size
     if settings.box_jitter is not None and settings.box_jitter > side:
         raise ValueError(
@@ -52,9 +54,20 @@ def check_settings(settings: FinetuneSettings) -> None:
 
 def check_prediction(settings: PredictSettings | EvaluateSettings) -> None:
     """``check_settings`` for prediction and scores."""
+    _check_paths(settings)
     _check_choices(settings)
-    _check_least(settings)
+    _check_limits(settings)
     image_options(getattr(settings, "bands", None), getattr(settings, "range", None))
+
+
+def _check_paths(settings: Settings) -> None:
+    for option in options_of(settings):
+        value = getattr(settings, option.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and "\0" in str(path):
+                raise ValueError(
+                    f"{option.name} is {str(path)!r}; a path cannot have a NUL character"
+                )
 
 
 def _check_choices(settings: Settings) -> None:
@@ -67,12 +80,14 @@ def _check_choices(settings: Settings) -> None:
             raise ValueError(f"unknown {option.name} {value!r}; known are {known}")
 
 
-def _check_least(settings: Settings) -> None:
+def _check_limits(settings: Settings) -> None:
     for option in options_of(settings):
         value = getattr(settings, option.name)
+        if isinstance(value, int) and value > option.most:
+            raise ValueError(f"{option.name} is {value}; it must be at most {option.most}")
         if option.least is None or value is None:
             continue
-        if not (value >= option.least and isfinite(value)):
+        if not (isfinite(value) and value >= option.least):
             raise ValueError(f"{option.name} is {value}; it must be at least {option.least}")
 
 

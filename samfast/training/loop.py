@@ -64,8 +64,11 @@ def finetune(settings: FinetuneSettings) -> dict:
     try:
         check_kind(accelerator.distributed_type.value)
         method = method_of(settings, goal.tasks)
-        with backend_asked_for(settings.backend, method, settings.fuse, accelerator.device, dtype):
-            return _finetune(settings, goal, output, accelerator, dtype)
+        with (
+            backend_asked_for(settings.backend, method, settings.fuse, accelerator.device, dtype),
+            _run_folder(settings, goal, output, accelerator) as folder,
+        ):
+            return _finetune(settings, goal, folder, accelerator, dtype)
     finally:
         _release(accelerator)
 
@@ -73,7 +76,7 @@ def finetune(settings: FinetuneSettings) -> dict:
 def _finetune(
     settings: FinetuneSettings,
     goal: Goal,
-    output: Path,
+    folder: RunFolder,
     accelerator: "Accelerator",
     dtype: torch.dtype,
 ) -> dict:
@@ -91,24 +94,38 @@ def _finetune(
     )
     for sentence in goal.sentences():
         say(sentence)
+    run = Run(settings, accelerator, sam, dtype, goal, say)
+    folder.check_room(sum(t.nbytes for t in trained_state(sam).values()))
+    try:
+        return run.train(folder)
+    except KeyboardInterrupt:
+        kept = f"{folder.folder} keeps epoch {len(folder.rows)}"
+        kept = kept if folder.rows else "nothing was saved"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
+
+
+def _run_folder(
+    settings: FinetuneSettings, goal: Goal, output: Path, accelerator: "Accelerator"
+) -> RunFolder:
+    """The output folder, which opening claims and tries out before the model is built."""
     saved = {
         **dataclasses.asdict(settings),
         "train": [pair.stem for pair in goal.split.train],
         "val": [pair.stem for pair in goal.split.val],
     }
-    run = Run(settings, accelerator, sam, dtype, goal, say)
 
     def draw(rows: list[dict]) -> bytes:
         return curves_png(rows, goal.loss_name, goal.curves, goal.baseline_line())
 
-    folder = RunFolder(output, saved, goal.columns, draw)
-    try:
-        return run.train(folder)
-    except KeyboardInterrupt:
-        kept = f"{output} keeps epoch {len(folder.rows)}" if folder.rows else "nothing was saved"
-        raise KeyboardInterrupt(f"interrupted; {kept}") from None
-    finally:
-        folder.close()
+    return RunFolder(
+        output,
+        saved,
+        goal.columns,
+        draw,
+        overwrite=settings.overwrite,
+        decoders=len(goal.tasks or (None,)),
+        main=accelerator.is_main_process,
+    )
 
 
 class Run:
@@ -172,10 +189,12 @@ class Run:
             if improved:
                 self.best = row
             if main:
-                folder.add_epoch(row)
+                folder.begin()
                 self.save(folder.folder / "adapter" / "last", row)
                 if improved:
                     self.save(folder.folder / "adapter" / "best", row)
+                folder.add_epoch(row)
+                if improved:
                     self.draw_overlays(folder)
             self.accelerator.wait_for_everyone()
             self.say(

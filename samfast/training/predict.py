@@ -12,21 +12,25 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import samfast
-from samfast.files.format import AdapterFile, read_adapter
+from samfast.files.format import CONFIG, read_adapter
+from samfast.files.placing import write_whole
+from samfast.files.temporary import remove_dead
 from samfast.models import build_sam, image_size
+from samfast.models.architectures import ARCHITECTURES
 from samfast.training.boxes import check_box, parsed_box, resized_box
 from samfast.training.checks import check_prediction
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
-from samfast.training.image_options import ImageOptions, remembered_options
+from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, read_image
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.records import write_whole
+from samfast.training.remembered import remembered
+from samfast.training.run_folder import SETTINGS, check_folder
 from samfast.training.segmenters import Segmenter, TaskSegmenter
-from samfast.training.settings import PROMPTS, PredictSettings
+from samfast.training.settings import PredictSettings
 from samfast.training.task_scores import predicted_tasks
-from samfast.training.tasks import TaskSpec, chosen_specs
+from samfast.training.tasks import TaskSpec
 from samfast.training.try_out import backend_asked_for
 
 
@@ -40,18 +44,17 @@ def predict(settings: PredictSettings) -> dict:
         raise ValueError("no image is named; give files or folders of them")
     paths = find_images(settings.images)
     names = _output_names(paths)
-    if settings.output.exists() and not settings.output.is_dir():
-        raise ValueError(f"output {settings.output} is a file, not a folder")
+    check_folder(settings.output)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = autocast_dtype(settings.precision, device)
     adapter = read_adapter(adapter_folder(settings.adapter))
-    options = remembered_options(adapter.record["extra"], settings.bands, settings.range)
+    kept = remembered(adapter, settings.task, settings.bands, settings.range)
+    options, specs = kept.options, kept.specs
     shapes = {path: read_image(path, options).shape[:2] for path in paths}
-    specs = chosen_specs(adapter.folder, adapter.record, settings.task)
     _check_files(names, specs)
-    boxes = boxes_for(settings, prompt_of(adapter), shapes)
+    boxes = boxes_for(settings, kept.prompt, shapes)
     with backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
             settings.adapter,
@@ -67,6 +70,7 @@ def predict(settings: PredictSettings) -> dict:
             collate_fn=Collate(image_size(sam), truths=True),
         )
         settings.output.mkdir(parents=True, exist_ok=True)
+        remove_dead(settings.output)
         written = []
         if specs:
             found = predicted_tasks(model, loader, specs)
@@ -103,17 +107,6 @@ def find_images(given: Sequence[Path]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path} does not exist")
     return paths
-
-
-def prompt_of(adapter: AdapterFile) -> str:
-    """What an adapter was trained to be prompted by: "none" or "box"."""
-    prompt = adapter.record["extra"].get("prompt", "none")
-    if prompt not in PROMPTS:
-        known = ", ".join(PROMPTS)
-        raise ValueError(
-            f"adapter {adapter.folder} was trained with prompt {prompt!r}; known are {known}"
-        )
-    return prompt
 
 
 def boxes_for(
@@ -156,8 +149,8 @@ def load_adapted(
     a MultiTaskSam for an adapter of several tasks.
 
     fuse: whether attention runs fused, as ``finetune`` trains it unless told otherwise
-    adapter may also be a folder with ``best/`` in it. Random bases are drawn again from the
-    recorded seed; others need ``checkpoint``, and a wrong one is noticed by its digest.
+    adapter may also be a run's folder, or one with ``best/`` in it. Random bases are drawn again
+    from the recorded seed; others need ``checkpoint``, and a wrong one is noticed by its digest.
     """
     adapter = adapter_folder(adapter)
     base = read_adapter(adapter).record["base"]
@@ -178,10 +171,14 @@ def load_adapted(
             f"adapter {adapter} was trained on {base['name']} with random weights of no known "
             "seed, which cannot be drawn again"
         )
+    if base["name"] not in ARCHITECTURES:
+        raise ValueError(
+            f"adapter {adapter} was trained on {base['name']}; known are {', '.join(ARCHITECTURES)}"
+        )
     sam = build_sam(
         base["name"],
         checkpoint=checkpoint,
-        image_size=base["image_size"],
+        image_size=base.get("image_size"),
         random_init=checkpoint is None,
         seed=base.get("seed"),
     )
@@ -190,9 +187,19 @@ def load_adapted(
 
 
 def adapter_folder(given: Path) -> Path:
-    """The folder itself, or ``best/`` in it."""
-    inside = given / "best"
-    return inside if not (given / "adapter_config.json").exists() and inside.is_dir() else given
+    """The adapter's folder itself, or the best adapter's of a run's folder."""
+    if (given / CONFIG).exists():
+        return given
+    for inside in (given / "best", given / "adapter" / "best"):
+        if inside.is_dir():
+            return inside
+    if (given / "adapter" / "last").is_dir():
+        raise FileNotFoundError(
+            f"run folder {given} has no adapter/best; name {given}/adapter/last"
+        )
+    if (given / SETTINGS).is_file():
+        raise FileNotFoundError(f"run folder {given} has no adapter yet: nothing was saved")
+    return given
 
 
 class _Photographs(Dataset):
@@ -250,8 +257,8 @@ def _check_files(names: Sequence[str], specs: Sequence[TaskSpec]) -> None:
 def _write(folder: Path, name: str, path: Path, image: np.ndarray, mask: np.ndarray) -> dict:
     mask_path, overlay_path = folder / f"{name}_mask.png", folder / f"{name}_overlay.png"
     overlay = tinted(image, mask, PREDICTION_COLOUR)
-    write_whole(mask_path, png_bytes(mask.astype(np.uint8) * 255))
-    write_whole(overlay_path, png_bytes(overlay))
+    write_whole(mask_path, png_bytes(mask.astype(np.uint8) * 255), durable=False)
+    write_whole(overlay_path, png_bytes(overlay), durable=False)
     return {
         "image": str(path),
         "mask": str(mask_path),
@@ -273,8 +280,8 @@ def _write_tasks(
         suffix, data = _file_of(spec, values)
         mask_path = folder / f"{name}_{spec.name}{suffix}"
         overlay_path = folder / f"{name}_{spec.name}_overlay.png"
-        write_whole(mask_path, data)
-        write_whole(overlay_path, png_bytes(task_picture(spec)(image, values)))
+        write_whole(mask_path, data, durable=False)
+        write_whole(overlay_path, png_bytes(task_picture(spec)(image, values)), durable=False)
         tasks[spec.name] = {"mask": str(mask_path), "overlay": str(overlay_path)}
     return {"image": str(path), "tasks": tasks}
 

@@ -1,43 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves in its folder beside the adapters: table, curves, overlays, settings."""
+"""What a run leaves in its folder next to the adapters: table, curves, overlays, settings."""
 
 import csv
 import io
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from samfast.files.placing import named, write_whole
 from samfast.methods.registry import VARIANTS
 from samfast.training.pictures import png_bytes
+from samfast.training.run_folder import ClaimedFolder, check_free
 from samfast.training.settings import FinetuneSettings
 
 COLUMNS_BEFORE = ("epoch", "step", "train_loss")
 COLUMNS_AFTER = ("images_per_second", "peak_memory_mib", "lr")
 COLUMNS = (*COLUMNS_BEFORE, "val_dice", "val_iou", *COLUMNS_AFTER)  # of one mask
 _SECONDS_BETWEEN_DRAWINGS = 30  # a drawing costs about as much as a short epoch
-_FOLDERS = ("adapter", "overlays", "tensorboard")
-_FILES = ("metrics.csv", "curves.png", "settings.json", "summary.json")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Put a file in place in one step: a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def clear_results(folder: Path) -> None:
-    """Remove an earlier run's results from a folder, and nothing else that may be in it."""
-    for name in _FOLDERS:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 def output_folder(settings: FinetuneSettings) -> Path:
@@ -47,22 +30,19 @@ def output_folder(settings: FinetuneSettings) -> Path:
     method = "-".join([settings.method, *flags])
     prompt = "" if settings.prompt == "none" else f"-{settings.prompt}"
     prompt = prompt if settings.tasks is None else f"-{settings.tasks.stem}"
-    name = f"{settings.data.resolve().name}-{settings.model}-{method}{prompt}"
+    data = Path(os.path.realpath(settings.data)).name
+    name = f"{data}-{settings.model}-{method}{prompt}"
     output = settings.output if settings.output is not None else Path("runs") / name
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file, not a folder")
-    if output.is_dir() and any(output.iterdir()) and not settings.overwrite:
-        raise ValueError(
-            f"output folder {output} is not empty; choose another --output, or --overwrite to "
-            "replace an earlier run's results"
-        )
+    check_free(output, settings.overwrite)
     return output
 
 
 class RunFolder:
-    """The output folder of one run. Nothing is created before the first result is there.
+    """The results of one run in its output folder, which is the run's own inside a ``with``.
 
+    settings: for settings.json   overwrite: whether an earlier run's results may be replaced
     scores: the table's columns of scores   draw: the rows so far as a picture of curves
+    decoders: how many are trained   main: False in a process that writes nothing
     """
 
     def __init__(
@@ -71,27 +51,49 @@ class RunFolder:
         settings: dict,
         scores: Sequence[str],
         draw: Callable[[list[dict]], bytes],
+        *,
+        overwrite: bool = False,
+        decoders: int = 1,
+        main: bool = True,
     ):
         self.folder = folder
         self.settings = settings
         self.columns = (*COLUMNS_BEFORE, *scores, *COLUMNS_AFTER)
         self.draw = draw
         self.rows: list[dict] = []
+        self.decoders = decoders
+        self._claimed = ClaimedFolder(folder, overwrite) if main else None
         self._board = None
         self._drawn = time.perf_counter()
 
-    def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __enter__(self) -> "RunFolder":
+        if self._claimed is not None:
+            self._claimed.open(_json(self.settings), self.decoders)
+        return self
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        clear_results(self.folder)
-        self.write_json("settings.json", self.settings)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+    def __exit__(self, kind, error, _) -> None:
+        """Finish the curves and TensorBoard; without a result nothing stays."""
+        if self._claimed is None:
+            return
+        try:
+            self._finish()
+        except OSError:  # of a full disk, which the error on its way has told already
+            if error is None:
+                raise
+        finally:
+            self._claimed.close()
+
+    def check_room(self, size: int) -> None:
+        """Raise ValueError when adapters of so many bytes do not fit; before training."""
+        if self._claimed is not None:
+            self._claimed.check_room(size)
+
+    def begin(self) -> None:
+        """Make way for the first result, which is an adapter."""
+        self._claimed.begin()
 
     def add_epoch(self, row: dict) -> None:
         """Append one row (the keys are the columns) to table, curves and TensorBoard."""
-        if self._board is None:
-            self._open()
         self.rows.append(row)
         table = io.StringIO()
         writer = csv.DictWriter(table, self.columns, lineterminator="\n")
@@ -100,9 +102,9 @@ class RunFolder:
         write_whole(self.folder / "metrics.csv", table.getvalue().encode())
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
-        for name in self.columns[2:]:
-            self._board.add_scalar(name, row[name], row["epoch"])
-        self._board.flush()
+        with named(self.folder / "tensorboard"):
+            self._add_to_board(row)
+        self._claimed.keep()
 
     def add_overlay(self, name: str, panel: Image.Image) -> None:
         """Write or replace ``overlays/<name>.png``."""
@@ -111,15 +113,27 @@ class RunFolder:
         write_whole(folder / f"{name}.png", png_bytes(panel))
 
     def write_json(self, name: str, content: dict) -> None:
-        text = json.dumps(content, indent=2, default=str) + "\n"
-        write_whole(self.folder / name, text.encode())
+        write_whole(self.folder / name, _json(content))
 
-    def close(self) -> None:
-        """Finish the curves and TensorBoard; does nothing when no result came."""
-        if self._board is not None:
+    def _add_to_board(self, row: dict) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._board is None:
+            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        for name in self.columns[2:]:
+            self._board.add_scalar(name, row[name], row["epoch"])
+        self._board.flush()
+
+    def _finish(self) -> None:
+        if self.rows:
             self._draw()
+        if self._board is not None:
             self._board.close()
 
     def _draw(self) -> None:
         self._drawn = time.perf_counter()
         write_whole(self.folder / "curves.png", self.draw(self.rows))
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, default=str) + "\n").encode()

@@ -4,19 +4,20 @@
 import torch
 
 from samfast.files.format import read_adapter
+from samfast.files.placing import write_whole
+from samfast.files.temporary import remove_dead
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
 from samfast.training.checks import check_prediction
 from samfast.training.goal import Goal
-from samfast.training.image_options import remembered_options
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import png_bytes
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.predict import adapter_folder, load_adapted, prompt_of
-from samfast.training.records import write_whole
+from samfast.training.predict import adapter_folder, load_adapted
+from samfast.training.remembered import remembered
+from samfast.training.run_folder import check_folder
 from samfast.training.settings import EvaluateSettings, FinetuneSettings
-from samfast.training.tasks import chosen_specs
 from samfast.training.try_out import backend_asked_for
 
 
@@ -27,17 +28,16 @@ def score(settings: EvaluateSettings) -> dict:
     """
     check_prediction(settings)
     output = settings.output
-    if output is not None and output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file, not a folder")
+    if output is not None:
+        check_folder(output)
     adapter = read_adapter(adapter_folder(settings.adapter))
-    specs = chosen_specs(adapter.folder, adapter.record, settings.task)
-    extra = adapter.record["extra"]
-    foreground, options = extra.get("foreground"), remembered_options(extra).config()
+    kept = remembered(adapter, settings.task)
+    specs, options = kept.specs, kept.options.config()
     as_trained = FinetuneSettings(
         data=settings.data,
-        prompt=prompt_of(adapter),
-        foreground=None if foreground is None else tuple(foreground),
-        threshold=extra.get("threshold"),
+        prompt=kept.prompt,
+        foreground=kept.foreground,
+        threshold=kept.threshold,
         bands=options["bands"],
         range=options["range"],
         decoder_chunk=settings.decoder_chunk,
@@ -62,8 +62,9 @@ def score(settings: EvaluateSettings) -> dict:
         row = goal.scores(model, goal.validation_loader(items, side, settings.batch_size))
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
+            remove_dead(output)
             for name, panel in goal.overlays(model, items, side):
-                write_whole(output / f"{name}.png", png_bytes(panel))
+                write_whole(output / f"{name}.png", png_bytes(panel), durable=False)
     return {
         "adapter": str(adapter.folder),
         "data": str(settings.data),

@@ -36,7 +36,7 @@ _CHUNK = "Objects that the mask decoder takes at a time"
 _THREADS = "CPU threads of torch"
 _CHECKPOINT = "The SAM weights that the adapter was trained on"
 _NOT_RANDOM = "required, except where these were random"
-_ADAPTER = "Adapter folder that finetune wrote, such as runs/NAME/adapter/best"
+_ADAPTER = "What finetune wrote: a run's folder, or an adapter's such as runs/NAME/adapter/last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,11 @@ class DataSettings:
         0.2, "Share of the images that validates; ignored with train/ and val/"
     )
     workers: int | None = option(
-        None, "Processes that load images", least=0, hint="default: 0 on a CPU, else up to 8"
+        None,
+        "Processes that load images",
+        least=0,
+        most=1024,
+        hint="default: 0 on a CPU, else up to 8",
     )
 
 
@@ -213,7 +217,9 @@ class TrainingSettings:
     weight_decay: float = option(1e-4, "Decoupled weight decay of AdamW", least=0)
     clip: float = option(1.0, "Largest norm of the gradient; 0 does not clip", least=0)
     flips: bool = option(True, "Mirror training images at random, left-right and top-bottom")
-    seed: int = option(0, "Seed of the split, order, flips, box jitter and random weights", least=0)
+    seed: int = option(
+        0, "Seed of the split, order, flips, box jitter and random weights", least=0, most=2**32 - 1
+    )
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
     base_dtype: str = option(
         "auto",
@@ -238,7 +244,7 @@ class TrainingSettings:
     )
     fuse: bool = option(True, _FUSE)
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
-    threads: int | None = option(None, _THREADS, least=1, hint="default: torch's choice")
+    threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +342,7 @@ class PredictSettings:
     )
     fuse: bool = option(True, _FUSE)
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
-    threads: int | None = option(None, _THREADS, least=1, hint="default: torch's choice")
+    threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")
     json: bool = option(False, "Print a summary as JSON on stdout")
 
 
@@ -364,5 +370,5 @@ class EvaluateSettings:
     )
     fuse: bool = option(True, _FUSE)
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
-    threads: int | None = option(None, _THREADS, least=1, hint="default: torch's choice")
+    threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")
     json: bool = option(False, "Print the scores as JSON on stdout")

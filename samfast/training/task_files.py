@@ -5,6 +5,7 @@ A task's folder lies beside ``images/`` and holds a file for some or all of thes
 ``images/`` and ``masks/`` of its own. Each broken rule is one sentence, found before training.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def find_items(
 def _root(folder: Path, spec: TaskSpec) -> tuple[Path, bool]:
     """The folder with the task's images, and whether these are its own."""
     own = folder / spec.folder
-    if not own.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(own)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"folder {own} of task {spec.name} lies outside the data folder")
     if any((own / name).is_dir() for name in ("images", "train", "val")):
         return own, True

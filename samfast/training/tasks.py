@@ -26,6 +26,7 @@ from torch import Tensor
 
 from samfast.models import Task
 from samfast.models.heads import MULTI_TASK
+from samfast.models.multi_task import tasks_from_config
 from samfast.training.foreground import ANY, Foreground, chosen_foreground
 from samfast.training.settings import TASK_LOSSES
 
@@ -103,7 +104,7 @@ class TaskSpec:
                 "x, y and z of directions"
             )
         parts = PurePath(self.folder).parts
-        if not parts or PurePath(self.folder).is_absolute() or ".." in parts:
+        if not parts or PurePath(self.folder).is_absolute() or ".." in parts or "\0" in self.folder:
             raise ValueError(
                 f"task {task.name} has folder {self.folder!r}, which is no folder inside the data "
                 "folder"
@@ -143,10 +144,14 @@ def specs_from_config(config: Any) -> tuple[TaskSpec, ...]:
         isinstance(task, dict) and "name" in task and set(task) <= known for task in config
     ):
         raise ValueError(f"{config!r} does not describe tasks")
-    return tuple(
-        TaskSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in task.items()})
+    given = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in task.items() if v is not None}
         for task in config
-    )
+    ]
+    for task in given:
+        if not isinstance(task.get("name"), str):
+            raise ValueError(f"a task has name {task.get('name')!r}, not a text")
+    return tuple(_spec(_checked(task), {}) for task in given)
 
 
 def chosen_specs(folder: Path, record: dict[str, Any], task: str | None) -> tuple[TaskSpec, ...]:
@@ -159,9 +164,11 @@ def chosen_specs(folder: Path, record: dict[str, Any], task: str | None) -> tupl
             raise ValueError(f"adapter {folder} has one mask and no tasks; leave out --task")
         return ()
     # An adapter that the command line did not write knows what its decoders predict.
-    config = record["extra"].get("tasks", record["classes"])
+    config = record["extra"].get("tasks", record.get("classes"))
     try:
         specs = specs_from_config(config)
+        if tuple(spec.task for spec in specs) != tasks_from_config(record.get("classes")):
+            raise ValueError("its tasks are not those of its decoders")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"adapter {folder} cannot be used: {error}") from None
     if task is None:

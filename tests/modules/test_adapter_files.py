@@ -289,22 +289,32 @@ def test_a_kill_during_saving_leaves_the_old_adapter_or_the_new(
     assert torch.equal(samfast.load_adapter(toy(), folder)(images), model(images))
 
 
-def test_a_kill_during_the_first_save_leaves_nothing_loadable(toy, saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", range(5))
+def test_a_kill_during_the_first_save_leaves_no_folder(toy, saved, tmp_path, step, monkeypatch):
+    """Killed at the n-th of: two files synced, the folder synced and renamed, its parent synced."""
     model, _ = saved
-    count = []
+    calls = []
 
-    def replace(source, target):
-        count.append(target)
-        if len(count) == 2:
-            raise Killed
-        shutil.move(source, target)
+    def dying(function):
+        def call(*args):
+            if len(calls) == step:
+                raise Killed
+            calls.append(args)
+            return function(*args)
 
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(Killed):
-        samfast.save_adapter(model, tmp_path / "new")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == [CONFIG]
-    with pytest.raises(FileNotFoundError, match=f"has no {TENSORS}"):
-        samfast.load_adapter(toy(), tmp_path / "new")
+        return call
+
+    folder = tmp_path / "new" / "adapter"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", dying(os.fsync))
+        patch.setattr(os, "rename", dying(os.rename))
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            samfast.save_adapter(model, folder)
+    assert folder.exists() == (step == 4)
+    samfast.save_adapter(model, folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
+    samfast.load_adapter(toy(), folder)
 
 
 def test_every_flipped_bit_is_noticed(toy, saved):
@@ -375,8 +385,8 @@ LORA = samfast.Lora(rank=2).config()
         (lambda f: (f / TENSORS).write_bytes(b"\x80" * 99), ValueError, "not a complete"),
         (lambda f: rewrite(f, record={"format": 2}), ValueError, "format is 2, .* reads 1"),
         (lambda f: rewrite(f, record={"layers": 5}), ValueError, "layers 5, not a list"),
-        (lambda f: rewrite(f, record={"layers": [5]}), ValueError, "layers that are no names"),
-        (lambda f: rewrite(f, record={"base": []}), ValueError, r"base \[\], not a dict"),
+        (lambda f: rewrite(f, record={"layers": [5]}), ValueError, "not a list of different names"),
+        (lambda f: rewrite(f, record={"base": []}), ValueError, r"base \[\], not an object"),
         (lambda f: rewrite(f, record={"method": "lora"}), ValueError, "not describe a method"),
         (
             lambda f: rewrite(f, record={"method": {"name": "dora"}}),

@@ -4,10 +4,13 @@
 from samfast.adapters.checks import check_flag, check_whole
 
 FORMULAS = ("code", "paper")
+MOST_EXPERTS = 64  # the last one enlarges a map 64 times, which the kernels take at most
 
 
 def check_experts(experts: int) -> None:
     check_whole("experts", experts)
+    if experts > MOST_EXPERTS:
+        raise ValueError(f"experts is {experts}; it must be at most {MOST_EXPERTS}")
 
 
 def check_depthwise(depthwise: bool) -> None:

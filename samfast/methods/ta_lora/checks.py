@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of TA-LoRA's options; they need no torch."""
 
+import math
+
 from samfast.adapters.checks import check_whole
 
 Ranks = tuple[int, int, int]
+MOST_ELEMENTS = 2**28  # of the core, whose sides are the ranks
 
 
 def check_tasks(tasks: int) -> None:
@@ -14,6 +17,8 @@ def check_ranks(ranks: Ranks) -> None:
     whole = isinstance(ranks, (tuple, list)) and len(ranks) == 3
     if not whole or any(type(rank) is not int or rank < 1 for rank in ranks):
         raise ValueError(f"ranks is {ranks!r}; it must be three whole numbers of at least 1")
+    if math.prod(ranks) > MOST_ELEMENTS:
+        raise ValueError(f"ranks is {ranks!r}; their product must be at most {MOST_ELEMENTS}")
 
 
 def check_scaling(scaling: float) -> None:

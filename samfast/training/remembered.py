@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter of ``finetune`` remembers of its training, which prediction and scores need."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from samfast.files.format import AdapterFile
+from samfast.training.foreground import ANY, chosen_foreground
+from samfast.training.image_options import ImageOptions, remembered_options
+from samfast.training.settings import PROMPTS
+from samfast.training.tasks import TaskSpec, chosen_specs
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """prompt: "none" or "box"   options: how images are read
+
+    foreground, threshold: as the command line gives them   specs: the tasks, () for one mask
+    """
+
+    prompt: str
+    options: ImageOptions
+    foreground: tuple[int | str, ...] | None
+    threshold: float | None
+    specs: tuple[TaskSpec, ...]
+
+
+def remembered(
+    adapter: AdapterFile, task: str | None, bands: str | None = None, range: str | None = None
+) -> Remembered:
+    """What the adapter's record says, checked; bands and range take the place of its own.
+
+    task: only this one of several. Raises ValueError with the adapter's name.
+    """
+    extra = adapter.record["extra"]
+    specs = chosen_specs(adapter.folder, adapter.record, task)
+    prompt = prompt_of(adapter)
+    remembered_options({}, bands, range)  # the command line's own mistakes are not the adapter's
+    try:
+        foreground, threshold = _foreground(extra.get("foreground"), extra.get("threshold"))
+        options = remembered_options(extra, bands, range)
+    except ValueError as error:
+        raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
+    return Remembered(prompt, options, foreground, threshold, specs)
+
+
+def prompt_of(adapter: AdapterFile) -> str:
+    """What an adapter was trained to be prompted by: "none" or "box"."""
+    prompt = adapter.record["extra"].get("prompt", "none")
+    if prompt not in PROMPTS:
+        known = ", ".join(PROMPTS)
+        raise ValueError(
+            f"adapter {adapter.folder} was trained with prompt {prompt!r}; known are {known}"
+        )
+    return prompt
+
+
+def _foreground(
+    foreground: Any, threshold: Any
+) -> tuple[tuple[int | str, ...] | None, float | None]:
+    if foreground is not None:
+        values = foreground if isinstance(foreground, list) else [None]
+        if values != [ANY] and not all(isinstance(v, int) for v in values):
+            raise ValueError(f"its foreground is {foreground!r}, not a list of mask values")
+    if threshold is not None:
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not isfinite(threshold):
+            raise ValueError(f"its threshold is {threshold!r}, not a finite number")
+    given = None if foreground is None else tuple(foreground)
+    chosen_foreground(given, threshold)
+    return given, threshold

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output folder of a run: checked, locked, tried out and claimed before the model is built.
+
+settings.json       what the run was told
+adapter/last, best  the adapters of the last epoch and of the best one, each a folder that is whole
+metrics.csv, curves.png, overlays/, tensorboard/    after each epoch
+summary.json        at the end
+
+While it runs there are the files of its lock (see ``run_lock``). An earlier run's results stay
+until the first result of the one that replaces them: its settings are in settings.next.json till
+then, and the old results are in .earlier/ while the new ones are written. ``adapter/last`` is the
+first of these, so a folder without it and without ``adapter/best`` holds no result.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from samfast.files.format import TENSORS
+from samfast.files.placing import write_whole
+from samfast.files.temporary import remove_dead
+from samfast.training.run_lock import HOLDER, LOCK, RunLock, was_cut_short
+
+FOLDERS = ("adapter", "overlays", "tensorboard")
+FILES = ("metrics.csv", "curves.png", "settings.json", "summary.json")
+SETTINGS = "settings.json"
+_NEXT = "settings.next.json"
+_EARLIER = ".earlier"
+_COPIES = 3  # last, best, and one that is being written
+_DECODER = 13 * 2**20  # bytes of a trained mask decoder, which every run saves
+_MIB = 2**20
+
+
+def clear_results(folder: Path) -> None:
+    """Remove an earlier run's results from a folder, and nothing else that may be in it."""
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def check_folder(output: Path) -> None:
+    """Raise ValueError where something else is than a folder; changes nothing."""
+    if output.is_dir():
+        return
+    if output.exists():
+        raise ValueError(f"output {output} is a file, not a folder")
+    if output.is_symlink():
+        raise ValueError(f"output {output} is a symbolic link that leads nowhere; remove it")
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError where a run cannot write to a folder that is as it is; changes nothing."""
+    check_folder(folder)
+    kept = folder.is_dir() and any(folder.iterdir()) and not overwrite
+    if kept and not was_cut_short(folder):  # then the lock says more
+        raise _not_empty(folder)
+
+
+def has_result(folder: Path) -> bool:
+    """Whether a run has saved an adapter in the folder."""
+    return any((folder / "adapter" / name / TENSORS).is_file() for name in ("last", "best"))
+
+
+class ClaimedFolder:
+    """An output folder that one run has for itself, from ``open`` to ``close``."""
+
+    def __init__(self, folder: Path, overwrite: bool):
+        self.folder = folder
+        self.overwrite = overwrite
+        self.begun = False
+        self._settings: str | None = None  # the file that has them
+        self._made: list[Path] = []  # folders, the outermost first
+        self._lock: RunLock | None = None
+
+    def open(self, settings: bytes, decoders: int = 1) -> None:
+        """Make, lock and try out the folder, and write the settings.
+
+        decoders: how many the run trains. Raises ValueError when another run has the folder, it is
+        not empty, it cannot be written or is too small, and then leaves nothing behind.
+        """
+        try:
+            with self._reported():
+                self._make()
+                lock = RunLock(self.folder)
+                lock.acquire()
+                self._lock = lock
+                self._tidy(lock.cut_short)
+                self._check_empty()
+                self.check_room(decoders * _DECODER)
+                earlier = any((self.folder / name).exists() for name in (*FOLDERS, *FILES))
+                self._settings = _NEXT if earlier else SETTINGS
+                write_whole(self.folder / self._settings, settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def check_room(self, size: int) -> None:
+        """Raise ValueError when adapters of so many bytes do not fit into the folder."""
+        places = [self.folder / f".room.{i}" for i in range(_COPIES)]
+        try:
+            for place in places:
+                with open(place, "wb") as file:
+                    _reserve(file.fileno(), size, self.folder)
+        except OSError as error:
+            free = shutil.disk_usage(self.folder).free
+            raise ValueError(
+                f"output folder {self.folder} has no room for a run, which needs "
+                f"{_COPIES * size / _MIB:.1f} MiB, and {free / _MIB:.1f} MiB are free "
+                f"({error.strerror}); choose another --output"
+            ) from None
+        finally:
+            for place in places:
+                place.unlink(missing_ok=True)
+
+    def begin(self) -> None:
+        """Make way for the first result."""
+        if self.begun:
+            return
+        self.begun = True
+        if self._settings == _NEXT:
+            (self.folder / _EARLIER).mkdir(exist_ok=True)
+            for name in (*FOLDERS, *FILES):  # adapter/ first, see _restore
+                if (self.folder / name).exists():
+                    os.rename(self.folder / name, self.folder / _EARLIER / name)
+            os.replace(self.folder / _NEXT, self.folder / SETTINGS)
+        (self.folder / "adapter").mkdir(exist_ok=True)
+
+    def keep(self) -> None:
+        """Forget what an earlier run left: the new results are there."""
+        shutil.rmtree(self.folder / _EARLIER, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let others have the folder. Without a result it is as it was before ``open``."""
+        if self._lock is not None:
+            try:
+                if not self.begun and self._settings is not None:
+                    (self.folder / self._settings).unlink(missing_ok=True)
+                elif self.begun and not has_result(self.folder):
+                    clear_results(self.folder)
+                    self._restore()
+            finally:
+                self._lock.release()
+                self._lock = None
+        for made in reversed(self._made):
+            with suppress(OSError):  # not empty
+                made.rmdir()
+        self._made = []
+
+    def _make(self) -> None:
+        missing = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"output folder {self.folder} cannot be written ({error.strerror}); choose another "
+                "--output"
+            ) from None
+
+    def _tidy(self, cut_short: bool) -> None:
+        """Put right what a run left that was killed."""
+        if (self.folder / _EARLIER).is_dir():
+            self.keep() if has_result(self.folder) else self._restore()
+        (self.folder / _NEXT).unlink(missing_ok=True)
+        if cut_short and not has_result(self.folder):
+            clear_results(self.folder)
+        for place in (self.folder, self.folder / "adapter", self.folder / "overlays"):
+            if place.is_dir():
+                remove_dead(place)
+
+    def _check_empty(self) -> None:
+        others = {entry.name for entry in self.folder.iterdir()} - {LOCK, HOLDER}
+        if others and not self.overwrite:
+            raise _not_empty(self.folder)
+
+    def _restore(self) -> None:
+        """Put the earlier results back, adapter/ last: without it, this is not done yet."""
+        earlier = self.folder / _EARLIER
+        if not earlier.is_dir():
+            return
+        for name in reversed((*FOLDERS, *FILES)):
+            if (earlier / name).exists():
+                place = self.folder / name
+                shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+                os.rename(earlier / name, place)
+        earlier.rmdir()
+
+
+def _reserve(handle: int, size: int, folder: Path) -> None:
+    """Take space for a file; OSError when there is none."""
+    if hasattr(os, "posix_fallocate"):
+        with _as_unknown():
+            return os.posix_fallocate(handle, 0, size)
+    os.write(handle, b"0" * 4096)
+    if shutil.disk_usage(folder).free < _COPIES * size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def _as_unknown() -> Iterator[None]:
+    """Go on where a file system cannot take space beforehand."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _not_empty(folder: Path) -> ValueError:
+    return ValueError(
+        f"output folder {folder} is not empty; choose another --output, or --overwrite to "
+        "replace an earlier run's results"
+    )
