@@ -5,8 +5,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from samfast.adapters.wrappers import ENCODER, ENCODER_OF_HF
+
 _SHOWN = 80  # characters of a wrong value
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
+_ENCODERS = ("", ENCODER, ENCODER_OF_HF)  # "" for a model without one
 _HASH = re.compile(r"[0-9a-f]{64}")
 _SIDE = 2**15  # pixels
 _INT64 = 2**63
@@ -53,6 +56,7 @@ _RECORD = {  # key: (rule, what it says)
     "base_digest": (_is_hash, "a digest of 64 hexadecimal digits"),
     "base_identity": (_or_none(_is_hash), "a digest of 64 hexadecimal digits"),
     "base_dtype": (_or_none(lambda value: value in _DTYPES), f"one of {', '.join(_DTYPES)}"),
+    "encoder": (_or_none(lambda value: value in _ENCODERS), "a name of SAM's image encoder"),
     "image_size": (_or_none(_is_size), f"a number of pixels up to {_SIDE}"),
     "head": (_or_none(_is_text), "a name"),
     "extra": (lambda value: isinstance(value, dict), "an object"),
