@@ -23,6 +23,7 @@ __global__ void spills(const float* x, float* y, int n) {
 PLANTED = ("--launches", "tests.instruments.planted_kernels")
 
 
+@pytest.mark.slow_on_cpu
 def test_planted_faults():
     check_faults("--only", "faults", count="4 compiles of 4 launches, 4 wrong")
 

@@ -38,6 +38,7 @@ CASES = [(kind, given, chunk) for kind in KINDS for given in PROMPTS for chunk i
 QUICK = [("sam", "both", None), ("hq", "both", 2)]
 
 
+@pytest.mark.slow_on_cpu("hq-both-2")
 @pytest.mark.parametrize(
     ("kind", "given", "chunk"),
     [*QUICK, *(pytest.param(*case, marks=SLOW) for case in CASES if case not in QUICK)],

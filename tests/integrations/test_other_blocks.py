@@ -44,6 +44,7 @@ def as_exact_as(kind, fused, stock, x):
     )
 
 
+@pytest.mark.slow_on_cpu("hq", "eager")
 @EVERY
 def test_every_block_is_one_operator(kind):
     stock = kind.encoder()
@@ -77,6 +78,7 @@ def test_black_box(kind, position, check):
     check(Subject(ours, stock, maps(3)))
 
 
+@pytest.mark.slow_on_cpu("hq", "eager", "sam-hq")
 @EVERY
 def test_modes_of_memory(kind):
     model, x = samfast.fuse(kind.encoder(), memory="fast"), images()

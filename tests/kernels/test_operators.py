@@ -110,6 +110,7 @@ def spread(t):
     return t.flatten()[0].expand(t.shape)
 
 
+@pytest.mark.slow_on_cpu("expanded")
 @pytest.mark.slow_on_cpu(
     "triton", *OTHERS, "adapt_former-torch-expanded", "cobot_fold-down-torch-expanded"
 )

@@ -95,6 +95,7 @@ def one_mask_double(base):
     return double(one_mask(base))
 
 
+@pytest.mark.slow_on_cpu("none")
 @pytest.mark.slow_on_cpu("three boxes", "one point")
 @pytest.mark.parametrize("kind", ["none", "three boxes", "one point"])
 def test_equals_segment_anythings_decoder_of_one_mask(base, sam, images, one_mask_double, kind):

@@ -118,7 +118,7 @@ def subject():
 # An empty batch has no graph, as in ``segment``: nothing is run. The compiler's code for a whole
 # decoder takes minutes to write.
 LEFT_OUT = ("empty_batch", "generated")
-SHORT = ("error_budget", "nothing_mutated", "accumulation", "frozen", "copies")
+SHORT = ("nothing_mutated", "accumulation", "frozen", "copies")
 CASES = [
     pytest.param(
         check, id=check.__name__, marks=() if check.__name__ in SHORT else pytest.mark.slow

@@ -55,6 +55,7 @@ def test_equals_the_stock_loop(small, small_double, checkpoints, chunk, sizes):
     all_within_budget(ours, theirs, exact, torch.float32, some=True)
 
 
+@pytest.mark.slow_on_cpu
 def test_under_autocast(small, small_double, checkpoints):
     images, arguments = images_of(2), prompts("three boxes", 2, SIZE)
 

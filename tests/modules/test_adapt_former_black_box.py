@@ -77,6 +77,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow_on_cpu("block-minimal-torch", "cobot-alone-auto")
 @pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
 @pytest.mark.slow_on_cpu(
     "triton", "generated", "torch-compiled", "cobot-block-fast-auto", "cobot-alone-auto-compiled"

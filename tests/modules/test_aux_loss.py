@@ -313,6 +313,7 @@ def test_compiled_model(build, images):
         assert_equal(grads, results[0][1])
 
 
+@pytest.mark.slow_on_cpu("nonreentrant")
 @pytest.mark.slow_on_cpu("reentrant")
 @MODES
 def test_compiled_blocks_in_checkpoints(build, images, reentrant):

@@ -70,6 +70,7 @@ def run(module, tensors, call):
     return found
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.gpu("cuda", "global_eval-triton", "rect_eval-triton")  # minutes in the interpreter
 @pytest.mark.slow_on_cpu("triton", "reference")
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton", "cuda"])

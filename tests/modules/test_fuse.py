@@ -114,6 +114,7 @@ def test_unfuse_gives_the_bits_of_the_stock_model(sam):
     assert "backend" not in vars(model.image_encoder.blocks[0].attn)
 
 
+@pytest.mark.slow_on_cpu("everywhere")
 @pytest.mark.slow_on_cpu(but=["conv-lora", "everywhere"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_attach_before_and_after(sam, move, method, tmp_path):

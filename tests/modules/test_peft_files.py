@@ -87,6 +87,7 @@ def test_peft_loads_our_folder(tiny_sam, move, images, tmp_path, method, train):
     assert len(found) + matched == len(stored)
 
 
+@pytest.mark.slow_on_cpu("regex-decoder")
 @pytest.mark.slow_on_cpu("regex-alone", "list-decoder")
 @pytest.mark.parametrize("whole", [None, ["mask_decoder"]], ids=["alone", "decoder"])
 @pytest.mark.parametrize("targets", [["qkv"], r".*blocks\.[02]\.mlp\.lin\d"], ids=["list", "regex"])

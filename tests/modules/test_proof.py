@@ -513,6 +513,7 @@ def test_a_class_derived_from_ours_is_not_ours():
     assert samfast.report(fused).blocks["0"].startswith("not fused: a Shouting, a class derived")
 
 
+@pytest.mark.slow_on_cpu
 def test_a_compiled_block_asks_while_it_is_traced():
     fused = samfast.fuse(model())
     fused[0].extra = nn.Linear(1, 1)

@@ -60,6 +60,7 @@ def test_lora(kind, places, options, sizes):
     check_all_dtypes(one_node(subject(stock, *size)))
 
 
+@pytest.mark.slow_on_cpu("torch")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_lora_as_attached(backend, monkeypatch):
     """The base frozen, and what some train beside adapters: biases, norms, tables."""

@@ -70,6 +70,7 @@ INTERPRETED = (black_box.error_budget, black_box.empty_batch)
 LONG = [check.__name__ for check in black_box.CHECKS if check not in INTERPRETED]
 
 
+@pytest.mark.slow_on_cpu("map-balanced-torch")
 @pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
 @pytest.mark.slow_on_cpu(
     "generated", "map-balanced-torch-compiled", "windows-minimal-auto-compiled"

@@ -88,6 +88,7 @@ def same(ours, budget):
     keep(budget, ours)
 
 
+@pytest.mark.slow_on_cpu("everywhere", "conv-lora, mlp")
 @pytest.mark.slow_on_cpu(but=["everywhere", "conv-lora", "conv-lora, mlp"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_whole_encoder(method, move):
@@ -265,6 +266,7 @@ def test_compiled_whole(method, batches, move):
         all_within_budget(ours, eager, exact, torch.float32)
 
 
+@pytest.mark.slow_on_cpu
 def test_copies_after_a_forward(move):
     fused = samfast.fuse(attached(METHODS["conv-lora"], move), "minimal").train()
     expected = run(fused)

@@ -167,6 +167,7 @@ def test_fp16_needs_a_gpu(refused, shared_data):
     refused(*tiny(shared_data, "--precision", "fp16"), pattern="fp16 needs a CUDA device")
 
 
+@pytest.mark.slow_on_cpu
 def test_out_of_memory_comes_with_advice(refused, shared_data, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -57,6 +57,7 @@ def start_of(settings):
     return attach_method(sam, settings)
 
 
+@pytest.mark.slow_on_cpu
 def test_the_loss_falls_and_every_trained_tensor_moves(run):
     settings, _ = run
     rows = rows_of(settings.output)

@@ -259,6 +259,7 @@ def test_boxes_are_counted():
     assert result["prompt"] == "box" and "1 object per image and its box" in dry_run.text(result)
 
 
+@pytest.mark.slow_on_cpu("kronecker")
 @pytest.mark.slow_on_cpu("cobot-adaptformer")
 @pytest.mark.parametrize(
     "method", [pytest.param("cobot-lora", marks=pytest.mark.slow), "cobot-adaptformer", "kronecker"]

@@ -211,6 +211,7 @@ def test_a_checkpoint_is_the_base_and_must_be_given_again(shared_data, tiny_chec
     assert torch.equal(adapted[name], stored[name])
 
 
+@pytest.mark.slow_on_cpu
 def test_output_is_protected_and_overwriting_keeps_foreign_files(run, shared_data, tmp_path):
     settings, _ = run
     with pytest.raises(ValueError, match=r"output folder .*out is not empty"):

@@ -26,6 +26,7 @@ def rows_of(output):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow_on_cpu("lora")
 @pytest.mark.slow_on_cpu("conv-lora")
 @pytest.mark.parametrize("method", ["lora", "conv-lora"])
 def test_the_same_training_with_and_without(shared_data, tmp_path, method, monkeypatch):

@@ -153,6 +153,7 @@ def test_required_options_are_marked(capsys, monkeypatch):
     assert "(required)" in words(help_of("predict", capsys, monkeypatch))
 
 
+@pytest.mark.slow_on_cpu
 def test_a_new_method_is_on_the_command_line():
     code = [sys.executable, "-c", NEW_METHOD]
     done = subprocess.run(code, capture_output=True, text=True)

@@ -59,6 +59,7 @@ def signed(folder, target, path, value):
     return target
 
 
+@pytest.mark.slow_on_cpu("many")
 @pytest.mark.parametrize(
     "kind, path, value, pattern",
     [

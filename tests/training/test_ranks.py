@@ -98,6 +98,7 @@ def same_as_one_process(folder, arguments, change=as_it_is, exact=in_float64, re
     all_within_budget(own, *runs, torch.float32)
 
 
+@pytest.mark.slow_on_cpu
 @needs_fork
 def test_two_ranks_train_as_one_process(tmp_path):
     """Seven images: a batch of four, then two and one."""

@@ -224,6 +224,7 @@ def one_mask(shared_data, tmp_path_factory):
     return output, finetune(FinetuneSettings(data=shared_data, output=output, **options))
 
 
+@pytest.mark.slow_on_cpu
 def test_evaluate_of_one_mask(one_mask, shared_data, tmp_path, capsys):
     output, summary = one_mask
     held = json.loads((output / "settings.json").read_text())["val"]

@@ -51,6 +51,7 @@ def run(tensors, dtype, branch):
     return results | {f"grad.{n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton"])
 def test_golden(backend):
     if backend == "cpu" and DEVICE.type == "cuda":

@@ -147,6 +147,7 @@ def test_opcheck_of_the_two_halves(memory):
         torch.library.opcheck(backward, given, test_utils=checks)
 
 
+@pytest.mark.slow_on_cpu("fast")
 @pytest.mark.parametrize("memory", ["fast", pytest.param("minimal", marks=pytest.mark.slow)])
 def test_compile_fullgraph(memory):
     case = dataclasses.replace(SMALL, memory=memory)
@@ -210,6 +211,7 @@ class Adapted:
         return {"y": y.detach(), **dict(zip(("dx", *named), grads, strict=True))}
 
 
+@pytest.mark.slow_on_cpu("0")
 @triton
 @pytest.mark.parametrize("rank", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_launches_of_a_block(rank):

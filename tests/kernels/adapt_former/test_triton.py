@@ -84,6 +84,7 @@ def test_autocast():
     assert_same_dtypes(ours, budget)
 
 
+@pytest.mark.slow_on_cpu
 def test_every_order_gives_the_same_bits():
     """And every run."""
     case, results = CASES[1], []
@@ -129,6 +130,7 @@ def test_gradients_of_chunks_of_rows(case, dtype, few_partials):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow_on_cpu
 def test_both_ways_make_the_same_dx(monkeypatch):
     """And what is wanted alone is made with the same bits."""
     x, side, dz, _ = arguments(CASES[1], torch.float32)
@@ -240,6 +242,7 @@ def test_layouts(layout):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.slow_on_cpu("triton")
 @pytest.mark.parametrize("path", [torch_path, kernels], ids=["torch", "triton"])
 def test_adding_to_a_gradient_that_is_there(path):
     """And only the wanted gradients, with the bits they have beside the others."""

@@ -258,6 +258,7 @@ def test_options_of_the_reference():
     all_within_budget([plain, paper, both], stock, exact, torch.float32)
 
 
+@pytest.mark.slow_on_cpu
 def test_compile_fullgraph():
     layer = Layer(samples=2, size=4, experts=4)
     compiled = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")

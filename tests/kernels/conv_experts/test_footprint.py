@@ -111,6 +111,7 @@ def test_other_samples_stay_as_they_are(path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.skipif(bool(not_interpreted()), reason=str(not_interpreted()))
 @pytest.mark.parametrize(
     "problem",

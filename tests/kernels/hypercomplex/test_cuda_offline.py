@@ -19,6 +19,7 @@ def check(archs):
         assert all(kernel.clean for kernel in kernels), kernels
 
 
+@pytest.mark.slow_on_cpu
 @needs_nvcc
 def test_quick():
     """The target with the least shared memory."""

@@ -29,6 +29,7 @@ def layer(dtype=torch.float32, backend="triton", **options):
     return (x, weight, bias, a, b), forward, both
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.slow_on_cpu("dtype1", "dtype0-0.0")
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -67,6 +68,7 @@ def test_casts_under_autocast_are_five_more():
     assert counts.total_launches == 13
 
 
+@pytest.mark.slow_on_cpu
 def test_no_mask_and_no_bias_of_full_size():
     """Nothing larger than y is ever made, with dropout neither."""
     seed = torch.tensor([3], device=DEVICE)

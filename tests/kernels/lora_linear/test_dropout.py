@@ -29,6 +29,7 @@ def test_the_mask_keeps_the_right_share():
     assert not torch.equal(keep[0], keep[1])
 
 
+@pytest.mark.slow_on_cpu("33-triton")
 @pytest.mark.slow_on_cpu("64-triton", "6-triton")
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("columns", [64, 33, 6])

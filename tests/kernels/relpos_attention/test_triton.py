@@ -93,6 +93,7 @@ def test_sizes(windows):
     Call(windows, heads=1).check(kernels)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.slow_on_cpu("lines")
 @pytest.mark.parametrize(
     "windows", [Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)], ids=["one-hot", "lines"]
@@ -119,6 +120,7 @@ def test_either_order_of_the_logits_terms(first, monkeypatch):
     Call(Windows.whole(1, 2, 17), heads=1).check(kernels, torch.bfloat16)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.slow_on_cpu("torch.float32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles_to_a_line(tiles, dtype):
@@ -232,6 +234,7 @@ def test_only_what_is_wanted(want_pads, need_tables, guarded_kernels):
     assert all(torch.equal(a, b) for a, b in zip(some, every, strict=True) if a is not None)
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.slow_on_cpu("one-hot")
 @pytest.mark.parametrize("windows", [SMALL, TWO_TILES], ids=["one-hot", "lines"])
 def test_every_order_gives_the_same_bits(windows):

@@ -22,6 +22,7 @@ from guarded import ORDERS, guarded
 from samfast.kernels.task_core import triton_kernels
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     "case",
     [
