@@ -50,7 +50,7 @@ def told(tmp_path_factory):
     return json.loads(text)
 
 
-@pytest.mark.slow_on_cpu("adapt_former")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("name", [*OPERATIONS, "whole block"])
 def test_launches_are_those_of_the_design(told, name):
     """As the stand-in records them, as the counters count them and as the costs design them."""

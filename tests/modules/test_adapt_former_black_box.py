@@ -77,6 +77,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow_on_cpu("block-fast-auto-compiled")
 @pytest.mark.slow_on_cpu("block-minimal-torch", "cobot-alone-auto")
 @pytest.mark.gpu(*(f"triton-{name}" for name in LONG))
 @pytest.mark.slow_on_cpu(

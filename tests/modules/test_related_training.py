@@ -84,6 +84,7 @@ def pair(request, toy):
     return attached, literal, torch.randn(8, 3, 16, 16), torch.rand(8, 16).round()
 
 
+@pytest.mark.slow_on_cpu("ta-lora")
 @pytest.mark.slow_on_cpu(but=["ta-lora"])
 def test_converges_as_the_literal_method(pair):
     attached, literal, *data = pair

@@ -80,6 +80,7 @@ def test_a_backend_that_a_block_lacks_is_refused_at_once(refused, shared_data, m
     refused("finetune", *arguments, "--backend", "triton", pattern=pattern)
 
 
+@pytest.mark.slow_on_cpu
 def test_loading_is_fused_unless_told_otherwise(shared_data, tmp_path):
     output = tmp_path / "out"
     arguments = ["--data", shared_data, "--model", "vit_tiny", "--image-size", 64, "--epochs", 1]

@@ -121,6 +121,7 @@ def test_the_reloaded_adapter_predicts_the_same_bits(run, data):
     assert not torch.equal(mine["classes"][:, 0], mine["classes"][:, 1])  # they were trained
 
 
+@pytest.mark.slow_on_cpu("ta-lora")
 @one_method
 def test_evaluate_scores_as_the_run_did(run, data, tmp_path):
     settings, summary = run
@@ -160,6 +161,7 @@ def test_evaluate_prints_a_table(run, data, capsys):
     assert "has no task 'dept'; did you mean 'depth'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow_on_cpu("ta-lora")
 @one_method
 def test_predict_writes_classes_and_values(run, data, tmp_path, capsys, monkeypatch):
     settings, _ = run

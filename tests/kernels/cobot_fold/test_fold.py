@@ -106,6 +106,7 @@ def test_all_at_once_are_the_bits_of_each_alone(backend):
             assert not case.down or torch.equal(alone[1][0], together[1][i])
 
 
+@pytest.mark.slow_on_cpu("v8-2x1of3-40rows-down")
 @pytest.mark.slow_on_cpu("v4-2x2of4-40rows-up")
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="compiled kernels have no order to choose")
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))

@@ -36,7 +36,7 @@ PADDED = Windows(1, 20, 17, 14, 14)
 SMALL = Windows(1, 3, 4, 3, 2)
 
 
-@pytest.mark.slow_on_cpu(but=["2x14x14x14x14-r3-23"])
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("problem", EVERY_SCALE + CHANNELS, ids=lambda problem: problem.id)
 def test_values(problem):
     stock, exact = (partial(problem.literal, t) for t in (torch.float32, torch.float64))
@@ -69,6 +69,7 @@ def test_unused_experts_have_zero_gradients():
     assert dweight[2].abs().min() > 0 and dbias[2].abs().min() > 0
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     "wrong", [2, *(pytest.param(n, marks=SLOW) for n in (-1, 2**40, -(2**40)))]
 )

@@ -18,7 +18,7 @@ def leaves():
     return Case(shape=(3, 5, 12), out=18, rank=2).tensors(torch.float32)
 
 
-@pytest.mark.slow_on_cpu("True")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("shared", [True, False])
 def test_compile_slices_of_a_rank_that_changes(shared):
     """The width of lora_b is a symbol there, the rows of lora_a, a Parameter, a number."""

@@ -30,7 +30,6 @@ def layer(dtype=torch.float32, backend="triton", **options):
 
 
 @pytest.mark.slow_on_cpu
-@pytest.mark.slow_on_cpu("dtype1", "dtype0-0.0")
 @pytest.mark.skipif(runnable("triton") is not None, reason=str(runnable("triton")))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

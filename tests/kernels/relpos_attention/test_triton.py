@@ -59,6 +59,7 @@ def test_padded_windows(pads, dtype):
     Call(PADDED, heads=1, pads=pads).check(kernels, dtype)
 
 
+@pytest.mark.slow_on_cpu
 def test_windows_with_the_tiles_of_sm_90(monkeypatch):
     """128 keys to a program, beside 32 queries at a time: more keys than queries."""
     monkeypatch.setattr(tiling, "target", lambda x: "sm_90")
@@ -94,7 +95,6 @@ def test_sizes(windows):
 
 
 @pytest.mark.slow_on_cpu
-@pytest.mark.slow_on_cpu("lines")
 @pytest.mark.parametrize(
     "windows", [Windows(1, 2, 3, 2, 2), Windows.whole(1, 2, 18)], ids=["one-hot", "lines"]
 )
@@ -121,7 +121,6 @@ def test_either_order_of_the_logits_terms(first, monkeypatch):
 
 
 @pytest.mark.slow_on_cpu
-@pytest.mark.slow_on_cpu("torch.float32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles_to_a_line(tiles, dtype):
     Call(TWO_TILES, heads=1).check(kernels, dtype)
@@ -209,6 +208,7 @@ def test_layouts(windows, layout):
     assert equal([*ours, again], [*expected, lse])
 
 
+@pytest.mark.slow_on_cpu
 def test_dout_seen_everywhere():
     """The gradient of a sum has strides of zero."""
     call = Call(Windows.whole(1, 2, 3))
@@ -235,7 +235,6 @@ def test_only_what_is_wanted(want_pads, need_tables, guarded_kernels):
 
 
 @pytest.mark.slow_on_cpu
-@pytest.mark.slow_on_cpu("one-hot")
 @pytest.mark.parametrize("windows", [SMALL, TWO_TILES], ids=["one-hot", "lines"])
 def test_every_order_gives_the_same_bits(windows):
     results = []

@@ -36,7 +36,7 @@ def equal(ours, expected):
     return all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
-@pytest.mark.slow_on_cpu("0")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("rank", [0, 3])
 def test_every_order_gives_the_same_bits(rank):
     call = Call(tokens=40, columns=48, rank=rank)
