@@ -65,7 +65,7 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
             hint = "; adapter_model.bin is a pickle, which samfast does not read" if pickled else ""
             raise FileNotFoundError(f"adapter folder {folder} has no {name}{hint}")
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is no regular file")
+            raise ValueError(f"{folder / name} is not a regular file")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

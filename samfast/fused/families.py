@@ -45,7 +45,7 @@ def loaded() -> Family | None:
 
 @functools.cache
 def family_of(kind: type[nn.Module]) -> Family | None:
-    """Of the class of a block or an attention, or of one derived from such a class."""
+    """The family that a class of a block or an attention is from, or is derived from."""
     for base in kind.__mro__:
         file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
         if file is not None:

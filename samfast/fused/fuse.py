@@ -192,7 +192,7 @@ def attention_states(model: nn.Module) -> dict[str, str]:
 
 
 def _attention_state(attn: nn.Module, around: list[nn.Module]) -> str:
-    """Of an attention, by the blocks around it."""
+    """How an attention runs; around: the blocks that have it."""
     family = family_of(type(attn))
     if family.published:
         fused = [is_fused_block(block) and block.block_problem() is None for block in around]

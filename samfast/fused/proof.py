@@ -92,7 +92,7 @@ def _inside(own: type[Layout], role: str) -> tuple[str, ...]:
 
 
 def _below(own: type[Layout], role: str, paths) -> list[str]:
-    """Of paths from the block, those of a part's own children or attributes, without the part."""
+    """Names of a part's own children or attributes among paths that start at the block."""
     prefix = {_BLOCK: "", _ATTENTION: f"{own.IN_BLOCK[1]}.", _MLP: f"{own.IN_BLOCK[3]}."}[role]
     found = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
     return [name for name in found if "." not in name]

@@ -32,7 +32,7 @@ _DEPTH = 2  # of the small encoders: a block with padded windows, and one with t
 
 
 class Size(NamedTuple):
-    """Of an encoder. whole: the blocks whose attention is over the whole map"""
+    """What an encoder is made of. whole: the blocks whose attention is over the whole map"""
 
     image: int
     width: int

@@ -22,7 +22,7 @@ _MLP = ("lin1", "lin2", "act")
 
 
 class BranchSizes(NamedTuple):
-    """Of an AdaptFormer.  alpha: the number, None for a Parameter   dropout: whether it has one"""
+    """Sizes of an AdaptFormer.  alpha: None for a Parameter   dropout: whether it has one"""
 
     features: int
     bottleneck: int

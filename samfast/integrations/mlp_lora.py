@@ -28,7 +28,7 @@ _PAIR_NAMES = tuple(name for pair in _PAIRS.values() for name in pair)
 
 
 class LoraSizes(NamedTuple):
-    """Of an MLP and the updates of its layers.  biases: whether lin1 and lin2 have one"""
+    """Sizes of an MLP and of the updates of its layers.  biases: whether lin1 and lin2 have one"""
 
     features: tuple[int, int, int]
     ranks: tuple[int, int]

@@ -374,7 +374,7 @@ LORA = samfast.Lora(rank=2).config()
         (
             lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)),
             ValueError,
-            "is no regular file",
+            "is not a regular file",
         ),
         (lambda f: (f / CONFIG).write_text("{"), ValueError, f"{CONFIG} is not JSON"),
         (lambda f: (f / CONFIG).write_bytes(b"\xff"), ValueError, f"{CONFIG} is not JSON"),
