@@ -30,7 +30,7 @@ THIRDS = ("q", "k", "v")
 
 
 class Sizes(NamedTuple):
-    """Of a packed layer and its updates.  thirds: those that are updated"""
+    """Sizes of a packed layer and of its updates.  thirds: those that are updated"""
 
     inputs: int
     rank: int

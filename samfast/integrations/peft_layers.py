@@ -169,7 +169,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Of all its adapters, active or not."""
+    """What all its adapters add, active or not."""
     for name, parameter in module.named_parameters():
         if name.partition(".")[0] in module.adapter_layer_names:
             yield name, parameter

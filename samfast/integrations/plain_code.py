@@ -58,7 +58,7 @@ class PlainCode:
         return self.on_class != self._on_class()
 
     def _on_class(self) -> list[bool]:
-        """Of the class and those it derives from: whether one has an attribute that is read."""
+        """Whether the class, and each that it derives from, has an attribute that is read."""
         return [not self.attributes.isdisjoint(names) for names in self.bases]
 
     def _read(self) -> None:

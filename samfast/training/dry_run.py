@@ -123,7 +123,7 @@ class _Counted:
         self.own = [*model.parameters(), *model.buffers()]
 
     def loss(self) -> Tensor:
-        """Of a training step."""
+        """The loss of a training step."""
         raise NotImplementedError
 
     def encoded(self, images: Tensor) -> Tensor | dict[int, Tensor]:

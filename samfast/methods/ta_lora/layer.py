@@ -195,7 +195,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         return self.td_U1.t(), self.td_U2
 
     def delta_weight(self) -> Tensor:
-        """Of the one task that is set."""
+        """The update of the one task that is set."""
         if len(self.chosen) != 1:
             raise ValueError(
                 f"{len(self.chosen)} tasks are set; merge(model, task=...) takes one of them"

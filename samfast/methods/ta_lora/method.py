@@ -77,7 +77,7 @@ class TaLora(Method):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tasks, () where they have numbers alone."""
+        """The names of the tasks, () where they have numbers alone."""
         return self.tasks if isinstance(self.tasks, tuple) else ()
 
     @property
