@@ -55,6 +55,10 @@ def patched(module: nn.Module) -> str | None:
     return own_method(module, methods)
 
 
+# What torch.compile calls while it traces, rather than trace it.
+patched._dynamo_marked_constant = True
+
+
 def methods_of(kind: type[nn.Module]) -> dict[str, FunctionType]:
     """Its methods by name, and how it is called, but nothing else of torch's Module."""
     names = {name for base in kind.__mro__ if base is not nn.Module for name in vars(base)}
