@@ -2,13 +2,14 @@
 """The command line: ``samfast {finetune,evaluate,predict,info}``, also ``python -m samfast``.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
-and exit code 2; an interrupt in exit code 130. SAMFAST_TRACEBACK=1 shows where it arose. Several
-processes end alike (``samfast.training.ending``).
+and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
+it arose. Several processes end alike (``samfast.training.ending``).
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def _ending(argv: list[str], place: Launched) -> Ending:
     except SystemExit as stop:  # how tyro ends: 0 after --help, 2 after a wrong option
         return Ending(stop.code if isinstance(stop.code, int) else 2)
     except KeyboardInterrupt as stop:
-        return _stop(stop, str(stop) or "interrupted", 130)
+        number = getattr(stop, "signal", signal.SIGINT)
+        return _stop(stop, str(stop) or "interrupted", 128 + number)
     except ModuleNotFoundError as error:
         missing = error.name is not None and error.name.partition(".")[0] != "samfast"
         return _stop(error, f"{error}: {_EXTRA}" if missing else str(error))

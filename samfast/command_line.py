@@ -36,6 +36,8 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     if asked:
         argv = [*(word for word in argv[:1] if word in commands), "--help"]
     _check_values(argv)
+    if argv and argv[0] in commands:
+        argv = _completed(argv, options_of(commands[argv[0]]))
     made = {name: _made(kind, asked) for name, kind in commands.items()}
     about = {name: _about(kind, argv[:1] == [name]) for name, kind in commands.items()}
     subcommands = [
@@ -51,6 +53,15 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     )
     kind = next(kind for name, kind in commands.items() if type(found) is made[name])
     return kind(**dict(_flat(found)))
+
+
+def _completed(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
+    """The words, with the values of options that were named alone."""
+    alone = {f"--{o.name.replace('_', '-')}": o.alone for o in options if o.alone is not None}
+    found = []
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        found.append(f"{word}={alone[word]}" if word in alone and after.startswith("-") else word)
+    return found
 
 
 def _check_values(argv: Sequence[str]) -> None:
