@@ -15,18 +15,19 @@
 
 static char folder[4096];
 static atomic_long events = 0;
+static char wanted[4096];
 static long last = -1;
 static FILE *journal = NULL;
 
-/* last: the event to die at, -1 for none; log: where to write the events' names, or NULL */
-void kill_at(const char *inside, long at, const char *log) {
+/* at: the event to die at, -1 for none; part: die at the first event with this in its name, or NULL
+ * log: where to write the events' names, or NULL */
+void kill_at(const char *inside, long at, const char *part, const char *log) {
+  snprintf(wanted, sizeof wanted, "%s", part ? part : "");
   snprintf(folder, sizeof folder, "%s", inside);
   last = at;
   atomic_store(&events, 0);
   journal = log ? fopen(log, "w") : NULL;
 }
-
-long events_so_far(void) { return atomic_load(&events); }
 
 static int inside(const char *path) {
   size_t n = strlen(folder);
@@ -55,7 +56,9 @@ static int event(const char *name, const char *what) {
     fprintf(journal, "%ld %s %s\n", number, name, what ? what : "");
     fflush(journal);
   }
-  return number == last;
+  char text[8192];
+  snprintf(text, sizeof text, "%s %s", name, what ? what : "");
+  return number == last || (wanted[0] && strstr(text, wanted) != NULL);
 }
 
 static void die(void) {

@@ -2,8 +2,8 @@
 """A program that runs ``samfast`` in children which die at an event of ``kill_at.c``.
 
 It loads everything once; a child is a fork. Each line on its input is JSON: arguments, folder, the
-event to die at (-1 for none), and where to write the events' names. It answers each with a line:
-the child's exit code (negative for a signal).
+event to die at (its number, -1 for none, or a part of its name), and where to write the events'
+names. It answers each with a line: the child's exit code (negative for a signal).
 """
 
 import ctypes
@@ -30,7 +30,9 @@ class Runs:
     def __init__(self, process: subprocess.Popen):
         self.process = process
 
-    def __call__(self, arguments: list, folder: Path, at: int = -1, log: Path | None = None) -> int:
+    def __call__(
+        self, arguments: list, folder: Path, at: int | str = -1, log: Path | None = None
+    ) -> int:
         told = {"argv": [str(a) for a in arguments], "folder": str(folder), "at": at}
         told["log"] = None if log is None else str(log)
         self.process.stdin.write(json.dumps(told) + "\n")
@@ -80,7 +82,7 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(status), file=answers)
 
 
-def _run(argv: list[str], folder: str, at: int, log: str | None) -> None:
+def _run(argv: list[str], folder: str, at: int | str, log: str | None) -> None:
     from samfast import cli
 
     os.setpgid(0, 0)
@@ -89,7 +91,8 @@ def _run(argv: list[str], folder: str, at: int, log: str | None) -> None:
     if not os.environ.get("KILL_RUNS_LOUD"):
         os.dup2(quiet, 2)
     library = ctypes.CDLL(os.environ["KILL_AT"])
-    library.kill_at(folder.encode(), ctypes.c_long(at), log.encode() if log else None)
+    number, part = (at, None) if isinstance(at, int) else (-1, at.encode())
+    library.kill_at(folder.encode(), ctypes.c_long(number), part, log.encode() if log else None)
     code = 1
     try:
         code = cli.main(argv)
