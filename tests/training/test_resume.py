@@ -326,7 +326,7 @@ def test_a_run_that_was_killed_twice_has_the_same_final_bytes(whole, tmp_path):
     for name, value in {**MORE, **WHOLE, "output": output}.items():
         argv += [f"--{name.replace('_', '-')}", value]
     with runs(tmp_path) as go:
-        for event in ("half of write {}/state/.step-000002", "rename {}/metrics.csv"):
+        for event in ("half of write {}/state/.step-000002", "rmdir {}/state/step-000003"):
             assert go(argv, output, event.format(output)) == -signal.SIGKILL
         assert go(argv, output) == 0
     assert results(output) == results(whole.output)
