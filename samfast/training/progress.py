@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an epoch shows while it runs: losses, the bar, memory."""
+"""What a run shows: losses, the bar, memory, the time that is left."""
 
 import math
 import sys
@@ -44,7 +44,7 @@ class Losses:
 
 
 class Progress:
-    """The bar of one epoch (on a terminal only), and its clock."""
+    """The bar of one pass over images (on a terminal only), and its clock."""
 
     _INTERVAL = 0.5  # seconds; showing the loss waits for the device
 
@@ -80,6 +80,23 @@ class Progress:
 
     def images_per_second(self) -> float:
         return self.images / (time.perf_counter() - self.began)
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """How long the epochs that are left take, as "12 min left"; nothing when none is.
+
+    seconds: that the epochs done took, all together
+    """
+    return f"{duration(seconds / done * left)} left" if left else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min."""
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0)
+    return " ".join(parts)
 
 
 def peak_memory_mib(device: torch.device) -> float:
