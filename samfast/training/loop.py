@@ -30,10 +30,11 @@ from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.progress import Losses, Progress, peak_memory_mib
+from samfast.training.progress import Losses, Progress, peak_memory_mib, time_left
 from samfast.training.ranks import check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
+from samfast.training.scored import Scored
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
 from samfast.training.try_out import backend_asked_for
 
@@ -184,7 +185,8 @@ class Run:
         began = time.perf_counter()
         for epoch in range(1, settings.epochs + 1):
             row = self.train_epoch(epoch)
-            row.update(goal.scores(self.plain_model, self.val_loader))
+            scored = self.scores(epoch)
+            row.update(scored.row)
             improved = self.best is None or row[goal.score] > self.best[goal.score]
             if improved:
                 self.best = row
@@ -195,12 +197,14 @@ class Run:
                     self.save(folder.folder / "adapter" / "best", row)
                 folder.add_epoch(row)
                 if improved:
+                    folder.write_scores(scored.images, scored.classes)
                     self.draw_overlays(folder)
             self.accelerator.wait_for_everyone()
+            left = time_left(time.perf_counter() - began, epoch, settings.epochs - epoch)
             self.say(
                 f"epoch {epoch}/{settings.epochs}  loss {row['train_loss']:.4f}  "
                 f"{goal.epoch_text(row)}  {row['images_per_second']:.1f} images/s"
-                f"{'  best' if improved else ''}"
+                f"{'  best' if improved else ''}{left and '  '}{left}"
             )
         summary = {
             "output": str(folder.folder),
@@ -278,6 +282,19 @@ class Run:
             return self.goal.loss(self.model, batch) + samfast.aux_loss(self.sam)
         loss = self.goal.loss(self.model, batch, weights[1:])
         return loss + weights[0] * samfast.aux_loss(self.sam)
+
+    def scores(self, epoch: int) -> Scored:
+        """The validation scores, with the images of every process."""
+        from accelerate.utils import gather_object
+
+        progress = Progress(
+            f"validation {epoch}/{self.settings.epochs}",
+            len(self.val_loader.dataset),
+            main=self.accelerator.is_main_process,
+        )
+        with progress:
+            scored = self.goal.scores(self.plain_model, self.val_loader, progress.advance)
+        return scored._replace(images=gather_object(scored.images))
 
     def save(self, folder: Path, row: dict) -> None:
         scores = {name: row[name] for name in ("epoch", *self.goal.columns)}
