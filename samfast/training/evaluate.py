@@ -2,6 +2,7 @@
 """Masks at the files' own size, and their scores against the truth."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,18 @@ def validation_loader(
     )
 
 
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients; afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """(prediction, truth) of every image, bool (H, W), on the model's device; in eval mode."""
@@ -60,16 +73,21 @@ def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tens
     model.eval()
     try:
         for batch in loader:
-            yield from _masks_of(model, batch, device)
+            yield from masks_of(batch, logits_of(model, batch, device)[0])
     finally:
         model.train(training)
 
 
-def _masks_of(model: nn.Module, batch: Batch, device: torch.device):
+def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits (B, S, S) and valid bool (B, S, S) of a batch."""
     boxes = None if batch.boxes is None else batch.boxes.to(device)
-    logits, _ = model(batch.images.to(device), batch.sizes.to(device), boxes)
+    return model(batch.images.to(device), batch.sizes.to(device), boxes)
+
+
+def masks_of(batch: Batch, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(prediction, truth) of every image of a batch, bool (H, W), on the logits' device."""
     for one, (height, width), truth in zip(logits, batch.sizes.tolist(), batch.truths, strict=True):
-        yield full_size_mask(one, height, width, truth.shape), truth.to(device)
+        yield full_size_mask(one, height, width, truth.shape), truth.to(logits.device)
 
 
 def evaluate(model: nn.Module, loader: DataLoader) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.models import Task
+from samfast.training.scored import Scored, Tick
 
 
 class Split(Protocol):
@@ -67,13 +68,20 @@ class Goal(Protocol):
         batch
         """
 
-    def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
-        """The value of each of ``columns`` over a validation loader."""
+    def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
+        """The value of each of ``columns`` over a validation loader, and what each image scores.
+
+        ``val_loss`` is the training loss without the adapters' own: the mean over images; of
+        several tasks the weighted sum of the means over the images that have the task.
+
+        tick: called with the number of images after each batch; what it raises ends the scoring
+        and leaves the model in the mode it was in
+        """
 
     def overlays(
         self, model: nn.Module, items: Sequence[Any], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
-        """(file name without suffix, image | truth | prediction) for files of the split."""
+        """(file name without suffix, titled image | truth | prediction) for files."""
 
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""

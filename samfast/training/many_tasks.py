@@ -4,6 +4,7 @@
 One of the two goals, see ``samfast.training.goal``; ``one_mask`` has the other one.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,15 +13,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.training import pictures
+from samfast.training.evaluate import scoring
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, class_loss, direction_loss, value_loss
+from samfast.training.metrics import MeanLoss
+from samfast.training.panels import titled
+from samfast.training.scored import Scored, Tick
 from samfast.training.segmenters import TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
 from samfast.training.task_data import TaskBatch, TaskCollate, TaskDataset, truth_of
 from samfast.training.task_files import Item, check_items, find_items, read_stored, remarks
-from samfast.training.task_scores import TaskScores, listed, predictions, score_names, share
+from samfast.training.task_scores import (
+    TaskScores,
+    listed,
+    predictions,
+    predictions_of,
+    score_names,
+    share,
+    task_logits,
+)
 from samfast.training.tasks import TaskSpec, read_tasks
 
 _SAMPLED = 4096  # values of each image that the best constant is found from
@@ -86,9 +99,10 @@ class ManyTasks:
             seed=settings.seed,
             only_score=only_score,
         )
+        self._stems = Counter(item.stem for item in self.split.val)
         self.score_names = {spec.name: score_names(spec) for spec in self.specs}
         own = [f"val_{task}_{name}" for task, names in self.score_names.items() for name in names]
-        self.columns = (self.score, *own)
+        self.columns = ("val_loss", self.score, *own)
         self.curves = [(self.score, "score")] + [
             (f"val_{task}_{names[0]}", f"{task} {names[0]}")
             for task, names in self.score_names.items()
@@ -188,24 +202,56 @@ class ManyTasks:
     ) -> Tensor:
         return tasks_loss(model, batch, self.specs, weights)
 
-    def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
+    def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
         device = next(model.parameters()).device
         scores = {spec.name: TaskScores(spec, device) for spec in self.specs}
-        for spec, _, prediction, truth in predictions(model, loader):
-            scores[spec.name].update(prediction, truth)
+        losses = {spec.name: MeanLoss(device) for spec in self.specs}
+        sums, first = {}, 0
+        with scoring(model):
+            for batch in loader:
+                logits = task_logits(model, batch, device)
+                for spec in self.specs:  # each image by itself: the same bits in every batch
+                    targets = batch.targets[spec.name].to(device)
+                    for one, target in zip(logits[spec.name], targets, strict=True):
+                        losses[spec.name].update(task_loss(spec, one[None], target[None]))
+                for spec, i, prediction, truth in predictions_of(batch, logits, self.specs):
+                    own = scores[spec.name].update(prediction, truth)
+                    sums[first + i, spec.name] = own
+                first += len(batch.images)
+                if tick is not None:
+                    tick(len(batch.images))
+        images = [
+            {"image": self._name(item), "task": spec.name}
+            | scores[spec.name].image(sums[number, spec.name])
+            for number, item in enumerate(loader.dataset.items)
+            for spec in self.specs
+            if spec.name in item.targets
+        ]
+        classes = [row for own in scores.values() for row in own.classes()]
+        return Scored(self._row(scores, losses), images, classes)
+
+    def _row(self, scores: dict[str, TaskScores], losses: dict[str, MeanLoss]) -> dict[str, float]:
         found = {name: own.compute() for name, own in scores.items()}
         shares = [share(found[name], self.baseline[name]) for name in found]
-        row = {self.score: sum(shares) / len(shares)}
+        loss = sum(spec.weight * losses[spec.name].compute() for spec in self.specs)
+        row = {"val_loss": loss, self.score: sum(shares) / len(shares)}
         for task, own in found.items():
             row.update({f"val_{task}_{name}": value for name, value in own.items()})
         return row
+
+    def _name(self, item: Item) -> str:
+        """The image's stem, after its folder's name where images of several folders share it."""
+        if self._stems[item.stem] > 1:
+            return f"{item.image.parent.parent.name}-{item.stem}"
+        return item.stem
 
     def _of_row(self, task: str, row: dict) -> dict[str, float]:
         return {name: row[f"val_{task}_{name}"] for name in self.score_names[task]}
 
     def epoch_text(self, row: dict) -> str:
         parts = [f"{spec.name} {listed(self._of_row(spec.name, row))}" for spec in self.specs]
-        return "  ".join([f"score {row[self.score]:.4f}", *parts])
+        score = f"val loss {row['val_loss']:.4f}  score {row[self.score]:.4f}"
+        return "  ".join([score, *parts])
 
     def closing(self, best: dict) -> str:
         score = f"best validation score {best[self.score]:.4f} in epoch {best['epoch']}"
@@ -222,6 +268,7 @@ class ManyTasks:
 
     def summary(self, best: dict) -> dict:
         return {
+            "val_loss": best["val_loss"],
             self.score: best[self.score],
             "tasks": {spec.name: self._of_row(spec.name, best) for spec in self.specs},
             "best_constant": self.baseline,
@@ -238,18 +285,16 @@ class ManyTasks:
     def overlays(
         self, model: nn.Module, items: list[Item], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
-        """(name, image | truth | prediction at the image's size) for each task of each item."""
+        """(name, titled image | truth | prediction at the image's size) by item and task."""
         loader = self.validation_loader(items, side, 1)
-        stems = [item.stem for item in items]
         for spec, number, prediction, truth in predictions(model, loader):
             item = items[number]
-            name = item.stem
-            if stems.count(name) > 1:  # images of several folders
-                name = f"{item.image.parent.parent.name}-{name}"
-            yield (
-                f"{name}-{spec.name}",
-                pictures.task_panel(spec, read_image(item.image, self.options), truth, prediction),
-            )
+            scores = TaskScores(spec, prediction.device)
+            own = listed(scores.image(scores.update(prediction, truth)))
+            image = read_image(item.image, self.options)
+            drawn, legend = pictures.task_pictures(spec, image, truth, prediction)
+            title = f"{item.image.name}  {spec.name}  {own or 'no pixel counts'}"
+            yield f"{self._name(item)}-{spec.name}", titled(title, drawn, legend)
 
 
 def _sample(truth: Tensor) -> Tensor:

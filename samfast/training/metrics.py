@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dice and IoU of the foreground over a whole validation set."""
+"""Scores and losses over a whole validation set, from sums over its images."""
 
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ class ForegroundScores:
                 f"prediction and truth have the shapes {tuple(predicted.shape)} and "
                 f"{tuple(truth.shape)}"
             )
+        if not predicted.numel():  # which torchmetrics does not take
+            return
         predicted, truth = predicted.long().flatten(), truth.long().flatten()
         self._dice.update(predicted, truth)
         self._iou.update(predicted, truth)
@@ -38,6 +42,18 @@ class ForegroundScores:
     def compute(self) -> tuple[float, float]:
         """(Dice, IoU) over everything added so far, in every process."""
         return self._dice.compute().item(), self._iou.compute().item()
+
+
+class ClassCounts(NamedTuple):
+    """What was counted for one class.
+
+    iou: None where the class is in neither truth nor prediction
+    pixels, predicted: of the class in the truth and in the prediction, where the truth counts
+    """
+
+    iou: float | None
+    pixels: int
+    predicted: int
 
 
 class ClassScores:
@@ -65,6 +81,21 @@ class ClassScores:
         total = matrix.sum().clamp(min=1)
         return iou.sum().item() / max(1, len(iou)), (right.sum() / total).item()
 
+    def classes(self) -> list[ClassCounts]:
+        """What was counted for each class, in every process."""
+        matrix = self._matrix.compute()
+        counts = (matrix.diagonal(), matrix.sum(1), matrix.sum(0))
+        return class_counts(*(count.tolist() for count in counts))
+
+
+def class_counts(right: list, pixels: list, predicted: list) -> list[ClassCounts]:
+    """Counts of each class from its pixels that are right, in the truth and in the prediction."""
+    found = []
+    for r, t, p in zip(right, pixels, predicted, strict=True):
+        union = t + p - r
+        found.append(ClassCounts(r / union if union else None, int(t), int(p)))
+    return found
+
 
 class ValueScores:
     """Mean absolute and mean relative error of values; of directions the mean angle in degrees.
@@ -80,6 +111,11 @@ class ValueScores:
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
         """Add one image; (C, H, W) both, a NaN in the truth counts nowhere."""
+        for total, value in zip(self._sums, self.sums(predicted, truth), strict=True):
+            total.update(value)
+
+    def sums(self, predicted: Tensor, truth: Tensor) -> Tensor:
+        """float64 (4,) of one image: error, pixels, relative error, pixels that have one."""
         if self.directions:
             valid = truth.isfinite().all(0) & (truth != 0).any(0)
             cosine = torch.cosine_similarity(predicted, truth, dim=0)[valid]
@@ -89,9 +125,8 @@ class ValueScores:
             predicted, truth = predicted[valid], truth[valid]
             error = (predicted - truth).abs()
             errors = [error, (error / truth.abs())[truth != 0]]
-        for i, error in enumerate(errors):
-            self._sums[2 * i].update(error.double().sum())
-            self._sums[2 * i + 1].update(float(error.numel()))
+        parts = [(e.double().sum(), e.new_tensor(e.numel(), dtype=torch.float64)) for e in errors]
+        return torch.stack([value for part in parts for value in part])
 
     def compute(self) -> tuple[float, ...]:
         """(absolute, relative) or (angle,) over everything added so far, in every process."""
@@ -99,6 +134,32 @@ class ValueScores:
         if self.directions:
             return (absolute / max(1.0, count),)
         return absolute / max(1.0, count), relative / max(1.0, others)
+
+
+class MeanLoss:
+    """The mean of a loss over images, the same however they are batched or spread."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        from torchmetrics import SumMetric
+
+        self._losses: list[Tensor] = []  # left on the device until someone asks
+        self._sums = [SumMetric().set_dtype(torch.float64).to(device) for _ in range(3)]
+
+    def update(self, loss: Tensor) -> None:
+        """Add the loss of one image."""
+        self._losses.append(loss.detach().double())
+
+    def compute(self) -> float:
+        """The mean in every process; 0 of no image, NaN where a loss is not finite."""
+        if self._losses:
+            losses = torch.stack(self._losses)
+            finite = losses.isfinite()  # torchmetrics would leave out a NaN
+            values = (losses[finite].sum(), finite.double().sum(), (~finite).double().sum())
+            for total, value in zip(self._sums, values, strict=True):
+                total.update(value)
+            self._losses = []
+        total, images, not_finite = (own.compute().item() for own in self._sums)
+        return math.nan if not_finite else total / max(1.0, images)
 
 
 def all_foreground_scores(truths: Iterable[Tensor]) -> tuple[float, float]:

@@ -13,13 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from samfast.training import pictures
 from samfast.training.data import Batch, Collate, PairDataset
-from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
+from samfast.training.evaluate import (
+    logits_of,
+    masks_of,
+    predicted_masks,
+    scoring,
+    validation_loader,
+)
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
 from samfast.training.foreground import binary_mask, chosen_foreground, foreground_config
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image, read_mask
 from samfast.training.losses import LOSSES
-from samfast.training.metrics import all_foreground_scores
+from samfast.training.metrics import ForegroundScores, MeanLoss, all_foreground_scores
+from samfast.training.panels import titled
+from samfast.training.scored import Scored, Tick, foreground_scores, foreground_sums
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import (
@@ -28,6 +36,7 @@ from samfast.training.split_checks import (
     missing_sentence,
     missing_values,
 )
+from samfast.training.task_scores import listed
 
 
 class OneMask:
@@ -37,7 +46,7 @@ class OneMask:
     """
 
     score = "val_dice"
-    columns = ("val_dice", "val_iou")
+    columns = ("val_loss", "val_dice", "val_iou")
     curves = (("val_dice", "Dice"), ("val_iou", "IoU"))
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
@@ -53,6 +62,8 @@ class OneMask:
             )
         self.loss_name = settings.loss
         self.tasks = None
+        if settings.loss is None:  # that of an adapter that does not know its loss
+            self.columns = ("val_dice", "val_iou")
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
@@ -121,13 +132,36 @@ class OneMask:
         loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
         return loss if weights is None else weights[0] * loss
 
-    def scores(self, model: nn.Module, loader: DataLoader) -> dict[str, float]:
-        return dict(zip(self.columns, evaluate(model, loader), strict=True))
+    def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
+        device = next(model.parameters()).device
+        scores, losses, sums = ForegroundScores(device), MeanLoss(device), []
+        with scoring(model):
+            for batch in loader:
+                logits, valid = logits_of(model, batch, device)
+                self._add_losses(losses, logits, batch.masks.to(device), valid)
+                for predicted, truth in masks_of(batch, logits):
+                    scores.update(predicted, truth)
+                    sums.append(foreground_sums(predicted, truth))
+                if tick is not None:
+                    tick(len(batch.images))
+        dice, iou = scores.compute()
+        loss = {} if self.settings.loss is None else {"val_loss": losses.compute()}
+        images = [
+            {"image": pair.stem, **foreground_scores(own.tolist())}
+            for pair, own in zip(loader.dataset.pairs, sums, strict=True)
+        ]
+        return Scored({**loss, "val_dice": dice, "val_iou": iou}, images)
+
+    def _add_losses(self, losses: MeanLoss, logits: Tensor, masks: Tensor, valid: Tensor) -> None:
+        """The loss of each image by itself, which has the same bits in every batch."""
+        if self.settings.loss is not None:
+            for parts in zip(logits.split(1), masks.split(1), valid.split(1), strict=True):
+                losses.update(LOSSES[self.settings.loss](*parts))
 
     def epoch_text(self, row: dict) -> str:
         return (
-            f"val Dice {row['val_dice']:.4f} (all foreground {self.baseline['dice']:.4f})  "
-            f"IoU {row['val_iou']:.4f}"
+            f"val loss {row['val_loss']:.4f}  Dice {row['val_dice']:.4f} (all foreground "
+            f"{self.baseline['dice']:.4f})  IoU {row['val_iou']:.4f}"
         )
 
     def closing(self, best: dict) -> str:
@@ -155,6 +189,7 @@ class OneMask:
             **foreground_config(self.foreground),
             **self.options.config(),
             "prompt": self.settings.prompt,
+            "loss": self.settings.loss,
             "box_jitter": self.settings.box_jitter,
         }
 
@@ -165,11 +200,10 @@ class OneMask:
     def overlays(
         self, model: nn.Module, pairs: list[Pair], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
-        """(name, image | truth | prediction at the image's size) for each pair."""
+        """(name, titled image | truth | prediction at the image's size) for each pair."""
         loader = self.validation_loader(pairs, side, 1)
         for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
             image = read_image(pair.image, self.options)
-            yield (
-                pair.stem,
-                pictures.overlay_panel(image, truth.cpu().numpy(), predicted.cpu().numpy()),
-            )
+            scores = foreground_scores(foreground_sums(predicted, truth).tolist())
+            drawn = pictures.overlay_pictures(image, truth.cpu().numpy(), predicted.cpu().numpy())
+            yield pair.stem, titled(f"{pair.image.name}  {listed(scores)}", drawn)

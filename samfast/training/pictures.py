@@ -9,11 +9,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from samfast.training.panels import Mark
 from samfast.training.tasks import TaskSpec
 
 TRUTH_COLOUR = (0, 158, 115)  # green and orange that colour-blind readers tell apart
 PREDICTION_COLOUR = (230, 120, 0)
 _GAP = 4
+_LEGEND = 20  # classes
+_SHADES = ((0.75, 1.0), (0.9, 0.55), (0.4, 0.9))  # saturation and value
+_AXES = tuple(zip(np.eye(3, dtype=np.float32), ("x (right)", "y (down)", "z"), strict=True))
 
 
 def tinted(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -35,13 +39,20 @@ def _border(mask: np.ndarray, width: int) -> np.ndarray:
     return mask & ~inner
 
 
-def overlay_panel(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Image.Image:
-    """image | truth | prediction side by side, each at the image's own size."""
-    return side_by_side(
+def overlay_pictures(
+    image: np.ndarray, truth: np.ndarray, predicted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image, truth and prediction, each at the image's own size."""
+    return (
         image,
         tinted(image, truth, TRUTH_COLOUR),
         tinted(image, predicted, PREDICTION_COLOUR),
     )
+
+
+def overlay_panel(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Image.Image:
+    """image | truth | prediction side by side, each at the image's own size."""
+    return side_by_side(*overlay_pictures(image, truth, predicted))
 
 
 def side_by_side(*images: np.ndarray) -> Image.Image:
@@ -61,9 +72,9 @@ def classes_over(image: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _class_colour(index: int) -> np.ndarray:
-    """Neighbouring numbers are far apart in hue, and every other one is darker."""
-    hue = index * 0.618034 % 1.0
-    return 255 * np.array(colorsys.hsv_to_rgb(hue, 0.75, (1.0, 0.6)[index % 2]), np.float32)
+    """Neighbouring numbers are far apart in hue; those of near hues have other shades."""
+    hue = index * 0.618034 % 1.0  # numbers that are 5, 8 or 13 apart have near ones
+    return 255 * np.array(colorsys.hsv_to_rgb(hue, *_SHADES[index % 3]), np.float32)
 
 
 def heat(values: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
@@ -105,16 +116,50 @@ def task_picture(
 
 def task_panel(spec: TaskSpec, image: np.ndarray, truth: Tensor, prediction: Tensor) -> Image.Image:
     """image | truth | prediction side by side."""
+    return side_by_side(*task_pictures(spec, image, truth, prediction)[0])
+
+
+def task_pictures(
+    spec: TaskSpec, image: np.ndarray, truth: Tensor, prediction: Tensor
+) -> tuple[tuple[np.ndarray, ...], list[Mark]]:
+    """Image, truth and prediction, and what their colours mean."""
     if spec.kind == "regression":
         truth = spec.stored_units(truth)
     truth, prediction = truth.cpu().numpy(), prediction.cpu().numpy()
     if spec.kind == "binary":
-        return overlay_panel(image, truth == 1, prediction)
-    limits = None
-    if spec.kind == "regression" and np.isfinite(truth[0]).any():
-        limits = tuple(np.nanpercentile(truth[0], (1, 99)).tolist())
+        return overlay_pictures(image, truth == 1, prediction), []
+    limits, legend = None, []
+    if spec.kind == "semantic":
+        legend = class_legend(spec.class_names, truth, prediction)
+    elif spec.loss == "cosine":
+        legend = [Mark(directions(axis[:, None, None])[0], name) for axis, name in _AXES]
+    else:
+        limits = _limits(truth[0] if np.isfinite(truth[0]).any() else prediction[0])
+        legend = [_range_mark(spec, limits)]
     draw = task_picture(spec, limits)
-    return side_by_side(image, draw(image, truth), draw(image, prediction))
+    return (image, draw(image, truth), draw(image, prediction)), legend
+
+
+def class_legend(names: Sequence[str], *maps: np.ndarray) -> list[Mark]:
+    """The colours of the classes in these maps, integers (H, W); of many only the largest."""
+    known = np.concatenate([classes[classes >= 0] for classes in maps])
+    pixels = np.bincount(known, minlength=len(names))
+    largest = np.argsort(-pixels, kind="stable")[:_LEGEND]
+    shown = sorted(i for i in largest.tolist() if pixels[i] > 0)
+    marks = [Mark(_class_colour(i)[None].round().astype(np.uint8), names[i]) for i in shown]
+    more = int((pixels > 0).sum()) - len(shown)
+    return [*marks, Mark(np.empty((0, 3), np.uint8), f"+{more} more")] if more else marks
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    return tuple(np.nanpercentile(values, (1, 99)).tolist())
+
+
+def _range_mark(spec: TaskSpec, limits: tuple[float, float]) -> Mark:
+    """The colours of heat from the first limit to the last."""
+    colours = heat(np.linspace(0, 1, 64, dtype=np.float32)[None], (0, 1))[0]
+    which = f", channel 1 of {spec.channels}" if spec.channels > 1 else ""
+    return Mark(colours, f"{limits[0]:.4g} to {limits[1]:.4g}{which}")
 
 
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:
@@ -126,6 +171,7 @@ def png_bytes(image: Image.Image | np.ndarray) -> bytes:
 
 
 _MARKS = "os^vDP*X"
+_LOSS_CURVES = (("train_loss", "training", "o", "C0"), ("val_loss", "validation", "s", "C1"))
 
 
 def curves_png(
@@ -134,7 +180,7 @@ def curves_png(
     scores: Sequence[tuple[str, str]],
     baseline: tuple[float, str] | None = None,
 ) -> bytes:
-    """Training loss (``loss`` is its name) and validation scores over metrics.csv's epochs.
+    """Losses (``loss`` is their name) and validation scores over metrics.csv's epochs.
 
     scores: (column, name) of each   baseline: height and name of a line beside them
     """
@@ -147,8 +193,11 @@ def curves_png(
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.16, top=0.95, wspace=0.22)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
-    left.plot(epochs, [row["train_loss"] for row in rows], marker="o", color="C0")
-    left.set(xlabel="epoch", ylabel=f"training loss ({loss})")
+    for column, name, mark, colour in _LOSS_CURVES:
+        if all(column in row for row in rows):  # of earlier versions without val_loss
+            left.plot(epochs, [row[column] for row in rows], marker=mark, color=colour, label=name)
+    left.set(xlabel="epoch", ylabel=f"loss ({loss})")
+    left.legend(loc="upper right")
     for i, (column, name) in enumerate(scores):
         style = {"marker": _MARKS[i % len(_MARKS)], "color": f"C{1 + i % 9}"}
         right.plot(epochs, [row[column] for row in rows], label=name, **style)

@@ -1,50 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an epoch shows while it runs: losses, the bar, memory."""
+"""What a run shows: losses, the bar, memory, the time that is left."""
 
 import math
 import sys
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
-
-class Losses:
-    """The losses of an epoch, left on the device until someone asks."""
-
-    def __init__(self, step: int):
-        self.first_step = step
-        self.values: list[Tensor] = []
-        self.counts: list[int] = []
-
-    @property
-    def images(self) -> int:
-        return sum(self.counts)
-
-    def add(self, loss: Tensor, count: int) -> None:
-        self.values.append(loss.detach().float())
-        self.counts.append(count)
-
-    def join(self, reduce: Callable[..., Tensor]) -> None:
-        """Put the mean over processes in the place of each loss; reduce: accelerate's."""
-        self.values = list(reduce(torch.stack(self.values), reduction="mean"))
-
-    def mean(self) -> float:
-        """Mean over images so far; FloatingPointError when one of the losses is not finite."""
-        values = torch.stack(self.values).tolist()
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss is {value} in batch {i + 1} after step {self.first_step}; the "
-                    "results of earlier epochs are kept, a smaller --lr may help"
-                )
-        weighted = sum(value * n for value, n in zip(values, self.counts, strict=True))
-        return weighted / self.images
 
 
 class Progress:
-    """The bar of one epoch (on a terminal only), and its clock."""
+    """The bar of one pass over images (on a terminal only), and its clock."""
 
     _INTERVAL = 0.5  # seconds; showing the loss waits for the device
 
@@ -80,6 +45,23 @@ class Progress:
 
     def images_per_second(self) -> float:
         return self.images / (time.perf_counter() - self.began)
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """How long the epochs that are left take, as "12 min left"; nothing when none is.
+
+    seconds: that the epochs done took, all together
+    """
+    return f"{duration(seconds / done * left)} left" if left else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min."""
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0)
+    return " ".join(parts)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -6,24 +6,32 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
 from samfast.files.adapter_files import adapter_files
 from samfast.files.placing import named, write_whole
 from samfast.methods.registry import VARIANTS
+from samfast.training.panels import printable
 from samfast.training.pictures import png_bytes
 from samfast.training.resume import check_resumable, run_of
 from samfast.training.run_folder import SETTINGS, STATES, ClaimedFolder, check_free
+from samfast.training.score_files import score_files
 from samfast.training.settings import FinetuneSettings
 from samfast.training.states import save_state
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 COLUMNS_BEFORE = ("epoch", "step", "train_loss")
 COLUMNS_AFTER = ("images_per_second", "peak_memory_mib", "lr")
-COLUMNS = (*COLUMNS_BEFORE, "val_dice", "val_iou", *COLUMNS_AFTER)  # of one mask
+COLUMNS = (*COLUMNS_BEFORE, "val_loss", "val_dice", "val_iou", *COLUMNS_AFTER)  # of one mask
+_LARGEST_SHOWN = 1600  # pixels
 _SECONDS_BETWEEN_DRAWINGS = 30  # a drawing costs about as much as a short epoch
 
 
@@ -135,25 +143,47 @@ class RunFolder:
         self._claimed.keep()
 
     def add_overlay(self, name: str, panel: Image.Image) -> None:
-        """Write or replace ``overlays/<name>.png``."""
+        """Write or replace ``overlays/<name>.png``; TensorBoard gets it at the last epoch.
+
+        There, at most 1600 pixels wide and high: it keeps the panels of every best epoch.
+        """
         folder = self.folder / "overlays"
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"{name}.png", png_bytes(panel))
+        epoch = self.rows[-1]["epoch"] if self.rows else 0
+        with named(self.folder / "tensorboard"):
+            shown = np.asarray(_at_most(panel, _LARGEST_SHOWN))
+            tag = f"overlays/{printable(name)}"
+            self._open_board().add_image(tag, shown, epoch, dataformats="HWC")
+            self._board.flush()
+
+    def write_scores(
+        self, images: Iterable[Mapping[str, Any]], classes: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Write or replace ``scores.csv``, and ``classes.csv`` where there are classes.
+
+        images, classes: as in ``Scored``, the images of every process
+        """
+        for name, data in score_files(images, classes).items():
+            write_whole(self.folder / name, data)
 
     def write_json(self, name: str, content: dict) -> None:
         write_whole(self.folder / name, _json(content))
 
     def _add_to_board(self, row: dict) -> None:
+        for name in self.columns[2:]:
+            self._open_board().add_scalar(name, row[name], row["epoch"])
+        self._board.flush()
+
+    def _open_board(self) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter
 
         if self._board is None:
             # What a run wrote that went on from an earlier state than its last epoch is left out.
-            self._board = SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=int(row["epoch"])
-            )
-        for name in self.columns[2:]:
-            self._board.add_scalar(name, row[name], row["epoch"])
-        self._board.flush()
+            first = int(self.rows[-1]["epoch"]) if self.rows else 0
+            board = self.folder / "tensorboard"
+            self._board = SummaryWriter(str(board), purge_step=first)
+        return self._board
 
     def _finish(self) -> None:
         if self.rows:
@@ -164,6 +194,15 @@ class RunFolder:
     def _draw(self) -> None:
         self._drawn = time.perf_counter()
         write_whole(self.folder / "curves.png", self.draw(self.rows))
+
+
+def _at_most(image: Image.Image, size: int) -> Image.Image:
+    """The image, made smaller until neither side is above ``size``."""
+    if max(image.size) <= size:
+        return image
+    smaller = image.copy()
+    smaller.thumbnail((size, size))
+    return smaller
 
 
 def _json(content: dict) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 from samfast.files.format import AdapterFile
 from samfast.training.foreground import ANY, chosen_foreground
 from samfast.training.image_options import ImageOptions, remembered_options
+from samfast.training.losses import LOSSES
 from samfast.training.settings import PROMPTS
 from samfast.training.tasks import TaskSpec, chosen_specs
 
@@ -17,6 +18,7 @@ class Remembered:
     """prompt: "none" or "box"   options: how images are read
 
     foreground, threshold: as the command line gives them   specs: the tasks, () for one mask
+    loss: of one mask; None where the adapter does not know
     """
 
     prompt: str
@@ -24,6 +26,7 @@ class Remembered:
     foreground: tuple[int | str, ...] | None
     threshold: float | None
     specs: tuple[TaskSpec, ...]
+    loss: str | None = None
 
 
 def remembered(
@@ -42,7 +45,9 @@ def remembered(
         options = remembered_options(extra, bands, range)
     except ValueError as error:
         raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
-    return Remembered(prompt, options, foreground, threshold, specs)
+    loss = extra.get("loss")  # which other programs may use for a number
+    loss = loss if isinstance(loss, str) and loss in LOSSES else None
+    return Remembered(prompt, options, foreground, threshold, specs, loss)
 
 
 def prompt_of(adapter: AdapterFile) -> str:

@@ -21,10 +21,11 @@ from samfast.training.data import EpochSampler
 from samfast.training.goal import Goal
 from samfast.training.joined import JoinedBatches, own_loader
 from samfast.training.launched import Launched
-from samfast.training.progress import Progress, peak_memory_mib
+from samfast.training.progress import Progress, peak_memory_mib, time_left
 from samfast.training.records import RunFolder
 from samfast.training.run_state import record_of, restore
 from samfast.training.schedules import Schedule
+from samfast.training.scored import Scored
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
 from samfast.training.states import State
 from samfast.training.stopping import Interrupted, StopAsked, ignore_signals
@@ -36,11 +37,15 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
+class _Stopping(Exception):
+    """A signal came while validation went on."""
+
+
 class Run:
     """Model, optimizer, loaders, and how far the run is.
 
     epoch, batch: the epoch at hand and how many of its batches are done   step: optimizer steps
-    rows: the lines of the table so far   best: the one with the best score
+    rows: the lines of the table so far   best: the one with the best score, of which scored is
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Run:
         self.epoch, self.batch, self.step = 1, 0, 0
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+        self.scored: Scored | None = None
         self.lr = self.schedule.lr()
         self.seconds = 0.0
         self.stop_reason = ""
@@ -117,25 +123,29 @@ class Run:
     def train(self, folder: RunFolder, asked: StopAsked) -> dict:
         settings, goal = self.settings, self.goal
         asked.saving = True
-        began = time.perf_counter() - self.seconds
+        before, done = self.seconds, len(self.rows)
+        began = time.perf_counter() - before
         self._call("on_begin")
         while self.epoch <= settings.epochs and not self._is_enough():
             row = self.train_epoch(folder, asked)
-            with self._undrawn():
-                row.update(goal.scores(self.plain_model, self.val_loader))
+            scored = self.scores(folder, asked)
+            row.update(scored.row)
             improved = self.best is None or row[goal.score] > self.best[goal.score]
             self.rows.append(row)
-            self.best = row if improved else self.best
+            if improved:
+                self.best, self.scored = row, scored
             self.schedule.end_epoch(row[goal.score])
             self.epoch, self.batch = self.epoch + 1, 0
             self.losses = Losses(self.losses.names, self.losses.reduce)
             self.seconds = time.perf_counter() - began
             self.save_state(folder)
             self._finish_epoch(folder, row)
+            now = len(self.rows)
+            left = time_left(self.seconds - before, now - done, settings.epochs - now)
             self.say(
                 f"epoch {row['epoch']}/{settings.epochs}  loss {row['train_loss']:.4f}  "
                 f"{goal.epoch_text(row)}  {row['images_per_second']:.1f} images/s"
-                f"{'  best' if improved else ''}"
+                f"{'  best' if improved else ''}{left and '  '}{left}"
             )
             self._call("on_epoch", row)
             self._stop_if_asked(folder, asked, saved=True)
@@ -194,6 +204,28 @@ class Run:
             return self.goal.loss(self.model, batch) + samfast.aux_loss(self.sam)
         loss = self.goal.loss(self.model, batch, weights[1:])
         return loss + weights[0] * samfast.aux_loss(self.sam)
+
+    def scores(self, folder: RunFolder, asked: StopAsked) -> Scored:
+        """The validation scores, with the images of every process."""
+        from accelerate.utils import gather_object
+
+        title = f"validation {self.epoch}/{self.settings.epochs}"
+        images = len(self.val_loader.dataset)
+        alone = self.accelerator.num_processes == 1  # several have to stop at the same point
+
+        def tick(count: int) -> None:
+            progress.advance(count)
+            if alone and asked.number:
+                raise _Stopping
+
+        with Progress(title, images, main=self.accelerator.is_main_process) as progress:
+            try:
+                with self._undrawn():
+                    scored = self.goal.scores(self.plain_model, self.val_loader, tick)
+            except _Stopping:
+                self._stop_if_asked(folder, asked, saved=False)
+                raise
+        return scored._replace(images=gather_object(scored.images))
 
     def _train_batch(self, batch, images: int, weights: Sequence[float] | None) -> None:
         accelerator = self.accelerator
@@ -259,6 +291,7 @@ class Run:
                 self.save(adapters / "best", row)
             folder.add_epoch(row)
             if row is self.best:
+                folder.write_scores(self.scored.images, self.scored.classes)
                 with self._undrawn():
                     self.draw_overlays(folder)
         self.accelerator.wait_for_everyone()

@@ -3,7 +3,8 @@
 
 settings.json       what the run was told
 adapter/last, best  the adapters of the last epoch and of the best one, each a folder that is whole
-metrics.csv, curves.png, overlays/, tensorboard/    after each epoch
+metrics.csv, curves.png, tensorboard/    after each epoch
+overlays/, scores.csv, classes.csv (of classes)    of the best epoch
 state/              from which the run goes on after a kill (see ``states``)
 summary.json        at the end
 
@@ -27,7 +28,14 @@ from samfast.training.run_lock import HOLDER, LOCK, RunLock, was_cut_short
 
 STATES = "state"
 FOLDERS = ("adapter", STATES, "overlays", "tensorboard")
-FILES = ("metrics.csv", "curves.png", "settings.json", "summary.json")
+FILES = (
+    "metrics.csv",
+    "curves.png",
+    "settings.json",
+    "summary.json",
+    "scores.csv",
+    "classes.csv",
+)
 SETTINGS = "settings.json"
 _NEXT = "settings.next.json"
 _EARLIER = ".earlier"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import samfast
 from samfast.training.random_states import random_states, restore_random_states
+from samfast.training.scored import Scored
 
 if TYPE_CHECKING:
     from samfast.training.run import Run
@@ -38,6 +39,7 @@ def record_of(run: "Run") -> tuple[dict[str, Any], dict[str, Tensor]]:
         "step": run.step,
         "rows": run.rows,
         "best": None if run.best is None else run.rows.index(run.best),
+        "scored": None if run.scored is None else run.scored._asdict(),
         "losses": run.losses.values,
         "counts": run.losses.counts,
         "lr": run.lr,
@@ -64,6 +66,7 @@ def restore(run: "Run", state: "State") -> None:
     run.epoch, run.batch, run.step = record["epoch"], record["batch"], record["step"]
     run.rows = record["rows"]
     run.best = None if record["best"] is None else run.rows[record["best"]]
+    run.scored = None if record["scored"] is None else Scored(**record["scored"])
     run.losses.values, run.losses.counts = record["losses"], record["counts"]
     run.lr, run.seconds = record["lr"], record["seconds"]
     rank, device = run.accelerator.process_index, run.accelerator.device

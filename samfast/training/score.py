@@ -15,14 +15,19 @@ from samfast.training.one_mask import OneMask
 from samfast.training.pictures import png_bytes
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.predict import adapter_folder, load_adapted
+from samfast.training.progress import Progress
 from samfast.training.remembered import remembered
 from samfast.training.run_folder import check_folder
+from samfast.training.score_files import score_files
 from samfast.training.settings import EvaluateSettings, FinetuneSettings
 from samfast.training.try_out import backend_asked_for
 
 
 def score(settings: EvaluateSettings) -> dict:
     """The scores as ``summary.json`` of a run has them, and a table of them as text.
+
+    per_image and per_class are those of ``Scored``. There is no val_loss for an adapter of one
+    mask that does not know its loss.
 
     Every file is decoded and checked first: a bad one is a ValueError with one sentence.
     """
@@ -38,6 +43,7 @@ def score(settings: EvaluateSettings) -> dict:
         prompt=kept.prompt,
         foreground=kept.foreground,
         threshold=kept.threshold,
+        loss=kept.loss,
         bands=options["bands"],
         range=options["range"],
         decoder_chunk=settings.decoder_chunk,
@@ -59,10 +65,15 @@ def score(settings: EvaluateSettings) -> dict:
         goal.check()
         model = goal.segmenter(sam, dtype).to(device)
         items, side = goal.split.val, image_size(sam)
-        row = goal.scores(model, goal.validation_loader(items, side, settings.batch_size))
+        loader = goal.validation_loader(items, side, settings.batch_size)
+        with Progress("evaluation", len(items), main=True) as progress:
+            scored = goal.scores(model, loader, progress.advance)
+        row = scored.row
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             remove_dead(output)
+            for name, data in score_files(scored.images, scored.classes).items():
+                write_whole(output / name, data, durable=False)
             for name, panel in goal.overlays(model, items, side):
                 write_whole(output / f"{name}.png", png_bytes(panel), durable=False)
     return {
@@ -70,5 +81,7 @@ def score(settings: EvaluateSettings) -> dict:
         "data": str(settings.data),
         "images": len(items),
         **goal.summary(row),
+        "per_image": scored.images,
+        **({"per_class": scored.classes} if scored.classes else {}),
         "table": goal.table(row),
     }

@@ -52,8 +52,8 @@ class DataSettings:
         None,
         "YAML file with several tasks that share the encoder, each with a mask decoder of its own. "
         "Under tasks: a list of name, kind (binary, semantic, regression), channels, folder, "
-        "weight, loss, ignore, foreground, threshold, scale, offset, derive and from. Not with "
-        "--prompt, --loss, --foreground and --threshold",
+        "weight, loss, ignore, foreground, threshold, scale, offset, classes, derive and from. Not "
+        "with --prompt, --loss, --foreground and --threshold",
         hint="default: one binary mask for each image",
     )
     foreground: tuple[int | Literal["any"], ...] | None = option(
@@ -307,7 +307,7 @@ class FinetuneSettings(
     The data folder holds images/ and masks/, whose files are matched by name; or train/ and val/,
     each with both. Masks hold 0 and one other value, which is foreground; other masks need
     foreground values or a threshold. The output folder gets adapter/best, adapter/last,
-    metrics.csv, curves.png, overlays/, tensorboard/ and settings.json.
+    metrics.csv, scores.csv, curves.png, overlays/, tensorboard/ and settings.json.
     """
 
 
@@ -383,7 +383,9 @@ class EvaluateSettings:
     )
     checkpoint: Path | None = option(None, _CHECKPOINT, hint=_NOT_RANDOM)
     output: Path | None = option(
-        None, "Folder for an overlay of every image", hint="default: draw none"
+        None,
+        "Folder for an overlay of every image, scores.csv and (of classes) classes.csv",
+        hint="default: write none",
     )
     batch_size: int = option(4, "Images in one forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model predicts for several tasks, and the scores of each kind of task."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,14 @@ from torch.utils.data import DataLoader
 
 from samfast.training.evaluate import full_size
 from samfast.training.metrics import ClassScores, ForegroundScores, ValueScores
+from samfast.training.scored import (
+    class_scores,
+    class_sums,
+    foreground_scores,
+    foreground_sums,
+    value_scores,
+)
+from samfast.training.task_data import TaskBatch
 from samfast.training.tasks import TaskSpec
 
 _TITLES = {"dice": "Dice", "iou": "IoU", "miou": "mIoU"}
@@ -38,16 +47,29 @@ def predictions(
     model.eval()
     try:
         for batch in loader:
-            logits = model(batch.images.to(device), batch.sizes.to(device), batch.rows)
-            sizes = batch.sizes.tolist()
-            for spec in specs:
-                rows, truths = batch.rows[spec.name], batch.truths[spec.name]
-                for i, one, truth in zip(rows, logits[spec.name], truths, strict=True):
-                    maps = full_size(one, *sizes[i], truth.shape[-2:])
-                    yield spec, first + i, predicted(spec, maps), truth.to(device)
+            logits = task_logits(model, batch, device)
+            for spec, i, prediction, truth in predictions_of(batch, logits, specs):
+                yield spec, first + i, prediction, truth
             first += len(batch.images)
     finally:
         model.train(training)
+
+
+def task_logits(model: nn.Module, batch: TaskBatch, device: torch.device) -> dict[str, Tensor]:
+    """Logits (rows, channels, S, S) by task."""
+    return model(batch.images.to(device), batch.sizes.to(device), batch.rows)
+
+
+def predictions_of(
+    batch: TaskBatch, logits: dict[str, Tensor], specs: Sequence[TaskSpec]
+) -> Iterator[tuple[TaskSpec, int, Tensor, Tensor]]:
+    """(task, number in the batch, prediction, truth) at the files' own sizes, task by task."""
+    sizes = batch.sizes.tolist()
+    for spec in specs:
+        own, truths = logits[spec.name], batch.truths[spec.name]
+        for i, one, truth in zip(batch.rows[spec.name], own, truths, strict=True):
+            maps = full_size(one, *sizes[i], truth.shape[-2:])
+            yield spec, i, predicted(spec, maps), truth.to(one.device)
 
 
 @torch.no_grad()
@@ -83,8 +105,11 @@ class TaskScores:
         else:
             self._scores = ValueScores(spec.loss == "cosine", device)
 
-    def update(self, prediction: Tensor, truth: Tensor) -> None:
-        """Add one image: what ``predicted`` gives, and the truth as datasets hold it."""
+    def update(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        """Add one image: what ``predicted`` gives, and the truth as datasets hold it.
+
+        Returns the image's own sums, for ``image``.
+        """
         if self.spec.kind == "binary":
             counts = truth >= 0
             prediction, truth = prediction[counts], truth[counts] == 1
@@ -93,6 +118,30 @@ class TaskScores:
         elif self.spec.kind == "regression":
             truth = self.spec.stored_units(truth)
         self._scores.update(prediction, truth)
+        if self.spec.kind == "binary":
+            return foreground_sums(prediction, truth)
+        if self.spec.kind == "semantic":
+            return class_sums(prediction, truth, self.spec.channels)
+        return self._scores.sums(prediction, truth)
+
+    def image(self, sums: Tensor) -> dict[str, Any]:
+        """The scores of one image from its sums; None where no pixel counts."""
+        values = sums.tolist()
+        if self.spec.kind == "binary":
+            return foreground_scores(values)
+        if self.spec.kind == "semantic":
+            return class_scores(values, self.spec.class_names)
+        return value_scores(values, score_names(self.spec))
+
+    def classes(self) -> list[dict[str, Any]]:
+        """What was counted for each class of a semantic task, in every process; else nothing."""
+        if self.spec.kind != "semantic":
+            return []
+        names = self.spec.classes or [None] * self.spec.channels
+        return [
+            {"task": self.spec.name, "class": i, "name": name, **counts._asdict()}
+            for i, (name, counts) in enumerate(zip(names, self._scores.classes(), strict=True))
+        ]
 
     def compute(self) -> dict[str, float]:
         return dict(zip(score_names(self.spec), self._scores.compute(), strict=True))
@@ -108,5 +157,10 @@ def share(scores: dict[str, float], constant: dict[str, float]) -> float:
     return value
 
 
-def listed(scores: dict[str, float]) -> str:
-    return " ".join(f"{_TITLES.get(name, name)} {value:.4f}" for name, value in scores.items())
+def listed(scores: Mapping[str, Any]) -> str:
+    """The scores as text, without those that have no value and those of single classes."""
+    return " ".join(
+        f"{_TITLES.get(name, name)} {value:.4f}"
+        for name, value in scores.items()
+        if isinstance(value, (int, float))
+    )

@@ -35,7 +35,7 @@ Values = TypeVar("Values", Tensor, np.ndarray)
 UNLABELLED = 255  # of semantic masks, whatever else is ignored
 DERIVED = {"boundary": "binary", "distance": "regression"}
 _OF_KIND = dict.fromkeys(("foreground", "threshold"), "binary")
-_OF_KIND |= dict.fromkeys(("scale", "offset"), "regression")
+_OF_KIND |= dict.fromkeys(("scale", "offset"), "regression") | {"classes": "semantic"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class TaskSpec:
         given, masks together hold 0 and one other value
     threshold: of binary tasks, in place of foreground: stored values above it are foreground
     scale, offset: of regression, the model predicts scale * stored value + offset
+    classes: of semantic tasks, the name of each class from 0 on; () for none
     """
 
     name: str
@@ -67,6 +68,7 @@ class TaskSpec:
     threshold: float | None = None
     scale: float = 1.0
     offset: float = 0.0
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self):
         task = self.task  # checks name, kind and channels
@@ -94,6 +96,8 @@ class TaskSpec:
             if getattr(self, key) != TaskSpec.__dataclass_fields__[key].default:
                 if self.kind != kind or (kind == "binary" and self.derive is not None):
                     raise ValueError(f"task {task.name} has {key}, which only {kind} masks have")
+        if self.classes:
+            self._check_classes()
         try:
             chosen_foreground(self.foreground, self.threshold)
         except ValueError as error:
@@ -109,6 +113,23 @@ class TaskSpec:
                 f"task {task.name} has folder {self.folder!r}, which is no folder inside the data "
                 "folder"
             )
+
+    def _check_classes(self) -> None:
+        if len(self.classes) != self.channels:
+            raise ValueError(
+                f"task {self.name} has {self.channels} channels, but {len(self.classes)} classes; "
+                f"name each from 0 to {self.channels - 1}"
+            )
+        for name in self.classes:
+            if not name.strip():
+                raise ValueError(f"task {self.name} has a class without a name: {name!r}")
+            if self.classes.count(name) > 1:
+                raise ValueError(f"task {self.name} has two classes called {name!r}")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class of a semantic task, or its number."""
+        return self.classes or tuple(str(i) for i in range(self.channels))
 
     @property
     def task(self) -> Task:
@@ -134,7 +155,10 @@ class TaskSpec:
 
     def config(self) -> dict[str, Any]:
         """The task as JSON values."""
-        return dataclasses.asdict(self)
+        config = dataclasses.asdict(self)
+        if not self.classes:  # so that versions without this key read it
+            del config["classes"]
+        return config
 
 
 def specs_from_config(config: Any) -> tuple[TaskSpec, ...]:
@@ -192,6 +216,7 @@ _KEYS = {
     "threshold": float,
     "scale": float,
     "offset": float,
+    "classes": tuple,
     "derive": str,
     "from": str,
 }
@@ -287,13 +312,15 @@ def _checked(entry: dict) -> dict:
             int: number and isinstance(value, int),
             float: number,
             list: isinstance(value, list) and all(_is_number(v) or (key, v) == _ANY for v in value),
+            tuple: isinstance(value, list) and all(isinstance(v, str) for v in value),
         }[kind]
         if not right:
             wanted = {str: "a text", int: "a whole number", float: "a number"}
+            wanted[tuple] = "a list of texts; quote numbers and words such as no"
             raise ValueError(f"task {name} has {key} {value!r}, not {wanted.get(kind, 'numbers')}")
-        if key == "foreground" and not value:
-            raise ValueError(f"task {name} has an empty foreground; name at least one value")
-        checked[key] = tuple(value) if kind is list else value
+        if key in ("foreground", "classes") and not value:
+            raise ValueError(f"task {name} has an empty {key}; name at least one value")
+        checked[key] = tuple(value) if kind in (list, tuple) else value
     return checked
 
 

@@ -25,6 +25,7 @@ from samfast import cli, command_line  # noqa: F401
 from samfast.integrations import segment_anything
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.training import build, loop, one_mask
+from samfast.training.scored import Scored
 
 RANKS = 2
 STILL = ["--lr", "1e-30", "--weight-decay", "0", "--clip", "0"]  # the same weights in every step
@@ -82,8 +83,9 @@ def light(patch) -> None:
         return sam
 
     patch.setattr(build, "build_sam", short)
-    for name in ("evaluate", "all_foreground_scores"):
-        patch.setattr(one_mask, name, lambda *_: (0.5, 0.5))
+    row = dict.fromkeys(one_mask.OneMask.columns, 0.5)
+    patch.setattr(one_mask.OneMask, "scores", lambda *_: Scored(row, []))
+    patch.setattr(one_mask, "all_foreground_scores", lambda *_: (0.5, 0.5))
 
 
 def second_fails(patch) -> None:

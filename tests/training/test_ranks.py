@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes train as one process on the joined batch, and end as one."""
 
+import csv
 import itertools
 import os
 import re
@@ -147,6 +148,13 @@ def test_tasks_train_as_in_one_process(tmp_path, method):
     options = ["--tasks", file, "--method", method]
     options += ["--dropout", 0] if method == "ta-lora" else []
     same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL, *options])
+    one, two = (scored_images(tmp_path / name) for name in ("one", "two"))
+    assert one == two and len({image for image, _ in one}) == 2
+
+
+def scored_images(output) -> set[tuple[str, str]]:
+    with (output / "scores.csv").open() as file:
+        return {(row["image"], row["task"]) for row in csv.DictReader(file)}
 
 
 def in_parts(patch):

@@ -22,6 +22,7 @@ from samfast import cli
 from samfast.files.format import TENSORS
 from samfast.training.callbacks import Callback
 from samfast.training.loop import finetune
+from samfast.training.one_mask import OneMask
 from samfast.training.run import Run
 from samfast.training.settings import FinetuneSettings
 from samfast.training.states import TRAINING, newest_state, read_state
@@ -40,8 +41,9 @@ def settings_for(data: Path, output: Path, **options) -> FinetuneSettings:
 
 
 def results(output: Path) -> dict:
-    """The bytes of both adapters, and the table without its clocks."""
-    found = {p.relative_to(output): p.read_bytes() for p in (output / "adapter").rglob("*.*")}
+    """The bytes of adapters, scores and overlays, and the table without its clocks."""
+    parts = [*(output / "adapter").rglob("*.*"), *(output / "overlays").iterdir()]
+    found = {p.relative_to(output): p.read_bytes() for p in [*parts, output / "scores.csv"]}
     with (output / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     table = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
@@ -281,6 +283,25 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
     with pytest.raises(Interrupted, match=told) as stop:
         finetune(settings, callbacks=[Asks(3, signal.SIGTERM)])
     assert stop.value.signal == signal.SIGTERM
+    finetune(replace(settings, resume="newest"))
+    assert results(tmp_path / "out") == results(whole.output)
+
+
+def test_a_signal_in_validation_does_not_wait_for_its_end(whole, tmp_path, monkeypatch):
+    settings = replace(whole, output=tmp_path / "out", save_every=None)
+    scores = OneMask.scores
+
+    def asked(self, model, loader, tick):
+        def late(images):
+            os.kill(os.getpid(), signal.SIGHUP)
+            tick(images)
+
+        return scores(self, model, loader, late)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OneMask, "scores", asked)
+        with pytest.raises(Interrupted, match=r"stopped after step 2; .*step-000002 is kept"):
+            finetune(settings)
     finetune(replace(settings, resume="newest"))
     assert results(tmp_path / "out") == results(whole.output)
 

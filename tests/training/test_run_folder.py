@@ -560,11 +560,15 @@ def test_predict_and_evaluate_take_a_run_folder(tmp_path, shared_data, capfd):
     assert (tmp_path / "masks" / "p0_mask.png").is_file()
     capfd.readouterr()
     assert cli.main(["evaluate", "--data", str(shared_data), *adapter, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["images"] == 6
+    found = json.loads(capfd.readouterr().out)
+    assert found["images"] == 6 == len(found["per_image"])
+    assert "val_loss" not in found  # of which loss, the adapter does not say
 
 
 def test_clearing_leaves_what_is_not_a_result(tmp_path):
     result(tmp_path)
+    for name in ("scores.csv", "classes.csv"):
+        (tmp_path / name).write_text("old")
     (tmp_path / "mine.txt").write_text("keep")
     clear_results(tmp_path)
     assert texts(tmp_path) == {"mine.txt": "keep"}

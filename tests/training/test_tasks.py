@@ -25,6 +25,8 @@ from samfast.training.tasks import TaskSpec, read_tasks, specs_from_config
 
 CLASSES = "{name: classes, kind: semantic, channels: 3, ignore: 9}"
 
+NAMED = "{{name: a, kind: semantic, channels: 3, classes: {}}}"
+
 
 def tasks_file(folder, *entries, head="tasks:"):
     path = folder / "tasks.yaml"
@@ -37,14 +39,17 @@ def test_a_file_of_every_kind(tmp_path):
         tasks_file(
             tmp_path,
             CLASSES,
+            "{name: parts, kind: semantic, channels: 2, classes: [rest, a nucleus]}",
             "{name: edges, derive: boundary, from: classes, weight: 2, loss: balanced-bce}",
             "{name: steps, derive: distance, folder: masks, scale: 0.1}",
             "{name: cells, folder: own, foreground: [3, 4], ignore: [7]}",
             "{name: normals, kind: regression, channels: 3, folder: n, loss: cosine, offset: -1}",
         )
     )
-    classes, edges, steps, cells, normals = specs
+    classes, parts, edges, steps, cells, normals = specs
     assert (classes.kind, classes.channels, classes.loss) == ("semantic", 3, "cross-entropy")
+    assert classes.class_names == ("0", "1", "2") and "classes" not in classes.config()
+    assert parts.class_names == ("rest", "a nucleus")
     assert (edges.kind, edges.folder, edges.ignore) == ("binary", "masks", (9,))
     assert (edges.weight, edges.loss) == (2, "balanced-bce")
     assert (steps.kind, steps.ignore, steps.scale, steps.loss) == ("regression", (), 0.1, "l1")
@@ -71,6 +76,13 @@ def test_a_file_of_every_kind(tmp_path):
         (("{name: a, kind: regression, loss: cosine}",), "1 channels, but loss cosine is for 3"),
         (("{name: a, scale: 2}",), "has scale, which only regression masks have"),
         (("{name: a, foreground: []}",), "has an empty foreground"),
+        ((NAMED.format("x"),), "has classes 'x', not a list of texts; quote numbers"),
+        ((NAMED.format("[x, no, z]"),), r"has classes \['x', False, 'z'\], not a list of texts"),
+        ((NAMED.format("[]"),), "has an empty classes; name at least one"),
+        ((NAMED.format("[x, y]"),), "has 3 channels, but 2 classes; name each from 0 to 2"),
+        ((NAMED.format("[x, y, x]"),), "has two classes called 'x'"),
+        ((NAMED.format("[x, y, ' ']"),), "has a class without a name: ' '"),
+        (("{name: a, classes: [x]}",), "has classes, which only semantic masks have"),
         (("{name: a, folder: ../b}",), "folder '../b', which is no folder inside the data"),
         (("{name: a, folder: /etc}",), "folder '/etc', which is no folder inside the data"),
         (("{name: a, derive: boundry}",), "unknown derive 'boundry'; did you mean 'boundary'"),

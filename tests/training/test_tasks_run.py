@@ -27,7 +27,7 @@ from samfast.training.settings import EvaluateSettings, FinetuneSettings
 
 TASKS = """
 tasks:
-  - {name: classes, kind: semantic, channels: 3, ignore: 9}
+  - {name: classes, kind: semantic, channels: 3, ignore: 9, classes: [rest, box, strip]}
   - {name: edges, derive: boundary, from: classes, weight: 0.5}
   - {name: depth, kind: regression, folder: depth, scale: 0.1}
 """
@@ -87,7 +87,7 @@ def test_a_run_leaves_all_its_results(run):
         rows = list(csv.DictReader(file))
     names = ["classes_miou", "classes_accuracy", "edges_dice", "edges_iou", "depth_abs"]
     assert list(rows[0]) == [
-        *("epoch", "step", "train_loss", "val_score"),
+        *("epoch", "step", "train_loss", "val_loss", "val_score"),
         *(f"val_{name}" for name in (*names, "depth_rel")),
         *("images_per_second", "peak_memory_mib", "lr"),
     ]
@@ -101,6 +101,10 @@ def test_a_run_leaves_all_its_results(run):
     assert Image.open(settings.output / "curves.png").width > 500
     panels = sorted(path.name for path in (settings.output / "overlays").iterdir())
     assert {name.split("-")[1] for name in panels} >= {"classes.png", "edges.png"}
+    with (settings.output / "classes.csv").open() as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["rest", "box", "strip"]
+    with (settings.output / "scores.csv").open() as file:
+        assert {row["task"] for row in csv.DictReader(file)} >= {"classes", "edges"}
 
 
 def test_the_reloaded_adapter_predicts_the_same_bits(run, data):
@@ -138,7 +142,11 @@ def test_evaluate_scores_as_the_run_did(run, data, tmp_path):
         assert result["tasks"][task] == pytest.approx(own, rel=1e-4, abs=1e-4)
     assert result["best_constant"] == summary["best_constant"]
     assert result["images"] == len(held)
-    assert len(list((tmp_path / "panels").iterdir())) == 2 * len(held) + 1
+    assert len(list((tmp_path / "panels").glob("*.png"))) == 2 * len(held) + 1
+    assert len(list((tmp_path / "panels").glob("*.csv"))) == 2
+    assert len(result["per_image"]) == 2 * len(held) + 1
+    assert [row["name"] for row in result["per_class"]] == ["rest", "box", "strip"]
+    assert result["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-4)
     alone = score(EvaluateSettings(**options, task="edges"))
     assert list(alone["tasks"]) == ["edges"]
     assert alone["tasks"]["edges"] == pytest.approx(summary["tasks"]["edges"], rel=1e-4, abs=1e-4)
