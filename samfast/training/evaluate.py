@@ -67,7 +67,7 @@ def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tens
 
 def _masks_of(model: nn.Module, batch: Batch, device: torch.device):
     boxes = None if batch.boxes is None else batch.boxes.to(device)
-    logits, _ = model(batch.images.to(device), batch.sizes.to(device), boxes)
+    logits, _ = model(batch.images.to(device), batch.sizes.to(device), boxes, batch.names)
     for one, (height, width), truth in zip(logits, batch.sizes.tolist(), batch.truths, strict=True):
         yield full_size_mask(one, height, width, truth.shape), truth.to(device)
 

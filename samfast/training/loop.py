@@ -23,6 +23,7 @@ from samfast.training.build import attach_method, build_base
 from samfast.training.checks import check_settings
 from samfast.training.data import EpochSampler
 from samfast.training.dry_run import dry_run
+from samfast.training.embeddings import keep_embeddings
 from samfast.training.goal import Goal
 from samfast.training.joined import JoinedBatches, own_loader
 from samfast.training.launched import Launched
@@ -168,6 +169,7 @@ class Run:
         )
         self.plain_model = goal.segmenter(sam, dtype)
         self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
+        keep_embeddings(self.plain_model, settings, goal.split, say)
         self.loader = own_loader(loader, accelerator.device)
         steps = settings.epochs * math.ceil(len(self.loader) / settings.accumulate)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
