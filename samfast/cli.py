@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ending(argv: list[str], place: Launched) -> Ending:
     try:
-        return Ending(_run(_parsed(argv, place), place))
+        return Ending(_run(_parsed(argv, place), place, argv))
     except SystemExit as stop:  # how tyro ends: 0 after --help, 2 after a wrong option
         return Ending(stop.code if isinstance(stop.code, int) else 2)
     except KeyboardInterrupt as stop:
@@ -99,7 +99,7 @@ def _parsed(argv: list[str], place: Launched = ALONE):
         return parse(argv, commands)  # the first process says what is wrong
 
 
-def _run(settings, place: Launched) -> int:
+def _run(settings, place: Launched, argv: Sequence[str]) -> int:
     from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
     if place.processes > 1 and not isinstance(settings, FinetuneSettings):
@@ -126,7 +126,7 @@ def _run(settings, place: Launched) -> int:
         from samfast.training import dry_run
         from samfast.training.loop import finetune
 
-        result = finetune(settings)
+        result = finetune(settings, argv)
         closing = dry_run.text(result) if settings.dry_run else None
     if settings.json:
         print(json.dumps(result, indent=2))

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from samfast.adapters.options import Option, options_of
 from samfast.training.settings import FinetuneSettings
 
-# What settings.json holds next to the options.
+# What settings.json holds next to the options; see ``run_record``.
 RECORDED = ("train", "val", "versions", "device", "command", "processes")
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _TAGS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "value")  # YAML's scalars

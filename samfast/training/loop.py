@@ -35,6 +35,7 @@ from samfast.training.progress import Losses, Progress, peak_memory_mib
 from samfast.training.ranks import check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
+from samfast.training.run_record import run_record
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
 from samfast.training.try_out import backend_asked_for
 
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def finetune(settings: FinetuneSettings) -> dict:
+def finetune(settings: FinetuneSettings, command: Sequence[str] | None = None) -> dict:
     """Fine-tune a SAM as the settings say; returns the summary that ``summary.json`` holds.
+
+    command: the words of the command line, for settings.json
 
     Everything that can be wrong with the settings, the data and the model is found before
     training begins and before anything is written: ValueError or FileNotFoundError with one
@@ -67,7 +70,7 @@ def finetune(settings: FinetuneSettings) -> dict:
         method = method_of(settings, goal.tasks)
         with (
             backend_asked_for(settings.backend, method, settings.fuse, accelerator.device, dtype),
-            _run_folder(settings, goal, output, accelerator) as folder,
+            _run_folder(settings, goal, output, accelerator, command) as folder,
         ):
             return _finetune(settings, goal, folder, accelerator, dtype)
     finally:
@@ -106,13 +109,18 @@ def _finetune(
 
 
 def _run_folder(
-    settings: FinetuneSettings, goal: Goal, output: Path, accelerator: "Accelerator"
+    settings: FinetuneSettings,
+    goal: Goal,
+    output: Path,
+    accelerator: "Accelerator",
+    command: Sequence[str] | None,
 ) -> RunFolder:
     """The output folder, which opening claims and tries out before the model is built."""
     saved = {
         **dataclasses.asdict(settings),
         "train": [pair.stem for pair in goal.split.train],
         "val": [pair.stem for pair in goal.split.val],
+        **run_record(accelerator.device, accelerator.num_processes, command),
     }
 
     def draw(rows: list[dict]) -> bytes:

@@ -10,11 +10,12 @@ import pytest
 
 from samfast import cli
 from samfast.training.checks import check_settings
-from samfast.training.config_file import settings_from_file
+from samfast.training.config_file import RECORDED, settings_from_file
 from samfast.training.recipe import with_recipe
 from samfast.training.settings import FinetuneSettings
 
 OLD = json.loads((Path(__file__).parents[1] / "golden" / "settings-0.1.0.json").read_text("utf-8"))
+SMALL = "--model vit_tiny --image-size 64 --epochs 1 --repeats 1 --overlays 0".split()
 WORDS = """
 # what the command line spells --data photos …
 data: photos
@@ -136,6 +137,23 @@ def test_settings_of_an_older_run_give_its_settings_again(tmp_path, old):
     given = FinetuneSettings(**settings_from_file(written(tmp_path, old["saved"])))
     check_settings(given)
     assert with_recipe(given) == with_recipe(parsed(*old["argv"][1:]))
+
+
+def test_a_run_records_what_repeats_it(tmp_path, shared_data, capsys):
+    output = tmp_path / "Übung \U0001f600"
+    path = written(tmp_path, f"data: {shared_data}\nmethod: decoder\nlr: 1e-5\noutput: {output}")
+    argv = ["finetune", "--config", str(path), *SMALL]
+    assert cli.main(argv) == 0, capsys.readouterr().err
+    record = output / "settings.json"
+    saved = json.loads(record.read_text())
+    assert saved["command"] == argv and saved["processes"] == 1
+    assert saved["device"]["type"] in ("cpu", "cuda") and saved["device"]["name"]
+    names = {"samfast", "python", "torch", "accelerate", "segment_anything", "numpy"}
+    assert set(saved["versions"]) == names and all(saved["versions"].values())
+    assert [key for key in saved if key in RECORDED] == list(RECORDED)
+    again = parsed("--config", record)
+    assert again == with_recipe(again) == with_recipe(parsed(*argv[1:]))
+    assert again.output == output
 
 
 def test_reading_needs_no_torch_and_yaml_only_for_a_file(tmp_path):
