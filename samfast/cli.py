@@ -2,14 +2,15 @@
 """The command line: ``samfast {finetune,evaluate,predict,info}``, also ``python -m samfast``.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
-and exit code 2; an interrupt in exit code 130. SAMFAST_TRACEBACK=1 shows where it arose. A bug ends
-in its traceback, one line that says where to report it, and exit code 1. Several processes end
-alike (``samfast.training.ending``).
+and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
+it arose. A bug ends in its traceback, one line that says where to report it, and exit code 1.
+Several processes end alike (``samfast.training.ending``).
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ def _ending(argv: list[str], place: Launched) -> Ending:
     except SystemExit as stop:  # how tyro ends: 0 after --help, 2 after a wrong option
         return Ending(stop.code if isinstance(stop.code, int) else 2)
     except KeyboardInterrupt as stop:
-        return _stop(stop, str(stop) or "interrupted", 130)
+        number = getattr(stop, "signal", signal.SIGINT)
+        return _stop(stop, str(stop) or "interrupted", 128 + number)
     except ModuleNotFoundError as error:
         missing = error.name is not None and error.name.partition(".")[0] != "samfast"
         return _stop(error, f"{error}: {_EXTRA}" if missing else str(error))
@@ -129,7 +131,7 @@ def _run(settings, place: Launched, argv: Sequence[str]) -> int:
         from samfast.training import dry_run
         from samfast.training.loop import finetune
 
-        result = finetune(settings, argv)
+        result = finetune(settings, command=argv)
         closing = dry_run.text(result) if settings.dry_run else None
     if settings.json:
         print(json.dumps(result, indent=2))

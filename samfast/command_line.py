@@ -44,6 +44,8 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     if asked:
         argv = [*(word for word in argv[:1] if word in commands), "--help"]
     _check_values(argv)
+    if argv and argv[0] in commands:
+        argv = _completed(argv, options_of(commands[argv[0]]))
     kind, words = _parsed(argv, commands, asked, {})
     config = words.pop("config", None)
     if config is not None:
@@ -80,6 +82,15 @@ def _parsed(
 def _check_once(option: str, argv: Sequence[str]) -> None:
     if sum(word.partition("=")[0] == option for word in argv) > 1:
         raise ValueError(f"{option} is given twice; give one file")
+
+
+def _completed(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
+    """The words, with the values of options that were named alone."""
+    alone = {f"--{o.name.replace('_', '-')}": o.alone for o in options if o.alone is not None}
+    found = []
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        found.append(f"{word}={alone[word]}" if word in alone and after.startswith("-") else word)
+    return found
 
 
 def _check_values(argv: Sequence[str]) -> None:

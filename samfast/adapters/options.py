@@ -26,6 +26,7 @@ class Option:
     choices: the values there are   metavar: what stands for the value in the help
     least, most: the smallest and the largest number that is right
     positional: given without its name   repeatable: given once for each value
+    alone: the value that the name alone means
     in_folder: a flag that the default output folder is named after
     as_option, as_field: from the field's value to the command line's, and back
     """
@@ -42,6 +43,7 @@ class Option:
     most: float = 2**31 - 1  # of whole numbers
     positional: bool = False
     repeatable: bool = False
+    alone: str | None = None
     in_folder: bool = False
     as_option: Callable[[Any], Any] = _same
     as_field: Callable[[Any], Any] = _same

@@ -71,6 +71,24 @@ def save_adapter(
     the head is not the model's, a tensor has NaN or infinity, or an extra is not a JSON value;
     OSError when the folder cannot be written.
     """
+    folder = Path(folder)
+    files = adapter_files(model, folder, head=head, classes=classes, image_size=image_size, **extra)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder for an adapter")
+    write_together(folder, files)
+    return folder
+
+
+def adapter_files(
+    model: nn.Module,
+    folder: Path,
+    *,
+    head: str | None = None,
+    classes: Any = None,
+    image_size: int | None = None,
+    **extra: Any,
+) -> dict[str, bytes]:
+    """What ``save_adapter`` writes to the folder, by file name; writes nothing."""
     reason, model = unclear(model), unwrapped(model)
     attached = attachment(model)
     if attached is None:
@@ -106,11 +124,7 @@ def save_adapter(
         record = json.loads(json.dumps(record, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the adapter's configuration must be JSON values: {error}") from None
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a folder for an adapter")
-    write_together(folder, _contents(record, config, tensors))
-    return folder
+    return _contents(record, config, tensors)
 
 
 def _record_of_base(model: nn.Module, trained: Collection[str]) -> dict[str, Any]:

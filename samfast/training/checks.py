@@ -9,6 +9,7 @@ from samfast.methods.registry import VARIANTS
 from samfast.models.architectures import architecture
 from samfast.training.foreground import chosen_foreground
 from samfast.training.image_options import image_options
+from samfast.training.schedules import check_schedule
 from samfast.training.settings import (
     EvaluateSettings,
     FinetuneSettings,
@@ -34,6 +35,14 @@ def check_settings(settings: FinetuneSettings) -> None:
             f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
         )
     _check_tasks(settings)
+    if settings.schedule is not None:
+        check_schedule(settings.schedule)
+    if settings.resume is not None and settings.overwrite:
+        raise ValueError("--resume goes on with what --overwrite would replace; leave out one")
+    if settings.save_every is not None and not settings.keep:
+        raise ValueError(
+            f"save_every is {settings.save_every}, but keep is 0, which saves no states"
+        )
     chosen_foreground(settings.foreground, settings.threshold)
     image_options(settings.bands, settings.range)
     if settings.data is None and not settings.dry_run:

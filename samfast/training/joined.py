@@ -23,6 +23,11 @@ class JoinedBatches(Sampler):
         self.sampler = sampler
         self.batch_size = batch_size
         self.place = place
+        self.done = 0
+
+    def skip(self, batches: int) -> None:
+        """Leave out that many batches at the beginning of the epoch, which are done."""
+        self.done = batches
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
@@ -37,6 +42,11 @@ class JoinedBatches(Sampler):
     def counts(self) -> Iterator[int]:
         """The images of each joined batch."""
         return map(len, self._joined())
+
+    def images(self, batch: int) -> list[int]:
+        """Which images are in a joined batch of the whole epoch."""
+        size = self.batch_size * self.place.processes
+        return [index for index, _ in list(self.sampler)[batch * size : (batch + 1) * size]]
 
     def weights(self, counts: Counts) -> Iterator[list[float] | None]:
         """By what to multiply the means over a part, so that the mean over processes is right.
@@ -56,7 +66,7 @@ class JoinedBatches(Sampler):
 
     def _joined(self) -> Iterator[list[tuple[int, int]]]:
         keys, size = list(self.sampler), self.batch_size * self.place.processes
-        for start in range(0, len(keys), size):
+        for start in range(self.done * size, len(keys), size):
             yield keys[start : start + size]
 
     def _part(self, joined: list) -> list:

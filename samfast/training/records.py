@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor, nn
 
+from samfast.files.adapter_files import adapter_files
 from samfast.files.placing import named, write_whole
 from samfast.methods.registry import VARIANTS
 from samfast.training.pictures import png_bytes
-from samfast.training.run_folder import ClaimedFolder, check_free
+from samfast.training.resume import check_resumable, run_of
+from samfast.training.run_folder import SETTINGS, STATES, ClaimedFolder, check_free
 from samfast.training.settings import FinetuneSettings
+from samfast.training.states import save_state
 
 COLUMNS_BEFORE = ("epoch", "step", "train_loss")
 COLUMNS_AFTER = ("images_per_second", "peak_memory_mib", "lr")
@@ -24,7 +28,9 @@ _SECONDS_BETWEEN_DRAWINGS = 30  # a drawing costs about as much as a short epoch
 
 
 def output_folder(settings: FinetuneSettings) -> Path:
-    """Where the results go; ValueError when something is there already."""
+    """Where the results go; ValueError when something is there already that is in the way."""
+    if (run := run_of(settings)) is not None:
+        return run
     options = VARIANTS[settings.method].options()
     flags = [o.name for o in options if o.in_folder and getattr(settings, o.name)]
     method = "-".join([settings.method, *flags])
@@ -33,7 +39,10 @@ def output_folder(settings: FinetuneSettings) -> Path:
     data = Path(os.path.realpath(settings.data)).name
     name = f"{data}-{settings.model}-{method}{prompt}"
     output = settings.output if settings.output is not None else Path("runs") / name
-    check_free(output, settings.overwrite)
+    if settings.resume is not None:
+        check_resumable(output)
+    else:
+        check_free(output, settings.overwrite)
     return output
 
 
@@ -43,6 +52,7 @@ class RunFolder:
     settings: for settings.json   overwrite: whether an earlier run's results may be replaced
     scores: the table's columns of scores   draw: the rows so far as a picture of curves
     decoders: how many are trained   main: False in a process that writes nothing
+    resume, keep: as in ``ClaimedFolder``
     """
 
     def __init__(
@@ -55,6 +65,8 @@ class RunFolder:
         overwrite: bool = False,
         decoders: int = 1,
         main: bool = True,
+        resume: bool = False,
+        keep: int = 0,
     ):
         self.folder = folder
         self.settings = settings
@@ -62,7 +74,8 @@ class RunFolder:
         self.draw = draw
         self.rows: list[dict] = []
         self.decoders = decoders
-        self._claimed = ClaimedFolder(folder, overwrite) if main else None
+        self._claimed = ClaimedFolder(folder, overwrite, resume, keep) if main else None
+        self.states = folder / STATES
         self._board = None
         self._drawn = time.perf_counter()
 
@@ -89,8 +102,23 @@ class RunFolder:
             self._claimed.check_room(size)
 
     def begin(self) -> None:
-        """Make way for the first result, which is an adapter."""
+        """Make way for the first result."""
         self._claimed.begin()
+
+    def save_settings(self) -> None:
+        """Write the settings with which a run goes on."""
+        if self._claimed is not None:
+            self.write_json(SETTINGS, self.settings)
+
+    def save_state(
+        self, name: str, model: nn.Module, record: dict, tensors: dict[str, Tensor], keep: int
+    ) -> None:
+        """Put a state of the run in place, see ``samfast.training.states``."""
+        self.begin()
+        self.states.mkdir(exist_ok=True)
+        folder = self.states / name
+        save_state(folder, adapter_files(model, folder), record, tensors, keep)
+        self._claimed.keep()
 
     def add_epoch(self, row: dict) -> None:
         """Append one row (the keys are the columns) to table, curves and TensorBoard."""
@@ -119,7 +147,10 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._board is None:
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+            # What a run wrote that went on from an earlier state than its last epoch is left out.
+            self._board = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=int(row["epoch"])
+            )
         for name in self.columns[2:]:
             self._board.add_scalar(name, row[name], row["epoch"])
         self._board.flush()

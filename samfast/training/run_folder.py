@@ -4,12 +4,13 @@
 settings.json       what the run was told
 adapter/last, best  the adapters of the last epoch and of the best one, each a folder that is whole
 metrics.csv, curves.png, overlays/, tensorboard/    after each epoch
+state/              from which the run goes on after a kill (see ``states``)
 summary.json        at the end
 
 While it runs there are the files of its lock (see ``run_lock``). An earlier run's results stay
 until the first result of the one that replaces them: its settings are in settings.next.json till
-then, and the old results are in .earlier/ while the new ones are written. ``adapter/last`` is the
-first of these, so a folder without it and without ``adapter/best`` holds no result.
+then, and the old results are in .earlier/ while the new ones are written. A folder without a state,
+``adapter/last`` and ``adapter/best`` holds no result.
 """
 
 import errno
@@ -24,12 +25,14 @@ from samfast.files.placing import write_whole
 from samfast.files.temporary import remove_dead
 from samfast.training.run_lock import HOLDER, LOCK, RunLock, was_cut_short
 
-FOLDERS = ("adapter", "overlays", "tensorboard")
+STATES = "state"
+FOLDERS = ("adapter", STATES, "overlays", "tensorboard")
 FILES = ("metrics.csv", "curves.png", "settings.json", "summary.json")
 SETTINGS = "settings.json"
 _NEXT = "settings.next.json"
 _EARLIER = ".earlier"
 _COPIES = 3  # last, best, and one that is being written
+_STATE = 3  # times an adapter: it, and its two moments in the optimizer
 _DECODER = 13 * 2**20  # bytes of a trained mask decoder, which every run saves
 _MIB = 2**20
 
@@ -62,16 +65,27 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def has_result(folder: Path) -> bool:
-    """Whether a run has saved an adapter in the folder."""
-    return any((folder / "adapter" / name / TENSORS).is_file() for name in ("last", "best"))
+    """Whether a run has saved an adapter or a state in the folder."""
+    adapters = any((folder / "adapter" / name / TENSORS).is_file() for name in ("last", "best"))
+    return adapters or has_states(folder)
+
+
+def has_states(folder: Path) -> bool:
+    """Whether a run's folder has a state; reads none."""
+    return any(folder.glob(f"{STATES}/[!.]*/{TENSORS}"))
 
 
 class ClaimedFolder:
-    """An output folder that one run has for itself, from ``open`` to ``close``."""
+    """An output folder that one run has for itself, from ``open`` to ``close``.
 
-    def __init__(self, folder: Path, overwrite: bool):
+    resume: whether the run may go on with what is there   keep: how many states it keeps
+    """
+
+    def __init__(self, folder: Path, overwrite: bool, resume: bool = False, keep: int = 0):
         self.folder = folder
         self.overwrite = overwrite
+        self.resume = resume
+        self.keep_states = keep
         self.begun = False
         self._settings: str | None = None  # the file that has them
         self._made: list[Path] = []  # folders, the outermost first
@@ -92,6 +106,9 @@ class ClaimedFolder:
                 self._tidy(lock.cut_short)
                 self._check_empty()
                 self.check_room(decoders * _DECODER)
+                if self.resume and has_states(self.folder):
+                    self.begun = True
+                    return
                 earlier = any((self.folder / name).exists() for name in (*FOLDERS, *FILES))
                 self._settings = _NEXT if earlier else SETTINGS
                 write_whole(self.folder / self._settings, settings)
@@ -101,17 +118,21 @@ class ClaimedFolder:
 
     def check_room(self, size: int) -> None:
         """Raise ValueError when adapters of so many bytes do not fit into the folder."""
-        places = [self.folder / f".room.{i}" for i in range(_COPIES)]
+        states = self.keep_states + 1 if self.keep_states else 0
+        sizes = [size] * _COPIES + [_STATE * size] * states
+        if self.begun:  # what it goes on with is there already
+            sizes = [size] + [_STATE * size] * min(1, states)
+        places = [self.folder / f".room.{i}" for i in range(len(sizes))]
         try:
-            for place in places:
+            for place, wanted in zip(places, sizes, strict=True):
                 with open(place, "wb") as file:
-                    _reserve(file.fileno(), size, self.folder)
+                    _reserve(file.fileno(), wanted, self.folder, sum(sizes))
         except OSError as error:
             free = shutil.disk_usage(self.folder).free
             raise ValueError(
                 f"output folder {self.folder} has no room for a run, which needs "
-                f"{_COPIES * size / _MIB:.1f} MiB, and {free / _MIB:.1f} MiB are free "
-                f"({error.strerror}); choose another --output"
+                f"{sum(sizes) / _MIB:.1f} MiB, and {free / _MIB:.1f} MiB are free "
+                f"({error.strerror}); choose another --output{', or --keep 0' if states else ''}"
             ) from None
         finally:
             for place in places:
@@ -124,7 +145,7 @@ class ClaimedFolder:
         self.begun = True
         if self._settings == _NEXT:
             (self.folder / _EARLIER).mkdir(exist_ok=True)
-            for name in (*FOLDERS, *FILES):  # adapter/ first, see _restore
+            for name in (*FOLDERS, *FILES):
                 if (self.folder / name).exists():
                     os.rename(self.folder / name, self.folder / _EARLIER / name)
             os.replace(self.folder / _NEXT, self.folder / SETTINGS)
@@ -170,39 +191,43 @@ class ClaimedFolder:
     def _tidy(self, cut_short: bool) -> None:
         """Put right what a run left that was killed."""
         if (self.folder / _EARLIER).is_dir():
-            self.keep() if has_result(self.folder) else self._restore()
+            new = has_result(self.folder) and not (self.folder / _NEXT).exists()
+            self.keep() if new else self._restore()
         (self.folder / _NEXT).unlink(missing_ok=True)
         if cut_short and not has_result(self.folder):
             clear_results(self.folder)
-        for place in (self.folder, self.folder / "adapter", self.folder / "overlays"):
+        for place in (self.folder, *(self.folder / name for name in FOLDERS)):
             if place.is_dir():
                 remove_dead(place)
 
     def _check_empty(self) -> None:
         others = {entry.name for entry in self.folder.iterdir()} - {LOCK, HOLDER}
-        if others and not self.overwrite:
+        going_on = self.resume and has_states(self.folder)
+        if others and not self.overwrite and not going_on:
             raise _not_empty(self.folder)
 
     def _restore(self) -> None:
-        """Put the earlier results back, adapter/ last: without it, this is not done yet."""
+        """Put the earlier results back; while _NEXT is there, this is not done yet."""
         earlier = self.folder / _EARLIER
         if not earlier.is_dir():
             return
-        for name in reversed((*FOLDERS, *FILES)):
+        (self.folder / _NEXT).touch()
+        for name in (*FOLDERS, *FILES):
             if (earlier / name).exists():
                 place = self.folder / name
                 shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
                 os.rename(earlier / name, place)
         earlier.rmdir()
+        (self.folder / _NEXT).unlink()
 
 
-def _reserve(handle: int, size: int, folder: Path) -> None:
-    """Take space for a file; OSError when there is none."""
+def _reserve(handle: int, size: int, folder: Path, total: int) -> None:
+    """Take space for a file; OSError when there is none for all of them."""
     if hasattr(os, "posix_fallocate"):
         with _as_unknown():
             return os.posix_fallocate(handle, 0, size)
     os.write(handle, b"0" * 4096)
-    if shutil.disk_usage(folder).free < _COPIES * size:
+    if shutil.disk_usage(folder).free < total:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -217,7 +242,8 @@ def _as_unknown() -> Iterator[None]:
 
 
 def _not_empty(folder: Path) -> ValueError:
+    resume = "--resume to go on with its run, " if has_states(folder) else ""
     return ValueError(
-        f"output folder {folder} is not empty; choose another --output, or --overwrite to "
+        f"output folder {folder} is not empty; choose another --output, {resume}or --overwrite to "
         "replace an earlier run's results"
     )

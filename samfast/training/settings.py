@@ -185,6 +185,12 @@ class TrainingSettings:
     """How long, how fast and in which precision to train."""
 
     epochs: int = option(20, "Epochs; the model is validated and saved after each", least=1)
+    patience: int | None = option(
+        None,
+        "Stop after so many epochs without a better validation score",
+        least=1,
+        hint="default: never",
+    )
     repeats: int | None = option(
         None,
         "How often an epoch shows each training image, mirrored anew each time",
@@ -202,8 +208,9 @@ class TrainingSettings:
     schedule: str | None = option(
         None,
         "Learning rate after a short warm-up: half a cosine to 0, or constant; or without warm-up "
-        "in a straight line to 0 (polynomial)",
-        choices=SCHEDULES,
+        "in a straight line to 0 (polynomial); or a schedule of torch for each step, such as "
+        "'StepLR(step_size=100)' (ReduceLROnPlateau: for each epoch, by the score)",
+        metavar=f"{{{','.join(SCHEDULES)}}} | NAME(KEY=VALUE)",
         hint=f"default: {_by_method(_recipes('schedule'))}",
     )
     loss: str | None = option(
@@ -262,6 +269,21 @@ class OutputSettings:
         hint="default: runs/DATA-MODEL-METHOD, with -box or -TASKS",
     )
     overwrite: bool = option(False, "Replace the results of an earlier run in the output folder")
+    resume: str | None = option(
+        None,
+        "Go on from the newest complete state in the output folder, or begin where there is none; "
+        "or from PATH, a run's folder or one of its states, whose settings hold unless given anew",
+        metavar="[PATH]",
+        alone="newest",
+        hint="default: begin anew",
+    )
+    save_every: int | None = option(
+        None,
+        "Save a state after so many optimizer steps, too; --resume loses the steps since the last",
+        least=1,
+        hint="default: after each epoch only",
+    )
+    keep: int = option(1, "States to keep; 0 saves none, so that nothing can be resumed", least=0)
     overlays: int = option(4, "Validation images to draw next to truth and prediction", least=0)
     dry_run: bool = option(
         False,

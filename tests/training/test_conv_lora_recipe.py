@@ -27,6 +27,7 @@ from samfast.training.metrics import ForegroundScores
 from samfast.training.predict import load_adapted
 from samfast.training.recipe import with_recipe
 from samfast.training.records import output_folder
+from samfast.training.schedules import _factor
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
@@ -96,7 +97,7 @@ def test_the_recipe_is_that_of_the_authors(run, tmp_path):
 def test_a_schedule_resumes_where_it_was():
     def schedule():
         optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.3)
-        factor = loop._schedule("polynomial", 7)
+        factor = _factor("polynomial", 7)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     def rates(optimizer, schedule, steps):

@@ -26,6 +26,8 @@ from samfast.training.losses import LOSSES
 from samfast.training.metrics import ForegroundScores, all_foreground_scores
 from samfast.training.predict import load_adapted
 from samfast.training.records import COLUMNS
+from samfast.training.run import _repeats
+from samfast.training.schedules import _factor
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
@@ -59,6 +61,7 @@ def test_a_run_leaves_all_its_results(run):
         "metrics.csv",
         "overlays",
         "settings.json",
+        "state",
         "summary.json",
         "tensorboard",
     ]
@@ -246,7 +249,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(
     arguments += ["64", "--repeats", "1", "--epochs", "2", "--output", str(output)]
     assert cli.main(arguments) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "the loss is nan in batch 2 after step 3" in err
+    assert err.count("\n") == 1 and "the loss is nan in step 5; the largest gradient of " in err
+    assert "; the images were p" in err and "epoch-001 is kept" in err
     assert len(rows_of(output)) == 1
     assert read_adapter_config(output / "adapter" / "last")["extra"]["epoch"] == 1
     tensors = load_adapted(output / "adapter" / "last").state_dict().values()
@@ -261,7 +265,8 @@ def test_gradients_that_are_not_finite_are_noticed_before_saving(
     shared_data, tmp_path, monkeypatch
 ):
     poisoned(monkeypatch, 3, infinite_gradient)
-    with pytest.raises(FloatingPointError, match="is no longer finite after epoch 1"):
+    told = "is no longer finite after step 3; nothing was saved"
+    with pytest.raises(FloatingPointError, match=told):
         finetune(settings_for(shared_data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -276,7 +281,7 @@ def test_weights_that_are_not_finite_keep_the_last_good_adapter(
     arguments += ["64", "--repeats", "1", "--epochs", "2", "--output", str(output)]
     assert cli.main(arguments) == 2
     err = capfd.readouterr().err
-    kept = "is no longer finite after epoch 2; the results of earlier epochs are kept, a smaller"
+    kept = f"is no longer finite after step 6; {output}/state/epoch-001 is kept; a smaller"
     assert err.count("\n") == 1 and kept in err
     assert len(rows_of(output)) == 1
     for name in ("last", "best"):
@@ -311,7 +316,7 @@ def test_an_interrupt_keeps_what_was_saved(shared_data, tmp_path, monkeypatch, c
 
 def test_few_images_are_repeated_until_an_epoch_has_fifty_steps():
     def repeats(images, processes=1, **options):
-        return loop._repeats(settings_for(Path("x"), Path("y"), **options), images, processes)
+        return _repeats(settings_for(Path("x"), Path("y"), **options), images, processes)
 
     assert repeats(20, repeats=None, batch_size=2) == 5
     assert repeats(30, repeats=None, batch_size=2) == 4
@@ -321,12 +326,12 @@ def test_few_images_are_repeated_until_an_epoch_has_fifty_steps():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    factor = loop._schedule("cosine", 200)
+    factor = _factor("cosine", 200)
     values = [factor(step) for step in range(200)]
     assert values[:10] == [(i + 1) / 10 for i in range(10)] and values[10] == 1.0
     assert all(a > b for a, b in pairwise(values[10:]))
     assert 0 < values[-1] < 0.001
-    assert loop._schedule("constant", 200)(199) == 1.0
-    polynomial = loop._schedule("polynomial", 200)
+    assert _factor("constant", 200)(199) == 1.0
+    polynomial = _factor("polynomial", 200)
     assert [polynomial(step) for step in (0, 50, 100, 150, 200, 201)] == [1, 0.75, 0.5, 0.25, 0, 0]
-    assert loop._schedule("cosine", 1)(0) == 1.0
+    assert _factor("cosine", 1)(0) == 1.0

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from rank_runs import (
     second_has_a_bug,
 )
 from stock_runs import by_reference
+from test_resume import results
 
 import samfast
 from samfast import cli
@@ -366,3 +368,50 @@ def test_one_killed_rank_ends_the_other(tmp_path, killed):
     assert left.returncode == 2
     assert err.count("samfast: the other process ended, so this one cannot go on") == 1
     assert (tmp_path / "out" / "adapter" / "last").is_dir()
+
+
+def together(words, act=lambda both: None) -> list[tuple[int, str]]:
+    """(exit code, standard error) of both ranks of a command; act: what to do to them meanwhile"""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(free_port())
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "samfast", *map(str, words)],
+            env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        act(both)
+        return [(one.returncode, err) for one in both for _, err in [one.communicate(timeout=200)]]
+    finally:
+        for process in both:
+            process.kill()
+
+
+@needs_fork
+@pytest.mark.slow
+def test_two_ranks_stop_together_and_go_on(tmp_path):
+    """A signal to one of them; the final bytes are those of two that nothing interrupted."""
+    data = fill_folder(tmp_path / "data", 6)
+    words = ["finetune", "--data", data, *TINY, "--epochs", 3, "--repeats", 9, "--batch-size", 1]
+    words += ["--dropout", 0.1, "--save-every", 1, "--output"]
+    assert [code for code, _ in together([*words, tmp_path / "a"])] == [0, 0]
+
+    def stop_one(both):
+        while not list((tmp_path / "b").glob("state/step-*")):
+            assert both[1].poll() is None
+            time.sleep(0.05)
+        both[1].send_signal(signal.SIGTERM)
+
+    ended = together([*words, tmp_path / "b"], stop_one)
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert sum(err.count("go on with samfast finetune --resume") for _, err in ended) == 1
+    alone = [sys.executable, "-m", "samfast", *map(str, words), str(tmp_path / "b"), "--resume"]
+    done = subprocess.run(alone, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "processes was 2 and is 1" in done.stderr
+    assert [code for code, _ in together([*words, tmp_path / "b", "--resume"])] == [0, 0]
+    assert results(tmp_path / "b") == results(tmp_path / "a")

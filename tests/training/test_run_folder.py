@@ -510,9 +510,9 @@ exit $code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, fits", [("2m", False), ("20m", False), ("43m", True)])
+@pytest.mark.parametrize("size, fits", [("2m", False), ("20m", False), ("125m", True)])
 def test_a_disk_of_that_size_loses_nothing(shared_data, tmp_path, size, fits):
-    """Too small is noticed at once. 43 MiB take the adapters, and each state of them is whole."""
+    """Too small is noticed at once. 125 MiB take adapters and states; each is whole."""
     place, copy = tmp_path / "disk", tmp_path / "copy"
     place.mkdir()
     script = TMPFS.format(

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which state a run goes on from, and which of its settings may have changed since."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from samfast.training.run_folder import STATES, check_folder, has_result, has_states
+from samfast.training.run_lock import was_cut_short
+from samfast.training.settings import FinetuneSettings
+from samfast.training.states import State, newest_state, read_state
+
+NEWEST = "newest"
+_OF_NO_EFFECT = {  # on what is trained
+    "output",
+    "overwrite",
+    "overlays",
+    "dry_run",
+    "json",
+    "resume",
+    "save_every",
+    "keep",
+    "threads",
+    "workers",
+    # What settings.json records with them; ``facts`` has those of them that matter.
+    "versions",
+    "device",
+    "command",
+    "processes",
+}
+_MAY_CHANGE = {
+    "data",  # the folder may have moved; its files are compared by name
+    "tasks",
+    "checkpoint",  # its weights are compared by their digest
+    "epochs",
+    "patience",
+    "clip",
+    "weight_decay",
+    "precision",
+    "base_dtype",
+    "memory",
+    "decoder_chunk",
+    "fuse",
+    "cache",  # an image is encoded by itself, and in a batch where nothing is kept
+    "backend",
+}
+
+
+def run_of(settings: FinetuneSettings) -> Path | None:
+    """The run's folder that ``resume`` names by itself or by one of its states; None for neither.
+
+    Raises FileNotFoundError when a named path is missing, ValueError when it has no state or is of
+    another run than ``output``.
+    """
+    if settings.resume in (None, NEWEST):
+        return None
+    path = Path(settings.resume)
+    if not path.exists():
+        raise FileNotFoundError(f"resume {path} does not exist; name a run's folder or a state")
+    is_state = path.parent.name == STATES
+    run = path.parent.parent if is_state else path
+    if not is_state and not (run / STATES).is_dir():
+        raise ValueError(f"resume {path} is neither a run's folder with states nor a state")
+    if settings.output is not None and settings.output.resolve() != run.resolve():
+        raise ValueError(
+            f"resume {path} is in the run {run}, but output is {settings.output}; leave out "
+            "--output, a run goes on in its own folder"
+        )
+    return run
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise ValueError where results without a state would be in the way; changes nothing."""
+    check_folder(folder)
+    others = folder.is_dir() and any(folder.iterdir()) and not was_cut_short(folder)
+    if others and not has_states(folder):
+        what = "an earlier run's results" if has_result(folder) else "something else"
+        raise ValueError(
+            f"output folder {folder} holds {what} and no state to resume from; choose another "
+            "--output, or --overwrite in place of --resume to begin again"
+        )
+
+
+def state_for(settings: FinetuneSettings, folder: Path) -> tuple[State | None, list[str]]:
+    """The state that ``resume`` names, or the newest complete one; and what to say about it."""
+    if settings.resume == NEWEST or Path(settings.resume).parent.name != STATES:
+        found, remarks = newest_state(folder)
+        if found is None and (remarks or settings.resume != NEWEST):
+            said = "; ".join(remarks) or "there is none"
+            raise ValueError(
+                f"no state in {folder} is complete ({said}); --overwrite begins the run again"
+            )
+        if found is None:
+            return None, [f"no state to resume from in {folder}: the run begins at the start"]
+    else:
+        found, remarks = read_state(Path(settings.resume)), []
+    return found, [*remarks, f"resuming from {found.folder} ({found.title()})"]
+
+
+def check_same_run(state: State, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """What has changed since the state, as a sentence; "" when nothing has.
+
+    settings: as ``settings.json`` has them   facts: of the machine and the versions
+    Raises ValueError for a change with which the run would not be the same one.
+    """
+    before = state.record["settings"]
+    wanted = json.loads(json.dumps(dict(settings), default=str))
+    defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
+    changes = []
+    for name, now in wanted.items():
+        old = before.get(name, defaults.get(name))
+        if name in _OF_NO_EFFECT or old == now:
+            continue
+        if name in ("train", "val"):
+            raise ValueError(f"resume {state.folder}: {_files(name, old or [], now)}")
+        if name not in _MAY_CHANGE:
+            raise ValueError(
+                f"resume {state.folder}: {name} was {_text(old)} and is {_text(now)}; a run goes "
+                f"on with the {name} that it began with"
+            )
+        changes.append(f"{name} was {_text(old)} and is {_text(now)}")
+    for name, now in json.loads(json.dumps(dict(facts))).items():
+        old = state.record["facts"].get(name)
+        if old == now:
+            continue
+        if name in ("processes", "what is learned"):
+            raise ValueError(
+                f"resume {state.folder}: {name} was {_text(old)} and is {_text(now)}; a run goes "
+                "on as it began"
+            )
+        changes.append(f"{name} was {_text(old)} and is {_text(now)}")
+    return f"changed since: {', '.join(changes)}" if changes else ""
+
+
+def _files(part: str, old: list[str], now: list[str]) -> str:
+    what = {"train": "training", "val": "validation"}[part]
+    gone, new = sorted(set(old) - set(now)), sorted(set(now) - set(old))
+    said = [f"{names[0]} is {kind}" for names, kind in ((gone, "gone"), (new, "new")) if names]
+    said = said or ["they come in another order"]
+    return (
+        f"the {what} images are not those that the run began with ({len(old)} then, {len(now)} "
+        f"now; {', '.join(said)})"
+    )
+
+
+def _text(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

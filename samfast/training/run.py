@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One fine-tuning run: its steps, its epochs, what it saves and where it goes on from."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import samfast
+from samfast.adapters.finite import not_finite
+from samfast.adapters.trained import trained_state
+from samfast.models import image_size
+from samfast.training.callbacks import Callback
+from samfast.training.data import EpochSampler
+from samfast.training.embeddings import keep_embeddings
+from samfast.training.goal import Goal
+from samfast.training.joined import JoinedBatches, own_loader
+from samfast.training.launched import Launched
+from samfast.training.progress import Progress, peak_memory_mib
+from samfast.training.records import RunFolder
+from samfast.training.run_state import record_of, restore
+from samfast.training.schedules import Schedule
+from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
+from samfast.training.states import State
+from samfast.training.stopping import Interrupted, StopAsked, ignore_signals
+from samfast.training.watch import Losses, NotFinite, clip_gradients
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Say = Callable[[str], None]
+
+
+class Run:
+    """Model, optimizer, loaders, and how far the run is.
+
+    epoch, batch: the epoch at hand and how many of its batches are done   step: optimizer steps
+    rows: the lines of the table so far   best: the one with the best score
+    """
+
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        accelerator: "Accelerator",
+        sam: nn.Module,
+        dtype: torch.dtype,
+        goal: Goal,
+        say: Say,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.settings = settings
+        self.accelerator = accelerator
+        self.say = say
+        self.sam = sam
+        self.dtype = dtype
+        self.goal = goal
+        self.callbacks = tuple(callbacks)
+        side = image_size(sam)
+        named = samfast.trainable_parameters(sam)
+        names, self.parameters = zip(*named, strict=True) if named else ((), ())
+        groups = samfast.parameter_groups(
+            sam, settings.lr, settings.weight_decay, relation_lr=settings.relation_lr
+        )
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+        workers = _workers(settings, accelerator.device)
+        data, collate = goal.training_data(side)
+        place = Launched(accelerator.process_index, accelerator.num_processes)
+        repeats = _repeats(settings, len(data), place.processes)
+        sampler = EpochSampler(len(data), settings.seed, repeats)
+        self.batches = JoinedBatches(sampler, settings.batch_size, place)
+        loader = DataLoader(
+            data,
+            batch_sampler=self.batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator().manual_seed(settings.seed),  # draws nothing of training's
+        )
+        self.plain_model = goal.segmenter(sam, dtype)
+        self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
+        keep_embeddings(self.plain_model, settings, goal.split, say)
+        self.loader = own_loader(loader, accelerator.device)
+        steps = settings.epochs * math.ceil(len(self.batches) / settings.accumulate)
+        self.schedule = Schedule(optimizer, settings.schedule, steps)
+        # Not prepared: a loader evened out over processes would repeat images and falsify scores.
+        mine = goal.split.val[place.rank :: place.processes]
+        self.val_loader = goal.validation_loader(mine, side, settings.batch_size, workers)
+        self.losses = Losses(names, accelerator.reduce)
+        self.epoch, self.batch, self.step = 1, 0, 0
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.lr = self.schedule.lr()
+        self.seconds = 0.0
+        self.stop_reason = ""
+        self.origin: dict[str, Any] = {}  # kept with each state: settings, and other facts
+        self._saved_at = "nothing was saved"
+
+    def stop(self, reason: str) -> None:
+        """End the run after the epoch at hand; reason: what it says about that"""
+        self.stop_reason = reason
+
+    def restore(self, state: State, folder: RunFolder) -> None:
+        """Go on from a state; ValueError when it is not of this model."""
+        restore(self, state)
+        folder.rows = list(self.rows)
+        self._saved_at = f"{state.folder} is kept"
+        if self.batch == 0 and self.rows:  # the state is saved before the results are
+            folder.rows.pop()
+            self._finish_epoch(folder, self.rows[-1])
+
+    def train(self, folder: RunFolder, asked: StopAsked) -> dict:
+        settings, goal = self.settings, self.goal
+        asked.saving = True
+        began = time.perf_counter() - self.seconds
+        self._call("on_begin")
+        while self.epoch <= settings.epochs and not self._is_enough():
+            row = self.train_epoch(folder, asked)
+            with self._undrawn():
+                row.update(goal.scores(self.plain_model, self.val_loader))
+            improved = self.best is None or row[goal.score] > self.best[goal.score]
+            self.rows.append(row)
+            self.best = row if improved else self.best
+            self.schedule.end_epoch(row[goal.score])
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.losses = Losses(self.losses.names, self.losses.reduce)
+            self.seconds = time.perf_counter() - began
+            self.save_state(folder)
+            self._finish_epoch(folder, row)
+            self.say(
+                f"epoch {row['epoch']}/{settings.epochs}  loss {row['train_loss']:.4f}  "
+                f"{goal.epoch_text(row)}  {row['images_per_second']:.1f} images/s"
+                f"{'  best' if improved else ''}"
+            )
+            self._call("on_epoch", row)
+            self._stop_if_asked(folder, asked, saved=True)
+        if self.stop_reason:
+            self.say(self.stop_reason)
+        self.seconds = time.perf_counter() - began
+        summary = self._summary(folder)
+        if self.accelerator.is_main_process:
+            folder.write_json("summary.json", summary)
+        self.say(f"{goal.closing(self.best)}; results are in {folder.folder}")
+        self._call("on_end", summary)
+        return summary
+
+    def train_epoch(self, folder: RunFolder, asked: StopAsked) -> dict:
+        """The rest of the epoch at hand; returns its row of the table, without scores."""
+        accelerator, settings, losses = self.accelerator, self.settings, self.losses
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        self.loader.set_epoch(self.epoch)
+        self.batches.skip(self.batch)
+        self.model.train()
+        total = (len(self.batches) - self.batch) * settings.batch_size
+        title = f"epoch {self.epoch}/{settings.epochs}"
+        parts = zip(self.batches.counts(), self.batches.weights(self.goal.counts), strict=True)
+        with (
+            self._explained(),
+            Progress(title, total, main=accelerator.is_main_process) as progress,
+        ):
+            for batch, (images, weights) in zip(self.loader, parts, strict=True):
+                self._train_batch(batch, images, weights)
+                if losses.due():
+                    losses.look()
+                if accelerator.sync_gradients:
+                    self._after_step(folder, asked)
+                if progress.advance(len(batch.images)) and losses.values:
+                    progress.show(losses.mean())
+            losses.look()  # waits for the device, so the clock below is right
+            rate = torch.tensor(progress.images_per_second(), device=accelerator.device)
+        self._check_finite()
+        rate = accelerator.reduce(rate, reduction="sum").item()
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": losses.mean(),
+            "images_per_second": round(rate, 3),
+            "peak_memory_mib": peak_memory_mib(accelerator.device),
+            "lr": self.lr,
+        }
+
+    def loss(self, batch, weights: Sequence[float] | None = None) -> Tensor:
+        """The goal's loss, and what the adapters add to it.
+
+        weights: of this process's means in the mean over processes, the images' first
+        """
+        if weights is None:
+            return self.goal.loss(self.model, batch) + samfast.aux_loss(self.sam)
+        loss = self.goal.loss(self.model, batch, weights[1:])
+        return loss + weights[0] * samfast.aux_loss(self.sam)
+
+    def _train_batch(self, batch, images: int, weights: Sequence[float] | None) -> None:
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.model):
+            loss = self.loss(batch, weights)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.unscale_gradients()
+                norms = clip_gradients(self.parameters, self.settings.clip)
+                self.losses.add_norms(norms, self.step + 1)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.losses.add(loss, images, self.step + 1)
+        self.batch += 1
+        if accelerator.sync_gradients:
+            self.step += 1
+            self.lr = self.schedule.lr()
+            if not accelerator.optimizer_step_was_skipped:
+                self.schedule.step()
+            self._call("on_step", loss.detach())
+
+    def _after_step(self, folder: RunFolder, asked: StopAsked) -> None:
+        every = self.settings.save_every
+        saved = every is not None and self.step % every == 0
+        if saved:
+            self.save_state(folder)
+        self._stop_if_asked(folder, asked, saved)
+
+    def _stop_if_asked(self, folder: RunFolder, asked: StopAsked, saved: bool) -> None:
+        """Save and raise Interrupted when a signal has come to any process."""
+        if self.accelerator.num_processes > 1:
+            asked.agree(self._largest)
+        if asked.number == 0:
+            return
+        if not saved:
+            self.save_state(folder)
+        where = f"stopped after step {self.step}; {self._saved_at}"
+        if self.settings.keep:
+            where += f"; go on with samfast finetune --resume {folder.folder}"
+        raise Interrupted(where, asked.number)
+
+    def save_state(self, folder: RunFolder) -> None:
+        """Put all that is needed to go on into the run's folder."""
+        self.losses.look()
+        self._check_finite()
+        if not self.settings.keep:
+            self._saved_at = f"the adapter of epoch {len(self.rows)} is kept"
+            self._saved_at = self._saved_at if self.rows else "nothing was saved"
+            return
+        record, tensors = record_of(self)
+        if self.accelerator.is_main_process:
+            name = f"step-{self.step:06d}" if self.batch else f"epoch-{self.epoch - 1:03d}"
+            folder.save_state(name, self.sam, record, tensors, self.settings.keep)
+            self._saved_at = f"{folder.states / name} is kept"
+
+    def _finish_epoch(self, folder: RunFolder, row: dict) -> None:
+        """Write the results of an epoch; to write them again changes nothing."""
+        if self.accelerator.is_main_process:
+            folder.begin()
+            adapters = folder.folder / "adapter"
+            self.save(adapters / "last", row)
+            if row is self.best:
+                self.save(adapters / "best", row)
+            folder.add_epoch(row)
+            if row is self.best:
+                with self._undrawn():
+                    self.draw_overlays(folder)
+        self.accelerator.wait_for_everyone()
+
+    def save(self, folder, row: dict) -> None:
+        scores = {name: row[name] for name in ("epoch", *self.goal.columns)}
+        samfast.save_adapter(self.sam, folder, **scores, **self.goal.remembered())
+
+    def draw_overlays(self, folder: RunFolder) -> None:
+        """image | truth | prediction of a few validation images, spread over the set."""
+        val = self.goal.split.val
+        count = min(self.settings.overlays, len(val))
+        if count == 0:
+            return
+        chosen = [val[i * len(val) // count] for i in range(count)]
+        for name, panel in self.goal.overlays(self.plain_model, chosen, image_size(self.sam)):
+            folder.add_overlay(name, panel)
+
+    def _is_enough(self) -> bool:
+        """Whether the run may end before its last epoch."""
+        patience = self.settings.patience
+        if patience is not None and self.best is not None and not self.stop_reason:
+            since = len(self.rows) - self.best["epoch"]
+            if since >= patience:
+                self.stop(f"stopped early: no better validation score in {since} epochs")
+        return bool(self.stop_reason)
+
+    def _summary(self, folder: RunFolder) -> dict:
+        row = self.rows[-1]
+        return {
+            "output": str(folder.folder),
+            "best_epoch": self.best["epoch"],
+            **self.goal.summary(self.best),
+            "epochs": len(self.rows),
+            "steps": self.step,
+            "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
+            "images_per_second": row["images_per_second"],
+            "peak_memory_mib": row["peak_memory_mib"],
+            "seconds": round(self.seconds, 2),
+            "device": str(self.accelerator.device),
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+
+    def _check_finite(self) -> None:
+        if (bad := not_finite(trained_state(self.sam))) is not None:  # all that would be saved
+            raise FloatingPointError(
+                f"{bad} is no longer finite after step {self.step}; {self._saved_at}; a smaller "
+                "--lr may help"
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Let a loss that is not finite be told with its images and what is kept."""
+        try:
+            yield
+        except NotFinite as error:
+            train = self.goal.split.train
+            names = dict.fromkeys(train[i].stem for i in self.batches.images(error.batch))
+            raise FloatingPointError(
+                f"{error}; the images were {', '.join(names)}; {self._saved_at}; a smaller --lr "
+                "may help"
+            ) from None
+
+    @contextmanager
+    def _undrawn(self) -> Iterator[None]:
+        """What is drawn inside, by loaders for their workers, has no effect on training."""
+        with torch.random.fork_rng(devices=()):
+            yield
+
+    def _largest(self, number: int) -> int:
+        from torch import distributed
+
+        found = torch.tensor(number, device=self.accelerator.device)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found.item())
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, name)(self, *arguments)
+
+
+def _repeats(settings: FinetuneSettings, images: int, processes: int) -> int:
+    if settings.repeats is not None:
+        return settings.repeats
+    step = settings.batch_size * settings.accumulate * processes
+    return math.ceil(STEPS_PER_EPOCH * step / images)
+
+
+def _workers(settings: FinetuneSettings, device: torch.device) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)

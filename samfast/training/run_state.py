@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as a record and tensors, and back: all but the adapter, which has files of its own."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import samfast
+from samfast.training.random_states import random_states, restore_random_states
+
+if TYPE_CHECKING:
+    from samfast.training.run import Run
+    from samfast.training.states import State
+
+_OPTIMIZER = "optimizer"
+_RANDOM = "random"
+
+
+def record_of(run: "Run") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON values, tensors) of a run; all processes of it have to ask."""
+    from accelerate.utils import gather_object
+
+    optimizer = run.optimizer.optimizer.state_dict()
+    found = gather_object([random_states(run.accelerator.device)])
+    tensors = {
+        f"{_OPTIMIZER}.{index}.{key}": value
+        for index, own in optimizer["state"].items()
+        for key, value in own.items()
+    }
+    for rank, (_, own) in enumerate(found):
+        tensors.update({f"{_RANDOM}.{rank}.{key}": value for key, value in own.items()})
+    scaler = run.accelerator.scaler
+    record = {
+        **run.origin,
+        "epoch": run.epoch,
+        "batch": run.batch,
+        "step": run.step,
+        "rows": run.rows,
+        "best": None if run.best is None else run.rows.index(run.best),
+        "losses": run.losses.values,
+        "counts": run.losses.counts,
+        "lr": run.lr,
+        "seconds": run.seconds,
+        "groups": optimizer["param_groups"],
+        "schedule": run.schedule.state(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "random": [values for values, _ in found],
+    }
+    return record, tensors
+
+
+def restore(run: "Run", state: "State") -> None:
+    """Put a run where ``record_of`` found it; ValueError when the state is of another model."""
+    record = state.record
+    flags = [(parameter, parameter.requires_grad) for parameter in run.sam.parameters()]
+    samfast.load_adapter(run.sam, state.folder)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    _restore_optimizer(run, state)
+    run.schedule.load({k: v for k, v in record["schedule"].items()})
+    if run.accelerator.scaler is not None and record["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(record["scaler"])
+    run.epoch, run.batch, run.step = record["epoch"], record["batch"], record["step"]
+    run.rows = record["rows"]
+    run.best = None if record["best"] is None else run.rows[record["best"]]
+    run.losses.values, run.losses.counts = record["losses"], record["counts"]
+    run.lr, run.seconds = record["lr"], record["seconds"]
+    rank, device = run.accelerator.process_index, run.accelerator.device
+    own = _under(f"{_RANDOM}.{rank}.", state.tensors)
+    restore_random_states(record["random"][rank], own, device)
+
+
+def _restore_optimizer(run: "Run", state: "State") -> None:
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, value in _under(f"{_OPTIMIZER}.", state.tensors).items():
+        index, _, key = name.partition(".")
+        found.setdefault(int(index), {})[key] = value
+    optimizer = run.optimizer.optimizer
+    weight_decay = [group["weight_decay"] for group in optimizer.param_groups]
+    groups = state.record["groups"]
+    for group in groups:
+        group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": found, "param_groups": groups})
+    for group, value in zip(optimizer.param_groups, weight_decay, strict=True):
+        group["weight_decay"] = value  # which may have changed
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

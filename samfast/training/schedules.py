@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate over a run: samfast's three schedules, and those of torch by name."""
+
+import ast
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from samfast.training.settings import SCHEDULES
+
+# What ends with the run unless told otherwise.
+_LENGTHS = {
+    "OneCycleLR": "total_steps",
+    "CosineAnnealingLR": "T_max",
+    "PolynomialLR": "total_iters",
+}
+
+
+def parsed_schedule(text: str) -> tuple[str, dict[str, Any]]:
+    """The class in torch.optim.lr_scheduler and the arguments that ``Name(key=number)`` says.
+
+    Loads no torch. ValueError for another form.
+    """
+    try:
+        call = ast.parse(text, mode="eval").body
+        if isinstance(call, ast.Name):
+            return call.id, {}
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            return call.func.id, {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        pass
+    raise _unknown(text)
+
+
+def _unknown(text: str) -> ValueError:
+    return ValueError(
+        f"unknown schedule {text!r}; known are {', '.join(SCHEDULES)}, and those of "
+        "torch.optim.lr_scheduler, such as StepLR(step_size=100)"
+    )
+
+
+def check_schedule(text: str) -> None:
+    """Raise ValueError for what ``Schedule`` would refuse."""
+    import torch
+
+    if text not in SCHEDULES:
+        _of_torch(torch.optim.AdamW([torch.zeros(1)]), text, steps=100)
+
+
+class Schedule:
+    """The learning rate of each parameter group, step by step.
+
+    name: a schedule of samfast, or ``parsed_schedule``'s form   steps: optimizer steps in all
+    Raises ValueError when torch has no such schedule, or when its arguments are wrong.
+    """
+
+    def __init__(self, optimizer, name: str, steps: int):
+        from torch.optim import lr_scheduler
+
+        self.optimizer = optimizer
+        if name in SCHEDULES:
+            self.scheduler = lr_scheduler.LambdaLR(optimizer, _factor(name, steps))
+        else:
+            self.scheduler = _of_torch(optimizer, name, steps)
+        self._by_epoch = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
+
+    def lr(self) -> float:
+        """Of the first group, in the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self) -> None:
+        """Go on after an optimizer step."""
+        if not self._by_epoch:
+            self.scheduler.step()
+
+    def end_epoch(self, score: float) -> None:
+        """Go on after an epoch; ReduceLROnPlateau looks at its score."""
+        if self._by_epoch:
+            self.scheduler.step(score)
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values."""
+        return self.scheduler.state_dict()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, whose number of steps in all may have been another one."""
+        self.scheduler.load_state_dict(state)
+        if hasattr(self.scheduler, "lr_lambdas"):
+            done = self.scheduler.last_epoch
+            rates = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+            for group, (lr, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * factor(done)
+
+
+def _of_torch(optimizer, text: str, steps: int):
+    from torch.optim import lr_scheduler
+
+    name, arguments = parsed_schedule(text)
+    kind = getattr(lr_scheduler, name, None)
+    usable = inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler)
+    if not usable or kind is lr_scheduler.LRScheduler:
+        raise _unknown(text)
+    if name == "OneCycleLR":
+        arguments.setdefault("max_lr", [group["lr"] for group in optimizer.param_groups])
+    if name == "ReduceLROnPlateau":
+        arguments.setdefault("mode", "max")  # of the score
+    if (own := _LENGTHS.get(name)) is not None and not {own, "epochs"} & set(arguments):
+        arguments[own] = steps
+    try:
+        return kind(optimizer, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"schedule {text!r}: {error}") from None
+
+
+def _factor(name: str, steps: int) -> Callable[[int], float]:
+    """The learning rate's factor as a function of the optimizer step alone.
+
+    cosine and constant begin with a linear warm-up over 5 % of the steps (at most 50). polynomial
+    is that of Conv-LoRA's authors: no warm-up, power 1, end 0.
+    """
+    warmup = max(1, min(50, steps // 20))
+
+    def factor(step: int) -> float:
+        if name == "polynomial":
+            return max(0.0, 1.0 - step / max(1, steps))
+        if step < warmup or name == "constant":
+            return min(1.0, (step + 1) / warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return factor

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The states of a run on disk, from which it goes on after a kill as if there had been none.
+
+Each is a folder under ``state/``, which one rename puts in place with all its files:
+
+adapter_model.safetensors, adapter_config.json    an adapter folder, for ``predict`` too
+training.safetensors    tensors of the optimizer and of the random generators; its header holds the
+                        record (place in the run, scores, schedule, settings) and a digest of both
+
+A state that lacks a file, or whose digest is wrong, is not complete.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+
+from samfast.files.format import CONFIG, TENSORS, digest, read_adapter
+from samfast.files.placing import write_together
+from samfast.training.run_folder import STATES
+
+TRAINING = "training.safetensors"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """A complete state, read and checked. tensors: by name; the adapter's are in its folder"""
+
+    folder: Path
+    record: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, batches of it that are done)."""
+        return self.record["epoch"], self.record["batch"]
+
+    def title(self) -> str:
+        """How sentences name the place."""
+        epoch, batch = self.place
+        step = f"step {self.record['step']}"
+        return f"{step}, epoch {epoch}" if batch else f"{step}, the end of epoch {epoch - 1}"
+
+
+def save_state(
+    folder: Path,
+    adapter: dict[str, bytes],
+    record: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    keep: int,
+) -> None:
+    """Write a state in one step, then remove all but the ``keep`` newest ones up to this one.
+
+    adapter: the files of an adapter folder. Later states are of a run that went on from an earlier
+    state than theirs, so they go. OSError names the file that could not be written, and then
+    earlier states are as they were.
+    """
+    record = json.loads(json.dumps({"format": VERSION, **record}, default=str))
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = {"samfast": json.dumps({"record": record, "sha256": digest(record, tensors)})}
+    files = {**adapter, TRAINING: save(tensors, metadata=header)}
+    shutil.rmtree(folder, ignore_errors=True)  # one that is damaged, or about to be made again
+    write_together(folder, files)
+    place = (record["epoch"], record["batch"])
+    found = dict(_places(folder.parent))
+    earlier = sorted((own for own in found if found[own] and found[own] <= place), key=found.get)
+    for old in set(found) - set(earlier[-keep:]):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_state(run: Path) -> tuple[State | None, list[str]]:
+    """The newest complete state of a run's folder, and a sentence for each newer one."""
+    places = dict(_places(run / STATES))
+    remarks = []
+    for folder in sorted(places, key=lambda own: places[own] or (0, 0), reverse=True):
+        try:
+            return read_state(folder), remarks
+        except (ValueError, OSError) as error:
+            remarks.append(f"{error}; an earlier state is looked for")
+    return None, remarks
+
+
+def read_state(folder: Path) -> State:
+    """Read a state and check it. Raises FileNotFoundError and ValueError with its name."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"state {folder} does not exist")
+    for name in (CONFIG, TENSORS, TRAINING):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"state {folder} is not complete: it has no {name}")
+    try:
+        with safetensors.safe_open(folder / TRAINING, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record, stored = _header(file)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"state {folder} is damaged: {TRAINING}: {error}") from None
+    if record["format"] != VERSION:
+        raise ValueError(
+            f"state {folder} has the format {record['format']!r}, and this samfast reads {VERSION}"
+        )
+    if digest(record, tensors) != stored:
+        raise ValueError(f"state {folder} is damaged: {TRAINING} does not have its digest")
+    read_adapter(folder)
+    return State(folder, record, tensors)
+
+
+def _places(states: Path) -> Iterator[tuple[Path, tuple[int, int] | None]]:
+    """(folder, place) of what lies among the states; None for what is not complete."""
+    if not states.is_dir():
+        return
+    for folder in states.iterdir():
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        try:
+            complete = all((folder / name).is_file() for name in (CONFIG, TENSORS))
+            with safetensors.safe_open(folder / TRAINING, framework="pt", device="cpu") as file:
+                record, _ = _header(file)
+            place = (int(record["epoch"]), int(record["batch"]))
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError):
+            complete = False
+        yield folder, place if complete else None
+
+
+def _header(file) -> tuple[dict[str, Any], str]:
+    """The record of a training file and its digest; ValueError, TypeError, KeyError without."""
+    content = json.loads(file.metadata()["samfast"])
+    return content["record"], content["sha256"]

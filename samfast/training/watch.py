@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses and the gradients' norms of an epoch, left on the device until someone asks."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_PATIENCE = 100  # batches after which the host waits for the device and looks
+
+Reduce = Callable[..., Tensor]
+Images = Callable[[int], Sequence[str]]
+
+
+class NotFinite(FloatingPointError):
+    """A loss is not finite. batch: which one, from 0"""
+
+    def __init__(self, sentence: str, batch: int):
+        super().__init__(sentence)
+        self.batch = batch
+
+
+class Losses:
+    """The mean losses of the batches so far, over all processes once they are looked at.
+
+    names: of the parameters, in the order of the norms that ``add_norms`` takes
+    """
+
+    def __init__(self, names: Sequence[str], reduce: Reduce):
+        self.names = names
+        self.reduce = reduce
+        self.values: list[float] = []
+        self.counts: list[int] = []
+        self._waiting: list[Tensor] = []
+        self._steps: list[int] = []  # of the batches that wait
+        self._norms: dict[int, Tensor] = {}  # by step, of the last few
+
+    def add(self, loss: Tensor, images: int, step: int) -> None:
+        """Take down the loss of a batch of so many images, which is part of this step."""
+        self._waiting.append(loss.detach().float())
+        self._steps.append(step)
+        self.counts.append(images)
+
+    def add_norms(self, norms: Tensor, step: int) -> None:
+        self._norms[step] = norms
+
+    def due(self) -> bool:
+        """Whether it is time to look, which all processes do together."""
+        return len(self._waiting) >= _PATIENCE
+
+    def look(self) -> None:
+        """Wait for the device; NotFinite for the first loss that is not finite."""
+        if not self._waiting:
+            return
+        values = self.reduce(torch.stack(self._waiting), reduction="mean").tolist()
+        steps, self._waiting, self._steps = self._steps, [], []
+        for value, step in zip(values, steps, strict=True):
+            if not math.isfinite(value):
+                raise NotFinite(
+                    f"the loss is {value} in step {step}{self._largest(step)}", len(self.values)
+                )
+            self.values.append(value)
+        self._norms = dict([max(self._norms.items())]) if self._norms else {}
+
+    def mean(self) -> float:
+        """Mean over the images of the batches that were looked at."""
+        counts = self.counts[: len(self.values)]
+        total = sum(value * n for value, n in zip(self.values, counts, strict=True))
+        return total / max(1, sum(counts))
+
+    def _largest(self, step: int) -> str:
+        """The largest gradient of the step before a bad one, or of that one itself."""
+        known = [s for s in self._norms if s < step] or [s for s in self._norms if s == step]
+        if not known:
+            return ""
+        which = max(known)
+        norms = self._norms[which]
+        bad = (~norms.isfinite()).nonzero().flatten().tolist()
+        at = bad[0] if bad else int(norms.argmax())
+        when = "that step" if which == step else "the step before"
+        return f"; the largest gradient of {when} has norm {norms[at]:.3g}, of {self.names[at]}"
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """The norms (P,) of the parameters' gradients, which are then scaled to ``limit`` in all.
+
+    limit: as in ``torch.nn.utils.clip_grad_norm_``, whose bits these are; 0 does not clip
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm([p.grad for p in with_gradient]))
+    if limit > 0:
+        total = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, total)
+    if len(with_gradient) == len(parameters):
+        return norms
+    found = iter(norms)
+    return torch.stack([norms.new_zeros(()) if p.grad is None else next(found) for p in parameters])

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going on with a run: the same final bytes, whatever ended it, and what is refused or listed."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kill_runs import compiler, runs
+from safetensors import safe_open
+
+from samfast import cli
+from samfast.files.format import TENSORS
+from samfast.training.callbacks import Callback
+from samfast.training.loop import finetune
+from samfast.training.run import Run
+from samfast.training.settings import FinetuneSettings
+from samfast.training.states import TRAINING, newest_state, read_state
+from samfast.training.stopping import Interrupted
+
+CLOCKS = ("images_per_second", "peak_memory_mib")  # what no two runs share
+WHOLE = {"epochs": 2, "repeats": 1, "batch_size": 1, "accumulate": 2, "dropout": 0.1, "lr": 3e-3}
+
+
+MORE = {"overlays": 1, "save_every": 1, "val_fraction": 0.34}
+
+
+def settings_for(data: Path, output: Path, **options) -> FinetuneSettings:
+    more = {"model": "vit_tiny", "image_size": 64, **MORE}
+    return FinetuneSettings(data=data, output=output, **{**more, **WHOLE, **options})
+
+
+def results(output: Path) -> dict:
+    """The bytes of both adapters, and the table without its clocks."""
+    found = {p.relative_to(output): p.read_bytes() for p in (output / "adapter").rglob("*.*")}
+    with (output / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    table = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+    return {**found, "table": table}
+
+
+class Ended(Exception):
+    pass
+
+
+class EndsAt(Callback):
+    """As a crash would: after an optimizer step, before anything of it is saved."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, run, loss):
+        if run.step == self.step:
+            raise Ended
+
+
+def ended(settings: FinetuneSettings, *steps: int) -> None:
+    """A run that ends at these steps, each time after going on."""
+    for step in steps:
+        with pytest.raises(Ended):
+            finetune(settings, callbacks=[EndsAt(step)])
+        settings = replace(settings, resume="newest")
+
+
+@pytest.fixture(scope="module")
+def whole(shared_data, tmp_path_factory):
+    """A run that nothing interrupted."""
+    settings = settings_for(shared_data, tmp_path_factory.mktemp("whole") / "out")
+    finetune(settings)
+    return settings
+
+
+def test_a_run_that_ended_twice_has_the_same_final_bytes(whole, tmp_path, capsys):
+    """Once in the first epoch, once in the second, with accumulation and dropout."""
+    settings = replace(whole, output=tmp_path / "out")
+    ended(settings, 2, 4)
+    finetune(replace(settings, resume="newest"))
+    said = capsys.readouterr().out
+    assert f"resuming from {tmp_path}/out/state/step-000001 (step 1, epoch 1)" in said
+    assert f"resuming from {tmp_path}/out/state/step-000003 (step 3, epoch 2)" in said
+    assert results(tmp_path / "out") == results(whole.output)
+    assert [p.name for p in (tmp_path / "out" / "state").iterdir()] == ["epoch-002"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(1,), (3,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "conv-lora", "dropout": None},
+        {"method": "cobot-lora", "dropout": None},
+        {"method": "adaptformer", "dropout": None},
+        {"method": "decoder", "dropout": None},
+        {"prompt": "box", "schedule": "OneCycleLR"},
+        {"schedule": "ReduceLROnPlateau(patience=1)", "precision": "bf16"},
+        {"memory": "minimal", "decoder_chunk": 1},
+        {"fuse": False},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "lora",
+)
+def test_the_same_final_bytes_for_every_method(shared_data, tmp_path, options, workers, steps):
+    settings = settings_for(shared_data, tmp_path / "a", workers=workers, keep=2, **options)
+    finetune(settings)
+    settings = replace(settings, output=tmp_path / "b")
+    ended(settings, *steps)
+    finetune(replace(settings, resume="newest"))
+    assert results(tmp_path / "b") == results(tmp_path / "a")
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole, tmp_path):
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    before = results(output)
+    summary = finetune(replace(whole, output=output, resume="newest"))
+    assert results(output) == before and summary["epochs"] == 2
+    assert summary == json.loads((output / "summary.json").read_text())
+
+
+def test_more_epochs_go_on_from_the_end(whole, tmp_path, capsys):
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    summary = finetune(replace(whole, output=output, resume="newest", epochs=3))
+    assert "changed since: epochs was 2 and is 3" in capsys.readouterr().out
+    assert summary["epochs"] == 3 and len(results(output)["table"]) == 3
+    assert results(output)["table"][:2] == results(whole.output)["table"]
+    assert json.loads((output / "settings.json").read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    "options, pattern",
+    [
+        ({"lr": 1e-3}, r"lr was 0\.003 and is 0\.001; a run goes on with the lr that it began"),
+        ({"rank": 8}, "rank was 4 and is 8"),
+        ({"seed": 1}, "seed was 0 and is 1|training images are not those"),
+        ({"batch_size": 2}, "batch_size was 1 and is 2"),
+        ({"loss": "structure"}, "loss was bce-dice and is structure"),
+        ({"foreground": (255,)}, "foreground was None and is 255"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_would_be_another_run_is_refused(whole, options, pattern):
+    before = results(whole.output)
+    with pytest.raises(ValueError, match=pattern):
+        finetune(replace(whole, resume="newest", **options))
+    assert results(whole.output) == before
+
+
+def test_other_files_are_another_run(whole, data):
+    (data / "images" / "p0.png").rename(data / "images" / "q.png")
+    (data / "masks" / "p0.png").rename(data / "masks" / "q.png")
+    with pytest.raises(ValueError, match=r"images are not those .*p0 is gone, p\d is new"):
+        finetune(replace(whole, data=data, resume="newest"))
+
+
+def test_a_state_that_is_damaged_is_left_out(whole, tmp_path, capsys):
+    """The next one is used, and named; a state that is named itself is an error."""
+    settings = replace(whole, output=tmp_path / "out", keep=3)
+    ended(settings, 4)
+    states = tmp_path / "out" / "state"
+    assert sorted(p.name for p in states.iterdir()) == ["epoch-001", "step-000002", "step-000003"]
+    _flip(states / "step-000003" / TRAINING)
+    with pytest.raises(ValueError, match=r"step-000003 is damaged: training\.safetensors does not"):
+        finetune(replace(settings, resume=str(states / "step-000003")))
+    (states / "epoch-001" / TENSORS).unlink()
+    finetune(replace(settings, resume="newest"))
+    said = capsys.readouterr().out
+    assert "step-000003 is damaged: training.safetensors does not have its digest; an ear" in said
+    assert f"resuming from {states / 'step-000002'} (step 2, epoch 1)" in said
+    assert results(tmp_path / "out") == results(whole.output)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_without_a_complete_state_nothing_is_replaced(whole, tmp_path):
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    _flip(output / "state" / "epoch-002" / TENSORS)
+    before = results(output)
+    with pytest.raises(ValueError, match=r"no state in .* is complete .*--overwrite begins"):
+        finetune(replace(whole, output=output, resume="newest"))
+    assert results(output) == before
+
+
+def test_a_named_state_or_run(whole, tmp_path, capsys):
+    """The later ones go when the run has saved again."""
+    settings = replace(whole, output=tmp_path / "out", keep=9)
+    ended(settings, 4)
+    states = tmp_path / "out" / "state"
+    with pytest.raises(Ended):
+        early = str(states / "step-000001")
+        finetune(replace(settings, output=None, resume=early), callbacks=[EndsAt(3)])
+    assert sorted(p.name for p in states.iterdir()) == ["epoch-001", "step-000001", "step-000002"]
+    finetune(replace(settings, output=None, resume=str(tmp_path / "out")))
+    assert f"resuming from {states / 'epoch-001'}" in capsys.readouterr().out
+    assert results(tmp_path / "out") == results(whole.output)
+
+
+def test_bad_paths_to_resume_from(whole, tmp_path, shared_data):
+    def resumed(path, **options):
+        return replace(whole, resume=str(path), **{"output": None, **options})
+
+    with pytest.raises(FileNotFoundError, match=r"resume .*missing does not exist; name a run"):
+        finetune(resumed(tmp_path / "missing"))
+    with pytest.raises(FileNotFoundError, match=r"resume .*step-000009 does not exist"):
+        finetune(resumed(whole.output / "state" / "step-000009"))
+    with pytest.raises(ValueError, match="is neither a run's folder with states nor a state"):
+        finetune(resumed(shared_data))
+    with pytest.raises(ValueError, match=r"is in the run .*, but output is .*; leave out --output"):
+        finetune(resumed(whole.output, output=tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"--resume goes on with what --overwrite would replace"):
+        finetune(replace(whole, resume="newest", overwrite=True))
+    with pytest.raises(ValueError, match="save_every is 1, but keep is 0"):
+        finetune(replace(whole, keep=0))
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"holds something else and no state to resume from"):
+        finetune(replace(whole, output=tmp_path, resume="newest"))
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_the_option_may_stand_alone():
+    parse = cli._parsed
+    assert parse(["finetune", "--resume", "--epochs", "3"]).resume == "newest"
+    assert parse(["finetune", "--epochs", "3", "--resume"]).resume == "newest"
+    assert parse(["finetune", "--resume", "runs/x", "--epochs", "3"]).resume == "runs/x"
+    assert parse(["finetune"]).resume is None
+
+
+def test_a_folder_with_states_is_not_empty(whole):
+    with pytest.raises(ValueError, match=r"not empty; .*--resume to go on with its run"):
+        finetune(whole)
+
+
+def test_without_states_nothing_is_kept(shared_data, tmp_path):
+    settings = settings_for(shared_data, tmp_path / "out", keep=0, save_every=None, epochs=1)
+    finetune(settings)
+    assert not (tmp_path / "out" / "state").exists()
+
+
+def test_a_state_is_an_adapter_folder(whole, capsys):
+    """And its header says where the run was."""
+    folder = whole.output / "state" / "epoch-002"
+    assert newest_state(whole.output)[0].folder == folder
+    state = read_state(folder)
+    assert state.place == (3, 0) and state.record["step"] == 4
+    with (
+        safe_open(folder / TENSORS, "pt") as now,
+        safe_open(whole.output / "adapter" / "last" / TENSORS, "pt") as last,
+    ):
+        assert all(torch.equal(now.get_tensor(k), last.get_tensor(k)) for k in now.keys())  # noqa: SIM118
+    assert cli.main(["evaluate", "--adapter", str(folder), "--data", str(whole.data)]) == 0
+
+
+class Asks(Callback):
+    """A signal to the process itself, as another program would send it."""
+
+    def __init__(self, step: int, number: int):
+        self.step, self.number = step, number
+
+    def on_step(self, run, loss):
+        if run.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
+    settings = replace(whole, output=tmp_path / "out", save_every=None)
+    told = (
+        f"stopped after step 3; .*state/step-000003 is kept; go on with .*--resume {tmp_path}/out"
+    )
+    with pytest.raises(Interrupted, match=told) as stop:
+        finetune(settings, callbacks=[Asks(3, signal.SIGTERM)])
+    assert stop.value.signal == signal.SIGTERM
+    finetune(replace(settings, resume="newest"))
+    assert results(tmp_path / "out") == results(whole.output)
+
+
+def test_a_callback_may_end_the_run(shared_data, tmp_path, capsys):
+    calls = []
+
+    class Watches(Callback):
+        def on_begin(self, run):
+            assert isinstance(run, Run)
+            calls.append("begin")
+
+        def on_step(self, run, loss):
+            calls.append(loss.item())
+
+        def on_epoch(self, run, row):
+            calls.append(row["epoch"])
+            run.stop("enough seen")
+
+        def on_end(self, run, summary):
+            calls.append(summary["epochs"])
+
+    settings = settings_for(shared_data, tmp_path / "out", save_every=None)
+    finetune(settings, callbacks=[Watches()])
+    assert [type(call) for call in calls] == [str, float, float, int, int] and calls[-1] == 1
+    assert "enough seen" in capsys.readouterr().out
+
+
+def test_early_stopping(shared_data, tmp_path, capsys):
+    """With a learning rate of almost nothing no epoch is better than the first."""
+    options = {"epochs": 9, "patience": 2, "lr": 1e-12, "save_every": None}
+    settings = settings_for(shared_data, tmp_path / "out", **options)
+    assert finetune(settings)["epochs"] == 3
+    assert "stopped early: no better validation score in 2 epochs" in capsys.readouterr().out
+    assert finetune(replace(settings, resume="newest"))["epochs"] == 3
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C compiler: cc, gcc or clang")
+def test_a_run_that_was_killed_twice_has_the_same_final_bytes(whole, tmp_path):
+    """Inside the write of a state, and between the results of an epoch; ``test_kills`` has all."""
+    output = tmp_path / "out"
+    argv = ["finetune", "--data", whole.data, "--model", "vit_tiny", "--image-size", 64, "--resume"]
+    for name, value in {**MORE, **WHOLE, "output": output}.items():
+        argv += [f"--{name.replace('_', '-')}", value]
+    with runs(tmp_path) as go:
+        for event in ("half of write {}/state/.step-000002", "rename {}/metrics.csv"):
+            assert go(argv, output, event.format(output)) == -signal.SIGKILL
+        assert go(argv, output) == 0
+    assert results(output) == results(whole.output)
+
+
+COMMAND = """
+import sys
+from samfast import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group(shared_data, tmp_path, number, workers):
+    """As a terminal or a batch system sends it: 128 and its number, and one sentence."""
+    output = tmp_path / "out"
+    options = ["--model", "vit_tiny", "--image-size", 64, "--repeats", 50, "--batch-size", 1]
+    options += ["--workers", workers, "--save-every", 1, "--output", output, "--epochs", 2]
+    command = [sys.executable, "-c", COMMAND, "finetune", "--data", shared_data, *options]
+    with subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while not (output / "state").is_dir():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        error = process.communicate()[1]
+    assert process.returncode == 128 + number, error
+    said = re.findall(r"samfast: .*", error)
+    assert len(said) == 2 and "finishing this step, then saving" in said[0], error
+    assert re.search(r"stopped after step \d+; .*; go on with samfast finetune --resume", said[1])
+    assert newest_state(output)[0] is not None and "Traceback" not in error
