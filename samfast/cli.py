@@ -3,7 +3,8 @@
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
 and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
-it arose. Several processes end alike (``samfast.training.ending``).
+it arose. A bug ends in its traceback, one line that says where to report it, and exit code 1.
+Several processes end alike (``samfast.training.ending``).
 """
 
 import contextlib
@@ -11,8 +12,10 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 
 from samfast.adapters.options import option
 from samfast.training.ending import Ending, is_lost, run_together
@@ -52,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ending(argv: list[str], place: Launched) -> Ending:
+    settings = None
     try:
-        return Ending(_run(_parsed(argv, place), place))
+        settings = _parsed(argv, place)
+        return Ending(_run(settings, place, argv))
     except SystemExit as stop:  # how tyro ends: 0 after --help, 2 after a wrong option
         return Ending(stop.code if isinstance(stop.code, int) else 2)
     except KeyboardInterrupt as stop:
@@ -68,12 +73,10 @@ def _ending(argv: list[str], place: Launched) -> Ending:
         if isinstance(error, RuntimeError) and place.processes > 1 and is_lost(error):
             return _lost(error, place)
         if not _out_of_memory(error):
-            raise
-        advice = (
-            "--memory minimal, --decoder-chunk 1, a smaller --batch-size (with --accumulate) or "
-        )
-        advice += "--image-size need less"
-        return _stop(error, f"out of memory ({str(error).partition('. ')[0]}); {advice}")
+            return _bug(error)
+        return _stop(error, _memory_sentence(error, settings))
+    except Exception as error:
+        return _bug(error)
 
 
 def let_waiting_threads_sleep() -> None:
@@ -101,7 +104,7 @@ def _parsed(argv: list[str], place: Launched = ALONE):
         return parse(argv, commands)  # the first process says what is wrong
 
 
-def _run(settings, place: Launched) -> int:
+def _run(settings, place: Launched, argv: Sequence[str]) -> int:
     from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
     if place.processes > 1 and not isinstance(settings, FinetuneSettings):
@@ -128,7 +131,7 @@ def _run(settings, place: Launched) -> int:
         from samfast.training import dry_run
         from samfast.training.loop import finetune
 
-        result = finetune(settings)
+        result = finetune(settings, command=argv)
         closing = dry_run.text(result) if settings.dry_run else None
     if settings.json:
         print(json.dumps(result, indent=2))
@@ -143,6 +146,24 @@ def _stop(error: BaseException, sentence: str, code: int = 2) -> Ending:
     return Ending(code, sentence)
 
 
+def _bug(error: Exception) -> Ending:
+    """Show the traceback; the line that follows it comes at the end."""
+    place = f"please report it with the lines above at {_tracker()}"
+    ending = _stop(error, f"this is a bug in samfast; {place}", 1)
+    traceback.print_exception(error)
+    return ending
+
+
+def _tracker() -> str:
+    """Where bugs are reported, as the installed package says."""
+    try:
+        told = metadata.metadata("samfast").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        told = []
+    urls = dict(line.split(", ", 1) for line in told)
+    return urls.get("Issues") or urls.get("Homepage") or "the project's issue tracker"
+
+
 def _lost(error: RuntimeError, place: Launched) -> Ending:
     others = "the other process" if place.processes == 2 else f"one of {place.processes} processes"
     sentence = f"{others} ended, so this one cannot go on; results of earlier epochs are kept"
@@ -151,6 +172,16 @@ def _lost(error: RuntimeError, place: Launched) -> Ending:
 
 def _say(sentence: str) -> None:
     print(f"samfast: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+
+
+def _memory_sentence(error: BaseException, settings) -> str:
+    import torch
+
+    from samfast.training.advice import memory_advice
+
+    advice = memory_advice(settings, not isinstance(error, torch.OutOfMemoryError))
+    what = str(error).partition(". ")[0]
+    return f"out of memory ({what}); {advice}" if what else f"out of memory; {advice}"
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -17,12 +17,20 @@ import tyro
 
 from samfast.adapters.options import Option, options_of
 from samfast.methods.registry import VARIANTS
+from samfast.training.config_file import settings_from_file
 from samfast.training.settings import GROUPS, FinetuneSettings, MethodSettings
 
 _VALUES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 _MARGIN = 30  # columns that a box and its flags take before and after a help text
 _TWO_BOXES = 130  # columns of a terminal in which tyro puts boxes side by side
 _FLAG = 24  # columns of a method's option before its help
+_CONFIG = Option(  # of the command line only: it is no setting, but a file of them
+    help="YAML or JSON file with options: a mapping of their names to values, or a run's "
+    "settings.json. What the command line names wins; paths are relative to the working directory",
+    name="config",
+    type=Path | None,
+    hint="default: none",
+)
 
 
 def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
@@ -38,7 +46,23 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     _check_values(argv)
     if argv and argv[0] in commands:
         argv = _completed(argv, options_of(commands[argv[0]]))
-    made = {name: _made(kind, asked) for name, kind in commands.items()}
+    kind, words = _parsed(argv, commands, asked, {})
+    config = words.pop("config", None)
+    if config is not None:
+        _check_once("--config", argv)
+        _, words = _parsed(argv, commands, asked, settings_from_file(config))
+        words.pop("config")
+    return kind(**words)
+
+
+def _parsed(
+    argv: Sequence[str], commands: Mapping[str, type], asked: bool, given: Mapping[str, Any]
+) -> tuple[type, dict[str, Any]]:
+    """The class of the settings, and the value of each option.
+
+    given: options of fine-tuning in place of their defaults
+    """
+    made = {name: _made(kind, asked, given) for name, kind in commands.items()}
     about = {name: _about(kind, argv[:1] == [name]) for name, kind in commands.items()}
     subcommands = [
         Annotated[made[name], tyro.conf.subcommand(name, description=about[name])]
@@ -52,7 +76,12 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     kind = next(kind for name, kind in commands.items() if type(found) is made[name])
-    return kind(**dict(_flat(found)))
+    return kind, dict(_flat(found))
+
+
+def _check_once(option: str, argv: Sequence[str]) -> None:
+    if sum(word.partition("=")[0] == option for word in argv) > 1:
+        raise ValueError(f"{option} is given twice; give one file")
 
 
 def _completed(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
@@ -73,16 +102,20 @@ def _check_values(argv: Sequence[str]) -> None:
             raise ValueError(f"{option} is empty; give it a value, or leave it out")
 
 
-def _made(kind: type, asked: bool) -> type:
+def _made(kind: type, asked: bool, given: Mapping[str, Any]) -> type:
     """A class for tyro, with the settings' options; those of fine-tuning in groups.
 
     asked: for the help, where the methods list their options and ``--rank`` is not one of its own
+    given: options of fine-tuning in place of their defaults
     """
     if kind is not FinetuneSettings:
         return _struct(kind.__name__, options_of(kind))
-    groups = []
+    groups = [("config", _annotated(_CONFIG), dataclasses.field(default=None, kw_only=True))]
     for name, group in GROUPS.items():
-        options = options_of(group)
+        options = tuple(
+            dataclasses.replace(option, default=given.get(option.name, option.default))
+            for option in options_of(group)
+        )
         if group is MethodSettings and asked:
             options = (dataclasses.replace(options[0], help=_methods_help(options[0]), hint=""),)
         part = Annotated[_struct(name, options), tyro.conf.arg(help="")]

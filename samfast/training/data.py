@@ -58,6 +58,7 @@ class Sample(NamedTuple):
     mask: np.ndarray  # bool (h, w)
     truth: np.ndarray  # bool (H, W)
     box: np.ndarray | None = None  # float64 (4,), in pixels of ``image``; None: no prompt
+    name: str | None = None  # of an image that is the same in every pass
 
 
 class Batch(NamedTuple):
@@ -68,6 +69,7 @@ class Batch(NamedTuple):
     sizes: Tensor  # int64 (B, 2), the valid height and width
     truths: list[Tensor]  # B times bool (H, W), the files' own sizes; empty in training
     boxes: Tensor | None = None  # float32 (B, 4), in pixels of ``images``; None: no prompts
+    names: tuple[str, ...] = ()  # of images that are the same in every pass; empty: not all are
 
 
 class EpochSampler(Sampler):
@@ -147,7 +149,8 @@ class PairDataset(Dataset):
             if self.box_jitter > 0:
                 rng = np.random.default_rng((self.seed, number, index, _BOX_STREAM))
                 box = jittered_box(box, self.box_jitter, mask.shape, rng)
-        return Sample(resize_image(image, self.image_size), mask, truth, box)
+        name = None if self.flips else str(pair.image)
+        return Sample(resize_image(image, self.image_size), mask, truth, box, name)
 
 
 class Collate:
@@ -170,7 +173,9 @@ class Collate:
         boxes = None
         if samples and samples[0].box is not None:
             boxes = torch.from_numpy(np.stack([s.box for s in samples]).astype(np.float32))
-        return Batch(*(torch.from_numpy(a) for a in (images, masks, sizes)), truths, boxes)
+        names = tuple(sample.name for sample in samples)
+        names = () if None in names else names
+        return Batch(*(torch.from_numpy(a) for a in (images, masks, sizes)), truths, boxes, names)
 
 
 def valid_region(sizes: Tensor, image_size: int) -> Tensor:

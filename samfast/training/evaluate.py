@@ -81,7 +81,7 @@ def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tens
 def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits (B, S, S) and valid bool (B, S, S) of a batch."""
     boxes = None if batch.boxes is None else batch.boxes.to(device)
-    return model(batch.images.to(device), batch.sizes.to(device), boxes)
+    return model(batch.images.to(device), batch.sizes.to(device), boxes, batch.names)
 
 
 def masks_of(batch: Batch, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

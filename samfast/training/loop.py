@@ -27,6 +27,7 @@ from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
 from samfast.training.resume import check_same_run, state_for
 from samfast.training.run import Run, Say
+from samfast.training.run_record import run_record
 from samfast.training.settings import FinetuneSettings
 from samfast.training.states import State, read_state
 from samfast.training.stopping import Interrupted, StopAsked, stop_asked
@@ -36,10 +37,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def finetune(settings: FinetuneSettings, *, callbacks: Sequence[Callback] = ()) -> dict:
+def finetune(
+    settings: FinetuneSettings,
+    *,
+    callbacks: Sequence[Callback] = (),
+    command: Sequence[str] | None = None,
+) -> dict:
     """Fine-tune a SAM as the settings say; returns the summary that ``summary.json`` holds.
 
     callbacks: called while it trains, see ``Callback``
+    command: the words of the command line, for settings.json
 
     Everything that can be wrong with the settings, the data and the model is found before
     training begins and before anything is written: ValueError or FileNotFoundError with one
@@ -70,7 +77,7 @@ def finetune(settings: FinetuneSettings, *, callbacks: Sequence[Callback] = ()) 
                 backend_asked_for(
                     settings.backend, method, settings.fuse, accelerator.device, dtype
                 ),
-                _run_folder(settings, goal, output, accelerator) as folder,
+                _run_folder(settings, goal, output, accelerator, command) as folder,
             ):
                 return _finetune(settings, goal, folder, accelerator, dtype, callbacks, asked)
         finally:
@@ -158,13 +165,18 @@ def _facts(goal: Goal, accelerator: "Accelerator", dtype: torch.dtype) -> dict:
 
 
 def _run_folder(
-    settings: FinetuneSettings, goal: Goal, output: Path, accelerator: "Accelerator"
+    settings: FinetuneSettings,
+    goal: Goal,
+    output: Path,
+    accelerator: "Accelerator",
+    command: Sequence[str] | None,
 ) -> RunFolder:
     """The output folder, which opening claims and tries out before the model is built."""
     saved = {
         **dataclasses.asdict(settings),
         "train": [pair.stem for pair in goal.split.train],
         "val": [pair.stem for pair in goal.split.val],
+        **run_record(accelerator.device, accelerator.num_processes, command),
     }
 
     def draw(rows: list[dict]) -> bytes:

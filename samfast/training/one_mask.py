@@ -128,7 +128,7 @@ class OneMask:
     def loss(
         self, model: nn.Module, batch: Batch, weights: Sequence[float] | None = None
     ) -> Tensor:
-        logits, valid = model(batch.images, batch.sizes, batch.boxes)
+        logits, valid = model(batch.images, batch.sizes, batch.boxes, batch.names)
         loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
         return loss if weights is None else weights[0] * loss
 

@@ -24,8 +24,11 @@ _OF_NO_EFFECT = {  # on what is trained
     "keep",
     "threads",
     "workers",
-    "config",
-    "cache",
+    # What settings.json records with them; ``facts`` has those of them that matter.
+    "versions",
+    "device",
+    "command",
+    "processes",
 }
 _MAY_CHANGE = {
     "data",  # the folder may have moved; its files are compared by name
@@ -40,6 +43,7 @@ _MAY_CHANGE = {
     "memory",
     "decoder_chunk",
     "fuse",
+    "cache",  # an image is encoded by itself, and in a batch where nothing is kept
     "backend",
 }
 

@@ -18,6 +18,7 @@ from samfast.adapters.trained import trained_state
 from samfast.models import image_size
 from samfast.training.callbacks import Callback
 from samfast.training.data import EpochSampler
+from samfast.training.embeddings import keep_embeddings
 from samfast.training.goal import Goal
 from samfast.training.joined import JoinedBatches, own_loader
 from samfast.training.launched import Launched
@@ -90,6 +91,7 @@ class Run:
         )
         self.plain_model = goal.segmenter(sam, dtype)
         self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
+        keep_embeddings(self.plain_model, settings, goal.split, say)
         self.loader = own_loader(loader, accelerator.device)
         steps = settings.epochs * math.ceil(len(self.batches) / settings.accumulate)
         self.schedule = Schedule(optimizer, settings.schedule, steps)

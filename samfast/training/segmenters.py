@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Padded images in, maps of logits out: the models that are trained, around a SAM."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from samfast.models import image_size, segment
+from samfast.models import decode, image_size, segment
+from samfast.models.reading import check_all_read
 from samfast.training.data import padded_images, valid_region
 
 
 class Segmenter(nn.Module):
     """Binary segmentation: padded images in, one map of logits out, prompted by a box or nothing.
 
-    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4) -> logits float32
-    (B, S, S), valid bool (B, S, S). The map is that of SAM's first mask token, the one for a single
-    mask, with boxes and without. Runs under autocast of ``dtype`` unless that is float32;
-    decoder_chunk as in ``segment``.
+    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4), names of images
+    that never change or none -> logits float32 (B, S, S), valid bool (B, S, S). The map is that of
+    SAM's first mask token, the one for a single mask, with boxes and without. Runs under autocast
+    of ``dtype`` unless that is float32; decoder_chunk as in ``segment``.
+
+    kept: in place of ``encode``, called with the images' names too, see ``keep_embeddings``
     """
+
+    kept: Callable[[nn.Module, Tensor, Sequence[str]], Tensor] | None = None
 
     def __init__(
         self,
@@ -29,13 +36,27 @@ class Segmenter(nn.Module):
         self.decoder_chunk = decoder_chunk
 
     def forward(
-        self, images: Tensor, sizes: Tensor, boxes: Tensor | None = None
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        boxes: Tensor | None = None,
+        names: Sequence[str] = (),
     ) -> tuple[Tensor, Tensor]:
         valid = valid_region(sizes, image_size(self.sam))
         images = padded_images(images, valid, self.sam.pixel_mean)
         lower = self.dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
-            logits = segment(self.sam, images, boxes, decoder_chunk=self.decoder_chunk)
+            if self.kept is None:
+                logits = segment(self.sam, images, boxes, decoder_chunk=self.decoder_chunk)
+            else:
+                check_all_read(self.sam)
+                logits = decode(
+                    self.sam,
+                    self.kept(self.sam, images, names),
+                    tuple(images.shape[2:]),
+                    boxes,
+                    decoder_chunk=self.decoder_chunk,
+                )
         return logits[:, 0].float(), valid
 
 

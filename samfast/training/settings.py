@@ -249,6 +249,11 @@ class TrainingSettings:
         least=1,
         hint="default: all",
     )
+    cache: bool = option(
+        True,
+        "With --method decoder and without --tasks, compute each image's embedding once and keep "
+        "it in main memory; of training images only with --no-flips",
+    )
     fuse: bool = option(True, _FUSE)
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
     threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")

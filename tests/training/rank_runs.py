@@ -100,6 +100,16 @@ def second_fails(patch) -> None:
     patch.setattr(loop.Run, "loss", failing)
 
 
+def second_has_a_bug(patch) -> None:
+    def wrong(self, batch, weights=None):
+        if self.accelerator.process_index == 1:
+            raise TypeError("a slip")
+        return loss(self, batch, weights)
+
+    loss = loop.Run.loss
+    patch.setattr(loop.Run, "loss", wrong)
+
+
 def first_cannot_write(patch) -> None:
     def save(self, folder, row):
         raise OSError(f"{folder}: no room")

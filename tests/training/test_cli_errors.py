@@ -4,6 +4,7 @@
 import shutil
 import subprocess
 import sys
+from email.message import Message
 
 import numpy as np
 import pytest
@@ -176,13 +177,63 @@ def test_out_of_memory_comes_with_advice(refused, shared_data, monkeypatch):
     refused(*tiny(shared_data), pattern=r"out of memory \(CUDA out of memory\).*--batch-size")
 
 
-def test_our_own_mistakes_keep_their_traceback(shared_data, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError])
+def test_our_own_mistakes_keep_their_traceback(monkeypatch, capsys, kind):
     def wrong(*_):
-        raise RuntimeError("a bug")
+        raise kind("a mistake")
 
-    monkeypatch.setitem(LOSSES, "bce-dice", wrong)
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.main([str(a) for a in tiny(shared_data, "--output", tmp_path / "out")])
+    monkeypatch.setattr(cli, "_run", wrong)
+    monkeypatch.delenv("SAMFAST_TRACEBACK", raising=False)
+    assert cli.main(["info"]) == 1
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1] == f"{kind.__name__}: a mistake"
+    said = "samfast: this is a bug in samfast; please report it with the lines above at "
+    assert last == said + cli._tracker()
+    monkeypatch.setenv("SAMFAST_TRACEBACK", "1")
+    with pytest.raises(kind, match="a mistake"):
+        cli.main(["info"])
+
+
+def test_bugs_are_reported_where_the_package_says(monkeypatch):
+    told = Message()
+    monkeypatch.setattr(cli.metadata, "metadata", lambda _: told)
+    assert cli._tracker() == "the project's issue tracker"
+    told["Project-URL"] = "Homepage, https://samfast.example"
+    assert cli._tracker() == "https://samfast.example"
+    told["Project-URL"] = "Issues, https://samfast.example/issues, old"
+    assert cli._tracker() == "https://samfast.example/issues, old"
+
+
+@pytest.mark.parametrize(
+    "line,advice",
+    [
+        (
+            "finetune",
+            "try --memory minimal, --decoder-chunk 1, a smaller --batch-size (with a larger "
+            "--accumulate) or a smaller --image-size",
+        ),
+        ("finetune --batch-size 1 --memory minimal", "try a smaller --image-size"),
+        (
+            "finetune --batch-size 1 --no-fuse --tasks t.yaml",
+            "try --fuse, --decoder-chunk 1 or a smaller --image-size",
+        ),
+        ("finetune --batch-size 1 --method decoder", "try --no-cache or a smaller --image-size"),
+        ("evaluate --data d --adapter a", "try --decoder-chunk 1 or a smaller --batch-size"),
+        ("predict p --adapter a --batch-size 1", "try --decoder-chunk 1"),
+        (
+            "predict p --adapter a --batch-size 1 --decoder-chunk 1",
+            "no option needs less; it takes a device with more memory",
+        ),
+        ("info", "no option needs less; it takes a device with more memory"),
+    ],
+)
+def test_advice_is_what_is_not_so_already(monkeypatch, capsys, line, advice):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "_run", full)
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().err == f"samfast: out of memory; {advice}\n"
 
 
 def test_predict_refuses_before_writing(refused, shared_data, tmp_path):

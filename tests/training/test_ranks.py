@@ -27,6 +27,7 @@ from rank_runs import (
     light_in_float64,
     recorded,
     second_fails,
+    second_has_a_bug,
 )
 from stock_runs import by_reference
 from test_resume import results
@@ -308,6 +309,32 @@ def test_an_error_is_said_once_and_ends_all(tmp_path, change):
     }
     assert len(sentences) == 1 and re.match(expected[change], sentences[0]), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@needs_fork
+@pytest.mark.slow
+def test_a_bug_in_one_ends_all_and_is_said_once(tmp_path):
+    data = fill_folder(tmp_path / "data", 9)
+    codes, _, done = two_ranks(tmp_path, second_has_a_bug, "--data", data, *TINY)
+    assert codes == (1, 1) and done.stderr.count("TypeError: a slip") == 1, done.stderr
+    assert done.stderr.count("samfast: this is a bug in samfast; please report it") == 1
+
+
+@needs_fork
+@pytest.mark.slow
+def test_ranks_that_keep_embeddings_train_to_the_same_bits(tmp_path):
+    """Five images, of which each rank meets its own; batches of one, as encoded for keeping."""
+    data = fill_folder(tmp_path / "data", 6)
+    arguments = ["--data", data, *TINY, "--method", "decoder", "--no-flips", "--batch-size", 1]
+    found = []
+    for name in ("--cache", "--no-cache"):
+        (tmp_path / name).mkdir()
+        codes, (own, _), done = two_ranks(tmp_path / name, as_it_is, *arguments, name)
+        assert codes == (0, 0), done.stderr
+        assert ("keeps 11 embeddings" in done.stdout) is (name == "--cache")
+        found.append(own)
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @needs_fork

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to try when memory runs out: the options that a command has and does not use yet.
+
+Importing this loads no torch.
+"""
+
+from typing import Any
+
+from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
+
+
+def memory_advice(settings: Any, main_memory: bool) -> str:
+    """Options that need less memory than the settings, as a sentence goes on.
+
+    settings: of any command, or None   main_memory: whether that ran out, not a GPU's
+    """
+    if isinstance(settings, FinetuneSettings):
+        found = _of_training(settings, main_memory)
+    elif isinstance(settings, (EvaluateSettings, PredictSettings)):
+        found = _of_prediction(settings)
+    else:
+        found = []
+    if not found:
+        return "no option needs less; it takes a device with more memory"
+    *most, last = found
+    return f"try {', '.join(most)} or {last}" if most else f"try {last}"
+
+
+def _of_training(settings: FinetuneSettings, main_memory: bool) -> list[str]:
+    frozen = settings.method == "decoder" and settings.tasks is None  # saves nothing of the encoder
+    several = settings.batch_size > 1 or settings.tasks is not None
+    found = {
+        "--fuse": not settings.fuse,
+        "--memory minimal": settings.fuse and settings.memory != "minimal" and not frozen,
+        "--decoder-chunk 1": settings.decoder_chunk != 1 and several,
+        "--no-cache": settings.cache and frozen and main_memory,
+        "a smaller --batch-size (with a larger --accumulate)": settings.batch_size > 1,
+        "a smaller --image-size": settings.image_size is None or settings.image_size > 16,
+    }
+    return [option for option, helps in found.items() if helps]
+
+
+def _of_prediction(settings: EvaluateSettings | PredictSettings) -> list[str]:
+    found = {
+        "--fuse": not settings.fuse,
+        "--decoder-chunk 1": settings.decoder_chunk != 1,
+        "a smaller --batch-size": settings.batch_size > 1,
+    }
+    return [option for option, helps in found.items() if helps]

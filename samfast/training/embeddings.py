@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen encoder's embeddings, computed once for each image and kept in main memory."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from samfast.models import encode
+from samfast.training.goal import Split
+from samfast.training.segmenters import Segmenter
+from samfast.training.settings import FinetuneSettings
+
+_SHARE = 2  # at most one half of what is free
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class KeptEmbeddings:
+    """``encode`` that keeps its results by the images' names.
+
+    sam, images (B, 3, S, S), names of B images -> embeddings (B, 256, n, n) on the images' device.
+    Without names nothing is kept. Each image is encoded by itself, so an embedding does not depend
+    on the batch it was first met in: a matrix product rounds by the number of its rows.
+    """
+
+    def __init__(self):
+        self.by_name: dict[str, Tensor] = {}
+
+    def __call__(self, sam: nn.Module, images: Tensor, names: Sequence[str]) -> Tensor:
+        if not names:
+            return encode(sam, images)
+        for image, name in zip(images, names, strict=True):
+            if name not in self.by_name:
+                with torch.no_grad():
+                    self.by_name[name] = encode(sam, image[None]).cpu()
+        kept = [self.by_name[name] for name in names]
+        return torch.cat(kept).to(images.device)  # with the encoder's strides, unlike stack
+
+
+def keep_embeddings(
+    model: Segmenter, settings: FinetuneSettings, split: Split, say: Callable[[str], None]
+) -> None:
+    """Let the model keep embeddings where they never change and there is room, and say so.
+
+    That is with a frozen encoder: of validation images, and without flips of training images. With
+    several tasks the encoder's norms are trained, so nothing is kept.
+    """
+    frozen = not any(p.requires_grad for p in model.sam.image_encoder.parameters())
+    if not settings.cache or settings.tasks is not None or not frozen:
+        return
+    train = () if settings.flips else split.train
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each meets all training images in time
+    count = here * len(train) + len(split.val)
+    size, free = count * embedding_bytes(model), free_memory()
+    what = f"{count} embeddings" if count > 1 else "1 embedding"
+    if free is not None and size > free / _SHARE:
+        say(
+            f"computes {what} anew each time: to keep them would take {_readable(size)}, more than "
+            f"half of the {_readable(free)} of main memory that are free"
+        )
+        return
+    model.kept = KeptEmbeddings()
+    say(f"keeps {what}, {_readable(size)} in main memory; --no-cache computes them anew each time")
+
+
+@torch.no_grad()
+def embedding_bytes(model: Segmenter) -> int:
+    """Of one image's embedding, in the dtype that the encoder gives on the model's device."""
+    encoder, dtype = model.sam.image_encoder, model.dtype
+    weight = encoder.patch_embed.proj.weight
+    cell = weight.new_zeros(1, weight.shape[0], 1, 1)
+    with torch.autocast(cell.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        cell = encoder.neck(cell)
+    side = encoder.img_size // encoder.patch_embed.proj.stride[0]
+    return side * side * cell.nbytes
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that this process may still take; None where the system tells none."""
+    found = [size for size in (_of_machine(), _of_container()) if size is not None]
+    return min(found, default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # with what the system keeps of files
+                return 1024 * int(line.split()[1])
+    except OSError:  # not Linux
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _of_container() -> int | None:
+    """What a control group leaves, of the second version."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+
+
+def _readable(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
