@@ -72,6 +72,9 @@ def _ending(argv: list[str], place: Launched) -> Ending:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and place.processes > 1 and is_lost(error):
             return _lost(error, place)
+        if "DataLoader worker" in str(error):
+            why = str(error).partition("\n")[0].rstrip(". ")
+            return _stop(error, f"a process that loads images ended ({why}); try fewer --workers")
         if not _out_of_memory(error):
             return _bug(error)
         return _stop(error, _memory_sentence(error, settings))

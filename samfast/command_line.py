@@ -47,12 +47,25 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
     if argv and argv[0] in commands:
         argv = _completed(argv, options_of(commands[argv[0]]))
     kind, words = _parsed(argv, commands, asked, {})
-    config = words.pop("config", None)
+    config, resume = words.pop("config", None), words.get("resume")
+    given = {} if resume is None else _settings_of_run(Path(resume))
     if config is not None:
         _check_once("--config", argv)
-        _, words = _parsed(argv, commands, asked, settings_from_file(config))
+        given |= settings_from_file(config)
+    if given:
+        _, words = _parsed(argv, commands, asked, given)
         words.pop("config")
     return kind(**words)
+
+
+def _settings_of_run(path: Path) -> dict[str, Any]:
+    """What the run was told that has this folder or this state; {} where there is none."""
+    run = path.parent.parent if path.parent.name == "state" else path
+    if not (run / "settings.json").is_file():
+        return {}  # training says what is wrong with the path
+    given = settings_from_file(run / "settings.json")
+    own = ("output", "overwrite", "resume", "json", "dry_run")  # of that command alone
+    return {name: value for name, value in given.items() if name not in own}
 
 
 def _parsed(

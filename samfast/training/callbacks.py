@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a program of one's own may do while ``finetune`` trains."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from samfast.training.run import Run
 
 
 class Callback:
     """Functions that ``finetune`` calls, in every process; each does nothing unless overridden.
 
-    They may read everything of the run: ``run.sam``, ``run.model``, ``run.optimizer``,
+    run is a ``samfast.training.run.Run``. They may read all of it: ``run.sam``, ``run.model``, ``run.optimizer``,
     ``run.step``, ``run.rows``, ``run.best``. What they change or draw from random generators
     changes the training. ``run.stop(reason)`` ends it after the epoch at hand, with all results.
 
@@ -24,14 +21,14 @@ class Callback:
         finetune(settings, callbacks=[Log()])
     """
 
-    def on_begin(self, run: "Run") -> None:
+    def on_begin(self, run: Any) -> None:
         """Before the first step; a resumed run is where it goes on from."""
 
-    def on_step(self, run: "Run", loss: Tensor) -> None:
+    def on_step(self, run: Any, loss: Tensor) -> None:
         """After each optimizer step. loss: of its last batch, on the device, without graph"""
 
-    def on_epoch(self, run: "Run", row: dict[str, Any]) -> None:
+    def on_epoch(self, run: Any, row: dict[str, Any]) -> None:
         """After an epoch was validated and saved. row: its line of ``metrics.csv``"""
 
-    def on_end(self, run: "Run", summary: dict[str, Any]) -> None:
+    def on_end(self, run: Any, summary: dict[str, Any]) -> None:
         """At the end of a run that was not interrupted. summary: what ``finetune`` returns"""

@@ -64,6 +64,7 @@ def finetune(
     check_settings(settings)
     settings = with_recipe(settings)
     output = output_folder(settings)
+    settings = dataclasses.replace(settings, output=output)
     goal: Goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     with stop_asked() as asked:

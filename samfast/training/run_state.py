@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run as a record and tensors, and back: all but the adapter, which has files of its own."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,17 +9,14 @@ from torch import Tensor
 import samfast
 from samfast.training.random_states import random_states, restore_random_states
 from samfast.training.scored import Scored
-
-if TYPE_CHECKING:
-    from samfast.training.run import Run
-    from samfast.training.states import State
+from samfast.training.states import State
 
 _OPTIMIZER = "optimizer"
 _RANDOM = "random"
 
 
-def record_of(run: "Run") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(JSON values, tensors) of a run; all processes of it have to ask."""
+def record_of(run: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON values, tensors) of a ``Run``; all processes of it have to ask."""
     from accelerate.utils import gather_object
 
     optimizer = run.optimizer.optimizer.state_dict()
@@ -52,8 +49,8 @@ def record_of(run: "Run") -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record, tensors
 
 
-def restore(run: "Run", state: "State") -> None:
-    """Put a run where ``record_of`` found it; ValueError when the state is of another model."""
+def restore(run: Any, state: State) -> None:
+    """Put a ``Run`` where ``record_of`` found it; ValueError when the state is of another model."""
     record = state.record
     flags = [(parameter, parameter.requires_grad) for parameter in run.sam.parameters()]
     samfast.load_adapter(run.sam, state.folder)
@@ -74,7 +71,7 @@ def restore(run: "Run", state: "State") -> None:
     restore_random_states(record["random"][rank], own, device)
 
 
-def _restore_optimizer(run: "Run", state: "State") -> None:
+def _restore_optimizer(run: Any, state: State) -> None:
     found: dict[int, dict[str, Tensor]] = {}
     for name, value in _under(f"{_OPTIMIZER}.", state.tensors).items():
         index, _, key = name.partition(".")

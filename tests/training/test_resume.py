@@ -23,6 +23,7 @@ from samfast.files.format import TENSORS
 from samfast.training.callbacks import Callback
 from samfast.training.loop import finetune
 from samfast.training.one_mask import OneMask
+from samfast.training.recipe import with_recipe
 from samfast.training.run import Run
 from samfast.training.settings import FinetuneSettings
 from samfast.training.states import TRAINING, newest_state, read_state
@@ -382,3 +383,24 @@ def test_a_signal_to_the_whole_group(shared_data, tmp_path, number, workers):
     assert len(said) == 2 and "finishing this step, then saving" in said[0], error
     assert re.search(r"stopped after step \d+; .*; go on with samfast finetune --resume", said[1])
     assert newest_state(output)[0] is not None and "Traceback" not in error
+
+
+def test_a_named_run_gives_its_settings(whole, tmp_path):
+    """But not where it wrote and how it printed; what the command line names wins."""
+    state = whole.output / "state" / "epoch-002"
+    for path in (whole.output, state):
+        found = cli._parsed(["finetune", "--resume", str(path), "--epochs", "5"])
+        assert found == replace(with_recipe(whole), output=None, resume=str(path), epochs=5)
+    (tmp_path / "more.yaml").write_text("epochs: 7\nkeep: 2\n")
+    words = ["finetune", "--config", str(tmp_path / "more.yaml"), "--resume", str(whole.output)]
+    assert (cli._parsed(words).epochs, cli._parsed(words).keep) == (7, 2)
+    assert cli._parsed([*words, "--epochs", "8"]).epochs == 8
+    assert cli._parsed(["finetune", "--resume", str(tmp_path)]).epochs == 20
+
+
+def test_going_on_from_the_command_line(whole, tmp_path, capsys):
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    assert cli.main(["finetune", "--resume", str(output), "--epochs", "3"]) == 0
+    assert len(results(output)["table"]) == 3
+    saved = json.loads((output / "settings.json").read_text())
+    assert saved["epochs"] == 3 and saved["output"] == str(output)
