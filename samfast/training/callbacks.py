@@ -9,9 +9,10 @@ from torch import Tensor
 class Callback:
     """Functions that ``finetune`` calls, in every process; each does nothing unless overridden.
 
-    run is a ``samfast.training.run.Run``. They may read all of it: ``run.sam``, ``run.model``, ``run.optimizer``,
-    ``run.step``, ``run.rows``, ``run.best``. What they change or draw from random generators
-    changes the training. ``run.stop(reason)`` ends it after the epoch at hand, with all results.
+    run is a ``samfast.training.run.Run``. They may read all of it: ``run.sam``, ``run.model``,
+    ``run.optimizer``, ``run.step``, ``run.rows``, ``run.best``. What they change or draw from
+    random generators changes the training. ``run.stop(reason)`` ends it after the epoch at hand,
+    with all results.
 
     Example:
         class Log(Callback):
