@@ -20,7 +20,7 @@ from samfast.training.settings import (
 Settings = FinetuneSettings | PredictSettings | EvaluateSettings
 
 
-def check_settings(settings: FinetuneSettings) -> None:
+def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     """Raise ValueError for an option that no data or model can make right."""
     _check_paths(settings)
     architecture(settings.model)
@@ -45,7 +45,7 @@ def check_settings(settings: FinetuneSettings) -> None:
         )
     chosen_foreground(settings.foreground, settings.threshold)
     image_options(settings.bands, settings.range)
-    if settings.data is None and not settings.dry_run:
+    if settings.data is None and needs_data and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
     _check_limits(settings)
     side = settings.image_size or architecture(settings.model).image_size

@@ -136,8 +136,7 @@ class PairDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, number = key if isinstance(key, tuple) else (key, 0)
         pair = self.pairs[index]
-        image = read_image(pair.image, self.options)
-        truth = binary_mask(read_mask(pair.mask, self.foreground), self.foreground)
+        image, truth, name = self.read(pair, number)
         if self.flips:
             for axis in flipped_axes(self.seed, number, index):
                 image, truth = np.flip(image, axis), np.flip(truth, axis)
@@ -149,8 +148,13 @@ class PairDataset(Dataset):
             if self.box_jitter > 0:
                 rng = np.random.default_rng((self.seed, number, index, _BOX_STREAM))
                 box = jittered_box(box, self.box_jitter, mask.shape, rng)
-        name = None if self.flips else str(pair.image)
         return Sample(resize_image(image, self.image_size), mask, truth, box, name)
+
+    def read(self, pair: Pair, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
+        """Image and truth as they are before flips; a name where a sample never changes."""
+        image = read_image(pair.image, self.options)
+        truth = binary_mask(read_mask(pair.mask, self.foreground), self.foreground)
+        return image, truth, None if self.flips else str(pair.image)
 
 
 class Collate:

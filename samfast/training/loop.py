@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from samfast.models import image_size
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback
 from samfast.training.checks import check_settings
+from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
 from samfast.training.many_tasks import ManyTasks
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
 
 def finetune(
     settings: FinetuneSettings,
+    dataset: Any = None,
     *,
     callbacks: Sequence[Callback] = (),
     command: Sequence[str] | None = None,
 ) -> dict:
     """Fine-tune a SAM as the settings say; returns the summary that ``summary.json`` holds.
 
+    dataset: in place of ``data``, of (image, mask) items, see ``DatasetGoal``
     callbacks: called while it trains, see ``Callback``
     command: the words of the command line, for settings.json
 
@@ -61,11 +64,13 @@ def finetune(
     """
     if settings.dry_run:
         return dry_run(settings)
-    check_settings(settings)
+    check_settings(settings, needs_data=dataset is None)
     settings = with_recipe(settings)
+    goal: Goal | None = None if dataset is None else DatasetGoal(settings, dataset)
     output = output_folder(settings)
     settings = dataclasses.replace(settings, output=output)
-    goal: Goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
+    if goal is None:
+        goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     with stop_asked() as asked:
         accelerator, dtype = _accelerator(settings)

@@ -6,6 +6,7 @@ One of the two goals, see ``samfast.training.goal``; ``many_tasks`` has the othe
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -197,13 +198,17 @@ class OneMask:
         """A line in the curves: its height and its name."""
         return self.baseline["dice"], "Dice of all foreground"
 
+    def image_of(self, pair: Pair) -> np.ndarray:
+        """uint8 (H, W, 3)"""
+        return read_image(pair.image, self.options)
+
     def overlays(
         self, model: nn.Module, pairs: list[Pair], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
         """(name, titled image | truth | prediction at the image's size) for each pair."""
         loader = self.validation_loader(pairs, side, 1)
         for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
-            image = read_image(pair.image, self.options)
+            image = self.image_of(pair)
             scores = foreground_scores(foreground_sums(predicted, truth).tolist())
             drawn = pictures.overlay_pictures(image, truth.cpu().numpy(), predicted.cpu().numpy())
             yield pair.stem, titled(f"{pair.image.name}  {listed(scores)}", drawn)

@@ -39,19 +39,23 @@ def output_folder(settings: FinetuneSettings) -> Path:
     """Where the results go; ValueError when something is there already that is in the way."""
     if (run := run_of(settings)) is not None:
         return run
+    output = settings.output if settings.output is not None else Path("runs") / _name(settings)
+    if settings.resume is not None:
+        check_resumable(output)
+    else:
+        check_free(output, settings.overwrite)
+    return output
+
+
+def _name(settings: FinetuneSettings) -> str:
+    """DATA-MODEL-METHOD, with flags, prompt and tasks."""
     options = VARIANTS[settings.method].options()
     flags = [o.name for o in options if o.in_folder and getattr(settings, o.name)]
     method = "-".join([settings.method, *flags])
     prompt = "" if settings.prompt == "none" else f"-{settings.prompt}"
     prompt = prompt if settings.tasks is None else f"-{settings.tasks.stem}"
     data = Path(os.path.realpath(settings.data)).name
-    name = f"{data}-{settings.model}-{method}{prompt}"
-    output = settings.output if settings.output is not None else Path("runs") / name
-    if settings.resume is not None:
-        check_resumable(output)
-    else:
-        check_free(output, settings.overwrite)
-    return output
+    return f"{data}-{settings.model}-{method}{prompt}"
 
 
 class RunFolder:

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One binary mask per image from a dataset of the user's own, in place of a folder.
+
+Random numbers that the dataset draws are seeded for each image and pass. So they are the same for
+any number of loader processes, and after a run was resumed.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from samfast.training.data import Collate, PairDataset
+from samfast.training.folders import ADVICE, CheckedPair, Split, listed
+from samfast.training.foreground import Foreground, binary_mask, chosen_foreground
+from samfast.training.image_options import image_options
+from samfast.training.metrics import all_foreground_scores
+from samfast.training.one_mask import OneMask
+from samfast.training.settings import FinetuneSettings
+from samfast.training.split_checks import check_foreground
+
+PARTS = {"train": "training", "val": "validation"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image of a dataset. stem: its part and number, which stand for a file's name"""
+
+    dataset: Any
+    part: str
+    index: int
+
+    @property
+    def stem(self) -> str:
+        return f"{self.part}-{self.index:05d}"
+
+    @property
+    def image(self) -> Path:
+        return Path(self.stem)
+
+
+class DatasetGoal(OneMask):
+    """``OneMask`` of a dataset whose items are (image, mask) or have the keys image and mask.
+
+    An image is uint8 (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a PIL image; a mask is bool
+    or whole numbers (H, W), as an array, a tensor or a PIL image. dataset: one, which is split by
+    ``val_fraction`` and ``seed``, or {"train": one, "val": another}
+    """
+
+    def __init__(self, settings: FinetuneSettings, dataset: Any):
+        check_of_dataset(settings)
+        self.settings = settings
+        self.foreground = chosen_foreground(settings.foreground, settings.threshold)
+        self.options = image_options(settings.bands, settings.range)
+        self.loss_name = settings.loss
+        self.tasks = None
+        self.split = _split(dataset, settings.val_fraction, settings.seed)
+
+    def check(self) -> None:
+        """Read every item once and check it, or raise the first broken rule."""
+        truths = []
+        for part, what in PARTS.items():
+            found = []
+            for item in getattr(self.split, part):
+                _, values = read_item(item, self.settings.seed)
+                found.append(CheckedPair(np.unique(values).tolist(), False, True, None))
+                if part == "val":
+                    truths.append(torch.from_numpy(binary_mask(values, self.foreground)))
+                _check_values(item, found, self.foreground)
+            check_foreground(found, self.foreground, what)
+        self.remarks = []
+        dice, iou = all_foreground_scores(truths)
+        self.baseline = {"dice": dice, "iou": iou}
+
+    def training_data(self, side: int) -> tuple[PairDataset, Collate]:
+        settings = self.settings
+        return self._items(
+            self.split.train,
+            side,
+            flips=settings.flips,
+            box_jitter=settings.box_jitter or 0.0,
+            same=False,
+        ), Collate(side, truths=False)
+
+    def validation_loader(
+        self, pairs: Any, side: int, batch_size: int, workers: int = 0
+    ) -> DataLoader:
+        return DataLoader(
+            self._items(pairs, side),
+            batch_size=batch_size,
+            collate_fn=Collate(side, truths=True),
+            num_workers=workers,
+        )
+
+    def image_of(self, pair: Item) -> np.ndarray:
+        return read_item(pair, self.settings.seed)[0]
+
+    def _items(self, items: Any, side: int, *, same: bool = True, **more: Any) -> "ItemDataset":
+        prompt, seed = self.settings.prompt, self.settings.seed
+        return ItemDataset(
+            items, side, foreground=self.foreground, prompt=prompt, seed=seed, same=same, **more
+        )
+
+
+class ItemDataset(PairDataset):
+    """``PairDataset`` of ``Item``. same: whether an image is the same in every pass"""
+
+    def __init__(self, items: Any, image_size: int, *, same: bool, **more: Any):
+        super().__init__(items, image_size, **more)
+        self.same = same and not self.flips
+
+    def read(self, pair: Item, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
+        image, values = read_item(pair, self.seed, 0 if self.same else number)
+        return image, binary_mask(values, self.foreground), pair.stem if self.same else None
+
+
+def check_of_dataset(settings: FinetuneSettings) -> None:
+    """Raise ValueError for settings that are about files."""
+    if settings.data is not None:
+        raise ValueError(f"data is {settings.data}, but a dataset is given; leave out one")
+    if settings.output is None and settings.resume in (None, "newest"):
+        raise ValueError("a dataset has no name for the output folder; give it with output")
+    for name in ("tasks", "bands"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"{name} is about files, but a dataset is given; leave it out")
+
+
+def read_item(item: Item, seed: int, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(image uint8 (H, W, 3), mask values (H, W)) of an item, in one pass.
+
+    Raises ValueError, which names the item, for what is neither.
+    """
+    with _seeded(seed, number, item.index, item.part):
+        found = item.dataset[item.index]
+    try:
+        image, mask = _parts(found)
+        image, values = _image(image), _mask(mask)
+        if image.shape[:2] != values.shape:
+            sizes = " and ".join(f"{a.shape[0]}x{a.shape[1]}" for a in (image, values))
+            raise ValueError(f"image and mask are {sizes} (height x width)")
+    except ValueError as error:
+        raise ValueError(f"item {item.index} of the dataset ({item.part}): {error}") from None
+    return image, values
+
+
+def _split(dataset: Any, val_fraction: float, seed: int) -> Split:
+    if isinstance(dataset, Mapping):
+        if set(dataset) != set(PARTS):
+            raise ValueError(
+                f"the datasets are {', '.join(map(str, dataset))}; expected train and val"
+            )
+        parts = {part: _items_of(dataset[part], part) for part in PARTS}
+        return Split(parts["train"], parts["val"])
+    items = _items_of(dataset, "item")
+    if len(items) < 2:
+        raise ValueError("the dataset has 1 item; training and validation need at least 2")
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    count = min(len(items) - 1, max(1, round(val_fraction * len(items))))
+    val = set(order[:count])
+    return Split(
+        tuple(item for item in items if item.index not in val),
+        tuple(item for item in items if item.index in val),
+    )
+
+
+def _items_of(dataset: Any, part: str) -> tuple[Item, ...]:
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"the dataset is a {type(dataset).__name__}; expected one with a length and numbered "
+            "items, or the datasets train and val"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"the dataset ({part}) has no items")
+    return tuple(Item(dataset, part, index) for index in range(len(dataset)))
+
+
+def _parts(found: Any) -> tuple[Any, Any]:
+    if isinstance(found, Mapping):
+        if not {"image", "mask"} <= set(found):
+            raise ValueError(f"it has the keys {', '.join(map(str, found))}; expected image, mask")
+        return found["image"], found["mask"]
+    if isinstance(found, (tuple, list)) and len(found) == 2:
+        return found[0], found[1]
+    raise ValueError(f"it is a {type(found).__name__}; expected (image, mask)")
+
+
+def _image(given: Any) -> np.ndarray:
+    if isinstance(given, Image.Image):
+        given = given.convert("RGB")
+    if isinstance(given, Tensor):
+        given = given.cpu().numpy()
+        given = given.transpose(1, 2, 0) if given.ndim == 3 else given
+    image = np.asarray(given)
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"its image is {image.dtype} {image.shape}; expected uint8 with values 0 to 255, "
+            "(height, width, 3), or a tensor (3, height, width)"
+        )
+    return image
+
+
+def _mask(given: Any) -> np.ndarray:
+    values = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if values.ndim == 3 and values.shape[0] == 1:
+        values = values[0]
+    if values.dtype.kind not in "bui" or values.ndim != 2:
+        raise ValueError(
+            f"its mask is {values.dtype} {values.shape}; expected bool or whole numbers, "
+            "(height, width)"
+        )
+    return values
+
+
+def _check_values(item: Item, found: list[CheckedPair], rule: Foreground) -> None:
+    """Without a rule, masks together hold 0 and one other value."""
+    values = sorted({value for own in found for value in own.values if value})
+    if rule is None and len(values) > 1:
+        raise ValueError(
+            f"the masks up to item {item.index} ({item.part}) hold the values {listed(values)} "
+            f"besides 0; {ADVICE}"
+        )
+
+
+@contextmanager
+def _seeded(seed: int, number: int, index: int, part: str) -> Iterator[None]:
+    """Seed all random numbers by image and pass inside the ``with``."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence((seed, number, index, len(part))).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
