@@ -11,10 +11,16 @@ from torch import Tensor
 
 
 class Losses:
-    """The losses of an epoch, left on the device until someone asks."""
+    """The losses of an epoch, left on the device until someone asks.
+
+    Each BLOCK of them becomes one tensor, so that a long epoch holds few.
+    """
+
+    BLOCK = 64
 
     def __init__(self, step: int):
         self.first_step = step
+        self.blocks: list[Tensor] = []
         self.values: list[Tensor] = []
         self.counts: list[int] = []
 
@@ -25,14 +31,16 @@ class Losses:
     def add(self, loss: Tensor, count: int) -> None:
         self.values.append(loss.detach().float())
         self.counts.append(count)
+        if len(self.values) == self.BLOCK:
+            self._pack()
 
     def join(self, reduce: Callable[..., Tensor]) -> None:
         """Put the mean over processes in the place of each loss; reduce: accelerate's."""
-        self.values = list(reduce(torch.stack(self.values), reduction="mean"))
+        self.blocks = [reduce(self._all(), reduction="mean")]
 
     def mean(self) -> float:
         """Mean over images so far; FloatingPointError when one of the losses is not finite."""
-        values = torch.stack(self.values).tolist()
+        values = self._all().tolist()
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -41,6 +49,16 @@ class Losses:
                 )
         weighted = sum(value * n for value, n in zip(values, self.counts, strict=True))
         return weighted / self.images
+
+    def _all(self) -> Tensor:
+        """All losses so far, in one tensor."""
+        self._pack()
+        return torch.cat(self.blocks)
+
+    def _pack(self) -> None:
+        if self.values:
+            self.blocks.append(torch.stack(self.values))
+            self.values = []
 
 
 class Progress:
