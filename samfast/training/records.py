@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from samfast.files.placing import named, write_whole
+from samfast.files.placing import write_whole
 from samfast.methods.registry import VARIANTS
+from samfast.training.board import Board
 from samfast.training.pictures import png_bytes
 from samfast.training.run_folder import ClaimedFolder, check_free
 from samfast.training.settings import FinetuneSettings
@@ -63,7 +64,7 @@ class RunFolder:
         self.rows: list[dict] = []
         self.decoders = decoders
         self._claimed = ClaimedFolder(folder, overwrite) if main else None
-        self._board = None
+        self._board: Board | None = None
         self._drawn = time.perf_counter()
 
     def __enter__(self) -> "RunFolder":
@@ -72,7 +73,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        """Finish the curves and TensorBoard; without a result nothing stays."""
+        """Finish the curves; without a result nothing stays."""
         if self._claimed is None:
             return
         try:
@@ -102,8 +103,7 @@ class RunFolder:
         write_whole(self.folder / "metrics.csv", table.getvalue().encode())
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
-        with named(self.folder / "tensorboard"):
-            self._add_to_board(row)
+        self._add_to_board(row)
         self._claimed.keep()
 
     def add_overlay(self, name: str, panel: Image.Image) -> None:
@@ -116,19 +116,13 @@ class RunFolder:
         write_whole(self.folder / name, _json(content))
 
     def _add_to_board(self, row: dict) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         if self._board is None:
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
-        for name in self.columns[2:]:
-            self._board.add_scalar(name, row[name], row["epoch"])
-        self._board.flush()
+            self._board = Board(self.folder / "tensorboard")
+        self._board.add({name: row[name] for name in self.columns[2:]}, int(row["epoch"]))
 
     def _finish(self) -> None:
         if self.rows:
             self._draw()
-        if self._board is not None:
-            self._board.close()
 
     def _draw(self) -> None:
         self._drawn = time.perf_counter()
