@@ -8,11 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from samfast.training.progress import Losses
 
 STEPS = 200
 ALLOWED = 2 * 2**20  # bytes, up or down
+STORAGES = 64  # a block of losses
+
+
+def test_the_losses_of_an_epoch_are_few_tensors():
+    losses = Losses(7)
+    for i in range(150):
+        losses.add(torch.tensor(float(i), dtype=torch.float64), 1 + i % 2)
+        assert len(losses.blocks) + len(losses.values) <= STORAGES + 2
+    assert losses.images == 225
+    expected = sum(i * (1 + i % 2) for i in range(150)) / 225
+    assert losses.mean() == expected == losses.mean()
+    losses.join(lambda values, reduction: 2 * values)
+    assert losses.mean() == 2 * expected
+    losses.add(torch.tensor(torch.inf), 1)
+    with pytest.raises(FloatingPointError, match="the loss is inf in batch 151 after step 7;"):
+        losses.mean()
 
 
 @pytest.mark.slow
@@ -43,6 +60,6 @@ def test_two_hundred_steps_hold_what_ten_hold(shared_data, tmp_path, workers):
     assert [row[0] for row in rows] == list(range(10, STEPS + 1, 10))
     first = rows[0]
     for step, storages, size, resident in rows[1:]:
-        assert abs(storages - first[1]) <= Losses.BLOCK, step
+        assert abs(storages - first[1]) <= STORAGES, step
         assert abs(size - first[2]) <= ALLOWED, step
         assert abs(resident - first[3]) <= ALLOWED, (step, resident - first[3])

@@ -24,12 +24,14 @@ import pytest
 import torch
 from conftest import rectangle
 from PIL import Image
+from segment_anything.modeling.image_encoder import Block
 from torch.utils.data import DataLoader
 
 import samfast
 from samfast.adapters.trained import trained_tensors
 from samfast.kernels._common.reordered import Reordered
 from samfast.methods.registry import VARIANTS
+from samfast.modules import SamBlock
 from samfast.training.build import attach_method, build_base
 from samfast.training.data import EpochSampler
 from samfast.training.loop import seed_everything
@@ -131,6 +133,8 @@ def train(settings: FinetuneSettings, steps: int, around=None) -> Training:
     sam = build_base(settings, goal.tasks)
     seed_everything(settings.seed)
     attach_method(sam, settings, base_dtype(settings.base_dtype, dtype, CPU))
+    kinds = {type(block) for block in sam.image_encoder.blocks}
+    assert kinds == {SamBlock if settings.fuse else Block}
     images, collate = goal.training_data(settings.image_size)
     repeats = math.ceil(settings.batch_size * steps / len(images))
     sampler = EpochSampler(len(images), settings.seed, repeats)
@@ -181,6 +185,7 @@ class Literal:
 def check_gap(settings: FinetuneSettings, steps: int) -> None:
     """Assert the rule of this file; draws controls until the gap is within them, or all."""
     literal = Literal(settings, steps)
+    assert literal.plain.losses[-1] < literal.plain.losses[0]
     found = gap(train(settings, steps), literal.plain)
     controls = []
     for seed in range(1, CONTROLS + 1):
