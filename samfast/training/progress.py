@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows: losses, the bar, memory, the time that is left."""
+"""What a run shows: the bar, memory, the time that is left."""
 
 import math
 import sys

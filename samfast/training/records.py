@@ -8,15 +8,15 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
 from samfast.files.adapter_files import adapter_files
-from samfast.files.placing import named, write_whole
+from samfast.files.placing import write_whole
 from samfast.methods.registry import VARIANTS
+from samfast.training.board import Board
 from samfast.training.panels import printable
 from samfast.training.pictures import png_bytes
 from samfast.training.resume import check_resumable, run_of
@@ -24,9 +24,6 @@ from samfast.training.run_folder import SETTINGS, STATES, ClaimedFolder, check_f
 from samfast.training.score_files import score_files
 from samfast.training.settings import FinetuneSettings
 from samfast.training.states import save_state
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 COLUMNS_BEFORE = ("epoch", "step", "train_loss")
 COLUMNS_AFTER = ("images_per_second", "peak_memory_mib", "lr")
@@ -88,7 +85,7 @@ class RunFolder:
         self.decoders = decoders
         self._claimed = ClaimedFolder(folder, overwrite, resume, keep) if main else None
         self.states = folder / STATES
-        self._board = None
+        self._board: Board | None = None
         self._drawn = time.perf_counter()
 
     def __enter__(self) -> "RunFolder":
@@ -97,7 +94,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        """Finish the curves and TensorBoard; without a result nothing stays."""
+        """Finish the curves; without a result nothing stays."""
         if self._claimed is None:
             return
         try:
@@ -142,8 +139,7 @@ class RunFolder:
         write_whole(self.folder / "metrics.csv", table.getvalue().encode())
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
-        with named(self.folder / "tensorboard"):
-            self._add_to_board(row)
+        self._add_to_board(row)
         self._claimed.keep()
 
     def add_overlay(self, name: str, panel: Image.Image) -> None:
@@ -155,11 +151,8 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"{name}.png", png_bytes(panel))
         epoch = self.rows[-1]["epoch"] if self.rows else 0
-        with named(self.folder / "tensorboard"):
-            shown = np.asarray(_at_most(panel, _LARGEST_SHOWN))
-            tag = f"overlays/{printable(name)}"
-            self._open_board().add_image(tag, shown, epoch, dataformats="HWC")
-            self._board.flush()
+        shown = _at_most(panel, _LARGEST_SHOWN)
+        self._open_board().add_image(f"overlays/{printable(name)}", shown, epoch)
 
     def write_scores(
         self, images: Iterable[Mapping[str, Any]], classes: Sequence[Mapping[str, Any]] = ()
@@ -175,25 +168,17 @@ class RunFolder:
         write_whole(self.folder / name, _json(content))
 
     def _add_to_board(self, row: dict) -> None:
-        for name in self.columns[2:]:
-            self._open_board().add_scalar(name, row[name], row["epoch"])
-        self._board.flush()
+        self._open_board().add({name: row[name] for name in self.columns[2:]}, int(row["epoch"]))
 
-    def _open_board(self) -> "SummaryWriter":
-        from torch.utils.tensorboard import SummaryWriter
-
+    def _open_board(self) -> Board:
         if self._board is None:
-            # What a run wrote that went on from an earlier state than its last epoch is left out.
             first = int(self.rows[-1]["epoch"]) if self.rows else 0
-            board = self.folder / "tensorboard"
-            self._board = SummaryWriter(str(board), purge_step=first)
+            self._board = Board(self.folder / "tensorboard", first)
         return self._board
 
     def _finish(self) -> None:
         if self.rows:
             self._draw()
-        if self._board is not None:
-            self._board.close()
 
     def _draw(self) -> None:
         self._drawn = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-_PATIENCE = 100  # batches after which the host waits for the device and looks
+PATIENCE = 64  # batches after which the host waits for the device and looks
 
 Reduce = Callable[..., Tensor]
 Images = Callable[[int], Sequence[str]]
@@ -47,7 +47,7 @@ class Losses:
 
     def due(self) -> bool:
         """Whether it is time to look, which all processes do together."""
-        return len(self._waiting) >= _PATIENCE
+        return len(self._waiting) >= PATIENCE
 
     def look(self) -> None:
         """Wait for the device; NotFinite for the first loss that is not finite."""
