@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from samfast.training.run_folder import STATES, check_folder, has_result, has_states
-from samfast.training.run_lock import was_cut_short
+from samfast.training.run_folder import (
+    STATES,
+    check_folder,
+    has_result,
+    has_states,
+    holds_something,
+)
 from samfast.training.settings import FinetuneSettings
 from samfast.training.states import State, newest_state, read_state
 
@@ -74,8 +79,7 @@ def run_of(settings: FinetuneSettings) -> Path | None:
 def check_resumable(folder: Path) -> None:
     """Raise ValueError where results without a state would be in the way; changes nothing."""
     check_folder(folder)
-    others = folder.is_dir() and any(folder.iterdir()) and not was_cut_short(folder)
-    if others and not has_states(folder):
+    if holds_something(folder) and not has_states(folder):
         what = "an earlier run's results" if has_result(folder) else "something else"
         raise ValueError(
             f"output folder {folder} holds {what} and no state to resume from; choose another "

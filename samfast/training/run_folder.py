@@ -67,9 +67,16 @@ def check_folder(output: Path) -> None:
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raise ValueError where a run cannot write to a folder that is as it is; changes nothing."""
     check_folder(folder)
-    kept = folder.is_dir() and any(folder.iterdir()) and not overwrite
-    if kept and not was_cut_short(folder):  # then the lock says more
+    if not overwrite and holds_something(folder):
         raise _not_empty(folder)
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether there is more in a folder than what a run that is at work or was killed leaves."""
+    if not folder.is_dir() or was_cut_short(folder):  # then the lock says more
+        return False
+    names = {entry.name for entry in folder.iterdir()} - {LOCK, HOLDER}
+    return any(not name.startswith(f".{HOLDER}.") for name in names)
 
 
 def has_result(folder: Path) -> bool:

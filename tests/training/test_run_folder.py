@@ -27,7 +27,8 @@ from samfast.training.folders import load_split
 from samfast.training.loop import finetune
 from samfast.training.predict import adapter_folder
 from samfast.training.records import COLUMNS_AFTER, COLUMNS_BEFORE, RunFolder
-from samfast.training.run_folder import ClaimedFolder, clear_results
+from samfast.training.resume import check_resumable
+from samfast.training.run_folder import ClaimedFolder, check_free, clear_results
 from samfast.training.run_lock import HOLDER, LOCK
 from samfast.training.settings import FinetuneSettings
 
@@ -177,6 +178,18 @@ def test_what_a_run_without_results_left_is_no_hindrance(tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         claimed(tmp_path)
     assert texts(tmp_path) == {"settings.json": "of another program"}
+
+
+@pytest.mark.parametrize("name", [LOCK, f".{HOLDER}.123-0123abcd.tmp"])
+def test_a_run_that_was_killed_while_it_locked_is_no_hindrance(tmp_path, name):
+    (tmp_path / name).write_text("")
+    check_free(tmp_path, overwrite=False)
+    check_resumable(tmp_path)
+    claimed(tmp_path).close()
+    (tmp_path / "mine.txt").write_text("keep")
+    for check in (lambda: check_free(tmp_path, False), lambda: check_resumable(tmp_path)):
+        with pytest.raises(ValueError, match="is not empty|holds something else"):
+            check()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, refused, shared_data, monkeypatch):
