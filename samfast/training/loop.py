@@ -23,7 +23,7 @@ from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.ranks import check_kind, own_random_numbers, start
+from samfast.training.ranks import check_accumulation, check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
 from samfast.training.resume import check_same_run, state_for
@@ -211,6 +211,7 @@ def seed_everything(seed: int) -> None:
 def _accelerator(settings: FinetuneSettings) -> tuple["Accelerator", torch.dtype]:
     from accelerate import Accelerator
     from accelerate.state import is_initialized
+    from accelerate.utils import GradientAccumulationPlugin
 
     if is_initialized():
         raise RuntimeError(
@@ -218,9 +219,10 @@ def _accelerator(settings: FinetuneSettings) -> tuple["Accelerator", torch.dtype
         )
     dtype = autocast_dtype(settings.precision, start().device)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-    accelerator = Accelerator(
-        mixed_precision=names[dtype], gradient_accumulation_steps=settings.accumulate
-    )
+    check_accumulation(settings.accumulate)
+    # As a plugin: accelerate launch's own number, which is 1 unless told, would win otherwise.
+    steps = GradientAccumulationPlugin(num_steps=settings.accumulate)
+    accelerator = Accelerator(mixed_precision=names[dtype], gradient_accumulation_plugin=steps)
     return accelerator, dtype
 
 

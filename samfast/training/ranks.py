@@ -14,6 +14,7 @@ from samfast.training.launched import Launched, launched, tell_torch
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 SECONDS_TO_MEET = 120  # programs on several machines start at different times
 
 
@@ -87,6 +88,16 @@ def check_kind(kind: str) -> None:
         raise ValueError(
             f"samfast finetune gives each process the whole model, but accelerate is set to {kind};"
             " start it with torchrun, or write a loop of your own (README, Several processes)"
+        )
+
+
+def check_accumulation(steps: int) -> None:
+    """ValueError when accelerate was told another number than 1 and than these steps."""
+    told = os.environ.get(_ACCUMULATION, "1")
+    if told not in ("1", str(steps)):
+        raise ValueError(
+            f"accelerate is set to {told} steps of accumulation, and samfast to {steps}; pass "
+            f"--accumulate {told}, or unset {_ACCUMULATION}"
         )
 
 

@@ -3,6 +3,7 @@
 
 import csv
 import itertools
+import json
 import os
 import re
 import signal
@@ -289,6 +290,20 @@ def test_what_shards_the_model_is_refused():
     ranks.check_kind("MULTI_GPU")
     with pytest.raises(ValueError, match="accelerate is set to FSDP; start it with torchrun"):
         ranks.check_kind("FSDP")
+
+
+def test_accumulation_is_samfast_s(monkeypatch, shared_data, tmp_path):
+    """accelerate launch says 1 unless it is told another number."""
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    monkeypatch.setenv(name, "4")
+    ranks.check_accumulation(4)
+    with pytest.raises(ValueError, match=r"set to 4 steps .* samfast to 2; pass --accumulate 4"):
+        ranks.check_accumulation(2)
+    monkeypatch.setenv(name, "1")
+    words = ["finetune", "--data", shared_data, *TINY, "--batch-size", 1, "--accumulate", 2]
+    assert cli.main([*map(str, words), "--output", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["steps"] == 3  # of five images
 
 
 @needs_fork

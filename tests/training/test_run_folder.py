@@ -188,7 +188,7 @@ def test_a_run_that_was_killed_while_it_locked_is_no_hindrance(tmp_path, name):
     claimed(tmp_path).close()
     (tmp_path / "mine.txt").write_text("keep")
     for check in (lambda: check_free(tmp_path, False), lambda: check_resumable(tmp_path)):
-        with pytest.raises(ValueError, match="is not empty|holds something else"):
+        with pytest.raises(ValueError, match=r"is not empty|holds something else"):
             check()
 
 
