@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 import samfast
 from samfast.adapters.finite import not_finite
 from samfast.adapters.trained import trained_state
+from samfast.files.format import read_adapter
 from samfast.models import image_size
 from samfast.training.callbacks import Callback
 from samfast.training.data import EpochSampler
@@ -121,6 +123,10 @@ class Run:
         if self.batch == 0 and self.rows:  # the state is saved before the results are
             folder.rows.pop()
             self._finish_epoch(folder, self.rows[-1])
+        best = folder.folder / "adapter" / "best"
+        if self.best is not None and _epoch_of(best) != self.best["epoch"]:
+            self.say(f"{best} is not of epoch {self.best['epoch']}: the next epoch replaces it")
+            self.best = self.scored = None
 
     def train(self, folder: RunFolder, asked: StopAsked) -> dict:
         settings, goal = self.settings, self.goal
@@ -373,6 +379,14 @@ class Run:
     def _call(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, name)(self, *arguments)
+
+
+def _epoch_of(adapter: Path) -> int | None:
+    """The epoch that an adapter of a run is of; None where there is no complete one."""
+    try:
+        return read_adapter(adapter).record["extra"].get("epoch")
+    except (ValueError, OSError):
+        return None
 
 
 def _repeats(settings: FinetuneSettings, images: int, processes: int) -> int:
