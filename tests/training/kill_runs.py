@@ -24,6 +24,11 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
+def said(folder: Path | str) -> Path:
+    """The file that has the standard error of the last child in a folder."""
+    return Path(f"{folder}.err")
+
+
 class Runs:
     """The program from outside."""
 
@@ -88,8 +93,7 @@ def _run(argv: list[str], folder: str, at: int | str, log: str | None) -> None:
     os.setpgid(0, 0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
-    if not os.environ.get("KILL_RUNS_LOUD"):
-        os.dup2(quiet, 2)
+    os.dup2(os.open(said(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     library = ctypes.CDLL(os.environ["KILL_AT"])
     number, part = (at, None) if isinstance(at, int) else (-1, at.encode())
     library.kill_at(folder.encode(), ctypes.c_long(number), part, log.encode() if log else None)

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from kill_runs import compiler, runs
+from kill_runs import compiler, runs, said
 from test_resume import results
 
 OPTIONS = "--model vit_tiny --image-size 64 --epochs 2 --repeats 1 --batch-size 1 --accumulate 2"
@@ -49,7 +49,7 @@ def killed_and_finished(go, arguments: list, output: Path, at: int) -> dict | No
     code = go(arguments, output, at)
     if code != 0:
         assert code == -signal.SIGKILL
-        assert go(arguments, output) == 0
+        assert go(arguments, output) == 0, said(output).read_text()
     found = results(output)
     left = [p for p in output.rglob(".*") if p.name != ".samfast.lock"]
     assert left == [], at

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_runs import compiler, runs
+from kill_runs import compiler, runs, said
 from safetensors import safe_open
 
 from samfast import cli
@@ -367,7 +367,7 @@ def test_a_run_that_was_killed_twice_has_the_same_final_bytes(whole, tmp_path):
     with runs(tmp_path) as go:
         for event in ("half of write {}/state/.step-000002", "rmdir {}/state/step-000003"):
             assert go(argv, output, event.format(output)) == -signal.SIGKILL
-        assert go(argv, output) == 0
+        assert go(argv, output) == 0, said(output).read_text()
     assert results(output) == results(whole.output)
 
 
