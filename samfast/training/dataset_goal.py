@@ -90,6 +90,9 @@ class DatasetGoal(OneMask):
             same=False,
         ), Collate(side, truths=False)
 
+    def steady(self) -> int:
+        return 0  # the dataset may draw
+
     def validation_loader(
         self, pairs: Any, side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from samfast.models import encode
-from samfast.training.goal import Split
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
@@ -40,19 +39,23 @@ class KeptEmbeddings:
 
 
 def keep_embeddings(
-    model: Segmenter, settings: FinetuneSettings, split: Split, say: Callable[[str], None]
+    model: Segmenter,
+    settings: FinetuneSettings,
+    steady: int,
+    val: int,
+    say: Callable[[str], None],
 ) -> None:
     """Let the model keep embeddings where they never change and there is room, and say so.
 
-    That is with a frozen encoder: of validation images, and without flips of training images. With
-    several tasks the encoder's norms are trained, so nothing is kept.
+    steady: how many training images are the same in every pass   val: how many images validate
+    That is with a frozen encoder. With several tasks the encoder's norms are trained, so nothing
+    is kept.
     """
     frozen = not any(p.requires_grad for p in model.sam.image_encoder.parameters())
     if not settings.cache or settings.tasks is not None or not frozen:
         return
-    train = () if settings.flips else split.train
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each meets all training images in time
-    count = here * len(train) + len(split.val)
+    count = here * steady + val
     size, free = count * embedding_bytes(model), free_memory()
     what = f"{count} embeddings" if count > 1 else "1 embedding"
     if free is not None and size > free / _SHARE:

@@ -53,6 +53,9 @@ class Goal(Protocol):
         The dataset is asked for (index, pass) keys, see ``EpochSampler``; a batch has ``images``.
         """
 
+    def steady(self) -> int:
+        """How many training images are the same in every pass."""
+
     def validation_loader(
         self, items: Sequence[Any], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:

@@ -183,6 +183,9 @@ class ManyTasks:
         )
         return data, TaskCollate(self.specs, side, truths=False)
 
+    def steady(self) -> int:
+        return 0 if self.settings.flips else len(self.split.train)
+
     def validation_loader(
         self, items: Sequence[Item], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:

@@ -115,6 +115,9 @@ class OneMask:
         )
         return data, Collate(side, truths=False)
 
+    def steady(self) -> int:
+        return 0 if self.settings.flips else len(self.split.train)
+
     def validation_loader(
         self, pairs: tuple[Pair, ...], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:

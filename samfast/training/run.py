@@ -93,7 +93,7 @@ class Run:
         )
         self.plain_model = goal.segmenter(sam, dtype)
         self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
-        keep_embeddings(self.plain_model, settings, goal.split, say)
+        keep_embeddings(self.plain_model, settings, goal.steady(), len(goal.split.val), say)
         self.loader = own_loader(loader, accelerator.device)
         steps = settings.epochs * math.ceil(len(self.batches) / settings.accumulate)
         self.schedule = Schedule(optimizer, settings.schedule, steps)

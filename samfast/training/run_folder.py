@@ -39,6 +39,7 @@ FILES = (
 SETTINGS = "settings.json"
 _NEXT = "settings.next.json"
 _EARLIER = ".earlier"
+_ROOM = ".room."
 _COPIES = 3  # last, best, and one that is being written
 _STATE = 3  # times an adapter: it, and its two moments in the optimizer
 _DECODER = 13 * 2**20  # bytes of a trained mask decoder, which every run saves
@@ -137,7 +138,7 @@ class ClaimedFolder:
         sizes = [size] * _COPIES + [_STATE * size] * states
         if self.begun:  # what it goes on with is there already
             sizes = [size] + [_STATE * size] * min(1, states)
-        places = [self.folder / f".room.{i}" for i in range(len(sizes))]
+        places = [self.folder / f"{_ROOM}{i}" for i in range(len(sizes))]
         try:
             for place, wanted in zip(places, sizes, strict=True):
                 with open(place, "wb") as file:
@@ -209,6 +210,9 @@ class ClaimedFolder:
             new = has_result(self.folder) and not (self.folder / _NEXT).exists()
             self.keep() if new else self._restore()
         (self.folder / _NEXT).unlink(missing_ok=True)
+        if cut_short:
+            for place in self.folder.glob(f"{_ROOM}[0-9]*"):
+                place.unlink()
         if cut_short and not has_result(self.folder):
             clear_results(self.folder)
         for place in (self.folder, *(self.folder / name for name in FOLDERS)):

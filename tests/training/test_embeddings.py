@@ -14,7 +14,7 @@ from samfast.models import encode
 from samfast.training import embeddings
 from samfast.training.build import attach_method, build_base
 from samfast.training.data import Collate, PairDataset
-from samfast.training.folders import Split, load_split
+from samfast.training.folders import load_split
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
@@ -168,11 +168,10 @@ def test_the_free_memory_is_that_of_machine_and_container(tmp_path, monkeypatch)
 def test_too_little_memory_is_said_and_nothing_kept(monkeypatch):
     model, said = model_of(), []
     settings = FinetuneSettings(method="decoder", flips=False)
-    split = Split((None,) * 5, (None,))
     for free, kept in ((2 * 96 * 2**10 - 1, False), (2 * 96 * 2**10, True), (None, True)):
         monkeypatch.setattr(embeddings, "free_memory", lambda free=free: free)
         model.kept = None
-        embeddings.keep_embeddings(model, settings, split, said.append)
+        embeddings.keep_embeddings(model, settings, 5, 1, said.append)
         assert (model.kept is not None) is kept
     assert said[0] == (
         "computes 6 embeddings anew each time: to keep them would take 96.0 KiB, more than half of "
@@ -185,5 +184,5 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     said = []
     settings = FinetuneSettings(method="decoder", flips=False)
-    embeddings.keep_embeddings(model_of(), settings, Split((None,) * 5, (None,)), said.append)
+    embeddings.keep_embeddings(model_of(), settings, 5, 1, said.append)
     assert said[0].startswith("keeps 16 embeddings, 256.0 KiB")

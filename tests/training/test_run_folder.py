@@ -171,6 +171,7 @@ def test_a_kill_while_old_results_come_back_loses_none(tmp_path, step, monkeypat
 def test_what_a_run_without_results_left_is_no_hindrance(tmp_path):
     place = claimed(tmp_path)
     place.begin()
+    (tmp_path / ".room.3").write_text("as a kill leaves it")
     place._lock._lock.release()
     assert {HOLDER, "settings.json"} <= set(texts(tmp_path))
     claimed(tmp_path).close()
