@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both goals are what ``samfast.training.goal`` says that a goal is."""
+"""All goals are what ``samfast.training.goal`` says that a goal is."""
 
 import inspect
 
 import pytest
 
+from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.goal import Goal
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 
 
-@pytest.mark.parametrize("goal", [OneMask, ManyTasks])
+@pytest.mark.parametrize("goal", [OneMask, ManyTasks, DatasetGoal])
 def test_a_goal_has_every_method(goal):
     asked = {name: member for name, member in vars(Goal).items() if inspect.isfunction(member)}
     asked = {name: member for name, member in asked.items() if not name.startswith("_")}
-    assert len(asked) == 15
+    assert len(asked) == 16
     for name, member in asked.items():
         wanted, found = (inspect.signature(f).parameters for f in (member, getattr(goal, name)))
         assert len(found) == len(wanted), name
