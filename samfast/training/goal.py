@@ -23,8 +23,8 @@ class Split(Protocol):
 class Goal(Protocol):
     """Data, loss, scores and pictures of what is learned.
 
-    There are ``OneMask``, ``ManyTasks`` and ``DatasetGoal``. Making one finds the files and opens no
-    image. ``check`` decodes them all; ``scores`` and the texts need what it found.
+    There are ``OneMask``, ``ManyTasks`` and ``DatasetGoal``. Making one finds the files and opens
+    no image. ``check`` decodes them all; ``scores`` and the texts need what it found.
 
     score: the column of the table that says which epoch is the best; larger is better
     columns: the columns of scores in the table, ``score`` among them
