@@ -41,11 +41,23 @@ def _unknown(text: str) -> ValueError:
 
 
 def check_schedule(text: str) -> None:
-    """Raise ValueError for what ``Schedule`` would refuse."""
+    """Raise ValueError for what ``Schedule`` would refuse, or could not take a step with."""
     import torch
 
-    if text not in SCHEDULES:
-        _of_torch(torch.optim.AdamW([torch.zeros(1)]), text, steps=100)
+    if text in SCHEDULES:
+        return
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
+    schedule = Schedule(optimizer, text, steps=100)
+    optimizer.step()
+    try:
+        for _ in range(3):
+            schedule.step()
+            schedule.end_epoch(0.0)
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"schedule {text!r}: {error}") from None
+    if not all(map(math.isfinite, rates)):
+        raise ValueError(f"schedule {text!r} gives the learning rate {rates[0]}")
 
 
 class Schedule:
