@@ -63,9 +63,7 @@ def _settings_of_run(path: Path) -> dict[str, Any]:
     run = path.parent.parent if path.parent.name == "state" else path
     if not (run / "settings.json").is_file():
         return {}  # training says what is wrong with the path
-    given = settings_from_file(run / "settings.json")
-    own = ("output", "overwrite", "resume", "json", "dry_run")  # of that command alone
-    return {name: value for name, value in given.items() if name not in own}
+    return settings_from_file(run / "settings.json")
 
 
 def _parsed(

@@ -33,3 +33,17 @@ class Callback:
 
     def on_end(self, run: Any, summary: dict[str, Any]) -> None:
         """At the end of a run that was not interrupted. summary: what ``finetune`` returns"""
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise ValueError for what is not a sequence of callbacks."""
+    if isinstance(callbacks, Callback):
+        raise ValueError(f"callbacks is one {type(callbacks).__name__}; give a list of them")
+    for own in callbacks:
+        missing = [name for name in vars(Callback) if name.startswith("on_")]
+        missing = [name for name in missing if not callable(getattr(own, name, None))]
+        if missing:
+            raise ValueError(
+                f"callbacks has a {type(own).__name__} without {missing[0]}; make it a "
+                "samfast.training.callbacks.Callback"
+            )

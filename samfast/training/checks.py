@@ -39,6 +39,8 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         check_schedule(settings.schedule)
     if settings.resume is not None and settings.overwrite:
         raise ValueError("--resume goes on with what --overwrite would replace; leave out one")
+    if settings.resume is not None and not settings.keep:
+        raise ValueError("keep is 0, but a run that is resumed has states; give --keep 1 or more")
     if settings.save_every is not None and not settings.keep:
         raise ValueError(
             f"save_every is {settings.save_every}, but keep is 0, which saves no states"

@@ -11,6 +11,7 @@ A run's settings.json is such a file too. Every mistake is one ValueError or Fil
 sentence with the file, the option and the value. Importing this loads neither torch nor yaml.
 """
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from samfast.adapters.options import Option, options_of
 from samfast.training.settings import FinetuneSettings
 
 # What settings.json holds next to the options; see ``run_record``.
+OF_COMMAND = ("output", "overwrite", "resume", "json", "dry_run")  # not of the training
 RECORDED = ("train", "val", "versions", "device", "command", "processes")
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _TAGS = ("null", "bool", "int", "float", "str", "timestamp", "merge", "value")  # YAML's scalars
@@ -50,7 +52,8 @@ def settings_from_file(path: Path | str) -> dict[str, Any]:
     """The options that a file gives, by name, as ``FinetuneSettings`` takes them.
 
     Options that are null or not named are absent. The file is YAML or JSON: a mapping of options
-    to values, or a run's settings.json. Raises ValueError or FileNotFoundError, one sentence.
+    to values, or a run's settings.json, of which its folder and what recipes fill in are left out.
+    Raises ValueError or FileNotFoundError, one sentence.
     """
     path = Path(path)
     entries = _entries(path)
@@ -68,11 +71,31 @@ def settings_from_file(path: Path | str) -> dict[str, Any]:
         found[name] = entry
     given = {}
     for name, entry in found.items():
-        if not (isinstance(entry.value, _Scalar) and entry.value.kind == "null"):
+        alone, value = options[name].alone, entry.value
+        if alone is not None and isinstance(value, _Scalar) and value.kind == "bool":
+            given |= {name: alone} if _FLAGS[value.text.lower()] else {}
+        elif not (isinstance(value, _Scalar) and value.kind == "null"):
             given[name] = _converted(options[name], entry, path)
-    if is_record and "tasks" in given:
-        given.pop("loss", None)  # of one mask, which the recipe filled in
-    return given
+    return _without_recipe(given) if is_record else given
+
+
+def _without_recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run's record that were chosen, not filled in, and are of training.
+
+    So ``--method`` may name another method next to the record.
+    """
+    from samfast.training.recipe import with_recipe  # which loads torch
+
+    given = {name: value for name, value in given.items() if name not in OF_COMMAND}
+    open_ = {f.name for f in dataclasses.fields(FinetuneSettings) if f.default is None}
+    told = {name: value for name, value in given.items() if name not in open_}
+    about = {name: given[name] for name in ("checkpoint", "image_size") if name in given}
+    filled = vars(with_recipe(FinetuneSettings(**told, **about)))
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in open_ or name in about or filled[name] != value
+    }
 
 
 def _is_record(entries: Sequence[_Entry]) -> bool:

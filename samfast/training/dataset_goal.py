@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from samfast.training.data import Collate, PairDataset
+from samfast.training.fingerprints import of_arrays
 from samfast.training.folders import ADVICE, CheckedPair, Split, listed
 from samfast.training.foreground import Foreground, binary_mask, chosen_foreground
 from samfast.training.image_options import image_options
@@ -26,7 +27,9 @@ from samfast.training.metrics import all_foreground_scores
 from samfast.training.one_mask import OneMask
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import check_foreground
+from samfast.training.stopping import ignore_signals
 
+_EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "RGBA", "CMYK", "YCbCr")
 PARTS = {"train": "training", "val": "validation"}
 
 
@@ -63,6 +66,10 @@ class DatasetGoal(OneMask):
         self.loss_name = settings.loss
         self.tasks = None
         self.split = _split(dataset, settings.val_fraction, settings.seed)
+
+    def fingerprints(self) -> dict[str, str]:
+        items = (*self.split.train, *self.split.val)
+        return {item.stem: of_arrays(*read_item(item, self.settings.seed)) for item in items}
 
     def check(self) -> None:
         """Read every item once and check it, or raise the first broken rule."""
@@ -101,6 +108,7 @@ class DatasetGoal(OneMask):
             batch_size=batch_size,
             collate_fn=Collate(side, truths=True),
             num_workers=workers,
+            worker_init_fn=ignore_signals,
         )
 
     def image_of(self, pair: Item) -> np.ndarray:
@@ -146,6 +154,8 @@ def read_item(item: Item, seed: int, number: int = 0) -> tuple[np.ndarray, np.nd
     try:
         image, mask = _parts(found)
         image, values = _image(image), _mask(mask)
+        if image.size == 0:
+            raise ValueError("its image has no pixel")
         if image.shape[:2] != values.shape:
             sizes = " and ".join(f"{a.shape[0]}x{a.shape[1]}" for a in (image, values))
             raise ValueError(f"image and mask are {sizes} (height x width)")
@@ -197,7 +207,7 @@ def _parts(found: Any) -> tuple[Any, Any]:
 
 def _image(given: Any) -> np.ndarray:
     if isinstance(given, Image.Image):
-        given = given.convert("RGB")
+        given = _rgb(given)
     if isinstance(given, Tensor):
         given = given.cpu().numpy()
         given = given.transpose(1, 2, 0) if given.ndim == 3 else given
@@ -210,6 +220,18 @@ def _image(given: Any) -> np.ndarray:
             "(height, width, 3), or a tensor (3, height, width)"
         )
     return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Colours of 8 bits; transparency is laid over white, as in files."""
+    if image.mode not in _EIGHT_BITS:
+        raise ValueError(
+            f"its image has PIL's mode {image.mode}; expected one of {', '.join(_EIGHT_BITS)}"
+        )
+    if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _mask(given: Any) -> np.ndarray:
@@ -227,7 +249,7 @@ def _mask(given: Any) -> np.ndarray:
 def _check_values(item: Item, found: list[CheckedPair], rule: Foreground) -> None:
     """Without a rule, masks together hold 0 and one other value."""
     values = sorted({value for own in found for value in own.values if value})
-    if rule is None and len(values) > 1:
+    if rule is None and (len(values) > 1 or min(values, default=0) < 0):
         raise ValueError(
             f"the masks up to item {item.index} ({item.part}) hold the values {listed(values)} "
             f"besides 0; {ADVICE}"

@@ -14,6 +14,7 @@ from samfast.training.folders import Pair
 from samfast.training.foreground import Foreground
 from samfast.training.image_options import ImageOptions
 from samfast.training.metrics import ForegroundScores
+from samfast.training.stopping import ignore_signals
 
 _AS_TAGGED = ImageOptions()
 
@@ -50,6 +51,7 @@ def validation_loader(
         batch_size=batch_size,
         collate_fn=Collate(image_size, truths=True),
         num_workers=workers,
+        worker_init_fn=ignore_signals,
     )
 
 

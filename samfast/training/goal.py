@@ -41,6 +41,9 @@ class Goal(Protocol):
     tasks: Sequence[Task] | None
     split: Split
 
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each file's content, or of each item's, by part and stem."""
+
     def check(self) -> None:
         """Decode every file and check it; raise ValueError for the first broken rule."""
 

@@ -4,6 +4,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from samfast.adapters.trained import trained_state
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
 from samfast.training.build import attach_method, build_base
-from samfast.training.callbacks import Callback
+from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
@@ -26,7 +27,7 @@ from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.ranks import check_accumulation, check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
-from samfast.training.resume import check_same_run, state_for
+from samfast.training.resume import NEWEST, check_same_run, state_for
 from samfast.training.run import Run, Say
 from samfast.training.run_record import run_record
 from samfast.training.settings import FinetuneSettings
@@ -64,7 +65,10 @@ def finetune(
     """
     if settings.dry_run:
         return dry_run(settings)
+    if settings.resume is True:  # as for the option that stands alone
+        settings = dataclasses.replace(settings, resume=NEWEST)
     check_settings(settings, needs_data=dataset is None)
+    check_callbacks(callbacks)
     settings = with_recipe(settings)
     goal: Goal | None = None if dataset is None else DatasetGoal(settings, dataset)
     output = output_folder(settings)
@@ -100,7 +104,7 @@ def _finetune(
     asked: StopAsked,
 ) -> dict:
     say = _speaker(settings, accelerator)
-    facts = _facts(goal, accelerator, dtype)
+    facts = _facts(settings, goal, accelerator, dtype)
     state = _state(settings, folder, facts, accelerator, say)
     base = base_dtype(settings.base_dtype, dtype, accelerator.device)
     sam = build_base(settings, goal.tasks)
@@ -120,6 +124,7 @@ def _finetune(
     folder.check_room(sum(t.nbytes for t in trained_state(sam).values()))
     if state is not None:
         run.restore(state, folder)
+        folder.save_settings()
     try:
         return run.train(folder, asked)
     except KeyboardInterrupt as stop:
@@ -152,13 +157,14 @@ def _state(
             state = read_state(Path(named[0]))
     if state is not None:
         remarks.append(check_same_run(state, folder.settings, facts))
-        folder.save_settings()
     for remark in filter(None, remarks):
         say(remark)
     return state
 
 
-def _facts(goal: Goal, accelerator: "Accelerator", dtype: torch.dtype) -> dict:
+def _facts(
+    settings: FinetuneSettings, goal: Goal, accelerator: "Accelerator", dtype: torch.dtype
+) -> dict:
     """What else than settings a run depends on."""
     return {
         "samfast": samfast.__version__,
@@ -167,6 +173,7 @@ def _facts(goal: Goal, accelerator: "Accelerator", dtype: torch.dtype) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "processes": accelerator.num_processes,
         "what is learned": goal.remembered(),
+        "images": goal.fingerprints() if settings.keep else {},
     }
 
 
@@ -238,6 +245,7 @@ def _release(accelerator: "Accelerator") -> None:
 def _speaker(settings: FinetuneSettings, accelerator: "Accelerator") -> Say:
     def say(sentence: str) -> None:
         if accelerator.is_main_process:
-            print(sentence, file=sys.stderr if settings.json else sys.stdout, flush=True)
+            with suppress(BrokenPipeError):  # whoever read along has gone; the run has not
+                print(sentence, file=sys.stderr if settings.json else sys.stdout, flush=True)
 
     return say

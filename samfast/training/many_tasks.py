@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from samfast.training import pictures
 from samfast.training.evaluate import scoring
+from samfast.training.fingerprints import of_all
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, class_loss, direction_loss, value_loss
@@ -23,6 +24,7 @@ from samfast.training.scored import Scored, Tick
 from samfast.training.segmenters import TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
+from samfast.training.stopping import ignore_signals
 from samfast.training.task_data import TaskBatch, TaskCollate, TaskDataset, truth_of
 from samfast.training.task_files import Item, check_items, find_items, read_stored, remarks
 from samfast.training.task_scores import (
@@ -110,6 +112,14 @@ class ManyTasks:
         ]
         self.loss_name = "+".join(dict.fromkeys(spec.loss for spec in self.specs))
 
+    def fingerprints(self) -> dict[str, str]:
+        files = {}
+        for part, items in (("train", self.split.train), ("val", self.split.val)):
+            for item in items:  # a derived task has the file that it is derived from
+                targets = dict.fromkeys(item.targets[name] for name in sorted(item.targets))
+                files[f"{part}/{item.image}"] = [item.image, *targets]
+        return of_all(files)
+
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
         items = (*self.split.train, *self.split.val)
@@ -194,6 +204,7 @@ class ManyTasks:
             batch_size=batch_size,
             collate_fn=TaskCollate(self.specs, side, truths=True),
             num_workers=workers,
+            worker_init_fn=ignore_signals,
         )
 
     def counts(self, indices: Sequence[int]) -> list[int]:

@@ -21,6 +21,7 @@ from samfast.training.evaluate import (
     scoring,
     validation_loader,
 )
+from samfast.training.fingerprints import of_all
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
 from samfast.training.foreground import binary_mask, chosen_foreground, foreground_config
 from samfast.training.image_options import image_options
@@ -65,6 +66,12 @@ class OneMask:
         self.tasks = None
         if settings.loss is None:  # that of an adapter that does not know its loss
             self.columns = ("val_dice", "val_iou")
+
+    def fingerprints(self) -> dict[str, str]:
+        files = {}
+        for part, pairs in (("train", self.split.train), ("val", self.split.val)):
+            files |= {f"{part}/{pair.stem}": [pair.image, pair.mask] for pair in pairs}
+        return of_all(files)
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""

@@ -43,8 +43,8 @@ class Progress:
     def show(self, loss: float) -> None:
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-    def images_per_second(self) -> float:
-        return self.images / (time.perf_counter() - self.began)
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
 
 
 def time_left(seconds: float, done: int, left: int) -> str:

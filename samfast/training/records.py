@@ -121,13 +121,14 @@ class RunFolder:
 
     def save_state(
         self, name: str, model: nn.Module, record: dict, tensors: dict[str, Tensor], keep: int
-    ) -> None:
-        """Put a state of the run in place, see ``samfast.training.states``."""
+    ) -> Path:
+        """Put a state of the run in place, see ``samfast.training.states``; returns its folder."""
         self.begin()
         self.states.mkdir(exist_ok=True)
         folder = self.states / name
-        save_state(folder, adapter_files(model, folder), record, tensors, keep)
+        folder = save_state(folder, adapter_files(model, folder), record, tensors, keep)
         self._claimed.keep()
+        return folder
 
     def add_epoch(self, row: dict) -> None:
         """Append one row (the keys are the columns) to table, curves and TensorBoard."""

@@ -3,7 +3,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from samfast.training.run_folder import (
     holds_something,
 )
 from samfast.training.settings import FinetuneSettings
-from samfast.training.states import State, newest_state, read_state
+from samfast.training.states import State, later_states, newest_state, read_state
 
 NEWEST = "newest"
 _OF_NO_EFFECT = {  # on what is trained
@@ -41,6 +42,9 @@ _MAY_CHANGE = {
     "checkpoint",  # its weights are compared by their digest
     "epochs",
     "patience",
+    "lr",
+    "relation_lr",
+    "schedule",
     "clip",
     "weight_decay",
     "precision",
@@ -90,52 +94,72 @@ def check_resumable(folder: Path) -> None:
 def state_for(settings: FinetuneSettings, folder: Path) -> tuple[State | None, list[str]]:
     """The state that ``resume`` names, or the newest complete one; and what to say about it."""
     if settings.resume == NEWEST or Path(settings.resume).parent.name != STATES:
-        found, remarks = newest_state(folder)
-        if found is None and (remarks or settings.resume != NEWEST):
-            said = "; ".join(remarks) or "there is none"
+        found, left_out = newest_state(folder)
+        if found is None and (left_out or settings.resume != NEWEST):
+            said = "; ".join(left_out) or "there is none"
             raise ValueError(
                 f"no state in {folder} is complete ({said}); --overwrite begins the run again"
             )
         if found is None:
             return None, [f"no state to resume from in {folder}: the run begins at the start"]
+        remarks = [f"left out: {why}" for why in left_out]
     else:
         found, remarks = read_state(Path(settings.resume)), []
-    return found, [*remarks, f"resuming from {found.folder} ({found.title()})"]
+    later = len(later_states(found))
+    more = f"; the next save removes {later} later than it" if later else ""
+    return found, [*remarks, f"resuming from {found.folder} ({found.title()}){more}"]
 
 
 def check_same_run(state: State, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """What has changed since the state, as a sentence; "" when nothing has.
 
-    settings: as ``settings.json`` has them   facts: of the machine and the versions
+    settings: as ``settings.json`` has them   facts: of the machine, the versions and the images
     Raises ValueError for a change with which the run would not be the same one.
     """
     before = state.record["settings"]
-    wanted = json.loads(json.dumps(dict(settings), default=str))
     defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
     changes = []
-    for name, now in wanted.items():
+    for name, now in _as_json(settings).items():
         old = before.get(name, defaults.get(name))
         if name in _OF_NO_EFFECT or old == now:
             continue
         if name in ("train", "val"):
             raise ValueError(f"resume {state.folder}: {_files(name, old or [], now)}")
+        change = f"{name} was {_text(old)} and is {_text(now)}"
         if name not in _MAY_CHANGE:
             raise ValueError(
-                f"resume {state.folder}: {name} was {_text(old)} and is {_text(now)}; a run goes "
-                f"on with the {name} that it began with"
+                f"resume {state.folder}: {change}; a run goes on with the {name} that it began with"
             )
-        changes.append(f"{name} was {_text(old)} and is {_text(now)}")
-    for name, now in json.loads(json.dumps(dict(facts))).items():
-        old = state.record["facts"].get(name)
-        if old == now:
-            continue
-        if name in ("processes", "what is learned"):
-            raise ValueError(
-                f"resume {state.folder}: {name} was {_text(old)} and is {_text(now)}; a run goes "
-                "on as it began"
-            )
-        changes.append(f"{name} was {_text(old)} and is {_text(now)}")
+        changes.append(change)
+    known = state.record["facts"]
+    for name, now in _as_json(facts).items():
+        for where, old, new in _differences(known.get(name), now, name):
+            change = f"{where} was {_text(old)} and is {_text(new)}"
+            if name == "images":
+                path = where.partition(".")[2]
+                raise ValueError(
+                    f"resume {state.folder}: the image or mask of {path} has another content than "
+                    "when the run began; a run goes on with the same images"
+                )
+            if name in ("processes", "what is learned"):
+                raise ValueError(f"resume {state.folder}: {change}; a run goes on as it began")
+            changes.append(change)
     return f"changed since: {', '.join(changes)}" if changes else ""
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(dict(values), default=os.fspath))
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """(place, old, new) of each value in which two JSON values differ."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
+    elif old != new:
+        yield where, old, new
 
 
 def _files(part: str, old: list[str], now: list[str]) -> str:

@@ -3,6 +3,7 @@
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from samfast.training.launched import Launched
 from samfast.training.progress import Progress, peak_memory_mib, time_left
 from samfast.training.records import RunFolder
 from samfast.training.run_state import record_of, restore
-from samfast.training.schedules import Schedule
+from samfast.training.schedules import Schedule, check_schedule
 from samfast.training.scored import Scored
 from samfast.training.settings import STEPS_PER_EPOCH, FinetuneSettings
 from samfast.training.states import State
@@ -96,6 +97,7 @@ class Run:
         keep_embeddings(self.plain_model, settings, goal.steady(), len(goal.split.val), say)
         self.loader = own_loader(loader, accelerator.device)
         steps = settings.epochs * math.ceil(len(self.batches) / settings.accumulate)
+        check_schedule(settings.schedule, steps)
         self.schedule = Schedule(optimizer, settings.schedule, steps)
         # Not prepared: a loader evened out over processes would repeat images and falsify scores.
         mine = goal.split.val[place.rank :: place.processes]
@@ -106,10 +108,25 @@ class Run:
         self.best: dict[str, Any] | None = None
         self.scored: Scored | None = None
         self.lr = self.schedule.lr()
-        self.seconds = 0.0
+        self.seconds = 0.0  # of earlier processes
+        self.trained = (0, 0.0)  # images and seconds of the epoch at hand, in earlier processes
+        self._began = time.perf_counter()
+        self._progress: Progress | None = None
+        self._place: tuple[int, int] | None = None  # of the newest state
         self.stop_reason = ""
         self.origin: dict[str, Any] = {}  # kept with each state: settings, and other facts
         self._saved_at = "nothing was saved"
+
+    def elapsed(self) -> float:
+        """Seconds that the run has trained, in all processes one after the other."""
+        return self.seconds + time.perf_counter() - self._began
+
+    def trained_so_far(self) -> tuple[int, float]:
+        """Images and seconds of the epoch at hand."""
+        images, seconds = self.trained
+        if self._progress is None:
+            return images, seconds
+        return images + self._progress.images, seconds + self._progress.seconds()
 
     def stop(self, reason: str) -> None:
         """End the run after the epoch at hand; reason: what it says about that"""
@@ -120,6 +137,7 @@ class Run:
         restore(self, state)
         folder.rows = list(self.rows)
         self._saved_at = f"{state.folder} is kept"
+        self._place = state.place
         if self.batch == 0 and self.rows:  # the state is saved before the results are
             folder.rows.pop()
             self._finish_epoch(folder, self.rows[-1])
@@ -131,8 +149,7 @@ class Run:
     def train(self, folder: RunFolder, asked: StopAsked) -> dict:
         settings, goal = self.settings, self.goal
         asked.saving = True
-        before, done = self.seconds, len(self.rows)
-        began = time.perf_counter() - before
+        self._began, done = time.perf_counter(), len(self.rows)
         self._call("on_begin")
         while self.epoch <= settings.epochs and not self._is_enough():
             row = self.train_epoch(folder, asked)
@@ -145,11 +162,11 @@ class Run:
             self.schedule.end_epoch(row[goal.score])
             self.epoch, self.batch = self.epoch + 1, 0
             self.losses = Losses(self.losses.names, self.losses.reduce)
-            self.seconds = time.perf_counter() - began
+            self.trained = (0, 0.0)
             self.save_state(folder)
             self._finish_epoch(folder, row)
             now = len(self.rows)
-            left = time_left(self.seconds - before, now - done, settings.epochs - now)
+            left = time_left(self.elapsed() - self.seconds, now - done, settings.epochs - now)
             self.say(
                 f"epoch {row['epoch']}/{settings.epochs}  loss {row['train_loss']:.4f}  "
                 f"{goal.epoch_text(row)}  {row['images_per_second']:.1f} images/s"
@@ -159,7 +176,6 @@ class Run:
             self._stop_if_asked(folder, asked, saved=True)
         if self.stop_reason:
             self.say(self.stop_reason)
-        self.seconds = time.perf_counter() - began
         summary = self._summary(folder)
         if self.accelerator.is_main_process:
             folder.write_json("summary.json", summary)
@@ -182,6 +198,7 @@ class Run:
             self._explained(),
             Progress(title, total, main=accelerator.is_main_process) as progress,
         ):
+            self._progress = progress
             for batch, (images, weights) in zip(self.loader, parts, strict=True):
                 self._train_batch(batch, images, weights)
                 if losses.due():
@@ -191,7 +208,9 @@ class Run:
                 if progress.advance(len(batch.images)) and losses.values:
                     progress.show(losses.mean())
             losses.look()  # waits for the device, so the clock below is right
-            rate = torch.tensor(progress.images_per_second(), device=accelerator.device)
+            self.trained, self._progress = self.trained_so_far(), None
+            images, seconds = self.trained
+            rate = torch.tensor(images / max(seconds, 1e-9), device=accelerator.device)
         self._check_finite()
         rate = accelerator.reduce(rate, reduction="sum").item()
         return {
@@ -271,8 +290,10 @@ class Run:
         if not saved:
             self.save_state(folder)
         where = f"stopped after step {self.step}; {self._saved_at}"
-        if self.settings.keep:
-            where += f"; go on with samfast finetune --resume {folder.folder}"
+        if self.settings.keep and self.settings.data is None:
+            where += '; go on with the same dataset and resume="newest"'
+        elif self.settings.keep:
+            where += f"; go on with samfast finetune --resume {shlex.quote(str(folder.folder))}"
         raise Interrupted(where, asked.number)
 
     def save_state(self, folder: RunFolder) -> None:
@@ -283,11 +304,14 @@ class Run:
             self._saved_at = f"the adapter of epoch {len(self.rows)} is kept"
             self._saved_at = self._saved_at if self.rows else "nothing was saved"
             return
+        if self._place == (self.epoch, self.batch):
+            return
         record, tensors = record_of(self)
         if self.accelerator.is_main_process:
             name = f"step-{self.step:06d}" if self.batch else f"epoch-{self.epoch - 1:03d}"
-            folder.save_state(name, self.sam, record, tensors, self.settings.keep)
-            self._saved_at = f"{folder.states / name} is kept"
+            where = folder.save_state(name, self.sam, record, tensors, self.settings.keep)
+            self._saved_at = f"{where} is kept"
+        self._place = (self.epoch, self.batch)
 
     def _finish_epoch(self, folder: RunFolder, row: dict) -> None:
         """Write the results of an epoch; to write them again changes nothing."""
@@ -338,7 +362,7 @@ class Run:
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters),
             "images_per_second": row["images_per_second"],
             "peak_memory_mib": row["peak_memory_mib"],
-            "seconds": round(self.seconds, 2),
+            "seconds": round(self.elapsed(), 2),
             "device": str(self.accelerator.device),
             "precision": str(self.dtype).removeprefix("torch."),
         }
@@ -360,7 +384,7 @@ class Run:
             names = dict.fromkeys(train[i].stem for i in self.batches.images(error.batch))
             raise FloatingPointError(
                 f"{error}; the images were {', '.join(names)}; {self._saved_at}; a smaller --lr "
-                "may help"
+                "may help, also with --resume"
             ) from None
 
     @contextmanager

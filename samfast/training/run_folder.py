@@ -121,9 +121,9 @@ class ClaimedFolder:
                 self._lock = lock
                 self._tidy(lock.cut_short)
                 self._check_empty()
+                self.begun = self.resume and has_states(self.folder)
                 self.check_room(decoders * _DECODER)
-                if self.resume and has_states(self.folder):
-                    self.begun = True
+                if self.begun:
                     return
                 earlier = any((self.folder / name).exists() for name in (*FOLDERS, *FILES))
                 self._settings = _NEXT if earlier else SETTINGS
@@ -139,12 +139,12 @@ class ClaimedFolder:
         if self.begun:  # what it goes on with is there already
             sizes = [size] + [_STATE * size] * min(1, states)
         places = [self.folder / f"{_ROOM}{i}" for i in range(len(sizes))]
+        free = shutil.disk_usage(self.folder).free
         try:
             for place, wanted in zip(places, sizes, strict=True):
                 with open(place, "wb") as file:
                     _reserve(file.fileno(), wanted, self.folder, sum(sizes))
         except OSError as error:
-            free = shutil.disk_usage(self.folder).free
             raise ValueError(
                 f"output folder {self.folder} has no room for a run, which needs "
                 f"{sum(sizes) / _MIB:.1f} MiB, and {free / _MIB:.1f} MiB are free "

@@ -19,11 +19,11 @@ def record_of(run: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON values, tensors) of a ``Run``; all processes of it have to ask."""
     from accelerate.utils import gather_object
 
-    optimizer = run.optimizer.optimizer.state_dict()
+    moments = run.optimizer.optimizer.state_dict()["state"]
     found = gather_object([random_states(run.accelerator.device)])
     tensors = {
         f"{_OPTIMIZER}.{index}.{key}": value
-        for index, own in optimizer["state"].items()
+        for index, own in moments.items()
         for key, value in own.items()
     }
     for rank, (_, own) in enumerate(found):
@@ -40,9 +40,9 @@ def record_of(run: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "losses": run.losses.values,
         "counts": run.losses.counts,
         "lr": run.lr,
-        "seconds": run.seconds,
-        "groups": optimizer["param_groups"],
-        "schedule": run.schedule.state(),
+        "seconds": run.elapsed(),
+        "trained": run.trained_so_far(),
+        "schedule": {"steps": run.schedule.done, "scores": run.schedule.scores},
         "scaler": None if scaler is None else scaler.state_dict(),
         "random": [values for values, _ in found],
     }
@@ -56,8 +56,8 @@ def restore(run: Any, state: State) -> None:
     samfast.load_adapter(run.sam, state.folder)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+    run.schedule.go_on(**record["schedule"])
     _restore_optimizer(run, state)
-    run.schedule.load({k: v for k, v in record["schedule"].items()})
     if run.accelerator.scaler is not None and record["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(record["scaler"])
     run.epoch, run.batch, run.step = record["epoch"], record["batch"], record["step"]
@@ -65,7 +65,7 @@ def restore(run: Any, state: State) -> None:
     run.best = None if record["best"] is None else run.rows[record["best"]]
     run.scored = None if record["scored"] is None else Scored(**record["scored"])
     run.losses.values, run.losses.counts = record["losses"], record["counts"]
-    run.lr, run.seconds = record["lr"], record["seconds"]
+    run.lr, run.seconds, run.trained = record["lr"], record["seconds"], record["trained"]
     rank, device = run.accelerator.process_index, run.accelerator.device
     own = _under(f"{_RANDOM}.{rank}.", state.tensors)
     restore_random_states(record["random"][rank], own, device)
@@ -77,13 +77,8 @@ def _restore_optimizer(run: Any, state: State) -> None:
         index, _, key = name.partition(".")
         found.setdefault(int(index), {})[key] = value
     optimizer = run.optimizer.optimizer
-    weight_decay = [group["weight_decay"] for group in optimizer.param_groups]
-    groups = state.record["groups"]
-    for group in groups:
-        group["betas"] = tuple(group["betas"])
+    groups = optimizer.state_dict()["param_groups"]  # settings and schedule have made them
     optimizer.load_state_dict({"state": found, "param_groups": groups})
-    for group, value in zip(optimizer.param_groups, weight_decay, strict=True):
-        group["weight_decay"] = value  # which may have changed
 
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,10 @@ A state that lacks a file, or whose digest is wrong, is not complete.
 """
 
 import json
+import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from samfast.training.run_folder import STATES
 
 TRAINING = "training.safetensors"
 VERSION = 1
+_NAME = re.compile(r"(step|epoch)-\d+(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -55,36 +59,49 @@ def save_state(
     record: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     keep: int,
-) -> None:
+) -> Path:
     """Write a state in one step, then remove all but the ``keep`` newest ones up to this one.
 
+    folder: where; next to it if it is there already, because it may be the only state
     adapter: the files of an adapter folder. Later states are of a run that went on from an earlier
-    state than theirs, so they go. OSError names the file that could not be written, and then
-    earlier states are as they were.
+    state than theirs, so they go; what has another name than states have stays. OSError names the
+    file that could not be written, and then earlier states are as they were.
     """
-    record = json.loads(json.dumps({"format": VERSION, **record}, default=str))
+    record = {"format": VERSION, "saved": time.time(), **record}
+    record = json.loads(json.dumps(record, default=os.fspath))
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header = {"samfast": json.dumps({"record": record, "sha256": digest(record, tensors)})}
     files = {**adapter, TRAINING: save(tensors, metadata=header)}
-    shutil.rmtree(folder, ignore_errors=True)  # one that is damaged, or about to be made again
+    name, number = folder.name, 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{name}-{number}")
     write_together(folder, files)
-    place = (record["epoch"], record["batch"])
     found = dict(_places(folder.parent))
-    earlier = sorted((own for own in found if found[own] and found[own] <= place), key=found.get)
-    for old in set(found) - set(earlier[-keep:]):
+    now = found[folder][:2]
+    earlier = sorted((own for own in found if found[own] and found[own][:2] < now), key=found.get)
+    for old in set(found) - {folder, *earlier[max(0, len(earlier) - keep + 1) :]}:
         shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
 def newest_state(run: Path) -> tuple[State | None, list[str]]:
-    """The newest complete state of a run's folder, and a sentence for each newer one."""
+    """The newest complete state of a run's folder, and why others were left out."""
     places = dict(_places(run / STATES))
-    remarks = []
-    for folder in sorted(places, key=lambda own: places[own] or (0, 0), reverse=True):
+    left_out = [f"state {folder} is not complete" for folder, own in places.items() if own is None]
+    for folder in sorted(filter(places.get, places), key=places.get, reverse=True):
         try:
-            return read_state(folder), remarks
+            return read_state(folder), left_out
         except (ValueError, OSError) as error:
-            remarks.append(f"{error}; an earlier state is looked for")
-    return None, remarks
+            left_out.append(str(error))
+    return None, left_out
+
+
+def later_states(state: State) -> list[Path]:
+    """The states next to this one that are later, which go when the run saves again."""
+    places = dict(_places(state.folder.parent))
+    own = places.get(state.folder)
+    return [folder for folder, place in places.items() if own and place and place > own]
 
 
 def read_state(folder: Path) -> State:
@@ -110,18 +127,18 @@ def read_state(folder: Path) -> State:
     return State(folder, record, tensors)
 
 
-def _places(states: Path) -> Iterator[tuple[Path, tuple[int, int] | None]]:
-    """(folder, place) of what lies among the states; None for what is not complete."""
+def _places(states: Path) -> Iterator[tuple[Path, tuple[int, int, float] | None]]:
+    """(folder, (epoch, batch, when)) of what has a state's name; None for what is not complete."""
     if not states.is_dir():
         return
     for folder in states.iterdir():
-        if not folder.is_dir() or folder.name.startswith("."):
+        if not folder.is_dir() or not _NAME.fullmatch(folder.name):
             continue
         try:
             complete = all((folder / name).is_file() for name in (CONFIG, TENSORS))
             with safetensors.safe_open(folder / TRAINING, framework="pt", device="cpu") as file:
                 record, _ = _header(file)
-            place = (int(record["epoch"]), int(record["batch"]))
+            place = (int(record["epoch"]), int(record["batch"]), float(record["saved"]))
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError):
             complete = False
         yield folder, place if complete else None

@@ -32,11 +32,12 @@ class StopAsked:
     def __init__(self) -> None:
         self.number = 0
         self.saving = False
+        self.noticed: list[int] = []  # the signals whose handler this is
 
     def __call__(self, number: int, frame: object) -> None:
         self.number = number
-        for name in _present():
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        for one in self.noticed:
+            signal.signal(one, signal.SIG_DFL)
         name = signal.Signals(number).name
         if not self.saving:
             raise Interrupted(f"{name} came before training began; nothing was changed", number)
@@ -62,6 +63,7 @@ def stop_asked() -> Iterator[StopAsked]:
             number = getattr(signal, name)
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, stop)
+                stop.noticed.append(number)
     try:
         yield stop
     finally:

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,9 @@ def test_a_file_that_is_not_there_or_given_twice(refused, tmp_path):
 def test_settings_of_an_older_run_give_its_settings_again(tmp_path, old):
     given = FinetuneSettings(**settings_from_file(written(tmp_path, old["saved"])))
     check_settings(given)
-    assert with_recipe(given) == with_recipe(parsed(*old["argv"][1:]))
+    assert (given.output, given.overwrite) == (None, False)  # where that run wrote
+    then = replace(parsed(*old["argv"][1:]), output=None, overwrite=False)
+    assert with_recipe(given) == with_recipe(then)
 
 
 def test_a_run_records_what_repeats_it(tmp_path, shared_data, capsys):
@@ -152,8 +155,11 @@ def test_a_run_records_what_repeats_it(tmp_path, shared_data, capsys):
     assert set(saved["versions"]) == names and all(saved["versions"].values())
     assert [key for key in saved if key in RECORDED] == list(RECORDED)
     again = parsed("--config", record)
-    assert again == with_recipe(again) == with_recipe(parsed(*argv[1:]))
-    assert again.output == output
+    assert again.rank is None and again.lr == 1e-5  # not what the recipe filled in
+    assert with_recipe(again) == with_recipe(replace(parsed(*argv[1:]), output=None))
+    assert parsed("--config", record, "--method", "lora").method == "lora"
+    assert parsed("--config", written(tmp_path, "resume: true")).resume == "newest"
+    assert parsed("--config", written(tmp_path, "resume: false")).resume is None
 
 
 def test_reading_needs_no_torch_and_yaml_only_for_a_file(tmp_path):

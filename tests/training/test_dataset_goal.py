@@ -80,6 +80,11 @@ def test_what_an_item_may_be(item):
     assert np.array_equal(image, FOUND[0]) and np.array_equal(values > 0, FOUND[1])
 
 
+def test_transparency_is_laid_over_white():
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (read_item(Item([(image, np.ones((4, 4), bool))], "train", 0), 0)[0] == 255).all()
+
+
 @pytest.mark.parametrize(
     "item, pattern",
     [
@@ -88,6 +93,8 @@ def test_what_an_item_may_be(item):
         ((FOUND[0] / 255.0, FOUND[1]), "its image is float64 (40, 64, 3); expected uint8"),
         ((FOUND[0][..., :2], FOUND[1]), "its image is uint8 (40, 64, 2)"),
         ((FOUND[0], FOUND[1] * 1.0), "its mask is float64 (40, 64); expected bool or whole"),
+        ((Image.new("I;16", (4, 4)), FOUND[1]), "its image has PIL's mode I;16; expected one of"),
+        ((FOUND[0][:0], FOUND[1][:0]), "its image has no pixel"),
         ((FOUND[0], FOUND[1][1:]), "image and mask are 40x64 and 39x64 (height x width)"),
     ],
     ids=lambda value: value[:12] if isinstance(value, str) else "",
@@ -98,7 +105,7 @@ def test_an_item_that_is_none(item, pattern):
 
 
 def masks(*values):
-    return [(FOUND[0], (FOUND[1] * value).astype(np.uint8)) for value in values]
+    return [(FOUND[0], (FOUND[1] * value).astype(np.int16)) for value in values]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +119,10 @@ def masks(*values):
         (masks(1, 1), {"bands": "1"}, "bands is about files"),
         (masks(1, 1), {"output": None}, "no name for the output folder; give it with output"),
         ({"train": masks(1, 2), "val": masks(1)}, {}, "hold the values 1, 2 besides 0; say"),
+        (masks(0, -1), {}, "hold the values -1 besides 0"),
         ({"train": masks(1), "val": masks(0)}, {}, "none of the validation masks has a foregr"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_dataset_that_cannot_be_used(dataset, options, pattern, tmp_path):
     with pytest.raises(ValueError, match=pattern):

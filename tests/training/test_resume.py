@@ -16,17 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 from kill_runs import compiler, runs, said
+from PIL import Image
 from safetensors import safe_open
 
 from samfast import cli
-from samfast.files.format import TENSORS, read_adapter_config
+from samfast.files.format import CONFIG, TENSORS, read_adapter_config
+from samfast.training import records
 from samfast.training.callbacks import Callback
 from samfast.training.loop import finetune
 from samfast.training.one_mask import OneMask
 from samfast.training.recipe import with_recipe
+from samfast.training.resume import check_same_run
 from samfast.training.run import Run
+from samfast.training.schedules import Schedule
 from samfast.training.settings import FinetuneSettings
-from samfast.training.states import TRAINING, newest_state, read_state
+from samfast.training.states import TRAINING, newest_state, read_state, save_state
 from samfast.training.stopping import Interrupted
 
 CLOCKS = ("images_per_second", "peak_memory_mib")  # what no two runs share
@@ -141,12 +145,12 @@ def test_more_epochs_go_on_from_the_end(whole, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, pattern",
     [
-        ({"lr": 1e-3}, r"lr was 0\.003 and is 0\.001; a run goes on with the lr that it began"),
         ({"rank": 8}, "rank was 4 and is 8"),
         ({"seed": 1}, "seed was 0 and is 1|training images are not those"),
         ({"batch_size": 2}, "batch_size was 1 and is 2"),
         ({"loss": "structure"}, "loss was bce-dice and is structure"),
-        ({"foreground": (255,)}, "foreground was None and is 255"),
+        ({"foreground": (255,)}, "foreground was None and is 255; a run goes on with the foregro"),
+        ({"keep": 0, "save_every": None}, "keep is 0, but a run that is resumed has states"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -176,7 +180,7 @@ def test_a_state_that_is_damaged_is_left_out(whole, tmp_path, capsys):
     (states / "epoch-001" / TENSORS).unlink()
     finetune(replace(settings, resume="newest"))
     said = capsys.readouterr().out
-    assert "step-000003 is damaged: training.safetensors does not have its digest; an ear" in said
+    assert "step-000003 is damaged: training.safetensors does not have its digest" in said
     assert f"resuming from {states / 'step-000002'} (step 2, epoch 1)" in said
     assert results(tmp_path / "out") == results(whole.output)
 
@@ -204,7 +208,8 @@ def test_a_named_state_or_run(whole, tmp_path, capsys):
     with pytest.raises(Ended):
         early = str(states / "step-000001")
         finetune(replace(settings, output=None, resume=early), callbacks=[EndsAt(3)])
-    assert sorted(p.name for p in states.iterdir()) == ["epoch-001", "step-000001", "step-000002"]
+    left = ["epoch-001", "step-000001", "step-000002-2"]  # made again
+    assert sorted(p.name for p in states.iterdir()) == left
     finetune(replace(settings, output=None, resume=str(tmp_path / "out")))
     assert f"resuming from {states / 'epoch-001'}" in capsys.readouterr().out
     assert results(tmp_path / "out") == results(whole.output)
@@ -324,6 +329,111 @@ def test_a_signal_in_validation_does_not_wait_for_its_end(whole, tmp_path, monke
     assert results(tmp_path / "out") == results(whole.output)
 
 
+def test_a_stop_where_a_state_is_keeps_it(whole, tmp_path, monkeypatch):
+    """In validation, after a step with a state; it may be the only one, so nothing replaces it."""
+    settings = replace(whole, output=tmp_path / "out", save_every=2)
+    scores, saves = OneMask.scores, []
+
+    def asked(self, model, loader, tick):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return scores(self, model, loader, tick)
+
+    save = records.save_state
+    monkeypatch.setattr(records, "save_state", lambda *a: saves.append(a[0].name) or save(*a))
+    monkeypatch.setattr(OneMask, "scores", asked)
+    for resume in (None, "newest"):
+        with pytest.raises(Interrupted, match=r"step-000002 is kept"):
+            finetune(replace(settings, resume=resume))
+    assert saves == ["step-000002"]
+
+
+def test_a_state_never_takes_the_place_of_another(whole, tmp_path):
+    """It gets a name of its own, and the other goes when it is complete."""
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    states = output / "state"
+    before = {name: (states / "epoch-002" / name).read_bytes() for name in (CONFIG, TENSORS)}
+    (states / "notes").mkdir()
+    shutil.copytree(states / "epoch-002", states / "epoch-002-backup")
+    record = {**read_state(states / "epoch-002").record, "saved": time.time()}
+    again = save_state(states / "epoch-002", before, record, {}, 2)
+    assert again.name == "epoch-002-2" and newest_state(output)[0].folder == again
+    others = ["epoch-002-backup", "notes"]  # not a run's
+    assert sorted(p.name for p in states.iterdir()) == ["epoch-002-2", *others]
+    save_state(states / "epoch-002", before, record, {}, 1)
+    assert sorted(p.name for p in states.iterdir()) == ["epoch-002", *others]
+
+
+def test_a_learning_rate_may_change(whole, tmp_path, capsys):
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    finetune(replace(whole, output=output, resume="newest", epochs=3, lr=1e-4, schedule="constant"))
+    said = capsys.readouterr().out
+    assert "lr was 0.003 and is 0.0001, schedule was cosine and is constant" in said
+    assert float(results(output)["table"][-1]["lr"]) == 1e-4
+
+
+def test_torch_s_schedules_follow_more_epochs(shared_data, tmp_path):
+    """As samfast's own do: the rates of the later steps are those of a run of that length."""
+    options = {"schedule": "OneCycleLR", "save_every": None}
+    settings = settings_for(shared_data, tmp_path / "out", **options)
+    finetune(settings)
+    finetune(replace(settings, resume="newest", epochs=3))
+    own = torch.optim.AdamW([torch.zeros(1)], lr=3e-3)
+    schedule = Schedule(own, "OneCycleLR", 6)
+    schedule.go_on(5, ())
+    assert float(results(tmp_path / "out")["table"][-1]["lr"]) == schedule.lr()
+
+
+def test_images_that_changed_are_another_run(shared_data, whole, data, tmp_path):
+    """Also where their names are the same."""
+    path = next((data / "images").glob("p3.*"))
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    settings = replace(whole, data=data, output=output, resume="newest")
+    with pytest.raises(ValueError, match=r"of (train|val)/p3 has another content than when"):
+        finetune(settings)
+    shutil.copy(shared_data / "images" / path.name, path)
+    assert finetune(settings)["epochs"] == 2  # elsewhere, but the same
+
+
+def test_a_mistake_leaves_the_settings_as_they_were(whole, tmp_path):
+    output = shutil.copytree(whole.output, tmp_path / "out")
+    before = (output / "settings.json").read_bytes()
+    wrong = ["finetune", "--resume", str(output), "--checkpoint", str(tmp_path / "typo.pth")]
+    assert cli.main(wrong) == 2
+    assert (output / "settings.json").read_bytes() == before
+
+
+def test_a_truncated_state_is_named(whole, tmp_path, capsys):
+    settings = replace(whole, output=tmp_path / "out", keep=2)
+    ended(settings, 4)
+    path = tmp_path / "out" / "state" / "step-000003" / TRAINING
+    path.write_bytes(path.read_bytes()[:1000])
+    finetune(replace(settings, resume="newest"))
+    assert "left out: state" in (said := capsys.readouterr().out)
+    assert "step-000003 is not complete" in said
+
+
+def test_what_differs_is_named(whole):
+    facts = {**read_state(whole.output / "state" / "epoch-002").record["facts"]}
+    state = read_state(whole.output / "state" / "epoch-002")
+    state.record["facts"]["what is learned"] = {"tasks": [{"name": "a", "weight": 1.0}]}
+    facts["what is learned"] = {"tasks": [{"name": "a", "weight": 0.5}]}
+    with pytest.raises(ValueError, match=r"what is learned\.tasks\.0\.weight was 1\.0 and is 0\.5"):
+        check_same_run(state, state.record["settings"], facts)
+
+
+@pytest.mark.parametrize(
+    "callbacks, pattern",
+    [
+        (Callback(), "callbacks is one Callback; give a list of them"),
+        ([print], "has a builtin_function_or_method without on_begin; make it a samfast"),
+    ],
+)
+def test_what_is_no_callback(whole, callbacks, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        finetune(replace(whole, resume="newest"), callbacks=callbacks)
+
+
 def test_a_callback_may_end_the_run(shared_data, tmp_path, capsys):
     calls = []
 
@@ -407,7 +517,9 @@ def test_a_named_run_gives_its_settings(whole, tmp_path):
     state = whole.output / "state" / "epoch-002"
     for path in (whole.output, state):
         found = cli._parsed(["finetune", "--resume", str(path), "--epochs", "5"])
-        assert found == replace(with_recipe(whole), output=None, resume=str(path), epochs=5)
+        expected = replace(with_recipe(whole), output=None, resume=str(path), epochs=5)
+        assert with_recipe(found) == expected
+        assert found.rank is None  # a recipe's: another method may be named
     (tmp_path / "more.yaml").write_text("epochs: 7\nkeep: 2\n")
     words = ["finetune", "--config", str(tmp_path / "more.yaml"), "--resume", str(whole.output)]
     assert (cli._parsed(words).epochs, cli._parsed(words).keep) == (7, 2)

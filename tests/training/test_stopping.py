@@ -63,6 +63,19 @@ def test_what_was_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_handler_of_the_program_s_own_stays():
+    calls = []
+    before = signal.signal(signal.SIGTERM, lambda *_: calls.append("own"))
+    try:
+        with stop_asked() as asked:
+            asked.saving = True
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert calls == ["own"] and asked.number == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_another_thread_leaves_the_handlers_alone():
     seen = []
 

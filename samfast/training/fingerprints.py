@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of the images and masks that a run trains on, so that a changed one is noticed."""
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+_PIECE = 2**20  # bytes read at a time
+_DIGITS = 16
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """Of the bytes of these files, in their order."""
+    found = hashlib.blake2b()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(_PIECE):
+                found.update(piece)
+    return found.hexdigest()[:_DIGITS]
+
+
+def of_arrays(*arrays: np.ndarray) -> str:
+    """Of the types, shapes and values of these arrays."""
+    found = hashlib.blake2b()
+    for array in arrays:
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()[:_DIGITS]
+
+
+def of_all(files: dict[str, list[Path]]) -> dict[str, str]:
+    """``of_files`` for each name; several at a time, as reading waits for the disk."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(of_files, files.values()), strict=True))
