@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from samfast.kernels._common.implementation import IMPLEMENTATIONS
+from samfast.kernels._common.launched import tensor_bytes
 
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _FREE = (*_ALLOCATIONS, "_unsafe_view", "detach", "lift_fresh", "alias", "set_", "sym_size")
@@ -239,9 +240,8 @@ def _triton_launches(counts: Counts):
     originals = {GridExecutor: GridExecutor.__call__, JITFunction: JITFunction.run}
 
     def note(name, arguments):
-        tensors = [t for t in arguments if isinstance(t, Tensor)]
         counts.launches[name] += 1
-        counts.bytes += sum(_nbytes(t) for t in tensors)
+        counts.bytes += tensor_bytes(arguments)
 
     def interpreted(self, *args, **kwargs):
         note(self.fn.__name__, [*args, *kwargs.values()])
