@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What launches tell a profiler, asked as Triton asks.
 
-As a program, run without TRITON_INTERPRET: asks every launch of every configuration, and compares
-Triton's key of each kernel's code with that of the kernel without metadata. Prints JSON.
+As a program, run without TRITON_INTERPRET: asks every launch of every configuration, listens to the
+usual ones as a profiler does, and compares Triton's key of each kernel's code with that of the
+kernel without metadata. Prints JSON.
 """
 
 import contextlib
@@ -57,6 +58,27 @@ def same_code(kernel) -> bool:
         return kernel.cache_key == triton.JITFunction(kernel.fn).cache_key
 
 
+def heard() -> bool:
+    """Whether a hook hears of the usual launches what each of them tells, in order."""
+    from benchmarks import stand_in
+    from benchmarks.launches import registered
+
+    launches = [each for _, made in registered(quick=True) for each in made]
+    hook, got = triton.knobs.runtime.launch_enter_hook, []
+
+    def listen(metadata: LazyDict) -> None:
+        got.append({k: v for k, v in metadata.get().items() if k != "stream"})
+
+    hook.add(listen)
+    try:
+        with stand_in.standing_in(compiles=False):
+            stand_in.make(launches)
+    finally:
+        hook.remove(listen)
+    told = [handed(each.kernel, each.grid, each.arguments).get() for each in launches]
+    return got == [{k: v for k, v in each.items() if k != "stream"} for each in told]
+
+
 def main() -> None:
     from benchmarks.launches import registered
 
@@ -69,7 +91,7 @@ def main() -> None:
             kernels[found["name"]] = launch.kernel
             asked += 1
     same = {name: same_code(kernel) for name, kernel in kernels.items()}
-    print(json.dumps({"asked": asked, "numbers": numbers, "same": same}))
+    print(json.dumps({"asked": asked, "numbers": numbers, "heard": heard(), "same": same}))
 
 
 if __name__ == "__main__":

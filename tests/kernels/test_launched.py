@@ -170,5 +170,5 @@ def test_every_launch_can_be_asked_and_no_code_depends_on_it():
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["asked"] > 2000 and found["numbers"]
+    assert found["asked"] > 2000 and found["numbers"] and found["heard"]
     assert len(found["same"]) == 36 and all(found["same"].values()), found["same"]
