@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a Triton launch tells a profiler: its name, FLOP and bytes.
 
-    @triton.jit(launch_metadata=launched(__package__, costs.down, "x_ptr"))
+    @triton.jit(launch_metadata=launched(__package__, costs.down_kernel, "x_ptr"))
 
 Triton calls it on the host, only while a profiler such as Proton listens to launches. The machine
 code does not depend on it. FLOP are those of the operation's ``costs.py``, bytes those that

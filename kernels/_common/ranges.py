@@ -28,12 +28,15 @@ class ranges:
     """Switch ranges on or off, at once and in all threads; in ``with``, until its end.
 
     A backward shows only where the switch is still on when it runs. Plain autograd, which is what
-    backend "reference" runs, has no ranges.
+    backend "reference" runs, has no ranges. Raises RuntimeError inside a compiled function, where
+    it would come too late.
     """
 
     def __init__(self, on: bool = True):
         if not isinstance(on, bool):
             raise ValueError(f"ranges takes True or False, got {on!r}")
+        if torch.compiler.is_compiling():
+            raise RuntimeError("call samfast.ranges outside the function that torch.compile takes")
         global _on
         self._wanted, self._before, _on = on, _on, on
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import samfast
 from samfast.counters import counting
+from samfast.functional import lora_linear
 from samfast.kernels._common import ranges
 from samfast.kernels.sam_block.plan import MEMORY
 
@@ -177,6 +178,22 @@ def test_opcheck_with_ranges():
         leaf = partial(tree_map_only, torch.Tensor)
         arguments = leaf(lambda t: t.detach().requires_grad_(t.requires_grad), arguments)
         torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.slow
+def test_inside_a_compiled_function_nothing_is_lost_silently():
+    """torch.compile would set the switch after the function. It leaves it to Python, or fails."""
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+
+    def inside():
+        with samfast.ranges(True):
+            return lora_linear(x, weight, None, weight[:2], weight[:, :2], 1.0)
+
+    assert profiled(torch.compile(inside, backend="eager")) == ["samfast/lora_linear/forward"]
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError):
+        torch.compile(inside, backend="eager", fullgraph=True)()
+    assert not ranges._on
 
 
 @pytest.mark.slow
