@@ -18,7 +18,7 @@ def tensor_bytes(values: Iterable) -> int:
     return sum(t.numel() * t.element_size() for t in values if isinstance(t, Tensor))
 
 
-def launched(package: str, flops: Callable[..., int] | None = None, rows: str = "") -> Callable:
+class launched:
     """The ``launch_metadata`` of a kernel.
 
     package: of the operation, whose last part names it
@@ -27,16 +27,29 @@ def launched(package: str, flops: Callable[..., int] | None = None, rows: str = 
 
     The name is samfast/OPERATION/KERNEL. FLOP come as flops16, flops32 or flops64, by bits.
     """
-    operation = package.rpartition(".")[2]
 
-    def told(grid: tuple, kernel, arguments: dict) -> dict:
+    def __init__(self, package: str, flops: Callable[..., int] | None = None, rows: str = ""):
+        self.operation, self.costs, self.rows = package.rpartition(".")[2], flops, rows
+
+    def __call__(self, grid: tuple, kernel, arguments: dict) -> dict:
         found = {
-            "name": f"samfast/{operation}/{kernel.name}",
+            "name": f"samfast/{self.operation}/{kernel.name}",
             "bytes": tensor_bytes(arguments.values()),
         }
-        if flops is not None:
-            bits = 8 * arguments[rows].element_size() if rows else 32
-            found[f"flops{bits}"] = flops(**arguments)
+        if self.costs is not None:
+            bits = 8 * arguments[self.rows].element_size() if self.rows else 32
+            found[f"flops{bits}"] = self.flops(arguments)
         return found
 
-    return told
+    def flops(self, arguments: dict) -> int:
+        """FLOP of a launch with these arguments."""
+        return 0 if self.costs is None else self.costs(**arguments)
+
+
+def flops_of(kernel, arguments: dict) -> int:
+    """FLOP of a launch of one of Triton's kernels, compiled or interpreted; 0 of one that is not
+    ours."""
+    given = getattr(kernel, "launch_metadata", None) or getattr(kernel, "kwargs", {}).get(
+        "launch_metadata"
+    )
+    return given.flops(arguments) if isinstance(given, launched) else 0

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from draws import DEVICE
 
+from samfast.backends import triton_missing
 from samfast.counters import Counts, _triton_launches, count
+from samfast.functional import lora_linear
 from samfast.kernels import operations
 from samfast.kernels._common.windows import Windows
 
@@ -96,14 +100,14 @@ def designs() -> dict[str, dict[str, int]]:
 
 
 def usual(operation):
-    """The launches of the first usual configuration, and their bytes as the counters count them."""
+    """The launches of the first usual configuration, and what the counters count of them."""
     module = importlib.import_module(f"samfast.kernels.{operation}.launches")
     _, calls = next(iter(module.launches(True)))
     call = calls if callable(calls) else next(iter(calls.values()))
     counts = Counts()
     with told_launches.interpreted() as launches, _triton_launches(counts):
         call()
-    return launches, counts.bytes
+    return launches, counts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
@@ -128,7 +132,8 @@ def test_a_launch_tells_its_name_flop_and_bytes(operation):
         if f"flops{width}" in found:
             flops[name] = flops.get(name, 0) + found[f"flops{width}"]
     assert flops == designs()[operation]
-    assert told_bytes == counted > 0
+    assert told_bytes == counted.bytes > 0
+    assert sum(flops.values()) == counted.flops
 
 
 @pytest.mark.parametrize("down", [False, True])
@@ -159,6 +164,20 @@ def test_the_gate_s_flop_are_those_counted(noisy):
     noise = torch.randn(6, 8) if noisy else None
     made = count(lambda: path.forward(h, weight, weight, noise, None, windows, 0.01))
     assert made.flops == costs("expert_gate").gate(6, 3, 8, noisy)
+
+
+@pytest.mark.skipif(triton_missing(DEVICE) is not None, reason="Triton does not run here")
+def test_the_counters_count_them_as_they_count_torch_s():
+    """FLOP of a step are the same whoever runs it, where no kernel makes a product twice."""
+    sizes = ((8, 16), (12, 16), (2, 16), (12, 2))
+    x, weight, a, b = (torch.randn(*size, device=DEVICE, requires_grad=True) for size in sizes)
+
+    def step(backend):
+        y = lora_linear(x, weight.detach(), None, a, b, 1.0, backend=backend)
+        torch.autograd.grad(y.sum(), [x, a, b])
+
+    flops = [count(partial(step, backend)).flops for backend in ("torch", "triton")]
+    assert flops[0] == flops[1] == 2 * 2 * 8 * 16 * 12 + 3 * 2 * 8 * 2 * (16 + 12)
 
 
 @pytest.mark.slow
