@@ -3,7 +3,8 @@
 
 python -m benchmarks.run --op lora_linear
 python -m benchmarks.run --op encoder        steps of the whole image encoder
-python -m benchmarks.run --op saved_bytes    what the encoder's forward keeps, counted
+python -m benchmarks.run --op saved_bytes    what the encoder's forward keeps, counted; --record
+                                             writes benchmarks/results/saved_bytes.csv
 python -m benchmarks.run --op offline        every Triton kernel compiled for every target
 """
 
@@ -80,7 +81,7 @@ def main(settings: Settings) -> int:
     if settings.op == "saved_bytes":
         from benchmarks import saved
 
-        return saved.main()
+        return saved.main(settings.record)
     device, dtype = settings.device, DTYPES[settings.dtype]
     rates = machine.rates(device, dtype)
     print(f"{machine.name(device)}, torch {torch.__version__}, {settings.dtype}, fwd + bwd")

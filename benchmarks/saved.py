@@ -5,15 +5,21 @@ Eager segment_anything's are counted likewise. The floor is 10 · D elements per
 "balanced" 3 · D, "minimal" D and one block that is made again at a time.
 """
 
+import datetime
+from pathlib import Path
+
 import torch
 
 import samfast
 from benchmarks.peers import eager_adapter, exchange, sharing
+from benchmarks.run import append
 from benchmarks.shapes import ENCODERS
 from samfast.counters import saved_bytes
 from samfast.kernels.sam_block.plan import MEMORY
 from samfast.models import build_sam
 
+RESULTS = Path(__file__).with_name("results") / "saved_bytes.csv"
+COLUMNS = "model provider saved_bytes living_bytes torch samfast date".split()
 FLOOR = {"fast": 10, "balanced": 3, "minimal": 1}  # D elements per token and block
 
 
@@ -38,8 +44,9 @@ def floor(module, memory: str, dtype: torch.dtype, batch: int = 1) -> int:
     return FLOOR[memory] * unit * len(module.blocks) + again
 
 
-def main() -> int:
-    dtype = torch.bfloat16
+def main(record: bool = False) -> int:
+    """Count and print; record: put the numbers in RESULTS, in place of those that were there."""
+    rows, dtype = [], torch.bfloat16
     print("bytes kept by one forward of the image encoder at 1024², batch 1, LoRA r4 on qkv, proj,")
     print("lin1 and lin2, bfloat16 base and residual stream: passed to autograd, and alive after")
     for model in ENCODERS:
@@ -49,10 +56,24 @@ def main() -> int:
         least = floor(made, "fast", dtype)
         print(f"\n{model}")
         _row("eager", found, least)
+        rows.append(_recorded(model, "eager", found))
         for memory in MEMORY:
             found = counted(samfast.fuse(sharing(made), memory=memory), dtype)
             _row(f"samfast, {memory}", found, floor(made, memory, dtype))
+            rows.append(_recorded(model, f"samfast, {memory}", found))
+    if record:
+        made = RESULTS.with_suffix(".new")
+        made.unlink(missing_ok=True)
+        append(made, rows, COLUMNS)
+        made.replace(RESULTS)
     return 0
+
+
+def _recorded(model: str, provider: str, found) -> dict:
+    numbers = {"saved_bytes": found.hooks, "living_bytes": found.living}
+    versions = {"torch": torch.__version__, "samfast": samfast.__version__}
+    date = datetime.date.today().isoformat()
+    return {"model": model, "provider": provider, **numbers, **versions, "date": date}
 
 
 def _row(name: str, found, least: int) -> None:

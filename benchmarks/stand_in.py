@@ -26,6 +26,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
+from triton.compiler import LazyDict
 from triton.runtime import driver as drivers
 from triton.runtime.jit import JITFunction
 
@@ -262,9 +263,15 @@ class _NotCompiled:
         )
         source = SimpleNamespace(signature=signature, constants=constants, attrs=attributes)
         self.run = _Launcher(driver, source, metadata)
+        self.kernel, self.metadata = kernel, metadata
 
     def launch_metadata(self, grid, stream, *arguments):
-        return None
+        """For a profiler's hooks, which call its get()."""
+        handed = LazyDict({"name": self.metadata.name, "function": None, "stream": stream})
+        if self.kernel.launch_metadata is not None:
+            named = dict(zip(self.kernel.arg_names, arguments, strict=True))
+            handed.add(self.kernel.launch_metadata, (grid, self.metadata, named))
+        return handed
 
 
 class _Launcher:
@@ -288,6 +295,9 @@ class _Launcher:
         if sentence is not None:
             stand_in.broken.append(f"{launch.kernel}: {sentence}")
             raise BrokenRule(stand_in.broken[-1])
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(launch_metadata)
         stand_in.launches.append(launch)
 
 

@@ -196,6 +196,7 @@ def _functions(standing):
         "get_device_properties": returns(properties),
         "memory_stats": lambda device=None: defaultdict(int),
         "device": lambda device: contextlib.nullcontext(),
+        "nvtx": SimpleNamespace(range_push=returns(0), range_pop=returns(0)),
         "Event": _Event,
         "CUDAGraph": _Graph,
         **{name: returns(None) for name in nothing},

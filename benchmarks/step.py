@@ -3,12 +3,15 @@
 
 python -m benchmarks.step --model vit_h
 python -m benchmarks.step --model vit_h --provider eager
+python -m benchmarks.step --record              adds a row to benchmarks/results/steps.csv
 """
 
+import datetime
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,9 +22,15 @@ from benchmarks import machine
 from benchmarks.operations import segment_anything_missing
 from benchmarks.options import parsed
 from benchmarks.peers import eager_adapter, exchange
+from benchmarks.run import append
 from benchmarks.shapes import ENCODERS
 from samfast.kernels.sam_block.plan import MEMORY
 from samfast.models import build_sam, segment
+
+RESULTS = Path(__file__).with_name("results") / "steps.csv"
+COLUMNS = (
+    "model provider memory batch image_size seconds peak_gib note machine torch samfast date"
+).split()
 
 
 @dataclass
@@ -34,6 +43,7 @@ class Settings:
     batch: int = 1
     rank: int = 4
     image_size: int = 1024
+    record: bool = field(default=False, metadata={"help": "add the row to benchmarks/results"})
 
 
 def main(settings: Settings) -> int:
@@ -68,7 +78,21 @@ def main(settings: Settings) -> int:
         f"{loss.item():.6f}, gradient norm {norm.item():.6f}, {seconds:.1f} s, "
         f"peak RSS {_peak() / 2**30:.2f} GiB ({before / 2**30:.2f} before the step)"
     )
+    if settings.record:
+        append(RESULTS, [recorded(settings, seconds, _peak() / 2**30)], COLUMNS)
     return 0
+
+
+def recorded(settings: Settings, seconds: float, peak_gib: float) -> dict:
+    """A row of RESULTS."""
+    ours = settings.provider == "samfast"
+    return {
+        "model": settings.model, "provider": settings.provider,
+        "memory": settings.memory if ours else "", "batch": settings.batch,
+        "image_size": settings.image_size, "seconds": seconds, "peak_gib": peak_gib,
+        "machine": machine.name("cpu"), "torch": torch.__version__,
+        "samfast": samfast.__version__, "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
 
 
 def _peak() -> int:

@@ -26,6 +26,7 @@ _EXPORTS = {
     "set_task": "samfast.methods.ta_lora.tasks",
     "fuse": "samfast.fused.fuse",
     "unfuse": "samfast.fused.fuse",
+    "ranges": "samfast.kernels._common.ranges",
     "aux_loss": "samfast.adapters.aux_loss",
     "report": "samfast.fused.report",
     "save_adapter": "samfast.files.adapter_files",

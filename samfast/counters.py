@@ -7,7 +7,8 @@ Triton backend under its interpreter, which make the calls that a GPU would.
 A launch is one Triton kernel or one aten call that is neither a view nor an allocation; casts and
 fills count, what a library launches inside one call does not. Bytes are those of every tensor a
 launch takes and gives, so a tensor updated in place counts twice for aten and once for a Triton
-kernel, whose arguments do not say what is written.
+kernel, whose arguments do not say what is written. FLOP are torch's formulas for aten calls and
+those of ``costs.py`` for Triton kernels.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from samfast.kernels._common.implementation import IMPLEMENTATIONS
+from samfast.kernels._common.launched import flops_of, tensor_bytes
 
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _FREE = (*_ALLOCATIONS, "_unsafe_view", "detach", "lift_fresh", "alias", "set_", "sym_size")
@@ -231,29 +233,30 @@ def _is_sync(func, name, tensors, made) -> bool:
 def _triton_launches(counts: Counts):
     """Count Triton launches, compiled or interpreted; what the interpreter does is not counted."""
     try:
-        from triton.runtime.interpreter import GridExecutor
+        from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
     except ImportError:
         yield
         return
-    originals = {GridExecutor: GridExecutor.__call__, JITFunction: JITFunction.run}
+    originals = {InterpretedFunction: InterpretedFunction.run, JITFunction: JITFunction.run}
 
-    def note(name, arguments):
-        tensors = [t for t in arguments if isinstance(t, Tensor)]
-        counts.launches[name] += 1
-        counts.bytes += sum(_nbytes(t) for t in tensors)
+    def note(kernel, args, named):
+        counts.launches[kernel.fn.__name__] += 1
+        counts.bytes += tensor_bytes([*args, *named.values()])
+        counts.flops += flops_of(kernel, dict(zip(kernel.arg_names, args, strict=False)) | named)
 
-    def interpreted(self, *args, **kwargs):
-        note(self.fn.__name__, [*args, *kwargs.values()])
+    def interpreted(self, *args, grid, warmup, **named):
+        note(self, args, named)
         with _disable_current_modes():
-            return originals[GridExecutor](self, *args, **kwargs)
+            return originals[InterpretedFunction](self, *args, grid=grid, warmup=warmup, **named)
 
-    def compiled(self, *args, **kwargs):
-        note(self.fn.__name__, [*args, *kwargs.values()])
-        return originals[JITFunction](self, *args, **kwargs)
+    def compiled(self, *args, grid, warmup, **named):
+        note(self, args, named)
+        return originals[JITFunction](self, *args, grid=grid, warmup=warmup, **named)
 
-    GridExecutor.__call__, JITFunction.run = interpreted, compiled
+    InterpretedFunction.run, JITFunction.run = interpreted, compiled
     try:
         yield
     finally:
-        GridExecutor.__call__, JITFunction.run = originals[GridExecutor], originals[JITFunction]
+        for kind, run in originals.items():
+            kind.run = run

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README and CONTRIBUTING as their readers copy them, and small stand-ins for the readers' files.
+"""README, CONTRIBUTING and docs as readers copy them, and small stand-ins for their files.
 
 What a document says is run word for word. Only sizes are replaced: its vit_b is SMALL_VIT_B, its
 checkpoint and folders hold few small files.
@@ -26,7 +26,7 @@ from samfast import kernels
 from samfast.models import architectures, build_sam
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/profiling.md")
 SMALL_VIT_B = architectures.Architecture(192, 2, 3, (1,), window=7, image_size=64)
 CHECKPOINT = "sam_vit_b_01ec64.pth"
 FOLDERS = {"photos": 255, "roads": 7, "camvid": 7}  # and the value of an object in their masks

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every code block and every command of README and CONTRIBUTING does what the text says.
+"""Every code block and every command of README, CONTRIBUTING and docs does what the text says.
 
 Commands run as they stand, on the stand-ins of tests/documents.py. `finetune` also gets LESS, the
 targets of `make` and the benchmarks start without doing their work, and `pip` installs nothing.
+Profilers for GPUs do not start; the ranges and kernels that their commands name are looked up.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from project_file import project
 
 from benchmarks.options import parsed
 from samfast import cli
+from samfast.kernels import operations
 from samfast.models import architectures
 from samfast.modules import SamBlock
 from samfast.training.tasks import read_tasks
@@ -33,6 +36,18 @@ SLOW = ("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
 LONG = [b for b in SHELL if any(map(b.source.count, SLOW))]
+PARTS = "forward backward norm1 qkv attention proj norm2 lin1 gelu lin2 side add".split()
+SHOWN = [f"samfast/sam_block/{part}" for part in PARTS]
+KERNELS = {  # by operation
+    name: sorted(
+        kernel
+        for path in (ROOT / "kernels" / name).glob("triton_*.py")
+        for kernel in re.findall(
+            r"^@triton\.jit\(launch_metadata.*\)\ndef (\w+)\(", path.read_text(), re.M
+        )
+    )
+    for name in operations("launches.py")
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +80,8 @@ def test_no_block_goes_unseen():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", pytest.param("CONTRIBUTING.md", marks=pytest.mark.slow)]
+    "document",
+    ["README.md", *(pytest.param(name, marks=pytest.mark.slow) for name in DOCUMENTS[1:])],
 )
 def test_python(document, reader):
     """In a process of its own, where nothing has mended torchvision before the first block."""
@@ -96,6 +112,13 @@ def test_yaml(block, tmp_path):
     path.write_text(block.source)
     names = re.findall(r"- name: (\w+)", block.source)
     assert [spec.name for spec in read_tasks(path)] == names
+
+
+def test_profiling_names_every_kernel():
+    """Those that are launched, which are those that tell a profiler what they cost."""
+    text = (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (`\w+_kernel`.*) \|$", text, re.M)
+    assert {name: re.findall(r"`(\w+)`", kernels) for name, kernels in rows} == KERNELS
 
 
 def test_options_of_long_commands():
@@ -194,6 +217,40 @@ def pytest_(arguments):
         assert found, argument
 
 
+def nsys(arguments):
+    if arguments[0] == "profile":
+        assert arguments[-2:] == ["python", "step.py"]
+    else:
+        assert arguments[0] == "stats" and arguments[-1] == "step.nsys-rep"
+
+
+def ncu(arguments):
+    """Names of ranges have their slashes escaped; a single one ends in one that is not."""
+    options = dict(pairwise(arguments))
+    assert arguments[-2:] == ["python", "step.py"]
+    if pattern := options.get("--nvtx-include"):
+        ranges = re.split(r"(?<!\\)/", pattern)
+        assert ranges.pop() == "" if len(ranges) == 2 else ranges.pop(1) == "*"
+        for name in ranges:
+            assert name.replace("\\/", "/") in SHOWN
+    if name := options.get("--kernel-name"):
+        wanted = re.compile(name.removeprefix("regex:"))
+        found = [k for ks in KERNELS.values() for k in ks if wanted.search(k)]
+        assert found == ["dkv_kernel", "dq_kernel"]
+
+
+def proton(arguments):
+    profiler = pytest.importorskip("triton.profiler.proton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["proton", *arguments])
+        options, rest = profiler.parse_arguments()
+    assert (options.hook, options.name, rest) == ("triton", "step", ["step.py"])
+
+
+def proton_viewer(arguments):
+    assert arguments[0] == "-m" and arguments[2] == "step.hatchet"
+
+
 START = {
     "samfast": samfast,
     "torchrun": torchrun,
@@ -203,4 +260,8 @@ START = {
     "python3": python,
     "pip": pip,
     "pytest": pytest_,
+    "nsys": nsys,
+    "ncu": ncu,
+    "proton": proton,
+    "proton-viewer": proton_viewer,
 }

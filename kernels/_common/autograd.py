@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from samfast.kernels._common.once import once_differentiable
+from samfast.kernels._common.ranges import stage
 
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
@@ -196,7 +197,8 @@ def _gradients(cls: type, plan: Plan, need: list, values: tuple, facts) -> list:
         if cls.has_backward:
             made = iter(getattr(torch.ops.samfast, f"{cls.name}_backward")(*asked))
         else:
-            made = iter(made_only(cls.backward)(None, *asked))
+            with stage(cls.name, "backward"):
+                made = iter(made_only(cls.backward)(None, *asked))
     for group in plan.groups:
         first = group[0]
         if first in plan.lists and plan.stacked:

@@ -27,6 +27,7 @@ from samfast.kernels._common.autograd import (
     with_list,
 )
 from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.ranges import stage
 
 
 class Arguments:
@@ -200,10 +201,12 @@ def _define(cls: type[Operator], name: str, arguments: Arguments, outputs: str, 
     """One operator: its schema, its body, which takes the path for its backend, and its fake."""
     torch.library.define(name, f"({arguments.text}) -> {outputs}")
 
+    way = "backward" if name.endswith("_backward") else "forward"
+
     @implement(name)
     def body(*args):
         path = cls.path(**dict(zip(arguments.names, args, strict=True)))
-        with without_autocast(_device(args)):
+        with stage(cls.name, way), without_autocast(_device(args)):
             return run(path, *arguments.without_backend(args))
 
     @torch.library.register_fake(name)

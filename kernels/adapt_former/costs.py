@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the branch costs on a GPU by its design: FLOP, bytes and launches of each stage."""
+"""What the branch costs on a GPU by its design: FLOP, bytes and launches of each stage.
+
+Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+"""
 
 from samfast.kernels.lora_linear import costs as low_rank
 from samfast.kernels.lora_linear.costs import Stage
@@ -13,6 +16,18 @@ def _program_rows(bottleneck: int) -> int:
     return 64 if bottleneck <= 32 else 32 if bottleneck <= 64 else 16
 
 
+def low_kernel(tokens, columns, ranks, **_) -> int:
+    return low_rank.product(tokens, columns, ranks)
+
+
+def low_backward_kernel(tokens, columns, ranks, NEED_DX, NEED_PARTS, **_) -> int:
+    return (2 * NEED_DX + NEED_PARTS) * low_rank.product(tokens, columns, ranks)
+
+
+def gradient_kernel(tokens, columns, ranks, **_) -> int:
+    return low_rank.product(tokens, columns, ranks)
+
+
 def stages(
     tokens: int, width: int, bottleneck: int, itemsize: int, inside: bool = False
 ) -> list[Stage]:
@@ -21,7 +36,8 @@ def stages(
     inside: a fused block, where lin2's bias takes b_up with it, x is made again, and its gradient
         is added to one that is there
     """
-    rows, product = itemsize * tokens * width, 2 * tokens * width * bottleneck
+    rows = itemsize * tokens * width
+    product = low_rank.product(tokens, width, bottleneck)
     every = low_rank.stages(tokens, width, width, bottleneck, itemsize)
     up, up_backward, reduce = every[3:6]
     inward, of_one = (3 if inside else 2) * rows, 4 * bottleneck * width

@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from samfast.kernels._common.launched import launched
 from samfast.kernels._common.philox import threshold as keep_threshold
 from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
+from samfast.kernels.adapt_former import costs
 from samfast.kernels.adapt_former.costs import MAX_ALONG
 from samfast.kernels.lora_linear.triton_kernels import chunk_rows, precision
 from samfast.kernels.sam_block.triton_norm import merge
@@ -27,7 +29,7 @@ TILES = Path(__file__).with_name("tiles.json")
 FOLDED = 4096  # numbers of partials that a program of the second launch holds at a time
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.low_kernel, "z_ptr"))
 def low_kernel(
     x_ptr,
     weight_ptr,
@@ -100,7 +102,7 @@ def let_through(dz_ptr, z_ptr, rows, tokens, ranks, scale, BLOCK_R: tl.constexpr
     return tl.where(z <= 0.0, 0.0, dz.to(tl.float32) * scale).to(dz.dtype)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.low_backward_kernel, "z_ptr"))
 def low_backward_kernel(
     dx_ptr,
     dz_ptr,
@@ -189,7 +191,7 @@ def low_backward_kernel(
             tl.store(part_ptr + part_at, share, part_inside)  # (BLOCK_R, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.gradient_kernel, "z_ptr"))
 def gradient_kernel(
     dz_ptr,
     z_ptr,
@@ -234,7 +236,7 @@ def gradient_kernel(
         tl.store(sums_ptr + chunk * ranks + offs_r, total, offs_r < ranks)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__))
 def fold_kernel(
     part_ptr,
     sums_ptr,

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.cobot_fold import costs
+
 MAX_WIDTH = 32
 BLOCK_R = 32
 BLOCK_L = 64
@@ -43,7 +46,7 @@ def slice_matrices(
     return lam, tl.where(minus, -w, w)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.fold_kernel))
 def fold_kernel(
     c_ptr,
     p_ptr,
@@ -86,7 +89,7 @@ def fold_kernel(
             tl.store(at_b, shift.to(shifts_ptr.dtype.element_ty), offs < width)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.fold_backward_kernel))
 def fold_backward_kernel(
     dfolded_ptr,
     dshifts_ptr,
@@ -145,7 +148,7 @@ def fold_backward_kernel(
     tl.store(dw_ptr + at_w, lam[:, None] * dk, live[:, None] & live[None, :])
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.shared_backward_kernel))
 def shared_backward_kernel(
     c_ptr,
     p_ptr,

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.conv_experts import costs
 from samfast.kernels.conv_experts.triton_footprint import (
     any_broken,
     broken_near,
@@ -106,7 +108,7 @@ def ratio_of(expert, RATIOS: tl.constexpr):
     return ratio
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.forward_kernel))
 def forward_kernel(
     h_ptr,
     weight_ptr,
@@ -251,7 +253,7 @@ def backward_tile(dz_ptr, dz_pad_ptr, h_ptr, weight_ptr, bias_ptr, patch_ptr, pa
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.backward_kernel))
 def backward_kernel(
     dz_ptr,
     dz_pad_ptr,
@@ -375,7 +377,7 @@ def add_parts(part_ptr, index_ptr, dweight_ptr, dbias_ptr, expert, block, sample
     tl.store(at, total.to(dbias_ptr.dtype.element_ty), live)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__))
 def reduce_kernel(
     dz_ptr,
     dh_ptr,

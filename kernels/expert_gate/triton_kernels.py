@@ -12,13 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.expert_gate import costs
+
 MAX_RANK = 16  # the widest tile of pooled samples, next to
 MAX_EXPERTS = 16  # as many columns of logits: tiles of 32 already spill
 
 POOL_ROWS = 512  # positions that one program pools
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__))
 def pool_kernel(
     h_ptr,
     pool_ptr,
@@ -120,7 +123,7 @@ def squared_variation(v, experts, live):
     return variation, tl.where(live, slope, 0.0)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.balance_kernel))
 def balance_kernel(
     pool_ptr,
     w_gate_ptr,

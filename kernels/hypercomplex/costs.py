@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages cost by their design: FLOP, bytes and launches of the GPU path."""
+"""What the stages cost by their design: FLOP, bytes and launches of the GPU path.
+
+Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+"""
 
 from samfast.kernels.lora_linear.costs import Stage
 
@@ -30,6 +33,24 @@ def contract(out: int, features: int, n: int, terms: int, itemsize: int) -> list
     moved = itemsize * out * features + 2 * _SINGLE * terms * cell + shares
     flops = 4 * terms * out * features
     return [Stage("dweights, shares of drules", flops, moved, 1), Stage("drules", 0, shares, 1)]
+
+
+def build_kernel(h_ptr, terms, **_) -> int:
+    return 2 * terms * h_ptr.numel()
+
+
+def contract_kernel(grad_ptr, terms, dweights_ptr, partial_ptr, **_) -> int:
+    needs = (dweights_ptr is not None) + (partial_ptr is not None)
+    return needs * 2 * terms * grad_ptr.numel()
+
+
+def factors_kernel(b_ptr, **_) -> int:
+    return b_ptr.numel()
+
+
+def factors_backward_kernel(terms, n, rank, rows, drules_ptr, dleft_ptr, **_) -> int:
+    needs = (drules_ptr is not None) + (dleft_ptr is not None)
+    return needs * 2 * (terms * n * rank) * (n * rows)
 
 
 def stages(

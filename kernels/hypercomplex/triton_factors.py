@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.hypercomplex import costs
+
 BLOCK = 256
 
 
@@ -21,7 +24,7 @@ def part(r, n, rank):
     return r // (n * rank), r // rank % n, r % rank
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.factors_kernel))
 def factors_kernel(
     rules_ptr,
     left_ptr,
@@ -109,7 +112,7 @@ def sums_of_right(pid, da_ptr, dright_ptr, terms, n, rank, columns, stride_a, BL
     tl.store(dright_ptr + at, total.to(dright_ptr.dtype.element_ty), live)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.factors_backward_kernel))
 def factors_backward_kernel(
     da_ptr,
     db_ptr,

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.hypercomplex import costs
+
 MAX_TERMS = 16  # rows of a program's tile of weights
 CELLS = 16
 BUILD_POSITIONS = 128
@@ -29,7 +32,7 @@ def positions(start, rows, columns, BLOCK_P: tl.constexpr):
     return a.to(tl.int64), position % columns, a < rows
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.build_kernel))
 def build_kernel(
     rules_ptr,
     weights_ptr,
@@ -67,7 +70,7 @@ def build_kernel(
     tl.store(h_ptr + row * stride_h + column, acc.to(h_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.contract_kernel))
 def contract_kernel(
     grad_ptr,
     rules_ptr,
@@ -129,7 +132,7 @@ def contract_kernel(
             tl.store(out + offs_i * cells + cell, total * scaling, known)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__))
 def sum_kernel(
     partial_ptr, out_ptr, programs, entries, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr
 ):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages of lora_linear cost by their design: FLOP, bytes and launches of the GPU path."""
+"""What the stages of lora_linear cost by their design: FLOP, bytes and launches of the GPU path.
+
+Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+"""
 
 import dataclasses
 
@@ -32,6 +35,27 @@ def _column_blocks(out: int, rank: int) -> int:
     return -(-out // (128 if rank <= 64 else 64))
 
 
+def product(tokens: int, width: int, rank: int) -> int:
+    """FLOP of rows of this width and a factor of low rank."""
+    return 2 * tokens * width * rank
+
+
+def down_kernel(tokens, columns, ranks, **_) -> int:
+    return product(tokens, columns, ranks)
+
+
+def up_kernel(tokens, b_ptr, **_) -> int:
+    return product(tokens, *b_ptr.shape)
+
+
+def up_backward_kernel(tokens, b_ptr, NEED_DB, **_) -> int:
+    return (1 + NEED_DB) * product(tokens, *b_ptr.shape)
+
+
+def down_backward_kernel(tokens, columns, ranks, NEED_DX, NEED_DA, **_) -> int:
+    return (NEED_DX + NEED_DA) * product(tokens, columns, ranks)
+
+
 def stages(tokens: int, features: int, out: int, rank: int, itemsize: int) -> list[Stage]:
     """Forward and backward with an adapter on all of the layer's output."""
     x, y, r = itemsize * tokens * features, itemsize * tokens * out, rank
@@ -40,10 +64,10 @@ def stages(tokens: int, features: int, out: int, rank: int, itemsize: int) -> li
     db, da = 2 * 4 * MAX_CHUNKS * r * out, 2 * 4 * MAX_CHUNKS * r * features
     return [
         *frozen(tokens, features, out, itemsize),
-        Stage("down", 2 * tokens * features * r, x, 1),
-        Stage("up", 2 * tokens * out * r, 2 * y, 1),
-        Stage("up_backward", 4 * tokens * out * r, y + (dz + db) // 2, repeats),
+        Stage("down", product(tokens, features, r), x, 1),
+        Stage("up", product(tokens, out, r), 2 * y, 1),
+        Stage("up_backward", 2 * product(tokens, out, r), y + (dz + db) // 2, repeats),
         Stage("reduce dz, dB", 0, (dz + db) // 2, repeats),
-        Stage("down_backward", 4 * tokens * features * r, 3 * x + da // 2, 1),
+        Stage("down_backward", 2 * product(tokens, features, r), 3 * x + da // 2, 1),
         Stage("reduce dA", 0, da // 2, 1),
     ]

@@ -14,15 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
 from samfast.kernels._common.philox import threshold as keep_threshold
 from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
+from samfast.kernels.lora_linear import costs
 from samfast.kernels.lora_linear.engine import MAX_CHUNKS, chunks_at_a_time
 
 TILES = Path(__file__).with_name("tiles.json")
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.down_kernel, "x_ptr"))
 def down_kernel(
     x_ptr,
     a_ptr,
@@ -63,7 +65,7 @@ def slice_start(index, start0, start1, start2):
     return tl.where(index == 0, start0, tl.where(index == 1, start1, start2))
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.up_kernel, "z_ptr"))
 def up_kernel(
     y_ptr,
     z_ptr,
@@ -104,7 +106,7 @@ def up_kernel(
     tl.store(y_at, (y.to(tl.float32) + update).to(y.dtype), inside)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.up_backward_kernel, "dy_ptr"))
 def up_backward_kernel(
     dy_ptr,
     z_ptr,
@@ -173,7 +175,7 @@ def sum_partials(part_ptr, base, n, parts, offs):
     return total
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__))
 def reduce_kernel(
     dz_part_ptr,
     dz_ptr,
@@ -207,7 +209,7 @@ def reduce_kernel(
             tl.store(grad_ptr + offs, total.to(grad_ptr.dtype.element_ty), offs < grad_size)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.down_backward_kernel, "dh_ptr"))
 def down_backward_kernel(
     dx_ptr,
     dh_ptr,

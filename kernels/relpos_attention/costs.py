@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention costs by its design: FLOP and bytes of both paths, launches of the GPU's."""
+"""What attention costs by its design: FLOP and bytes of both paths, launches of the GPU's.
+
+Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+"""
 
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear.costs import Stage
@@ -42,6 +45,33 @@ def stages(
         made.append(Stage("dtables", bias, token + factor, 1))
         made.append(Stage("reduce dtables", 0, 0, 1))
     return made
+
+
+def _launch(q, height, width, image_height, image_width) -> tuple[int, int]:
+    """FLOP of a product over all pairs and of one with the tables; q: (batch, …, heads, HEAD)."""
+    windows = Windows(q.shape[0], image_height, image_width, height, width)
+    return _sizes(windows, *q.shape[-2:], q.element_size())[:2]
+
+
+def prepare_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
+    return _launch(q_ptr, height, width, image_height, image_width)[1]
+
+
+def forward_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
+    return 2 * _launch(q_ptr, height, width, image_height, image_width)[0]
+
+
+def dq_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
+    product, bias = _launch(q_ptr, height, width, image_height, image_width)
+    return 3 * product + bias
+
+
+def dkv_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
+    return 4 * _launch(q_ptr, height, width, image_height, image_width)[0]
+
+
+def tables_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
+    return _launch(q_ptr, height, width, image_height, image_width)[1]
 
 
 def cpu_stages(

@@ -8,6 +8,8 @@ dv are products with it, the gradients of the factors its sums over lines and ov
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.relpos_attention import costs
 from samfast.kernels.relpos_attention.triton_forward import (
     GIVEN_PADS,
     LOG2E,
@@ -48,7 +50,7 @@ def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, s
     return dq, dq_rest
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.dq_kernel, "q_ptr"))
 def dq_kernel(
     dout_ptr,
     q_ptr,
@@ -261,7 +263,7 @@ def dq_kernel(
     store_head(dq_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.dkv_kernel, "q_ptr"))
 def dkv_kernel(
     dout_ptr,
     q_ptr,

@@ -17,6 +17,9 @@ launches are in this folder's README.
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.relpos_attention import costs
+
 LOG2E = tl.constexpr(1.4426950408889634)
 NO_PADS, ZERO_PADS, GIVEN_PADS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -198,7 +201,7 @@ def lines_met(first, height, lines, columns, BLOCK_M: tl.constexpr):
     return height - 1 - last // columns, 2 * height - 1 - first // columns
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.prepare_kernel, "q_ptr"))
 def prepare_kernel(
     q_ptr,
     table_h_ptr,
@@ -309,7 +312,7 @@ def moment(s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL: tl.conste
     return weight + tl.sum(p, 1), total + tl.sum(p * dp, 1)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.forward_kernel, "q_ptr"))
 def forward_kernel(
     q_ptr,
     k_ptr,

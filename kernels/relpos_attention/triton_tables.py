@@ -7,6 +7,8 @@ dtable = Σ_i Dᵢᵀ qᵢ, where row u of the reversed table meets query i at k
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.relpos_attention import costs
 from samfast.kernels.relpos_attention.triton_forward import (
     load_rows,
     pixels,
@@ -26,7 +28,7 @@ def skewed(drel_ptr, row, step, at, live, size, u, kind: tl.constexpr):
     return tl.load(drel_ptr + (row[:, None] + key * step), mask, other=0.0).to(kind)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.tables_kernel, "q_ptr"))
 def tables_kernel(
     q_ptr,
     drel_h_ptr,
@@ -110,7 +112,7 @@ def tables_kernel(
         store_rows(part_at, acc_rest, u < 2 * size - 1, HEAD_A, HEAD_B, HEAD)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__))
 def reduce_kernel(part_ptr, grad_ptr, size, parts, BLOCK: tl.constexpr):
     """Σ over the parts, in order, of arrays of ``size`` floats."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

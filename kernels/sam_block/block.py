@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from samfast.kernels._common.ranges import stage
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
 from samfast.kernels.relpos_attention.op import TABLE as ATTENTION
@@ -39,7 +40,7 @@ class Block:
         self.attention_backend = plan.attention or ATTENTION.part(backend)
         backend = PRODUCTS.part(backend)
         self.layers = [
-            Layer(layer, parts[name], self.windows if name == "qkv" else whole, backend,
+            Layer(name, layer, parts[name], self.windows if name == "qkv" else whole, backend,
                   part_needs[name])
             for name, layer in zip(LAYERS, plan.layers, strict=True)
         ]  # fmt: skip
@@ -57,14 +58,16 @@ class Block:
             layers have kept; "minimal" and None keep nothing
         """
         x1, u, aux, kept, of_layers, z = self._up_to_gelu(memory)
-        g, h = self.stages.gelu(u, self.lin2.fused_down)
+        with stage("sam_block", "gelu"):
+            g, h = self.stages.gelu(u, self.lin2.fused_down)
         del u
         bias = None if self.side is None else self.side.bias(self.lin2.bias, g.dtype)
         update, aux_lin2, kept_lin2 = self.lin2.forward(g, h, bias)
         del g, h
         if self.side is not None:
             self.side.add_(update, *z)
-        y = self.stages.add(x1, update).view(self.x.shape)
+        with stage("sam_block", "add"):
+            y = self.stages.add(x1, update).view(self.x.shape)
         some = memory in ("fast", "balanced")
         return y, [*aux, aux_lin2], kept, [*of_layers, *([kept_lin2, z] if some else [[], []])]
 
@@ -74,17 +77,20 @@ class Block:
         stages, some, every = self.stages, memory in ("fast", "balanced"), memory == "fast"
         qkv, aux_qkv, kept_qkv = self._project()
         late = [qkv] if every else []
-        out, lse = torch.ops.samfast.window_relpos_attention_forward(
-            qkv, *self._padding(kept_qkv), *self.head[4:], list(self.windows), self.plan.scale,
-            self.attention_backend,
-        )  # fmt: skip
+        with stage("sam_block", "attention"):
+            out, lse = torch.ops.samfast.window_relpos_attention_forward(
+                qkv, *self._padding(kept_qkv), *self.head[4:], list(self.windows),
+                self.plan.scale, self.attention_backend,
+            )  # fmt: skip
         del qkv
         update, aux_proj, kept_proj = self.proj.forward(self._as_rows(out), None)
         kept = [out, lse] if some else []
         del out, lse
-        x1, n, h = stages.add_norm(
-            self.rows, update, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down
-        )
+        with stage("sam_block", "norm2"):
+            x1, n, h = stages.add_norm(
+                self.rows, update, *self.head[2:4], self.plan.eps[1], self.dtype,
+                self.lin1.fused_down,
+            )  # fmt: skip
         del update
         kept += [x1] if some else []
         z = [] if self.side is None else [self.side.forward(n)]
@@ -102,7 +108,9 @@ class Block:
         _, u, _, kept, of_layers, z = self._up_to_gelu("fast")
         kept_lin2 = []
         if self.lin2.plan.adapted:
-            kept_lin2 = self.lin2.keep(*self.stages.gelu(u, self.lin2.fused_down))
+            with stage("sam_block", "gelu"):
+                g, h = self.stages.gelu(u, self.lin2.fused_down)
+            kept_lin2 = self.lin2.keep(g, h)
         return kept, [*of_layers, kept_lin2, z]
 
     def backward(
@@ -168,18 +176,20 @@ class Block:
 
     def _project(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """qkv (B, H, W, 3, heads, head_dim), its aux, and what its layer keeps."""
-        n, h = self.stages.norm(
-            self.rows, *self.head[:2], self.plan.eps[0], self.dtype, self.qkv.fused_down
-        )
+        with stage("sam_block", "norm1"):
+            n, h = self.stages.norm(
+                self.rows, *self.head[:2], self.plan.eps[0], self.dtype, self.qkv.fused_down
+            )
         qkv, aux, kept = self.qkv.forward(n, h)
         size = qkv.shape[1] // 3 // self.plan.heads
         return qkv.view(*self.x.shape[:3], 3, self.plan.heads, size), aux, kept
 
     def _widen(self, x1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """u, which GELU takes, and what its layer keeps."""
-        n, h = self.stages.norm(
-            x1, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down
-        )
+        with stage("sam_block", "norm2"):
+            n, h = self.stages.norm(
+                x1, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down
+            )
         u, _, kept = self.lin1.forward(n, h)
         return u, kept
 
@@ -198,7 +208,8 @@ class Block:
     def _normed(self, x: Tensor, which: int, residual: Tensor, needs) -> Normed:
         weight, bias = self.head[2 * which : 2 * which + 2]
         eps = self.plan.eps[which]
-        return Normed(self.stages, x, weight, bias, eps, self.dtype, residual, needs)
+        name = f"norm{which + 1}"
+        return Normed(name, self.stages, x, weight, bias, eps, self.dtype, residual, needs)
 
     def _as_rows(self, out: Tensor) -> Tensor:
         return out.view(len(self.rows), out.shape[3] * out.shape[4])
@@ -224,12 +235,12 @@ class Block:
             varies and need_b,
             *need_tables,
         ]
-        made = iter(
-            torch.ops.samfast.window_relpos_attention_backward(
+        with stage("sam_block", "attention"):
+            grads = torch.ops.samfast.window_relpos_attention_backward(
                 dout.view(out.shape), out, lse, qkv, bias, pad_h, pad_b, *self.head[4:],
                 list(self.windows), self.plan.scale, self.attention_backend, needs,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        made = iter(grads)
         dqkv = next(made).flatten(3).flatten(0, 2)
         dpads = {1: next(made)} if needs[1] else {}
         dz_pad = next(made) if needs[2] else None

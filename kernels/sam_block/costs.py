@@ -3,6 +3,8 @@
 
 Everything in one dtype, frozen weights, memory "fast", LoRA of one rank on all four layers or none.
 What a branch beside the MLP adds stands by itself.
+
+Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
 """
 
 from samfast.kernels._common.windows import Windows
@@ -22,7 +24,7 @@ class _Layer:
             every
         )
         self.rows = itemsize * tokens * features
-        self.product = 2 * tokens * features * max(rank, 1)  # of h, of dh A, and of dA
+        self.product = low_rank.product(tokens, features, max(rank, 1))  # of h, of dh A, and of dA
 
     def named(self, *stages: Stage) -> list[Stage]:
         return [Stage(f"{self.name}: {s.name}", *_numbers(s)) for s in stages]
@@ -40,6 +42,22 @@ class _Layer:
         """A stage that reads or writes the rows so many times, and so many products of rank r."""
         flops = products * self.product if self.rank else 0
         return Stage(name, flops, passes * self.rows, 1)
+
+
+def norm_kernel(tokens, columns, ranks, DOWN, **_) -> int:
+    return DOWN * low_rank.product(tokens, columns, ranks)
+
+
+def norm_backward_kernel(tokens, columns, ranks, LOW, **_) -> int:
+    return 2 * LOW * low_rank.product(tokens, columns, ranks)  # in each of its two walks
+
+
+def gelu_kernel(tokens, columns, ranks, DOWN, **_) -> int:
+    return DOWN * low_rank.product(tokens, columns, ranks)
+
+
+def gelu_backward_kernel(tokens, columns, ranks, LOW, NEED_DA, **_) -> int:
+    return (LOW + NEED_DA) * low_rank.product(tokens, columns, ranks)
 
 
 def _numbers(stage):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samfast.kernels._common.middle import no_aux
+from samfast.kernels._common.ranges import stage
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear import engine
 from samfast.kernels.lora_linear.op import path_of
@@ -16,11 +17,13 @@ class Layer:
     """The tensors and options of one layer; rows are (tokens, in_features).
 
     needs, grads: which of its tensors want a gradient, and what a backward has made for them
-    path: who runs the rank-r stages
+    path: who runs the rank-r stages   name: of its ranges
     """
 
-    def __init__(self, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None):
-        self.plan, self.windows, self.backend = plan, windows, backend
+    def __init__(
+        self, name: str, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None
+    ):
+        self.name, self.plan, self.windows, self.backend = name, plan, windows, backend
         self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params = tensors
         self.needs = [False] * len(tensors) if needs is None else needs
         self.grads: list[Tensor | None] = [None] * len(tensors)
@@ -42,26 +45,32 @@ class Layer:
         bias: in place of the layer's own
         """
         bias = self.bias if bias is None else bias
-        if not self.plan.adapted:
-            bias = None if bias is None else bias.to(rows.dtype)
-            return F.linear(rows, self.weight.to(rows.dtype), bias), no_aux(rows), []
-        y, z, aux, z_pad, saved = engine.forward(
-            self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b, self.params,
-            self.seed, self.options, h,
-        )  # fmt: skip
+        with stage("sam_block", self.name):
+            if not self.plan.adapted:
+                bias = None if bias is None else bias.to(rows.dtype)
+                return F.linear(rows, self.weight.to(rows.dtype), bias), no_aux(rows), []
+            y, z, aux, z_pad, saved = engine.forward(
+                self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b, self.params,
+                self.seed, self.options, h,
+            )  # fmt: skip
         return y, aux, [z, z_pad, *saved]
 
     def keep(self, rows: Tensor, h: Tensor | None) -> list[Tensor]:
         """What the backward needs, without the result."""
         if not self.plan.adapted:
             return []
-        z, _, z_pad, saved = engine.low(
-            self.path(rows), rows, self.lora_a, self.params, self.seed, self.options, h
-        )
+        with stage("sam_block", self.name):
+            z, _, z_pad, saved = engine.low(
+                self.path(rows), rows, self.lora_a, self.params, self.seed, self.options, h
+            )
         return [z, z_pad, *saved]
 
     def up(self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool) -> Tensor | None:
         """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed."""
+        with stage("sam_block", self.name):
+            return self._up(dy, daux, dz_pad, kept, need_rows)
+
+    def _up(self, dy, daux, dz_pad, kept, need_rows):
         if self.needs[1]:
             wide = torch.promote_types(dy.dtype, self.bias.dtype)
             self.grads[1] = dy.sum(0, dtype=wide).to(self.bias.dtype)
@@ -83,7 +92,8 @@ class Layer:
         it, and needs_all: whether drows must hold the adapter's part before.
         beside: adds to drows, given the rows, what another than this layer has for them
         """
-        drows = torch.mm(dy, self.weight.to(dy.dtype)) if need_rows else None
+        with stage("sam_block", self.name):
+            drows = torch.mm(dy, self.weight.to(dy.dtype)) if need_rows else None
         if beside is not None:
             beside(drows, source.rows())
         need_a = self.needs[2] and dh is not None
@@ -91,16 +101,21 @@ class Layer:
             low = None if dh is None else (dh, self.lora_a, need_a)
             before, rows, self.grads[2] = source.backward(drows, low, self.needs[0])
             if need_a and self.grads[2] is None:
-                self.grads[2] = self.path(dy).down_backward_(None, dh, rows, self.lora_a, 0.0, None)
+                with stage("sam_block", self.name):
+                    path, lora_a = self.path(dy), self.lora_a
+                    self.grads[2] = path.down_backward_(None, dh, rows, lora_a, 0.0, None)
         else:
             rows = source.rows() if need_a or self.needs[0] else None
             if dh is not None:
-                self.grads[2] = self.path(dy).down_backward_(
-                    drows, dh, rows if need_a else None, self.lora_a, self.plan.dropout, self.seed
-                )
+                with stage("sam_block", self.name):
+                    self.grads[2] = self.path(dy).down_backward_(
+                        drows, dh, rows if need_a else None, self.lora_a, self.plan.dropout,
+                        self.seed,
+                    )  # fmt: skip
             before = None if drows is None else source.backward(drows, None, False)[0]
         if self.needs[0]:
-            self.grads[0] = torch.mm(dy.t(), rows).to(self.weight.dtype)
+            with stage("sam_block", self.name):
+                self.grads[0] = torch.mm(dy.t(), rows).to(self.weight.dtype)
         return before
 
 
@@ -120,10 +135,14 @@ class Given:
 
 
 class Normed:
-    """LayerNorm of x, to be made again, once; its gradient goes on beside ``residual``."""
+    """LayerNorm of x, to be made again, once; its gradient goes on beside ``residual``.
 
-    def __init__(self, stages, x, weight, bias, eps, dtype, residual, needs):
-        self.stages, self.x, self.residual, self.dtype = stages, x, residual, dtype
+    name: of its ranges
+    """
+
+    def __init__(self, name, stages, x, weight, bias, eps, dtype, residual, needs):
+        self.name, self.stages, self.dtype = name, stages, dtype
+        self.x, self.residual = x, residual
         self.affine, self.needs = (weight, bias, eps), needs
         self.grads: list[Tensor | None] = [None, None]
         self.made: Tensor | None = None
@@ -135,10 +154,15 @@ class Normed:
 
     def rows(self) -> Tensor:
         if self.made is None:
-            self.made = self.stages.norm(self.x, *self.affine, self.dtype)[0]
+            with stage("sam_block", self.name):
+                self.made = self.stages.norm(self.x, *self.affine, self.dtype)[0]
         return self.made
 
     def backward(self, drows, low, want):
+        with stage("sam_block", self.name):
+            return self._backward(drows, low, want)
+
+    def _backward(self, drows, low, want):
         if self.needs_all:
             self.grads = self.stages.norm_parameters(drows, self.x, *self.affine, self.needs)
         if self.made is None:
@@ -157,7 +181,9 @@ class Activated:
         self.stages, self.u = stages, u
 
     def rows(self) -> Tensor:
-        return self.stages.gelu(self.u)[0]
+        with stage("sam_block", "gelu"):
+            return self.stages.gelu(self.u)[0]
 
     def backward(self, drows, low, want):
-        return self.stages.gelu_backward(drows, self.u, low, want)
+        with stage("sam_block", "gelu"):
+            return self.stages.gelu_backward(drows, self.u, low, want)

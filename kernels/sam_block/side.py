@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from samfast.kernels._common.ranges import stage
 from samfast.kernels.adapt_former import engine
 from samfast.kernels.sam_block.plan import SidePlan
 
@@ -27,10 +28,11 @@ class Side:
     def forward(self, n: Tensor) -> Tensor:
         """z (tokens, bottleneck), what the backward keeps of the branch."""
         path = engine.path_of(self.backend, n, len(self.down), n.dtype)
-        return path.low(
-            n, *self.norm, self.down, self.down_bias, self.plan.eps, self.plan.dropout, self.seed,
-            n.dtype,
-        )  # fmt: skip
+        with stage("sam_block", "side"):
+            return path.low(
+                n, *self.norm, self.down, self.down_bias, self.plan.eps, self.plan.dropout,
+                self.seed, n.dtype,
+            )  # fmt: skip
 
     def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The bias of lin2 with that of the up-projection, rounded once."""
@@ -40,10 +42,15 @@ class Side:
 
     def add_(self, update: Tensor, z: Tensor) -> None:
         """update += z upᵀ."""
-        engine.add_up_(engine.up_path_of(self.backend, z, self.up), update, z, self.up)
+        with stage("sam_block", "side"):
+            engine.add_up_(engine.up_path_of(self.backend, z, self.up), update, z, self.up)
 
     def back_to_z(self, dupdate: Tensor, z: Tensor, need_n: bool) -> Tensor | None:
         """All that dupdate alone gives; returns dz where it is needed."""
+        with stage("sam_block", "side"):
+            return self._back_to_z(dupdate, z, need_n)
+
+    def _back_to_z(self, dupdate, z, need_n):
         if self.needs[5]:
             self.grads[5] = engine.column_sum(dupdate, self.up_bias)
         if not (need_n or self.need_low or self.needs[4]):
@@ -55,8 +62,9 @@ class Side:
     def back_to_n(self, dn: Tensor | None, dz: Tensor, z: Tensor, n: Tensor) -> None:
         """The gradients of what stands before z, and n's, which is added to dn."""
         path = engine.path_of(self.backend, n, len(self.down), n.dtype)
-        _, *grads, dbias = path.low_backward(
-            dn, dz, z, n, *self.norm, self.down, self.plan.eps, self.plan.dropout,
-            [dn is not None, *self.needs[:4]],
-        )  # fmt: skip
+        with stage("sam_block", "side"):
+            _, *grads, dbias = path.low_backward(
+                dn, dz, z, n, *self.norm, self.down, self.plan.eps, self.plan.dropout,
+                [dn is not None, *self.needs[:4]],
+            )  # fmt: skip
         self.grads[:4] = [*grads, None if dbias is None else dbias.to(self.down_bias.dtype)]

@@ -4,6 +4,9 @@
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.sam_block import costs
+
 
 @triton.jit
 def below(u):
@@ -11,7 +14,7 @@ def below(u):
     return 0.5 * (1.0 + tl.math.erf(u * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.gelu_kernel, "u_ptr"))
 def gelu_kernel(
     u_ptr,
     a_ptr,
@@ -49,7 +52,7 @@ def gelu_kernel(
         tl.store(h_at, acc.to(h_ptr.dtype.element_ty), out)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.gelu_backward_kernel, "dg_ptr"))
 def gelu_backward_kernel(
     dg_ptr,
     u_ptr,

@@ -9,6 +9,9 @@ digits where the mean is far from zero.
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.sam_block import costs
+
 
 @triton.jit
 def sum_tile(
@@ -33,7 +36,7 @@ def merge(mean, spread, s, inside, before, here):
     return mean + step * share, spread + tl.sum(apart * apart, 1) + step * step * (before * share)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.norm_kernel, "n_ptr"))
 def norm_kernel(
     x_ptr,
     update_ptr,
@@ -118,7 +121,7 @@ def add_low(
     return d
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.norm_backward_kernel, "dn_ptr"))
 def norm_backward_kernel(
     dn_ptr,
     x_ptr,

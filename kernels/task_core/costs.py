@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages cost by their design: FLOP, bytes and launches of the GPU path."""
+"""What the stages cost by their design: FLOP, bytes and launches of the GPU path.
+
+Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+"""
 
 from samfast.kernels.lora_linear import costs as lora_costs
 from samfast.kernels.lora_linear.costs import Stage
@@ -32,6 +35,24 @@ def cores(layers: int, rows: int, columns: int, depth: int, tasks: int) -> list[
         Stage("gather again", 0, 2 * given, 1),
         Stage("dG, dU3", 2 * flops + adding, parts + 2 * given, 1),
     ]
+
+
+def product_kernel(h_ptr, rows, columns, **_) -> int:
+    return 2 * h_ptr.shape[0] * rows * columns
+
+
+def product_backward_kernel(h_ptr, rows, columns, dh_ptr, dm_ptr, **_) -> int:
+    needs = (dh_ptr is not None) + (dm_ptr is not None)
+    return needs * 2 * h_ptr.shape[0] * rows * columns
+
+
+def fold_kernel(m_ptr, depth, **_) -> int:
+    return 2 * m_ptr.numel() * depth
+
+
+def fold_backward_kernel(dm_ptr, parts, depth, **_) -> int:
+    """Products for both gradients, and the sum of the parts."""
+    return 4 * (dm_ptr.numel() // parts) * depth + dm_ptr.numel()
 
 
 def stages(

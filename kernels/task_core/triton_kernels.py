@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from samfast.kernels._common.launched import launched
+from samfast.kernels.task_core import costs
+
 PARTS = 32
 MAX_RANK = 64
 BLOCK_I, BLOCK_V = 128, 16  # elements of a core, columns of a task factor
@@ -51,7 +54,7 @@ def store_rows(x_ptr, x, first, offs, each, width, BLOCK: tl.constexpr):
     tl.store(x_ptr + place, x.to(x_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.product_kernel, "h_ptr"))
 def product_kernel(
     h_ptr,
     m_ptr,
@@ -78,7 +81,7 @@ def product_kernel(
     store_rows(z_ptr, z, first, offs, each, columns, BLOCK_B)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.product_backward_kernel, "h_ptr"))
 def product_backward_kernel(
     dz_ptr,
     h_ptr,
@@ -134,7 +137,7 @@ def product_backward_kernel(
             store_rows(dh_ptr, dh, first, offs, each, rows, BLOCK_A)
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.fold_kernel))
 def fold_kernel(cores_ptr, factors_ptr, m_ptr, tasks, core, depth, BLOCK: tl.constexpr):
     """BLOCK elements of M of one layer and task."""
     row = tl.program_id(0)  # layer · tasks + task
@@ -159,7 +162,7 @@ def sum_of_parts(dm_ptr, layer, task, offs, parts, tasks, core, BLOCK: tl.conste
     return total
 
 
-@triton.jit
+@triton.jit(launch_metadata=launched(__package__, costs.fold_backward_kernel))
 def fold_backward_kernel(
     dm_ptr,
     cores_ptr,

@@ -92,12 +92,14 @@ def test_counts_are_those_of_the_costs(backend):
     counts = count(call)
     stages = costs.stages(tokens, inputs, outputs, 4, 4)
     assert counts.total_syncs == 0
-    if backend == "torch":  # puts cells into place and back; all its products are aten's
-        assert counts.total_launches <= 19
+    if backend in ("torch", "triton"):  # db's sum is aten's
         assert counts.flops == sum(s.flops for s in stages) - tokens * outputs
+    else:  # native operators do not tell
+        assert counts.flops == sum(s.flops for s in stages if s.product)
+    if backend == "torch":  # puts cells into place and back
+        assert counts.total_launches <= 19
     else:
         assert counts.total_launches == sum(s.launches for s in stages)
-        assert counts.flops == sum(s.flops for s in stages if s.product)
     assert counts.largest <= 4 * max(tokens * outputs, outputs * inputs)
 
 

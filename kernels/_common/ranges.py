@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named ranges for profilers: samfast/OPERATION/STAGE.
+
+torch.profiler shows them as user annotations. Where CUDA is in use they are NVTX ranges too, for
+nsys and ncu. They are off until ``samfast.ranges(True)`` or SAMFAST_RANGES=1.
+"""
+
+import contextlib
+import os
+
+import torch
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _asked() -> bool:
+    """Whether the environment wants ranges; ValueError where it does not say 0 or 1."""
+    value = os.environ.get("SAMFAST_RANGES") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"SAMFAST_RANGES is {value!r}; set it to 1 for ranges, to 0 for none")
+    return value == "1"
+
+
+_on = _asked()
+
+
+class ranges:
+    """Switch ranges on or off, at once and in all threads; in ``with``, until its end.
+
+    A backward shows only where the switch is still on when it runs. Plain autograd, which is what
+    backend "reference" runs, has no ranges. Raises RuntimeError inside a compiled function, where
+    it would come too late.
+    """
+
+    def __init__(self, on: bool = True):
+        if not isinstance(on, bool):
+            raise ValueError(f"ranges takes True or False, got {on!r}")
+        if torch.compiler.is_compiling():
+            raise RuntimeError("call samfast.ranges outside the function that torch.compile takes")
+        global _on
+        self._wanted, self._before, _on = on, _on, on
+
+    def __enter__(self) -> "ranges":
+        global _on
+        _on = self._wanted
+        return self
+
+    def __exit__(self, *error) -> None:
+        global _on
+        _on = self._before
+
+
+def stage(operation: str, name: str):
+    """A context of one stage of an operation; does nothing where ranges are off."""
+    return _Range(f"samfast/{operation}/{name}") if _on else _NOTHING
+
+
+class _Range:
+    def __init__(self, label: str):
+        self.label, self.recorded = label, torch.profiler.record_function(label)
+
+    def __enter__(self) -> None:
+        self.marked = torch.cuda.is_initialized()
+        if self.marked:
+            torch.cuda.nvtx.range_push(self.label)
+        self.recorded.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.recorded.__exit__(*error)
+        if self.marked:
+            torch.cuda.nvtx.range_pop()
