@@ -73,9 +73,10 @@ def planned(
     """
     if settings.fit is None and settings.memory != "auto":
         return settings, None
-    if settings.fit is None and device.type == "cpu":
+    here = memory_of(device) if card is None else card
+    if settings.fit is None and here is None:
         return dataclasses.replace(settings, memory=MEMORY[0]), None
-    size = _card(settings, device, card)
+    size = _card(settings, here)
     plan = _search(settings, device, size)
     return plan.settings, plan
 
@@ -87,9 +88,9 @@ def memory_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _card(settings: FinetuneSettings, device: torch.device, card: int | None) -> int:
+def _card(settings: FinetuneSettings, here: int | None) -> int:
+    """Bytes that ``fit`` names, or those of the GPU at hand."""
     named = None if settings.fit is None else card_bytes(settings.fit)
-    here = memory_of(device) if card is None else card
     if named is not None:
         if here is not None and named > here and not settings.dry_run:
             raise ValueError(
@@ -168,7 +169,9 @@ class _Tried:
 
     def seconds_and_plan(self, batch: int) -> tuple[float, Plan]:
         worst, plan = self.worst(batch), self.plan(batch)
-        seconds = worst.flops / _RATE[self.device.type] + worst.launches * _LAUNCH
+        seconds = (
+            worst.flops / _RATE.get(self.device.type, _RATE["cuda"]) + worst.launches * _LAUNCH
+        )
         return seconds * plan.settings.accumulate, plan
 
 

@@ -17,6 +17,7 @@ import samfast
 from samfast import backends
 from samfast.counters import Counts, Living, counting, saved_bytes
 from samfast.kernels.relpos_attention import flops as attention_flops
+from samfast.kernels.relpos_attention import torch_path
 from samfast.models import build_sam, encode, image_size
 from samfast.training.build import attach_method, for_tasks
 from samfast.training.data import Batch, padded_images, valid_region
@@ -53,7 +54,7 @@ def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["
     closed = closed_operators(settings.backend, device)
     sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
     sam = for_tasks(sam, tasks)  # copies of fake tensors would be of another mode
-    with _counted_path(settings.backend), FakeTensorMode():
+    with _counted_path(settings.backend, absent), FakeTensorMode():
         _stand_for(sam, here)
         # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
         half = {torch.float16: torch.bfloat16}
@@ -235,14 +236,21 @@ class TaskStep(CountedStep):
 
 
 @contextlib.contextmanager
-def _counted_path(backend: str) -> Iterator[None]:
-    """Let operations run on torch, as fake tensors must, or on the reference where it was named."""
+def _counted_path(backend: str, absent: bool) -> Iterator[None]:
+    """Let operations run on torch, as fake tensors must, or on the reference where it was named.
+
+    absent: a CPU stands for a GPU, whose blocks of logits are larger
+    """
     before = os.environ.get("SAMFAST_BACKEND")
     named = backends.requested(backend)
     os.environ["SAMFAST_BACKEND"] = named if named == "reference" else "torch"
+    blocks = dict(torch_path.BLOCK)
+    if absent:
+        torch_path.BLOCK.pop("cpu")
     try:
         yield
     finally:
+        torch_path.BLOCK.update(blocks)
         if before is None:
             del os.environ["SAMFAST_BACKEND"]
         else:
