@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import parsed
-from samfast.training.card import decimal, room
+from samfast.training.card import room
 from samfast.training.plan import counted
 from samfast.training.recipe import with_recipe
 from samfast.training.settings import MEMORY, MODELS, FinetuneSettings
@@ -90,12 +90,16 @@ def largest(peaks: Peaks, free: int) -> int:
         peaks(least if least > low else (low + high) // 2)
 
 
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
 def row(model: str, memory: str) -> str:
     peaks = Peaks(model, memory)
     most = largest(peaks, room(CARDS[-1] * 10**9))
     batches = [largest(peaks, room(card * 10**9)) for card in CARDS[:-1]] + [most]
     cells = [str(batch) if batch else "–" for batch in batches]
-    return f"| {' | '.join([NAMES[model], f'`{memory}`', decimal(peaks(1)), *cells])} |"
+    return f"| {' | '.join([NAMES[model], f'`{memory}`', gigabytes(peaks(1)), *cells])} |"
 
 
 def table(models: Sequence[str] = ("vit_tiny", "vit_b", "vit_l", "vit_h")) -> str:

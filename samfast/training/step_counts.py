@@ -22,6 +22,7 @@ from samfast.models import build_sam, encode, image_size
 from samfast.training.build import attach_method, for_tasks
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.embeddings import KeptEmbeddings, keeps_training_images
+from samfast.training.gpu_autocast import GpuAutocast
 from samfast.training.losses import LOSSES
 from samfast.training.many_tasks import tasks_loss
 from samfast.training.precision import autocast_dtype, base_dtype
@@ -43,7 +44,7 @@ KERNELS = (*attention_flops.OPERATORS, *_OTHERS)
 def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["CountedStep"]:
     """A step of these settings, which have their recipe, on fake tensors of the device.
 
-    A GPU that is not here is stood for by a CPU that computes in its dtypes.
+    A GPU that is not here is stood for by a CPU that computes in its dtypes, autocast's too.
     """
     absent = device.type == "cuda" and not torch.cuda.is_available()
     here = torch.device("cpu") if absent else device
@@ -54,7 +55,8 @@ def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["
     closed = closed_operators(settings.backend, device)
     sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
     sam = for_tasks(sam, tasks)  # copies of fake tensors would be of another mode
-    with _counted_path(settings.backend, absent), FakeTensorMode():
+    autocast = GpuAutocast() if absent else contextlib.nullcontext()
+    with _counted_path(settings.backend, absent), FakeTensorMode(), autocast:
         _stand_for(sam, here)
         # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
         half = {torch.float16: torch.bfloat16}

@@ -2,17 +2,21 @@
 """--fit and --memory auto: what is chosen, what stays, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from samfast import cli
 from samfast.counters import Counts
-from samfast.training import dry_run, plan
+from samfast.kernels.relpos_attention import flops as attention_flops
+from samfast.training import dry_run, loop, plan
 from samfast.training.card import card_bytes, needed, room
+from samfast.training.gpu_autocast import GpuAutocast
 from samfast.training.precision import autocast_dtype
 from samfast.training.settings import FinetuneSettings
-from samfast.training.step_counts import Worst
+from samfast.training.step_counts import Worst, closed_operators
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 KEPT = {"fast": 1000, "balanced": 400, "minimal": 200}  # MB of each image, as counted here
@@ -139,6 +143,40 @@ def test_a_card_that_is_not_here_computes_in_bfloat16(monkeypatch):
         lambda **given: {**emulates, **given}["including_emulation"],
     )
     assert autocast_dtype("auto", CUDA) == torch.float16  # sm_75
+
+
+def test_a_cpu_stands_for_a_gpu_s_autocast():
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.softmax(x, dim=1).dtype == torch.bfloat16  # of a CPU itself
+        with GpuAutocast():
+            made = [F.layer_norm(x, (4,)), torch.softmax(x, dim=1), x.pow(2), x**2]
+            assert {t.dtype for t in made} == {torch.float32}
+            assert (x @ x.t()).dtype == torch.bfloat16
+    with GpuAutocast():
+        assert x.softmax(1).dtype == torch.bfloat16
+
+
+def test_attention_of_torch_s_path_is_looked_into(monkeypatch):
+    monkeypatch.delenv("SAMFAST_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {}
+    for capability in ((7, 5), (8, 6)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        found[capability] = closed_operators("auto", CUDA)
+    assert set(found[8, 6]) - set(found[7, 5]) == set(attention_flops.OPERATORS)
+    assert closed_operators("torch", CPU) == found[7, 5]
+
+
+def test_processes_follow_the_smallest_gpu(tried, monkeypatch):
+    """Which accelerate's gather_object tells them."""
+    from accelerate import utils
+
+    monkeypatch.setattr(loop, "memory_of", lambda device: 24 * 10**9)
+    monkeypatch.setattr(utils, "gather_object", lambda own: [*own, needed(1151 * MB)])
+    process = {"device": CUDA, "num_processes": 2, "is_main_process": False}
+    found = loop._planned(settings(fit="auto"), SimpleNamespace(**process))
+    assert (found.memory, found.batch_size, found.accumulate) == ("fast", 1, 2)
 
 
 @pytest.mark.parametrize(
