@@ -61,7 +61,8 @@ class RealStep:
         self.masks = self.images[:, 0] > 200
         self.sizes = torch.full((settings.batch_size, 2), side)
         self.known = [*self.sam.parameters(), *self.sam.buffers()]
-        self.boxes = torch.rand(settings.batch_size, 4) * side if settings.prompt == "box" else None
+        boxes = torch.rand(settings.batch_size, 4).sort().values * side
+        self.boxes = boxes if settings.prompt == "box" else None
         self.given = [self.images, self.masks, self.sizes]
         self.given += [] if self.boxes is None else [self.boxes]
         self.known += self.given
