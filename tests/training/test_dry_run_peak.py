@@ -12,7 +12,7 @@ from samfast.models.architectures import ARCHITECTURES
 from samfast.training.callbacks import Callback
 from samfast.training.dry_run import dry_run
 from samfast.training.loop import finetune
-from samfast.training.settings import FinetuneSettings
+from samfast.training.settings import MEMORY, METHODS, FinetuneSettings
 
 WITHIN = 0.1
 TASKS = """
@@ -49,8 +49,21 @@ BOTH = {  # of vit_tiny and of vit_b at 512 pixels
     "ta-lora": {"tasks": TASKS, "method": "ta-lora"},
     "tasks-lora": {"tasks": TASKS, "memory": "minimal", "decoder_chunk": 2},
 }
+GRID = {  # every method in every mode, in 16 bits
+    f"{method}-{memory}": {
+        "method": method,
+        "memory": memory,
+        "precision": "bf16",
+        "base_dtype": "bfloat16",
+        "image_size": 128,
+        **({"tasks": TASKS} if method == "ta-lora" else {"prompt": "box"}),
+    }
+    for method in METHODS
+    for memory in MEMORY
+}
 VIT_B = {"model": "vit_b", "random_init": True, "image_size": 512}
 CASES = [pytest.param({"depth": 2, "image_size": 64, **o}, id=name) for name, o in QUICK.items()]
+CASES += [pytest.param(o, id=name, marks=pytest.mark.slow) for name, o in GRID.items()]
 CASES += [
     pytest.param({**model, **options}, id=f"{name}-{model['model']}", marks=pytest.mark.slow)
     for model in ({"model": "vit_tiny"}, VIT_B)
