@@ -22,7 +22,7 @@ from samfast.models import build_sam, encode, image_size
 from samfast.training.build import attach_method, for_tasks
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.embeddings import KeptEmbeddings, keeps_training_images
-from samfast.training.gpu_autocast import GpuAutocast
+from samfast.training.gpu_autocast import GpuAutocast, enter_in_decoders
 from samfast.training.losses import LOSSES
 from samfast.training.many_tasks import tasks_loss
 from samfast.training.precision import autocast_dtype, base_dtype
@@ -61,6 +61,8 @@ def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["
         # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
         half = {torch.float16: torch.bfloat16}
         attach_method(sam, settings, half.get(base, base))
+        if absent:
+            enter_in_decoders(sam)
         kind = Segmenter if specs is None else TaskSegmenter
         model = kind(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
         if specs is None:

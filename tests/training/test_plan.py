@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """--fit and --memory auto: what is chosen, what stays, and what is refused."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from samfast import cli
 from samfast.counters import Counts
 from samfast.kernels.relpos_attention import flops as attention_flops
+from samfast.models.architectures import ARCHITECTURES
 from samfast.training import dry_run, loop, plan
 from samfast.training.card import card_bytes, needed, room
 from samfast.training.gpu_autocast import GpuAutocast
 from samfast.training.precision import autocast_dtype
+from samfast.training.recipe import with_recipe
 from samfast.training.settings import FinetuneSettings
 from samfast.training.step_counts import Worst, closed_operators
 
@@ -155,6 +158,15 @@ def test_a_cpu_stands_for_a_gpu_s_autocast():
             assert (x @ x.t()).dtype == torch.bfloat16
     with GpuAutocast():
         assert x.softmax(1).dtype == torch.bfloat16
+
+
+def test_chunks_are_computed_again_as_a_gpu_would(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = dataclasses.replace(ARCHITECTURES["vit_tiny"], depth=1, global_blocks=())
+    monkeypatch.setitem(ARCHITECTURES, "vit_tiny", small)
+    both = [settings(image_size=64, decoder_chunk=chunk) for chunk in (None, 1)]
+    whole, chunked = (plan.counted(with_recipe(one), CUDA) for one in both)
+    assert chunked.flops > whole.flops
 
 
 def test_attention_of_torch_s_path_is_looked_into(monkeypatch):
