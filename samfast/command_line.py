@@ -64,7 +64,7 @@ def _settings_of_run(path: Path) -> dict[str, Any]:
     if not (run / "settings.json").is_file():
         return {}  # training says what is wrong with the path
     given = settings_from_file(run / "settings.json")
-    own = ("output", "overwrite", "resume", "json", "dry_run", "fit")  # of that command alone
+    own = ("output", "overwrite", "resume", "json", "dry_run")  # of that command alone
     return {name: value for name, value in given.items() if name not in own}
 
 
