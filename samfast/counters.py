@@ -160,12 +160,15 @@ def saved_bytes(
 class Living(TorchDispatchMode):
     """Which storages that calls inside made were alive when; known tensors are not among them.
 
+    device: "cuda" or another type, of which alone storages count; None: of all
+
     Enter it before ``counting``, which opens operators of ours, so that what their bodies make is
     seen. What one aten call makes and drops within itself is not.
     """
 
-    def __init__(self, known: Iterable[Tensor]):
+    def __init__(self, known: Iterable[Tensor], device: str | None = None):
         super().__init__()
+        self.device = device
         self.known = {t.untyped_storage()._cdata for t in known}
         self.alive: dict[int, tuple[int, weakref.ref]] = {}  # by storage: when it was made
         self.events: list[tuple[int, int]] = []  # (which, bytes), negative where it ends
@@ -173,7 +176,7 @@ class Living(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and self.device in (None, t.device.type):
                 self._see(t.untyped_storage())
         return out
 
@@ -198,6 +201,18 @@ class Living(TorchDispatchMode):
         for which, size in self.events:
             now += 0 if which in hidden else size
             most = max(most, now)
+        return most
+
+    def worst(self, of: Iterable[Tensor] = ()) -> tuple[int, int]:
+        """The most bytes that were alive at once, and how many of these are of the tensors."""
+        keys = {t.untyped_storage()._cdata for t in of}
+        own = {self.alive[key][0] for key in keys if key in self.alive}
+        now = of_own = 0
+        most = 0, 0
+        for which, size in self.events:
+            now += size
+            of_own += size if which in own else 0
+            most = max(most, (now, of_own), key=lambda moment: moment[0])
         return most
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from samfast.adapters.options import options_of
 from samfast.methods.registry import VARIANTS
 from samfast.models.architectures import architecture
+from samfast.training.card import card_bytes
 from samfast.training.foreground import chosen_foreground
 from samfast.training.image_options import image_options
 from samfast.training.schedules import check_schedule
@@ -34,6 +35,8 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         raise ValueError(
             f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
         )
+    if settings.fit is not None:
+        card_bytes(settings.fit)
     _check_tasks(settings)
     if settings.schedule is not None:
         check_schedule(settings.schedule)

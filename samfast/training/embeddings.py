@@ -51,8 +51,7 @@ def keep_embeddings(
     That is with a frozen encoder. With several tasks the encoder's norms are trained, so nothing
     is kept.
     """
-    frozen = not any(p.requires_grad for p in model.sam.image_encoder.parameters())
-    if not settings.cache or settings.tasks is not None or not frozen:
+    if not keeps_embeddings(model.sam, settings):
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each meets all training images in time
     count = here * steady + val
@@ -66,6 +65,17 @@ def keep_embeddings(
         return
     model.kept = KeptEmbeddings()
     say(f"keeps {what}, {_readable(size)} in main memory; --no-cache computes them anew each time")
+
+
+def keeps_embeddings(sam: nn.Module, settings: FinetuneSettings) -> bool:
+    """Whether a run keeps embeddings where there is room: its encoder is frozen."""
+    frozen = not any(p.requires_grad for p in sam.image_encoder.parameters())
+    return settings.cache and settings.tasks is None and frozen
+
+
+def keeps_training_images(sam: nn.Module, settings: FinetuneSettings) -> bool:
+    """Whether those of training images are kept too, which flips would change."""
+    return keeps_embeddings(sam, settings) and not settings.flips
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from samfast.training.goal import Goal
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
+from samfast.training.plan import memory_of, planned
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.ranks import check_accumulation, check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
@@ -83,6 +84,7 @@ def finetune(
         try:
             check_kind(accelerator.distributed_type.value)
             method = method_of(settings, goal.tasks)
+            settings = _planned(settings, accelerator)
             with (
                 backend_asked_for(
                     settings.backend, method, settings.fuse, accelerator.device, dtype
@@ -92,6 +94,23 @@ def finetune(
                 return _finetune(settings, goal, folder, accelerator, dtype, callbacks, asked)
         finally:
             _release(accelerator)
+
+
+def _planned(settings: FinetuneSettings, accelerator: "Accelerator") -> FinetuneSettings:
+    """The settings with what ``fit`` and ``memory`` auto mean here, which is said."""
+    card = memory_of(accelerator.device)
+    if accelerator.num_processes > 1 and card is not None:
+        from accelerate.utils import gather_object
+
+        card = min(gather_object([card]))  # all follow one plan
+    asked = settings.memory
+    settings, plan = planned(settings, accelerator.device, card)
+    accelerator.gradient_accumulation_steps = settings.accumulate
+    if plan is not None:
+        _speaker(settings, accelerator)(plan.sentence())
+    elif asked != settings.memory:
+        _speaker(settings, accelerator)(f"memory auto is {settings.memory} on a CPU")
+    return settings
 
 
 def _finetune(

@@ -14,11 +14,16 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         raise ValueError(f"unknown precision {precision!r}; known are {', '.join(PRECISIONS)}")
     gpu = device.type == "cuda"
     if precision == "auto" and gpu:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if _has_bfloat16() else torch.float16
     if precision == "fp16" and not gpu:
         raise ValueError(f"precision fp16 needs a CUDA device, but this one is {device.type}")
     names = {name: dtype for dtype, name in _PRECISION_OF.items()}
     return names.get(precision, torch.float32)
+
+
+def _has_bfloat16() -> bool:
+    """Whether the GPU has it, not an emulation; a card that is not here is taken to have it."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def base_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:

@@ -55,6 +55,12 @@ def clear_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def files_of_run(size: int, keep: int) -> list[int]:
+    """Bytes of the largest files that a run has at once. size: of an adapter   keep: states"""
+    states = keep + 1 if keep else 0
+    return [size] * _COPIES + [_STATE * size] * states
+
+
 def check_folder(output: Path) -> None:
     """Raise ValueError where something else is than a folder; changes nothing."""
     if output.is_dir():
@@ -135,7 +141,7 @@ class ClaimedFolder:
     def check_room(self, size: int) -> None:
         """Raise ValueError when adapters of so many bytes do not fit into the folder."""
         states = self.keep_states + 1 if self.keep_states else 0
-        sizes = [size] * _COPIES + [_STATE * size] * states
+        sizes = files_of_run(size, self.keep_states)
         if self.begun:  # what it goes on with is there already
             sizes = [size] + [_STATE * size] * min(1, states)
         places = [self.folder / f"{_ROOM}{i}" for i in range(len(sizes))]

@@ -239,9 +239,18 @@ class TrainingSettings:
         None,
         "What the fused encoder keeps for the backward: all it needs (fast), about a third "
         "(balanced) or each block's input (minimal); it computes the rest again, with the same "
-        "results",
-        choices=MEMORY,
+        "results. auto: the first of these that fits the GPU at hand, on a CPU fast",
+        choices=(*MEMORY, "auto"),
         hint="default: fast",
+    )
+    fit: str | None = option(
+        None,
+        "Choose --memory and --decoder-chunk, where they are not given, and how many images of "
+        "--batch-size times --accumulate are in one forward pass: the fastest that fits a GPU of "
+        "this memory (GB is 10^9 bytes), or the GPU at hand (auto). With --dry-run, print the plan "
+        "for a GPU that need not be here",
+        metavar="{12GB,16GiB,…} | auto",
+        hint="default: as the options say",
     )
     decoder_chunk: int | None = option(
         None,

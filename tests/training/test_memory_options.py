@@ -2,6 +2,7 @@
 """--memory, --base-dtype and --decoder-chunk: what they reach, and what they refuse."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import samfast
 from samfast import cli
 from samfast.kernels.sam_block import plan
 from samfast.modules import attach
-from samfast.training import segmenters
+from samfast.training import loop, segmenters
 from samfast.training import settings as options
 from samfast.training.build import attach_method, build_base
+from samfast.training.callbacks import Callback
+from samfast.training.loop import finetune
 from samfast.training.precision import base_dtype
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
@@ -133,3 +136,27 @@ def test_the_same_training_whatever_is_kept(shared_data, tmp_path):
             "--output", folder, *chunk)  # fmt: skip
         masks.append(sorted(path.name for path in folder.iterdir()))
     assert masks[0] == masks[1] != []
+
+
+def test_a_plan_s_accumulation_is_trained_with(shared_data, tmp_path, monkeypatch):
+    """accelerate was told another number before the plan was made."""
+    plan = {"batch_size": 1, "accumulate": 4, "memory": "minimal", "fit": None}
+    monkeypatch.setattr(loop, "planned", lambda settings, *_: (replace(settings, **plan), None))
+    steps = []
+
+    class Counts(Callback):
+        def on_step(self, run, loss):
+            steps.append(run.batch)
+
+    settings = FinetuneSettings(
+        data=shared_data,
+        output=tmp_path / "out",
+        model="vit_tiny",
+        image_size=64,
+        epochs=1,
+        repeats=1,
+        batch_size=4,
+        fit="12GB",
+    )
+    finetune(settings, callbacks=[Counts()])
+    assert steps == [4, 5]  # batches of five images, in steps of four

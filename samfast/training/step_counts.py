@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step on tensors without memory: what it keeps, needs at its worst, and computes.
+
+Used by ``samfast.training.dry_run``, which says what is counted and what is not.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import samfast
+from samfast import backends
+from samfast.counters import Counts, Living, counting, saved_bytes
+from samfast.kernels.relpos_attention import flops as attention_flops
+from samfast.kernels.relpos_attention import torch_path
+from samfast.models import build_sam, encode, image_size
+from samfast.training.build import attach_method, for_tasks
+from samfast.training.data import Batch, padded_images, valid_region
+from samfast.training.embeddings import KeptEmbeddings, keeps_training_images
+from samfast.training.gpu_autocast import GpuAutocast, enter_in_decoders
+from samfast.training.losses import LOSSES
+from samfast.training.many_tasks import tasks_loss
+from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.segmenters import Segmenter, TaskSegmenter
+from samfast.training.settings import FinetuneSettings
+from samfast.training.task_data import TaskBatch
+from samfast.training.tasks import TaskSpec, read_tasks
+
+_OTHERS = (  # whose path in torch reads values, and is small
+    "samfast::conv_experts_forward",
+    "samfast::conv_experts_backward",
+    "samfast::task_core_product_forward",
+    "samfast::task_core_product_backward",
+)
+KERNELS = (*attention_flops.OPERATORS, *_OTHERS)
+
+
+@contextlib.contextmanager
+def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["CountedStep"]:
+    """A step of these settings, which have their recipe, on fake tensors of the device.
+
+    A GPU that is not here is stood for by a CPU that computes in its dtypes, autocast's too.
+    """
+    absent = device.type == "cuda" and not torch.cuda.is_available()
+    here = torch.device("cpu") if absent else device
+    dtype = autocast_dtype(settings.precision, device)
+    base = base_dtype(settings.base_dtype, dtype, device)
+    specs = None if settings.tasks is None else read_tasks(settings.tasks)
+    tasks = None if specs is None else [spec.task for spec in specs]
+    closed = closed_operators(settings.backend, device)
+    sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
+    sam = for_tasks(sam, tasks)  # copies of fake tensors would be of another mode
+    autocast = GpuAutocast() if absent else contextlib.nullcontext()
+    with _counted_path(settings.backend, absent), FakeTensorMode(), autocast:
+        _stand_for(sam, here)
+        # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
+        half = {torch.float16: torch.bfloat16}
+        attach_method(sam, settings, half.get(base, base))
+        if absent:
+            enter_in_decoders(sam)
+        kind = Segmenter if specs is None else TaskSegmenter
+        model = kind(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
+        if specs is None:
+            step = MaskStep(model, settings, here)
+        else:
+            step = TaskStep(model, settings, here, specs)
+        step.closed = closed
+        step.reads_ahead = device.type == "cpu"
+        yield step
+
+
+def closed_operators(backend: str, device: torch.device) -> Sequence[str]:
+    """Operators that make nothing but their results on the device.
+
+    On torch's path attention is not one of them. A GPU that is not here is taken to run Triton.
+    """
+    named = backends.requested(backend)
+    if named == "auto" and device.type == "cpu":
+        on_torch = backends.native_missing() is not None
+    elif named == "auto":
+        on_torch = torch.cuda.is_available() and backends.triton_missing(device) is not None
+    else:
+        on_torch = named == "torch"
+    return _OTHERS if on_torch else KERNELS
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The moment of a step at which most bytes are alive.
+
+    peak: bytes by what they are of; the sum is the peak   forward, backward: of one batch
+    """
+
+    peak: dict[str, int]
+    forward: Counts
+    backward: Counts
+
+    @property
+    def total(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def flops(self) -> int:
+        """Of one batch."""
+        return self.forward.flops + self.backward.flops
+
+    @property
+    def launches(self) -> int:
+        """Of one batch."""
+        return self.forward.total_launches + self.backward.total_launches
+
+
+class CountedStep:
+    """A training step of a model of fake tensors.
+
+    model: what is trained   given: the tensors of a batch   closed: operators that make nothing but
+    their results   reads_ahead: the next batch lies in the same memory as this one
+    """
+
+    closed: Sequence[str] = KERNELS
+    reads_ahead = False
+
+    def __init__(
+        self,
+        model: Segmenter,
+        settings: FinetuneSettings,
+        batch: Batch | TaskBatch,
+        given: list[Tensor],
+    ):
+        self.model, self.settings, self.batch, self.given = model, settings, batch, given
+        self.trained = [p for _, p in samfast.trainable_parameters(model.sam)]
+        self.own = [*model.parameters(), *model.buffers()]
+
+    def loss(self) -> Tensor:
+        """The loss of a training step."""
+        raise NotImplementedError
+
+    def encoded(self, images: Tensor) -> Tensor | dict[int, Tensor]:
+        """What the encoder makes of padded images."""
+        raise NotImplementedError
+
+    def embeddings(self) -> Tensor | dict[int, Tensor]:
+        sam, dtype = self.model.sam, self.model.dtype
+        images, lower = self.batch.images, dtype != torch.float32
+        valid = valid_region(self.batch.sizes, image_size(sam))
+        with torch.autocast(images.device.type, dtype=dtype, enabled=lower):
+            return self.encoded(padded_images(images, valid, sam.pixel_mean))
+
+    def saved(self) -> dict[str, int]:
+        """Bytes that autograd keeps at the end of the encoder's forward, and of the loss's."""
+        known = [*self.own, *self.given]
+        found = [saved_bytes(call, known, self.closed) for call in (self.embeddings, self.loss)]
+        encoder, step = (max(saved.hooks, saved.living) for saved in found)
+        return {"encoder": encoder, "step": step}
+
+    def worst(self, saved: int | None = None) -> Worst:
+        """Run a step and look when most is alive. saved: bytes kept for the backward, if known."""
+        earlier = []
+        if self.settings.accumulate > 1:  # gradients of the batches before, which are added to
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
+            earlier = [parameter.grad for parameter in self.trained]
+        with Living([*self.own, *self.given, *earlier], self.batch.images.device.type) as living:
+            with counting(self.closed) as forward:
+                loss = self.loss()
+            with counting(self.closed) as backward:
+                loss.backward()
+        made = [p.grad for p in self.trained if p.grad is not None]
+        most, of_gradients = living.worst(() if earlier else made)
+        gradients, updating = bytes_of(earlier) + of_gradients, bytes_of(made)
+        rest = most - of_gradients
+        if gradients + rest < updating:  # the optimizer's step is the worst moment
+            gradients, rest = updating, 0
+        saved = min(rest, rest if saved is None else saved)
+        for parameter in self.trained:
+            parameter.grad = None
+        batch = bytes_of(self.given)
+        peak = {
+            "model": bytes_of(self.own),
+            "gradients": gradients,
+            "optimizer": 2 * bytes_of(self.trained) + 4 * len(self.trained),
+            "batch": batch,
+            "next_batch": batch if self.reads_ahead else 0,
+            "saved": saved,
+            "transient": rest - saved,
+        }
+        return Worst(peak, forward, backward)
+
+
+class MaskStep(CountedStep):
+    """Of one mask."""
+
+    def __init__(self, model: Segmenter, settings: FinetuneSettings, device: torch.device):
+        side = image_size(model.sam)
+        batch = _batch(settings.batch_size, side, device, settings.prompt)
+        boxes = [] if batch.boxes is None else [batch.boxes]
+        given = [batch.images, batch.masks, batch.sizes, *boxes]
+        super().__init__(model, settings, batch, given)
+        if keeps_training_images(model.sam, settings):
+            self.names = tuple(map(str, range(settings.batch_size)))
+        else:
+            self.names = ()
+
+    def loss(self) -> Tensor:
+        self.model.kept = KeptEmbeddings() if self.names else None  # met for the first time
+        batch = self.batch
+        logits, valid = self.model(batch.images, batch.sizes, batch.boxes, self.names)
+        loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
+        return loss + samfast.aux_loss(self.model.sam)
+
+    def encoded(self, images: Tensor) -> Tensor:
+        return encode(self.model.sam, images)
+
+
+class TaskStep(CountedStep):
+    """Of several tasks, which every image has."""
+
+    def __init__(
+        self,
+        model: TaskSegmenter,
+        settings: FinetuneSettings,
+        device: torch.device,
+        specs: Sequence[TaskSpec],
+    ):
+        batch = _task_batch(settings.batch_size, image_size(model.sam), device, specs)
+        given = [batch.images, batch.sizes, *batch.targets.values()]
+        super().__init__(model, settings, batch, given)
+        self.specs = specs
+
+    def loss(self) -> Tensor:
+        return tasks_loss(self.model, self.batch, self.specs) + samfast.aux_loss(self.model.sam)
+
+    def encoded(self, images: Tensor) -> dict[int, Tensor]:
+        return self.model.sam.encode_for(images, dict.fromkeys(range(len(self.specs))))
+
+
+@contextlib.contextmanager
+def _counted_path(backend: str, absent: bool) -> Iterator[None]:
+    """Let operations run on torch, as fake tensors must, or on the reference where it was named.
+
+    absent: a CPU stands for a GPU, whose blocks of logits are larger
+    """
+    before = os.environ.get("SAMFAST_BACKEND")
+    named = backends.requested(backend)
+    os.environ["SAMFAST_BACKEND"] = named if named == "reference" else "torch"
+    blocks = dict(torch_path.BLOCK)
+    if absent:
+        torch_path.BLOCK.pop("cpu")
+    try:
+        yield
+    finally:
+        torch_path.BLOCK.update(blocks)
+        if before is None:
+            del os.environ["SAMFAST_BACKEND"]
+        else:
+            os.environ["SAMFAST_BACKEND"] = before
+
+
+def _stand_for(model: nn.Module, device: torch.device) -> None:
+    """Put tensors that say they are on ``device`` in place of the model's."""
+
+    def stand_in(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=t.dtype, device=device)
+
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(stand_in(parameter))
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = stand_in(buffer)
+
+
+def _batch(count: int, side: int, device: torch.device, prompt: str) -> Batch:
+    images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    masks = torch.zeros(count, side, side, dtype=torch.bool, device=device)
+    sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
+    boxes = torch.zeros(count, 4, device=device) if prompt == "box" else None
+    return Batch(images, masks, sizes, [], boxes)
+
+
+def _task_batch(
+    count: int, side: int, device: torch.device, specs: Sequence[TaskSpec]
+) -> TaskBatch:
+    """As TaskCollate makes it of images that have every task."""
+    images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
+    targets = {}
+    for spec in specs:
+        if spec.kind == "regression":
+            targets[spec.name] = torch.zeros(count, spec.channels, side, side, device=device)
+        else:
+            targets[spec.name] = torch.zeros(count, side, side, dtype=torch.int64, device=device)
+    rows = {spec.name: list(range(count)) for spec in specs}
+    return TaskBatch(images, sizes, rows, targets, {spec.name: [] for spec in specs})
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
