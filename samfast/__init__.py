@@ -27,6 +27,7 @@ _EXPORTS = {
     "fuse": "samfast.fused.fuse",
     "unfuse": "samfast.fused.fuse",
     "aux_loss": "samfast.adapters.aux_loss",
+    "profile": "samfast.profiling.context",
     "report": "samfast.fused.report",
     "save_adapter": "samfast.files.adapter_files",
     "load_adapter": "samfast.files.adapter_files",
@@ -39,6 +40,7 @@ _SUBMODULES = (
     "integrations",
     "models",
     "modules",
+    "profiling",
     "training",
 )
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
