@@ -6,6 +6,7 @@ such as the neck. Its backward is known by the sequence numbers of the nodes its
 """
 
 import bisect
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -59,10 +60,13 @@ class Blocks:
         self._starts: list[int] = []
         self._spans: list[tuple[int, str]] = []  # end, name
         self._hooks = []
+        self._quiet = warnings.catch_warnings()
         if model is not None:
             self._take(model)
 
     def __enter__(self) -> "Blocks":
+        self._quiet.__enter__()
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are gl")
         self._hooks = [
             hooks_of_torch.register_module_forward_pre_hook(self._before),
             hooks_of_torch.register_module_forward_hook(self._after, always_call=True),
@@ -73,6 +77,7 @@ class Blocks:
         for hook in self._hooks:
             hook.remove()
         self._stack.clear()
+        self._quiet.__exit__(*error)
 
     @property
     def now(self) -> str | None:

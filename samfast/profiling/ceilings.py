@@ -59,7 +59,7 @@ def ceilings(device: str, dtype: torch.dtype, fresh: bool = False) -> Ceilings:
     row = known.get(key)
     if row is not None and not fresh:
         return Ceilings(where, named, **row)
-    gemm, copy = machine.rates(device, dtype, machine.SIZES[device], repeats=3)
+    gemm, copy = machine.rates(device, dtype, machine.SIZES[device], repeats=10)
     row = {"gemm": gemm, "copy": copy, "launch": machine.launch_seconds(device)}
     row["date"] = datetime.date.today().isoformat()
     remark = _write({**known, key: row}) if remark is None else remark

@@ -5,6 +5,7 @@ The numbers are those of ``samfast.counters``; here they only get an owner.
 """
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -137,7 +138,10 @@ class Storages(Living):
 
 
 class CountedStep:
-    """Enter it for one step. known: tensors by category that are there before."""
+    """Enter it for one step. known: tensors by category that are there before.
+
+    Programs under torch.compile run as they are written meanwhile.
+    """
 
     def __init__(self, blocks: Blocks, known: dict[str, list[Tensor]]):
         self.blocks = blocks
@@ -150,6 +154,8 @@ class CountedStep:
 
     def __enter__(self) -> "CountedStep":
         with contextlib.ExitStack() as stack:
+            if "torch._dynamo.eval_frame" in sys.modules:  # which would give up compiled code here
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._hooks)
             stack.enter_context(self.storages)
             stack.enter_context(counting(counts=self.counts, run=Replay(self.counts)))

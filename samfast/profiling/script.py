@@ -32,7 +32,6 @@ def run_script(path: Path, arguments: Sequence[str], plan: list[str], quiet: boo
 
     recorder = Recorder(plan, enough=enough)
     out = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
-    ended = None
     with _as_main(path, arguments), out:
         try:
             with recorder:
@@ -40,14 +39,19 @@ def run_script(path: Path, arguments: Sequence[str], plan: list[str], quiet: boo
         except _Enough:
             return recorder
         except SystemExit as stop:
-            ended = f"the script ended itself (sys.exit {stop.code!r})"
+            if stop.code not in (None, 0):
+                said = " ".join(str(stop.code).split())
+                raise ValueError(
+                    f"the script {path} ended itself in step {recorder.step + 1} with sys.exit"
+                    f"({said}); nothing was written"
+                ) from stop
         except Exception as error:
             said = " ".join(str(error).split())
             raise ValueError(
                 f"the script {path} failed in step {recorder.step + 1}: "
                 f"{type(error).__name__}{': ' + said if said else ''}; nothing was written"
             ) from error
-    _check_steps(path, recorder, ended or "the script ended")
+    _check_steps(path, recorder)
     return recorder
 
 
@@ -69,18 +73,20 @@ def _check_source(path: Path) -> None:
         raise ValueError(f"the script {path} is not Python{where}: {error.args[0]}") from error
 
 
-def _check_steps(path: Path, recorder: Recorder, ended: str) -> None:
+def _check_steps(path: Path, recorder: Recorder) -> None:
     """ValueError where nothing was timed."""
     wanted, timed = recorder.plan.count(TIME), len(recorder.timed)
     if timed:
-        recorder.remark = f"{ended} after {timed} of {wanted} timed steps"
+        recorder.remark = f"the script ended after {timed} of {wanted} timed steps"
         return
-    steps = recorder.step
+    steps, skipped = recorder.step, len(recorder.plan) - wanted
     if steps == 0 and not recorder.optimizers:
-        raise ValueError(f"{ended} without a step, so there is nothing to profile; {_ADVICE}")
+        raise ValueError(
+            f"the script {path} ended without a step, so there is nothing to profile; {_ADVICE}"
+        )
     raise ValueError(
-        f"{ended} after {steps} steps, but the first {len(recorder.plan) - wanted} are skipped; "
-        f"let {path} run longer, or use a smaller --skip"
+        f"the script {path} ended after {steps} steps, but the first {skipped} are "
+        "skipped; let it run longer, or use a smaller --skip"
     )
 
 

@@ -14,6 +14,7 @@ from samfast.profiling.names import GAP, row_of_call
 from samfast.profiling.recorder import Recorder
 from samfast.profiling.timeline import (
     BACKWARD,
+    COMPILED,
     DATA,
     FORWARD,
     OPTIMIZER,
@@ -27,6 +28,7 @@ from samfast.profiling.timeline import (
 
 REST = "rest of the model"
 _NO_BLOCK = {phase: phase for phase in (OPTIMIZER, DATA, GAP)}
+_ABOVE = 1.1  # of a ceiling, past what the clock explains
 _POINTS = 600  # of the memory's history
 
 
@@ -69,8 +71,8 @@ def result(recorder: Recorder, ceilings: Ceilings, known: dict[str, Any] | None 
         "blocks": _blocks(times, calls, recorder.counted),
         "largest_loss": largest_loss(rows, times.on_device, totals["ms"]),
         "ceilings": ceilings._asdict(),
-        "notes": _notes(recorder, ceilings),
-        "memory": _thinned(recorder.counted.storages.history()),
+        "notes": _notes(recorder, ceilings, rows),
+        "memory_over_step": _thinned(recorder.counted.storages.history()),
     }
 
 
@@ -88,12 +90,23 @@ def _steps(recorder: Recorder) -> dict[str, Any]:
     }
 
 
-def _notes(recorder: Recorder, ceilings: Ceilings) -> list[str]:
+def _notes(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> list[str]:
     notes = []
+    fast = [r["name"] for r in rows if r["share"] > 0.01 and (r["reached"] or 0) > _ABOVE]
+    if fast:
+        notes.append(
+            f"above their ceilings are {', '.join(fast)}: a cache served them, or the ceilings "
+            "were measured while the machine was busy; --fresh-ceilings measures them anew"
+        )
     if recorder.both:
         notes.append(
             "one step was timed and counted at once, so its times include the counting; let two "
             "steps or more run inside for times without it"
+        )
+    if any(r["name"] == COMPILED and r["calls"] for r in rows):
+        notes.append(
+            "torch.compile fuses operations, whose time is in the row of the compiled graph; they "
+            "are counted as the program is written"
         )
     if recorder.remark:
         notes.append(recorder.remark)

@@ -51,6 +51,11 @@ def totals(result: dict[str, Any]) -> list[str]:
 
 def comparison(rows: Sequence[dict[str, Any]]) -> str:
     """The table of --compare."""
+    return aligned(comparison_cells(rows))
+
+
+def comparison_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The lines of that table; one of two cells is a name and what is missing."""
     heads = ["run in turns", "ms", "spread", "of the first", "saved MB", "peak MB", "launches"]
     lines = [heads]
     for row in rows:
@@ -68,7 +73,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> str:
                 str(row["launches"]),
             ]
         )
-    return aligned(lines)
+    return lines
 
 
 def cells(row: dict[str, Any]) -> list[str]:

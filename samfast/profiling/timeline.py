@@ -22,7 +22,15 @@ PHASES = (FORWARD, BACKWARD, OPTIMIZER, DATA, GAP)
 _ENGINE = "autograd::engine::evaluate_function"
 _OPTIMIZER = re.compile(r"Optimizer\.(step|zero_grad)#")
 _LOADER = re.compile(r"enumerate\(DataLoader\)#")
-_COMPILED = ("## Call CompiledFxGraph", "CompiledFxGraph", "Torch-Compiled Region")
+COMPILED = "compiled graph"
+_COMPILED = (
+    "## Call CompiledFxGraph",
+    "CompiledF",
+    "Torch-Compiled Region",
+    "TorchDynamo",
+    "Pregraph bytecode",
+    "AOTDispatcher",
+)
 
 
 class Event(NamedTuple):
@@ -196,7 +204,7 @@ def _owner(
     if "::" in name:
         return around._replace(row=name, called=number, leaf=name in leaves)
     if name.startswith(_COMPILED):
-        return around._replace(row="compiled graph", called=number)
+        return around._replace(row=COMPILED, called=number)
     return around if event.scope == 7 else around._replace(row=name, called=number)
 
 
