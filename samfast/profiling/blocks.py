@@ -20,7 +20,8 @@ RANGE = "samfast/block/"
 
 
 def blocks_of(model: nn.Module) -> dict[int, str]:
-    """id of a module: its name, for every block and every part with parameters beside blocks."""
+    """id of a module: its name, for every block and every part with parameters beside blocks; for
+    the model's children where it has no block."""
     named = dict(model.named_modules())
     blocks = [name for name in block_states(model) if name]
     above = {part for name in blocks for part in _above(name)}
@@ -33,6 +34,12 @@ def blocks_of(model: nn.Module) -> dict[int, str]:
         and name not in blocks
         and next(m.parameters(), None) is not None
     ]
+    if not blocks:
+        return {
+            id(m): name
+            for name, m in model.named_children()
+            if next(m.parameters(), None) is not None
+        }
     # A part may be run without its own forward, so that its modules stand for it.
     found = {id(m): name for name in beside for m in named[name].modules()}
     return found | {id(named[name]): name for name in blocks}

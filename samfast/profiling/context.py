@@ -67,7 +67,7 @@ class profile:
         _active.remove(self)
         self._recorder.__exit__(kind, error, trace)
         if kind is not None:
-            self._recorder.timed.clear()
+            self._recorder.timed = 0
 
     def as_dict(self) -> dict[str, Any]:
         """All that is known, as JSON has it; {} on ranks above 0."""

@@ -27,11 +27,11 @@ def check_outputs(paths: Iterable[Path | None], drawn: bool) -> None:
 
 def check_output(path: Path) -> None:
     """ValueError for a file that cannot be written; leaves nothing behind."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written, for there is no folder {path.parent}")
     try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file to write")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written, for there is no folder {path.parent}")
         with temporary_file(path):
             pass
     except OSError as error:

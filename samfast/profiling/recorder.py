@@ -6,6 +6,7 @@ optimizers. Steps are left alone first; the last of these are timed as they are,
 counted, which is slow, and the others run under torch.profiler.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,14 +50,15 @@ class Recorder:
         self.profiler: torch.profiler.profile | None = None
         self.step = 0  # how many are through
         self.plain: list[float] = []  # seconds
-        self.timed: list[float] = []
+        self.timed = 0  # steps
+        self._clock: list[float] = []  # seconds at each mark
         self.cuda = False
         self.remark: str | None = None  # what readers of the result should know
         self.allocator_peak: int | None = None
         self._counting = self._profiling = False
         self._first: int | None = None
         self._kind: str | None = None
-        self._began = self._first_began = 0.0
+        self._began = 0.0
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "Recorder":
@@ -78,7 +80,6 @@ class Recorder:
         elif self._kind == TIME and self.both and kind is None:
             self._wait()  # the one step goes on to the end
             self._mark()
-            self.timed = [time.perf_counter() - self._first_began]
         elif self._counting:
             self.counted.__exit__(kind, error, trace)
         self._kind = DONE
@@ -87,15 +88,16 @@ class Recorder:
     @property
     def both(self) -> bool:
         """Whether the only step was counted and timed at once."""
-        return len(self.timed) == 1 and self.plan[0] == BOTH
+        return self.timed == 1 and self.plan[0] == BOTH
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step that was timed; one that was counted too does not count beside others."""
-        return self.timed[1:] if self.plan[0] == BOTH and not self.both else self.timed
+        """Of each step that was timed by the clock."""
+        return [b - a for a, b in itertools.pairwise(self.marks(self._clock))]
 
-    def marks(self, found: list[int]) -> list[int]:
-        """Where steps begin and end, from all marks."""
+    def marks(self, found: list) -> list:
+        """Where steps begin and end, from all marks. One step alone lasts to the end; of several
+        the one that was counted is left out."""
         if self.both:
             return [found[0], found[-1]]
         return found[1:] if self.plan[0] == BOTH else found
@@ -107,19 +109,16 @@ class Recorder:
         if kind in (BOTH, TIME) and self.profiler is None:
             self._start_profiler()
         self._kind, self._began = kind, time.perf_counter()
-        if kind == BOTH:
-            self._first_began = self._began
 
     def _end(self) -> None:
         """End the step at hand."""
         if self._kind in (PLAIN, BOTH, TIME) and self._is_last():
             self._wait()
-        seconds = time.perf_counter() - self._began
         if self._kind in (BOTH, TIME):
             self._mark()
-            self.timed.append(seconds)
+            self.timed += 1
         if self._kind == PLAIN:
-            self.plain.append(seconds)
+            self.plain.append(time.perf_counter() - self._began)
         if self._kind in (COUNT, BOTH):
             self._counting = False
             self.counted.__exit__(None, None, None)
@@ -178,7 +177,7 @@ class Recorder:
 
     def _mark(self) -> None:
         with record_function(MARK):
-            pass
+            self._clock.append(time.perf_counter())
 
     def _stop_profiler(self) -> None:
         if self._profiling:

@@ -75,7 +75,7 @@ def _check_source(path: Path) -> None:
 
 def _check_steps(path: Path, recorder: Recorder) -> None:
     """ValueError where nothing was timed."""
-    wanted, timed = recorder.plan.count(TIME), len(recorder.timed)
+    wanted, timed = recorder.plan.count(TIME), recorder.timed
     if timed:
         recorder.remark = f"the script ended after {timed} of {wanted} timed steps"
         return

@@ -132,7 +132,8 @@ def timeline(
     if on_device:
         cut = _of_device(kernels, owners)
     pieces = _in_steps(cut, marks)
-    pieces = [p for step in range(len(marks) - 1) for p in _after_backward(pieces, step)]
+    steps = (list(own) for _, own in itertools.groupby(pieces, lambda piece: piece.step))
+    pieces = [piece for own in steps for piece in _after_backward(own)]
     walls = [b - a for a, b in itertools.pairwise(marks)]
     return Timeline(pieces, walls, products, on_device)
 
@@ -248,10 +249,9 @@ def _in_steps(cut: Sequence[tuple[int, int, Owner]], marks: Sequence[int]) -> li
     return pieces
 
 
-def _after_backward(pieces: Sequence[Piece], step: int) -> list[Piece]:
+def _after_backward(own: Sequence[Piece]) -> list[Piece]:
     """The pieces of a step with the phase of each: what follows the last backward and comes before
     the optimizer's step, such as clipping, is part of the optimizer's phase."""
-    own = [p for p in pieces if p.step == step]
     backward = max((i for i, p in enumerate(own) if p.owner.phase == BACKWARD), default=None)
     steps = any(p.owner.row == "Optimizer.step" for p in own)
     made = []

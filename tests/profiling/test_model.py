@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peers import eager_adapter, exchange
 from samfast import cli
 from samfast.counters import counting, saved_bytes
+from samfast.profiling import compare
 from samfast.profiling.replay import ATTENTION
 from samfast.profiling.settings import ProfileSettings
 from samfast.profiling.workload import build, model_flop
@@ -138,11 +139,13 @@ def test_programs_that_are_compared(result, monkeypatch):
     assert unfused["saved_bytes"] == saved.hooks
 
 
-def test_a_library_that_is_missing_is_named(capsys, monkeypatch):
-    monkeypatch.setattr("samfast.profiling.compare.installed", lambda name: name != "peft")
-    *_, peft, hugging_face = profiled(capsys, "--compare")["compare"]
-    assert peft["missing"] == 'peft is not installed: pip install "samfast[peft]"'
-    assert hugging_face["missing"] == peft["missing"]
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(compare, "installed", lambda name: name != "peft")
+    _, *others = compare._others(SETTINGS)
+    why = 'peft is not installed: pip install "samfast[peft]"'
+    assert [reason for _, reason in others] == [why, why]
+    _, *others = compare._others(dataclasses.replace(SETTINGS, method="decoder"))
+    assert others[0][1] == "PEFT has no decoder; compare with --method lora"
 
 
 def test_peak_memory_by_category(result):
