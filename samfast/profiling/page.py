@@ -105,4 +105,5 @@ def _about_memory(result: dict[str, Any]) -> str:
 
 
 def _sentence(line: str) -> str:
-    return f"{line[:1].upper()}{line[1:]}."
+    first = line if "::" in line.partition(" ")[0] else f"{line[:1].upper()}{line[1:]}"
+    return f"{first}."

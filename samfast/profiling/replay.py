@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count an operator that runs in C++ by torch's path on tensors without data.
+"""Count an operator that runs in C++ by what torch's path of it calls.
 
 The operator itself runs as it is. Its body then runs once more for each new set of shapes, so that
 launches, bytes and FLOP are those that ``samfast.counters`` finds on the torch backend, where
@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from samfast import backends
 from samfast.counters import Counts, counting
 from samfast.kernels.relpos_attention.flops import OPERATORS as ATTENTION
+
+# Conv-LoRA's experts: which of them run depends on values, so that each call is another.
+BY_VALUES = frozenset(f"samfast::conv_experts_{way}" for way in ("forward", "backward"))
 
 
 class Noted(NamedTuple):
@@ -59,10 +61,12 @@ class Replay:
             return NotImplemented
         out = func(*args, **kwargs)
         key = (func._schema.name, *_signature(args, kwargs))
-        if key not in self._known:
-            given = (*args[:at], "torch", *args[at + 1 :])
-            self._known[key] = _noted(func, given, kwargs)
-        self._tell(self._known[key])
+        made = self._known.get(key)
+        if made is None:
+            made = _noted(func, (*args[:at], "torch", *args[at + 1 :]), kwargs)
+            if not any(BY_VALUES.intersection(note.inside) for note in made):
+                self._known[key] = made
+        self._tell(made)
         return out
 
     def _tell(self, made: list[Noted]) -> None:
@@ -76,14 +80,10 @@ class Replay:
 
 
 def _noted(func, args, kwargs) -> list[Noted]:
-    """What the operator's body calls on torch's path."""
+    """What the operator's body calls on torch's path; no mode of the step at hand sees it."""
     notes = _Notes()
-    with _disable_current_modes(), torch_path(), FakeTensorMode() as mode:
-        args, kwargs = tree_map(
-            lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t, (args, kwargs)
-        )
-        with counting(ATTENTION, counts=notes):
-            func(*args, **kwargs)
+    with _disable_current_modes(), torch_path(), counting(ATTENTION, counts=notes):
+        func(*args, **kwargs)
     return notes.made
 
 

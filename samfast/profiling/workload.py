@@ -13,7 +13,7 @@ import samfast
 from samfast.counters import counting
 from samfast.methods.registry import VARIANTS
 from samfast.models import build_sam, image_size
-from samfast.profiling.replay import torch_path
+from samfast.profiling.replay import BY_VALUES, torch_path
 from samfast.profiling.settings import ProfileSettings
 from samfast.training.build import attach_method, build_base
 from samfast.training.losses import LOSSES
@@ -144,7 +144,7 @@ def backend_of(settings: ProfileSettings) -> Iterator[None]:
 def model_flop(settings: ProfileSettings) -> int:
     """FLOP of forward and backward of the model that is not fused, which computes nothing twice.
 
-    Counted on tensors without memory.
+    Counted on tensors without memory, so without Conv-LoRA's experts, whose choice needs values.
     """
     device = device_of(settings)
     training = training_settings(dataclasses.replace(settings, backend="torch"), fuse=False)
@@ -159,7 +159,7 @@ def model_flop(settings: ProfileSettings) -> int:
         images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
         masks = torch.zeros(count, side, side, dtype=torch.bool, device=device)
         sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
-        with counting() as counts:
+        with counting(BY_VALUES) as counts:
             logits, valid = model(images, sizes)
             loss = LOSSES[training.loss](logits, masks, valid) + samfast.aux_loss(sam)
             loss.backward()

@@ -44,7 +44,10 @@ def test_a_script_stops_after_its_steps(capsys, program):
     flop = {row["name"]: row["flop"] for row in result["phases"]}
     assert (flop["forward"], flop["backward"]) == (FORWARD, BACKWARD)
     assert {"forward", "backward", "optimizer", "data", "host gap"} == set(flop)
-    assert {row["name"] for row in result["blocks"]} >= {"blocks.0", "blocks.1", "head"}
+    flop = {row["name"]: row["flop"] for row in result["blocks"]}
+    product = 2 * 8 * 16 * 16
+    assert (flop["blocks.0"], flop["blocks.1"]) == (5 * product, 6 * product)
+    assert flop["head"] == 3 * product // 4
 
 
 @pytest.mark.parametrize(
