@@ -74,6 +74,15 @@ def test_saved_bytes_belong_to_operations_and_gradients_to_memory(training):
     assert max(memory["gradients"]) == sum(4 * q.numel() for q in training.model.parameters())
 
 
+def test_a_tensor_from_before_is_not_made_by_the_step():
+    x, layer = torch.ones(8 * 16), nn.Linear(16, 16)
+    with samfast.profile(layer) as p:
+        layer(x.view(8, 16)).sum().backward()
+    totals = p.as_dict()["totals"]
+    assert totals["saved_bytes"] == 0
+    assert totals["peak"]["temporary"] >= x.nbytes  # but it is there
+
+
 def test_what_it_leaves_behind(training):
     """No hook, mode or profiler; after an error neither."""
     with samfast.profile():
@@ -118,6 +127,7 @@ def test_wrong_arguments():
 def test_other_ranks_only_run(training, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     with samfast.profile(training.model) as p:
+        assert not torch.nn.modules.module._global_forward_hooks
         training.step()
     assert p.as_dict() == {}
     assert p.table() == "rank 1 did not profile; rank 0 did"
