@@ -7,6 +7,7 @@ counted, which is slow, and the others run under torch.profiler.
 """
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,11 @@ class Recorder:
             hooks_of_torch.register_optimizer_step_pre_hook(self._before_step),
             hooks_of_torch.register_optimizer_step_post_hook(self._after_step),
         ]
-        self._begin()
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -164,6 +169,11 @@ class Recorder:
         self._counting = True
 
     def _start_profiler(self) -> None:
+        if torch.autograd._profiler_enabled():
+            raise RuntimeError(
+                "a torch.profiler runs already and would lose its events; leave it out, for "
+                "samfast starts its own"
+            )
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.cuda:
             kinds.append(torch.profiler.ProfilerActivity.CUDA)

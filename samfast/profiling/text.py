@@ -28,8 +28,9 @@ def totals(result: dict[str, Any]) -> list[str]:
     step = f"{steps['ms']:.2f} ms ({steps['least_ms']:.2f} to {steps['most_ms']:.2f})"
     lines = [f"step {step}, median of {steps['timed']}, under the profiler"]
     if steps["plain_ms"] is not None:
-        change = f"{steps['profiler_overhead']:+.0%}"
-        lines[0] += f"; without it {steps['plain_ms']:.2f} ms, so it costs {change}"
+        more = steps["profiler_overhead"]
+        costs = f"so it costs {more:+.0%}" if more > 0 else "so it costs less than steps differ"
+        lines[0] += f"; without it {steps['plain_ms']:.2f} ms, {costs}"
     flop = f"{sums['flop'] / 1e9:.3f} GFLOP executed"
     if sums["model_flop"] is not None:
         flop += f", {sums['model_flop'] / 1e9:.3f} GFLOP of the stock model's step"

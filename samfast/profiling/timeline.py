@@ -92,6 +92,8 @@ def events_of(profiler) -> list[Event]:
         device = e.device_type() != torch.autograd.DeviceType.CPU
         if e.is_hidden_event() or e.is_python_function() or (device and e.is_user_annotation()):
             continue
+        if not device and e.linked_correlation_id() > 0:
+            continue  # a call of CUDA's runtime, part of the operator that made it
         found.append(
             Event(
                 e.name(), e.start_ns(), e.end_ns(), e.start_thread_id(), device, e.sequence_nr(),
@@ -253,12 +255,12 @@ def _after_backward(own: Sequence[Piece]) -> list[Piece]:
     """The pieces of a step with the phase of each: what follows the last backward and comes before
     the optimizer's step, such as clipping, is part of the optimizer's phase."""
     backward = max((i for i, p in enumerate(own) if p.owner.phase == BACKWARD), default=None)
-    steps = any(p.owner.row == "Optimizer.step" for p in own)
+    last = max((i for i, p in enumerate(own) if p.owner.phase == OPTIMIZER), default=-1)
     made = []
     for i, p in enumerate(own):
         phase = p.owner.phase
         if phase is None:
-            late = steps and backward is not None and i > backward
+            late = backward is not None and backward < i < last
             phase = OPTIMIZER if late else FORWARD
         made.append(p._replace(owner=p.owner._replace(phase=phase)))
     return made

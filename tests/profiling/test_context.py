@@ -117,6 +117,19 @@ def test_one_profile_at_a_time(training):
         pass
 
 
+def test_torch_s_profiler_is_not_taken_over(training):
+    with torch.profiler.profile() as own:
+        with pytest.raises(RuntimeError, match="runs already and would lose its events"):
+            samfast.profile(training.model).__enter__()
+        training.step()
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert any(event.name == "aten::addmm" for event in own.events())
+    with samfast.profile(training.model) as p:
+        training.step()
+    assert p.as_dict()["totals"]["flop"] == training.flop
+
+
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="model is int"):
         samfast.profile(3)

@@ -89,17 +89,24 @@ def test_kernels_of_a_gpu_and_its_gap():
         Event("gemm", 25, 50, device=True, by=2),  # on another stream
         Event("add", 60, 70, device=True, by=4),
         Event("memset", 80, 85, device=True, by=99),
+        Event("aten::_foreach_norm", 40, 42, key=5),
+        Event("Optimizer.step#AdamW.step", 43, 50, scope=7, key=6),
+        Event("aten::add", 44, 46, key=7),
+        Event("norm", 86, 88, device=True, by=5),
+        Event("adam", 88, 91, device=True, by=7),
     ]
     found = timeline(events, lambda _: "blocks.1", LEAVES)
     assert found.on_device
     assert spent(events, lambda owner: owner.row) == {
         "samfast::sam_block": 20,
         "aten::addmm": 20,
-        "aten::add": 10,
+        "aten::add": 10 + 3,
+        "aten::_foreach_norm": 2,
         "memset": 5,
-        None: 45,
+        None: 40,
     }
-    assert spent(events, lambda owner: owner.phase)["backward"] == 10
+    phases = spent(events, lambda owner: owner.phase)
+    assert phases == {"forward": 40, "backward": 10, "optimizer": 5 + 2 + 3, "host gap": 40}
 
 
 def test_two_marks_are_needed():
