@@ -28,6 +28,7 @@ _EXPORTS = {
     "unfuse": "samfast.fused.fuse",
     "ranges": "samfast.kernels._common.ranges",
     "aux_loss": "samfast.adapters.aux_loss",
+    "profile": "samfast.profiling.context",
     "report": "samfast.fused.report",
     "save_adapter": "samfast.files.adapter_files",
     "load_adapter": "samfast.files.adapter_files",
@@ -40,6 +41,7 @@ _SUBMODULES = (
     "integrations",
     "models",
     "modules",
+    "profiling",
     "training",
 )
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]

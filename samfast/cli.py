@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``samfast {finetune,evaluate,predict,info}``, also ``python -m samfast``.
+"""The command line: ``samfast {finetune,evaluate,predict,profile,info}``; ``python -m samfast``.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
 and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
@@ -8,6 +8,7 @@ Several processes end alike (``samfast.training.ending``).
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -93,21 +94,29 @@ def let_waiting_threads_sleep() -> None:
 
 def _parsed(argv: list[str], place: Launched = ALONE):
     from samfast.command_line import parse
+    from samfast.profiling.settings import ProfileSettings, split_script
     from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
+    of_script: tuple[str, ...] = ()
+    if argv[:1] == ["profile"]:
+        argv, of_script = split_script(argv)
     commands = {
         "finetune": FinetuneSettings,
         "evaluate": EvaluateSettings,
         "predict": PredictSettings,
+        "profile": ProfileSettings,
         "info": InfoSettings,
     }
     if place.first:
-        return parse(argv, commands)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        return parse(argv, commands)  # the first process says what is wrong
+        settings = parse(argv, commands)
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            settings = parse(argv, commands)  # the first process says what is wrong
+    return dataclasses.replace(settings, arguments=of_script) if of_script else settings
 
 
 def _run(settings, place: Launched, argv: Sequence[str]) -> int:
+    from samfast.profiling.settings import ProfileSettings
     from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
     if place.processes > 1 and not isinstance(settings, FinetuneSettings):
@@ -130,6 +139,12 @@ def _run(settings, place: Launched, argv: Sequence[str]) -> int:
         result = predict(settings)
         count = sum(len(image.get("tasks", [image])) for image in result["images"])
         closing = f"{count} masks and overlays are in {result['output']}"
+    elif isinstance(settings, ProfileSettings):
+        from samfast.profiling.command import run_profile
+        from samfast.profiling.text import table
+
+        result = run_profile(settings)
+        closing = table(result)
     else:
         from samfast.training import dry_run
         from samfast.training.loop import finetune

@@ -53,6 +53,26 @@ class Counts:
     bytes: int = 0
     flops: int = 0
     largest: int = 0
+    inside: list[str] = dataclasses.field(default_factory=list, repr=False)  # opened right now
+
+    def launch(self, name: str, times: int, size: int, flops: int) -> None:
+        """One call was made. name: with its namespace, if it has one   size: bytes moved"""
+        self.launches[name.rpartition("::")[2]] += times
+        self.bytes += size
+        self.flops += flops
+
+    def sync(self, name: str) -> None:
+        """The host waited for the device."""
+        self.syncs[name.rpartition("::")[2]] += 1
+
+    @contextlib.contextmanager
+    def opened(self, operator: str):
+        """What is counted meanwhile belongs to the body of this operator."""
+        self.inside.append(operator)
+        try:
+            yield
+        finally:
+            self.inside.pop()
 
     @property
     def total_launches(self) -> int:
@@ -64,11 +84,14 @@ class Counts:
 
 
 class _Counting(TorchDispatchMode):
-    """closed: operators of ours whose body is not looked into"""
+    """closed: operators of ours whose body is not looked into
 
-    def __init__(self, counts: Counts, closed: Collection[str] = ()):
+    run: see ``counting``
+    """
+
+    def __init__(self, counts: Counts, closed: Collection[str] = (), run: Callable | None = None):
         super().__init__()
-        self.counts, self.closed, self.created = counts, closed, []
+        self.counts, self.closed, self.run, self.created = counts, closed, run, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -76,7 +99,10 @@ class _Counting(TorchDispatchMode):
             return func(*args, **kwargs)
         body = IMPLEMENTATIONS.get(func._schema.name)
         if body is not None and func._schema.name not in self.closed:
-            with self:
+            out = NotImplemented if self.run is None else self.run(func, args, kwargs)
+            if out is not NotImplemented:
+                return out
+            with self.counts.opened(func._schema.name), self:
                 return body(*args, **kwargs)
         with self:  # an operator that is only a name for others, such as linear
             out = func.decompose(*args, **kwargs)
@@ -86,13 +112,15 @@ class _Counting(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         space, _, name = func._schema.name.partition("::")
-        native = space == "samfast_native"  # writes into what it is given and returns nothing
+        # What writes into what it is given may return nothing.
+        native = space == "samfast_native" or (space == "aten" and not func._schema.returns)
         if _is_sync(func, name, tensors, made):
-            self.counts.syncs[name] += 1
+            self.counts.sync(name)
         if native or (not _is_view(func) and name not in _FREE and any(t.numel() for t in made)):
-            self.counts.launches[name] += _NATIVE_LAUNCHES.get(name, 1)
-            self.counts.bytes += sum(_nbytes(t) for t in (*tensors, *made))
-            self.counts.flops += _flops(func, name, args, kwargs, out)
+            size = sum(_nbytes(t) for t in (*tensors, *made))
+            flops = _flops(func, name, args, kwargs, out)
+            times = _NATIVE_LAUNCHES.get(name, 1)
+            self.counts.launch(func._schema.name, times, size, flops)
         if not _is_view(func):
             self.counts.largest = max([self.counts.largest, *map(_nbytes, made)])
             self.created += [(StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes())
@@ -101,10 +129,17 @@ class _Counting(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def counting(closed: Collection[str] = ()):
-    """Count everything inside; yields the Counts. closed: names of operators that stay one call."""
-    counts = Counts()
-    with _triton_launches(counts), _Counting(counts, closed):
+def counting(
+    closed: Collection[str] = (), *, counts: Counts | None = None, run: Callable | None = None
+):
+    """Count everything inside; yields the Counts. closed: names of operators that stay one call.
+
+    counts: to add to, such as one that also keeps to what a call belongs
+    run: called in place of the body of an operator of ours, with the operator, its arguments and
+        keyword arguments; returns the result, or NotImplemented to let the body run and be counted
+    """
+    counts = Counts() if counts is None else counts
+    with _triton_launches(counts), _Counting(counts, closed, run):
         yield counts
 
 
@@ -256,9 +291,8 @@ def _triton_launches(counts: Counts):
     originals = {InterpretedFunction: InterpretedFunction.run, JITFunction: JITFunction.run}
 
     def note(kernel, args, named):
-        counts.launches[kernel.fn.__name__] += 1
-        counts.bytes += tensor_bytes([*args, *named.values()])
-        counts.flops += flops_of(kernel, dict(zip(kernel.arg_names, args, strict=False)) | named)
+        flops = flops_of(kernel, dict(zip(kernel.arg_names, args, strict=False)) | named)
+        counts.launch(kernel.fn.__name__, 1, tensor_bytes([*args, *named.values()]), flops)
 
     def interpreted(self, *args, grid, warmup, **named):
         note(self, args, named)

@@ -29,6 +29,14 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/profiling.md")
 SMALL_VIT_B = architectures.Architecture(192, 2, 3, (1,), window=7, image_size=64)
 CHECKPOINT = "sam_vit_b_01ec64.pth"
+SCRIPT = """
+import torch
+layer = torch.nn.Linear(8, 8)
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+for step in range(9):
+    layer(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+"""
 FOLDERS = {"photos": 255, "roads": 7, "camvid": 7}  # and the value of an object in their masks
 KERNEL_FILE = re.compile(r"# kernels/(\w+/\w+\.py)\n")
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:samfast|make|pip|pytest|python3?) [^`]+)`")
@@ -89,6 +97,7 @@ def write_stand_ins(folder: Path) -> None:
             mask[8 * i : 8 * i + 16, 10:40] = value
             Image.fromarray(mask).save(folder / name / "masks" / f"{i}.png")
     picture(folder / "photo.png", 240, 330)
+    (folder / "train.py").write_text(SCRIPT)
     (tasks,) = [b.source for b in blocks("README.md") if is_tasks(b)]
     (folder / "tasks.yaml").write_text(tasks)
     torch.save(build_sam("vit_b", random_init=True, seed=0).state_dict(), folder / CHECKPOINT)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import samfast.kernels.relpos_attention.flops  # noqa: F401 - the formulas
-from samfast.counters import Living, count, counting, saved_bytes
+from samfast.counters import Counts, Living, count, counting, saved_bytes
 
 
 def test_views_and_allocations_are_no_launches():
@@ -27,6 +27,46 @@ def test_launches_bytes_and_flops():
 def test_casts_and_fills_count():
     x = torch.randn(4)
     assert count(lambda: x.half().zero_()).launches == {"_to_copy": 1, "zero_": 1}
+
+
+def test_what_writes_and_returns_nothing_counts():
+    tensors = [torch.ones(4), torch.ones(6)]
+    counts = count(lambda: torch._foreach_mul_(tensors, 2.0))
+    assert counts.launches == {"_foreach_mul_": 1}
+    assert counts.bytes == 4 * (4 + 6)
+
+
+def test_calls_are_told_to_a_counts_of_one_s_own():
+    class Told(Counts):
+        def launch(self, name, times, size, flops):
+            super().launch(name, times, size, flops)
+            told.append((tuple(self.inside), name, flops))
+
+    told = []
+    q = torch.randn(1, 2, 2, 3, 1, 16)
+    inputs = (q, None, None, None, *torch.randn(2, 3, 16))
+    operator = "samfast::window_relpos_attention_forward"
+    with counting(counts=Told()) as counts:
+        torch.ops.samfast.window_relpos_attention_forward(*inputs, [1, 2, 2, 2, 2], 0.25, "torch")
+        q + 1
+    assert {inside for inside, *_ in told} == {(operator,), ()}
+    assert told[-1] == ((), "aten::add", 0)
+    assert sum(flops for *_, flops in told) == counts.flops > 0
+    assert len(told) == counts.total_launches
+
+
+def test_an_operator_can_be_run_another_way():
+    asked = []
+    inputs = (torch.randn(1, 2, 2, 3, 1, 16), None, None, None, *torch.randn(2, 3, 16))
+
+    def run(func, args, kwargs):
+        asked.append(func._schema.name)
+        return func(*args, **kwargs)
+
+    with counting(run=run) as counts:
+        torch.ops.samfast.window_relpos_attention_forward(*inputs, [1, 2, 2, 2, 2], 0.25, "torch")
+    assert asked == ["samfast::window_relpos_attention_forward"]
+    assert counts.total_launches == 0
 
 
 def test_host_syncs():

@@ -32,7 +32,7 @@ from samfast.modules import SamBlock
 from samfast.training.tasks import read_tasks
 
 LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
-SLOW = ("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora")
+SLOW = ("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora", "--compare")
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
 LONG = [b for b in SHELL if any(map(b.source.count, SLOW))]
@@ -67,6 +67,7 @@ def stand_ins(tmp_path_factory):
 def reader(stand_ins, monkeypatch) -> Path:
     monkeypatch.chdir(stand_ins)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which tests set and readers do not
+    monkeypatch.setenv("SAMFAST_CACHE", str(stand_ins / "cache"))
     return stand_ins
 
 
@@ -143,10 +144,12 @@ def test_commands(block, reader, monkeypatch):
 
 
 def samfast(arguments):
-    if arguments in (["finetune"], ["evaluate"], ["predict"]):  # named in the text
+    if arguments in (["finetune"], ["evaluate"], ["predict"], ["profile"]):  # named in the text
         arguments = [*arguments, "--help"]
     if arguments[0] == "finetune" and not {"--help", "--dry-run"} & set(arguments):
         arguments = [*arguments, *LESS]
+    if arguments[0] == "profile" and "--image-size" in arguments:
+        arguments[arguments.index("--image-size") + 1] = "64"
     assert cli.main(arguments) == 0
 
 

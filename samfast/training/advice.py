@@ -6,6 +6,7 @@ Importing this loads no torch.
 
 from typing import Any
 
+from samfast.profiling.settings import ProfileSettings
 from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
 
 
@@ -18,6 +19,8 @@ def memory_advice(settings: Any, main_memory: bool) -> str:
         found = _of_training(settings, main_memory)
     elif isinstance(settings, (EvaluateSettings, PredictSettings)):
         found = _of_prediction(settings)
+    elif isinstance(settings, ProfileSettings):
+        found = _of_profile(settings)
     else:
         found = []
     if not found:
@@ -35,6 +38,17 @@ def _of_training(settings: FinetuneSettings, main_memory: bool) -> list[str]:
         "--decoder-chunk 1": settings.decoder_chunk != 1 and several,
         "--no-cache": settings.cache and frozen and main_memory,
         "a smaller --batch-size (with a larger --accumulate)": settings.batch_size > 1,
+        "a smaller --image-size": settings.image_size is None or settings.image_size > 16,
+    }
+    return [option for option, helps in found.items() if helps]
+
+
+def _of_profile(settings: ProfileSettings) -> list[str]:
+    if settings.script is not None:
+        return []
+    found = {
+        "--memory minimal": settings.memory != "minimal",
+        "a smaller --batch": settings.batch > 1,
         "a smaller --image-size": settings.image_size is None or settings.image_size > 16,
     }
     return [option for option, helps in found.items() if helps]

@@ -3,6 +3,7 @@
 
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from samfast.adapters.options import options_of
 from samfast.methods.registry import VARIANTS
@@ -68,10 +69,15 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
 
 def check_prediction(settings: PredictSettings | EvaluateSettings) -> None:
     """``check_settings`` for prediction and scores."""
+    check_options(settings)
+    image_options(getattr(settings, "bands", None), getattr(settings, "range", None))
+
+
+def check_options(settings: Any) -> None:
+    """Raise ValueError for a path, a choice or a number that no option of its kind can have."""
     _check_paths(settings)
     _check_choices(settings)
     _check_limits(settings)
-    image_options(getattr(settings, "bands", None), getattr(settings, "range", None))
 
 
 def _check_paths(settings: Settings) -> None:

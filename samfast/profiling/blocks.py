@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which block of the model runs, by hooks that torch calls for all modules.
+
+Such hooks leave fused blocks fused. A block is a transformer block, or a part beside the blocks,
+such as the neck. Its backward is known by the sequence numbers of the nodes its forward made.
+"""
+
+import bisect
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.autograd.profiler import record_function
+from torch.nn.modules import module as hooks_of_torch
+
+from samfast.fused.fuse import block_states
+
+RANGE = "samfast/block/"
+
+
+def blocks_of(model: nn.Module) -> dict[int, str]:
+    """id of a module: its name, for every block and every part with parameters beside blocks; for
+    the model's children where it has no block."""
+    named = dict(model.named_modules())
+    blocks = [name for name in block_states(model) if name]
+    above = {part for name in blocks for part in _above(name)}
+    beside = [
+        name
+        for name, m in named.items()
+        if name
+        and name not in above
+        and name.rpartition(".")[0] in above
+        and name not in blocks
+        and next(m.parameters(), None) is not None
+    ]
+    if not blocks:
+        return {
+            id(m): name
+            for name, m in model.named_children()
+            if next(m.parameters(), None) is not None
+        }
+    # A part may be run without its own forward, so that its modules stand for it.
+    found = {id(m): name for name in beside for m in named[name].modules()}
+    return found | {id(named[name]): name for name in blocks}
+
+
+def _above(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+class Blocks:
+    """Enter it to follow the blocks of a model, or of every model that is called inside.
+
+    roots: the models that were seen
+    """
+
+    def __init__(self, model: nn.Module | None = None):
+        self.roots: dict[int, nn.Module] = {}
+        self._names: dict[int, str] = {}
+        self._stack: list[tuple] = []  # (module's id, name, range, sequence number) of those inside
+        self._depth = 0
+        self.device: torch.device | None = None  # of the last model that was called
+        self.dtype: torch.dtype | None = None  # of its products
+        self._starts: list[int] = []
+        self._spans: list[tuple[int, str]] = []  # end, name
+        self._hooks = []
+        self._quiet = warnings.catch_warnings()
+        if model is not None:
+            self._take(model)
+
+    def __enter__(self) -> "Blocks":
+        self._quiet.__enter__()
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are gl")
+        self._hooks = [
+            hooks_of_torch.register_module_forward_pre_hook(self._before),
+            hooks_of_torch.register_module_forward_hook(self._after, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._stack.clear()
+        self._quiet.__exit__(*error)
+
+    @property
+    def now(self) -> str | None:
+        """The block whose forward runs."""
+        return self._stack[-1][1] if self._stack else None
+
+    def of_sequence(self, number: int) -> str | None:
+        """The block whose forward made the node of this sequence number."""
+        at = bisect.bisect_right(self._starts, number) - 1
+        if at < 0 or number >= self._spans[at][0]:
+            return None
+        return self._spans[at][1]
+
+    def _take(self, model: nn.Module) -> None:
+        self.roots[id(model)] = model  # kept, so that no other module gets its id
+        self._names.update(blocks_of(model))
+
+    def _look(self, module: nn.Module) -> None:
+        """Where it runs, and in which dtype."""
+        first = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if first is not None or self.device is None:
+            self.device = torch.device("cpu") if first is None else first.device
+            lower = torch.is_autocast_enabled(self.device.type)
+            own = torch.float32 if first is None else first.dtype
+            self.dtype = torch.get_autocast_dtype(self.device.type) if lower else own
+
+    def _before(self, module: nn.Module, _inputs) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._depth == 0:
+            if id(module) not in self._names and id(module) not in self.roots:
+                self._take(module)
+            self._look(module)
+        elif torch.is_autocast_enabled(self.device.type) and self.dtype == torch.float32:
+            self.dtype = torch.get_autocast_dtype(self.device.type)
+        self._depth += 1
+        name = self._names.get(id(module))
+        if name is not None and name != self.now:
+            entered = record_function(RANGE + name)
+            entered.__enter__()
+            self._stack.append((id(module), name, entered, torch.autograd._get_sequence_nr()))
+
+    def _after(self, module: nn.Module, _inputs, _output) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._depth = max(0, self._depth - 1)
+        if not self._stack or self._stack[-1][0] != id(module):
+            return
+        _, name, entered, start = self._stack.pop()
+        entered.__exit__(None, None, None)
+        end = torch.autograd._get_sequence_nr()
+        if end > start and (not self._starts or start >= self._starts[-1]):
+            self._starts.append(start)
+            self._spans.append((end, name))

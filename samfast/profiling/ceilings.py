@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine can do at most, measured once for each machine and torch and kept with a date.
+
+The file is ceilings.json in SAMFAST_CACHE, else in samfast/ of XDG_CACHE_HOME, else of ~/.cache.
+"""
+
+import datetime
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from samfast.files.placing import write_whole
+from samfast.profiling import machine
+
+LIMITS = ("arithmetic", "memory", "launches")
+
+
+class Ceilings(NamedTuple):
+    """gemm: FLOP/s of a large product   copy: bytes/s   launch: seconds of a tiny call
+
+    remark: why they could not be kept, or None
+    """
+
+    machine: str
+    dtype: str
+    gemm: float
+    copy: float
+    launch: float
+    date: str
+    remark: str | None = None
+
+    def least_seconds(self, flop: int, size: int, launches: float) -> dict[str, float]:
+        """Seconds by what would bind."""
+        times = (flop / self.gemm, size / self.copy, launches * self.launch)
+        return dict(zip(LIMITS, times, strict=True))
+
+
+def cache_folder() -> Path:
+    """Where measured ceilings are kept."""
+    if own := os.environ.get("SAMFAST_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "samfast"
+
+
+def ceilings(device: str, dtype: torch.dtype, fresh: bool = False) -> Ceilings:
+    """Those of this machine, device, torch and dtype; measured where they are not on record.
+
+    fresh: measure anew, and keep that
+    """
+    named = str(dtype).removeprefix("torch.")
+    where = machine.name(device)
+    key = " | ".join((where, f"torch {torch.__version__}", named, _precision(device)))
+    known, remark = _read()
+    row = known.get(key)
+    if row is not None and not fresh:
+        return Ceilings(where, named, **row)
+    gemm, copy = machine.rates(device, dtype, machine.SIZES[device], repeats=10)
+    row = {"gemm": gemm, "copy": copy, "launch": machine.launch_seconds(device)}
+    row["date"] = datetime.date.today().isoformat()
+    remark = _write({**known, key: row}) if remark is None else remark
+    return Ceilings(where, named, **row, remark=remark)
+
+
+def _precision(device: str) -> str:
+    return (
+        f"float32 products {torch.get_float32_matmul_precision() if device == 'cuda' else 'full'}"
+    )
+
+
+def _read() -> tuple[dict, str | None]:
+    """The rows that can be used, and why there will be none."""
+    path = cache_folder() / "ceilings.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, None
+    except OSError as error:
+        return {}, f"the ceilings in {path} cannot be read ({error.strerror}); measured anew"
+    except ValueError:
+        return {}, None  # written anew
+    rows = found.items() if isinstance(found, dict) else ()
+    return {key: row for key, row in rows if _is_right(row)}, None
+
+
+def _is_right(row) -> bool:
+    if not isinstance(row, dict) or set(row) != {"gemm", "copy", "launch", "date"}:
+        return False
+    rates = (row["gemm"], row["copy"], row["launch"])
+    numbers = all(isinstance(v, float) and math.isfinite(v) and v > 0 for v in rates)
+    return numbers and isinstance(row["date"], str)
+
+
+def _write(rows: dict) -> str | None:
+    """Keep them; returns why they could not be kept."""
+    folder = cache_folder()
+    path = folder / "ceilings.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(rows, indent=1).encode(), durable=False)
+    except OSError as error:
+        why = getattr(error, "strerror", None) or error
+        return f"the ceilings were measured anew; {path} cannot be written ({why})"
+    return None

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``samfast profile``: what it refuses, what it runs, and the files it writes at the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from samfast.adapters.options import options_of
+from samfast.files.placing import write_whole
+from samfast.integrations.torchvision import declare_missing_schemas
+from samfast.profiling.compare import compare
+from samfast.profiling.context import result_of
+from samfast.profiling.outputs import check_outputs, trace_bytes
+from samfast.profiling.recorder import Recorder, plan
+from samfast.profiling.script import run_script
+from samfast.profiling.settings import ProfileSettings
+from samfast.profiling.workload import MODEL, backend_of, build, model_flop
+from samfast.training.checks import check_options
+
+_OF_MODEL = ("model", "method", "image_size", "batch", "memory", "device", "dtype", "backend")
+
+
+def run_profile(settings: ProfileSettings) -> dict[str, Any]:
+    """Profile what the settings say; the result that ``--json`` prints.
+
+    ValueError or FileNotFoundError, with one sentence and before anything is written, for settings,
+    files and scripts that are wrong.
+    """
+    check_options(settings)
+    _check_script_options(settings)
+    check_outputs((settings.trace, settings.plot, settings.html), _is_drawn(settings))
+    declare_missing_schemas()
+    if settings.script is not None:
+        result, recorder = _of_script(settings)
+    else:
+        with backend_of(settings):
+            result, recorder = _of_model(settings)
+    for path, data in _outputs(settings, result, recorder):
+        write_whole(path, data())
+    return result
+
+
+def _check_script_options(settings: ProfileSettings) -> None:
+    """ValueError for options of a model beside a script."""
+    if settings.script is None:
+        return
+    if settings.compare:
+        raise ValueError("--compare builds its models itself; leave it out, or --script")
+    for option in options_of(ProfileSettings):
+        value = getattr(settings, option.name)
+        if option.name in _OF_MODEL and value != option.default:
+            flag = f"--{option.name.replace('_', '-')}"
+            raise ValueError(
+                f"{option.name} is {value}, but the script decides that itself; leave out {flag}, "
+                "or --script"
+            )
+
+
+def _is_drawn(settings: ProfileSettings) -> bool:
+    return settings.plot is not None or settings.html is not None
+
+
+def _of_script(settings: ProfileSettings) -> tuple[dict[str, Any], Recorder]:
+    steps = plan(settings.skip, settings.steps)
+    recorder = run_script(settings.script, settings.arguments, steps, settings.json)
+    words = " ".join((str(settings.script), *settings.arguments))
+    known = {"what": f"{len(recorder.seconds)} steps of {words}"}
+    return result_of(recorder, settings.fresh_ceilings, known), recorder
+
+
+def _of_model(settings: ProfileSettings) -> tuple[dict[str, Any], Recorder]:
+    run = build(settings)
+    with Recorder(plan(settings.skip, settings.steps), run.model) as recorder:
+        for _ in range(settings.skip + settings.steps):
+            run.step()
+    name = settings.model or MODEL
+    side, dtype = run.batch[0].shape[-1], str(run.dtype).removeprefix("torch.")
+    memory = settings.memory or "fast"
+    known = {
+        "what": f"{name} at {side} pixels, {settings.method}, batches of {settings.batch}, memory "
+        f"{memory}, {dtype}",
+        "model": name,
+        "method": settings.method,
+        "image_size": side,
+        "batch": settings.batch,
+        "memory": memory,
+        "model_flop": model_flop(settings),
+    }
+    result = result_of(recorder, settings.fresh_ceilings, known)
+    if settings.compare:
+        result["compare"] = compare(settings, run)
+    return result, recorder
+
+
+def _outputs(
+    settings: ProfileSettings, result: dict[str, Any], recorder: Recorder
+) -> list[tuple[Path, Callable[[], bytes]]]:
+    """(file, what makes its content)"""
+    made: list[tuple[Path, Callable[[], bytes]]] = []
+    if settings.trace is not None:
+        made.append((settings.trace, lambda: trace_bytes(recorder.profiler)))
+    if _is_drawn(settings):
+        from samfast.profiling.page import page
+        from samfast.profiling.plot import plot_png
+
+        if settings.plot is not None:
+            made.append((settings.plot, lambda: plot_png(result)))
+        if settings.html is not None:
+            made.append((settings.html, lambda: page(result).encode()))
+    return made

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which step is warmed up, counted or timed, and what was recorded of it.
+
+A step ends where the first optimizer that stepped steps again, by a hook that torch calls for all
+optimizers. Steps are left alone first; the last of these are timed as they are, then one is
+counted, which is slow, and the others run under torch.profiler.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+from torch.optim import optimizer as hooks_of_torch
+
+from samfast.profiling.blocks import Blocks
+from samfast.profiling.counted import GRADIENTS, PARAMETERS, STATE, CountedStep
+from samfast.profiling.timeline import MARK
+
+WARM, PLAIN, COUNT, BOTH, TIME, DONE = "warm", "plain", "count", "both", "time", "done"
+
+
+def plan(skip: int, steps: int) -> list[str]:
+    """What happens in each step. skip: at least 2, of which the last is counted"""
+    plain = max(1, skip // 2)
+    return [WARM] * (skip - 1 - plain) + [PLAIN] * plain + [COUNT] + [TIME] * steps
+
+
+class Recorder:
+    """Enter it around steps.
+
+    plan: what happens in each step
+    model: whose blocks are told apart; without it those of each model that is called
+    enough: called from the optimizer's hook once the plan is through
+    """
+
+    def __init__(
+        self,
+        plan: list[str],
+        model: nn.Module | None = None,
+        enough: Callable[[], None] = lambda: None,
+    ):
+        self.plan, self.enough = plan, enough
+        self.blocks = Blocks(model)
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        self.counted: CountedStep | None = None
+        self.profiler: torch.profiler.profile | None = None
+        self.step = 0  # how many are through
+        self.plain: list[float] = []  # seconds
+        self.timed = 0  # steps
+        self._clock: list[float] = []  # seconds at each mark
+        self.cuda = False
+        self.remark: str | None = None  # what readers of the result should know
+        self.allocator_peak: int | None = None
+        self._counting = self._profiling = False
+        self._first: int | None = None
+        self._kind: str | None = None
+        self._began = 0.0
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "Recorder":
+        self.cuda = torch.cuda.is_available()
+        self.blocks.__enter__()
+        self._hooks = [
+            hooks_of_torch.register_optimizer_step_pre_hook(self._before_step),
+            hooks_of_torch.register_optimizer_step_post_hook(self._after_step),
+        ]
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.blocks.__exit__(kind, error, trace)
+        if self._kind == BOTH and kind is None:
+            self._end()  # no optimizer stepped
+        elif self._kind == TIME and self.both and kind is None:
+            self._wait()  # the one step goes on to the end
+            self._mark()
+        elif self._counting:
+            self.counted.__exit__(kind, error, trace)
+        self._kind = DONE
+        self._stop_profiler()
+
+    @property
+    def both(self) -> bool:
+        """Whether the only step was counted and timed at once."""
+        return self.timed == 1 and self.plan[0] == BOTH
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step that was timed by the clock."""
+        return [b - a for a, b in itertools.pairwise(self.marks(self._clock))]
+
+    def marks(self, found: list) -> list:
+        """Where steps begin and end, from all marks. One step alone lasts to the end; of several
+        the one that was counted is left out."""
+        if self.both:
+            return [found[0], found[-1]]
+        return found[1:] if self.plan[0] == BOTH else found
+
+    def _begin(self) -> None:
+        kind = self.plan[self.step] if self.step < len(self.plan) else DONE
+        if kind in (COUNT, BOTH):
+            self._start_counting()
+        if kind in (BOTH, TIME) and self.profiler is None:
+            self._start_profiler()
+        self._kind, self._began = kind, time.perf_counter()
+
+    def _end(self) -> None:
+        """End the step at hand."""
+        if self._kind in (PLAIN, BOTH, TIME) and self._is_last():
+            self._wait()
+        if self._kind in (BOTH, TIME):
+            self._mark()
+            self.timed += 1
+        if self._kind == PLAIN:
+            self.plain.append(time.perf_counter() - self._began)
+        if self._kind in (COUNT, BOTH):
+            self._counting = False
+            self.counted.__exit__(None, None, None)
+        self.step += 1
+
+    def _is_last(self) -> bool:
+        """Of several of a kind, of which only the last waits for the GPU, where one can know."""
+        return self.plan[0] == BOTH or self.plan[self.step + 1 : self.step + 2] != [self._kind]
+
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        self.optimizers.setdefault(id(optimizer), optimizer)
+        if self._kind in (COUNT, BOTH):
+            self.counted.gradients(self._parameters())
+
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        if self._kind in (COUNT, BOTH):
+            state = _state_of(self.optimizers.values())
+            self.counted.storages.mark(state, STATE)
+        self._first = id(optimizer) if self._first is None else self._first
+        if id(optimizer) != self._first or self._kind == DONE:
+            if self._kind == DONE:
+                self.enough()
+            return
+        if self._kind in (COUNT, BOTH) and not self.counted.is_innermost():
+            return  # a dispatch mode of the user's cannot be left; the step goes on
+        self._end()
+        self._begin()
+        if self._kind == DONE:
+            self._stop_profiler()
+            self.enough()
+
+    def _start_counting(self) -> None:
+        models = self.blocks.roots.values()
+        own = [t for m in models for t in (*m.parameters(), *m.buffers())]
+        parameters = [*own, *self._parameters()]
+        known = {
+            PARAMETERS: parameters,
+            STATE: _state_of(self.optimizers.values()),
+            GRADIENTS: [p.grad for p in parameters if p.grad is not None],
+        }
+        self.counted = CountedStep(self.blocks, known)
+        self.counted.__enter__()
+        self._counting = True
+
+    def _start_profiler(self) -> None:
+        if torch.autograd._profiler_enabled():
+            raise RuntimeError(
+                "a torch.profiler runs already and would lose its events; leave it out, for "
+                "samfast starts its own"
+            )
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if self.cuda:
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        self._wait()
+        self.profiler = torch.profiler.profile(activities=kinds)
+        self.profiler.start()
+        self._profiling = True
+        self._mark()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _mark(self) -> None:
+        with record_function(MARK):
+            self._clock.append(time.perf_counter())
+
+    def _stop_profiler(self) -> None:
+        if self._profiling:
+            self._profiling = False
+            self.profiler.stop()
+            if self.cuda:
+                self.allocator_peak = torch.cuda.max_memory_allocated()
+
+    def _wait(self) -> None:
+        if self.cuda and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    def _parameters(self) -> list[Tensor]:
+        groups = (g for o in self.optimizers.values() for g in o.param_groups)
+        return [p for group in groups for p in group["params"]]
+
+
+def _state_of(optimizers) -> list[Tensor]:
+    states = (s for o in optimizers for s in o.state.values())
+    return [t for state in states for t in state.values() if isinstance(t, Tensor)]

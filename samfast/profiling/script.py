@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own training program, run unchanged until enough of its steps were seen."""
+
+import builtins
+import contextlib
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from samfast.profiling.recorder import TIME, Recorder
+
+_ADVICE = "a step ends at the step of a torch.optim optimizer"
+
+
+class _Enough(BaseException):
+    """Goes through the script, whose finally blocks run."""
+
+
+def run_script(path: Path, arguments: Sequence[str], plan: list[str], quiet: bool) -> Recorder:
+    """Run the script as ``python path arguments…`` does; what was recorded of its steps.
+
+    plan: what happens in each step   quiet: what the script prints goes to stderr
+    FileNotFoundError or ValueError, with one sentence, for a script that cannot be read, fails, or
+    ends before a step was timed.
+    """
+    _check_source(path)
+
+    def enough() -> None:
+        raise _Enough
+
+    recorder = Recorder(plan, enough=enough)
+    out = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
+    with _as_main(path, arguments), out:
+        try:
+            with recorder:
+                runpy.run_path(str(path), run_name="__main__")
+        except _Enough:
+            return recorder
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                said = " ".join(str(stop.code).split())
+                raise ValueError(
+                    f"the script {path} ended itself in step {recorder.step + 1} with sys.exit"
+                    f"({said}); nothing was written"
+                ) from stop
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"the script {path} failed in step {recorder.step + 1}: "
+                f"{type(error).__name__}{': ' + said if said else ''}; nothing was written"
+            ) from error
+    _check_steps(path, recorder)
+    return recorder
+
+
+def _check_source(path: Path) -> None:
+    """One sentence for what python could not run."""
+    if not path.exists():
+        raise FileNotFoundError(f"the script {path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"the script {path} is not a file; name a Python program")
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"the script {path} cannot be read ({error.strerror})") from error
+    try:
+        builtins.compile(source, str(path), "exec")
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = "" if line is None else f" in line {line}"
+        raise ValueError(f"the script {path} is not Python{where}: {error.args[0]}") from error
+
+
+def _check_steps(path: Path, recorder: Recorder) -> None:
+    """ValueError where nothing was timed."""
+    wanted, timed = recorder.plan.count(TIME), recorder.timed
+    if timed:
+        recorder.remark = f"the script ended after {timed} of {wanted} timed steps"
+        return
+    steps, skipped = recorder.step, len(recorder.plan) - wanted
+    if steps == 0 and not recorder.optimizers:
+        raise ValueError(
+            f"the script {path} ended without a step, so there is nothing to profile; {_ADVICE}"
+        )
+    raise ValueError(
+        f"the script {path} ended after {steps} steps, but the first {skipped} are "
+        "skipped; let it run longer, or use a smaller --skip"
+    )
+
+
+@contextlib.contextmanager
+def _as_main(path: Path, arguments: Sequence[str]):
+    """sys.argv and sys.path as the script expects them."""
+    argv, path_of_imports = sys.argv, list(sys.path)
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, os.fspath(path.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        sys.path[:] = path_of_imports

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times, counts and ceilings of a recording, joined into one table."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from samfast.profiling.ceilings import Ceilings
+from samfast.profiling.counted import CATEGORIES, Call, CountedStep
+from samfast.profiling.names import GAP, row_of_call
+from samfast.profiling.recorder import Recorder
+from samfast.profiling.timeline import (
+    BACKWARD,
+    COMPILED,
+    DATA,
+    FORWARD,
+    OPTIMIZER,
+    PHASES,
+    Owner,
+    Piece,
+    Timeline,
+    events_of,
+    timeline,
+)
+
+REST = "rest of the model"
+_NO_BLOCK = {phase: phase for phase in (OPTIMIZER, DATA, GAP)}
+_ABOVE = 1.1  # of a ceiling, past what the clock explains
+_POINTS = 600  # of the memory's history
+
+
+def result(recorder: Recorder, ceilings: Ceilings, known: dict[str, Any] | None = None) -> dict:
+    """All that is known of the steps, as JSON has it; times in ms, sizes in bytes.
+
+    known: what the caller knows, such as settings and ``model_flop``
+    """
+    known = dict(known or {})
+    events, leaves = events_of(recorder.profiler), recorder.counted.storages.names
+    times = timeline(events, recorder.blocks.of_sequence, leaves, recorder.marks)
+    calls = _with_optimizer(recorder.counted, bool(recorder.optimizers))
+    rows = _operations(times, calls, recorder.counted, ceilings)
+    wall = sum(times.walls) / 1e6
+    count = len(times.walls)
+    model_flop = known.pop("model_flop", None)
+    flop = sum(call.flops for call in calls)
+    totals = {
+        "ms": wall / count,
+        "outer_ms": 1e3 * sum(recorder.seconds) / count,
+        "flop": flop,
+        "model_flop": model_flop,
+        "tflop_per_s": flop / (wall / count) / 1e9,
+        "bytes": sum(call.bytes for call in calls),
+        "launches": sum(call.launches for call in calls),
+        "syncs": sum(call.syncs for call in calls),
+        "saved_bytes": sum(kept.size for kept in recorder.counted.saved()),
+        "peak_bytes": sum(recorder.counted.peak().values()),
+        "peak": recorder.counted.peak(),
+        "allocator_peak_bytes": recorder.allocator_peak,
+    }
+    return {
+        "torch": torch.__version__,
+        "machine": ceilings.machine,
+        **known,
+        "steps": _steps(recorder),
+        "totals": totals,
+        "operations": rows,
+        "phases": _phases(times, calls, recorder.counted),
+        "blocks": _blocks(times, calls, recorder.counted),
+        "largest_loss": largest_loss(rows, times.on_device, totals["ms"]),
+        "ceilings": ceilings._asdict(),
+        "notes": _notes(recorder, ceilings, rows),
+        "memory_over_step": _thinned(recorder.counted.storages.history()),
+    }
+
+
+def _steps(recorder: Recorder) -> dict[str, Any]:
+    timed = [1e3 * seconds for seconds in recorder.seconds]
+    plain = [1e3 * seconds for seconds in recorder.plain]
+    overhead = statistics.median(timed) / statistics.median(plain) - 1 if plain else None
+    return {
+        "timed": len(timed),
+        "ms": statistics.median(timed),
+        "least_ms": min(timed),
+        "most_ms": max(timed),
+        "plain_ms": statistics.median(plain) if plain else None,
+        "profiler_overhead": overhead,
+    }
+
+
+def _notes(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> list[str]:
+    notes = []
+    fast = [r["name"] for r in rows if r["share"] > 0.01 and (r["reached"] or 0) > _ABOVE]
+    if fast:
+        notes.append(
+            f"above their ceilings are {', '.join(fast)}: a cache served them, or the ceilings "
+            "were measured while the machine was busy; --fresh-ceilings measures them anew"
+        )
+    if recorder.both:
+        notes.append(
+            "one step was timed and counted at once, so its times include the counting; let two "
+            "steps or more run inside for times without it"
+        )
+    if any(r["name"] == COMPILED and r["calls"] for r in rows):
+        notes.append(
+            "torch.compile fuses operations, whose time is in the row of the compiled graph; they "
+            "are counted as the program is written"
+        )
+    if recorder.remark:
+        notes.append(recorder.remark)
+    if ceilings.remark:
+        notes.append(ceilings.remark)
+    return notes
+
+
+def _with_optimizer(counted: CountedStep, steps: bool) -> list[Call]:
+    """The calls, of which those after the last backward are the optimizer's, if there is one."""
+    calls = counted.counts.calls
+    last = max((i for i, call in enumerate(calls) if call.phase == BACKWARD), default=len(calls))
+    after = OPTIMIZER if steps else FORWARD
+    return [c._replace(phase=after) if i > last else c for i, c in enumerate(calls)]
+
+
+def _operations(
+    times: Timeline, calls: Sequence[Call], counted: CountedStep, ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    """One row for each operation, the longest first."""
+    steps = len(times.walls)
+    spent = _by_step(times.pieces, steps, lambda owner: owner.row or GAP)
+    made: dict[str, set] = defaultdict(set)
+    for piece in times.pieces:
+        if piece.owner.row is not None and piece.owner.called:
+            made[piece.owner.row].add((piece.step, piece.owner.called))
+    costs = _costs(calls, lambda call: row_of_call(call.inside, call.name, times.products))
+    for kept in counted.saved():
+        costs[kept.row]["saved_bytes"] += kept.size
+    wall = sum(times.walls)
+    rows = []
+    for name in {*spent, *costs}:
+        each = spent.get(name, [0] * steps)
+        cost = costs[name]
+        row = {
+            "name": name,
+            "calls": round(len(made[name]) / steps),
+            "ms": statistics.median(each) / 1e6,
+            "least_ms": min(each) / 1e6,
+            "most_ms": max(each) / 1e6,
+            "share": sum(each) / wall,
+            **cost,
+        }
+        # What a library does in one call on a CPU is one launch there.
+        launched = cost if times.on_device else cost | {"launches": row["calls"]}
+        rows.append(row | _bound(launched, sum(each) / steps / 1e9, ceilings))
+    return sorted(rows, key=lambda row: (-row["share"], row["name"]))
+
+
+def _bound(cost: dict[str, int], seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    """Rates, and the ceiling that binds."""
+    if not seconds or not (cost["flop"] or cost["bytes"]):
+        return {"tflop_per_s": None, "gb_per_s": None, "ceiling": None, "reached": None}
+    least = ceilings.least_seconds(cost["flop"], cost["bytes"], cost["launches"])
+    binds = max(least, key=least.__getitem__)
+    return {
+        "tflop_per_s": cost["flop"] / seconds / 1e12,
+        "gb_per_s": cost["bytes"] / seconds / 1e9,
+        "ceiling": binds,
+        "reached": least[binds] / seconds,
+    }
+
+
+def _phases(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> list[dict]:
+    costs = _costs(calls, lambda call: call.phase)
+    costs[FORWARD]["saved_bytes"] = sum(kept.size for kept in counted.saved())
+    rows = _groups(times, costs, lambda owner: owner.phase)
+    order = {name: i for i, name in enumerate(PHASES)}
+    return sorted(rows, key=lambda row: order[row["name"]])
+
+
+def _blocks(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> list[dict]:
+    """In the order in which they first ran, what belongs to none last."""
+
+    def block(owner: Owner | Call) -> str:
+        return owner.block or _NO_BLOCK.get(owner.phase, REST)
+
+    costs = _costs(calls, block)
+    for kept in counted.saved():
+        costs[kept.block or REST]["saved_bytes"] += kept.size
+    rows = _groups(times, costs, block)
+    order: dict[str, int] = {}
+    for piece in times.pieces:
+        order.setdefault(block(piece.owner), len(order))
+    last = {name: i for i, name in enumerate((REST, OPTIMIZER, DATA, GAP), 1)}
+    return sorted(rows, key=lambda r: (last.get(r["name"], 0), order.get(r["name"], len(order))))
+
+
+def _groups(times: Timeline, costs: dict[str, dict], key) -> list[dict[str, Any]]:
+    steps, wall = len(times.walls), sum(times.walls)
+    spent = _by_step(times.pieces, steps, key)
+    rows = []
+    for name in {*spent, *costs}:
+        each = spent.get(name, [0] * steps)
+        row = {
+            "name": name,
+            "ms": statistics.median(each) / 1e6,
+            "least_ms": min(each) / 1e6,
+            "most_ms": max(each) / 1e6,
+            "share": sum(each) / wall,
+        }
+        rows.append(row | costs[name])
+    return rows
+
+
+def _by_step(pieces: Iterable[Piece], steps: int, key) -> dict[str, list[int]]:
+    """ns of each step, by what ``key`` makes of an owner."""
+    spent: dict[str, list[int]] = defaultdict(lambda: [0] * steps)
+    for piece in pieces:
+        spent[key(piece.owner)][piece.step] += piece.end - piece.start
+    return dict(spent)
+
+
+def _costs(calls: Iterable[Call], key) -> dict[str, dict[str, int]]:
+    names = ("flop", "bytes", "launches", "syncs", "saved_bytes")
+    costs: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(names, 0))
+    for call in calls:
+        cost = costs[key(call)]
+        cost["flop"] += call.flops
+        cost["bytes"] += call.bytes
+        cost["launches"] += call.launches
+        cost["syncs"] += call.syncs
+    return costs
+
+
+def largest_loss(rows: Sequence[dict], on_device: bool, total: float) -> str:
+    """A sentence that names where most time goes that the ceilings do not ask for."""
+
+    def lost(row: dict) -> float:
+        return row["share"] * (1 - min(1.0, row["reached"] or 0.0))
+
+    row = max(rows, key=lost)
+    share = f"{row['share']:.0%}"
+    if row["name"] == GAP:
+        if on_device:
+            return f"host-bound: the device waits {share} of the step"
+        return f"host-bound: no operator runs {share} of the step, which is Python's"
+    if row["ceiling"] is None:
+        return f"{row['name']} takes {share} of the step and computes nothing that is counted"
+    return (
+        f"{row['name']} takes {share} of the step at {row['reached']:.0%} of its ceiling "
+        f"({row['ceiling']}); {lost(row):.0%} of the step is lost there"
+    )
+
+
+def _thinned(history: Sequence[dict[str, int]]) -> dict[str, list[int]]:
+    """By category, few enough points to draw, of which one is the peak."""
+    stride = -(-len(history) // _POINTS)
+    peak = max(range(len(history)), key=lambda i: sum(history[i].values()))
+    at = sorted({*range(0, len(history), stride), peak, len(history) - 1})
+    return {name: [history[i][name] for i in at] for name in CATEGORIES}

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine can do is measured once, and kept where the environment says."""
+
+import json
+
+import pytest
+import torch
+
+from samfast.profiling import machine
+from samfast.profiling.ceilings import cache_folder, ceilings
+from samfast.profiling.tables import largest_loss
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMFAST_CACHE", str(tmp_path / "own"))
+    return tmp_path / "own" / "ceilings.json"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Every measurement, of which none takes time."""
+    made = []
+
+    def rates(device, dtype, sizes, repeats):
+        made.append(dtype)
+        return 1e9 * len(made), 2e9
+
+    monkeypatch.setattr(machine, "rates", rates)
+    monkeypatch.setattr(machine, "launch_seconds", lambda device: 1e-6)
+    return made
+
+
+def test_measured_once_for_each_dtype(cache, measured):
+    first = ceilings("cpu", torch.float32)
+    assert first.gemm == 1e9 and first.date.count("-") == 2 and first.remark is None
+    assert ceilings("cpu", torch.float32) == first
+    assert ceilings("cpu", torch.bfloat16).gemm == 2e9
+    assert measured == [torch.float32, torch.bfloat16]
+    assert any(torch.__version__ in key for key in json.loads(cache.read_text()))
+
+
+def test_fresh_ones_replace_what_was_kept(cache, measured):
+    ceilings("cpu", torch.float32)
+    assert ceilings("cpu", torch.float32, fresh=True).gemm == 2e9
+    assert ceilings("cpu", torch.float32).gemm == 2e9
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"x": 1}', '{"x": {"gemm": -1.0, "copy": 1.0, "launch": 1.0, "date": ""}}']
+)
+def test_a_broken_file_is_written_anew(text, cache, measured):
+    cache.parent.mkdir()
+    cache.write_text(text)
+    ceilings("cpu", torch.float32)
+    (row,) = json.loads(cache.read_text()).values()
+    assert row["gemm"] == 1e9
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch, measured):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAMFAST_CACHE", str(tmp_path / "file" / "inside"))
+    remark = ceilings("cpu", torch.float32).remark
+    assert "measured anew" in remark and str(tmp_path / "file") in remark
+
+
+def test_where_they_are_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv("SAMFAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "samfast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "samfast"
+
+
+def test_what_binds(cache, measured):
+    least = ceilings("cpu", torch.float32).least_seconds(2_000_000_000, 1000, 3)
+    assert least == {"arithmetic": 2.0, "memory": 5e-7, "launches": pytest.approx(3e-6)}
+
+
+def row(name, share, reached=None, ceiling=None):
+    return {"name": name, "share": share, "reached": reached, "ceiling": ceiling}
+
+
+def test_the_largest_loss_is_named():
+    rows = [row("aten::mm", 0.6, 0.9, "arithmetic"), row("host gap", 0.3)]
+    assert largest_loss(rows, True, 1.0) == "host-bound: the device waits 30% of the step"
+    assert largest_loss(rows, False, 1.0).startswith("host-bound: no operator runs 30%")
+    rows = [row("aten::mm", 0.6, 0.25, "arithmetic"), row("host gap", 0.3)]
+    assert largest_loss(rows, True, 1.0) == (
+        "aten::mm takes 60% of the step at 25% of its ceiling (arithmetic); 45% of the step is "
+        "lost there"
+    )
