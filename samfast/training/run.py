@@ -143,7 +143,10 @@ class Run:
             self._finish_epoch(folder, self.rows[-1])
         best = folder.folder / "adapter" / "best"
         if self.best is not None and _epoch_of(best) != self.best["epoch"]:
-            self.say(f"{best} is not of epoch {self.best['epoch']}: the next epoch replaces it")
+            wrong = f"{best} is not of epoch {self.best['epoch']}, the best one"
+            if self.epoch > self.settings.epochs:
+                raise ValueError(f"{wrong}, and no epoch is left; give more --epochs")
+            self.say(f"{wrong}: the next epoch replaces it")
             self.best = self.scored = None
 
     def train(self, folder: RunFolder, asked: StopAsked) -> dict:

@@ -2,6 +2,7 @@
 """Small data folders made of bright rectangles, and the command line as a function."""
 
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,21 @@ def fill_folder(folder: Path, count: int = 6) -> Path:
         Image.fromarray(image).save(folder / "images" / f"p{i}.png")
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"p{i}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as a program finds them that nobody started in the background, or under nohup."""
+    usual = {
+        "SIGINT": signal.default_int_handler,
+        "SIGTERM": signal.SIG_DFL,
+        "SIGHUP": signal.SIG_DFL,
+    }
+    present = {getattr(signal, name): own for name, own in usual.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, own) for number, own in present.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -227,8 +227,11 @@ def test_a_best_adapter_of_another_epoch_is_replaced(whole, tmp_path, monkeypatc
     settings = replace(whole, output=tmp_path / "out", save_every=None)
     assert finetune(settings)["best_epoch"] == 1
     shutil.rmtree(tmp_path / "out" / "adapter" / "best")
+    with pytest.raises(ValueError, match="the best one, and no epoch is left; give more --epochs"):
+        finetune(replace(settings, resume="newest"))
     assert finetune(replace(settings, epochs=3, resume="newest"))["best_epoch"] == 3
-    assert "adapter/best is not of epoch 1: the next epoch replaces it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "adapter/best is not of epoch 1, the best one: the next epoch replaces it" in said
     assert read_adapter_config(tmp_path / "out" / "adapter" / "best")["extra"]["epoch"] == 3
 
 
@@ -482,8 +485,10 @@ def test_a_run_that_was_killed_twice_has_the_same_final_bytes(whole, tmp_path):
 
 
 COMMAND = """
-import sys
+import signal, sys
 from samfast import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.exit(cli.main(sys.argv[1:]))
 """
 

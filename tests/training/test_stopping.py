@@ -15,6 +15,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 TWICE = """
 import os, signal, sys, time
 from samfast.training.stopping import stop_asked
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with stop_asked() as asked:
     asked.saving = True
     os.kill(os.getpid(), signal.SIGTERM)
