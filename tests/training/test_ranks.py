@@ -55,6 +55,22 @@ def environment(**more):
     return found
 
 
+def started(words) -> list[subprocess.Popen]:
+    """Both ranks of a command, without torchrun, which would end one with the other."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "samfast", *map(str, words)],
+            env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
 def two_ranks(folder, change, *arguments):
     """Exit codes, records and standard error of both."""
     words = [change.__name__, "finetune", *map(str, arguments), "--output", str(folder / "two")]
@@ -366,18 +382,7 @@ def test_one_killed_rank_ends_the_other(tmp_path, killed):
     """Without torchrun, which would do so itself."""
     data = fill_folder(tmp_path / "data", 6)
     words = ["finetune", "--data", data, *TINY, "--epochs", 1000, "--output", tmp_path / "out"]
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    place["MASTER_PORT"] = str(free_port())
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "samfast", *map(str, words)],
-            env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    both = started(words)
     try:
         for line in both[0].stdout:
             if line.startswith("epoch 1/"):
@@ -395,18 +400,7 @@ def test_one_killed_rank_ends_the_other(tmp_path, killed):
 
 def together(words, act=lambda both: None) -> list[tuple[int, str]]:
     """(exit code, standard error) of both ranks of a command; act: what to do to them meanwhile"""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    place["MASTER_PORT"] = str(free_port())
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "samfast", *map(str, words)],
-            env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    both = started(words)
     try:
         act(both)
         return [(one.returncode, err) for one in both for _, err in [one.communicate(timeout=200)]]
