@@ -47,7 +47,7 @@ def settings_for(data: Path, output: Path, **options) -> FinetuneSettings:
 
 def results(output: Path) -> dict:
     """The bytes of adapters, scores and overlays, and the table without its clocks."""
-    parts = [*(output / "adapter").rglob("*.*"), *(output / "overlays").iterdir()]
+    parts = [*(output / "adapter").rglob("*.*"), *(output / "overlays").glob("*")]
     found = {p.relative_to(output): p.read_bytes() for p in [*parts, output / "scores.csv"]}
     with (output / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
