@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``samfast profile``: what it refuses, what it runs, and the files it writes at the end."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ def run_profile(settings: ProfileSettings) -> dict[str, Any]:
     """
     check_options(settings)
     _check_script_options(settings)
-    check_outputs((settings.trace, settings.plot, settings.html), _is_drawn(settings))
+    check_outputs(
+        (settings.trace, settings.plot, settings.html), _is_drawn(settings), settings.script
+    )
+    settings = _from_here(settings)
     declare_missing_schemas()
     if settings.script is not None:
         result, recorder = _of_script(settings)
@@ -38,6 +42,13 @@ def run_profile(settings: ProfileSettings) -> dict[str, Any]:
     for path, data in _outputs(settings, result, recorder):
         write_whole(path, data())
     return result
+
+
+def _from_here(settings: ProfileSettings) -> ProfileSettings:
+    """The settings with absolute files, as a script may go to another folder."""
+    names = ("trace", "plot", "html")
+    given = {name: getattr(settings, name) for name in names}
+    return dataclasses.replace(settings, **{n: p and p.absolute() for n, p in given.items()})
 
 
 def _check_script_options(settings: ProfileSettings) -> None:

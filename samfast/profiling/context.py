@@ -75,6 +75,8 @@ class profile:
             return {}
         if self._recorder is None or self in _active or not self._recorder.timed:
             raise RuntimeError("there is no result before the with block has ended without errors")
+        if not self._recorder.counted.counts.launches:
+            raise RuntimeError("nothing ran inside the with block, so there is nothing to show")
         if self._result is None:
             self._result = result_of(self._recorder, self._fresh)
         return self._result
@@ -117,7 +119,8 @@ def rank() -> int:
     """Of this process, 0 where it is the only one."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK", 0))
+    named = os.environ.get("RANK", "")
+    return int(named) if named.isdecimal() else 0
 
 
 def result_of(
@@ -132,4 +135,11 @@ def result_of(
     limits = ceilings(kind, dtype, fresh)
     named = str(dtype).removeprefix("torch.")
     what = f"{len(recorder.seconds)} steps, {named} on {kind}"
-    return result(recorder, limits, {"what": what, "device": kind, "dtype": named, **(known or {})})
+    about = {"what": what, "device": kind, "dtype": named, **(known or {})}
+    try:
+        return result(recorder, limits, about)
+    except IndexError as error:
+        raise RuntimeError(
+            "torch.profiler lost the events of these steps, as it does when another profiler runs "
+            "inside; leave that one out"
+        ) from error

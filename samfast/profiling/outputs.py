@@ -10,13 +10,15 @@ from pathlib import Path
 from samfast.files.temporary import temporary_file
 
 
-def check_outputs(paths: Iterable[Path | None], drawn: bool) -> None:
-    """ValueError for a file that could not be written, or is named twice.
+def check_outputs(paths: Iterable[Path | None], drawn: bool, script: Path | None = None) -> None:
+    """ValueError for a file that could not be written, is named twice, or is the script.
 
     drawn: whether one of them has drawings, which matplotlib makes
     """
     seen: set[Path] = set()
     for path in filter(None, paths):
+        if script is not None and path.resolve() == script.resolve():
+            raise ValueError(f"{path} is the script that is profiled; name another file")
         if path.resolve() in seen:
             raise ValueError(f"{path} is named for two outputs; give each its own file")
         seen.add(path.resolve())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which step is warmed up, counted or timed, and what was recorded of it.
 
-A step ends where the first optimizer that stepped steps again, by a hook that torch calls for all
-optimizers. Steps are left alone first; the last of these are timed as they are, then one is
-counted, which is slow, and the others run under torch.profiler.
+A step ends where the optimizer that steps most often does, the first of several, by a hook that
+torch calls for all optimizers. Steps are left alone first; the last of these are timed as they are,
+then one is counted, which is slow, and the others run under torch.profiler.
 """
 
 import itertools
@@ -57,7 +57,9 @@ class Recorder:
         self.remark: str | None = None  # what readers of the result should know
         self.allocator_peak: int | None = None
         self._counting = self._profiling = False
+        self.held = False  # whether a step could not end
         self._first: int | None = None
+        self._times: dict[int, int] = {}  # steps of each optimizer
         self._kind: str | None = None
         self._began = 0.0
         self._hooks: list[Any] = []
@@ -89,6 +91,10 @@ class Recorder:
             self.counted.__exit__(kind, error, trace)
         self._kind = DONE
         self._stop_profiler()
+
+    @property
+    def is_counting(self) -> bool:
+        return self._counting
 
     @property
     def both(self) -> bool:
@@ -142,12 +148,15 @@ class Recorder:
         if self._kind in (COUNT, BOTH):
             state = _state_of(self.optimizers.values())
             self.counted.storages.mark(state, STATE)
-        self._first = id(optimizer) if self._first is None else self._first
+        times = self._times[id(optimizer)] = self._times.get(id(optimizer), 0) + 1
+        if times > self._times.get(self._first, 0):  # one that goes on, where the first has ended
+            self._first = id(optimizer)
         if id(optimizer) != self._first or self._kind == DONE:
             if self._kind == DONE:
                 self.enough()
             return
         if self._kind in (COUNT, BOTH) and not self.counted.is_innermost():
+            self.held = True
             return  # a dispatch mode of the user's cannot be left; the step goes on
         self._end()
         self._begin()

@@ -31,15 +31,14 @@ def run_script(path: Path, arguments: Sequence[str], plan: list[str], quiet: boo
         raise _Enough
 
     recorder = Recorder(plan, enough=enough)
-    out = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
-    with _as_main(path, arguments), out:
+    with _as_main(path, arguments), _on_stderr() if quiet else contextlib.nullcontext():
         try:
             with recorder:
                 runpy.run_path(str(path), run_name="__main__")
         except _Enough:
             return recorder
-        except SystemExit as stop:
-            if stop.code not in (None, 0):
+        except (SystemExit, _Left) as stop:
+            if stop.code not in (None, 0) and not _is_through(recorder):
                 said = " ".join(str(stop.code).split())
                 raise ValueError(
                     f"the script {path} ended itself in step {recorder.step + 1} with sys.exit"
@@ -47,12 +46,48 @@ def run_script(path: Path, arguments: Sequence[str], plan: list[str], quiet: boo
                 ) from stop
         except Exception as error:
             said = " ".join(str(error).split())
+            if _is_through(recorder):
+                recorder.remark = f"after its timed steps the script failed: {said}"
+                return recorder
+            if recorder.is_counting and "savedtensorhooks" in said.lower().replace(" ", ""):
+                raise ValueError(
+                    f"the script {path} cannot be profiled: what step {recorder.step + 1} saves "
+                    f"for its backward cannot be counted ({said[:100]}); nothing was written"
+                ) from error
             raise ValueError(
                 f"the script {path} failed in step {recorder.step + 1}: "
                 f"{type(error).__name__}{': ' + said if said else ''}; nothing was written"
             ) from error
     _check_steps(path, recorder)
     return recorder
+
+
+class _Left(BaseException):
+    """os._exit was called, which would take the profile with it."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
+def _is_through(recorder: Recorder) -> bool:
+    return recorder.timed >= recorder.plan.count(TIME)
+
+
+@contextlib.contextmanager
+def _on_stderr():
+    """What is printed goes to stderr, also by other programs that the script starts."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            os.dup2(2, 1)
+            yield
+    finally:
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _check_source(path: Path) -> None:
@@ -76,6 +111,13 @@ def _check_source(path: Path) -> None:
 def _check_steps(path: Path, recorder: Recorder) -> None:
     """ValueError where nothing was timed."""
     wanted, timed = recorder.plan.count(TIME), recorder.timed
+    if timed >= wanted:
+        return
+    if recorder.held and not timed:
+        raise ValueError(
+            f"the script {path} cannot be profiled: its steps end inside a torch dispatch mode of "
+            "its own, in which nothing can be counted"
+        )
     if timed:
         recorder.remark = f"the script ended after {timed} of {wanted} timed steps"
         return
@@ -94,10 +136,19 @@ def _check_steps(path: Path, recorder: Recorder) -> None:
 def _as_main(path: Path, arguments: Sequence[str]):
     """sys.argv and sys.path as the script expects them."""
     argv, path_of_imports = sys.argv, list(sys.path)
+    leave, own = os._exit, os.getpid()
+
+    def leave_kindly(code: int = 0) -> None:
+        if os.getpid() != own:
+            leave(code)
+        raise _Left(code)
+
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, os.fspath(path.resolve().parent))
+    os._exit = leave_kindly
     try:
         yield
     finally:
+        os._exit = leave
         sys.argv = argv
         sys.path[:] = path_of_imports

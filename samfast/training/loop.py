@@ -107,7 +107,8 @@ def _planned(settings: FinetuneSettings, accelerator: "Accelerator") -> Finetune
     settings, plan = planned(settings, accelerator.device, card)
     accelerator.gradient_accumulation_steps = settings.accumulate
     if plan is not None:
-        _speaker(settings, accelerator)(plan.sentence())
+        here = "; this run is on a CPU" if accelerator.device.type == "cpu" else ""
+        _speaker(settings, accelerator)(plan.sentence() + here)
     elif asked != settings.memory:
         _speaker(settings, accelerator)(f"memory auto is {settings.memory} on a CPU")
     return settings

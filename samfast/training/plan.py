@@ -190,7 +190,13 @@ def _nothing_fits(settings: FinetuneSettings, card: int, least: Plan) -> str:
     ways = [f"leave out {' and '.join(named)}"] if named else []
     ways += ["add --fit auto"] if settings.fit is None else []
     ways += ["take a smaller --image-size", "a smaller --model"]
+    least_size = decimal(_upwards(needed(least.peak)))
     return (
-        f"nothing fits {decimal(card)}: {least.options()} needs {decimal(needed(least.peak))} with "
-        f"the reserve; {', '.join(ways[:-1])} or {ways[-1]}"
+        f"nothing fits {decimal(card)}: {least.options()} needs {least_size} with the reserve; "
+        f"{', '.join(ways[:-1])} or {ways[-1]}"
     )
+
+
+def _upwards(size: int) -> int:
+    """Bytes in whole hundredths of a GB, as ``--fit`` would have to name them."""
+    return -(-size // 10**7) * 10**7

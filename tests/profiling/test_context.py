@@ -146,3 +146,13 @@ def test_other_ranks_only_run(training, monkeypatch, tmp_path):
     assert p.table() == "rank 1 did not profile; rank 0 did"
     p.trace(tmp_path / "trace.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_of_nothing(monkeypatch):
+    with samfast.profile() as p:
+        pass
+    with pytest.raises(RuntimeError, match="nothing ran inside the with block"):
+        p.table()
+    monkeypatch.setenv("RANK", "foo")
+    with samfast.profile():
+        pass

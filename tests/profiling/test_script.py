@@ -119,3 +119,84 @@ def test_words_after_the_script_are_its_own(capsys, tmp_path):
     path.write_text("import sys; raise RuntimeError(repr(sys.argv[1:]))")
     sentence = refused(capsys, f"--script={path}", "--json", "--help", "--steps=x")
     assert "['--json', '--help', '--steps=x']" in sentence
+
+
+LOOP = """
+import os, subprocess, sys, torch
+weight = torch.nn.Parameter(torch.ones(4, 4))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+
+def steps(count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        (weight @ weight).sum().backward()
+        optimizer.step()
+"""
+
+
+def looped(capsys, tmp_path, text, *options):
+    path = tmp_path / "loop.py"
+    path.write_text(LOOP + text)
+    words = ["profile", *SMALL, *map(str, options), "--json", "--script", str(path)]
+    code = cli.main(words)
+    out = capsys.readouterr()
+    return code, out.out, out.err, path
+
+
+def test_a_script_is_not_written_over(capsys, tmp_path):
+    code, _out, err, path = looped(capsys, tmp_path, "steps(9)", "--html", tmp_path / "loop.py")
+    assert code == 2 and "is the script that is profiled; name another file" in err
+    assert path.read_text() == LOOP + "steps(9)"
+
+
+def test_files_are_where_they_were_named(capsys, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    try:
+        code, *_ = looped(capsys, tmp_path, "os.chdir('elsewhere'); steps(9)", "--trace", "t.json")
+    finally:
+        monkeypatch.chdir(tmp_path)
+    assert code == 0 and (tmp_path / "t.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "text, remark",
+    [
+        ("other.step(); steps(9)", None),  # a warm-up's optimizer ends no step
+        ("steps(3); os._exit(0)", "the script ended after 1 of 2 timed steps"),
+        (
+            "try:\n    steps(9)\nfinally:\n    raise OSError('late')",
+            "after its timed steps the script failed: late",
+        ),
+        ("try:\n    steps(9)\nexcept BaseException:\n    pass", None),
+        (
+            "sys.__stdout__.write('x'); os.write(1, b'y'); subprocess.run(['echo', 'z']); steps(9)",
+            None,
+        ),
+    ],
+    ids=["warm-up", "left", "late", "swallowed", "printed"],
+)
+def test_what_scripts_do_loses_no_profile(text, remark, capfd, tmp_path):
+    code, out, err, _ = looped(capfd, tmp_path, text)
+    assert code == 0, err
+    notes = json.loads(out)["notes"]  # and nothing else was printed
+    assert [note for note in notes if "script" in note] == ([remark] if remark else [])
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("steps(1); os._exit(0)", "ended after 1 steps, but the first 2 are skipped"),
+        ("os._exit(3)", "ended itself in step 1"),
+        (
+            "loss = torch.func.grad(lambda w: (w @ w).sum())\n"
+            "for _ in range(9):\n    weight.grad = loss(weight.detach()); optimizer.step()",
+            "cannot be profiled: what step",
+        ),
+    ],
+    ids=["left", "code", "func"],
+)
+def test_scripts_that_leave_too_early(text, sentence, capfd, tmp_path):
+    code, out, err, _ = looped(capfd, tmp_path, text)
+    assert code == 2 and out == "" and sentence in err, err

@@ -90,7 +90,7 @@ def test_the_fastest_that_fits(tried, free, given, expected):
 
 def test_what_is_named_is_told_where_nothing_fits(tried):
     wanted = settings(fit="1GB", memory="fast", decoder_chunk=1, batch_size=2)
-    least = needed(1150 * MB) / 1e9
+    least = -(-needed(1150 * MB) // 10**7) / 100  # GB, upwards: with so many it fits
     sentence = (
         f"nothing fits 1 GB: --memory fast --batch-size 1 --accumulate 2 --decoder-chunk 1 needs "
         f"{least:.2f} GB with the reserve; leave out --memory fast and --decoder-chunk 1, take a "
