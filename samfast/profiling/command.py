@@ -84,6 +84,7 @@ def _of_model(settings: ProfileSettings) -> tuple[dict[str, Any], Recorder]:
     with Recorder(plan(settings.skip, settings.steps), run.model) as recorder:
         for _ in range(settings.skip + settings.steps):
             run.step()
+    recorder.plain = [run.timed() for _ in range(settings.steps)]  # as warm as those profiled
     name = settings.model or MODEL
     side, dtype = run.batch[0].shape[-1], str(run.dtype).removeprefix("torch.")
     memory = settings.memory or "fast"

@@ -23,6 +23,15 @@ from samfast.profiling.timeline import MARK
 
 WARM, PLAIN, COUNT, BOTH, TIME, DONE = "warm", "plain", "count", "both", "time", "done"
 
+_CLOSURE = (
+    "the optimizer calls a closure: its forward and backward are inside the optimizer's step, and "
+    "the phases mix them"
+)
+_SEVERAL = (
+    "several optimizers step: what runs between the first and the last of a step may stand under "
+    "another phase"
+)
+
 
 def plan(skip: int, steps: int) -> list[str]:
     """What happens in each step. skip: at least 2, of which the last is counted"""
@@ -141,6 +150,10 @@ class Recorder:
 
     def _before_step(self, optimizer, args, kwargs) -> None:
         self.optimizers.setdefault(id(optimizer), optimizer)
+        if any(map(callable, (*args[1:], *kwargs.values()))):
+            self.remark = _CLOSURE
+        elif len(self.optimizers) > 1 and self.remark is None:
+            self.remark = _SEVERAL
         if self._kind in (COUNT, BOTH):
             self.counted.gradients(self._parameters())
 

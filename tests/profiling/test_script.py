@@ -200,3 +200,20 @@ def test_what_scripts_do_loses_no_profile(text, remark, capfd, tmp_path):
 def test_scripts_that_leave_too_early(text, sentence, capfd, tmp_path):
     code, out, err, _ = looped(capfd, tmp_path, text)
     assert code == 2 and out == "" and sentence in err, err
+
+
+@pytest.mark.parametrize(
+    "step, note",
+    [
+        ("optimizer.step(lambda: (weight @ weight).sum())", "the optimizer calls a closure"),
+        ("optimizer.step(); other.step()", "several optimizers step"),
+        ("optimizer.step()", None),
+    ],
+    ids=["closure", "several", "one"],
+)
+def test_steps_whose_phases_mix_say_so(step, note, capfd, tmp_path):
+    text = f"for _ in range(9):\n    (weight @ weight).sum().backward(); {step}"
+    code, out, err, _ = looped(capfd, tmp_path, text)
+    assert code == 0, err
+    notes = [own for own in json.loads(out)["notes"] if "optimizer" in own]
+    assert [own.startswith(note) for own in notes] == ([True] if note else [])
