@@ -131,8 +131,8 @@ def _about_unknown(rows: Sequence[dict]) -> str:
         for r in rows
     )
     return (
-        f"no rates are given for {', '.join(each)}: times and counts would be of other calls, as "
-        "steps differ from one another, or counting changes what torch calls"
+        f"no rates are given for {', '.join(each)}: the timed and the counted calls differ, "
+        "because steps differ or because counting changes what torch calls"
     )
 
 
@@ -315,7 +315,7 @@ def largest_loss(rows: Sequence[dict], on_device: bool, total: float) -> str:
     if unknown is not None and unknown["share"] > lost(row):
         sentence += (
             f"; {unknown['name']} takes {unknown['share']:.0%}, but how much of that is lost "
-            "is not known: other calls were timed than counted"
+            "is not known: the timed and the counted calls differ"
         )
     return sentence
 
