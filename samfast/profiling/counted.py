@@ -7,6 +7,7 @@ The numbers are those of ``samfast.counters``; here they only get an owner.
 import contextlib
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from samfast.counters import Counts, Living, counting
 from samfast.profiling.blocks import Blocks
-from samfast.profiling.names import UNREAD, operation, row_of_node
+from samfast.profiling.names import OWN, UNREAD, operation, row_of_node
 from samfast.profiling.replay import Replay
 
 CATEGORIES = ("parameters", "optimizer state", "gradients", "saved for backward", "temporary")
@@ -45,15 +46,28 @@ class Kept(NamedTuple):
 
 
 class Owned(Counts):
-    """Counts that keep a list of their calls, too."""
+    """Counts that keep a list of their calls, too. entered: calls of samfast's operations"""
 
     def __init__(self, blocks: Blocks):
         super().__init__()
         self.blocks = blocks
         self.calls: list[Call] = []
+        self.entered: Counter = Counter()
+
+    def opened(self, operator):
+        self.enter(operator)
+        return super().opened(operator)
+
+    def enter(self, operator: str) -> None:
+        """An operator of samfast's was called; a part of the operation around it is no new call."""
+        name = operation(operator)
+        if not self.inside or operation(self.inside[-1]) != name:
+            self.entered[name] += 1
 
     def launch(self, name, times, size, flops):
         super().launch(name, times, size, flops)
+        if name.startswith(OWN):  # an operator that is counted as one call
+            self.enter(name)
         self._add(name, times, size, flops, 0)
 
     def sync(self, name):

@@ -39,8 +39,8 @@ def row_of_call(inside: str | None, name: str, timed: set[tuple[str | None, str]
     """The row of a call that was counted.
 
     inside: samfast's operation around it
-    timed: (operation around it, product) of products that were timed; others, of another path than
-        the one that ran, belong to the operation
+    timed: (operation around it, product) of products that were timed as often as counted; others,
+        of another path than the one that ran, belong to the operation
     """
     if name.startswith(OWN):
         return operation(name)

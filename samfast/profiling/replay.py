@@ -9,7 +9,7 @@ attention stays one call: its logits are in no memory here.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,12 +19,15 @@ from samfast import backends
 from samfast.counters import Counts, counting
 from samfast.kernels.relpos_attention.flops import OPERATORS as ATTENTION
 
+if TYPE_CHECKING:
+    from samfast.profiling.counted import Owned
+
 # Conv-LoRA's experts: which of them run depends on values, so that each call is another.
 BY_VALUES = frozenset(f"samfast::conv_experts_{way}" for way in ("forward", "backward"))
 
 
 class Noted(NamedTuple):
-    """One call as ``Counts.launch`` is told, or a wait of the host."""
+    """One call as ``Counts.launch`` is told, a wait of the host, or an operator of ours begins."""
 
     inside: tuple[str, ...]
     name: str
@@ -32,12 +35,17 @@ class Noted(NamedTuple):
     size: int
     flops: int
     waits: bool = False
+    opens: bool = False
 
 
 class _Notes(Counts):
     def __init__(self):
         super().__init__()
         self.made: list[Noted] = []
+
+    def opened(self, operator):
+        self.made.append(Noted(tuple(self.inside), operator, 0, 0, 0, opens=True))
+        return super().opened(operator)
 
     def launch(self, name, times, size, flops):
         self.made.append(Noted(tuple(self.inside), name, times, size, flops))
@@ -49,7 +57,7 @@ class _Notes(Counts):
 class Replay:
     """Runs an operator for ``counting(run=…)`` and tells ``counts`` what its body calls."""
 
-    def __init__(self, counts: Counts):
+    def __init__(self, counts: "Owned"):
         self.counts = counts
         self._known: dict[Any, list[Noted]] = {}
 
@@ -72,7 +80,9 @@ class Replay:
     def _tell(self, made: list[Noted]) -> None:
         for note in made:
             self.counts.inside += note.inside
-            if note.waits:
+            if note.opens:
+                self.counts.enter(note.name)
+            elif note.waits:
                 self.counts.sync(note.name)
             else:
                 self.counts.launch(note.name, note.times, note.size, note.flops)

@@ -2,7 +2,7 @@
 """Times, counts and ceilings of a recording, joined into one table."""
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from samfast.profiling.ceilings import Ceilings
 from samfast.profiling.counted import CATEGORIES, Call, CountedStep
-from samfast.profiling.names import GAP, row_of_call
+from samfast.profiling.names import GAP, OWN, is_product, row_of_call
 from samfast.profiling.recorder import Recorder
 from samfast.profiling.timeline import (
     BACKWARD,
@@ -27,7 +27,8 @@ from samfast.profiling.timeline import (
 )
 
 REST = "rest of the model"
-_NO_BLOCK = {phase: phase for phase in (OPTIMIZER, DATA, GAP)}
+BETWEEN = "between blocks"  # the host gap, but for what blocks have of it inside
+_NO_BLOCK = {OPTIMIZER: OPTIMIZER, DATA: DATA, GAP: BETWEEN}
 _ABOVE = 1.1  # of a ceiling, past what the clock explains
 _POINTS = 600  # of the memory's history
 
@@ -98,6 +99,9 @@ def _notes(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> list
             f"above their ceilings are {', '.join(fast)}: a cache served them, or the ceilings "
             "were measured while the machine was busy; --fresh-ceilings measures them anew"
         )
+    unknown = [r for r in rows if r["share"] > 0.01 and _is_unknown(r)]
+    if unknown:
+        notes.append(_about_unknown(unknown))
     if recorder.both:
         notes.append(
             "one step was timed and counted at once, so its times include the counting; let two "
@@ -115,6 +119,23 @@ def _notes(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> list
     return notes
 
 
+def _is_unknown(row: dict[str, Any]) -> bool:
+    """Whether the calls that were timed are not those that were counted."""
+    return bool(row["flop"] or row["bytes"]) and row["share"] > 0 and row["reached"] is None
+
+
+def _about_unknown(rows: Sequence[dict]) -> str:
+    """Why these rows have no rates."""
+    each = (
+        f"{r['name']} (timed {r['timed_calls']:.4g} calls, counted {r['counted_calls']})"
+        for r in rows
+    )
+    return (
+        f"no rates are given for {', '.join(each)}: the timed and the counted calls differ, "
+        "because steps differ or because counting changes what torch calls"
+    )
+
+
 def _with_optimizer(counted: CountedStep, steps: bool) -> list[Call]:
     """The calls, of which those after the last backward are the optimizer's, if there is one."""
     calls = counted.counts.calls
@@ -126,14 +147,22 @@ def _with_optimizer(counted: CountedStep, steps: bool) -> list[Call]:
 def _operations(
     times: Timeline, calls: Sequence[Call], counted: CountedStep, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
-    """One row for each operation, the longest first."""
+    """One row for each operation, the longest first.
+
+    Rates are None where the calls of the timed steps are not those of the counted step.
+    """
     steps = len(times.walls)
+    apart = _products_apart(times, calls)
+    times = times._replace(pieces=[_within(piece, apart) for piece in times.pieces])
     spent = _by_step(times.pieces, steps, lambda owner: owner.row or GAP)
-    made: dict[str, set] = defaultdict(set)
-    for piece in times.pieces:
-        if piece.owner.row is not None and piece.owner.called:
-            made[piece.owner.row].add((piece.step, piece.owner.called))
-    costs = _costs(calls, lambda call: row_of_call(call.inside, call.name, times.products))
+    made = Counter(row for _, row in _timed_calls(times.pieces))
+
+    def row_of(call: Call) -> str:
+        return row_of_call(call.inside, call.name, apart)
+
+    seen = Counter(row_of(call) for call in calls if call.launches)
+    seen.update({n: counted.counts.entered[n] - seen[n] for n in seen if n.startswith(OWN)})
+    costs = _costs(calls, row_of)
     for kept in counted.saved():
         costs[kept.row]["saved_bytes"] += kept.size
     wall = sum(times.walls)
@@ -143,7 +172,9 @@ def _operations(
         cost = costs[name]
         row = {
             "name": name,
-            "calls": round(len(made[name]) / steps),
+            "calls": round(made[name] / steps),
+            "timed_calls": made[name] / steps,
+            "counted_calls": seen[name],
             "ms": statistics.median(each) / 1e6,
             "least_ms": min(each) / 1e6,
             "most_ms": max(each) / 1e6,
@@ -152,12 +183,49 @@ def _operations(
         }
         # What a library does in one call on a CPU is one launch there.
         launched = cost if times.on_device else cost | {"launches": row["calls"]}
-        rows.append(row | _bound(launched, sum(each) / steps / 1e9, ceilings))
+        same = made[name] == seen[name] * steps
+        rows.append(row | _bound(launched, sum(each) / steps / 1e9 if same else 0, ceilings))
     return sorted(rows, key=lambda row: (-row["share"], row["name"]))
 
 
+def _products_apart(times: Timeline, calls: Iterable[Call]) -> set[tuple[str | None, str]]:
+    """(samfast's operation, product) of the products that have rows of their own.
+
+    Products inside an operation have none where a native operator runs others than are counted;
+    the operation then has their time and their cost.
+    """
+    steps = len(times.walls)
+    timed = Counter((o.inside, row) for o, row in _timed_calls(times.pieces) if is_product(row))
+    counted = Counter((c.inside, c.name) for c in calls if c.launches and is_product(c.name))
+    keys = {*timed, *counted}
+    other = {
+        inside for inside, name in keys if timed[inside, name] != steps * counted[inside, name]
+    }
+    return {key for key in keys if key[0] not in other}
+
+
+def _within(piece: Piece, apart: set[tuple[str | None, str]]) -> Piece:
+    """The piece as its operation's, unless it is of a product that has a row of its own."""
+    owner = piece.owner
+    product = owner.inside is not None and is_product(owner.row or "")
+    if not product or (owner.inside, owner.row) in apart:
+        return piece
+    return piece._replace(owner=owner._replace(row=owner.inside, called=owner.entered))
+
+
+def _timed_calls(pieces: Iterable[Piece]) -> list[tuple[Owner, str]]:
+    """(owner, row), once for each call of all steps."""
+    # Each thread numbers its calls itself; beside a GPU another thread makes the backward.
+    found = {}
+    for piece in pieces:
+        o = piece.owner
+        if o.row is not None and o.called:
+            found.setdefault((o.row, o.called, o.phase == BACKWARD), (o, o.row))
+    return list(found.values())
+
+
 def _bound(cost: dict[str, int], seconds: float, ceilings: Ceilings) -> dict[str, Any]:
-    """Rates, and the ceiling that binds."""
+    """Rates, and the ceiling that binds. seconds: 0 where they are not those of the cost"""
     if not seconds or not (cost["flop"] or cost["bytes"]):
         return {"tflop_per_s": None, "gb_per_s": None, "ceiling": None, "reached": None}
     least = ceilings.least_seconds(cost["flop"], cost["bytes"], cost["launches"])
@@ -191,7 +259,7 @@ def _blocks(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> lis
     order: dict[str, int] = {}
     for piece in times.pieces:
         order.setdefault(block(piece.owner), len(order))
-    last = {name: i for i, name in enumerate((REST, OPTIMIZER, DATA, GAP), 1)}
+    last = {name: i for i, name in enumerate((REST, OPTIMIZER, DATA, BETWEEN), 1)}
     return sorted(rows, key=lambda r: (last.get(r["name"], 0), order.get(r["name"], len(order))))
 
 
@@ -233,12 +301,27 @@ def _costs(calls: Iterable[Call], key) -> dict[str, dict[str, int]]:
 
 
 def largest_loss(rows: Sequence[dict], on_device: bool, total: float) -> str:
-    """A sentence that names where most time goes that the ceilings do not ask for."""
+    """A sentence that names where most time goes that the ceilings do not ask for.
+
+    A row whose rates are not known loses nothing that is known; a second clause names it.
+    """
 
     def lost(row: dict) -> float:
-        return row["share"] * (1 - min(1.0, row["reached"] or 0.0))
+        return 0 if _is_unknown(row) else row["share"] * (1 - min(1.0, row["reached"] or 0.0))
 
     row = max(rows, key=lost)
+    sentence = _loss(row, lost(row), on_device)
+    unknown = max(filter(_is_unknown, rows), key=lambda r: r["share"], default=None)
+    if unknown is not None and unknown["share"] > lost(row):
+        sentence += (
+            f"; {unknown['name']} takes {unknown['share']:.0%}, but how much of that is lost "
+            "is not known: the timed and the counted calls differ"
+        )
+    return sentence
+
+
+def _loss(row: dict[str, Any], lost: float, on_device: bool) -> str:
+    """Of one row. lost: share of the step"""
     share = f"{row['share']:.0%}"
     if row["name"] == GAP:
         if on_device:
@@ -248,7 +331,7 @@ def largest_loss(rows: Sequence[dict], on_device: bool, total: float) -> str:
         return f"{row['name']} takes {share} of the step and computes nothing that is counted"
     return (
         f"{row['name']} takes {share} of the step at {row['reached']:.0%} of its ceiling "
-        f"({row['ceiling']}); {lost(row):.0%} of the step is lost there"
+        f"({row['ceiling']}); {lost:.0%} of the step is lost there"
     )
 
 

@@ -79,7 +79,8 @@ def test_what_binds(cache, measured):
 
 
 def row(name, share, reached=None, ceiling=None):
-    return {"name": name, "share": share, "reached": reached, "ceiling": ceiling}
+    cost = {"flop": 0 if name == "host gap" else 1000, "bytes": 0}
+    return {"name": name, "share": share, "reached": reached, "ceiling": ceiling, **cost}
 
 
 def test_the_largest_loss_is_named():
@@ -91,3 +92,10 @@ def test_the_largest_loss_is_named():
         "aten::mm takes 60% of the step at 25% of its ceiling (arithmetic); 45% of the step is "
         "lost there"
     )
+
+
+def test_what_is_not_known_is_no_loss():
+    rows = [row("aten::addmm", 0.6), row("host gap", 0.3), row("aten::mm", 0.1, 0.5, "memory")]
+    first, second = largest_loss(rows, True, 1.0).split("; ")
+    assert first == "host-bound: the device waits 30% of the step"
+    assert second.startswith("aten::addmm takes 60%, but how much of that is lost is not known")

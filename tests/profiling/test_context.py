@@ -51,6 +51,26 @@ def test_of_several_steps_the_first_is_only_counted(training):
     assert "largest loss: " in p.table()
 
 
+def test_no_rates_where_other_calls_are_timed_than_counted(training):
+    """The counted step evaluates, the timed ones do not."""
+    with samfast.profile(training.model) as p:
+        with torch.no_grad():
+            training.model(torch.ones(4096, 16))
+        training.step(4)
+    result = p.as_dict()
+    rows = {row["name"]: row for row in result["operations"]}
+    product = rows["aten::addmm"]
+    assert (product["timed_calls"], product["counted_calls"]) == (2, 4)
+    rates = ("tflop_per_s", "gb_per_s", "ceiling", "reached")
+    assert [product[name] for name in rates] == [None] * 4
+    assert rows["aten::mm"]["reached"] and not rows["aten::addmm"]["reached"]
+    assert result["totals"]["flop"] == training.flop + 2 * 2 * 4096 * 16 * 16
+    (note,) = [note for note in result["notes"] if note.startswith("no rates are given for")]
+    assert "aten::addmm (timed 2 calls, counted 4)" in note and "aten::mm " not in note
+    assert not result["largest_loss"].startswith("aten::addmm")
+    p.table()
+
+
 def test_no_more_than_so_many_steps(training):
     with samfast.profile(steps=2) as p:
         training.step(9)

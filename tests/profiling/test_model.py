@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import eager_adapter, exchange
@@ -67,6 +68,28 @@ def test_operations_have_our_names(result):
     assert rows["host gap"]["reached"] is None
 
 
+def same_calls(result):
+    """Only the same calls, timed and counted, have rates; on a CPU all of ours do."""
+    for row in result["operations"]:
+        same = row["timed_calls"] == row["counted_calls"]
+        assert same or row["reached"] is None, row
+        if row["name"].startswith("samfast::") and not torch.cuda.is_available():
+            assert same and row["reached"], row
+
+
+def test_a_native_operator_has_its_products(result):
+    same_calls(result)
+    rows = {row["name"]: row for row in result["operations"]}
+    assert rows["samfast::sam_block"]["flop"] > rows["samfast::window_relpos_attention"]["flop"]
+
+
+def test_blocks_have_a_gap_of_their_own_name(result):
+    names = {row["name"] for row in result["blocks"]}
+    assert "between blocks" in names and "host gap" not in names
+    gaps = [r["share"] for k in ("operations", "phases") for r in result[k] if "gap" in r["name"]]
+    assert len(gaps) == 2 and gaps[0] == pytest.approx(gaps[1])
+
+
 def stock_flop(settings):
     """FLOP of a step's forward and backward with segment_anything's blocks and eager adapters."""
     run = build(settings, fuse=False)
@@ -124,6 +147,7 @@ def test_every_method_and_mode(method, memory, capsys, monkeypatch):
         assert found["totals"]["flop"] == counts.flops
     assert found["totals"]["saved_bytes"] == saved.hooks
     assert found["totals"]["ms"] == pytest.approx(found["totals"]["outer_ms"], rel=0.03)
+    same_calls(found)
 
 
 def test_programs_that_are_compared(result, monkeypatch):

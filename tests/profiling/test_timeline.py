@@ -3,7 +3,9 @@
 
 import pytest
 
+from samfast.profiling.counted import Call
 from samfast.profiling.names import row_of_call, row_of_node
+from samfast.profiling.tables import _products_apart, _within
 from samfast.profiling.timeline import MARK, Event, timeline
 
 LEAVES = {"aten::addmm", "aten::add", "aten::_foreach_norm"}
@@ -126,3 +128,17 @@ def test_names_of_rows():
     assert row_of_node("NativeLayerNormBackward0") == "aten::native_layer_norm"
     assert row_of_node("SamBlockFunctionBackward") == block
     assert row_of_node("MyOwnBackward") == "MyOwn"
+
+
+def test_products_that_a_native_operator_runs_otherwise():
+    """It has their time where not as many were counted; alike they have rows of their own."""
+    block, found = "samfast::sam_block", timeline(STEP, lambda _: None, LEAVES)
+    outer = Call(None, "aten::addmm", "forward", None, 1, 0, 0, 0)
+    alike = [outer, outer._replace(inside=block)]
+    assert (block, "aten::addmm") in _products_apart(found, alike)
+    apart = _products_apart(found, [*alike, outer._replace(inside=block, name="aten::mm")])
+    assert apart == {(None, "aten::addmm")}
+    owners = [_within(piece, apart).owner for piece in found.pieces]
+    of_block = {owner.called for owner in owners if owner.row == block}
+    assert len(of_block) == 1  # call of the operation
+    assert len({owner.called for owner in owners if owner.row == "aten::addmm"}) == 1
