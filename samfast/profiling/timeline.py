@@ -75,13 +75,11 @@ class Piece(NamedTuple):
 class Timeline(NamedTuple):
     """pieces of all steps, without gaps in between   walls: ns of each step
 
-    products: (operation around it, product) of the products that were seen
     on_device: whether the pieces are those of a GPU
     """
 
     pieces: list[Piece]
     walls: list[int]
-    products: set[tuple[str | None, str]]
     on_device: bool
 
 
@@ -124,10 +122,9 @@ def timeline(
     main = next(e.thread for e in events if e.name == MARK)
     owners: dict[int, Owner] = {}
     cut: list[tuple[int, int, Owner]] = []
-    products: set[tuple[str | None, str]] = set()
     for thread in {e.thread for e in host}:
         own = [e for e in host if e.thread == thread]
-        pieces = _of_thread(own, of_sequence, leaves, owners, products)
+        pieces = _of_thread(own, of_sequence, leaves, owners)
         if thread == main:
             cut = pieces
     on_device = any(marks[0] <= e.start < marks[-1] for e in kernels)
@@ -137,7 +134,7 @@ def timeline(
     steps = (list(own) for _, own in itertools.groupby(pieces, lambda piece: piece.step))
     pieces = [piece for own in steps for piece in _after_backward(own)]
     walls = [b - a for a, b in itertools.pairwise(marks)]
-    return Timeline(pieces, walls, products, on_device)
+    return Timeline(pieces, walls, on_device)
 
 
 def _of_thread(
@@ -145,7 +142,6 @@ def _of_thread(
     of_sequence: Callable[[int], str | None],
     leaves: Collection[str],
     owners: dict[int, Owner],
-    products: set[tuple[str | None, str]],
 ) -> list[tuple[int, int, Owner]]:
     """(start, end, owner) of the moments of one thread that an event covers."""
     pieces: list[tuple[int, int, Owner]] = []
@@ -167,8 +163,6 @@ def _of_thread(
         until(event.start)
         around = open_[-1][1] if open_ else Owner()
         owner = _owner(event, around, of_sequence, leaves, number)
-        if owner.row == event.name and is_product(event.name):
-            products.add((owner.inside, event.name))
         owners[event.key] = owner
         open_.append((event, owner))
     until(max((e.end for e, _ in open_), default=at))
