@@ -9,7 +9,7 @@ attention stays one call: its logits are in no memory here.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -18,9 +18,6 @@ from torch.utils._pytree import tree_flatten
 from samfast import backends
 from samfast.counters import Counts, counting
 from samfast.kernels.relpos_attention.flops import OPERATORS as ATTENTION
-
-if TYPE_CHECKING:
-    from samfast.profiling.counted import Owned
 
 # Conv-LoRA's experts: which of them run depends on values, so that each call is another.
 BY_VALUES = frozenset(f"samfast::conv_experts_{way}" for way in ("forward", "backward"))
@@ -55,9 +52,12 @@ class _Notes(Counts):
 
 
 class Replay:
-    """Runs an operator for ``counting(run=…)`` and tells ``counts`` what its body calls."""
+    """Runs an operator for ``counting(run=…)`` and tells ``counts`` what its body calls.
 
-    def __init__(self, counts: "Owned"):
+    counts: Counts that are also told which operation is entered, as ``counted.Owned`` is
+    """
+
+    def __init__(self, counts: Any):
         self.counts = counts
         self._known: dict[Any, list[Noted]] = {}
 
