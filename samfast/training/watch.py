@@ -32,36 +32,43 @@ class Losses:
         self.reduce = reduce
         self.values: list[float] = []
         self.counts: list[int] = []
-        self._waiting: list[Tensor] = []
-        self._steps: list[int] = []  # of the batches that wait
-        self._norms: dict[int, Tensor] = {}  # by step, of the last few
+        self._steps: list[int] = []  # of the batches that wait to be looked at
+        self._losses: Tensor | None = None  # (PATIENCE,), theirs
+        self._known: list[int] = []  # steps whose norms are known, of the last few
+        self._norms: Tensor | None = None  # (PATIENCE + 1, P), of a step in its row
 
     def add(self, loss: Tensor, images: int, step: int) -> None:
         """Take down the loss of a batch of so many images, which is part of this step."""
-        self._waiting.append(loss.detach().float())
+        loss = loss.detach().float()
+        if self._losses is None:
+            self._losses = loss.new_empty(PATIENCE)
+        self._losses[len(self._steps)] = loss
         self._steps.append(step)
         self.counts.append(images)
 
     def add_norms(self, norms: Tensor, step: int) -> None:
-        self._norms[step] = norms
+        if self._norms is None:
+            self._norms = norms.new_empty(PATIENCE + 1, len(norms))
+        self._norms[step % len(self._norms)] = norms
+        self._known.append(step)
 
     def due(self) -> bool:
         """Whether it is time to look, which all processes do together."""
-        return len(self._waiting) >= PATIENCE
+        return len(self._steps) >= PATIENCE
 
     def look(self) -> None:
         """Wait for the device; NotFinite for the first loss that is not finite."""
-        if not self._waiting:
+        if not self._steps:
             return
-        values = self.reduce(torch.stack(self._waiting), reduction="mean").tolist()
-        steps, self._waiting, self._steps = self._steps, [], []
+        steps, self._steps = self._steps, []
+        values = self.reduce(self._losses[: len(steps)].clone(), reduction="mean").tolist()
         for value, step in zip(values, steps, strict=True):
             if not math.isfinite(value):
                 raise NotFinite(
                     f"the loss is {value} in step {step}{self._largest(step)}", len(self.values)
                 )
             self.values.append(value)
-        self._norms = dict([max(self._norms.items())]) if self._norms else {}
+        self._known = self._known[-1:]
 
     def mean(self) -> float:
         """Mean over the images of the batches that were looked at."""
@@ -71,11 +78,11 @@ class Losses:
 
     def _largest(self, step: int) -> str:
         """The largest gradient of the step before a bad one, or of that one itself."""
-        known = [s for s in self._norms if s < step] or [s for s in self._norms if s == step]
+        known = [s for s in self._known if s < step] or [s for s in self._known if s == step]
         if not known:
             return ""
         which = max(known)
-        norms = self._norms[which]
+        norms = self._norms[which % len(self._norms)]
         bad = (~norms.isfinite()).nonzero().flatten().tolist()
         at = bad[0] if bad else int(norms.argmax())
         when = "that step" if which == step else "the step before"

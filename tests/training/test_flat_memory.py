@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from samfast.training.watch import PATIENCE
-
 STEPS = 200
 ALLOWED = 2 * 2**20  # bytes, up or down
-STORAGES = 2 * PATIENCE + 2  # losses, and norms of gradients, that nobody looked at yet
+STORAGES = 2
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and malloc_trim of glibc")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_hundred_steps_hold_what_ten_hold(shared_data, tmp_path, workers):
-    """Storages, their bytes and resident bytes after steps 10, 20 ... 200 of one epoch."""
+    """Storages, their bytes and resident bytes after steps 10, 20 ... 200 of one epoch.
+
+    glibc gives back what is free, so that only what is held counts: with its own thresholds, which
+    move, resident bytes jump by 2 MB once, at no certain step.
+    """
     settings = {
         "data": str(shared_data),
         "output": str(tmp_path / "out"),
@@ -37,7 +39,7 @@ def test_two_hundred_steps_hold_what_ten_hold(shared_data, tmp_path, workers):
         [*command, json.dumps(settings)],
         capture_output=True,
         text=True,
-        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -123,7 +123,7 @@ def test_a_disk_with_room_takes_the_run_over_an_earlier_one(disk):
 @pytest.mark.parametrize("awaited", ["metrics.csv", "overlays"])
 def test_a_disk_that_fills_up_keeps_the_last_good_adapters(disk, awaited):
     """Another program takes all that is free in the midst of the first epoch's files, or later."""
-    done = disk.finetune("60m", "--epochs 200", f"out/{awaited}")
+    done = disk.finetune("150m", "--epochs 200", f"out/{awaited}")
     check_refused(done, "could not be written (No space left on device)")
     assert f"{disk.folder}/disk/out/" in done.stderr
     epochs = len((disk.left / "out" / "metrics.csv").read_text().splitlines()) - 1
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_keeps_the_last_good_adapters(disk, awaited):
 def test_a_disk_that_fills_up_before_the_first_result_keeps_the_earlier_one(disk, awaited):
     """While the model is built, and where the old results already make way for the new ones."""
     before = earlier_result(disk.before, 4 * MIB)
-    done = disk.finetune("60m", "--epochs 200 --overwrite", f"out/{awaited}")
+    done = disk.finetune("150m", "--epochs 200 --overwrite", f"out/{awaited}")
     check_refused(done, "(No space left on device)")
     if awaited == ".earlier" and contents(disk.left).keys() != before.keys():
         read_adapter(disk.left / "out" / "adapter" / "last")  # the run was faster than the filler
