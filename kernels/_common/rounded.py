@@ -90,7 +90,7 @@ class Rounded(Seen):
 
     def _convolution_backward(self, made, func, dy, x, weight, sizes, *options):
         squares = func(dy.square(), x.square(), weight.square(), sizes, *options)
-        points = dy.shape[0] * dy[0, 0].numel()
+        points = dy.numel() // dy.shape[1]  # of no image: 0
         counts = weight[:, 0].numel(), points, points
         triples = zip(made, squares, counts, strict=True)
         return tuple(t if t is None else self._err(t, s, n) for t, s, n in triples)

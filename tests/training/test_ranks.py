@@ -183,7 +183,6 @@ def in_parts(patch):
         if not streams:
             streams.append(torch.get_rng_state())
             torch.manual_seed(self.settings.seed + 1)
-            torch.empty((), dtype=torch.int64).random_()  # the loader's draw of an epoch
             streams.append(torch.get_rng_state())
         count, total = len(batch.images), 0.0
         bounds = (0, -(-count // 2), count)
