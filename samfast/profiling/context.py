@@ -116,7 +116,7 @@ class profile:
 
 
 def rank() -> int:
-    """Of this process, 0 where it is the only one."""
+    """Return this process's rank; 0 for a single process or a RANK that is not a number."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
     named = os.environ.get("RANK", "")

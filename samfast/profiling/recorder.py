@@ -112,7 +112,7 @@ class Recorder:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step that was timed by the clock."""
+        """Return the wall time of each timed step."""
         return [b - a for a, b in itertools.pairwise(self.marks(self._clock))]
 
     def marks(self, found: list) -> list:
@@ -145,7 +145,7 @@ class Recorder:
         self.step += 1
 
     def _is_last(self) -> bool:
-        """Of several of a kind, of which only the last waits for the GPU, where one can know."""
+        """Tell whether the step is the last of its kind, which waits for the GPU."""
         return self.plan[0] == BOTH or self.plan[self.step + 1 : self.step + 2] != [self._kind]
 
     def _before_step(self, optimizer, args, kwargs) -> None:

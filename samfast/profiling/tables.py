@@ -321,7 +321,7 @@ def largest_loss(rows: Sequence[dict], on_device: bool, total: float) -> str:
 
 
 def _loss(row: dict[str, Any], lost: float, on_device: bool) -> str:
-    """Of one row. lost: share of the step"""
+    """Describe one row. lost: share of the step"""
     share = f"{row['share']:.0%}"
     if row["name"] == GAP:
         if on_device:

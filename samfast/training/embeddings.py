@@ -80,7 +80,7 @@ def keeps_training_images(sam: nn.Module, settings: FinetuneSettings) -> bool:
 
 @torch.no_grad()
 def embedding_bytes(model: Segmenter) -> int:
-    """Of one image's embedding, in the dtype that the encoder gives on the model's device."""
+    """Return the size of one image's embedding, in the dtype that the encoder gives."""
     encoder, dtype = model.sam.image_encoder, model.dtype
     weight = encoder.patch_embed.proj.weight
     cell = weight.new_zeros(1, weight.shape[0], 1, 1)

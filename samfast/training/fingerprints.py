@@ -13,7 +13,7 @@ _DIGITS = 16
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """Of the bytes of these files, in their order."""
+    """Hash the bytes of these files, in their order."""
     found = hashlib.blake2b()
     for path in paths:
         with open(path, "rb") as file:
@@ -23,7 +23,7 @@ def of_files(paths: Iterable[Path]) -> str:
 
 
 def of_arrays(*arrays: np.ndarray) -> str:
-    """Of the types, shapes and values of these arrays."""
+    """Hash the types, shapes and values of these arrays."""
     found = hashlib.blake2b()
     for array in arrays:
         found.update(f"{array.dtype} {array.shape} ".encode())
