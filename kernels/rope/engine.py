@@ -50,7 +50,8 @@ def rotate_(
     t: (B, H, W, n, heads, head_dim), any strides but 1 of the last dimension
     cos, sin: (height · width, head_dim / 2), any strides, float32 (float64 for float64); token
         (y, x) has row (y % height) · width + x % width
-    halves: pairs are features i and i + head_dim / 2, else 2 i and 2 i + 1   inverse: sin is negated
+    halves: pairs are features i and i + head_dim / 2, else 2 i and 2 i + 1
+    inverse: sin is negated
 
     Arithmetic is float32 (float64 for float64), rounded once to t's dtype. Saves nothing: the
     backward is the same call with ``inverse`` turned. Raises ValueError when shapes, strides,
@@ -69,8 +70,8 @@ def check(t: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> None:
     size = windows.batch, windows.image_height, windows.image_width
     if t.dim() != 6 or t.shape[:3] != size or t.shape[5] % 2 or t.shape[5] == 0:
         raise ValueError(
-            f"t has shape {tuple(t.shape)}, but {size[0]} images of {size[1]}×{size[2]} tokens need "
-            f"({', '.join(map(str, size))}, n, heads, head_dim) with an even head_dim"
+            f"t has shape {tuple(t.shape)}, but {size[0]} images of {size[1]}×{size[2]} tokens "
+            f"need ({', '.join(map(str, size))}, n, heads, head_dim) with an even head_dim"
         )
     shape = windows.height * windows.width, t.shape[5] // 2
     dtype = torch.promote_types(t.dtype, torch.float32)

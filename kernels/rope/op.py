@@ -129,7 +129,7 @@ def _sides(window, qkv: Tensor) -> tuple[int, int]:
     whole = (isinstance(side, (int, torch.SymInt)) and type(side) is not bool for side in size)
     if not all(whole) or len(size) != 2 or min(size) < 1:
         raise ValueError(
-            f"window is {window!r}; it must be None, a side or (height, width), whole numbers of at "
-            "least 1"
+            f"window is {window!r}; it must be None, a side or (height, width), whole numbers "
+            "of at least 1"
         )
     return size
