@@ -60,8 +60,12 @@ def rotate_(
         rotate_("auto", qkv[:, :, :, :2], cos, sin, windows, halves=False, inverse=False)
     """
     check(t, cos, sin, windows)
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
+    if t.stride(-1) != 1:
         raise ValueError(f"t has stride {t.stride(-1)} in its last dimension, but must have 1")
+    if 0 in [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1]:
+        raise ValueError(
+            f"t has strides {t.stride()}, which hold several elements in one place; rotate a copy"
+        )
     path_of(backend, t).rotate(t, t, cos, sin, windows, halves, inverse)
 
 

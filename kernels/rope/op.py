@@ -96,7 +96,7 @@ def rope(
     check_dtypes({"qkv": qkv})
     if pairs not in PAIRS:
         raise ValueError(f"pairs is {pairs!r}; it must be one of {', '.join(PAIRS)}")
-    if isinstance(parts, bool) or parts not in (1, 2, 3):
+    if type(parts) is not int or parts not in (1, 2, 3):
         raise ValueError(f"parts is {parts!r}; it must be 1 (q), 2 (q and k) or 3")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad:

@@ -34,6 +34,7 @@ def call(**changes):
         ({"pairs": "both"}, "pairs is 'both'; it must be one of interleaved, halves"),
         ({"parts": 4}, r"parts is 4; it must be 1 \(q\), 2 \(q and k\) or 3"),
         ({"parts": True}, "parts is True; it must be 1"),
+        ({"parts": 2.0}, "parts is 2.0; it must be 1"),
         ({"cos": torch.zeros(6, 8)}, r"cos has shape \(6, 8\).* tables_of takes tables with each"),
         ({"sin": torch.zeros(4, 4)}, r"sin has shape \(4, 4\), but .* need \(6, 4\)$"),
         ({"sin": torch.zeros(6, 4).half()}, r"sin is torch.float16, .* pass sin.to\(torch.float32"),
@@ -56,6 +57,7 @@ def test_sentences(changes, sentence, backend):
         (torch.zeros(1, 4, 5, 2, 2, 8), r"need \(1, 4, 6, n, heads, head_dim\)"),
         (torch.zeros(1, 4, 6, 2, 2, 7), "an even head_dim"),
         (torch.zeros(1, 4, 6, 2, 2, 16)[..., ::2], "t has stride 2 in its last dimension"),
+        (torch.zeros(1, 4, 1, 2, 2, 8).expand(-1, -1, 6, -1, -1, -1), "several elements in one"),
         (torch.zeros(1, 4, 6, 2, 2, 6), r"head_dim 6 need \(6, 3\)"),
     ],
 )
