@@ -90,7 +90,7 @@ SAMFAST_INLINE void turn_token_body(const Sizes& z, const Turn<T>& t) {
     }
 }
 template <typename T>
-constexpr EachProcessor<turn_token_body<T>, turn_token_body<T>, turn_token_body<T>> turn_token;
+constexpr EachProcessor<turn_token_body<T>> turn_token;
 
 template <typename T>
 void rotate(const Sizes& z, const View<const T>& x, const View<T>& out, const Table& cos,

@@ -129,6 +129,19 @@ def test_in_place_is_what_the_operator_gives(backend):
         assert torch.equal(t, out.unflatten(3, (3, case.heads, case.head_dim))[:, :, :, :2])
 
 
+def test_from_one_memory_to_another(backend):
+    """As they lie apart in every dimension; what is read stays."""
+    case = Case(2, 2, 3, 2, 6, (2, 2))
+    x, rest = packed(case, torch.float32), (*case.tables(), case.windows, case.halves, False)
+    other = x.permute(4, 3, 1, 2, 0, 5).contiguous()  # (heads, 3, H, W, B, head_dim)
+    out = torch.zeros_like(other).permute(4, 2, 3, 1, 0, 5)
+    path, before = engine.path_of(backend, x), x.clone()
+    path.rotate(x, out, *rest)
+    assert torch.equal(x, before)
+    path.rotate(other.permute(4, 2, 3, 1, 0, 5), x, *rest)
+    assert torch.equal(x, out) and not torch.equal(x, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float32", "bfloat16"])
 def test_forth_and_back_is_where_it_began(backend, dtype):
     """By the real angles of the model."""
