@@ -60,6 +60,9 @@ void relpos_attention_backward(const Tensor&, const Tensor&, const Tensor&, cons
                                const Tensor&, const Tensor&, const Tensor&, std::vector<int64_t>,
                                double, Tensor, Tensor, Tensor, std::optional<Tensor>,
                                std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>);
+
+void rope_rotate(const Tensor&, const Tensor&, const Tensor&, std::vector<int64_t>, bool, bool,
+                 Tensor);
 }  // namespace samfast
 
 STABLE_TORCH_LIBRARY(samfast_native, m) {
@@ -107,6 +110,9 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
          "Tensor out, Tensor lse, int[] windows, float scale, Tensor(a!) dq, Tensor(b!) dk, "
          "Tensor(c!) dv, Tensor(d!)? dpad_k, Tensor(e!)? dpad_v, Tensor(f!)? dtable_h, "
          "Tensor(g!)? dtable_w) -> ()").c_str());
+  m.def(
+      "rope_rotate(Tensor x, Tensor cos, Tensor sin, int[] windows, bool halves, bool inverse, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(samfast_native, CompositeExplicitAutograd, m) {
@@ -139,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
          TORCH_BOX(&samfast::task_core_blocks_fold_backward));
   m.impl("relpos_attention_forward", TORCH_BOX(&samfast::relpos_attention_forward));
   m.impl("relpos_attention_backward", TORCH_BOX(&samfast::relpos_attention_backward));
+  m.impl("rope_rotate", TORCH_BOX(&samfast::rope_rotate));
 }
 
 #ifdef USE_CUDA

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operation as a function: ``backend="auto"`` and autograd throughout."""
+"""Every operation as a function: ``backend="auto"`` and autograd throughout.
+
+``axial_tables`` and ``tables_of`` give ``rope`` its tables.
+"""
 
 from samfast.kernels.adapt_former import adapt_former
 from samfast.kernels.cobot_fold import cobot_fold
@@ -13,10 +16,12 @@ from samfast.kernels.hypercomplex import (
 )
 from samfast.kernels.lora_linear import lora_linear
 from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
+from samfast.kernels.rope import axial_tables, rope, tables_of
 from samfast.kernels.task_core import task_core, task_cores
 
 __all__ = [
     "adapt_former",
+    "axial_tables",
     "cobot_fold",
     "conv_experts",
     "conv_lora_linear",
@@ -26,6 +31,8 @@ __all__ = [
     "kronecker_weight",
     "lora_linear",
     "relpos_attention",
+    "rope",
+    "tables_of",
     "task_core",
     "task_cores",
     "window_relpos_attention",

@@ -28,7 +28,7 @@ OPERATIONS = operations("launches.py")
 WINDOWS = Windows(4, 64, 64, 14, 14)
 # Operations and kernels whose products run in float32 whatever the tensors are.
 FLOAT32 = (
-    "conv_experts expert_gate hypercomplex cobot_fold fold_kernel fold_backward_kernel".split()
+    "conv_experts expert_gate hypercomplex cobot_fold fold_kernel fold_backward_kernel rope".split()
 )
 
 
@@ -54,6 +54,7 @@ def designs() -> dict[str, dict[str, int]]:
     phm = stages("hypercomplex", 4, 768, 3072, 4, 2)
     core = {s.name: s.flops for s in costs("task_core").product(3 * 19600, 32, 32, 3, 2)}
     cores = {s.name: s.flops for s in costs("task_core").cores(24, 32, 32, 4, 3)}
+    turn = stages("rope", 4 * 72 * 72, 24 * 24, 16, 64, 2)
     block = stages("sam_block", Windows.whole(4, 64, 64), 1280, 16, 4, 2)
     return {
         "lora_linear": {
@@ -90,6 +91,7 @@ def designs() -> dict[str, dict[str, int]]:
             "fold_backward_kernel": costs("cobot_fold").fold_backward(64, 4, 64, 1280, False),
             "shared_backward_kernel": costs("cobot_fold").shared_backward(64, 4, 64),
         },
+        "rope": {"rotate_kernel": turn["rotate"] + turn["rotate back"]},
         "sam_block": {
             "norm_kernel": block["norm1, h"] + block["x1 = x + update, norm2, h"],
             "norm_backward_kernel": block["norm1 backward, rows"],
@@ -190,4 +192,4 @@ def test_every_launch_can_be_asked_and_no_code_depends_on_it():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["asked"] > 2000 and found["numbers"] and found["heard"]
-    assert len(found["same"]) == 36 and all(found["same"].values()), found["same"]
+    assert len(found["same"]) == 37 and all(found["same"].values()), found["same"]
