@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.optim import optimizer as hooks_of_torch
 
-from samfast.profiling.blocks import Blocks
+from samfast.profiling.blocks import Blocks, Shapes, difference
 from samfast.profiling.counted import GRADIENTS, PARAMETERS, STATE, CountedStep
 from samfast.profiling.timeline import MARK
 
@@ -63,7 +63,11 @@ class Recorder:
         self.timed = 0  # steps
         self._clock: list[float] = []  # seconds at each mark
         self.cuda = False
-        self.remark: str | None = None  # what readers of the result should know
+        self.remarks: list[str] = []  # what readers of the result should know
+        self.compiled = False  # whether torch.compile compiled in a timed step
+        self._compilations = 0  # before the timed steps
+        self._shapes: Shapes = {}  # of the counted step
+        self._other_shapes: list[str] = []
         self.allocator_peak: int | None = None
         self._counting = self._profiling = False
         self.held = False  # whether a step could not end
@@ -122,8 +126,17 @@ class Recorder:
             return [found[0], found[-1]]
         return found[1:] if self.plan[0] == BOTH else found
 
+    def other_shapes(self) -> list[str]:
+        """What differs, of each timed step whose inputs have other shapes than the counted step."""
+        return self._other_shapes
+
+    def _say(self, remark: str) -> None:
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+
     def _begin(self) -> None:
         kind = self.plan[self.step] if self.step < len(self.plan) else DONE
+        self.blocks.shapes = {}
         if kind in (COUNT, BOTH):
             self._start_counting()
         if kind in (BOTH, TIME) and self.profiler is None:
@@ -137,12 +150,22 @@ class Recorder:
         if self._kind in (BOTH, TIME):
             self._mark()
             self.timed += 1
+            self._compare()
         if self._kind == PLAIN:
             self.plain.append(time.perf_counter() - self._began)
         if self._kind in (COUNT, BOTH):
             self._counting = False
             self.counted.__exit__(None, None, None)
+            self._shapes = self.blocks.shapes
+            self._compilations = _compilations()
         self.step += 1
+
+    def _compare(self) -> None:
+        """Tell the timed step at hand from the one that was counted."""
+        if self._kind == TIME:
+            differs = difference(self._shapes, self.blocks.shapes, self.blocks.named)
+            self._other_shapes += [differs] if differs else []
+            self.compiled |= _compilations() > self._compilations
 
     def _is_last(self) -> bool:
         """Tell whether the step is the last of its kind, which waits for the GPU."""
@@ -151,9 +174,9 @@ class Recorder:
     def _before_step(self, optimizer, args, kwargs) -> None:
         self.optimizers.setdefault(id(optimizer), optimizer)
         if any(map(callable, (*args[1:], *kwargs.values()))):
-            self.remark = _CLOSURE
-        elif len(self.optimizers) > 1 and self.remark is None:
-            self.remark = _SEVERAL
+            self._say(_CLOSURE)
+        if len(self.optimizers) > 1:
+            self._say(_SEVERAL)
         if self._kind in (COUNT, BOTH):
             self.counted.gradients(self._parameters())
 
@@ -225,6 +248,12 @@ class Recorder:
     def _parameters(self) -> list[Tensor]:
         groups = (g for o in self.optimizers.values() for g in o.param_groups)
         return [p for group in groups for p in group["params"]]
+
+
+def _compilations() -> int:
+    """How much torch.compile has compiled in this process, by the times that it keeps."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else sum(map(len, dynamo.compilation_time_metrics.values()))
 
 
 def _state_of(optimizers) -> list[Tensor]:
