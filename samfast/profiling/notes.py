@@ -22,7 +22,7 @@ def notes_of(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> li
     notes = []
     if any(map(is_above, rows)):
         notes.append(_about_above([row for row in rows if is_above(row)]))
-    if recorder.other_shapes():
+    if recorder.other_shapes:
         notes.append(_about_shapes(recorder))
     elif unknown := [r for r in rows if r["share"] > _SHARE and _is_unknown(r)]:
         notes.append(_about_unknown(unknown))
@@ -39,8 +39,13 @@ def notes_of(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> li
         )
     if recorder.compiled:
         notes.append(
-            "torch.compile compiled during the timed steps, so their times include that; run a "
-            "step of the same shapes before the profile, or use a larger --skip"
+            "torch.compile compiled during the timed steps, so their times include that; let more "
+            "steps of the same shapes run"
+        )
+    elif recorder.left_out:
+        notes.append(
+            f"torch.compile compiled in the first {recorder.left_out} of the timed steps, which "
+            "do not count"
         )
     if hidden := sorted(recorder.counted.hidden):
         notes.append(
@@ -72,9 +77,9 @@ def _about_above(rows: Sequence[dict]) -> str:
 
 
 def _about_shapes(recorder: Recorder) -> str:
-    steps = recorder.other_shapes()
+    steps = recorder.other_shapes
     return (
-        f"{len(steps)} of {recorder.timed} timed steps have inputs of other shapes than the "
+        f"{len(steps)} of {len(recorder.seconds)} timed steps have inputs of other shapes than the "
         f"counted step ({steps[0]}), so no rates are given; FLOP, bytes and memory are of the "
         "counted step"
     )

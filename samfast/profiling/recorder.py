@@ -10,7 +10,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from samfast.profiling.timeline import MARK
 WARM, PLAIN, COUNT, BOTH, TIME, DONE = "warm", "plain", "count", "both", "time", "done"
 
 _CLOSURE = (
-    "the optimizer calls a closure: its forward and backward are inside the optimizer's step, and "
-    "the phases mix them"
+    "the optimizer calls a closure: the time of its forward stands under optimizer, its FLOP, "
+    "bytes and launches under forward"
 )
 _SEVERAL = (
-    "several optimizers step: what runs between the first and the last of a step may stand under "
-    "another phase"
+    "several optimizers step, and a step ends where the first one does: what the others do after "
+    "it begins the next step, its time under optimizer, its bytes and launches under forward"
 )
 
 
@@ -37,6 +37,13 @@ def plan(skip: int, steps: int) -> list[str]:
     """What happens in each step. skip: at least 2, of which the last is counted"""
     plain = max(1, skip // 2)
     return [WARM] * (skip - 1 - plain) + [PLAIN] * plain + [COUNT] + [TIME] * steps
+
+
+class _Compared(NamedTuple):
+    """A timed step. differs: which module gets inputs of other shapes than in the counted step"""
+
+    compiled: bool
+    differs: str | None
 
 
 class Recorder:
@@ -64,10 +71,9 @@ class Recorder:
         self._clock: list[float] = []  # seconds at each mark
         self.cuda = False
         self.remarks: list[str] = []  # what readers of the result should know
-        self.compiled = False  # whether torch.compile compiled in a timed step
-        self._compilations = 0  # before the timed steps
         self._shapes: Shapes = {}  # of the counted step
-        self._other_shapes: list[str] = []
+        self._compilations = 0  # before the step at hand
+        self._compared: list[_Compared] = []  # timed steps with the counted one
         self.allocator_peak: int | None = None
         self._counting = self._profiling = False
         self.held = False  # whether a step could not end
@@ -121,14 +127,26 @@ class Recorder:
 
     def marks(self, found: list) -> list:
         """Where steps begin and end, from all marks. One step alone lasts to the end; of several
-        the one that was counted is left out."""
+        the one that was counted is left out, and first ones that compiled."""
         if self.both:
             return [found[0], found[-1]]
-        return found[1:] if self.plan[0] == BOTH else found
+        return found[(self.plan[0] == BOTH) + self.left_out :]
 
+    @property
+    def left_out(self) -> int:
+        """How many of the first timed steps compiled, unless all did; they do not count."""
+        first = list(itertools.takewhile(lambda step: step.compiled, self._compared))
+        return len(first) if len(first) < len(self._compared) else 0
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile compiled in a timed step that counts."""
+        return any(step.compiled for step in self._compared[self.left_out :])
+
+    @property
     def other_shapes(self) -> list[str]:
         """What differs, of each timed step whose inputs have other shapes than the counted step."""
-        return self._other_shapes
+        return [s.differs for s in self._compared[self.left_out :] if s.differs is not None]
 
     def _say(self, remark: str) -> None:
         if remark not in self.remarks:
@@ -164,8 +182,8 @@ class Recorder:
         """Tell the timed step at hand from the one that was counted."""
         if self._kind == TIME:
             differs = difference(self._shapes, self.blocks.shapes, self.blocks.named)
-            self._other_shapes += [differs] if differs else []
-            self.compiled |= _compilations() > self._compilations
+            before, self._compilations = self._compilations, _compilations()
+            self._compared.append(_Compared(self._compilations > before, differs))
 
     def _is_last(self) -> bool:
         """Tell whether the step is the last of its kind, which waits for the GPU."""

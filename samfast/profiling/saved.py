@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 _hooks = torch._C._autograd
+_PUSH, _POP = "_push_saved_tensors_default_hooks", "_pop_saved_tensors_default_hooks"
 # Recomputes what it drops; what its hooks return holds no tensor, or one of the backward.
 _CHECKPOINT = "torch.utils.checkpoint"
 Pair = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -34,43 +34,42 @@ class SavedHooks:
     def __init__(self, note: Callable[[Tensor], Any], read: Callable[[Any], None]):
         self._note, self._read = note, read
         self.hidden: set[str] = set()
-        self._outer: Pair | None = None  # of the program, from before
         self._inner: list[Pair] = []  # entered since, as they are
-        self._enter, self._exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
+        self._push, self._pop = getattr(_hooks, _PUSH), getattr(_hooks, _POP)
 
     def __enter__(self) -> "SavedHooks":
-        ours = self
-
-        def enter(hooks: saved_tensors_hooks) -> None:
-            pair = hooks.pack_hook, hooks.unpack_hook
-            own = type(hooks).__module__ == _CHECKPOINT
-            _hooks._push_saved_tensors_default_hooks(*(pair if own else ours._wrapped(*pair)))
-            ours._inner.append(pair)
-
-        def leave(hooks: saved_tensors_hooks, *error: object) -> None:
-            _hooks._pop_saved_tensors_default_hooks()
-            if ours._inner:
-                ours._inner.pop()
-            else:  # one from before, which lies under ours
-                _hooks._pop_saved_tensors_default_hooks()
-                ours._push()
-
-        self._push()
-        saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__ = enter, leave
+        self._begin()
+        # Not methods of torch's class: a ``with`` that is open has got its own already.
+        setattr(_hooks, _PUSH, self._entered)
+        setattr(_hooks, _POP, self._left)
         return self
 
     def __exit__(self, *error: object) -> None:
-        saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__ = self._enter, self._exit
+        setattr(_hooks, _PUSH, self._push)
+        setattr(_hooks, _POP, self._pop)
         for _ in range(len(self._inner) + 1):
-            _hooks._pop_saved_tensors_default_hooks()
+            self._pop()
         for pair in self._inner:  # still open, as where an optimizer steps inside
-            _hooks._push_saved_tensors_default_hooks(*pair)
+            self._push(*pair)
         self._inner.clear()
 
-    def _push(self) -> None:
-        self._outer = _hooks._top_saved_tensors_default_hooks(False)
-        pair = self._wrapped(*self._outer) if self._outer else (self._pack, self._unpack)
-        _hooks._push_saved_tensors_default_hooks(*pair)
+    def _begin(self) -> None:
+        """Put ours above the program's pair that holds, if there is one."""
+        outer = _hooks._top_saved_tensors_default_hooks(False)
+        self._push(*(self._wrapped(*outer) if outer else (self._pack, self._unpack)))
+
+    def _entered(self, pack: Callable, unpack: Callable) -> None:
+        recomputes = getattr(pack, "__module__", None) == _CHECKPOINT
+        self._push(*((pack, unpack) if recomputes else self._wrapped(pack, unpack)))
+        self._inner.append((pack, unpack))
+
+    def _left(self) -> None:
+        self._pop()
+        if self._inner:
+            self._inner.pop()
+        else:  # one from before, which lies under ours
+            self._pop()
+            self._begin()
 
     def _pack(self, t: Tensor) -> _Packed:
         return _Packed(t, (self._note(t),))

@@ -47,7 +47,7 @@ def result(
     events, leaves = events_of(recorder.profiler), recorder.counted.storages.names
     times = timeline(events, recorder.blocks.of_sequence, leaves, recorder.marks)
     calls = _with_optimizer(recorder.counted, bool(recorder.optimizers))
-    alike = not recorder.other_shapes()
+    alike = not recorder.other_shapes
     rows = _operations(times, calls, recorder.counted, ceilings if alike else None)
     if any(is_above(row) for row in rows):
         ceilings = again(ceilings)
