@@ -28,8 +28,9 @@ _CLOSURE = (
     "bytes and launches under forward"
 )
 _SEVERAL = (
-    "several optimizers step, and a step ends where the first one does: what the others do after "
-    "it begins the next step, its time under optimizer, its bytes and launches under forward"
+    "several optimizers step, and a step ends where the first one does: the steps of the others "
+    "begin the next one; their time stands under optimizer, their bytes and launches under "
+    "forward, or nowhere where the first step of all was counted"
 )
 
 

@@ -10,6 +10,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import samfast
 from samfast.profiling import machine
+from samfast.profiling.context import result_of
+from samfast.profiling.recorder import BOTH, TIME, Recorder, plan
 
 WIDTH, ROWS = 16, 8
 
@@ -240,24 +242,19 @@ def test_several_optimizers(training):
             optimizer.step()
         training.model.zero_grad()
 
-    found = {}
-    for name, optimizers in {"one": [first], "two": [first, last]}.items():
-        with samfast.profile(training.model) as p:
+    def recorded(steps, optimizers):
+        with Recorder(steps, training.model) as recorder:
             for _ in range(5):
                 one(optimizers)
-        result = p.as_dict()
-        assert result["steps"]["timed"] == 4
+        result = result_of(recorder)
         said = notes_with(result, "several optimizers step, and a step ends where the first one")
-        assert len(said) == (name == "two")
-        found[name] = result
-    calls = {
-        name: {row["name"]: row["calls"] for row in r["operations"]}["Optimizer.step"]
-        for name, r in found.items()
-    }
-    assert calls == {"one": 1, "two": 2}
-    forward = {n: r["phases"][0] for n, r in found.items()}
-    assert forward["two"]["launches"] > forward["one"]["launches"]
-    assert forward["two"]["flop"] == forward["one"]["flop"]
+        assert len(said) == len(optimizers) - 1
+        return result["phases"][0]["launches"], result["totals"]["flop"]
+
+    for steps, again in (plan(2, 2), 2), ([BOTH, TIME, TIME], 0):
+        alone, both = recorded(steps, [first]), recorded(steps, [first, last])
+        assert both[0] - alone[0] == again  # calls for the second optimizer's two tensors
+        assert both[1] == alone[1]
 
 
 def test_a_closure_among_several_optimizers(training):
