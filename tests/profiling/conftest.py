@@ -13,6 +13,7 @@ def small_ceilings(tmp_path_factory):
         patch.setenv("SAMFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(machine.PRODUCTS, "cpu", ((64, 64, 64),))
         patch.setitem(machine.COPIED, "cpu", 2**16)
+        patch.setattr(machine, "_TURN", 1e-4)
         yield
 
 
