@@ -9,6 +9,7 @@ from samfast.profiling.names import GAP
 from samfast.profiling.recorder import Recorder
 from samfast.profiling.timeline import COMPILED
 
+ROWS = 24  # operations that are shown; the rest is one row
 _SHARE = 0.01  # of the step, from which on a row is worth a sentence
 
 
@@ -17,11 +18,16 @@ def is_above(row: dict[str, Any]) -> bool:
     return row["reached"] is not None and round(100 * row["reached"]) > 100
 
 
+def above(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are above their ceilings, of those that are shown. rows: of all operations"""
+    return list(filter(is_above, rows[:ROWS]))
+
+
 def notes_of(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> list[str]:
     """The notes of a result. rows: of the operations"""
     notes = []
-    if any(map(is_above, rows)):
-        notes.append(_about_above([row for row in rows if is_above(row)]))
+    if fast := above(rows):
+        notes.append(_about_above(fast))
     if recorder.other_shapes:
         notes.append(_about_shapes(recorder))
     elif unknown := [r for r in rows if r["share"] > _SHARE and _is_unknown(r)]:
@@ -66,7 +72,9 @@ def _listed(names: Sequence[str]) -> str:
 def _about_above(rows: Sequence[dict]) -> str:
     """Which rows, by how much, and why that may be."""
     some = [row for row in rows if row["share"] > _SHARE] or rows[:3]
-    each = _listed([f"{r['name']} ({r['reached']:.2f} times {r['ceiling']})" for r in some])
+    each = _listed(
+        [f"{r['name']} ({r['reached']:.2f} times its {r['ceiling']} ceiling)" for r in some]
+    )
     if len(some) < len(rows):
         each += f", and {len(rows) - len(some)} shorter ones"
     why = "the operation does less than is counted (a fast algorithm, or data from a cache)"

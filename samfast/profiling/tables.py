@@ -11,7 +11,7 @@ import torch
 from samfast.profiling.ceilings import Ceilings
 from samfast.profiling.counted import CATEGORIES, Call, CountedStep
 from samfast.profiling.names import GAP, OWN, is_product, row_of_call
-from samfast.profiling.notes import is_above, largest_loss, notes_of
+from samfast.profiling.notes import above, largest_loss, notes_of
 from samfast.profiling.recorder import Recorder
 from samfast.profiling.timeline import (
     BACKWARD,
@@ -49,7 +49,7 @@ def result(
     calls = _with_optimizer(recorder.counted, bool(recorder.optimizers))
     alike = not recorder.other_shapes
     rows = _operations(times, calls, recorder.counted, ceilings if alike else None)
-    if any(is_above(row) for row in rows):
+    if above(rows):
         ceilings = again(ceilings)
         rows = _operations(times, calls, recorder.counted, ceilings)
     wall = sum(times.walls) / 1e6

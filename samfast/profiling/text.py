@@ -4,9 +4,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from samfast.profiling.notes import is_above
+from samfast.profiling.notes import ROWS, is_above
 
-ROWS = 24  # operations that are shown; the rest is one row
 _HEADS = ("calls", "ms", "spread", "share", "GFLOP", "MB", "TFLOP/s", "GB/s", "ceiling", "reached")
 _COUNTS = ("launches", "syncs", "saved MB")
 

@@ -77,7 +77,7 @@ def test_above_a_ceiling_is_a_word_and_a_note(training, slow_once):
     assert all(float(share) <= 100 for share in re.findall(r"([\d.]+)%", operations))
     assert re.search(r"^aten::addmm .* arithmetic +above ", operations, re.M)
     (note,) = notes_with(result, "above their ceilings")
-    assert re.search(r"aten::addmm \([\d.]+ times arithmetic\)", note)
+    assert re.search(r"aten::addmm \([\d.]+ times its arithmetic ceiling\)", note)
     assert "does less than is counted" in note and "the machine was busy" in note
     assert f"note: {note}" in text
 
@@ -186,6 +186,22 @@ def test_what_hooks_of_the_program_keep(training, hooks, size, around):
     assert [("as int, whose bytes are not counted" in note) for note in said] == (
         [True] if hooks is Aside else []
     )
+
+
+def test_hooks_from_before_that_end_within_the_counted_step(training):
+    """What is saved after them is kept as it is, and nothing stays on torch's stack."""
+    hooks = Aside()
+    hooks.__enter__()
+    with samfast.profile(training.model) as p:
+        aside = training.loss()
+        hooks.__exit__()
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        (aside + training.loss()).backward()
+        training.optimizer.step()
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        training.step()
+    assert p.as_dict()["totals"]["saved_bytes"] == SAVED
+    assert notes_with(p.as_dict(), "hooks of the program's own keep")
 
 
 def hooked(hooks, step):
