@@ -120,11 +120,13 @@ def test_living_storages_at_their_most():
     assert [size // 400 for _, size in living.events] == [1, 1, -1, 2, -1, 1, -1]
 
 
+@pytest.mark.parametrize("window", [2, 3], ids=["whole", "padded"])
 @pytest.mark.parametrize("tables", [True, False])
-def test_a_closed_operator_is_one_call(tables):
-    """Its formulas are what its torch path computes where nothing is padded."""
-    ops, options = torch.ops.samfast, ([1, 2, 2, 2, 2], 0.25, "torch")
-    inputs = (torch.randn(1, 2, 2, 3, 1, 16), None, None, None, *torch.randn(2, 3, 16))
+def test_a_closed_operator_is_one_call(tables, window):
+    """Its formulas are what its torch path computes, queries of the padding included."""
+    ops, options = torch.ops.samfast, ([1, 2, 2, window, window], 0.25, "torch")
+    tables_of = torch.randn(2, 2 * window - 1, 16)
+    inputs = (torch.randn(1, 2, 2, 3, 1, 16), None, None, None, *tables_of)
     needs = [True, False, False, False, tables, tables]
 
     def both():

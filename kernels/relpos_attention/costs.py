@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention costs by its design: FLOP and bytes of both paths, launches of the GPU's.
+"""What attention costs by its design: FLOP and bytes of each path, launches of the GPU's.
+
+FLOP are of the products that a path executes. Keys of the padding take part on every path: their
+logits are in the softmax. Queries of the padding are computed on the torch path only. The lanes
+that fill up a vector or a tile are not counted: in C++ up to an eighth of a window.
 
 Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
 """
@@ -85,3 +89,37 @@ def cpu_stages(
         Stage("forward", 2 * product + bias, 2 * token + keys + number, 1),
         Stage("backward", walk, 4 * token + 2 * keys + number, 1),
     ]
+
+
+def torch_stages(
+    windows: Windows, heads: int, head_dim: int, itemsize: int, tables: bool = True
+) -> list[Stage]:
+    """Forward and backward of the torch path, where all of a padded window are queries.
+
+    Bytes and launches are 0: they depend on how the path cuts its blocks.
+    """
+    padded = Windows.whole(windows.samples, windows.height, windows.width)
+    product, bias, *_ = _sizes(padded, heads, head_dim, itemsize)
+    return [
+        Stage("forward", 2 * product + bias, 0, 0),
+        Stage("backward", 5 * product + (3 if tables else 2) * bias, 0, 0),
+    ]
+
+
+def triton_stages(
+    windows: Windows, heads: int, head_dim: int, itemsize: int, tables: bool = True
+) -> list[Stage]:
+    """Forward and backward on a GPU, and what float32 adds: weights and delta from themselves.
+
+    ``stages`` is the design in the dtypes of tensor cores, without it.
+    """
+    made = stages(windows, heads, head_dim, itemsize, tables)
+    if itemsize == 4:
+        product, _, token, pad, factor, number = _sizes(windows, heads, head_dim, itemsize)
+        moved = 2 * token + 2 * (token + pad) + factor + 3 * number
+        made.append(Stage("delta, share", 2 * product, moved, 1))
+    return made
+
+
+BY_BACKEND = {"cpu": cpu_stages, "torch": torch_stages, "triton": triton_stages}
+FORWARD_STAGES = {"cpu": 1, "torch": 1, "triton": 2}  # how many come first; the backward follows

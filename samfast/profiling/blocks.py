@@ -7,16 +7,19 @@ such as the neck. Its backward is known by the sequence numbers of the nodes its
 
 import bisect
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.modules import module as hooks_of_torch
 
 from samfast.fused.fuse import block_states
 
 RANGE = "samfast/block/"
+# Of a step: by a module's id, the shapes of its inputs and how often it was called with them.
+Shapes = dict[int, Counter[tuple]]
 
 
 def blocks_of(model: nn.Module) -> dict[int, str]:
@@ -51,14 +54,34 @@ def _above(name: str) -> Iterator[str]:
         yield name
 
 
+def difference(counted: Shapes, timed: Shapes, named: Callable[[int], str]) -> str | None:
+    """Name the first module that got inputs of other shapes in as many calls.
+
+    Other numbers of calls show in the operations. Nor do modules count that only one of both steps
+    called: torch.compile runs a model without calling those inside.
+    """
+    for key, here in timed.items():
+        there = counted.get(key, here)
+        if here != there and here.total() == there.total():
+            other, usual = (next(iter(shapes)) for shapes in (here - there, there - here))
+            return f"{named(key)} gets {_sizes(other)}, counted with {_sizes(usual)}"
+    return None
+
+
+def _sizes(shapes: tuple) -> str:
+    return " and ".join(str(tuple(shape)) for shape in shapes) or "no tensor"
+
+
 class Blocks:
     """Enter it to follow the blocks of a model, or of every model that is called inside.
 
     roots: the models that were seen
+    shapes: of the inputs of every module that was called; whoever reads it empties it
     """
 
     def __init__(self, model: nn.Module | None = None):
         self.roots: dict[int, nn.Module] = {}
+        self.shapes: Shapes = {}
         self._names: dict[int, str] = {}
         self._stack: list[tuple] = []  # (module's id, name, range, sequence number) of those inside
         self._depth = 0
@@ -98,6 +121,14 @@ class Blocks:
             return None
         return self._spans[at][1]
 
+    def named(self, key: int) -> str:
+        """What to call the module of this id."""
+        for root in self.roots.values():
+            for name, module in root.named_modules():
+                if id(module) == key:
+                    return name or type(root).__name__
+        return "a module"
+
     def _take(self, model: nn.Module) -> None:
         self.roots[id(model)] = model  # kept, so that no other module gets its id
         self._names.update(blocks_of(model))
@@ -111,7 +142,7 @@ class Blocks:
             own = torch.float32 if first is None else first.dtype
             self.dtype = torch.get_autocast_dtype(self.device.type) if lower else own
 
-    def _before(self, module: nn.Module, _inputs) -> None:
+    def _before(self, module: nn.Module, inputs) -> None:
         if torch.compiler.is_compiling():
             return
         if self._depth == 0:
@@ -121,6 +152,8 @@ class Blocks:
         elif torch.is_autocast_enabled(self.device.type) and self.dtype == torch.float32:
             self.dtype = torch.get_autocast_dtype(self.device.type)
         self._depth += 1
+        sizes = tuple([t.shape for t in inputs if isinstance(t, Tensor)])
+        self.shapes.setdefault(id(module), Counter())[sizes] += 1
         name = self._names.get(id(module))
         if name is not None and name != self.now:
             entered = record_function(RANGE + name)

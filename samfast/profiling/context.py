@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``samfast.profile``: profile the steps inside a ``with``."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from samfast.profiling.ceilings import ceilings
+from samfast.profiling.ceilings import ceilings, measured_again
 from samfast.profiling.outputs import check_output, trace_bytes
 from samfast.profiling.recorder import BOTH, TIME, Recorder
 
@@ -137,7 +138,7 @@ def result_of(
     what = f"{len(recorder.seconds)} steps, {named} on {kind}"
     about = {"what": what, "device": kind, "dtype": named, **(known or {})}
     try:
-        return result(recorder, limits, about)
+        return result(recorder, limits, about, functools.partial(measured_again, kind, dtype))
     except IndexError as error:
         raise RuntimeError(
             "torch.profiler lost the events of these steps, as it does when another profiler runs "

@@ -19,6 +19,7 @@ from samfast.counters import Counts, Living, counting
 from samfast.profiling.blocks import Blocks
 from samfast.profiling.names import OWN, UNREAD, operation, row_of_node
 from samfast.profiling.replay import Replay
+from samfast.profiling.saved import SavedHooks
 
 CATEGORIES = ("parameters", "optimizer state", "gradients", "saved for backward", "temporary")
 PARAMETERS, STATE, GRADIENTS, SAVED, TEMPORARY = CATEGORIES
@@ -162,7 +163,7 @@ class CountedStep:
         self.counts = Owned(blocks)
         self.storages = Storages(known)
         self.kept: dict[int, list] = {}  # by when it was made: row, block, size
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks = SavedHooks(self._save, self._read)
         self._stack = contextlib.ExitStack()
         self._top = None
 
@@ -196,18 +197,21 @@ class CountedStep:
         """Bytes by category at the moment when the most were alive."""
         return max(self.storages.history(), key=lambda row: sum(row.values()))
 
-    def _pack(self, t: Tensor):
+    @property
+    def hidden(self) -> set[str]:
+        """Types of what the program's own hooks keep without a tensor that can be seen."""
+        return self._hooks.hidden
+
+    def _save(self, t: Tensor) -> int | None:
         which = self.storages.which(t)
         if which is not None and which not in self.kept:
             size = t.untyped_storage().nbytes()
             self.kept[which] = [UNREAD, self.blocks.now, size]
             self.storages.category.setdefault(which, SAVED)
-        return t, which
+        return which
 
-    def _unpack(self, packed):
-        t, which = packed
+    def _read(self, which: int | None) -> None:
         if which is not None and self.kept[which][0] == UNREAD:
             node = torch._C._current_autograd_node()
             if node is not None:
                 self.kept[which][0] = row_of_node(node.name())
-        return t

@@ -14,14 +14,14 @@ _STYLE = """
   --quiet: #5c5c66; --bar: #9cc4e4; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ececf0; --paper: #17181b; --line: #3a3b41;
   --quiet: #a5a6b0; --bar: #2b5777; } }
-body { margin: 0 auto; padding: 1rem; max-width: 75rem; background: var(--paper);
+body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .loss { font-size: 1.15rem; font-weight: 600; }
 .quiet { color: var(--quiet); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.6rem; text-align: right; white-space: nowrap;
+table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.45rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); }

@@ -96,7 +96,7 @@ def _name(axes: "Axes", points: Sequence[tuple[float, float, dict[str, Any]]]) -
         axes.annotate(
             row["name"],
             (x, y),
-            xytext=(x * 1.25, height),
+            xytext=(x * 1.25 * (1 + row["share"]), height),  # past the point's own area
             fontsize=8,
             va="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "grey"},

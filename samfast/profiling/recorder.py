@@ -10,26 +10,27 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.optim import optimizer as hooks_of_torch
 
-from samfast.profiling.blocks import Blocks
+from samfast.profiling.blocks import Blocks, Shapes, difference
 from samfast.profiling.counted import GRADIENTS, PARAMETERS, STATE, CountedStep
 from samfast.profiling.timeline import MARK
 
 WARM, PLAIN, COUNT, BOTH, TIME, DONE = "warm", "plain", "count", "both", "time", "done"
 
 _CLOSURE = (
-    "the optimizer calls a closure: its forward and backward are inside the optimizer's step, and "
-    "the phases mix them"
+    "the optimizer calls a closure: the time of its forward stands under optimizer, its FLOP, "
+    "bytes and launches under forward"
 )
 _SEVERAL = (
-    "several optimizers step: what runs between the first and the last of a step may stand under "
-    "another phase"
+    "several optimizers step, and a step ends where the first one does: the steps of the others "
+    "begin the next one; their time stands under optimizer, their bytes and launches under "
+    "forward, or nowhere where the first step of all was counted"
 )
 
 
@@ -37,6 +38,13 @@ def plan(skip: int, steps: int) -> list[str]:
     """What happens in each step. skip: at least 2, of which the last is counted"""
     plain = max(1, skip // 2)
     return [WARM] * (skip - 1 - plain) + [PLAIN] * plain + [COUNT] + [TIME] * steps
+
+
+class _Compared(NamedTuple):
+    """A timed step. differs: which module gets inputs of other shapes than in the counted step"""
+
+    compiled: bool
+    differs: str | None
 
 
 class Recorder:
@@ -63,7 +71,10 @@ class Recorder:
         self.timed = 0  # steps
         self._clock: list[float] = []  # seconds at each mark
         self.cuda = False
-        self.remark: str | None = None  # what readers of the result should know
+        self.remarks: list[str] = []  # what readers of the result should know
+        self._shapes: Shapes = {}  # of the counted step
+        self._compilations = 0  # before the step at hand
+        self._compared: list[_Compared] = []  # timed steps with the counted one
         self.allocator_peak: int | None = None
         self._counting = self._profiling = False
         self.held = False  # whether a step could not end
@@ -117,13 +128,34 @@ class Recorder:
 
     def marks(self, found: list) -> list:
         """Where steps begin and end, from all marks. One step alone lasts to the end; of several
-        the one that was counted is left out."""
+        the one that was counted is left out, and first ones that compiled."""
         if self.both:
             return [found[0], found[-1]]
-        return found[1:] if self.plan[0] == BOTH else found
+        return found[(self.plan[0] == BOTH) + self.left_out :]
+
+    @property
+    def left_out(self) -> int:
+        """How many of the first timed steps compiled, unless all did; they do not count."""
+        first = list(itertools.takewhile(lambda step: step.compiled, self._compared))
+        return len(first) if len(first) < len(self._compared) else 0
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile compiled in a timed step that counts."""
+        return any(step.compiled for step in self._compared[self.left_out :])
+
+    @property
+    def other_shapes(self) -> list[str]:
+        """What differs, of each timed step whose inputs have other shapes than the counted step."""
+        return [s.differs for s in self._compared[self.left_out :] if s.differs is not None]
+
+    def _say(self, remark: str) -> None:
+        if remark not in self.remarks:
+            self.remarks.append(remark)
 
     def _begin(self) -> None:
         kind = self.plan[self.step] if self.step < len(self.plan) else DONE
+        self.blocks.shapes = {}
         if kind in (COUNT, BOTH):
             self._start_counting()
         if kind in (BOTH, TIME) and self.profiler is None:
@@ -137,12 +169,22 @@ class Recorder:
         if self._kind in (BOTH, TIME):
             self._mark()
             self.timed += 1
+            self._compare()
         if self._kind == PLAIN:
             self.plain.append(time.perf_counter() - self._began)
         if self._kind in (COUNT, BOTH):
             self._counting = False
             self.counted.__exit__(None, None, None)
+            self._shapes = self.blocks.shapes
+            self._compilations = _compilations()
         self.step += 1
+
+    def _compare(self) -> None:
+        """Tell the timed step at hand from the one that was counted."""
+        if self._kind == TIME:
+            differs = difference(self._shapes, self.blocks.shapes, self.blocks.named)
+            before, self._compilations = self._compilations, _compilations()
+            self._compared.append(_Compared(self._compilations > before, differs))
 
     def _is_last(self) -> bool:
         """Tell whether the step is the last of its kind, which waits for the GPU."""
@@ -151,9 +193,9 @@ class Recorder:
     def _before_step(self, optimizer, args, kwargs) -> None:
         self.optimizers.setdefault(id(optimizer), optimizer)
         if any(map(callable, (*args[1:], *kwargs.values()))):
-            self.remark = _CLOSURE
-        elif len(self.optimizers) > 1 and self.remark is None:
-            self.remark = _SEVERAL
+            self._say(_CLOSURE)
+        if len(self.optimizers) > 1:
+            self._say(_SEVERAL)
         if self._kind in (COUNT, BOTH):
             self.counted.gradients(self._parameters())
 
@@ -225,6 +267,12 @@ class Recorder:
     def _parameters(self) -> list[Tensor]:
         groups = (g for o in self.optimizers.values() for g in o.param_groups)
         return [p for group in groups for p in group["params"]]
+
+
+def _compilations() -> int:
+    """How much torch.compile has compiled in this process, by the times that it keeps."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else sum(map(len, dynamo.compilation_time_metrics.values()))
 
 
 def _state_of(optimizers) -> list[Tensor]:

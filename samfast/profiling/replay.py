@@ -3,7 +3,7 @@
 
 The operator itself runs as it is. Its body then runs once more for each new set of shapes, so that
 launches, bytes and FLOP are those that ``samfast.counters`` finds on the torch backend, where
-attention stays one call: its logits are in no memory here.
+attention stays one call, with the FLOP of the C++ path: its logits are in no memory here.
 """
 
 import os
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from samfast import backends
 from samfast.counters import Counts, counting
 from samfast.kernels.relpos_attention.flops import OPERATORS as ATTENTION
+from samfast.kernels.relpos_attention.flops import torch_stands_for
 
 # Conv-LoRA's experts: which of them run depends on values, so that each call is another.
 BY_VALUES = frozenset(f"samfast::conv_experts_{way}" for way in ("forward", "backward"))
@@ -71,7 +72,8 @@ class Replay:
         key = (func._schema.name, *_signature(args, kwargs))
         made = self._known.get(key)
         if made is None:
-            made = _noted(func, (*args[:at], "torch", *args[at + 1 :]), kwargs)
+            with torch_stands_for(backend):
+                made = _noted(func, (*args[:at], "torch", *args[at + 1 :]), kwargs)
             if not any(BY_VALUES.intersection(note.inside) for note in made):
                 self._known[key] = made
         self._tell(made)

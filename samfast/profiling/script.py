@@ -47,7 +47,7 @@ def run_script(path: Path, arguments: Sequence[str], plan: list[str], quiet: boo
         except Exception as error:
             said = " ".join(str(error).split())
             if _is_through(recorder):
-                recorder.remark = f"after its timed steps the script failed: {said}"
+                recorder.remarks.append(f"after its timed steps the script failed: {said}")
                 return recorder
             if recorder.is_counting and "savedtensorhooks" in said.lower().replace(" ", ""):
                 raise ValueError(
@@ -119,7 +119,7 @@ def _check_steps(path: Path, recorder: Recorder) -> None:
             "its own, in which nothing can be counted"
         )
     if timed:
-        recorder.remark = f"the script ended after {timed} of {wanted} timed steps"
+        recorder.remarks.append(f"the script ended after {timed} of {wanted} timed steps")
         return
     steps, skipped = recorder.step, len(recorder.plan) - wanted
     if steps == 0 and not recorder.optimizers:

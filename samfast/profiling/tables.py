@@ -3,7 +3,7 @@
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ import torch
 from samfast.profiling.ceilings import Ceilings
 from samfast.profiling.counted import CATEGORIES, Call, CountedStep
 from samfast.profiling.names import GAP, OWN, is_product, row_of_call
+from samfast.profiling.notes import above, largest_loss, notes_of
 from samfast.profiling.recorder import Recorder
 from samfast.profiling.timeline import (
     BACKWARD,
-    COMPILED,
     DATA,
     FORWARD,
     OPTIMIZER,
@@ -29,20 +29,29 @@ from samfast.profiling.timeline import (
 REST = "rest of the model"
 BETWEEN = "between blocks"  # the host gap, but for what blocks have of it inside
 _NO_BLOCK = {OPTIMIZER: OPTIMIZER, DATA: DATA, GAP: BETWEEN}
-_ABOVE = 1.1  # of a ceiling, past what the clock explains
 _POINTS = 600  # of the memory's history
 
 
-def result(recorder: Recorder, ceilings: Ceilings, known: dict[str, Any] | None = None) -> dict:
+def result(
+    recorder: Recorder,
+    ceilings: Ceilings,
+    known: dict[str, Any] | None = None,
+    again: Callable[[Ceilings], Ceilings] = lambda ceilings: ceilings,
+) -> dict:
     """All that is known of the steps, as JSON has it; times in ms, sizes in bytes.
 
     known: what the caller knows, such as settings and ``model_flop``
+    again: measures the ceilings once more, where an operation is above its own
     """
     known = dict(known or {})
     events, leaves = events_of(recorder.profiler), recorder.counted.storages.names
     times = timeline(events, recorder.blocks.of_sequence, leaves, recorder.marks)
     calls = _with_optimizer(recorder.counted, bool(recorder.optimizers))
-    rows = _operations(times, calls, recorder.counted, ceilings)
+    alike = not recorder.other_shapes
+    rows = _operations(times, calls, recorder.counted, ceilings if alike else None)
+    if above(rows):
+        ceilings = again(ceilings)
+        rows = _operations(times, calls, recorder.counted, ceilings)
     wall = sum(times.walls) / 1e6
     count = len(times.walls)
     model_flop = known.pop("model_flop", None)
@@ -72,7 +81,7 @@ def result(recorder: Recorder, ceilings: Ceilings, known: dict[str, Any] | None 
         "blocks": _blocks(times, calls, recorder.counted),
         "largest_loss": largest_loss(rows, times.on_device, totals["ms"]),
         "ceilings": ceilings._asdict(),
-        "notes": _notes(recorder, ceilings, rows),
+        "notes": notes_of(recorder, ceilings, rows),
         "memory_over_step": _thinned(recorder.counted.storages.history()),
     }
 
@@ -91,51 +100,6 @@ def _steps(recorder: Recorder) -> dict[str, Any]:
     }
 
 
-def _notes(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> list[str]:
-    notes = []
-    fast = [r["name"] for r in rows if r["share"] > 0.01 and (r["reached"] or 0) > _ABOVE]
-    if fast:
-        notes.append(
-            f"above their ceilings are {', '.join(fast)}: a cache served them, or the ceilings "
-            "were measured while the machine was busy; --fresh-ceilings measures them anew"
-        )
-    unknown = [r for r in rows if r["share"] > 0.01 and _is_unknown(r)]
-    if unknown:
-        notes.append(_about_unknown(unknown))
-    if recorder.both:
-        notes.append(
-            "one step was timed and counted at once, so its times include the counting; let two "
-            "steps or more run inside for times without it"
-        )
-    if any(r["name"] == COMPILED and r["calls"] for r in rows):
-        notes.append(
-            "torch.compile fuses operations, whose time is in the row of the compiled graph; they "
-            "are counted as the program is written"
-        )
-    if recorder.remark:
-        notes.append(recorder.remark)
-    if ceilings.remark:
-        notes.append(ceilings.remark)
-    return notes
-
-
-def _is_unknown(row: dict[str, Any]) -> bool:
-    """Whether the calls that were timed are not those that were counted."""
-    return bool(row["flop"] or row["bytes"]) and row["share"] > 0 and row["reached"] is None
-
-
-def _about_unknown(rows: Sequence[dict]) -> str:
-    """Why these rows have no rates."""
-    each = (
-        f"{r['name']} (timed {r['timed_calls']:.4g} calls, counted {r['counted_calls']})"
-        for r in rows
-    )
-    return (
-        f"no rates are given for {', '.join(each)}: the timed and the counted calls differ, "
-        "because steps differ or because counting changes what torch calls"
-    )
-
-
 def _with_optimizer(counted: CountedStep, steps: bool) -> list[Call]:
     """The calls, of which those after the last backward are the optimizer's, if there is one."""
     calls = counted.counts.calls
@@ -145,11 +109,12 @@ def _with_optimizer(counted: CountedStep, steps: bool) -> list[Call]:
 
 
 def _operations(
-    times: Timeline, calls: Sequence[Call], counted: CountedStep, ceilings: Ceilings
+    times: Timeline, calls: Sequence[Call], counted: CountedStep, ceilings: Ceilings | None
 ) -> list[dict[str, Any]]:
     """One row for each operation, the longest first.
 
-    Rates are None where the calls of the timed steps are not those of the counted step.
+    Rates are None where the calls of the timed steps are not those of the counted step, or where
+    there are no ceilings, because shapes differ.
     """
     steps = len(times.walls)
     apart = _products_apart(times, calls)
@@ -224,9 +189,9 @@ def _timed_calls(pieces: Iterable[Piece]) -> list[tuple[Owner, str]]:
     return list(found.values())
 
 
-def _bound(cost: dict[str, int], seconds: float, ceilings: Ceilings) -> dict[str, Any]:
+def _bound(cost: dict[str, int], seconds: float, ceilings: Ceilings | None) -> dict[str, Any]:
     """Rates, and the ceiling that binds. seconds: 0 where they are not those of the cost"""
-    if not seconds or not (cost["flop"] or cost["bytes"]):
+    if ceilings is None or not seconds or not (cost["flop"] or cost["bytes"]):
         return {"tflop_per_s": None, "gb_per_s": None, "ceiling": None, "reached": None}
     least = ceilings.least_seconds(cost["flop"], cost["bytes"], cost["launches"])
     binds = max(least, key=least.__getitem__)
@@ -298,41 +263,6 @@ def _costs(calls: Iterable[Call], key) -> dict[str, dict[str, int]]:
         cost["launches"] += call.launches
         cost["syncs"] += call.syncs
     return costs
-
-
-def largest_loss(rows: Sequence[dict], on_device: bool, total: float) -> str:
-    """A sentence that names where most time goes that the ceilings do not ask for.
-
-    A row whose rates are not known loses nothing that is known; a second clause names it.
-    """
-
-    def lost(row: dict) -> float:
-        return 0 if _is_unknown(row) else row["share"] * (1 - min(1.0, row["reached"] or 0.0))
-
-    row = max(rows, key=lost)
-    sentence = _loss(row, lost(row), on_device)
-    unknown = max(filter(_is_unknown, rows), key=lambda r: r["share"], default=None)
-    if unknown is not None and unknown["share"] > lost(row):
-        sentence += (
-            f"; {unknown['name']} takes {unknown['share']:.0%}, but how much of that is lost "
-            "is not known: the timed and the counted calls differ"
-        )
-    return sentence
-
-
-def _loss(row: dict[str, Any], lost: float, on_device: bool) -> str:
-    """Describe one row. lost: share of the step"""
-    share = f"{row['share']:.0%}"
-    if row["name"] == GAP:
-        if on_device:
-            return f"host-bound: the device waits {share} of the step"
-        return f"host-bound: no operator runs {share} of the step, which is Python's"
-    if row["ceiling"] is None:
-        return f"{row['name']} takes {share} of the step and computes nothing that is counted"
-    return (
-        f"{row['name']} takes {share} of the step at {row['reached']:.0%} of its ceiling "
-        f"({row['ceiling']}); {lost:.0%} of the step is lost there"
-    )
 
 
 def _thinned(history: Sequence[dict[str, int]]) -> dict[str, list[int]]:

@@ -4,7 +4,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-ROWS = 24  # operations that are shown; the rest is one row
+from samfast.profiling.notes import ROWS, is_above
+
 _HEADS = ("calls", "ms", "spread", "share", "GFLOP", "MB", "TFLOP/s", "GB/s", "ceiling", "reached")
 _COUNTS = ("launches", "syncs", "saved MB")
 
@@ -44,8 +45,8 @@ def totals(result: dict[str, Any]) -> list[str]:
         lines[-1] += f"; {sums['allocator_peak_bytes'] / 1e6:.1f} MB as the allocator counts"
     lines.append(
         f"ceilings of {limits['machine']}, measured {limits['date']}: {limits['dtype']} products "
-        f"{limits['gemm'] / 1e12:.3f} TFLOP/s, copies {limits['copy'] / 1e9:.1f} GB/s, a call "
-        f"{1e6 * limits['launch']:.2f} µs"
+        f"{limits['gemm'] / 1e12:.3f} TFLOP/s ({limits['product']}), copies "
+        f"{limits['copy'] / 1e9:.1f} GB/s, a call {1e6 * limits['launch']:.2f} µs"
     )
     return lines
 
@@ -89,7 +90,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         _number(row["tflop_per_s"]),
         _number(row["gb_per_s"]),
         row["ceiling"] or "",
-        "" if row["reached"] is None else f"{row['reached']:.0%}",
+        _reached(row),
         *_counted(row),
     ]
 
@@ -159,6 +160,13 @@ def _groups(kind: str, rows: Sequence[dict[str, Any]]) -> str:
 def _counted(row: dict[str, Any]) -> list[str]:
     saved = row["saved_bytes"] / 1e6
     return [str(row["launches"] or ""), str(row["syncs"] or ""), _number(saved)]
+
+
+def _reached(row: dict[str, Any]) -> str:
+    """The share of the ceiling; a word where it cannot be one, which a note explains."""
+    if row["reached"] is None:
+        return ""
+    return "above" if is_above(row) else f"{row['reached']:.0%}"
 
 
 def _number(value: float | None) -> str:

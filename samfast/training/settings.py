@@ -6,10 +6,11 @@ Importing this does not load torch, so ``--help`` is quick.
 
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from samfast.adapters.options import Option, option
 from samfast.methods.registry import VARIANTS
+from samfast.training.data_settings import DataSettings
 
 METHODS = tuple(VARIANTS)
 MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny")
@@ -37,59 +38,6 @@ _THREADS = "CPU threads of torch"
 _CHECKPOINT = "The SAM weights that the adapter was trained on"
 _NOT_RANDOM = "required, except where these were random"
 _ADAPTER = "What finetune wrote: a run's folder, or an adapter's such as runs/NAME/adapter/last"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What is learned, and from which files."""
-
-    data: Path | None = option(
-        None,
-        "Folder with images/ and masks/, or with train/ and val/ that hold them",
-        hint="required, except with --dry-run",
-    )
-    tasks: Path | None = option(
-        None,
-        "YAML file with several tasks that share the encoder, each with a mask decoder of its own. "
-        "Under tasks: a list of name, kind (binary, semantic, regression), channels, folder, "
-        "weight, loss, ignore, foreground, threshold, scale, offset, classes, derive and from. Not "
-        "with --prompt, --loss, --foreground and --threshold",
-        hint="default: one binary mask for each image",
-    )
-    foreground: tuple[int | Literal["any"], ...] | None = option(
-        None,
-        "Mask values that are foreground, or any: all above 0, such as the numbers of instances",
-        metavar="any | INT ...",
-        hint="default: the only value above 0",
-    )
-    threshold: float | None = option(
-        None,
-        "Count each mask value above this as foreground; not with --foreground",
-        hint="default: none",
-    )
-    bands: str | None = option(
-        None,
-        "Bands of the files to show, counted from 1: one as grey, or three as red, green, blue",
-        metavar="N | R,G,B",
-        hint="default: as the files' tags say",
-    )
-    range: str = option(
-        "auto",
-        "Values that become black and white in images of more than 8 bits: the 1st and 99th "
-        "percentile of each image (auto), the number type's limits (full), or these; write "
-        "--range=LOW,HIGH for a negative LOW",
-        metavar="{auto,full} | LOW,HIGH",
-    )
-    val_fraction: float = option(
-        0.2, "Share of the images that validates; ignored with train/ and val/"
-    )
-    workers: int | None = option(
-        None,
-        "Processes that load images",
-        least=0,
-        most=1024,
-        hint="default: 0 on a CPU, else up to 8",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

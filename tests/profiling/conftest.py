@@ -11,7 +11,9 @@ from samfast.profiling import machine
 def small_ceilings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAMFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setitem(machine.SIZES, "cpu", (64, 2**16))
+        patch.setitem(machine.PRODUCTS, "cpu", ((64, 64, 64),))
+        patch.setitem(machine.COPIED, "cpu", 2**16)
+        patch.setattr(machine, "_TURN", 1e-4)
         yield
 
 

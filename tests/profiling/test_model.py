@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peers import eager_adapter, exchange
 from samfast import cli
 from samfast.counters import counting, saved_bytes
+from samfast.kernels.relpos_attention.flops import torch_stands_for
 from samfast.profiling import compare
 from samfast.profiling.replay import ATTENTION
 from samfast.profiling.settings import ProfileSettings
@@ -119,7 +120,7 @@ def counted_by_the_counters(settings, monkeypatch, fuse=True):
     run.step()
     known = [*run.batch, *run.model.parameters(), *run.model.buffers()]
     saved = saved_bytes(run.loss, known)
-    with counting(ATTENTION) as counts:
+    with counting(ATTENTION) as counts, torch_stands_for("cpu"):
         run.step()
     return counts, saved
 

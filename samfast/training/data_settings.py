@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of what is learned, a group of fine-tuning's options. Importing loads no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from samfast.adapters.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What is learned, and from which files."""
+
+    data: Path | None = option(
+        None,
+        "Folder with images/ and masks/, or with train/ and val/ that hold them",
+        hint="required, except with --dry-run",
+    )
+    tasks: Path | None = option(
+        None,
+        "YAML file with several tasks that share the encoder, each with a mask decoder of its own. "
+        "Under tasks: a list of name, kind (binary, semantic, regression), channels, folder, "
+        "weight, loss, ignore, foreground, threshold, scale, offset, classes, derive and from. Not "
+        "with --prompt, --loss, --foreground and --threshold",
+        hint="default: one binary mask for each image",
+    )
+    foreground: tuple[int | Literal["any"], ...] | None = option(
+        None,
+        "Mask values that are foreground, or any: all above 0, such as the numbers of instances",
+        metavar="any | INT ...",
+        hint="default: the only value above 0",
+    )
+    threshold: float | None = option(
+        None,
+        "Count each mask value above this as foreground; not with --foreground",
+        hint="default: none",
+    )
+    bands: str | None = option(
+        None,
+        "Bands of the files to show, counted from 1: one as grey, or three as red, green, blue",
+        metavar="N | R,G,B",
+        hint="default: as the files' tags say",
+    )
+    range: str = option(
+        "auto",
+        "Values that become black and white in images of more than 8 bits: the 1st and 99th "
+        "percentile of each image (auto), the number type's limits (full), or these; write "
+        "--range=LOW,HIGH for a negative LOW",
+        metavar="{auto,full} | LOW,HIGH",
+    )
+    val_fraction: float = option(
+        0.2, "Share of the images that validates; ignored with train/ and val/"
+    )
+    workers: int | None = option(
+        None,
+        "Processes that load images",
+        least=0,
+        most=1024,
+        hint="default: 0 on a CPU, else up to 8",
+    )
