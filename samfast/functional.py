@@ -14,6 +14,7 @@ from samfast.kernels.hypercomplex import (
 from samfast.kernels.lora_linear import lora_linear
 from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
 from samfast.kernels.task_core import task_core, task_cores
+from samfast.kernels.window_attention import window_attention
 
 __all__ = [
     "adapt_former",
@@ -28,5 +29,6 @@ __all__ = [
     "relpos_attention",
     "task_core",
     "task_cores",
+    "window_attention",
     "window_relpos_attention",
 ]

@@ -270,8 +270,7 @@ def dq_kernel(
     if REL:
         # Every thread of the program has to be here before it reads what the others stored.
         tl.debug_barrier()
-    acc, acc_rest = acc * scale, acc_rest * scale
-    if REL:
+        acc, acc_rest = acc * scale, acc_rest * scale
         _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
         start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
         acc, acc_rest = add_factor_gradient(
@@ -282,6 +281,8 @@ def dq_kernel(
             acc, acc_rest, table_w_ptr, drel_w_ptr, token * rel, 1, x - left, live, width,
             width - columns, 2 * width - 1, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
         )  # fmt: skip
+    else:
+        acc, acc_rest = acc * scale, acc_rest * scale
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
     store_head(dq_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)

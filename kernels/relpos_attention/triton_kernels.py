@@ -3,8 +3,8 @@
 
 Two launches for the forward; three for the backward, one more for float32 and two more where
 gradients of the tables are wanted. Without tables (None) there is no bias, no launch for its
-factors and none of their memory: one launch, and two, three for float32. Each sum is made by one program in one order, or of partials in
-a fixed order: no atomics, the same bits every time.
+factors and none of their memory: one launch, and two, three for float32. Each sum is made by one
+program in one order, or of partials in a fixed order: no atomics, the same bits every time.
 """
 
 import contextlib
