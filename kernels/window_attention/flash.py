@@ -81,7 +81,7 @@ def aligned(t: Tensor) -> Tensor:
     """t, or a copy where its rows do not begin at multiples of 16 bytes or have gaps."""
     starts = (t.storage_offset(), *t.stride()[:4])
     fits = t.stride(4) == 1 and not any(start % ALIGNED for start in starts)
-    return t if fits else t.contiguous()
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
 def _tokens(q: Tensor) -> int:

@@ -97,8 +97,7 @@ def operation(case, way):
     def kept(tensors, wanted):
         """qkv and the result, and one number a query and head."""
         queries = case.batch * case.heads * case.height * case.width
-        turns = sum(t.nbytes for t in case.turns() if t is not None)
-        return tensors[0].nbytes * 4 // 3, max(4, tensors[0].itemsize) * queries + turns
+        return tensors[0].nbytes * 4 // 3, max(4, tensors[0].itemsize) * queries
 
     return Operation(
         "window_attention",
@@ -109,14 +108,14 @@ def operation(case, way):
         BACKENDS,
         kept,
         1,
-        apart=((1,), (2,), (3,))[: 0 if case.rank is None else 3],
-        autocast="" if case.turn else "result",
+        apart=((1,), (2,), (3,), (1, 2, 3)),  # that of qkv is always made
+        autocast="result",
     )
 
 
-def operations(heads):
-    ways = {"": SMALL, "turned": TURNED, "map": MAP}
-    return [operation(dataclasses.replace(c, heads=heads), way) for way, c in ways.items()]
+def finite(case, way):
+    return dataclasses.replace(operation(dataclasses.replace(case, heads=1), way), apart=None)
 
 
-OPERATIONS, FINITE = operations(heads=2), operations(heads=1)
+OPERATIONS = [operation(dataclasses.replace(SMALL, heads=2), "")]
+FINITE = [finite(case, way) for way, case in {"": SMALL, "turned": TURNED, "map": MAP}.items()]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What window_attention saves, who runs it, its FLOP, and bad arguments."""
 
+import dataclasses
+
 import pytest
 import torch
 from draws import DEVICE
@@ -14,7 +16,7 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.window_attention import costs, cpu_path, torch_path
 from samfast.kernels.window_attention.op import TABLE, WindowAttention, supports
 
-from .cases import SMALL, Case
+from .cases import SMALL, TURNED, Case
 
 
 def test_saved_for_backward_is_qkv_and_the_result():
@@ -45,6 +47,20 @@ def test_flop_are_two_products_and_five():
         assert found.get_total_flops() == 2 * product
         ops.window_attention_backward(out, out, lse, parts, *arguments, "torch", needs)
     assert found.get_total_flops() == 7 * product
+
+
+@pytest.mark.parametrize("turn", ["interleaved", "halves"])
+def test_opcheck_with_keys_that_are_rotated(turn):
+    case = dataclasses.replace(TURNED, turn=turn)
+    qkv, *sources = (t.detach() for t in case.tensors(torch.float32)[0])
+    parts, out = qkv.unflatten(3, (3, 1, 16)), qkv.new_zeros(1, 3, 2, 1, 16)
+    inputs = parts, *sources, *case.turns(), turn == "halves", list(case.windows), 0.25, "torch"
+    checks = ("test_schema", "test_faketensor")
+    ops = torch.ops.samfast
+    for operator in (ops.window_attention, ops.window_attention_forward):
+        torch.library.opcheck(operator.default, inputs, test_utils=checks)
+    given = out, out, qkv.new_zeros(1, 1, 6), *inputs, [True] * 4
+    torch.library.opcheck(ops.window_attention_backward.default, given, test_utils=checks)
 
 
 def chosen(q, windows, backend="auto"):

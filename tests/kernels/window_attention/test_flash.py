@@ -59,9 +59,10 @@ def test_which_gpus_have_it(hopper, monkeypatch, capability, takes):
 
 
 @pytest.mark.parametrize("batch", [2, 0])
-def test_its_arguments_and_results(hopper, batch):
-    """Views of packed qkv go in as they lie, and gradients come into views of dqkv."""
-    windows = WHOLE._replace(batch=batch)
+def test_its_arguments_and_results(hopper, batch, monkeypatch):
+    """torch takes views of packed qkv as they lie, and None for lists of lengths."""
+    windows, copied = WHOLE._replace(batch=batch), []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda t, source: copied.append(source.shape))
     with FakeTensorMode():
         qkv, dqkv = fakes(windows=windows), fakes(windows=windows)
         out, lse = torch_path.forward(*qkv.unbind(3), None, None, windows, 0.125)
@@ -70,6 +71,7 @@ def test_its_arguments_and_results(hopper, batch):
         torch_path.backward(
             out, *qkv.unbind(3), None, None, out, lse, windows, 0.125, *dqkv.unbind(3), None, None
         )
+    assert copied == [(2, 4, 6, 2, 64)] * 3 if batch else not copied
 
 
 def test_rows_that_do_not_begin_at_16_bytes_are_copied():
