@@ -97,6 +97,8 @@ def limited(source, warps: int, arch: int, found: tuple[Loop, ...]) -> Code | No
 def _of_attention(stage, constants, types):
     if types.get("q_ptr") != "*bf16" or constants.get("HEAD") not in _HEADS:
         return None  # conv_experts has a forward_kernel too
+    if constants["REL"] == 0:  # without a bias
+        return None
     for place, needed in _PLACES.items():
         if all(constants[name] == value for name, value in needed.items()):
             return f"{stage} {place} {constants['HEAD']}"

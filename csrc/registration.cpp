@@ -63,6 +63,12 @@ void relpos_attention_backward(const Tensor&, const Tensor&, const Tensor&, cons
 
 void rope_rotate(const Tensor&, const Tensor&, const Tensor&, std::vector<int64_t>, bool, bool,
                  Tensor);
+void window_attention_forward(const Tensor&, const Tensor&, const Tensor&, std::optional<Tensor>,
+                              std::optional<Tensor>, std::vector<int64_t>, double, Tensor, Tensor);
+void window_attention_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                               std::optional<Tensor>, std::optional<Tensor>, const Tensor&,
+                               const Tensor&, std::vector<int64_t>, double, Tensor, Tensor, Tensor,
+                               std::optional<Tensor>, std::optional<Tensor>);
 }  // namespace samfast
 
 STABLE_TORCH_LIBRARY(samfast_native, m) {
@@ -102,8 +108,8 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
     m.def((where + "fold_backward(Tensor dm, Tensor cores, Tensor factors, Tensor(a!) dcores, "
                    "Tensor(b!) dfactors, int parts) -> ()").c_str());
   }
-  const std::string tokens = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, "
-                             "Tensor table_h, Tensor table_w, ";
+  const std::string plain = "Tensor q, Tensor k, Tensor v, Tensor? pad_k, Tensor? pad_v, ";
+  const std::string tokens = plain + "Tensor table_h, Tensor table_w, ";
   m.def(("relpos_attention_forward(" + tokens +
          "int[] windows, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
   m.def(("relpos_attention_backward(Tensor dout, " + tokens +
@@ -113,6 +119,11 @@ STABLE_TORCH_LIBRARY(samfast_native, m) {
   m.def(
       "rope_rotate(Tensor x, Tensor cos, Tensor sin, int[] windows, bool halves, bool inverse, "
       "Tensor(a!) out) -> ()");
+  m.def(("window_attention_forward(" + plain +
+         "int[] windows, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()").c_str());
+  m.def(("window_attention_backward(Tensor dout, " + plain +
+         "Tensor out, Tensor lse, int[] windows, float scale, Tensor(a!) dq, Tensor(b!) dk, "
+         "Tensor(c!) dv, Tensor(d!)? dpad_k, Tensor(e!)? dpad_v) -> ()").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(samfast_native, CompositeExplicitAutograd, m) {
@@ -146,6 +157,8 @@ STABLE_TORCH_LIBRARY_IMPL(samfast_native, CPU, m) {
   m.impl("relpos_attention_forward", TORCH_BOX(&samfast::relpos_attention_forward));
   m.impl("relpos_attention_backward", TORCH_BOX(&samfast::relpos_attention_backward));
   m.impl("rope_rotate", TORCH_BOX(&samfast::rope_rotate));
+  m.impl("window_attention_forward", TORCH_BOX(&samfast::window_attention_forward));
+  m.impl("window_attention_backward", TORCH_BOX(&samfast::window_attention_backward));
 }
 
 #ifdef USE_CUDA

@@ -18,6 +18,7 @@ from samfast.kernels.lora_linear import lora_linear
 from samfast.kernels.relpos_attention import relpos_attention, window_relpos_attention
 from samfast.kernels.rope import axial_tables, rope, tables_of
 from samfast.kernels.task_core import task_core, task_cores
+from samfast.kernels.window_attention import window_attention
 
 __all__ = [
     "adapt_former",
@@ -35,5 +36,6 @@ __all__ = [
     "tables_of",
     "task_core",
     "task_cores",
+    "window_attention",
     "window_relpos_attention",
 ]

@@ -9,12 +9,16 @@
 // stay, so that their sum and delta = sum p dp are theirs to the last bit; on larger ones the
 // weights come from lse and delta from dout and out, which rounds once more.
 //
+// Without tables there is no bias: the logits start at zero, and its factors and their gradients
+// are neither made nor given room.
+//
 // Where there are fewer tasks than threads, the queries of a task are shared between threads in
 // the forward. In the backward its keys are, and the parts of dq are added in order, so only there
 // the bits depend on the number of threads.
 #include "common.h"
 #include "relpos_attention_call.h"
 #include "relpos_attention_tiles.h"
+#include "relpos_attention_work.h"
 #include "tile_product.h"
 
 #include <atomic>
@@ -25,93 +29,7 @@
 namespace samfast {
 namespace {
 
-constexpr int64_t kPanels = 2;        // of queries at a time
-constexpr int64_t kTileKeys = 96;     // at most
-constexpr int64_t kWholeKeys = 1024;  // of a map that keeps all weights of a panel at once
-constexpr int64_t kMaxUnits = 128;    // runs of tasks, each with its own sum for the tables
-
-bool whole_rows(const Problem& p) { return p.keys() <= kWholeKeys; }
-
-// Hands out parts of one allocation, each at a multiple of 64 bytes; without memory it only counts.
-class Room {
- public:
-  explicit Room(float* base) : base_(base) {}
-
-  float* floats(int64_t n) {
-    float* at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (n + 15) / 16 * 16;
-    return at;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  float* base_;
-  int64_t used_ = 0;
-};
-
-// Up to 64 queries with their share of the bias. What is (…, 64) has the queries as columns.
-struct Panel {
-  int64_t count, lanes;  // queries, and their number rounded up to whole vectors
-  int64_t h[kPanel], w[kPanel];
-  float *queries;                  // (head_dim, 64)
-  float *rel_h, *rel_w;            // (height, 64), (width, 64)
-  float *sums;                     // (head_dim, 64): of values, or of the gradients of the queries
-  float *maximum, *total, *moment, *correction;  // of the softmax and its gradient
-  float *plain, *dplain;           // (64, head_dim): queries, and what the bias gives to their dq
-  float *dout, *dout_turned;       // (64, head_dim), (head_dim, 64)
-  float *drel_h, *drel_w, *lse, *delta;
-
-  template <typename T>
-  T* at(const View<T>& view, const Task& t, int64_t i) const {
-    return view.at(t.batch, t.top + h[i], t.left + w[i], t.head);
-  }
-
-  Panel(const Problem& p, Room& room, bool backward) {
-    const int64_t tile = p.head_dim * kPitch;
-    queries = room.floats(tile);
-    rel_h = room.floats(p.height * kPitch);
-    rel_w = room.floats(p.width * kPitch);
-    sums = room.floats(tile);
-    total = room.floats(kPanel), correction = room.floats(kPanel);
-    if (!backward) {
-      maximum = room.floats(kPanel);
-      return;
-    }
-    plain = room.floats(tile), dplain = room.floats(tile);
-    dout = room.floats(tile), dout_turned = room.floats(tile);
-    drel_h = room.floats(p.height * kPitch);
-    drel_w = room.floats(p.width * kPitch);
-    lse = room.floats(kPanel), delta = room.floats(kPanel), moment = room.floats(kPanel);
-  }
-};
-
-// What a thread works in.
-struct Workspace {
-  std::vector<Panel> panels;
-  float *tile, *dtile;    // (keys of a tile, 64)
-  float *rows, *turned;   // a row of a token; a table times a panel's queries
-  float *keys, *values, *dkeys, *dvalues;  // (keys, head_dim), keys multiplied by scale
-  float* dtables;  // what the panels at hand give; added up apart, for long sums round more
-
-  Workspace(const Problem& p, Room& room, bool backward, int64_t most_keys) {
-    const int64_t size = (backward && whole_rows(p) ? p.keys() : kTileKeys) * kPitch;
-    tile = room.floats(size);
-    dtile = backward ? room.floats(size) : nullptr;
-    rows = room.floats(p.head_dim);
-    turned = room.floats((2 * std::max(p.height, p.width) - 1) * kPitch);
-    for (int64_t i = 0; i < kPanels; ++i) panels.emplace_back(p, room, backward);
-    const int64_t all = most_keys * p.head_dim;
-    keys = room.floats(all), values = room.floats(all);
-    dkeys = backward ? room.floats(all) : nullptr, dvalues = backward ? room.floats(all) : nullptr;
-    dtables = backward ? room.floats(p.table_h() + p.table_w()) : nullptr;
-  }
-};
-
-int64_t workspace_floats(const Problem& p, bool backward, int64_t most_keys) {
-  Room room(nullptr);
-  Workspace(p, room, backward, most_keys);
-  return room.used();
-}
+constexpr int64_t kMaxUnits = 128;  // runs of tasks, each with its own sum for the tables
 
 void place(const float* row, int64_t n, int64_t i, float* to) {
   for (int64_t c = 0; c < n; ++c) to[c * kPitch + i] = row[c];
@@ -154,6 +72,7 @@ void read_queries(const Problem& p, const Task& t, int64_t first, const View<con
     read(panel.at(q, t, i), q.stride[4], 1.0f, n, work.rows);
     place(work.rows, n, i, panel.queries);
   }
+  if (!p.tables) return;
   relate(p, panel, table_h, p.height, panel.h, work.turned, panel.rel_h);
   relate(p, panel, table_w, p.width, panel.w, work.turned, panel.rel_w);
 }
@@ -169,9 +88,9 @@ void each_tile(int64_t first, int64_t last, int64_t width, F&& f) {
 
 void logits(const Problem& p, const Panel& panel, const KeyRange& range, const float* keys,
             float* tile) {
-  fill_bias(range, panel.lanes, panel.rel_h, panel.rel_w, tile);
+  if (p.tables) fill_bias(range, panel.lanes, panel.rel_h, panel.rel_w, tile);
   multiply({keys, p.head_dim, panel.queries, kPitch, tile, kPitch, range.count, panel.lanes,
-            p.head_dim, false, true});
+            p.head_dim, false, p.tables});
 }
 
 // Runs f(job, workspace number) for all jobs on the threads there are; who runs what is not fixed.
@@ -249,9 +168,11 @@ void read_gradients(const Problem& p, const Task& t, const Inputs<T>& in, const 
   std::fill(panel.moment, panel.moment + kPanel, 0.0f);
   std::fill(panel.correction, panel.correction + kPanel, 1.0f);
   std::fill(panel.sums, panel.sums + n * kPitch, 0.0f);
-  std::fill(panel.dplain, panel.dplain + n * kPitch, 0.0f);
-  std::fill(panel.drel_h, panel.drel_h + p.height * kPitch, 0.0f);
-  std::fill(panel.drel_w, panel.drel_w + p.width * kPitch, 0.0f);
+  if (p.tables) {
+    std::fill(panel.dplain, panel.dplain + n * kPitch, 0.0f);
+    std::fill(panel.drel_h, panel.drel_h + p.height * kPitch, 0.0f);
+    std::fill(panel.drel_w, panel.drel_w + p.width * kPitch, 0.0f);
+  }
   if (panel.count < panel.lanes)
     std::fill(panel.dout_turned, panel.dout_turned + n * kPitch, 0.0f);
   for (int64_t i = 0; i < panel.count; ++i) {
@@ -285,8 +206,11 @@ void weights(const Problem& p, const KeyRange& range, const float* keys, const f
 void gradients(const Problem& p, const KeyRange& range, const float* keys, Panel& panel,
                float* tile, float* dtile, float* dkeys, float* dvalues) {
   const int64_t n = p.head_dim;
-  gradient_tile(range, panel.lanes, panel.correction, panel.delta, tile, dtile, panel.drel_h,
-                panel.drel_w);
+  if (p.tables)
+    gradient_tile(range, panel.lanes, panel.correction, panel.delta, tile, dtile, panel.drel_h,
+                  panel.drel_w);
+  else
+    plain_gradient_tile(range.count, panel.lanes, panel.correction, panel.delta, tile, dtile);
   multiply({tile, kPitch, panel.dout, n, dvalues, n, range.count, n, panel.count, false, true});
   multiply({dtile, kPitch, panel.plain, n, dkeys, n, range.count, n, panel.count, false, true});
   multiply({keys, n, dtile, kPitch, panel.sums, kPitch, n, panel.lanes, range.count, true, true});
@@ -348,12 +272,16 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
       for (int64_t j = 0; j < panel.count; ++j) {
         const int64_t h = panel.h[j], w = panel.w[j];
         const int64_t at_h = (h + p.height - 1) * n, at_w = (w + p.width - 1) * n;
-        float *q = panel.plain + j * n, *dq = panel.dplain + j * n;
-        spread_query(panel.drel_h + j, p.height, in.table_h + at_h, q, dq,
-                     dtable_h == nullptr ? nullptr : dtable_h + at_h, n);
-        spread_query(panel.drel_w + j, p.width, in.table_w + at_w, q, dq,
-                     dtable_w == nullptr ? nullptr : dtable_w + at_w, n);
-        for (int64_t c = 0; c < n; ++c) dq[c] += panel.sums[c * kPitch + j];
+        float *q = panel.plain + j * n, *dq = p.tables ? panel.dplain + j * n : work.rows;
+        if (p.tables) {
+          spread_query(panel.drel_h + j, p.height, in.table_h + at_h, q, dq,
+                       dtable_h == nullptr ? nullptr : dtable_h + at_h, n);
+          spread_query(panel.drel_w + j, p.width, in.table_w + at_w, q, dq,
+                       dtable_w == nullptr ? nullptr : dtable_w + at_w, n);
+          for (int64_t c = 0; c < n; ++c) dq[c] += panel.sums[c * kPitch + j];
+        } else {
+          for (int64_t c = 0; c < n; ++c) dq[c] = panel.sums[c * kPitch + j];
+        }
         if (partial != nullptr)
           std::copy(dq, dq + n, partial + (first + i * kPanel + j) * n);
         else
@@ -366,18 +294,17 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
   write_keys<T>({p, t, g.dv, g.dpad_v}, key, end, 1.0f, work.dvalues);
 }
 
-}  // namespace
-
-void relpos_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                              std::optional<Tensor> pad_k, std::optional<Tensor> pad_v,
-                              const Tensor& table_h, const Tensor& table_w,
-                              std::vector<int64_t> windows, double scale, Tensor out, Tensor lse) {
-  const Problem p = make_problem(q, windows, scale);
+// Both operations' forward; without tables there is no bias.
+void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& pad_k,
+            const std::optional<Tensor>& pad_v, const std::optional<Tensor>& table_h,
+            const std::optional<Tensor>& table_w, const std::vector<int64_t>& windows,
+            double scale, Tensor& out, Tensor& lse, const char* operation) {
+  const Problem p = make_problem(q, windows, scale, table_h.has_value());
   float* lse_data = floats(lse, "lse", lse_size(p));
   const int64_t parts = parts_of(p, (p.keys() + kPanel - 1) / kPanel), jobs = p.tasks() * parts;
   const int64_t workers = std::min(threads(), jobs), each = workspace_floats(p, false, p.keys());
   Tensor room = make_room(workers * each);
-  dispatch(q, "relpos_attention", [&](auto element) {
+  dispatch(q, operation, [&](auto element) {
     using T = decltype(element);
     const auto in = inputs<T>(p, q, k, v, pad_k, pad_v, table_h, table_w);
     const auto target = tokens<T>(p, out, "out", q.scalar_type());
@@ -392,15 +319,16 @@ void relpos_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
   });
 }
 
-void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                               const Tensor& v, std::optional<Tensor> pad_k,
-                               std::optional<Tensor> pad_v, const Tensor& table_h,
-                               const Tensor& table_w, const Tensor& out, const Tensor& lse,
-                               std::vector<int64_t> windows, double scale, Tensor dq, Tensor dk,
-                               Tensor dv, std::optional<Tensor> dpad_k,
-                               std::optional<Tensor> dpad_v, std::optional<Tensor> dtable_h,
-                               std::optional<Tensor> dtable_w) {
-  const Problem p = make_problem(q, windows, scale);
+// Both operations' backward.
+void differentiate(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const std::optional<Tensor>& pad_k, const std::optional<Tensor>& pad_v,
+                   const std::optional<Tensor>& table_h, const std::optional<Tensor>& table_w,
+                   const Tensor& out, const Tensor& lse, const std::vector<int64_t>& windows,
+                   double scale, Tensor& dq, Tensor& dk, Tensor& dv,
+                   const std::optional<Tensor>& dpad_k, const std::optional<Tensor>& dpad_v,
+                   std::optional<Tensor> dtable_h, std::optional<Tensor> dtable_w,
+                   const char* operation) {
+  const Problem p = make_problem(q, windows, scale, table_h.has_value());
   const ScalarType type = q.scalar_type();
   const float* lse_data = floats(lse, "lse", lse_size(p));
   STD_TORCH_CHECK(dtable_h.has_value() == dtable_w.has_value(),
@@ -422,7 +350,7 @@ void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor
   layout.floats(units * sums);
   Tensor room = make_room(layout.used());
   float *base = data_of(room), *dtables = base + sums_at, *partials = base + partial_at;
-  dispatch(q, "relpos_attention", [&](auto element) {
+  dispatch(q, operation, [&](auto element) {
     using T = decltype(element);
     const auto in = inputs<T>(p, q, k, v, pad_k, pad_v, table_h, table_w);
     const Gradients<T> g = {tokens<const T>(p, dout, "dout", type),
@@ -469,6 +397,43 @@ void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor
   };
   gather(0, p.table_h(), result_h);
   gather(p.table_h(), p.table_w(), result_w);
+}
+
+}  // namespace
+
+void relpos_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                              std::optional<Tensor> pad_k, std::optional<Tensor> pad_v,
+                              const Tensor& table_h, const Tensor& table_w,
+                              std::vector<int64_t> windows, double scale, Tensor out, Tensor lse) {
+  attend(q, k, v, pad_k, pad_v, table_h, table_w, windows, scale, out, lse, "relpos_attention");
+}
+
+void relpos_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                               const Tensor& v, std::optional<Tensor> pad_k,
+                               std::optional<Tensor> pad_v, const Tensor& table_h,
+                               const Tensor& table_w, const Tensor& out, const Tensor& lse,
+                               std::vector<int64_t> windows, double scale, Tensor dq, Tensor dk,
+                               Tensor dv, std::optional<Tensor> dpad_k,
+                               std::optional<Tensor> dpad_v, std::optional<Tensor> dtable_h,
+                               std::optional<Tensor> dtable_w) {
+  differentiate(dout, q, k, v, pad_k, pad_v, table_h, table_w, out, lse, windows, scale, dq, dk,
+                dv, dpad_k, dpad_v, dtable_h, dtable_w, "relpos_attention");
+}
+
+void window_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                              std::optional<Tensor> pad_k, std::optional<Tensor> pad_v,
+                              std::vector<int64_t> windows, double scale, Tensor out, Tensor lse) {
+  attend(q, k, v, pad_k, pad_v, {}, {}, windows, scale, out, lse, "window_attention");
+}
+
+void window_attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
+                               const Tensor& v, std::optional<Tensor> pad_k,
+                               std::optional<Tensor> pad_v, const Tensor& out, const Tensor& lse,
+                               std::vector<int64_t> windows, double scale, Tensor dq, Tensor dk,
+                               Tensor dv, std::optional<Tensor> dpad_k,
+                               std::optional<Tensor> dpad_v) {
+  differentiate(dout, q, k, v, pad_k, pad_v, {}, {}, out, lse, windows, scale, dq, dk, dv, dpad_k,
+                dpad_v, {}, {}, "window_attention");
 }
 
 }  // namespace samfast

@@ -19,6 +19,7 @@ constexpr int64_t kAhead = 4;  // tokens between the one that is read and the on
 struct Problem {
   int64_t batch, image_height, image_width, height, width, down, across, heads, head_dim;
   float scale;
+  bool tables;  // whether there is a bias
 
   int64_t keys() const { return height * width; }
   int64_t tasks() const { return batch * down * across * heads; }
@@ -123,7 +124,7 @@ void write_keys(const Keys<T>& keys, int64_t first, int64_t last, float factor, 
 template <typename T>
 struct Inputs {
   View<const T> q, k, v, pad_k, pad_v;
-  const float *table_h, *table_w;
+  const float *table_h, *table_w;  // null without a bias
 };
 
 template <typename T>
@@ -133,10 +134,12 @@ struct Gradients {
   View<T> dq, dk, dv, dpad_k, dpad_v;
 };
 
-Problem make_problem(const Tensor& q, const std::vector<int64_t>& windows, double scale) {
+Problem make_problem(const Tensor& q, const std::vector<int64_t>& windows, double scale,
+                     bool tables) {
   STD_TORCH_CHECK(windows.size() == 5, "windows are five sizes, not ", windows.size());
   STD_TORCH_CHECK(q.dim() == 5, "q has ", q.dim(), " dimensions, not 5");
   Problem p;
+  p.tables = tables;
   p.batch = windows[0], p.image_height = windows[1], p.image_width = windows[2];
   p.height = windows[3], p.width = windows[4];
   STD_TORCH_CHECK(p.image_height > 0 && p.image_width > 0 && p.height > 0 && p.width > 0,
@@ -190,15 +193,15 @@ float* floats(const Tensor& t, const char* name, int64_t numel) {
 template <typename T>
 Inputs<T> inputs(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v,
                  const std::optional<Tensor>& pad_k, const std::optional<Tensor>& pad_v,
-                 const Tensor& table_h, const Tensor& table_w) {
+                 const std::optional<Tensor>& table_h, const std::optional<Tensor>& table_w) {
   const ScalarType type = q.scalar_type();
   return {tokens<const T>(p, q, "q", type),
           tokens<const T>(p, k, "k", type),
           tokens<const T>(p, v, "v", type),
           padding<const T>(p, pad_k, "pad_k", type),
           padding<const T>(p, pad_v, "pad_v", type),
-          floats(table_h, "table_h", p.table_h()),
-          floats(table_w, "table_w", p.table_w())};
+          p.tables ? floats(*table_h, "table_h", p.table_h()) : nullptr,
+          p.tables ? floats(*table_w, "table_w", p.table_w()) : nullptr};
 }
 
 int64_t lse_size(const Problem& p) {

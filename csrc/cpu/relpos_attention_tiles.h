@@ -177,6 +177,27 @@ SAMFAST_INLINE void gradient_tile_body(const KeyRange& keys, int64_t lanes, cons
 constexpr EachProcessor<gradient_tile_body<16>, gradient_tile_body<32>, gradient_tile_body<64>>
     gradient_tile;
 
+// The same without a bias, which has no sums.
+template <int kBytes>
+SAMFAST_INLINE void plain_gradient_tile_body(int64_t keys, int64_t lanes, const float* factor,
+                                             const float* delta, float* p, float* dp) {
+  using V = typename Lanes<kBytes>::Vector;
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t i = 0; i < lanes; i += Lanes<kBytes>::kCount) {
+      V x, y, g;
+      load(x, p + j * kPitch + i);
+      load(y, factor + i);
+      x *= y;
+      store(p + j * kPitch + i, x);
+      load(g, dp + j * kPitch + i);
+      load(y, delta + i);
+      store(dp + j * kPitch + i, x * (g - y));
+    }
+}
+constexpr EachProcessor<plain_gradient_tile_body<16>, plain_gradient_tile_body<32>,
+                        plain_gradient_tile_body<64>>
+    plain_gradient_tile;
+
 // For one query: dq += sum_k drel[k] row_k and, where wanted, drow_k += drel[k] q. row_k is k rows
 // before first; the rows that the query does not reach are not touched.
 template <int kVectors>

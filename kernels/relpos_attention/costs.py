@@ -65,9 +65,9 @@ def forward_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
     return 2 * _launch(q_ptr, height, width, image_height, image_width)[0]
 
 
-def dq_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
+def dq_kernel(q_ptr, height, width, image_height, image_width, REL, **_) -> int:
     product, bias = _launch(q_ptr, height, width, image_height, image_width)
-    return 3 * product + bias
+    return 3 * product + (bias if REL else 0)
 
 
 def dkv_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:

@@ -31,10 +31,10 @@ def launches(quick: bool) -> Iterator[tuple[str, Calls]]:
         ("hd80 windows", "sm_90", partial(run, windows, 16, 80, bf16)),
         ("hd64 global", "sm_86", partial(run, whole, 12, 64, bf16)),
     ):
-        yield f"relpos_attention bfloat16 {name}", _tiled(call, [only] if quick else None)
+        yield f"relpos_attention bfloat16 {name}", tiled(call, [only] if quick else None)
     if not quick:
         for name, call in _others(windows, whole, bf16, fp16, fp32):
-            yield f"relpos_attention {name}", _tiled(call)
+            yield f"relpos_attention {name}", tiled(call)
 
 
 def _others(windows, whole, bf16, fp16, fp32) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -56,7 +56,7 @@ def _others(windows, whole, bf16, fp16, fp32) -> Iterator[tuple[str, Callable[[]
     yield "bfloat16 hd64 fixed", partial(run, windows, 12, 64, bf16, "bias", False, False)
 
 
-def _tiled(call: Callable[[], None], targets: list[str] | None = None) -> Calls:
+def tiled(call: Callable[[], None], targets: list[str] | None = None) -> Calls:
     """The call by target: those with tiles of their own and "default", or only these."""
     if targets is None:
         targets = [name for name in tiling.targets() if name.startswith("sm_")] + ["default"]

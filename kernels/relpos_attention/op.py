@@ -76,7 +76,7 @@ class RelPosAttention(Operator):
 
     @staticmethod
     def fake(q, *_):
-        return _out_and_lse(q)
+        return out_and_lse(q)
 
 
 class WindowRelPosAttention(Operator):
@@ -119,10 +119,11 @@ class WindowRelPosAttention(Operator):
 
     @staticmethod
     def fake(qkv, *_):
-        return _out_and_lse(qkv[:, :, :, 0])
+        return out_and_lse(qkv[:, :, :, 0])
 
 
-def _out_and_lse(q):
+def out_and_lse(q):
+    """Empty, as ``forward`` makes them; q: (batch, H, W, heads, head_dim)."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[0], q.shape[3], q.shape[1] * q.shape[2], dtype=dtype)
     return q.new_empty(q.shape), lse
@@ -224,25 +225,13 @@ def window_relpos_attention(
     Differentiable in qkv, the tables and pad_*. Dtypes, precision and errors as in
     ``relpos_attention``. Saves qkv, out, one number per query and head, and pad_*.
     """
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads is {num_heads!r}; it must be a whole number of at least 1")
-    if qkv.dim() != 4 or qkv.shape[3] % (3 * num_heads):
-        raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}, but {num_heads} heads need (B, H, W, 3 · D) with D "
-            f"a multiple of {num_heads}"
-        )
-    batch, height, width, columns = qkv.shape
-    if height == 0 or width == 0:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, a map without tokens")
-    size = _sides(window)
-    windows = Windows(batch, height, width, *size)
-    named = {"qkv": qkv, "rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
+    named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
     named |= {"pad_bias": pad_bias, "pad_h": pad_h, "pad_b": pad_b}
-    _check(named, size, columns // 3 // num_heads, qkv.dtype)
-    _check_padding(pad_bias, pad_h, pad_b, windows, columns)
+    windows, head_dim = packed(qkv, num_heads, window, named)
+    batch, columns = windows.batch, qkv.shape[3]
     qkv = autocast_input(qkv)
-    scale = (columns // 3 // num_heads) ** -0.5 if scale is None else float(scale)
-    tables = fit_table(rel_pos_h, size[0]), fit_table(rel_pos_w, size[1])
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    tables = fit_table(rel_pos_h, windows.height), fit_table(rel_pos_w, windows.width)
     name = backends.requested(backend)
     if name == "reference":
         with without_autocast(qkv.device.type):
@@ -255,6 +244,28 @@ def window_relpos_attention(
         parts, pad_bias, pad_h, pad_b, *tables, list(windows), scale, name
     )
     return out.flatten(3)
+
+
+def packed(qkv, num_heads, window, named: dict[str, Tensor | None]) -> tuple[Windows, int]:
+    """Windows and head_dim of a call on packed qkv (B, H, W, 3 · D), which is checked.
+
+    named: the other tensors by name, pad_bias, pad_h and pad_b among them
+    """
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads!r}; it must be a whole number of at least 1")
+    if qkv.dim() != 4 or qkv.shape[3] % (3 * num_heads):
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}, but {num_heads} heads need (B, H, W, 3 · D) with D "
+            f"a multiple of {num_heads}"
+        )
+    batch, height, width, columns = qkv.shape
+    if height == 0 or width == 0:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, a map without tokens")
+    size, head_dim = _sides(window), columns // 3 // num_heads
+    windows = Windows(batch, height, width, *size)
+    _check({"qkv": qkv} | named, size, head_dim, qkv.dtype)
+    _check_padding(named["pad_bias"], named["pad_h"], named["pad_b"], windows, columns)
+    return windows, head_dim
 
 
 def _sides(window) -> tuple[int, int]:

@@ -5,6 +5,7 @@ All paths of this operation have these two functions. Tensors of tokens are view
 
 q, k, v, dout (batch, H, W, heads, head_dim)   pad_k, pad_v (batch, pads, heads, head_dim)
 table_h (2 · windows.height − 1, head_dim)   table_w (2 · windows.width − 1, head_dim)
+Without tables (None) there is no bias.
 """
 
 import torch
@@ -21,7 +22,7 @@ BLOCK_ELSEWHERE = 1 << 26
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None,
-    table_h: Tensor, table_w: Tensor, windows: Windows, scale: float,
+    table_h: Tensor | None, table_w: Tensor | None, windows: Windows, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (batch, H, W, heads, head_dim), dense, and lse (batch, heads, H · W), natural logarithm.
 
@@ -29,12 +30,12 @@ def forward(
     """
     heads = q.shape[3]
     q, k, v = _cut(windows, q), _cut(windows, k, pad_k), _cut(windows, v, pad_v)
-    rel_h, rel_w = _factors(q, table_h, table_w)
+    factors = _factors(q, table_h, table_w)
     out, lse = torch.empty_like(q), q.new_empty((*q.shape[:3], 1), dtype=_wide(q))
     keys, values = k.flatten(1, 2), v.flatten(1, 2)
     for some, rows in _blocks(windows, q):
         at = some, rows
-        logits = _logits(q[at], keys[some], rel_h[at], rel_w[at], scale)
+        logits = _logits(q[at], keys[some], [t[at] for t in factors], scale)
         lse[at] = logits.logsumexp(-1).view(lse[at].shape)
         out[at] = (logits.softmax(-1).to(q.dtype) @ values[some]).view(out[at].shape)
     lse = _paste(windows, lse, heads)[0][..., 0].flatten(1, 2).mT
@@ -43,7 +44,8 @@ def forward(
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None,
-    table_h: Tensor, table_w: Tensor, out: Tensor, lse: Tensor, windows: Windows, scale: float,
+    table_h: Tensor | None, table_w: Tensor | None, out: Tensor, lse: Tensor, windows: Windows,
+    scale: float,
     dq: Tensor, dk: Tensor, dv: Tensor, dpad_k: Tensor | None, dpad_v: Tensor | None,
     need_tables: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
@@ -53,14 +55,14 @@ def backward(
     """
     dout, q = _cut(windows, dout), _cut(windows, q)
     k, v = _cut(windows, k, pad_k), _cut(windows, v, pad_v)
-    rel_h, rel_w = _factors(q, table_h, table_w)
-    dq_part, drel_h, drel_w = (torch.empty_like(t, dtype=_wide(q)) for t in (q, rel_h, rel_w))
+    factors = _factors(q, table_h, table_w)
+    dq_part, *dfactors = (torch.empty_like(t, dtype=_wide(q)) for t in (q, *factors))
     keys, values = k.flatten(1, 2), v.flatten(1, 2)
     dk_part, dv_part = (torch.zeros_like(t, dtype=_wide(q)) for t in (keys, values))
     for some, rows in _blocks(windows, q):
         at = some, rows
         query, grad = q[at].flatten(1, 2), dout[at].flatten(1, 2)
-        logits = _logits(q[at], keys[some], rel_h[at], rel_w[at], scale)
+        logits = _logits(q[at], keys[some], [t[at] for t in factors], scale)
         weights = logits.softmax(-1)  # lse would do, and round a little more
         dv_part[some] += weights.to(q.dtype).mT @ grad
         dweights = (grad @ values[some].mT).to(_wide(q))
@@ -70,10 +72,12 @@ def backward(
         dq_part[at] = ((small @ keys[some]) * scale).view(dq_part[at].shape)
         dk_part[some] += (small.mT @ query) * scale
         spread = weights.unflatten(2, (windows.height, windows.width))
-        drel_h[at] = spread.sum(3).view(drel_h[at].shape)
-        drel_w[at] = spread.sum(2).view(drel_w[at].shape)
-    dq_part += _spread(drel_h, table_h, q.dtype)
-    dq_part += _spread(drel_w.transpose(1, 2), table_w, q.dtype).transpose(1, 2)
+        for dfactor, summed in zip(dfactors, (3, 2), strict=False):
+            dfactor[at] = spread.sum(summed).view(dfactor[at].shape)
+    if dfactors:
+        drel_h, drel_w = dfactors
+        dq_part += _spread(drel_h, table_h, q.dtype)
+        dq_part += _spread(drel_w.transpose(1, 2), table_w, q.dtype).transpose(1, 2)
     size = (windows.height, windows.width)
     _put(windows, dq_part, dq, None)
     _put(windows, dk_part.unflatten(1, size), dk, dpad_k)
@@ -114,8 +118,10 @@ def _near(table: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return table[offsets_of(size, table.device)].to(dtype)  # (size, size, head_dim)
 
 
-def _factors(q: Tensor, table_h: Tensor, table_w: Tensor) -> tuple[Tensor, Tensor]:
-    """rel_h (G, height, width, height) and rel_w (G, height, width, width)."""
+def _factors(q: Tensor, table_h: Tensor | None, table_w: Tensor | None) -> tuple[Tensor, ...]:
+    """rel_h (G, height, width, height) and rel_w (G, height, width, width); none without tables."""
+    if table_h is None:
+        return ()
     rel_h = q @ _near(table_h, q.shape[1], q.dtype).mT
     rel_w = q.transpose(1, 2) @ _near(table_w, q.shape[2], q.dtype).mT
     return rel_h, rel_w.transpose(1, 2)
@@ -145,9 +151,12 @@ def _blocks(windows: Windows, q: Tensor):
             yield slice(first, first + some), slice(row, row + rows)
 
 
-def _logits(q, keys, rel_h, rel_w, scale: float) -> Tensor:
+def _logits(q, keys, factors, scale: float) -> Tensor:
     """q (G, rows, width, C), keys (G, keys, C) -> (G, queries, keys), in the wide dtype."""
     logits = (q.flatten(1, 2) @ keys.mT).to(_wide(q)) * scale
+    if not factors:
+        return logits
+    rel_h, rel_w = factors
     as_map = logits.unflatten(2, (rel_h.shape[3], rel_w.shape[3]))
     as_map += rel_h.flatten(1, 2)[..., :, None]
     as_map += rel_w.flatten(1, 2)[..., None, :]

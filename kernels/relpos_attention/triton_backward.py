@@ -2,7 +2,8 @@
 """Triton kernels of the backward; the ways in which the bias enters are those of the forward.
 
 With P the weights and dP = dout vᵀ, dS = P · (dP − delta) is the gradient of the logits. dq, dk and
-dv are products with it, the gradients of the factors its sums over lines and over columns.
+dv are products with it, the gradients of the factors its sums over lines and over columns. Without
+a bias (REL = 0) there are no factors, and dq makes delta on its way.
 """
 
 import triton
@@ -14,10 +15,13 @@ from samfast.kernels.relpos_attention.triton_forward import (
     GIVEN_PADS,
     LOG2E,
     dot_nt,
+    key_places,
     key_rows,
+    keys_inside,
     lines_met,
     load_head,
     load_keys,
+    load_rows,
     one_hot,
     pixels,
     place,
@@ -53,6 +57,7 @@ def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, s
 @triton.jit(launch_metadata=launched(__package__, costs.dq_kernel, "q_ptr"))
 def dq_kernel(
     dout_ptr,
+    out_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -125,10 +130,12 @@ def dq_kernel(
 
     drel_h is float32 where SEVERAL, for sums stay there from tile to tile; else it has q's dtype.
 
+    out: None where delta is given; else delta = Σ dout · out is made here, for dk and dv too
     share: what the weights that lse gives are multiplied with; None where it makes no difference
-    NATURAL, EVEN: as in the forward
+    NATURAL, EVEN, REL: as in the forward
     SEVERAL: more than one tile of keys makes a line of the map
     """
+    LINE: tl.constexpr = FLAT and REL == 0
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     image, head, top, left, lines, columns = place(
         group, heads, height, width, image_height, image_width, down, across
@@ -147,7 +154,16 @@ def dq_kernel(
     g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
     dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
     lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
-    delta = tl.load(delta_ptr + plane * tokens + token, live, other=0.0)
+    if out_ptr is None:
+        delta = tl.load(delta_ptr + plane * tokens + token, live, other=0.0)
+    else:
+        out_at = out_ptr + (image.to(tl.int64) * tokens * heads + head) * HEAD
+        out_at = pixels(out_at, token * 0, token, 0, heads * HEAD, WIDE)
+        delta = tl.sum(dout.to(tl.float32) * load_rows(out_at, live, 0, HEAD_A, HEAD, True), 1)
+        if HEAD_B:
+            out_rest = load_rows(out_at, live, HEAD_A, HEAD_B, HEAD, True)
+            delta += tl.sum(dout_rest.to(tl.float32) * out_rest, 1)
+        tl.store(delta_ptr + plane * tokens + token, delta, live)
     if share_ptr is not None:
         share = tl.load(share_ptr + plane * tokens + token, live, other=0.0)
     k_ptr = start_of(k_ptr, image, head, stride_kb, stride_kn)
@@ -161,22 +177,26 @@ def dq_kernel(
     acc_rest = tl.zeros((BLOCK_M, REST), tl.float32)
     w_plane = plane * tokens * rel
     if ONE_HOT:
-        rel_at = token[:, None] * rel + tl.arange(0, REL)[None, :]
-        factors = tl.load(rel_h_ptr + w_plane + rel_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
-        dfactors = tl.zeros((BLOCK_M, REL), tl.float32)
+        if REL:
+            rel_at = token[:, None] * rel + tl.arange(0, REL)[None, :]
+            factors = tl.load(rel_h_ptr + w_plane + rel_at, live[:, None], other=0.0)
+            dfactors = tl.zeros((BLOCK_M, REL), tl.float32)
         for first in range(0, height * width, BLOCK_N):
             j = first + tl.arange(0, BLOCK_N)
-            a = j // width
-            b = j - a * width
+            a, b = key_places(j, width, LINE)
             key_y, key_x, valid = top + a, left + b, j < height * width
-            inside = valid & (key_y < image_height) & (key_x < image_width)
+            inside = keys_inside(key_y, key_x, valid, image_height, image_width, LINE)
             k, k_rest = load_keys(
                 k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
                 image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
-            s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
-            hot = one_hot(a, b, height, REL).to(factors.dtype)
-            s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
+            s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
+            if REL:
+                s = s * scale
+                hot = one_hot(a, b, height, REL).to(factors.dtype)
+                s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
+            else:
+                s = s * (scale * UNIT)
             if not EVEN:
                 s = tl.where(valid[None, :], s, float("-inf"))
             p = power(s - lse[:, None], NATURAL)
@@ -191,11 +211,13 @@ def dq_kernel(
             acc = tl.dot(ds, k, acc, input_precision=PRECISION)
             if HEAD_B:
                 acc_rest = tl.dot(ds, k_rest, acc_rest, input_precision=PRECISION)
-            dfactors = tl.dot(ds, tl.trans(hot), dfactors, input_precision=PRECISION)
-        tl.store(drel_h_ptr + w_plane + rel_at, dfactors.to(q.dtype), live[:, None])
-        drel_h_ptr += w_plane
-        drel_w_ptr = drel_h_ptr + height
-        row_h, step_h = token * rel, 1
+            if REL:
+                dfactors = tl.dot(ds, tl.trans(hot), dfactors, input_precision=PRECISION)
+        if REL:
+            tl.store(drel_h_ptr + w_plane + rel_at, dfactors.to(q.dtype), live[:, None])
+            drel_h_ptr += w_plane
+            drel_w_ptr = drel_h_ptr + height
+            row_h, step_h = token * rel, 1
     else:
         rel_h_ptr += plane * height * tokens
         drel_h_ptr += plane * height * tokens
@@ -245,19 +267,22 @@ def dq_kernel(
             tl.debug_barrier()  # the next tiles of these lines add to what was stored here
         drel_w_ptr += w_plane
         row_h, step_h = token, tokens
-    # Every thread of the program has to be here before it reads what the others stored.
-    tl.debug_barrier()
-    acc, acc_rest = acc * scale, acc_rest * scale
-    _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
-    start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
-    acc, acc_rest = add_factor_gradient(
-        acc, acc_rest, table_h_ptr, drel_h_ptr, row_h, step_h, y - top, live, height, start, stop,
-        q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
-    )  # fmt: skip
-    acc, acc_rest = add_factor_gradient(
-        acc, acc_rest, table_w_ptr, drel_w_ptr, token * rel, 1, x - left, live, width,
-        width - columns, 2 * width - 1, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
-    )  # fmt: skip
+    if REL:
+        # Every thread of the program has to be here before it reads what the others stored.
+        tl.debug_barrier()
+        acc, acc_rest = acc * scale, acc_rest * scale
+        _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
+        start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
+        acc, acc_rest = add_factor_gradient(
+            acc, acc_rest, table_h_ptr, drel_h_ptr, row_h, step_h, y - top, live, height, start,
+            stop, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        )  # fmt: skip
+        acc, acc_rest = add_factor_gradient(
+            acc, acc_rest, table_w_ptr, drel_w_ptr, token * rel, 1, x - left, live, width,
+            width - columns, 2 * width - 1, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        )  # fmt: skip
+    else:
+        acc, acc_rest = acc * scale, acc_rest * scale
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
     store_head(dq_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)
@@ -345,16 +370,17 @@ def dkv_kernel(
 ):
     """dk and dv of the image and of the padding; one program per keys.
 
+    NATURAL, EVEN, REL: as in the forward
     NEED_K, NEED_V: GIVEN_PADS where the padding's is wanted, else NO_PADS
     """
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     image, head, top, left, lines, columns = place(
         group, heads, height, width, image_height, image_width, down, across
     )
+    LINE: tl.constexpr = FLAT and REL == 0
     if ONE_HOT:
         j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        line = j // width
-        b = j - line * width
+        line, b = key_places(j, width, LINE)
         valid = j < height * width
         first_line, first_b = tile * BLOCK_N // width, 0
     else:
@@ -368,7 +394,7 @@ def dkv_kernel(
         if (first_line >= lines) | (first_b >= columns):  # pads alone
             return
     key_y, key_x = top + line, left + b
-    inside = valid & (key_y < image_height) & (key_x < image_width)
+    inside = keys_inside(key_y, key_x, valid, image_height, image_width, LINE)
     k, k_rest = load_keys(
         start_of(k_ptr, image, head, stride_kb, stride_kn),
         start_of(pad_k_ptr, image, head, stride_pkb, stride_pkn) if PADS == GIVEN_PADS else k_ptr,
@@ -392,9 +418,10 @@ def dkv_kernel(
     if share_ptr is not None:
         share_ptr += plane * tokens
     if ONE_HOT:
-        rel_h_ptr += plane * tokens * rel
-        offs_r = tl.arange(0, REL)
-        hot = tl.trans(one_hot(line, b, height, REL)).to(k.dtype)  # (BLOCK_N, REL)
+        if REL:
+            rel_h_ptr += plane * tokens * rel
+            offs_r = tl.arange(0, REL)
+            hot = tl.trans(one_hot(line, b, height, REL)).to(k.dtype)  # (BLOCK_N, REL)
     else:
         rel_h_ptr += (plane * height + first_line) * tokens
         rel_w_ptr += plane * tokens * rel
@@ -410,7 +437,9 @@ def dkv_kernel(
         q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
         lse = tl.load(lse_ptr + token, live, other=0.0) * UNIT
         s = dot_nt(k, k_rest, q, q_rest, HEAD_B, PRECISION)  # (BLOCK_N, BLOCK_M)
-        if ONE_HOT:
+        if REL == 0:
+            p = power(s * (scale * UNIT) - lse[None, :], NATURAL)
+        elif ONE_HOT:
             rel_at = rel_h_ptr + (token[:, None] * rel + offs_r[None, :])
             factors = tl.load(rel_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
             s = tl.dot(hot, tl.trans(factors), s * scale, input_precision=PRECISION)

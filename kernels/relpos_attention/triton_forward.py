@@ -10,6 +10,9 @@ rows      keys of a tile lie in one line a of the map: the bias is a column of r
 one-hot   keys run through the window: [rel_h | rel_w] times a tile that is one at line and at
           column of each key, one more product of few terms. For small windows.
 
+Without a bias (REL = 0) there are no factors. Keys run through the window as with one-hot, and as
+one line where the window is a map that lies so.
+
 head_dim is the largest power of two in it, HEAD_A, and a rest, HEAD_B. Derivations, bytes and
 launches are in this folder's README.
 """
@@ -147,6 +150,19 @@ def dot_nt(a, a_rest, b, b_rest, HEAD_B: tl.constexpr, PRECISION: tl.constexpr):
     if HEAD_B:
         s = tl.dot(a_rest, tl.trans(b_rest), s, input_precision=PRECISION)
     return s
+
+
+@triton.jit
+def key_places(j, width, LINE: tl.constexpr):
+    """Lines and columns in a window of keys j; LINE: as if the window were one line."""
+    a = tl.zeros_like(j) if LINE else j // width
+    return a, j - a * width
+
+
+@triton.jit
+def keys_inside(key_y, key_x, valid, image_height, image_width, LINE: tl.constexpr):
+    """Which of these keys are the image's."""
+    return valid if LINE else valid & (key_y < image_height) & (key_x < image_width)
 
 
 @triton.jit
@@ -380,7 +396,9 @@ def forward_kernel(
 
     NATURAL: logits are kept for base e, not two
     EVEN: tiles of keys are full and all of them are loaded
+    REL: elements of a line of factors; 0 without a bias, which goes with ONE_HOT
     """
+    LINE: tl.constexpr = FLAT and REL == 0
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     image, head, top, left, lines, columns = place(
         group, heads, height, width, image_height, image_width, down, across
@@ -414,22 +432,26 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_A), tl.float32)
     acc_rest = tl.zeros((BLOCK_M, REST), tl.float32)
     if ONE_HOT:
-        offs_r = tl.arange(0, REL)
-        factors_at = rel_h_ptr + plane * tokens * rel + (token[:, None] * rel + offs_r[None, :])
-        factors = tl.load(factors_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
+        if REL:
+            offs_r = tl.arange(0, REL)
+            factors_at = rel_h_ptr + plane * tokens * rel + (token[:, None] * rel + offs_r[None, :])
+            factors = tl.load(factors_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
         for first in range(0, height * width, BLOCK_N):
             j = first + tl.arange(0, BLOCK_N)
-            a = j // width
-            b = j - a * width
+            a, b = key_places(j, width, LINE)
             key_y, key_x, valid = top + a, left + b, j < height * width
-            inside = valid & (key_y < image_height) & (key_x < image_width)
+            inside = keys_inside(key_y, key_x, valid, image_height, image_width, LINE)
             k, k_rest = load_keys(
                 k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
                 image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
-            s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION) * scale  # (BLOCK_M, BLOCK_N)
-            hot = one_hot(a, b, height, REL).to(factors.dtype)
-            s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
+            s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
+            if REL:
+                s = s * scale
+                hot = one_hot(a, b, height, REL).to(factors.dtype)
+                s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
+            else:
+                s = s * (scale * UNIT)
             if not EVEN:
                 s = tl.where(valid[None, :], s, float("-inf"))
             v, v_rest = load_keys(

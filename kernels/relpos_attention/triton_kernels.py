@@ -2,8 +2,9 @@
 """Relative-position attention in Triton; see torch_path for what forward and backward compute.
 
 Two launches for the forward; three for the backward, one more for float32 and two more where
-gradients of the tables are wanted. Each sum is made by one program in one order, or of partials in
-a fixed order: no atomics, the same bits every time.
+gradients of the tables are wanted. Without tables (None) there is no bias, no launch for its
+factors and none of their memory: one launch, and two, three for float32. Each sum is made by one
+program in one order, or of partials in a fixed order: no atomics, the same bits every time.
 """
 
 import contextlib
@@ -35,14 +36,25 @@ MAX_CHUNKS = 64  # partials of the gradients of the tables
 TABLE_BLOCK = {2: 32, 4: 16}  # rows of a table at a time in the epilogue of dq, by bytes
 
 
-def missing(q, windows) -> str | None:
-    """None when the kernels take this call, or the sentence that says why not."""
+def missing(q, windows, tables=True) -> str | None:
+    """None when the kernels take this call, or the sentence that says why not.
+
+    tables: whether there is a bias
+    """
     if q.dtype == torch.float32 and q.shape[4] > FLOAT32_HEAD:
         return f"q is torch.float32 with head_dim {q.shape[4]}, above {FLOAT32_HEAD}"
     heads, tokens = q.shape[3], windows.image_height * windows.image_width
     programs = heads * windows.samples * windows.height * triton.cdiv(windows.width, LEAST)
     if programs > MOST:
         return f"{programs} programs are more than one grid holds"
+    if tables and (short := _tables_missing(q, windows, tokens)) is not None:
+        return short
+    if tokens + windows.pads > MOST:
+        return f"{tokens} tokens and {windows.pads} pads of an image are more than int32 counts"
+    return None
+
+
+def _tables_missing(q, windows, tokens) -> str | None:
     if tokens * max(factor_terms(windows)) > MOST:
         return (
             f"{tokens} tokens in windows of {windows.height}×{windows.width} have more factors of "
@@ -51,8 +63,6 @@ def missing(q, windows) -> str | None:
     rows = 2 * max(windows.height, windows.width) - 1
     if rows * q.shape[4] > MOST:
         return f"a table of {rows} rows of {q.shape[4]} has more elements than int32 counts"
-    if tokens + windows.pads > MOST:
-        return f"{tokens} tokens and {windows.pads} pads of an image are more than int32 counts"
     return None
 
 
@@ -65,7 +75,9 @@ def forward(q, k, v, pad_k, pad_v, table_h, table_w, windows, scale):
         return out, lse
     pads = _padding(windows, pad_k, pad_v)
     with _on(q):
-        factors = _prepare(q, table_h, table_w, windows, None, None, None)
+        factors = None, None, 0
+        if table_h is not None:
+            factors = _prepare(q, table_h, table_w, windows, None, None, None)
         _attend(q, k, v, *pads, *factors, out, lse, None, None, None, windows, scale)
     return out, lse
 
@@ -75,6 +87,7 @@ def backward(
     dpad_v, need_tables,
 ):  # fmt: skip
     rows_h, rows_w = 2 * windows.height - 1, 2 * windows.width - 1
+    tables = table_h is not None
     if windows.samples == 0:
         return _split_tables(q.new_zeros(rows_h + rows_w, q.shape[4]), rows_h, need_tables)
     if windows.height == windows.width == 1:  # all weight on one key, whatever its logit
@@ -89,29 +102,33 @@ def backward(
     groups, sizes = _groups(q, windows), _sizes(q, windows)
     with _on(q):
         exact = q.dtype == torch.float32
-        rounded = (None, None, None) if exact else (dout, out, delta)
-        rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, *rounded)
+        rel_h, rel_w, terms = None, None, 0
+        if tables:
+            rounded = (None, None, None) if exact else (dout, out, delta)
+            rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, *rounded)
         share = torch.empty_like(delta) if exact else None
         if exact:
             _attend(
                 q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, None, lse, dout, delta, share,
                 windows, scale,
             )  # fmt: skip
-        block = blocks("dq", q, windows)
-        tiles, options = _query_tiles(windows, block), _options(q, windows, pads, block)
+        block = blocks("dq", q, windows, tables)
+        tiles, options = _query_tiles(windows, block), _options(q, windows, pads, block, tables)
         several = rel_w is not None and windows.width > block["BLOCK_N"]
-        drel_h = torch.empty_like(rel_h, dtype=torch.float32 if several else None)
-        drel_w = None if rel_w is None else torch.empty_like(rel_w)
+        drel_h = _like(rel_h, torch.float32 if several else None)
+        drel_w = _like(rel_w)
         dq_kernel[(tiles * groups,)](
-            dout, q, k, v, pad_k, pad_v, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w,
-            lse, delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
+            dout, None if tables or exact else out, q, k, v, pad_k, pad_v,
+            *(t if t is None else t.contiguous() for t in (table_h, table_w)), rel_h, rel_w, lse,
+            delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
             *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale,
-            FLAT=_flat(windows, q, dout), WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq),
-            SEVERAL=several, BLOCK_T=_table_block(q, windows), **options, **block,
+            FLAT=_flat(windows, tables, (q, dout), (k, v)),
+            WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq), SEVERAL=several,
+            BLOCK_T=_table_block(q, windows), **options, **block,
         )  # fmt: skip
 
-        block = blocks("dkv", q, windows)
-        options = _options(q, windows, pads, block)
+        block = blocks("dkv", q, windows, tables)
+        options = _options(q, windows, pads, block, tables)
         tiles = _key_tiles(windows, options, block["BLOCK_N"])
         dkv_kernel[(tiles * groups,)](
             dout, q, k, v, pad_k, pad_v, rel_h, rel_w, lse, delta, share, dk, dv, dpad_k, dpad_v,
@@ -119,7 +136,7 @@ def backward(
             *_pad_strides(dpad_k, dpad_v), *sizes, tiles, terms, scale,
             NEED_K=NO_PADS.value if dpad_k is None else GIVEN_PADS.value,
             NEED_V=NO_PADS.value if dpad_v is None else GIVEN_PADS.value,
-            FLAT=_flat(windows, q, dout),
+            FLAT=_flat(windows, tables, (q, dout), (k, v, dk, dv)),
             WIDE=_wide(dout, q, k, v, pad_k, pad_v, dk, dv, dpad_k, dpad_v), **options, **block,
         )  # fmt: skip
         for wanted, tensor in zip(given, made, strict=True):
@@ -156,14 +173,16 @@ def _attend(
     q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, out, lse, dout, delta, share, windows, scale
 ):
     """out and lse, or with dout delta and share from lse."""
-    block = blocks("forward", q, windows)
+    tables = rel_h is not None
+    block = blocks("forward", q, windows, tables)
     tiles = _query_tiles(windows, block)
     forward_kernel[(tiles * _groups(q, windows),)](
         q, k, v, pad_k, pad_v, rel_h, rel_w, out, lse, dout, delta, share, *_strides(q, k, v),
         *_pad_strides(pad_k, pad_v), *((0,) * 4 if dout is None else _strides(dout)),
         *_sizes(q, windows), tiles, terms, scale,
-        FLAT=_flat(windows, *(t for t in (q, dout) if t is not None)),
-        WIDE=_wide(q, k, v, out, dout, pad_k, pad_v), **_options(q, windows, pads, block), **block,
+        FLAT=_flat(windows, tables, (q, dout), (k, v)),
+        WIDE=_wide(q, k, v, out, dout, pad_k, pad_v),
+        **_options(q, windows, pads, block, tables), **block,
     )  # fmt: skip
 
 
@@ -199,14 +218,16 @@ def _split_tables(grads, rows_h, need_tables):
     return (grads[:rows_h].float(), grads[rows_h:].float()) if need_tables else None
 
 
-def _options(q, windows, pads, block):
+def _options(q, windows, pads, block, tables):
     """Constants of the three large kernels; makes BLOCK_N no wider than a line where it is one."""
     terms = one_hot_terms(windows)
-    if terms == 0:
+    through = terms > 0 or not tables  # keys of a tile run through the window
+    if not through:
         block["BLOCK_N"] = min(block["BLOCK_N"], power_of_two(windows.width))
-    keys = windows.height * windows.width if terms else windows.width
+    keys = windows.height * windows.width if through else windows.width
+    rel = (terms or 16) if tables else 0
     return {
-        "FULL": _full(windows, block), "ONE_HOT": terms > 0, "REL": terms or 16, "PADS": pads,
+        "FULL": _full(windows, block), "ONE_HOT": through, "REL": rel, "PADS": pads,
         "EVEN": keys % block["BLOCK_N"] == 0 and pads != ZERO_PADS.value,
         "NATURAL": q.dtype == torch.float32, "PRECISION": _precision(q), **_heads(q),
     }  # fmt: skip
@@ -262,10 +283,15 @@ def _pad_strides(*tensors):
     return [s for t in tensors for s in ((0,) * 3 if t is None else t.stride()[:3])]
 
 
-def _flat(windows, *tensors):
-    """Whether windows are whole maps, whose tokens lie as one line in these tensors."""
+def _flat(windows, tables, of_queries, of_keys):
+    """Whether windows are whole maps, whose tokens lie as one line in these tensors.
+
+    The bias needs lines and columns of the keys; without it keys are counted as queries are.
+    """
+    tensors = of_queries if tables else (*of_queries, *of_keys)
     whole = windows.down == windows.across == 1 and windows.pads == 0
-    return whole and all(t.stride(1) == t.shape[2] * t.stride(2) for t in tensors)
+    lines = (t.stride(1) == t.shape[2] * t.stride(2) for t in tensors if t is not None)
+    return whole and all(lines)
 
 
 def _full(windows, block):
@@ -287,6 +313,10 @@ def _span(t):
 def _dense(t):
     """t, or a copy whose elements of a head lie side by side."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _like(t, dtype=None):
+    return None if t is None else torch.empty_like(t, dtype=dtype)
 
 
 def _writable(t):

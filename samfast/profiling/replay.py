@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_flatten
 
 from samfast import backends
 from samfast.counters import Counts, counting
-from samfast.kernels.relpos_attention.flops import OPERATORS as ATTENTION
+from samfast.kernels.relpos_attention.flops import OPERATORS as WITH_BIAS
 from samfast.kernels.relpos_attention.flops import torch_stands_for
+from samfast.kernels.window_attention.flops import OPERATORS as WITHOUT
 
+ATTENTION = (*WITH_BIAS, *WITHOUT)
 # Conv-LoRA's experts: which of them run depends on values, so that each call is another.
 BY_VALUES = frozenset(f"samfast::conv_experts_{way}" for way in ("forward", "backward"))
 

@@ -18,6 +18,7 @@ from samfast import backends
 from samfast.counters import Counts, Living, counting, saved_bytes
 from samfast.kernels.relpos_attention import flops as attention_flops
 from samfast.kernels.relpos_attention import torch_path
+from samfast.kernels.window_attention import flops as plain_flops
 from samfast.models import build_sam, encode, image_size
 from samfast.training.build import attach_method, for_tasks
 from samfast.training.data import Batch, padded_images, valid_region
@@ -37,7 +38,7 @@ _OTHERS = (  # whose path in torch reads values, and is small
     "samfast::task_core_product_forward",
     "samfast::task_core_product_backward",
 )
-KERNELS = (*attention_flops.OPERATORS, *_OTHERS)
+KERNELS = (*attention_flops.OPERATORS, *plain_flops.OPERATORS, *_OTHERS)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from samfast.kernels.adapt_former import triton_kernels as sums
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHARED = {"window_attention": {"forward_kernel", "dq_kernel", "dkv_kernel"}}  # of other folders
 FLOAT32_HEAD = 64  # the widest head that attention's kernels take in float32
 
 
@@ -56,7 +57,7 @@ class Row:
 
 def kernels(operation: str) -> set[str]:
     """Names of the Triton kernels that an operation's folder launches."""
-    found = set()
+    found = set(SHARED.get(operation, ()))
     for path in (ROOT / "kernels" / operation).glob("triton_*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):

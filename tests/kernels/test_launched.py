@@ -49,6 +49,7 @@ def designs() -> dict[str, dict[str, int]]:
     lora = stages("lora_linear", 19600, 1280, 3840, 4, 2)
     branch = stages("adapt_former", 16384, 1280, 16, 2)
     attention = stages("relpos_attention", WINDOWS, 16, 80, 2)
+    plain = stages("window_attention", Windows(4, 72, 72, 24, 24), 16, 64, 2)
     each = [n for n in range(8) for _ in range(WINDOWS.samples)]  # each expert, 8 times too many
     experts = stages("conv_experts", WINDOWS, each, tuple(range(1, 9)), 3, False, 2)
     phm = stages("hypercomplex", 4, 768, 3072, 4, 2)
@@ -70,6 +71,11 @@ def designs() -> dict[str, dict[str, int]]:
             "dq_kernel": attention["dq"],
             "dkv_kernel": attention["dk, dv"],
             "tables_kernel": attention["dtables"],
+        },
+        "window_attention": {
+            "forward_kernel": plain["forward"],
+            "dq_kernel": plain["dq"],
+            "dkv_kernel": plain["dk, dv"],
         },
         "conv_experts": {
             "forward_kernel": experts["experts"] // 8,

@@ -16,7 +16,11 @@ PRODUCTS = {
 }
 PRODUCTS |= {("adapt_former", kernel): "MMA" for kernel in ("low", "low_backward")}
 PRODUCTS |= {("task_core", kernel): "MMA" for kernel in ("product", "product_backward")}
-PRODUCTS |= {("relpos_attention", kernel): "WGMMA" for kernel in ("forward", "dq", "dkv")}
+PRODUCTS |= {
+    (operation, kernel): "WGMMA"
+    for operation in ("relpos_attention", "window_attention")
+    for kernel in ("forward", "dq", "dkv")
+}
 
 
 def test_attention_on_one_target():
