@@ -25,6 +25,7 @@ class MiddleMap(Protocol):
     """
 
     zero_preserving: bool  # rows of zeros stay zero, so padding may be skipped
+    saves: int  # number of tensors in ``saved``
 
     def forward(
         self, h: Tensor, geometry: Sequence[int], *params: Tensor
@@ -49,6 +50,7 @@ class Identity:
     """f(h) = h, plain LoRA."""
 
     zero_preserving = True
+    saves = 0
 
     def forward(self, h, geometry, *params):
         return h, no_aux(h), no_pads(h), []

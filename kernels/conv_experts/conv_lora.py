@@ -45,6 +45,7 @@ class RoutedExperts:
     coefficient: float
     backend: str
     zero_preserving = False
+    saves = 4
 
     def forward(self, h, geometry, weight, bias, w_gate, w_noise, *given):
         windows, (has_noise, has_index) = list(geometry[:5]), geometry[5:]

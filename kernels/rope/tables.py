@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of angles: made, taken from a model's own, and by position of an image or padding."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def axial_tables(
     scale, offset: of positions; SAM 3 scales its global maps by window / map
     order: which coordinate the first half has, "xy" (SAM 3) or "yx"
 
-    Raises ValueError when a size is below 1, head_dim is not a multiple of 4 or order is unknown.
+    Raises ValueError when a size is below 1, head_dim is not a multiple of 4, theta is not
+    a finite number above 0 or order is unknown.
 
         cos, sin = axial_tables(24, 24, 64)
     """
@@ -40,6 +43,8 @@ def axial_tables(
             raise ValueError(f"{name} is {size!r}; it must be a whole number of at least 1")
     if head_dim % 4:
         raise ValueError(f"head_dim is {head_dim}; two axes of pairs need a multiple of 4")
+    if not 0.0 < theta < math.inf:
+        raise ValueError(f"theta is {theta}; it must be a finite number above 0")
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; it must be one of {', '.join(ORDERS)}")
     powers = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
@@ -89,10 +94,12 @@ def tables_of(
             f"expected cos and sin (L, head_dim) of one dtype and even head_dim, got {freqs.dtype} "
             f"{tuple(freqs.shape)} and {sin.dtype} {tuple(sin.shape)}"
         )
+    if freqs.device != sin.device:
+        raise ValueError(f"cos is on {freqs.device} but sin is on {sin.device}")
     made = []
     for name, table in (("cos", cos), ("sin", sin_rows)):
         first, second = table.chunk(2, 1) if pairs == "halves" else (table[:, 0::2], table[:, 1::2])
-        if check and not torch.equal(first, second):
+        if check and not table.is_meta and not torch.equal(first, second):
             raise ValueError(
                 f"{name} does not have each value twice, as pairs={pairs!r} needs; pass the other "
                 f"of {', '.join(PAIRS)}, or tables (L, head_dim / 2) to rope itself"

@@ -2,20 +2,24 @@
 """The block forwards and backwards, by hand.
 
 x1 = x + proj(attention(qkv(norm1(x))))   y = x1 + lin2(gelu(lin1(norm2(x1)))) + side(norm2(x1))
+
+Where samples drop branches, a factor of each sample stands before what is added to x, and to x1.
 """
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from samfast.kernels._common.ranges import stage
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
-from samfast.kernels.relpos_attention.op import TABLE as ATTENTION
+from samfast.kernels.sam_block.attention import Attention
+from samfast.kernels.sam_block.joined import Joined
 from samfast.kernels.sam_block.layer import Activated, Given, Layer, Normed
-from samfast.kernels.sam_block.plan import LAYERS, Plan
+from samfast.kernels.sam_block.plan import DROPS, Plan
 from samfast.kernels.sam_block.side import Side
+
+_AFTER = ("proj", "lin1", "lin2")  # layers that see whole images
 
 
 class Block:
@@ -37,14 +41,16 @@ class Block:
         self.need_x = needs[0]
         self.head, parts = plan.split(tensors)
         self.head_needs, part_needs = plan.split(needs[1:])
-        self.attention_backend = plan.attention or ATTENTION.part(backend)
+        self.attention = Attention(plan, self.windows, self.head[4:], backend)
         backend = PRODUCTS.part(backend)
-        self.layers = [
-            Layer(name, layer, parts[name], self.windows if name == "qkv" else whole, backend,
+        *into, self.proj, self.lin1, self.lin2 = (
+            Layer(name, layer, parts[name], whole if name in _AFTER else self.windows, backend,
                   part_needs[name])
-            for name, layer in zip(LAYERS, plan.layers, strict=True)
-        ]  # fmt: skip
-        self.qkv, self.proj, self.lin1, self.lin2 = self.layers
+            for name, layer in zip(plan.names, plan.layers, strict=True)
+        )  # fmt: skip
+        self.qkv = Joined("qkv", into) if plan.apart else into[0]
+        self.layers = [self.qkv, self.proj, self.lin1, self.lin2]
+        self.drops = parts.get("drops", (None, None))
         self.side = None
         if plan.side is not None:
             self.side = Side(plan.side, parts["side"], backend, part_needs["side"])
@@ -66,10 +72,16 @@ class Block:
         del g, h
         if self.side is not None:
             self.side.add_(update, *z)
+        self._drop_(update, 1)
         with stage("sam_block", "add"):
             y = self.stages.add(x1, update).view(self.x.shape)
         some = memory in ("fast", "balanced")
-        return y, [*aux, aux_lin2], kept, [*of_layers, *([kept_lin2, z] if some else [[], []])]
+        return (
+            y,
+            [*_each(aux[0]), *aux[1:], aux_lin2],
+            kept,
+            [*of_layers, *([kept_lin2, z] if some else [[], []])],
+        )
 
     def _up_to_gelu(self, memory: str | None):
         """x1, u, aux of three layers, what is kept of the block and of these layers, and of the
@@ -77,13 +89,10 @@ class Block:
         stages, some, every = self.stages, memory in ("fast", "balanced"), memory == "fast"
         qkv, aux_qkv, kept_qkv = self._project()
         late = [qkv] if every else []
-        with stage("sam_block", "attention"):
-            out, lse = torch.ops.samfast.window_relpos_attention_forward(
-                qkv, *self._padding(kept_qkv), *self.head[4:], list(self.windows),
-                self.plan.scale, self.attention_backend,
-            )  # fmt: skip
+        out, lse = self.attention.forward(qkv, self._padding(kept_qkv))
         del qkv
         update, aux_proj, kept_proj = self.proj.forward(self._as_rows(out), None)
+        self._drop_(update, 0)
         kept = [out, lse] if some else []
         del out, lse
         with stage("sam_block", "norm2"):
@@ -132,8 +141,8 @@ class Block:
         need_n2 = need_x1 or any(norm2)
         need_u = need_n2 or any(self.lin1.needs)
 
-        dy = dy.reshape(self.rows.shape)
-        dupdate = dy.to(self.dtype)
+        dy, daux = dy.reshape(self.rows.shape), self._of_layers(daux)
+        dupdate = self._dropped(dy, 1)
         if u is None:
             u, kept_lin1 = self._widen(x1)
         beside = self._beside(dupdate, *kept_side, need_n2)
@@ -152,27 +161,29 @@ class Block:
             beside(None, self._normed(x1, 1, dy, norm2).rows())
         del du, dy, x1, beside
         if need_x1:
-            dupdate = dx1.to(self.dtype)
+            dupdate = self._dropped(dx1, 0)
             dh = self.proj.up(dupdate, daux[1], None, kept_proj, need_out)
             dout = self.proj.through(dupdate, dh, need_out, Given(self._as_rows(out)))
             del dupdate, dh
         if need_out:
             if qkv is None:
                 qkv, _, kept_qkv = self._project()
-            dqkv, dz_pad, dpads, head[4:] = self._attention_backward(
-                dout, out, lse, qkv, kept_qkv, need_n1, tables
+            pads, pad_needs = self._padding(kept_qkv), self.qkv.padding_needs(need_n1)
+            dqkv, (dbias, dz_pad, dfactors), head[4:] = self.attention.backward(
+                dout, out, lse, qkv, pads, pad_needs, tables
             )
-            del dout, qkv
+            dqkv = dqkv.flatten(3).flatten(0, 2)
+            del dout, qkv, pads
         if need_qkv:
             source = self._normed(self.rows, 0, dx1, norm1)
             dh = self.qkv.up(dqkv, daux[0], dz_pad, kept_qkv, need_n1)
-            for i, d in dpads.items():
-                self.qkv.grads[i] += d
+            self.qkv.add_padding_grads(dbias, dfactors)
             dx = self.qkv.through(dqkv, dh, need_n1, source)
             head[:2] = source.grads
         dx = dx.view(self.x.shape) if self.need_x else None
-        of_side = [] if self.side is None else self.side.grads
-        return [dx, *head, *(g for layer in self.layers for g in layer.grads), *of_side]
+        rest = [] if self.side is None else list(self.side.grads)
+        rest += [None] * len(DROPS) if self.plan.drops else []
+        return [dx, *head, *(g for layer in self.layers for g in layer.grads), *rest]
 
     def _project(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """qkv (B, H, W, 3, heads, head_dim), its aux, and what its layer keeps."""
@@ -182,7 +193,9 @@ class Block:
             )
         qkv, aux, kept = self.qkv.forward(n, h)
         size = qkv.shape[1] // 3 // self.plan.heads
-        return qkv.view(*self.x.shape[:3], 3, self.plan.heads, size), aux, kept
+        qkv = qkv.view(*self.x.shape[:3], 3, self.plan.heads, size)
+        self.attention.rotate_(qkv)
+        return qkv, aux, kept
 
     def _widen(self, x1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """u, which GELU takes, and what its layer keeps."""
@@ -216,34 +229,27 @@ class Block:
 
     def _padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What qkv is at the padding of windows: its bias, and the two factors of its update."""
-        if self.windows.pads == 0:
-            return None, None, None
-        if not self.qkv.plan.pads_vary:
-            return self.qkv.bias, None, None
-        return self.qkv.bias, kept[1], self.qkv.plan.scaling * self.qkv.lora_b
+        return (None, None, None) if self.windows.pads == 0 else self.qkv.padding(kept)
 
-    def _attention_backward(self, dout, out, lse, qkv, kept_qkv, need_n1, need_tables):
-        """dqkv (tokens, 3 · D), dz_pad, what the padding adds to the gradients of the layer's
-        bias (1) and lora_b (3), and the tables' gradients."""
-        bias, pad_h, pad_b = self._padding(kept_qkv)
-        need_bias, need_a, need_b, _, *need_params = self.qkv.needs[1:]
-        varies = pad_h is not None
-        needs = [
-            True,
-            need_bias and bias is not None,
-            varies and (need_n1 or need_a or any(need_params)),
-            varies and need_b,
-            *need_tables,
-        ]
-        with stage("sam_block", "attention"):
-            grads = torch.ops.samfast.window_relpos_attention_backward(
-                dout.view(out.shape), out, lse, qkv, bias, pad_h, pad_b, *self.head[4:],
-                list(self.windows), self.plan.scale, self.attention_backend, needs,
-            )  # fmt: skip
-        made = iter(grads)
-        dqkv = next(made).flatten(3).flatten(0, 2)
-        dpads = {1: next(made)} if needs[1] else {}
-        dz_pad = next(made) if needs[2] else None
-        if needs[3]:
-            dpads[3] = self.qkv.plan.scaling * next(made)
-        return dqkv, dz_pad, dpads, [next(made) if need else None for need in need_tables]
+    def _drop_(self, update: Tensor, which: int) -> None:
+        """Multiply what a branch gives by the factors of its samples, where there are some."""
+        if self.drops[which] is not None:
+            with stage("sam_block", "drop"):
+                update.view(len(self.x), -1).mul_(self.drops[which].to(update.dtype)[:, None])
+
+    def _dropped(self, d: Tensor, which: int) -> Tensor:
+        """The gradient of what a branch gives, in the dtype of the products."""
+        if self.drops[which] is None:
+            return d.to(self.dtype)
+        with stage("sam_block", "drop"):
+            factors = self.drops[which].to(d.dtype)[:, None]
+            return (d.view(len(self.x), -1) * factors).view(d.shape).to(self.dtype)
+
+    def _of_layers(self, daux: Sequence[Tensor | None]) -> list:
+        """Of the four layers, where three of them may stand in one's place."""
+        before = daux[:-3]
+        return [before if self.plan.apart else before[0], *daux[-3:]]
+
+
+def _each(aux: Tensor | list[Tensor]) -> list[Tensor]:
+    return aux if isinstance(aux, list) else [aux]

@@ -8,9 +8,18 @@ from torch import Tensor
 from samfast.kernels._common.middle import no_aux
 from samfast.kernels._common.ranges import stage
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.adapt_former.engine import column_sum
 from samfast.kernels.lora_linear import engine
 from samfast.kernels.lora_linear.op import path_of
 from samfast.kernels.sam_block.plan import LayerPlan
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """rows Wᵀ + b in ``out``, a matrix or columns of one, in the dtype of both."""
+    weight = weight.to(rows.dtype).t()
+    if bias is None:
+        return torch.mm(rows, weight, out=out)
+    return torch.addmm(bias.to(rows.dtype), rows, weight, out=out)
 
 
 class Layer:
@@ -34,6 +43,18 @@ class Layer:
         """lora_a, for a stage that makes h with the rows; None where it cannot."""
         return self.lora_a if self.plan.adapted and self.plan.dropout == 0.0 else None
 
+    @property
+    def slices(self) -> engine.Slices:
+        return engine.Slices(self.plan.starts, self.lora_b, self.plan.own)
+
+    @property
+    def pads_vary(self) -> bool:
+        return self.plan.pads_vary
+
+    def tensor(self, which: int) -> Tensor | None:
+        """One of its tensors by its place among FACTORS."""
+        return (self.weight, self.bias, self.lora_a, self.lora_b, self.seed)[which]
+
     def path(self, rows: Tensor):
         return path_of(self.backend, rows, self.lora_a, self.lora_b, self.plan.starts)
 
@@ -55,6 +76,10 @@ class Layer:
             )  # fmt: skip
         return y, aux, [z, z_pad, *saved]
 
+    def add_(self, y: Tensor, z: Tensor) -> None:
+        """y += s · z Bᵀ on the columns that the adapter updates."""
+        self.path(y).up_(y, z, self.lora_b, self.plan.scaling, self.slices)
+
     def keep(self, rows: Tensor, h: Tensor | None) -> list[Tensor]:
         """What the backward needs, without the result."""
         if not self.plan.adapted:
@@ -72,8 +97,7 @@ class Layer:
 
     def _up(self, dy, daux, dz_pad, kept, need_rows):
         if self.needs[1]:
-            wide = torch.promote_types(dy.dtype, self.bias.dtype)
-            self.grads[1] = dy.sum(0, dtype=wide).to(self.bias.dtype)
+            self.grads[1] = column_sum(dy, self.bias)
         if not self.plan.adapted:
             return None
         z, _, *saved = kept
@@ -82,6 +106,25 @@ class Layer:
             self.path(dy), dy, daux, dz_pad, self.lora_b, z, saved, self.params, self.options, needs
         )
         return dh
+
+    def padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the result is at rows of zeros: its bias, and the two factors of its update."""
+        if not self.pads_vary:
+            return self.bias, None, None
+        return self.bias, kept[1], self.plan.scaling * self.lora_b
+
+    def padding_needs(self, need_rows: bool) -> list[bool]:
+        """Which of ``padding`` want a gradient."""
+        need_bias, need_a, need_b, _, *need_params = self.needs[1:]
+        varies = self.pads_vary
+        return [need_bias, varies and (need_rows or need_a or any(need_params)), varies and need_b]
+
+    def add_padding_grads(self, dbias: Tensor | None, dfactors: Tensor | None) -> None:
+        """Add what the padding gives to the gradients of bias and lora_b."""
+        if dbias is not None:
+            self.grads[1] += dbias
+        if dfactors is not None:
+            self.grads[3] += self.plan.scaling * dfactors
 
     def through(
         self, dy: Tensor, dh: Tensor | None, need_rows: bool, source, beside=None

@@ -2,8 +2,8 @@
 """What an operator has to know of a block beside its tensors, as a string and back.
 
 Operators take strings and tensors. The tensors come in one list: ``HEAD`` first, then, of each
-layer in LAYERS, weight, bias, lora_a, lora_b, seed and the middle map's parameters, at last, where
-a branch stands beside the MLP, ``SIDE``.
+layer, weight, bias, lora_a, lora_b, seed and the middle map's parameters, then, where a branch
+stands beside the MLP, ``SIDE``, at last, where samples drop branches, ``DROPS``.
 """
 
 import ast
@@ -21,6 +21,10 @@ from samfast.kernels.adapt_former.op import check_side
 
 HEAD = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "table_h", "table_w")
 LAYERS = ("qkv", "proj", "lin1", "lin2")
+APART = ("q", "k", "v", *LAYERS[1:])  # where three layers stand in qkv's place
+DROPS = ("factors1", "factors2")  # (B,): of proj's and lin2's results, by sample
+KINDS = ("relpos", "rope", "plain")  # of the attention; their tables: relative positions along
+# height and width; cos and sin, one row a position of the window; none
 FACTORS = ("weight", "bias", "lora_a", "lora_b", "seed")
 SIDE = (*BRANCH, "seed")
 MEMORY = ("fast", "balanced", "minimal")
@@ -88,7 +92,9 @@ class SidePlan(NamedTuple):
 class Plan(NamedTuple):
     """window: side, 0 for the whole map   eps: of the two norms   dtype: of the products, "" for
     x's   memory: one of MEMORY   attention: backend of the attention alone, "" for the block's
-    side: what stands beside the MLP, None for nothing"""
+    side: what stands beside the MLP, None for nothing
+    kind: of the attention, one of KINDS   halves: how rope pairs features, see ``kernels.rope``
+    apart: whether q, k and v are layers of their own   drops: whether there are DROPS"""
 
     heads: int
     window: int
@@ -99,13 +105,24 @@ class Plan(NamedTuple):
     attention: str
     layers: tuple[LayerPlan, ...]
     side: SidePlan | None = None
+    kind: str = KINDS[0]
+    halves: bool = False
+    apart: bool = False
+    drops: bool = False
 
     @property
     def key(self) -> str:
         """All but ``numbers``, which are symbols under torch.compile(dynamic=True)."""
         layers = (layer._replace(scaling=0.0, dropout=0.0) for layer in self.layers)
         plain = self._replace(scale=0.0, eps=(0.0, 0.0), layers=())
-        return repr((*plain[:-2], tuple(map(tuple, layers)), self.side is not None))
+        own = plain[_SAM:]
+        own = () if own == _DEFAULTS else own  # as plans of SAM's blocks have always been written
+        return repr((*plain[: _SAM - 2], tuple(map(tuple, layers)), self.side is not None, *own))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the layers, in the order in which they run."""
+        return APART if self.apart else LAYERS
 
     @property
     def numbers(self) -> list[float]:
@@ -124,10 +141,14 @@ class Plan(NamedTuple):
     def split(self, tensors: Sequence) -> tuple[list, dict[str, list]]:
         """The tensors of HEAD, and of each layer and the side (or whatever runs parallel)."""
         head, rest, parts = list(tensors[: len(HEAD)]), list(tensors[len(HEAD) :]), {}
-        for name, layer in zip(LAYERS, self.layers, strict=True):
+        for name, layer in zip(self.names, self.layers, strict=True):
             count = len(FACTORS) + layer.params
             parts[name], rest = rest[:count], rest[count:]
-        return head, parts | ({} if self.side is None else {"side": rest})
+        if self.side is not None:
+            parts["side"], rest = rest[: len(SIDE)], rest[len(SIDE) :]
+        if self.drops:
+            parts["drops"] = rest
+        return head, parts
 
     def check(self, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
         """Raise one sentence for a tensor on another device, or shapes that do not chain: kernels
@@ -135,7 +156,8 @@ class Plan(NamedTuple):
         check_memory(self.memory)
         head, parts = self.split(tensors)
         named = [("the block", HEAD, head)]
-        named += [(name, SIDE if name == "side" else FACTORS, part) for name, part in parts.items()]
+        own = {"side": SIDE, "drops": DROPS}
+        named += [(name, own.get(name, FACTORS), part) for name, part in parts.items()]
         for name, names, part in named:
             for i, t in enumerate(part):
                 if t is not None and t.device != x.device:
@@ -144,13 +166,21 @@ class Plan(NamedTuple):
         width, inner = x.shape[3], parts["proj"][0].shape[1]
         if inner % self.heads:
             raise ValueError(f"proj takes {inner} features, which {self.heads} heads do not divide")
-        sides = (self.window, self.window) if self.window else x.shape[1:3]
-        shapes = [(width,)] * 4 + [(2 * side - 1, inner // self.heads) for side in sides]
+        shapes = [(width,)] * 4 + self._table_shapes(x, inner // self.heads)
         for what, t, shape in zip(HEAD, head, shapes, strict=True):
-            _check_shape(f"{what} of the block", t, shape)
+            if t is not None or shape is not None:
+                _check_shape(f"{what} of the block", t, shape)
+        constant = {} if self.kind == "relpos" else dict(zip(HEAD[4:], head[4:], strict=True))
+        constant |= dict(zip(DROPS, parts.get("drops", ()), strict=self.drops))
+        for what, t in constant.items():
+            if what in DROPS:
+                _check_shape(f"{what} of the block", t, x.shape[:1])
+            if t is not None and t.requires_grad:
+                raise ValueError(f"{what} of the block requires a gradient, which it has none of")
         hidden = parts["lin1"][0].shape[0]
-        chain = ((3 * inner, width), (width, inner), (hidden, width), (width, hidden))
-        for name, layer, shape in zip(LAYERS, self.layers, chain, strict=True):
+        into = [(inner, width)] * 3 if self.apart else [(3 * inner, width)]
+        chain = (*into, (width, inner), (hidden, width), (width, hidden))
+        for name, layer, shape in zip(self.names, self.layers, chain, strict=True):
             _check_shape(f"the weight of {name}", parts[name][0], shape)
             if parts[name][1] is not None:
                 _check_shape(f"the bias of {name}", parts[name][1], shape[:1])
@@ -159,10 +189,24 @@ class Plan(NamedTuple):
         if self.side is not None:
             check_side(width, parts["side"][: len(BRANCH)])
 
+    def _table_shapes(self, x: Tensor, head_dim: int) -> list[tuple[int, int] | None]:
+        """Of the two tables, None where there is none."""
+        sides = (self.window, self.window) if self.window else x.shape[1:3]
+        if self.kind == "relpos":
+            return [(2 * side - 1, head_dim) for side in sides]
+        return [(sides[0] * sides[1], head_dim // 2) if self.kind == "rope" else None] * 2
 
-def _check_shape(what: str, t: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(t.shape) != tuple(shape):
-        raise ValueError(f"{what} has shape {tuple(t.shape)}, but must have {tuple(shape)}")
+
+_SAM = Plan._fields.index("kind")  # fields that a block of SAM's plan has
+_DEFAULTS = tuple([Plan._field_defaults[name] for name in Plan._fields[_SAM:]])
+
+
+def _check_shape(what: str, t: Tensor | None, shape: tuple[int, ...] | None) -> None:
+    found = None if t is None else tuple(t.shape)
+    if found != (None if shape is None else tuple(shape)):
+        has = "is not there" if found is None else f"has shape {found}"
+        need = "must not be" if shape is None else f"must have {tuple(shape)}"
+        raise ValueError(f"{what} {has}, but {need}")
 
 
 def plan_of(key: str, numbers: Sequence[float]) -> Plan:
@@ -171,11 +215,12 @@ def plan_of(key: str, numbers: Sequence[float]) -> Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan_of(key: str, numbers: tuple[float, ...]) -> Plan:
-    *rest, layers, sided = ast.literal_eval(key)
+    values = ast.literal_eval(key)
+    *rest, layers, sided = values[:_SAM]
     scale, eps, of_layers = numbers[0], numbers[1:3], numbers[3:]
     side = SidePlan(*of_layers[2 * len(layers) :]) if sided else None
     layers = (
         LayerPlan(*layer)._replace(scaling=of_layers[2 * i], dropout=of_layers[2 * i + 1])
         for i, layer in enumerate(layers)
     )
-    return Plan(*rest, tuple(layers), side)._replace(scale=scale, eps=eps)
+    return Plan(*rest, tuple(layers), side, *values[_SAM:])._replace(scale=scale, eps=eps)

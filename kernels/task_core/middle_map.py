@@ -20,6 +20,7 @@ class TaskCore:
 
     backend: str
     zero_preserving = True
+    saves = 1
 
     def forward(self, h, geometry, m, task):
         z = torch.ops.samfast.task_core_product_forward(h, m, task, self.backend)

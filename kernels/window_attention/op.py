@@ -10,6 +10,9 @@ from samfast.kernels._common.operator import Operator
 from samfast.kernels._common.table import Table
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import HEAD_DIMS, out_and_lse, packed
+from samfast.kernels.rope.engine import pad_rows
+from samfast.kernels.rope.op import rope
+from samfast.kernels.rope.tables import PAIRS
 from samfast.kernels.window_attention import flash, reference
 from samfast.kernels.window_attention.padding import rotated_padding, rotated_padding_grads
 
@@ -99,6 +102,9 @@ def window_attention(
     num_heads: int,
     window: int | tuple[int, int],
     *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    pairs: str = "interleaved",
     pad_bias: Tensor | None = None,
     pad_h: Tensor | None = None,
     pad_b: Tensor | None = None,
@@ -110,8 +116,11 @@ def window_attention(
     qkv: (B, H, W, 3 · D), any strides   window: side, or (height, width); (H, W) is one global map
     out: (B, H, W, D) = softmax(scale · q kᵀ) v, over the keys of a token's window
 
+    cos, sin, pairs: q and k are turned first, as ``rope`` turns them in windows of this size
+
     An image whose sides are no multiples of the window is padded at the bottom and right. Pads are
-    keys and values, never queries. Their row of qkv is pad_bias + pad_h @ pad_bᵀ:
+    keys and values, never queries. Their row of qkv is pad_bias + pad_h @ pad_bᵀ, whose key is
+    turned by its own place in the window:
     pad_bias: (3 · D,), the bias of the layer that made qkv; zeros where None
     pad_h: (B · pads, r), rows of the padding, image by image, line by line   pad_b: (3 · D, r)
 
@@ -132,15 +141,23 @@ def window_attention(
     """
     named = {"pad_bias": pad_bias, "pad_h": pad_h, "pad_b": pad_b}
     windows, head_dim = packed(qkv, num_heads, window, named)
+    turn, halves = None, pairs == "halves"
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs is {pairs!r}; it must be one of {', '.join(PAIRS)}")
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{'sin' if sin is None else 'cos'} is missing; rope needs both tables")
+    if cos is not None:
+        qkv = rope(qkv, cos, sin, heads=num_heads, window=window, pairs=pairs, backend=backend)
+        turn = [pad_rows(table, windows) for table in (cos, sin)] if windows.pads else None
     qkv = autocast_input(qkv)
     scale = head_dim**-0.5 if scale is None else float(scale)
     name = backends.requested(backend)
     parts = qkv.unflatten(3, (3, num_heads, head_dim))
     if name == "reference":
         with without_autocast(qkv.device.type):
-            rows = reference.padding_rows(pad_bias, pad_h, pad_b, None, False, windows, parts)
+            rows = reference.padding_rows(pad_bias, pad_h, pad_b, turn, halves, windows, parts)
             return reference.window_attention(parts, rows, windows, scale).flatten(3)
     out = torch.ops.samfast.window_attention(
-        parts, pad_bias, pad_h, pad_b, None, None, False, list(windows), scale, name
+        parts, pad_bias, pad_h, pad_b, *(turn or (None, None)), halves, list(windows), scale, name
     )
     return out.flatten(3)

@@ -125,3 +125,16 @@ def test_rows_of_padding_lie_as_the_pad_buffer(windows):
     one = windows._replace(batch=1)
     cut = one.cut(image.flatten(0, 1), pads)
     assert torch.equal(cut.flatten(1, 2), table.expand(one.samples, -1, -1))
+
+
+def test_tables_on_other_devices():
+    meta = torch.ones(3, 4, device="meta")
+    assert [t.shape for t in tables_of(meta, meta)] == [(3, 2), (3, 2)]
+    with pytest.raises(ValueError, match="cos is on cpu but sin is on meta"):
+        tables_of(torch.ones(3, 4), meta)
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, math.nan, math.inf])
+def test_a_base_that_gives_no_angles_is_refused(theta):
+    with pytest.raises(ValueError, match=f"theta is {theta}; it must be a finite number above 0"):
+        axial_tables(2, 2, 8, theta=theta)
