@@ -122,8 +122,10 @@ $(VENV)/.train: $(VENV)/.base $(BUILT)
 	@touch $@
 
 # What constraints.txt lists is what ".[dev]" needs; it arrives while the extension is built.
+# Of sam3 tests read one file, so that it stays apart, without the dozen packages that it needs.
 $(VENV)/.dev: $(VENV)/.base $(BUILT)
 	$(PIP) -r constraints.txt & others=$$!; \
 	$(PIP) --no-build-isolation --no-deps -e . && wait $$others
 	$(BIN)/python -m pip --disable-pip-version-check check
+	$(PIP) --upgrade --no-deps --target $(VENV)/sam3 sam3==0.1.4
 	@touch $@

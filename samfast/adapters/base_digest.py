@@ -16,12 +16,13 @@ from samfast.adapters.attachment import attachment
 
 SAMPLE = 1024
 _ENCODER = ".image_encoder."
-_RESIZED = ("pos_embed", "rel_pos_h", "rel_pos_w")
+_RESIZED = ("pos_embed", "rel_pos_h", "rel_pos_w", "freqs_cis")
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
     """Digest of one tensor's shape and spaced sample."""
     flat = tensor.detach().reshape(-1)
+    flat = flat.real if flat.is_complex() else flat  # as a cast to bfloat16 has it
     step = max(1, -(-flat.numel() // SAMPLE))
     sample = flat[::step].to(torch.bfloat16).cpu()
     digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())

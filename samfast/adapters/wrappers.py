@@ -12,7 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 ENCODER = "image_encoder"  # segment_anything's name
 ENCODER_OF_HF = "vision_encoder"  # Hugging Face's, which models of other kinds use as well
 ATTACHMENT = "samfast_attachment"
-_PARTS_OF_HF = ("patch_embed", "layers", "neck")  # of its encoder of SAM
+ENCODER_OF_META = "backbone.vision_backbone.trunk"  # SAM 3's in its authors' package
+_PARTS_OF_HF = (("patch_embed", "layers", "neck"), ("backbone.layers", "neck"))  # of SAM, of SAM 3
+_PARTS_OF_META = ("patch_embed", "blocks")
 
 
 def encoder_name(model: nn.Module) -> str:
@@ -21,8 +23,19 @@ def encoder_name(model: nn.Module) -> str:
     if isinstance(parts.get(ENCODER), nn.Module):
         return ENCODER
     encoder = parts.get(ENCODER_OF_HF)
-    known = encoder is not None and all(hasattr(encoder, part) for part in _PARTS_OF_HF)
-    return ENCODER_OF_HF if known else ""
+    if encoder is not None and any(all(_has(encoder, p) for p in of) for of in _PARTS_OF_HF):
+        return ENCODER_OF_HF
+    known = "backbone" in parts and all(
+        _has(model, f"{ENCODER_OF_META}.{p}") for p in _PARTS_OF_META
+    )
+    return ENCODER_OF_META if known else ""
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    """Whether the model has a module at the end of this path."""
+    for name in path.split("."):
+        model = getattr(model, "_modules", {}).get(name)
+    return model is not None
 
 
 def encoder_of(model: nn.Module) -> nn.Module:

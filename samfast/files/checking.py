@@ -32,7 +32,9 @@ def image_size_of(model: nn.Module) -> int | None:
     if not encoder_name(model):
         return None
     encoder = encoder_of(model)  # segment_anything's, or Hugging Face's
-    return getattr(encoder, "img_size", None) or getattr(encoder, "image_size", None)
+    size = getattr(encoder, "img_size", None) or getattr(encoder, "image_size", None)
+    config = getattr(getattr(encoder, "backbone", None), "config", None)  # SAM 3's
+    return size if size is not None else getattr(config, "image_size", None)
 
 
 def _sizes(model: nn.Module, adapter: AdapterFile) -> str | None:

@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from samfast.adapters.wrappers import ENCODER, ENCODER_OF_HF
+from samfast.adapters.wrappers import ENCODER, ENCODER_OF_HF, ENCODER_OF_META
 
 _SHOWN = 80  # characters of a wrong value
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-_ENCODERS = ("", ENCODER, ENCODER_OF_HF)  # "" for a model without one
+_ENCODERS = ("", ENCODER, ENCODER_OF_HF, ENCODER_OF_META)  # "" for a model without one
 _HASH = re.compile(r"[0-9a-f]{64}")
 _SIDE = 2**15  # pixels
 _INT64 = 2**63

@@ -99,7 +99,7 @@ class FusedAttention:
         """What a forward would choose here and now, for an x as autocast would have it."""
         if not self._family.parts.has_tables(self):
             return {}
-        tables = self._family.parts.tables(self)
+        tables = self._family.parts.relative_positions(self)
         sides = [(len(table) + 1) // 2 for table in tables]
         table = autocast_input(tables[0].detach())
         q = table.new_empty(0, *sides, self._family.parts.heads(self), table.shape[1])
@@ -117,7 +117,7 @@ class FusedAttention:
             qkv,
             self._family.parts.heads(self),
             window,
-            *self._family.parts.tables(self),
+            *self._family.parts.relative_positions(self),
             scale=self._family.parts.scale(self),
             backend=self._backend(),
             **pads,

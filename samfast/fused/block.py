@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from samfast.adapters.block_layer import block_layer, layer_problem
 from samfast.adapters.stand_in import altered, kind_of, leaving_alone, runs_as
-from samfast.backends import requested
+from samfast.backends import requested, resolve
 from samfast.fused.attention import FusedAttention
 from samfast.fused.families import family_of
 from samfast.fused.parts import Family
 from samfast.fused.proof import objection
 from samfast.kernels._common.autocast import autocast_dtype, autocast_input
 from samfast.kernels._common.windows import Windows
-from samfast.kernels.relpos_attention.op import fit_table
+from samfast.kernels.rope.engine import supports as rope_supports
 from samfast.kernels.sam_block.op import sam_block, stages_backend
 from samfast.kernels.sam_block.plan import Plan, check_memory
+from samfast.kernels.window_attention.op import supports as plain_supports
 
 __all__ = ["BlockInParts", "FusedBlock", "WholeBlock", "check_memory"]
 
@@ -81,6 +82,9 @@ class FusedBlock:
         width = next(iter(parts.norms(self).values())).normalized_shape
         if x.dim() != 4 or x.shape[3:] != width or 0 in x.shape[1:3]:
             return False
+        side = parts.window(self)
+        if not parts.fits_positions(self, (side, side) if side else tuple(x.shape[1:3])):
+            return False
         autocast = autocast_dtype(x.device.type) is not None
         qkv = next(iter(parts.linears(self).values()))
         return x.is_floating_point() and (autocast or x.dtype == qkv.weight.dtype)
@@ -92,9 +96,9 @@ class FusedBlock:
         sides = (side, side) if side else x.shape[1:3]
         windows, whole = Windows(*x.shape[:3], *sides), Windows.whole(*x.shape[:3])
         like = autocast_input(x[:0])
-        qkv, *others = parts.linears(self).values()
-        layers = [block_layer(qkv, like, windows)]
-        layers += [block_layer(layer, like, whole) for layer in others]
+        *into, proj, lin1, lin2 = parts.linears(self).values()
+        layers = [block_layer(layer, like, windows) for layer in into]
+        layers += [block_layer(layer, like, whole) for layer in (proj, lin1, lin2)]
         beside = mlp.block_side(like) if hasattr(mlp, "block_side") else None
         plan = Plan(
             heads=parts.heads(attn),
@@ -106,12 +110,16 @@ class FusedBlock:
             attention=self._attention_backend(),
             layers=tuple(layer.plan for layer in layers),
             side=None if beside is None else beside.plan,
+            kind=parts.KIND,
+            halves=parts.HALVES,
+            apart=len(into) > 1,
+            drops=(chance := parts.drop_chance(self)) > 0.0,
         )
         head = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
-        sized = zip(parts.tables(attn), sides, strict=True)
-        tables = [fit_table(table, size) for table, size in sized]
+        tables = parts.tables(self, sides)
         tensors = [*head, *tables, *(t for layer in layers for t in layer.tensors)]
         tensors += [] if beside is None else beside.tensors
+        tensors += _factors(len(x), chance, like) if chance > 0.0 else []
         y, aux = sam_block(x, tensors, plan)
         for layer, value in zip(layers, aux, strict=True):
             if layer.keep is not None:
@@ -123,11 +131,31 @@ class FusedBlock:
         if self.block_problem() is not None:
             return {}
         norm = next(iter(self._family.parts.norms(self).values()))
-        x = autocast_input(norm.weight.detach()[None, :0])
+        x, asked = autocast_input(norm.weight.detach()[None, :0]), requested("auto")
         try:
-            return {"sam_block": stages_backend(requested("auto"), x)}
+            found = {"sam_block": stages_backend(asked, x)}
         except RuntimeError as error:
             return {"sam_block": str(error)}
+        return (
+            found if self._family.parts.KIND == "relpos" else found | self._of_attention(x, asked)
+        )
+
+    def _of_attention(self, x: Tensor, asked: str) -> dict[str, str]:
+        """What runs the operations of an attention without relative positions."""
+        parts = self._family.parts
+        heads, side = parts.heads(parts.attention(self)), parts.window(self) or 1
+        q = x.new_empty(0, side, side, heads, _width(self) // heads)
+        windows = Windows.whole(0, side, side)
+        supported = {"window_attention": lambda b: plain_supports(b, q, windows)}
+        if parts.KIND == "rope":
+            supported["rope"] = lambda b: rope_supports(b, q[:, :, :, None])
+        found = {}
+        for name, supports in supported.items():
+            try:
+                found[name] = resolve(name, asked, x.device, supports)
+            except RuntimeError as error:
+                found[name] = str(error)
+        return found
 
     def extra_repr(self) -> str:
         return f"memory={self.memory}"
@@ -137,17 +165,18 @@ class WholeBlock(FusedBlock):
     """A block that is one operator or runs its own forward, its attention included."""
 
     def forward(self, *args, **kwargs) -> Tensor:
-        if len(args) != 1 or kwargs:
+        parts = self._family.parts
+        if len(args) != 1 or not parts.IDLE.issuperset(kwargs):
             return super().forward(*args, **kwargs)
-        x, parts = args[0], self._family.parts
+        x = args[0]
         if not torch.compiler.is_compiling():
             if parts.recording(parts.attention(self)):
                 x._samfast_recorded = True  # a checkpoint that runs this again records nothing
             elif getattr(x, "_samfast_recorded", False):
-                return super().forward(x)
+                return super().forward(x, **kwargs)
         if self.block_problem() is None and self._fits(x):
             return self._fused(x)
-        return super().forward(x)
+        return super().forward(x, **kwargs)
 
     def _attention_problem(self) -> str | None:
         parts = self._family.parts
@@ -156,7 +185,7 @@ class WholeBlock(FusedBlock):
             return f"attn is {kind_of(attn)}"
         if parts.attention_altered(attn):
             return "attn has hooks or a forward of its own"
-        return None if parts.has_tables(attn) else "attn has no relative positions"
+        return parts.positions_problem(self)
 
 
 class BlockInParts(FusedBlock):
@@ -183,8 +212,8 @@ class BlockInParts(FusedBlock):
             parts.window(self) > 0 or not runs_as(attn, FusedAttention) or altered(attn)
         ):
             return reason
-        if not parts.has_tables(attn):
-            return "attn has no relative positions"
+        if (reason := parts.positions_problem(self)) is not None:
+            return reason
         if attn.backend == "reference":
             return "attn has the reference backend, which is plain autograd"
         return None
@@ -225,6 +254,19 @@ class BlockInParts(FusedBlock):
         if altered(attn):
             return "attn has hooks or a forward of its own"
         return attn.window_order()
+
+
+def _width(block: nn.Module) -> int:
+    """The features that the block's norms take."""
+    norm = next(iter(block._family.parts.norms(block).values()))
+    return norm.normalized_shape[0]
+
+
+def _factors(samples: int, chance: float, like: Tensor) -> list[Tensor]:
+    """Of proj's and lin2's results, by sample, drawn as timm's DropPath draws them."""
+    kept = 1.0 - chance
+    drawn = (like.new_empty(samples, 1, 1, 1).bernoulli_(kept) for _ in range(2))
+    return [(d.div_(kept) if kept > 0.0 else d).view(samples) for d in drawn]
 
 
 def _norm_problem(name: str, norm: nn.Module) -> str | None:

@@ -24,6 +24,10 @@ LIBRARIES = {
     "transformers.models.sam.modeling_sam.SamVisionLayer": "transformers_sam",
     "transformers.models.sam_hq.modeling_sam_hq.SamHQVisionAttention": "transformers_sam",
     "transformers.models.sam_hq.modeling_sam_hq.SamHQVisionLayer": "transformers_sam",
+    "transformers.models.sam3.modeling_sam3.Sam3ViTLayer": "transformers_sam3",
+    "transformers.models.sam3.modeling_sam3.Sam3ViTRoPEAttention": "transformers_sam3",
+    "sam3.model.vitdet.Attention": "sam3",
+    "sam3.model.vitdet.Block": "sam3",
     "timm.models.vision_transformer_sam.Attention": "timm_sam",
     "timm.models.vision_transformer_sam.Block": "timm_sam",
 }

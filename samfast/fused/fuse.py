@@ -15,13 +15,13 @@ from samfast.fused.classes import (
     stock_class,
 )
 from samfast.fused.families import family_of, is_attention, is_block
-from samfast.fused.parts import Family
+from samfast.fused.parts import KEPT, Family
 from samfast.fused.proof import objection
 from samfast.integrations.libraries import fusable
 from samfast.integrations.swap import swap
 from samfast.kernels.sam_block.plan import check_memory
 
-_OPTIONS = ("backend", "left_alone", "memory")  # attributes of fused modules
+_OPTIONS = ("backend", "left_alone", "memory", KEPT)  # attributes of fused modules
 _INSIDE = "its block is left alone"
 _BY_BLOCK = "its block runs its own forward"
 _ATTENTIONS = {"attn", "attention"}  # what libraries call the attention of a block
@@ -31,7 +31,8 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     """Let SAM's blocks and others' adapters in ``model`` run fused, in place; returns the model.
 
     Known are the blocks of segment_anything, of copies of it under other names, of transformers'
-    SamModel and SamHQModel, and of timm's samvit models. segment_anything's Attention and Block
+    SamModel, SamHQModel and SAM 3, of the package sam3, and of timm's samvit models.
+    segment_anything's Attention and Block
     become RelPosAttention and SamBlock, other classes ones derived from them: the same module
     objects with the same Parameters, submodules, hooks and state dict, so adapters, optimizers
     and files know no difference. Before or after ``attach``.
@@ -42,6 +43,8 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     numbers; all methods of a transformers or timm class are that library's. A block that fails
     stays as it is, its attention too; a warning says why, and ``report``. The question is asked
     again, at every forward, once a class was patched or got another part.
+    What a library's forward calls outside its classes, such as transformers' attention functions,
+    is run in that proof, but not asked about again.
     Modules of classes derived from these, or with a forward of their own, stay as they are as
     well; the attention of a derived block is fused. A transformers or timm block with something
     that a fused block leaves out (dropout in training, layer scale) runs its own forward. Hooks

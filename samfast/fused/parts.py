@@ -11,6 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from samfast.adapters.stand_in import altered, kind_of
+from samfast.kernels.relpos_attention.op import fit_table
+
+KEPT = "_samfast_tables"  # where a fused block keeps tables that it has made
 
 
 class Layout:
@@ -20,7 +23,10 @@ class Layout:
     must be nn.Identity   DROPOUTS: children that are dropout   CHANCES: numbers that are its
     probability   VALUES: what else a forward reads of its module, and what it must be   FLAGS: what
     it reads that may be either
-    takes: what the forwards take
+    takes: what the forwards take   IDLE: named arguments that change nothing in a block
+    KIND, HALVES: of the attention, see ``samfast.kernels.sam_block.plan``   OTHERS: further
+        children, and BUFFERS, that a block's tables are made of   DROP_PATH: a child that drops
+        branches of samples in training
     """
 
     IN_BLOCK: ClassVar = ("norm1", "attn", "norm2", "mlp")
@@ -35,6 +41,12 @@ class Layout:
     VALUES: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     FLAGS: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar = "(self, x)"
+    IDLE: ClassVar[frozenset[str]] = frozenset()
+    KIND: ClassVar = "relpos"
+    HALVES: ClassVar = False
+    OTHERS: ClassVar[tuple[str, ...]] = ()
+    BUFFERS: ClassVar[tuple[str, ...]] = ()
+    DROP_PATH: ClassVar[str | None] = None
 
     @classmethod
     def norms(cls, block: nn.Module) -> dict[str, nn.Module]:
@@ -59,7 +71,7 @@ class Layout:
 
     @classmethod
     def linears(cls, block: nn.Module) -> dict[str, nn.Module]:
-        """The four linear layers in the order in which they run."""
+        """The linear layers in the order in which they run: qkv or q, k and v, and three more."""
         mlp = cls.mlp(block)
         around = {name: getattr(mlp, name) for name in cls.IN_MLP[:2]}
         return {**cls.projections(cls.attention(block)), **around}
@@ -82,10 +94,35 @@ class Layout:
         return getattr(attention, cls.OPTIONS[2])
 
     @classmethod
-    def tables(cls, attention: nn.Module) -> tuple[Tensor, Tensor]:
-        """Relative positions along the height and along the width."""
+    def relative_positions(cls, attention: nn.Module) -> tuple[Tensor, Tensor]:
+        """Along the height and along the width."""
         height, width = cls.TABLES
         return getattr(attention, height), getattr(attention, width)
+
+    @classmethod
+    def tables(cls, block: nn.Module, sides: tuple[int, int]) -> list[Tensor]:
+        """The two tables of the attention's kind, for windows of these sides."""
+        own = cls.relative_positions(cls.attention(block))
+        return [fit_table(table, side) for table, side in zip(own, sides, strict=True)]
+
+    @classmethod
+    def positions_problem(cls, block: nn.Module) -> str | None:
+        """What stands against the positions of the attention."""
+        attention = cls.attention(block)
+        return None if cls.has_tables(attention) else "attn has no relative positions"
+
+    @classmethod
+    def fits_positions(cls, block: nn.Module, sides: tuple[int, int]) -> bool:
+        """Whether the tables are for windows of these sides, or can be made so."""
+        return True
+
+    @classmethod
+    def drop_chance(cls, block: nn.Module) -> float:
+        """How likely a branch of a sample is dropped, as the block is now."""
+        part = None if cls.DROP_PATH is None else block.get_submodule(cls.DROP_PATH)
+        return (
+            getattr(part, "drop_prob", None) or 0.0 if part is not None and part.training else 0.0
+        )
 
     @classmethod
     def activation_problem(cls, act: nn.Module) -> str | None:
@@ -134,6 +171,7 @@ class Family(NamedTuple):
 
     package: its name   published: its code is known by its place, and needs no look at each line
     attentions: all classes that its blocks may have for their attention
+    others: classes of further children
     """
 
     package: str
@@ -143,6 +181,7 @@ class Family(NamedTuple):
     parts: type[Layout] = Layout
     published: bool = False
     attentions: tuple[type[nn.Module], ...] = ()
+    others: tuple[type[nn.Module], ...] = ()
 
     def attention_of(self, block: nn.Module) -> type[nn.Module]:
         """Which of the classes the block's attention has."""

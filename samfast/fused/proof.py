@@ -8,17 +8,14 @@ agree with the formula in ``samfast.kernels.sam_block.reference``.
 
 import inspect
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
+from samfast.fused.cases import ATTENTION, BLOCK, MLP, ROLES, below, case_of, inside
 from samfast.fused.families import family_of
 from samfast.fused.parts import Family, Layout
 from samfast.integrations.plain_code import PlainCode
-from samfast.integrations.probe import apart, deviation, difference, shell
+from samfast.integrations.probe import apart
 from samfast.integrations.swap import foreign_method, methods_of, own_method
-from samfast.kernels.relpos_attention.op import fit_table
-from samfast.kernels.sam_block.reference import attention, sam_block
 
 LARGEST_WINDOW = 32  # that a run is made at
 LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU)
@@ -30,7 +27,6 @@ _NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union
     Layout.OPTIONS,
     [Layout.WINDOW],
 )
-_BLOCK, _ATTENTION, _MLP = _ROLES = ("block", "attention", "mlp")
 _codes: dict[type[nn.Module], PlainCode] = {}
 _methods: dict[type[nn.Module], tuple[dict, tuple, str | None]] = {}
 _verdicts: dict[tuple, str | None] = {}
@@ -82,20 +78,8 @@ objection._dynamo_marked_constant = True
 
 def _read(own: type[Layout], role: str) -> tuple[str, ...]:
     """The numbers that the formula, or the forward, reads of a part."""
-    numbers = {_BLOCK: (own.WINDOW,), _ATTENTION: own.OPTIONS, _MLP: ()}[role]
-    return (*numbers, *_below(own, role, own.FLAGS))
-
-
-def _inside(own: type[Layout], role: str) -> tuple[str, ...]:
-    """The children that the formula is about."""
-    return dict(zip(_ROLES, (own.IN_BLOCK, own.IN_ATTENTION, own.IN_MLP), strict=True))[role]
-
-
-def _below(own: type[Layout], role: str, paths) -> list[str]:
-    """Names of a part's own children or attributes among paths that start at the block."""
-    prefix = {_BLOCK: "", _ATTENTION: f"{own.IN_BLOCK[1]}.", _MLP: f"{own.IN_BLOCK[3]}."}[role]
-    found = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
-    return [name for name in found if "." not in name]
+    numbers = {BLOCK: (own.WINDOW,), ATTENTION: own.OPTIONS, MLP: ()}[role]
+    return (*numbers, *below(own, role, own.FLAGS))
 
 
 def _code(family: Family, kind: type[nn.Module]) -> tuple[object, str | None]:
@@ -122,7 +106,7 @@ def _own_method(family: Family, module: nn.Module, role: str, part: nn.Module) -
     """A method of a library's class that this part has another of."""
     block = isinstance(module, family.block)
     attention = family.attention_of(module) if block else family.attention
-    kinds = dict(zip(_ROLES, (family.block, attention, family.mlp), strict=True))
+    kinds = dict(zip(ROLES, (family.block, attention, family.mlp), strict=True))
     methods, _, _ = _methods[kinds[role]]
     return own_method(part, methods)
 
@@ -130,27 +114,27 @@ def _own_method(family: Family, module: nn.Module, role: str, part: nn.Module) -
 def _classes(family: Family, module: nn.Module) -> tuple[type[nn.Module], ...]:
     if isinstance(module, family.attention):
         return (family.attention,)
-    return family.block, family.attention_of(module), family.mlp
+    return family.block, family.attention_of(module), family.mlp, *family.others
 
 
 def _stock_parts(family: Family, module: nn.Module) -> _Parts:
     """The module itself and those of its children whose class is the library's, by name."""
     if isinstance(module, family.attention):
-        return {"": (_ATTENTION, module)}
-    parts, children = {"": (_BLOCK, module)}, module._modules
+        return {"": (ATTENTION, module)}
+    parts, children = {"": (BLOCK, module)}, module._modules
     _, name_of_attn, _, name_of_mlp = family.parts.IN_BLOCK
     attn, mlp = children.get(name_of_attn), children.get(name_of_mlp)
     stock = type(attn) is family.attention or type(attn) in family.attentions
     if stock or hasattr(attn, "left_alone"):  # as a FusedAttention has
-        parts[name_of_attn] = (_ATTENTION, attn)
+        parts[name_of_attn] = (ATTENTION, attn)
     if type(mlp) is family.mlp:
-        parts[name_of_mlp] = (_MLP, mlp)
+        parts[name_of_mlp] = (MLP, mlp)
     return parts
 
 
 def _has(parts: _Parts, *names: str) -> bool:
     """Whether what these names lead to from the attention is there, and true where it is a flag."""
-    value = next((part for role, part in parts.values() if role == _ATTENTION), None)
+    value = next((part for role, part in parts.values() if role == ATTENTION), None)
     for name in names:
         value = getattr(value, name, None)
     return value is not None and value is not False
@@ -171,17 +155,18 @@ def _structure(family: Family, name: str, role: str, module: nn.Module) -> str |
     """What the module has that the original does not have, or the other way round."""
     it, own = f"its {name}" if name else "it", family.parts
     children, tensors, buffers = _held(family, module)
-    idle = _below(own, role, (*own.IDENTITIES, *own.DROPOUTS))
-    known = own.TABLES if role == _ATTENTION else ()
+    idle = below(own, role, (*own.IDENTITIES, *own.DROPOUTS, *own.OTHERS))
+    known = own.TABLES if role == ATTENTION else ()
     for what, names, expected in (
-        ("child", children, (*_inside(own, role), *idle)),
+        ("child", children, (*inside(own, role), *idle)),
         ("parameter", tensors, known),
-        ("buffer", buffers, ()),
+        ("buffer", buffers, below(own, role, own.BUFFERS)),
     ):
         if more := [n for n in names if n not in expected]:
             return f"{it} has a {what} {more[0]}, which would be left out"
-    needed = [(part, children) for part in (*_inside(own, role), *idle)]
-    if role == _ATTENTION and own.has_tables(module):
+    needed = [(part, children) for part in (*inside(own, role), *idle)]
+    needed += [(buffer, buffers) for buffer in below(own, role, own.BUFFERS)]
+    if role == ATTENTION and own.has_tables(module):
         needed += [(table, tensors) for table in own.TABLES]
     missing = [part for part, present in needed if part not in present]
     return f"{it} has no {missing[0]}" if missing else None
@@ -195,7 +180,7 @@ def _judgement(family: Family, module: nn.Module, parts: _Parts) -> str | None:
         return problem
     block = isinstance(module, family.block)
     cases = ((4, 5, 3), (0, 6, 7)) if block else ((0, 6, 7),)
-    problems = (apart(_Case(family, module, *case).problem) for case in cases)
+    problems = (apart(case_of(family, module, *case).problem) for case in cases)
     return next((p for p in problems if p is not None), None)
 
 
@@ -211,7 +196,7 @@ def _second_look(family: Family, module: nn.Module, parts: _Parts) -> str | None
     """At the module's own window, up to a size where that takes no time, heads and scale."""
     side = min(getattr(module, family.parts.WINDOW, 0), LARGEST_WINDOW)
     size = (side - side // 4, side - 1) if side else (3, 5)
-    return apart(_Case(family, module, side, *size).deviation)
+    return apart(case_of(family, module, side, *size).deviation)
 
 
 def signature(kind: type[nn.Module]) -> str:
@@ -219,114 +204,3 @@ def signature(kind: type[nn.Module]) -> str:
     found = inspect.signature(kind.forward, follow_wrapped=False)
     bare = [p.replace(annotation=p.empty) for p in found.parameters.values()]
     return str(inspect.Signature(bare))
-
-
-def _found(module: nn.Module, path: str, default):
-    """The attribute at the end of a path of names, or the default where there is none."""
-    value = module
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return default if value is None else value
-
-
-class _Case:
-    """One run: a shell as wide as the module, with weights of its own, on maps of two images.
-
-    window: side of the windows, 0 for the whole map, where one table fits and the other is to be
-        interpolated. The MLP is no wider than the block, which saves time.
-    """
-
-    def __init__(self, family: Family, module: nn.Module, window: int, height: int, width: int):
-        self.family, self.own = family, family.parts
-        self.block = isinstance(module, family.block)
-        self.before, attn, self.between, self.mlp = self.own.IN_BLOCK
-        self.attn = f"{attn}." if self.block else ""
-        self.attention_class = family.attention_of(module) if self.block else family.attention
-        self.window, self.size = window, (height, width)
-        self.sides = (window, window) if window else (height, width)
-        heads, scale, has_tables = (self.attn + name for name in self.own.OPTIONS)
-        qkv = f"{self.attn}{self.own.IN_ATTENTION[0]}"
-        self.heads = int(_found(module, heads, 2))
-        self.dim = _found(module, f"{qkv}.in_features", 32 * self.heads)
-        self.scale = float(_found(module, scale, 0.25))
-        self.eps = _found(module, f"{self.before}.eps", 1e-6)
-        self.tables = bool(_found(module, has_tables, True))
-        self.bias = getattr(_found(module, qkv, None), "bias", True) is not None
-        self.flags = {path: _found(module, path, True) for path in self.own.FLAGS}
-        self.generator = torch.Generator("cpu").manual_seed(0)
-
-    def problem(self) -> str | None:
-        tested = self._block() if self.block else self._attention()
-        return difference(tested, self.formula, self._draw(3, *self.size, self.dim))
-
-    def deviation(self) -> str | None:
-        tested = self._block() if self.block else self._attention()
-        x = self._draw(1, *self.size, self.dim)
-        if self.block:  # tokens of every size, from 0.003 to 100
-            x = x * 10.0 ** (2.25 * self._draw(1, *self.size, 1) - 0.25)
-        return deviation(tested.eval(), self.formula, x)
-
-    def formula(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
-        def layer(name):
-            weight, bias = given[f"{name}.weight"], given.get(f"{name}.bias")
-            if name in (self.before, self.between):
-                return lambda t: F.layer_norm(t, t.shape[-1:], weight, bias, self.eps)
-            return lambda t: F.linear(t, weight, bias)
-
-        zeros = x.new_zeros(1, self.dim // self.heads)
-        tables = [given.get(self.attn + name, zeros) for name in self.own.TABLES]
-        tables = [fit_table(t, side) for t, side in zip(tables, self.sides, strict=True)]
-        qkv, proj = (layer(self.attn + name) for name in self.own.IN_ATTENTION)
-        if not self.block:
-            return attention(x, qkv, proj, *tables, self.heads, self.scale)
-        mlp = (layer(f"{self.mlp}.{name}") for name in self.own.IN_MLP[:2])
-        around = layer(self.before), qkv, proj, layer(self.between), *mlp
-        return sam_block(x, *around, *tables, self.heads, self.window, self.scale)
-
-    def _shell(self, role: str, kind: type[nn.Module], made, read: dict, tables=()) -> nn.Module:
-        own = self.own
-        idle = {name: nn.Identity() for name in _below(own, role, own.IDENTITIES)}
-        idle |= {name: nn.Dropout(0.0) for name in _below(own, role, own.DROPOUTS)}
-        read |= dict.fromkeys(_below(own, role, own.CHANCES), 0.0)
-        given = {**own.VALUES, **self.flags}
-        values = {path.rpartition(".")[2]: value for path, value in given.items()}
-        read |= {name: values[name] for name in _below(own, role, given)}
-        inside = dict(zip(_inside(own, role), made, strict=True))
-        return shell(kind, read, **inside, **idle, **dict(zip(own.TABLES, tables, strict=False)))
-
-    def _block(self) -> nn.Module:
-        made = self._norm(), self._attention(), self._norm(), self._mlp()
-        return self._shell(_BLOCK, self.family.block, made, {self.own.WINDOW: self.window})
-
-    def _mlp(self) -> nn.Module:
-        made = *(self._linear(self.dim, self.dim) for _ in range(2)), nn.GELU()
-        return self._shell(_MLP, self.family.mlp, made, {})
-
-    def _attention(self) -> nn.Module:
-        rows = 2 * self.sides[0] - 1, 2 * self.sides[1] - 1 if self.window else 7
-        size = self.dim // self.heads
-        tables = [nn.Parameter(0.3 * self._draw(n, size)) for n in rows] if self.tables else ()
-        read = dict(zip(self.own.OPTIONS, (self.heads, self.scale, self.tables), strict=True))
-        layers = (
-            self._linear(3 * self.dim, self.dim, self.bias),
-            self._linear(self.dim, self.dim),
-        )
-        return self._shell(_ATTENTION, self.attention_class, layers, read, tables)
-
-    def _linear(self, features: int, inputs: int, bias: bool = True) -> nn.Linear:
-        layer = nn.Linear(1, 1, bias=bias)
-        layer.in_features, layer.out_features = inputs, features
-        layer.weight = nn.Parameter(self._draw(features, inputs) * (3 / inputs) ** 0.5)
-        if bias:
-            layer.bias = nn.Parameter(0.3 * self._draw(features))
-        return layer
-
-    def _norm(self) -> nn.LayerNorm:
-        norm = nn.LayerNorm(self.dim, self.eps)
-        for parameter in norm.parameters():
-            parameter.data += 0.3 * self._draw(self.dim)
-        return norm
-
-    def _draw(self, *shape: int) -> Tensor:
-        """Uniform in -1 to 1."""
-        return torch.empty(shape).uniform_(-1.0, 1.0, generator=self.generator)

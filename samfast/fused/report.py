@@ -23,7 +23,12 @@ from samfast.integrations.libraries import (
 from samfast.integrations.swap import swapped
 from samfast.models.reading import modules_of, unread_by_segment
 
-_OF_BLOCKS = ("relpos_attention", "sam_block")  # operations whose rows stand below the blocks
+_OF_BLOCKS = (
+    "relpos_attention",
+    "rope",
+    "sam_block",
+    "window_attention",
+)  # operations whose rows stand below the blocks
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def test_trained_parameters_that_are_not_read_are_named(group):
 def test_what_does_not_fit_is_refused():
     from transformers import SamVisionModel
 
-    only = r"got SamVisionModel; of Hugging Face's models it may be SamModel or SamHQModel$"
+    only = "got SamVisionModel; .* it may be SamModel, SamHQModel or Sam3TrackerModel$"
     with pytest.raises(TypeError, match=only):
         segment(SamVisionModel(model().config.vision_config), images())
     sam = model()

@@ -19,8 +19,19 @@ from torch.distributed.fsdp import fully_shard
 import samfast
 
 EVERY = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+# A cast of a module of sam3's loses the imaginary part of its positions.
+CAST = pytest.mark.parametrize(
+    "kind",
+    [k for k in KINDS.values() if k.package != "sam3"],
+    ids=[n for n in KINDS if n != "meta"],
+)
+_HUGGING_FACE = ("eager", "sdpa", "sam-hq", "sam3", "sam3-eager")
+# transformers 5.23 has no checkpoints in SAM 3's encoder.
+CHECKPOINTED = pytest.mark.parametrize(
+    "kind", [KINDS[name] for name in _HUGGING_FACE[:3]], ids=_HUGGING_FACE[:3]
+)
 HUGGING_FACE = pytest.mark.parametrize(
-    "kind", [KINDS["eager"], KINDS["sdpa"], KINDS["sam-hq"]], ids=["eager", "sdpa", "sam-hq"]
+    "kind", [KINDS[name] for name in _HUGGING_FACE], ids=_HUGGING_FACE
 )
 
 
@@ -68,14 +79,18 @@ def test_every_block_is_one_operator(kind):
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("position", [0, 1], ids=["windows", "map"])
-@EVERY
+@CAST
 def test_black_box(kind, position, check):
     stock = kind.of(kind.encoder())[position].double()
-    if check is black_box.infinities:  # a row that padding alone reads stays finite in ours
+    if check is black_box.infinities and hasattr(
+        stock, "attn"
+    ):  # a row that padding alone reads stays finite in ours
         stock.attn.rel_pos_h.requires_grad_(False), stock.attn.rel_pos_w.requires_grad_(False)
+    if check is black_box.second_derivative and kind is KINDS["sam3"]:
+        pytest.skip("torch's flash attention has no second derivative, so the stock block has none")
     ours = samfast.fuse(copy.deepcopy(stock))
     assert ours.block_problem() is None
-    check(Subject(ours, stock, maps(3)))
+    check(Subject(ours, stock, maps(3, grid=kind.grid)))
 
 
 @pytest.mark.slow_on_cpu("hq", "eager", "sam-hq")
@@ -95,11 +110,11 @@ def test_adapters_in_their_blocks(kind):
     pytest.importorskip("peft")
     import peft
 
-    targets = [["qkv", "attn.proj", "lin1", "lin2"], ["qkv", "attn.proj", "fc1", "fc2"]]
-    config = peft.LoraConfig(r=2, target_modules=targets[kind.package == "timm"])
+    config = peft.LoraConfig(r=2, target_modules=[*kind.linears])
     theirs = samfast.fuse(peft.get_peft_model(kind.encoder(), config))
     assert block_calls(theirs, images()) == DEPTH
-    ours = samfast.fuse(samfast.attach(kind.encoder(), samfast.Lora(target="qkv"), train=()))
+    target = kind.linears[0]
+    ours = samfast.fuse(samfast.attach(kind.encoder(), samfast.Lora(target=target), train=()))
     assert block_calls(ours, images()) == DEPTH
 
 
@@ -121,7 +136,7 @@ def test_what_transformers_records(kind):
     assert block_calls(fused, x) == DEPTH
 
 
-@HUGGING_FACE
+@CHECKPOINTED
 def test_the_checkpoints_of_transformers(kind):
     model, x = samfast.fuse(kind.encoder()).train(), images()
     expected = run(kind, model, x)
@@ -157,6 +172,8 @@ def test_sharded_after_fuse(kind, tmp_path):
 def test_a_pickled_model_opens_where_only_samfast_is_imported(kind, tmp_path):
     if kind.package == "medical_sam":
         pytest.skip("the copy is made in this process, so no other one can import it")
+    if kind.package == "sam3":
+        pytest.skip("to import sam3 whole takes a dozen packages that its blocks do not need")
     model, x = samfast.fuse(kind.encoder()).eval(), images()
     with torch.no_grad():
         y = kind.map_of(model, x)
@@ -188,7 +205,7 @@ def test_a_pickled_model_opens_where_only_samfast_is_imported(kind, tmp_path):
 
 
 @pytest.mark.slow_on_cpu
-@EVERY
+@CAST
 def test_ten_steps_of_training(kind):
     def train(model, dtype):
         model = copy.deepcopy(model).to(dtype)
@@ -324,7 +341,7 @@ def test_unknown_blocks_are_named():
         samfast.fuse(model)
 
 
-@HUGGING_FACE
+@CHECKPOINTED
 def test_attentions_recorded_in_a_checkpoint(kind):
     """What a checkpoint runs again is what it ran, although nothing is recorded then."""
     stock = kind.encoder().train()

@@ -164,7 +164,8 @@ def test_other_models_are_named(tiny_sam):
     foreign = nn.Module()
     foreign.vision_encoder = nn.Linear(1, 1)
     with pytest.raises(
-        TypeError, match=r"got Module; of Hugging Face's .* SamModel or SamHQModel$"
+        TypeError,
+        match=r"got Module; of Hugging Face's .* SamModel, SamHQModel or Sam3TrackerModel$",
     ):
         segment(foreign, IMAGES)
 
