@@ -23,6 +23,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
 from samfast import kernels
+from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import architectures, build_sam
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,27 @@ def write_stand_ins(folder: Path) -> None:
     (tasks,) = [b.source for b in blocks("README.md") if is_tasks(b)]
     (folder / "tasks.yaml").write_text(tasks)
     torch.save(build_sam("vit_b", random_init=True, seed=0).state_dict(), folder / CHECKPOINT)
+    small_tracker().save_pretrained(folder / "sam3")
+
+
+def small_tracker() -> torch.nn.Module:
+    """A Sam3TrackerModel of 56 pixels with random weights."""
+    declare_missing_schemas()
+    from transformers import Sam3TrackerConfig, Sam3TrackerModel
+
+    vit = {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64,
+           "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+           "pretrain_image_size": 28, "patch_size": 14, "window_size": 2,
+           "global_attn_indexes": [1]}  # fmt: skip
+    config = Sam3TrackerConfig(
+        vision_config={"model_type": "sam3_vision_model", "backbone_config": vit,
+                       "fpn_hidden_size": 32,
+                       "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        prompt_encoder_config={"hidden_size": 32, "image_size": 56, "patch_size": 14},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2, "mlp_dim": 64,
+                             "iou_head_hidden_dim": 32},
+    )  # fmt: skip
+    return Sam3TrackerModel(config)
 
 
 def be_the_only_process() -> None:

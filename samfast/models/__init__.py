@@ -3,7 +3,7 @@
 
 build_sam       segment_anything's Sam from a checkpoint or with random weights
 segment         images (and prompts) to logits; encode and decode are its two halves
-image_size      the side of the square that a model sees
+image_size, pixel_mean   the side of the square that a model sees, the value of its padding
 unused_by_segment   the parameters that segment never reads
 MultiTaskSam, Task  one encoder, and a decoder for each of several tasks
 binary_head     one mask token and one hypernetwork; restore_head undoes it, head_of names the head
@@ -11,7 +11,7 @@ stock_state_dict    the state dict as a stock SAM loads it, whatever the head
 TRAINED_DECODER     what ``attach`` trains of the mask decoder for a single mask
 """
 
-from samfast.models.build import build_sam, image_size
+from samfast.models.build import build_sam, image_size, pixel_mean
 from samfast.models.heads import (
     TRAINED_DECODER,
     binary_head,
@@ -33,6 +33,7 @@ __all__ = [
     "encode",
     "head_of",
     "image_size",
+    "pixel_mean",
     "restore_head",
     "segment",
     "stock_state_dict",

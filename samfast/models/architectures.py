@@ -20,6 +20,7 @@ class Architecture:
     global_blocks: tuple[int, ...]
     window: int = 14
     image_size: int = 1024
+    patch: int = PATCH
 
 
 ARCHITECTURES = {
@@ -27,6 +28,7 @@ ARCHITECTURES = {
     "vit_b": Architecture(768, 12, 12, (2, 5, 8, 11)),
     "vit_l": Architecture(1024, 24, 16, (5, 11, 17, 23)),
     "vit_h": Architecture(1280, 32, 16, (7, 15, 23, 31)),
+    "sam3": Architecture(1024, 32, 16, (7, 15, 23, 31), window=24, image_size=1008, patch=14),
 }
 
 

@@ -16,8 +16,10 @@ from samfast.models.architectures import (
     architecture,
     check_image_size,
 )
+from samfast.models.build_sam3 import build_sam3
 from samfast.models.checkpoints import load_checkpoint
 from samfast.models.reading import sam_within
+from samfast.models.sam3_folder import NAME as SAM3
 
 INIT_STD = 0.02
 
@@ -30,20 +32,24 @@ def build_sam(
     seed: int | None = None,
     device: str = "cpu",
 ):
-    """segment_anything's Sam `name` ("vit_tiny", "vit_b", "vit_l", "vit_h"), on the CPU.
+    """segment_anything's Sam `name` ("vit_tiny", "vit_b", "vit_l", "vit_h"), on the CPU; or "sam3",
+    Hugging Face's Sam3TrackerModel, whose checkpoint is its folder and whose image size is the
+    folder's or a multiple of 336.
 
     checkpoint: SAM's ``.pth``, a ``.safetensors`` file, or a Hugging Face ``SamModel`` folder.
     image_size: a multiple of 16; None is 1024, for vit_tiny 256. A checkpoint of another size has
     its positions interpolated.
     random_init: random weights instead of a checkpoint; vit_tiny without a checkpoint always has
     them. `seed` fixes them without touching the global generator; without it they come from there.
-    device: "meta" makes a random Sam without memory, for counting what it would cost.
+    device: "meta" makes a random Sam without memory, for counting what it would cost; sam3 then
+        reads the configuration alone of its checkpoint.
 
     ``sam.samfast_base`` records name, image_size, checkpoint (its file name) and seed (both None
     where they do not apply). Raises ValueError or FileNotFoundError with one sentence.
     """
     sizes = architecture(name)
-    size = check_image_size(sizes.image_size if image_size is None else image_size)
+    if name != SAM3:
+        size = check_image_size(sizes.image_size if image_size is None else image_size)
     if checkpoint is not None and random_init:
         raise ValueError(f"{name} is either random or from checkpoint {checkpoint}, not both")
     if checkpoint is None and not random_init and name != "vit_tiny":
@@ -51,11 +57,16 @@ def build_sam(
             f"{name} needs a checkpoint (checkpoint=, --checkpoint), "
             "or random weights must be asked for (random_init=True, --random-init)"
         )
-    if device not in ("cpu", "meta") or (device == "meta" and checkpoint is not None):
+    stored = checkpoint is not None and name != SAM3
+    if device not in ("cpu", "meta") or (device == "meta" and stored):
         raise ValueError(
             f"device is {device!r}; Sam is built on the cpu, and without a checkpoint on meta"
         )
-    if checkpoint is None:
+    if name == SAM3:
+        seed = seed if checkpoint is None else None
+        sam = build_sam3(checkpoint, image_size, seed, device)
+        size = sam.vision_encoder.backbone.config.image_size
+    elif checkpoint is None:
         with torch.device(device), _generator(seed):
             sam = _construct(sizes, size).to(device)  # the means of pixels are always on the CPU
             _randomise(sam.image_encoder)
@@ -76,6 +87,11 @@ def build_sam(
 def image_size(sam: nn.Module) -> int:
     """The side in pixels of the square that `sam` sees."""
     return sam_within(sam, ("image_encoder",)).image_encoder.img_size
+
+
+def pixel_mean(sam: nn.Module) -> torch.Tensor:
+    """[3, 1, 1], what is subtracted from pixels: the value of padding."""
+    return sam_within(sam, ()).pixel_mean
 
 
 def _construct(sizes: Architecture, size: int):

@@ -232,7 +232,9 @@ def _check_encoder(state, wanted, name: str, path) -> None:
             f"checkpoint {path} holds no SAM image encoder, its tensors are {some(list(state))}"
         )
     if found != needed:
-        sizes = {(known.width, known.depth): key for key, known in ARCHITECTURES.items()}
+        sizes = {
+            (known.width, known.depth): key for key, known in ARCHITECTURES.items() if key != "sam3"
+        }
         raise ValueError(
             f"checkpoint {path} is of {sizes.get(found, 'an unknown model')} "
             f"(width {found[0]}, {found[1]} blocks), "

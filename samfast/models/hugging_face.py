@@ -25,15 +25,16 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 def is_hugging_face(model: nn.Module) -> bool:
     """Whether it is one of the two, or of a class derived from them."""
-    return _is_a(model, SAM) or _is_a(model, SAM_HQ)
+    return is_a(model, SAM) or is_a(model, SAM_HQ)
 
 
 def is_high_quality(model: nn.Module) -> bool:
     """Whether it is a SamHQModel, whose decoder adds a mask of another token to the first."""
-    return _is_a(model, SAM_HQ)
+    return is_a(model, SAM_HQ)
 
 
-def _is_a(model: nn.Module, name: str) -> bool:
+def is_a(model: nn.Module, name: str) -> bool:
+    """Whether its class, or one that this is derived from, is the one of that name."""
     return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in type(model).__mro__)
 
 
@@ -58,20 +59,22 @@ class HuggingFaceSam:
         self.prompt_encoder = _PromptEncoder(prompts)
         decoder = model.mask_decoder
         self.mask_decoder = _DecoderHQ(decoder) if high_quality else _Decoder(decoder)
-        self.pe_layer = _Positions(model.shared_image_embedding)
+        self.pe_layer = Positions(model.shared_image_embedding)
         weight = encoder.patch_embed.projection.weight
-        self.pixel_mean = _of_channels(PIXEL_MEAN, weight)
-        self.pixel_std = _of_channels(PIXEL_STD, weight)
+        self.pixel_mean = of_channels(PIXEL_MEAN, weight)
+        self.pixel_std = of_channels(PIXEL_STD, weight)
 
 
-def _of_channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+def of_channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     """[3, 1, 1] of float32's values on a device, where filling does not wait as copying does."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     options = {"dtype": torch.float32, "device": like.device}
     return torch.cat([torch.full((1, 1, 1), value, **options) for value in values]).to(dtype)
 
 
-class _Positions:
+class Positions:
+    """The Fourier features of prompts and cells, by segment_anything's name."""
+
     def __init__(self, layer: nn.Module):
         self.positional_encoding_gaussian_matrix = layer.positional_embedding
 
@@ -112,7 +115,7 @@ class _EncoderHQ(_Encoder):
 
 class _PromptEncoder:
     def __init__(self, encoder: nn.Module):
-        self.pe_layer = _Positions(encoder.shared_embedding)
+        self.pe_layer = Positions(encoder.shared_embedding)
         self.input_image_size = (encoder.input_image_size, encoder.input_image_size)
         self.point_embeddings = encoder.point_embed
         self.not_a_point_embed = encoder.not_a_point_embed

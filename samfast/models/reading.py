@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samfast.adapters.wrappers import encoder_name, levels, unclear, unwrapped
 from samfast.models.hugging_face import HuggingFaceSam, is_hugging_face
+from samfast.models.sam3 import TrackerSam, is_tracker, unread_maps
 
 # PEFT's modules_to_save puts a copy beside the module that was there.
 _COPIES = re.compile(r"(?<=\.)(original_module|modules_to_save\.[^.]+)\.")
@@ -21,12 +22,15 @@ def unused_by_segment(sam: nn.Module) -> list[str]:
     They predict the quality of masks, the three masks of an ambiguous prompt, and embed mask
     prompts.
     """
-    return [name for name, _ in sam.named_parameters() if _never_read(_COPIES.sub("", name))]
+    more = unread_maps(sam) if is_tracker(sam) else ()
+    names = {name: _COPIES.sub("", name) for name, _ in sam.named_parameters()}
+    return [name for name, own in names.items() if _never_read(own) or own.startswith(tuple(more))]
 
 
 def _never_read(name: str) -> bool:
     return (
         "mask_decoder.iou_prediction_head." in name
+        or "mask_decoder.pred_obj_score_head." in name  # of SAM 3
         or "prompt_encoder.mask_downscaling." in name
         or "prompt_encoder.mask_embed." in name  # Hugging Face's name of it
         or (
@@ -36,7 +40,9 @@ def _never_read(name: str) -> bool:
     )
 
 
-def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Module | HuggingFaceSam:
+def sam_within(
+    model: nn.Module, parts: tuple[str, ...] = SAM_PARTS
+) -> nn.Module | HuggingFaceSam | TrackerSam:
     """The SAM inside a wrapper, or the model itself; TypeError for what has not these parts.
 
     Hugging Face's comes with segment_anything's names for its parts. RuntimeError where it is
@@ -45,6 +51,8 @@ def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Modul
     sam = model if encoder_name(model) else _looked_for(model)
     if is_hugging_face(sam):
         return HuggingFaceSam(sam)
+    if is_tracker(sam):
+        return TrackerSam(sam)
     absent = [part for part in (*parts, "pixel_mean") if not hasattr(sam, part)]
     if not absent:
         return sam
@@ -54,7 +62,10 @@ def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> nn.Modul
     if hasattr(sam, "mask_decoders"):
         raise TypeError(f"{sentence}; call it with the images instead")
     if hasattr(sam, "vision_encoder"):
-        raise TypeError(f"{sentence}; of Hugging Face's models it may be SamModel or SamHQModel")
+        raise TypeError(
+            f"{sentence}; of Hugging Face's models it may be SamModel, SamHQModel or "
+            "Sam3TrackerModel"
+        )
     raise TypeError(f"{sentence}, which has no {absent[0]}")
 
 

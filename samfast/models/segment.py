@@ -31,8 +31,9 @@ def segment(
 ) -> Tensor | list[Tensor]:
     """Mask logits of N objects per image.
 
-    sam: segment_anything's Sam, Hugging Face's SamModel or SamHQModel, or a wrapper with one
-        inside, whose own forward is not called; its masks are those of ``multimask_output=False``
+    sam: segment_anything's Sam, Hugging Face's SamModel, SamHQModel or Sam3TrackerModel, or a
+        wrapper with one inside, whose own forward is not called; its masks are those of
+        ``multimask_output=False``, of a Sam3TrackerModel that of its first mask token
     images: [B, 3, H, W] RGB values 0..255, uint8 or float, H and W at most sam's image size
     boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`, the left upper
         one first; or a list of B tensors [N_i, 4], a number of boxes for each image
@@ -222,9 +223,15 @@ def encode_grid(layer: nn.Module, size: tuple[int, int]) -> Tensor:
 def _prompt_tokens(
     encoder: nn.Module, total: int, boxes: Tensor | None, points: Points | None
 ) -> Tensor:
-    """Prompt tokens [B*N, T, 256]: the points, a padding point if there is no box, two corners."""
-    background, foreground, first, second = (e.weight for e in encoder.point_embeddings)
+    """Prompt tokens [B*N, T, 256]: the points, a padding point if there is no box, two corners.
+
+    SAM 3 pads boxes too, and takes two padding points where there is no prompt.
+    """
+    background, foreground, first, second = (
+        getattr(e, "weight", e) for e in encoder.point_embeddings
+    )
     nothing = encoder.not_a_point_embed.weight  # each [1, 256]
+    pads = getattr(encoder, "pads_always", False)  # of SAM 3
     tokens = [nothing.new_empty((total, 0, nothing.shape[1]))]
     if points is not None:
         coords, labels = points
@@ -237,6 +244,10 @@ def _prompt_tokens(
     if boxes is not None:
         corners = _encode_pixels(encoder, boxes.reshape(total, 2, 2))
         tokens.append(corners + torch.cat([first, second]))
+        if pads:
+            tokens.append(nothing.expand(total, 1, -1))
+    if points is None and boxes is None and pads:  # one point that is none, and its padding
+        tokens.append(nothing.expand(total, 2, -1))
     return torch.cat(tokens, dim=1)
 
 
@@ -285,7 +296,7 @@ def _predict_masks(
     """decode_objects of the objects from `first` on, where each image has `count` in sequence;
     those of the last image may end early. prompts: [M, T, 256], of these objects
     """
-    if hasattr(decoder, "predict"):  # of Hugging Face's SAM-HQ
+    if hasattr(decoder, "predict"):  # of Hugging Face's SAM-HQ and SAM 3
         return decoder.predict(embeddings, positions, prompts, dense, first, count)
     dtype = decoder.mask_tokens.weight.dtype
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]

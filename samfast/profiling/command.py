@@ -9,6 +9,7 @@ from typing import Any
 from samfast.adapters.options import options_of
 from samfast.files.placing import write_whole
 from samfast.integrations.torchvision import declare_missing_schemas
+from samfast.models.sam3_folder import NAME as SAM3
 from samfast.profiling.compare import compare
 from samfast.profiling.context import result_of
 from samfast.profiling.outputs import check_outputs, trace_bytes
@@ -18,7 +19,17 @@ from samfast.profiling.settings import ProfileSettings
 from samfast.profiling.workload import MODEL, backend_of, build, model_flop
 from samfast.training.checks import check_options
 
-_OF_MODEL = ("model", "method", "image_size", "batch", "memory", "device", "dtype", "backend")
+_OF_MODEL = (
+    "model",
+    "checkpoint",
+    "method",
+    "image_size",
+    "batch",
+    "memory",
+    "device",
+    "dtype",
+    "backend",
+)
 
 
 def run_profile(settings: ProfileSettings) -> dict[str, Any]:
@@ -29,6 +40,11 @@ def run_profile(settings: ProfileSettings) -> dict[str, Any]:
     """
     check_options(settings)
     _check_script_options(settings)
+    if settings.compare and settings.model == SAM3:
+        raise ValueError(
+            f"--compare builds others' models of segment_anything's sizes, which {SAM3} has not; "
+            "leave it out, or take vit_b"
+        )
     check_outputs(
         (settings.trace, settings.plot, settings.html), _is_drawn(settings), settings.script
     )

@@ -23,13 +23,18 @@ class ProfileSettings:
 
     model: str | None = option(
         None,
-        "Image encoder, with random weights",
+        "Image encoder, with random weights unless --checkpoint names others",
         metavar=f"{{{','.join(MODELS)}}}",
         hint="default: vit_tiny",
     )
+    checkpoint: Path | None = option(
+        None,
+        "Weights of the model as for finetune; for sam3 its folder also says the sizes",
+        hint="default: random weights",
+    )
     method: str = option("lora", "What is trained in addition to the mask decoder", choices=METHODS)
     image_size: int | None = option(
-        None, "Side of the images", hint="default: 1024, for vit_tiny 256"
+        None, "Side of the images", hint="default: 1024, for vit_tiny 256, for sam3 the folder's"
     )
     batch: int = option(2, "Images in one step", least=1)
     memory: str | None = option(

@@ -14,12 +14,14 @@ import samfast
 from samfast.counters import counting
 from samfast.methods.registry import VARIANTS
 from samfast.models import build_sam, image_size
+from samfast.models.sam3_folder import NAME as SAM3
 from samfast.profiling.replay import BY_VALUES, torch_path
 from samfast.profiling.settings import ProfileSettings
 from samfast.training.build import attach_method, build_base
 from samfast.training.losses import LOSSES
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.recipe import method_of, with_recipe
+from samfast.training.sam3_layers import check_for_model
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.try_out import backend_asked_for
@@ -98,12 +100,13 @@ def training_settings(settings: ProfileSettings, fuse: bool = True) -> FinetuneS
             f"method {settings.method} is for several tasks, which samfast profile does not build; "
             "profile the program that trains them with --script"
         )
-    return with_recipe(
+    training = with_recipe(
         FinetuneSettings(
             model=settings.model or MODEL,
             method=settings.method,
             image_size=settings.image_size,
-            random_init=True,
+            checkpoint=settings.checkpoint,
+            random_init=settings.checkpoint is None,
             batch_size=settings.batch,
             precision=_PRECISION[settings.dtype],
             memory=settings.memory if fuse else None,
@@ -111,6 +114,8 @@ def training_settings(settings: ProfileSettings, fuse: bool = True) -> FinetuneS
             backend=settings.backend,
         )
     )
+    check_for_model(training)
+    return training
 
 
 def device_of(settings: ProfileSettings) -> torch.device:
@@ -157,7 +162,14 @@ def model_flop(settings: ProfileSettings) -> int:
     """
     device = device_of(settings)
     training = training_settings(dataclasses.replace(settings, backend="torch"), fuse=False)
-    sam = build_sam(training.model, image_size=training.image_size, random_init=True, device="meta")
+    own = training.model == SAM3 and training.checkpoint is not None  # reads its configuration
+    sam = build_sam(
+        training.model,
+        checkpoint=training.checkpoint if own else None,
+        image_size=training.image_size,
+        random_init=not own,
+        device="meta",
+    )
     count, side = settings.batch, image_size(sam)
     with torch_path(), FakeTensorMode():
         for module in sam.modules():

@@ -9,7 +9,8 @@ from torch import nn
 
 import samfast
 from samfast.methods.attach import find_layers
-from samfast.models import TRAINED_DECODER, MultiTaskSam, Task, binary_head, build_sam
+from samfast.models import TRAINED_DECODER, MultiTaskSam, Task, binary_head, build_sam, sam3
+from samfast.models.sam3 import is_tracker
 from samfast.training.recipe import method_of
 from samfast.training.settings import MEMORY, FinetuneSettings
 
@@ -39,6 +40,8 @@ def attach_method(
     train = TRAINED_DECODER
     if isinstance(sam, MultiTaskSam):
         train = sam.trained_parts()
+    elif is_tracker(sam):
+        train = sam3.TRAINED_DECODER
     elif method.binary_head:
         binary_head(sam)
     method.check_options(partial(find_layers, sam))

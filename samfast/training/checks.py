@@ -11,6 +11,7 @@ from samfast.models.architectures import architecture
 from samfast.training.card import card_bytes
 from samfast.training.foreground import chosen_foreground
 from samfast.training.image_options import image_options
+from samfast.training.sam3_layers import check_for_model
 from samfast.training.schedules import check_schedule
 from samfast.training.settings import (
     EvaluateSettings,
@@ -18,6 +19,7 @@ from samfast.training.settings import (
     MethodSettings,
     PredictSettings,
 )
+from samfast.training.sides import model_side
 
 Settings = FinetuneSettings | PredictSettings | EvaluateSettings
 
@@ -39,6 +41,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     if settings.fit is not None:
         card_bytes(settings.fit)
     _check_tasks(settings)
+    check_for_model(settings)
     if settings.schedule is not None:
         check_schedule(settings.schedule)
     if settings.resume is not None and settings.overwrite:
@@ -54,7 +57,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     if settings.data is None and needs_data and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
     _check_limits(settings)
-    side = settings.image_size or architecture(settings.model).image_size
+    side = model_side(settings)
     if settings.box_jitter is not None and settings.box_jitter > side:
         raise ValueError(
             f"box_jitter is {settings.box_jitter}; it must be at most {side}, the image's side"

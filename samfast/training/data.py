@@ -19,6 +19,7 @@ from samfast.training.folders import Pair
 from samfast.training.foreground import Foreground, binary_mask, chosen_foreground
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image, read_mask
+from samfast.training.points import clicked_point, resized_point
 
 
 def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
@@ -48,6 +49,7 @@ def flipped_axes(seed: int, number: int, index: int) -> list[int]:
 
 
 _AS_TAGGED = ImageOptions()
+_POINT_STREAM = 2
 _BOX_STREAM = 1  # keeps the numbers that move boxes apart from those that choose flips
 
 
@@ -57,7 +59,7 @@ class Sample(NamedTuple):
     image: np.ndarray  # uint8 (h, w, 3)
     mask: np.ndarray  # bool (h, w)
     truth: np.ndarray  # bool (H, W)
-    box: np.ndarray | None = None  # float64 (4,), in pixels of ``image``; None: no prompt
+    box: np.ndarray | None = None  # float64 (4,), or a point (3,), in pixels of ``image``
     name: str | None = None  # of an image that is the same in every pass
 
 
@@ -68,7 +70,7 @@ class Batch(NamedTuple):
     masks: Tensor  # bool (B, S, S)
     sizes: Tensor  # int64 (B, 2), the valid height and width
     truths: list[Tensor]  # B times bool (H, W), the files' own sizes; empty in training
-    boxes: Tensor | None = None  # float32 (B, 4), in pixels of ``images``; None: no prompts
+    boxes: Tensor | None = None  # float32 (B, 4), or points (B, 3), in pixels of ``images``
     names: tuple[str, ...] = ()  # of images that are the same in every pass; empty: not all are
 
 
@@ -107,6 +109,9 @@ class PairDataset(Dataset):
     With ``prompt`` "box", samples carry the box of their foreground (of the whole image where there
     is none), taken at the file's own size. In training its sides move by up to ``box_jitter``
     pixels of the resized image, another function of (seed, pass, index).
+
+    With ``prompt`` "point", samples carry a point of their foreground: with ``random_points`` any
+    one, a third function of these; otherwise the deepest inside.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class PairDataset(Dataset):
         flips: bool = False,
         prompt: str = "none",
         box_jitter: float = 0.0,
+        random_points: bool = False,
         seed: int = 0,
     ):
         self.pairs = tuple(pairs)
@@ -128,6 +134,7 @@ class PairDataset(Dataset):
         self.flips = flips
         self.prompt = prompt
         self.box_jitter = box_jitter
+        self.random_points = random_points
         self.seed = seed
 
     def __len__(self) -> int:
@@ -143,6 +150,12 @@ class PairDataset(Dataset):
         image, truth = np.ascontiguousarray(image), np.ascontiguousarray(truth)
         mask = resize_mask(truth, self.image_size)
         box = None
+        if self.prompt == "point":
+            moves = self.random_points
+            rng = (
+                np.random.default_rng((self.seed, number, index, _POINT_STREAM)) if moves else None
+            )
+            box = resized_point(clicked_point(truth, rng), truth.shape, mask.shape)
         if self.prompt == "box":
             box = resized_box(foreground_box(truth), truth.shape, mask.shape)
             if self.box_jitter > 0:

@@ -114,7 +114,7 @@ def text(result: dict) -> str:
     encoder = f"fused, memory {result['memory']}" if result["fuse"] else "not fused"
     accumulated = f", {result['accumulate']} of them a step" if result["accumulate"] > 1 else ""
     objects = f"{result['objects_per_image']} object per image"
-    objects += " and its box" if result["prompt"] == "box" else ""
+    objects += "" if result["prompt"] == "none" else f" and its {result['prompt']}"
     if result["tasks"] is not None:
         channels = ", ".join(f"{name} {count}" for name, count in result["tasks"].items())
         objects = f"channels of tasks: {channels}"

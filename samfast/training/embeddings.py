@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samfast.models import encode
+from samfast.models.sam3 import is_tracker
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
@@ -69,6 +70,8 @@ def keep_embeddings(
 
 def keeps_embeddings(sam: nn.Module, settings: FinetuneSettings) -> bool:
     """Whether a run keeps embeddings where there is room: its encoder is frozen."""
+    if is_tracker(sam):  # its decoder has a part in them
+        return False
     frozen = not any(p.requires_grad for p in sam.image_encoder.parameters())
     return settings.cache and settings.tasks is None and frozen
 

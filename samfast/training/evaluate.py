@@ -44,7 +44,8 @@ def validation_loader(
 ) -> DataLoader:
     """Batches in the pairs' order, without flips, with the truths at their own size.
 
-    With ``prompt`` "box", with the boxes of the truths, none of them moved.
+    With ``prompt`` "box", with the boxes of the truths, none of them moved; with "point", with the
+    deepest point of each.
     """
     return DataLoader(
         PairDataset(pairs, image_size, foreground=foreground, prompt=prompt, options=options),

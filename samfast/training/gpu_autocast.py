@@ -19,7 +19,10 @@ _WIDE = {  # those that encoders and mask decoders call
     Tensor.sum,
     Tensor.norm,
 }
-_CHECKPOINTED = ("transformer", "output_upscaling")  # of a mask decoder
+_CHECKPOINTED = (  # of a mask decoder, of SAM and of SAM 3
+    ("transformer", "output_upscaling"),
+    ("transformer", "upscale_layer_norm"),
+)
 
 
 class GpuAutocast(TorchFunctionMode):
@@ -44,8 +47,8 @@ def enter_in_decoders(model: nn.Module) -> None:
         modes.pop().__exit__(None, None, None)
 
     for module in model.modules():
-        if all(hasattr(module, name) for name in _CHECKPOINTED):
-            for name in _CHECKPOINTED:
+        for names in _CHECKPOINTED:
+            for name in names if all(hasattr(module, name) for name in names) else ():
                 getattr(module, name).register_forward_pre_hook(enter)
                 getattr(module, name).register_forward_hook(leave, always_call=True)
 

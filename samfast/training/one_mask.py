@@ -99,6 +99,11 @@ class OneMask:
                 "each image is prompted by the box around its foreground, whose sides move by up "
                 f"to {self.settings.box_jitter:g} pixels in training"
             )
+        if self.settings.prompt == "point":
+            yield (
+                "each image is prompted by a point on its foreground: in training any one, "
+                "otherwise the deepest inside"
+            )
         yield (
             f"{len(self.split.train)} training and {len(self.split.val)} validation images; "
             f"calling everything foreground scores Dice {self.baseline['dice']:.4f}, IoU "
@@ -118,6 +123,7 @@ class OneMask:
             flips=settings.flips,
             prompt=settings.prompt,
             box_jitter=settings.box_jitter,
+            random_points=True,
             seed=settings.seed,
         )
         return data, Collate(side, truths=False)

@@ -24,6 +24,7 @@ from samfast.training.evaluate import predicted_masks
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, read_image
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
+from samfast.training.points import check_point, parsed_point, resized_point
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.remembered import remembered
 from samfast.training.run_folder import SETTINGS, check_folder
@@ -112,31 +113,41 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 def boxes_for(
     settings: PredictSettings, prompt: str, sizes: dict[Path, tuple[int, int]]
 ) -> list[np.ndarray]:
-    """The box of each image; none where the adapter's prompt is none.
+    """The box, or the point, of each image; none where the adapter's prompt is none.
 
-    sizes: (height, width) of each image. Raises ValueError when boxes and adapter, boxes and number
-    of images, or a box and its image do not fit.
+    sizes: (height, width) of each image. Raises ValueError when prompts and adapter, prompts and
+    number of images, or a prompt and its image do not fit.
     """
-    given = [parsed_box(text) for text in settings.box]
-    if prompt == "none":
-        if given:
+    given = {
+        "box": [parsed_box(text) for text in settings.box],
+        "point": [parsed_point(text) for text in settings.point],
+    }
+    for kind, those in given.items():
+        if those and prompt != kind:
+            trained = "out prompts" if prompt == "none" else f" a {prompt} for each image"
             raise ValueError(
-                f"adapter {settings.adapter} was trained without prompts; leave out --box"
+                f"adapter {settings.adapter} was trained with{trained}; leave out --{kind}"
             )
+    if prompt == "none":
         return []
-    if not given:
+    prompts = given[prompt]
+    if not prompts:
+        form = {"box": "x0,y0,x1,y1", "point": "x,y"}[prompt]
         raise ValueError(
-            f"adapter {settings.adapter} was trained with a box for each image; give it with "
-            "--box x0,y0,x1,y1, in pixels of the image"
+            f"adapter {settings.adapter} was trained with a {prompt} for each image; give it with "
+            f"--{prompt} {form}, in pixels of the image"
         )
-    if len(given) not in (1, len(sizes)):
+    if len(prompts) not in (1, len(sizes)):
+        many = {"box": "boxes", "point": "points"}[prompt]
         raise ValueError(
-            f"there are {len(given)} boxes for {len(sizes)} images; give one for all, or one each"
+            f"there are {len(prompts)} {many} for {len(sizes)} images; give one for all, or one "
+            "each"
         )
-    boxes = given * len(sizes) if len(given) == 1 else given
-    for box, (path, size) in zip(boxes, sizes.items(), strict=True):
-        check_box(box, size, str(path))
-    return boxes
+    prompts = prompts * len(sizes) if len(prompts) == 1 else prompts
+    check = {"box": check_box, "point": check_point}[prompt]
+    for one, (path, size) in zip(prompts, sizes.items(), strict=True):
+        check(one, size, str(path))
+    return prompts
 
 
 def load_adapted(
@@ -203,7 +214,7 @@ def adapter_folder(given: Path) -> Path:
 
 
 class _Photographs(Dataset):
-    """``boxes`` are one of each image, in its file's pixels, or none."""
+    """``boxes`` are one of each image, in its file's pixels, or points, or none."""
 
     def __init__(
         self,
@@ -224,9 +235,14 @@ class _Photographs(Dataset):
         image = read_image(self.paths[index], self.options)
         resized = resize_image(image, self.side)
         size, resized_size = image.shape[:2], resized.shape[:2]
-        box = resized_box(self.boxes[index], size, resized_size) if self.boxes else None
+        box = resized_prompt(self.boxes[index], size, resized_size) if self.boxes else None
         # No truth: only the sizes of these two count.
         return Sample(resized, np.zeros(resized_size, bool), np.zeros(size, bool), box)
+
+
+def resized_prompt(prompt: np.ndarray, before: Sequence[int], after: Sequence[int]) -> np.ndarray:
+    """A box or a point of an image of size ``before`` resized to ``after``."""
+    return (resized_box if len(prompt) == 4 else resized_point)(prompt, before, after)
 
 
 def _output_names(paths: Sequence[Path]) -> list[str]:

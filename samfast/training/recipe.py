@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from samfast.adapters.method import Method
 from samfast.methods.registry import VARIANTS
 from samfast.models import Task
-from samfast.models.architectures import architecture
+from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.sam3_layers import for_sam3
 from samfast.training.settings import RANDOM_LR, FinetuneSettings
+from samfast.training.sides import model_side
 
 BOX_JITTER_SHARE = 50  # of the image's side: 20 pixels of 1024, as many as in SAM's own training
 
@@ -21,8 +23,7 @@ def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
     if method.relation is not None and method.relation.share is not None:
         recipe["relation_lr"] = method.relation.share * (settings.lr or recipe["lr"])
     if settings.prompt == "box":
-        side = settings.image_size or architecture(settings.model).image_size
-        recipe["box_jitter"] = float(round(side / BOX_JITTER_SHARE))
+        recipe["box_jitter"] = float(round(model_side(settings) / BOX_JITTER_SHARE))
     open_ = {name: value for name, value in recipe.items() if getattr(settings, name) is None}
     return dataclasses.replace(settings, **open_)
 
@@ -31,4 +32,5 @@ def method_of(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) -
     """What the settings attach; ValueError when an option of it is wrong."""
     method = VARIANTS[settings.method]
     names = tuple(task.name for task in tasks or ())
-    return method.with_options(vars(with_recipe(settings)), names)
+    method = method.with_options(vars(with_recipe(settings)), names)
+    return for_sam3(method) if settings.model == SAM3 else method

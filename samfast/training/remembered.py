@@ -15,7 +15,7 @@ from samfast.training.tasks import TaskSpec, chosen_specs
 
 @dataclass(frozen=True)
 class Remembered:
-    """prompt: "none" or "box"   options: how images are read
+    """prompt: "none", "box" or "point"   options: how images are read
 
     foreground, threshold: as the command line gives them   specs: the tasks, () for one mask
     loss: of one mask; None where the adapter does not know
@@ -51,7 +51,7 @@ def remembered(
 
 
 def prompt_of(adapter: AdapterFile) -> str:
-    """What an adapter was trained to be prompted by: "none" or "box"."""
+    """What an adapter was trained to be prompted by: "none", "box" or "point"."""
     prompt = adapter.record["extra"].get("prompt", "none")
     if prompt not in PROMPTS:
         known = ", ".join(PROMPTS)

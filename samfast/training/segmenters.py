@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from samfast.models import decode, image_size, segment
+from samfast.models import decode, image_size, pixel_mean, segment
 from samfast.models.reading import check_all_read
 from samfast.training.data import padded_images, valid_region
 
 
 class Segmenter(nn.Module):
-    """Binary segmentation: padded images in, one map of logits out, prompted by a box or nothing.
+    """Binary segmentation: padded images in, one map of logits out, prompted by a box, a
+    point or nothing.
 
-    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4), names of images
-    that never change or none -> logits float32 (B, S, S), valid bool (B, S, S). The map is that of
-    SAM's first mask token, the one for a single mask, with boxes and without. Runs under autocast
-    of ``dtype`` unless that is float32; decoder_chunk as in ``segment``.
+    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4), or points (B, 3)
+    with their labels, names of images that never change or none -> logits float32 (B, S, S), valid
+    bool (B, S, S). The map is that of SAM's first mask token, the one for a single mask, with
+    prompts and without. Runs under autocast of ``dtype`` unless that is float32; decoder_chunk as
+    in ``segment``.
 
     kept: in place of ``encode``, called with the images' names too, see ``keep_embeddings``
     """
@@ -43,21 +45,30 @@ class Segmenter(nn.Module):
         names: Sequence[str] = (),
     ) -> tuple[Tensor, Tensor]:
         valid = valid_region(sizes, image_size(self.sam))
-        images = padded_images(images, valid, self.sam.pixel_mean)
+        images = padded_images(images, valid, pixel_mean(self.sam))
         lower = self.dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
             if self.kept is None:
-                logits = segment(self.sam, images, boxes, decoder_chunk=self.decoder_chunk)
+                logits = segment(
+                    self.sam, images, **prompts_of(boxes), decoder_chunk=self.decoder_chunk
+                )
             else:
                 check_all_read(self.sam)
                 logits = decode(
                     self.sam,
                     self.kept(self.sam, images, names),
                     tuple(images.shape[2:]),
-                    boxes,
+                    **prompts_of(boxes),
                     decoder_chunk=self.decoder_chunk,
                 )
         return logits[:, 0].float(), valid
+
+
+def prompts_of(given: Tensor | None) -> dict:
+    """Boxes (B, 4), or points (B, 3) with their labels, as ``segment`` takes them."""
+    if given is None or given.shape[1] == 4:
+        return {"boxes": given}
+    return {"points": (given[:, None, :2], given[:, None, 2].long())}
 
 
 class TaskSegmenter(Segmenter):

@@ -13,8 +13,8 @@ from samfast.methods.registry import VARIANTS
 from samfast.training.data_settings import DataSettings
 
 METHODS = tuple(VARIANTS)
-MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny")
-PROMPTS = ("none", "box")
+MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny", "sam3")
+PROMPTS = ("none", "box", "point")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "polynomial", "constant")
 MEMORY = ("fast", "balanced", "minimal")
@@ -51,7 +51,8 @@ class ModelSettings:
     )
     checkpoint: Path | None = option(
         None,
-        "SAM weights: a .pth or .safetensors file or a Hugging Face SamModel folder",
+        "SAM weights: a .pth or .safetensors file or a Hugging Face SamModel folder; for sam3 a "
+        "Sam3TrackerModel folder",
         hint="default: random weights for vit_tiny",
     )
     random_init: bool = option(
@@ -60,12 +61,12 @@ class ModelSettings:
     image_size: int | None = option(
         None,
         "Longest side of the images as the model sees them",
-        hint="default: 1024, for vit_tiny 256",
+        hint="default: 1024, for vit_tiny 256, for sam3 the folder's",
     )
     prompt: str = option(
         "none",
-        "Give the mask decoder only the image (none), or also the box around all foreground (box); "
-        "an adapter trained with boxes needs boxes to predict",
+        "Give the mask decoder only the image (none), or also the box around all foreground (box) "
+        "or a point on it (point); an adapter trained with prompts needs them to predict",
         choices=PROMPTS,
     )
     box_jitter: float | None = option(
@@ -316,6 +317,14 @@ class PredictSettings:
         "Box in pixels of the image, for an adapter that was trained with boxes: once for all "
         "images, or once for each in their order",
         metavar="X0,Y0,X1,Y1",
+        repeatable=True,
+        hint="repeatable",
+    )
+    point: tuple[str, ...] = option(
+        (),
+        "Point on the object, in pixels of the image, for an adapter that was trained with points: "
+        "once for all images, or once for each in their order",
+        metavar="X,Y",
         repeatable=True,
         hint="repeatable",
     )

@@ -19,7 +19,8 @@ from samfast.counters import Counts, Living, counting, saved_bytes
 from samfast.kernels.relpos_attention import flops as attention_flops
 from samfast.kernels.relpos_attention import torch_path
 from samfast.kernels.window_attention import flops as plain_flops
-from samfast.models import build_sam, encode, image_size
+from samfast.models import build_sam, encode, image_size, pixel_mean
+from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.build import attach_method, for_tasks
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.embeddings import KeptEmbeddings, keeps_training_images
@@ -54,7 +55,13 @@ def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["
     specs = None if settings.tasks is None else read_tasks(settings.tasks)
     tasks = None if specs is None else [spec.task for spec in specs]
     closed = closed_operators(settings.backend, device)
-    sam = build_sam(settings.model, image_size=settings.image_size, random_init=True, device="meta")
+    sam = build_sam(
+        settings.model,
+        checkpoint=settings.checkpoint if settings.model == SAM3 else None,
+        image_size=settings.image_size,
+        random_init=settings.model != SAM3 or settings.checkpoint is None,
+        device="meta",
+    )
     sam = for_tasks(sam, tasks)  # copies of fake tensors would be of another mode
     autocast = GpuAutocast() if absent else contextlib.nullcontext()
     with _counted_path(settings.backend, absent), FakeTensorMode(), autocast:
@@ -150,7 +157,7 @@ class CountedStep:
         images, lower = self.batch.images, dtype != torch.float32
         valid = valid_region(self.batch.sizes, image_size(sam))
         with torch.autocast(images.device.type, dtype=dtype, enabled=lower):
-            return self.encoded(padded_images(images, valid, sam.pixel_mean))
+            return self.encoded(padded_images(images, valid, pixel_mean(sam)))
 
     def saved(self) -> dict[str, int]:
         """Bytes that autograd keeps at the end of the encoder's forward, and of the loss's."""
@@ -279,7 +286,8 @@ def _batch(count: int, side: int, device: torch.device, prompt: str) -> Batch:
     images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
     masks = torch.zeros(count, side, side, dtype=torch.bool, device=device)
     sizes = torch.zeros(count, 2, dtype=torch.int64, device=device)
-    boxes = torch.zeros(count, 4, device=device) if prompt == "box" else None
+    numbers = {"none": 0, "box": 4, "point": 3}[prompt]
+    boxes = torch.zeros(count, numbers, device=device) if numbers else None
     return Batch(images, masks, sizes, [], boxes)
 
 

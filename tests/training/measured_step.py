@@ -71,7 +71,7 @@ class MeasuredStep:
         count, side = self.settings.batch_size, image_size(self.sam)
         if self.specs is None:
             batch = _batch(count, side, CPU, self.settings.prompt)
-            if batch.boxes is not None:
+            if self.settings.prompt == "box":
                 batch.boxes[:, 2:] = side
         else:
             batch = _task_batch(count, side, CPU, self.specs)

@@ -256,7 +256,7 @@ def test_an_adapter_says_what_prompts_it(run, refused, tmp_path):
     sam = load_adapted(settings.output / "adapter" / "best")
     for extra, arguments, pattern in (
         ({}, ("--box", "0,0,9,9"), "was trained without prompts; leave out --box"),
-        ({"prompt": "point"}, (), "was trained with prompt 'point'; known are none, box"),
+        ({"prompt": "text"}, (), "was trained with prompt 'text'; known are none, box, point"),
     ):
         folder = samfast.save_adapter(sam, tmp_path / f"saved{len(extra)}", **extra)
         refused("predict", image, "--adapter", folder, *arguments, pattern=pattern)
@@ -265,7 +265,7 @@ def test_an_adapter_says_what_prompts_it(run, refused, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (("--prompt", "point"), "unknown prompt 'point'; known are none, box"),
+        (("--prompt", "text"), "unknown prompt 'text'; known are none, box, point"),
         (("--box-jitter", "5"), r"box_jitter is 5\.0, but prompt none has no box"),
         (("--prompt", "box", "--box-jitter", "-1"), r"box_jitter is -1\.0; it must be at least 0"),
         (("--prompt", "box", "--box-jitter", "nan"), "box_jitter is nan"),

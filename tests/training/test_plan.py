@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from samfast import cli
 from samfast.counters import Counts
 from samfast.kernels.relpos_attention import flops as attention_flops
+from samfast.kernels.window_attention import flops as plain_flops
 from samfast.models.architectures import ARCHITECTURES
 from samfast.training import dry_run, loop, plan
 from samfast.training.card import card_bytes, needed, room
@@ -176,7 +177,8 @@ def test_attention_of_torch_s_path_is_looked_into(monkeypatch):
     for capability in ((7, 5), (8, 6)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         found[capability] = closed_operators("auto", CUDA)
-    assert set(found[8, 6]) - set(found[7, 5]) == set(attention_flops.OPERATORS)
+    attention = {*attention_flops.OPERATORS, *plain_flops.OPERATORS}
+    assert set(found[8, 6]) - set(found[7, 5]) == attention
     assert closed_operators("torch", CPU) == found[7, 5]
 
 
