@@ -6,8 +6,8 @@
     python -m benchmarks.fits --model vit_b       some of the rows
 
 Counted as `samfast finetune --fit` counts, on tensors without memory: LoRA and mask decoder trained
-at 1024 x 1024 pixels, base and products in bfloat16, one object per image. Run it where no GPU is,
-so that the same stand-in is counted everywhere.
+at 1024 x 1024 pixels (SAM 3, by boxes: 1008 x 1008), base and products in bfloat16, one object per
+image. Run it where no GPU is, so that the same stand-in is counted everywhere.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,10 @@ BEGIN = "<!-- python -m benchmarks.fits --readme -->\n"
 END = "<!-- end of what fits -->\n"
 CARDS = (8, 12, 16, 24)  # GB
 SIDE = 1024
-NAMES = {"vit_tiny": "vit_tiny", "vit_b": "ViT-B", "vit_l": "ViT-L", "vit_h": "ViT-H"}
+OWN_SIDES = {"sam3": 1008}
+NAMES = {
+    "vit_tiny": "vit_tiny", "vit_b": "ViT-B", "vit_l": "ViT-L", "vit_h": "ViT-H", "sam3": "SAM 3"
+}  # fmt: skip
 
 
 @dataclass
@@ -50,7 +53,8 @@ class Peaks:
             settings = FinetuneSettings(
                 model=self.model,
                 random_init=True,
-                image_size=SIDE,
+                image_size=OWN_SIDES.get(self.model, SIDE),
+                prompt="box" if self.model == "sam3" else "none",
                 memory=self.memory,
                 batch_size=batch,
             )
@@ -102,7 +106,7 @@ def row(model: str, memory: str) -> str:
     return f"| {' | '.join([NAMES[model], f'`{memory}`', gigabytes(peaks(1)), *cells])} |"
 
 
-def table(models: Sequence[str] = ("vit_tiny", "vit_b", "vit_l", "vit_h")) -> str:
+def table(models: Sequence[str] = tuple(NAMES)) -> str:
     cards = " | ".join(f"{card} GB" for card in CARDS)
     lines = [
         f"| | `--memory` | tensors, batch 1 | {cards} |",

@@ -25,6 +25,7 @@ OPERATIONS = {
     "relpos_attention": _from("relpos_attention", "relpos_attention_workloads"),
     "adapt_former": _from("adapt_former", "adapt_former_workloads"),
     "block": _from("blocks", "block_workloads"),
+    "sam3_block": _from("sam3", "sam3_block_workloads"),
     "encoder": _from("encoder", "encoder_workloads"),
 }
 
