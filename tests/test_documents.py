@@ -119,7 +119,8 @@ def test_profiling_names_every_kernel():
     """Those that are launched, which are those that tell a profiler what they cost."""
     text = (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (`\w+_kernel`.*) \|$", text, re.M)
-    assert {name: re.findall(r"`(\w+)`", kernels) for name, kernels in rows} == KERNELS
+    own = {name: kernels for name, kernels in KERNELS.items() if kernels}  # not another's
+    assert {name: re.findall(r"`(\w+)`", kernels) for name, kernels in rows} == own
 
 
 def test_options_of_long_commands():

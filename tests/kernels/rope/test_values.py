@@ -36,7 +36,9 @@ def backend(request):
     return request.param
 
 
-@pytest.mark.slow_on_cpu("triton-case3", "triton-case4")
+@pytest.mark.slow_on_cpu(
+    "triton-case1", "triton-case2", "triton-case3", "triton-case4", "triton-case0-float16"
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype)[6:] for dtype in DTYPES])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_values(backend, case, dtype):

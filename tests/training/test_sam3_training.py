@@ -106,6 +106,7 @@ def test_prompts_that_do_not_fit_are_refused(run, folder, refused):
     refused(*words, f"--{settings.prompt}", far, pattern=f"{settings.prompt} {far} is not inside")
 
 
+@pytest.mark.slow_on_cpu
 def test_a_resumed_run_has_the_same_bits(folder, shared_data, tmp_path):
     name = "adapter/last/adapter_model.safetensors"
     whole = settings_of(folder, shared_data, tmp_path / "whole", prompt="point", flips=False)
@@ -153,6 +154,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("name", METHODS)
 def test_fused_agrees_with_not_fused_and_only_adapters_and_decoder_train(folder, name):
     options = {"prompt": "box", **METHODS[name]}
@@ -176,6 +178,7 @@ def test_fused_agrees_with_not_fused_and_only_adapters_and_decoder_train(folder,
     assert not any(g is None for g in ours.values())
 
 
+@pytest.mark.slow_on_cpu
 def test_nothing_is_kept_of_a_frozen_encoder(folder, shared_data, tmp_path, capsys):
     """Whose decoder has a part in the maps."""
     words = ("finetune", "--data", shared_data, "--model", "sam3", "--checkpoint", folder)
