@@ -246,7 +246,7 @@ class Block:
             return (d.view(len(self.x), -1) * factors).view(d.shape).to(self.dtype)
 
     def _of_layers(self, daux: Sequence[Tensor | None]) -> list:
-        """Of the four layers, where three of them may stand in one's place."""
+        """Sort the gradients of aux by layer; three may stand in qkv's place."""
         before = daux[:-3]
         return [before if self.plan.apart else before[0], *daux[-3:]]
 

@@ -121,7 +121,7 @@ class Plan(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the layers, in the order in which they run."""
+        """Name the layers in the order in which they run."""
         return APART if self.apart else LAYERS
 
     @property
@@ -190,7 +190,7 @@ class Plan(NamedTuple):
             check_side(width, parts["side"][: len(BRANCH)])
 
     def _table_shapes(self, x: Tensor, head_dim: int) -> list[tuple[int, int] | None]:
-        """Of the two tables, None where there is none."""
+        """Tell the shapes of the two tables, None where there is none."""
         sides = (self.window, self.window) if self.window else x.shape[1:3]
         if self.kind == "relpos":
             return [(2 * side - 1, head_dim) for side in sides]

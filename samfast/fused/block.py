@@ -263,7 +263,7 @@ def _width(block: nn.Module) -> int:
 
 
 def _factors(samples: int, chance: float, like: Tensor) -> list[Tensor]:
-    """Of proj's and lin2's results, by sample, drawn as timm's DropPath draws them."""
+    """Draw the factors of proj's and lin2's results, by sample, as timm's DropPath does."""
     kept = 1.0 - chance
     drawn = (like.new_empty(samples, 1, 1, 1).bernoulli_(kept) for _ in range(2))
     return [(d.div_(kept) if kept > 0.0 else d).view(samples) for d in drawn]

@@ -65,7 +65,7 @@ def ceilings(device: str, dtype: torch.dtype, fresh: bool = False) -> Ceilings:
 
 
 def measured_again(device: str, dtype: torch.dtype, before: Ceilings) -> Ceilings:
-    """Of what was measured before and now, what is faster; that is kept.
+    """Keep what is faster of what was measured before and now, and return it.
 
     A machine that was busy then was measured too slow, one that is busy now would be.
     """

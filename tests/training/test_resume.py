@@ -86,6 +86,7 @@ def whole(shared_data, tmp_path_factory):
     return settings
 
 
+@pytest.mark.slow_on_cpu
 def test_a_run_that_ended_twice_has_the_same_final_bytes(whole, tmp_path, capsys):
     """Once in the first epoch, once in the second, with accumulation and dropout."""
     settings = replace(whole, output=tmp_path / "out")
@@ -200,6 +201,7 @@ def test_without_a_complete_state_nothing_is_replaced(whole, tmp_path):
     assert results(output) == before
 
 
+@pytest.mark.slow_on_cpu
 def test_a_named_state_or_run(whole, tmp_path, capsys):
     """The later ones go when the run has saved again."""
     settings = replace(whole, output=tmp_path / "out", keep=9)
@@ -215,6 +217,7 @@ def test_a_named_state_or_run(whole, tmp_path, capsys):
     assert results(tmp_path / "out") == results(whole.output)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_best_adapter_of_another_epoch_is_replaced(whole, tmp_path, monkeypatch, capsys):
     """As after a state that is earlier than it; every epoch is worse than the one before."""
     scores, dice = OneMask.scores, iter((0.9, 0.5, 0.4))
@@ -366,6 +369,7 @@ def test_a_state_never_takes_the_place_of_another(whole, tmp_path):
     assert sorted(p.name for p in states.iterdir()) == ["epoch-002", *others]
 
 
+@pytest.mark.slow_on_cpu
 def test_a_learning_rate_may_change(whole, tmp_path, capsys):
     output = shutil.copytree(whole.output, tmp_path / "out")
     finetune(replace(whole, output=output, resume="newest", epochs=3, lr=1e-4, schedule="constant"))
@@ -374,6 +378,7 @@ def test_a_learning_rate_may_change(whole, tmp_path, capsys):
     assert float(results(output)["table"][-1]["lr"]) == 1e-4
 
 
+@pytest.mark.slow_on_cpu
 def test_torch_s_schedules_follow_more_epochs(shared_data, tmp_path):
     """As samfast's own do: the rates of the later steps are those of a run of that length."""
     options = {"schedule": "OneCycleLR", "save_every": None}
@@ -406,6 +411,7 @@ def test_a_mistake_leaves_the_settings_as_they_were(whole, tmp_path):
     assert (output / "settings.json").read_bytes() == before
 
 
+@pytest.mark.slow_on_cpu
 def test_a_truncated_state_is_named(whole, tmp_path, capsys):
     settings = replace(whole, output=tmp_path / "out", keep=2)
     ended(settings, 4)

@@ -214,7 +214,12 @@ missing = backends.triton_missing(torch.device("cpu"))
     [
         pytest.param(Case("relpos", False, 4, PACKED), {}, id="relpos", marks=pytest.mark.slow),
         pytest.param(Case("rope", False, 4, PACKED), {}, id="packed", marks=pytest.mark.slow),
-        pytest.param(Case("rope", True, 4, ALL), {"addmm": 2, "mm": 2, "cat": 4}, id="apart"),
+        pytest.param(
+            Case("rope", True, 4, ALL),
+            {"addmm": 2, "mm": 2, "cat": 4},
+            id="apart",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_launches_and_values_on_triton(case, more):
