@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``samfast {finetune,evaluate,predict,profile,info}``; ``python -m samfast``.
+"""The command line, ``samfast COMMAND`` or ``python -m samfast COMMAND``.
+
+The commands are finetune, evaluate, predict, warmup, profile and info.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
 and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
@@ -95,7 +97,12 @@ def let_waiting_threads_sleep() -> None:
 def _parsed(argv: list[str], place: Launched = ALONE):
     from samfast.command_line import parse
     from samfast.profiling.settings import ProfileSettings, split_script
-    from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
+    from samfast.training.settings import (
+        EvaluateSettings,
+        FinetuneSettings,
+        PredictSettings,
+        WarmupSettings,
+    )
 
     of_script: tuple[str, ...] = ()
     if argv[:1] == ["profile"]:
@@ -104,6 +111,7 @@ def _parsed(argv: list[str], place: Launched = ALONE):
         "finetune": FinetuneSettings,
         "evaluate": EvaluateSettings,
         "predict": PredictSettings,
+        "warmup": WarmupSettings,
         "profile": ProfileSettings,
         "info": InfoSettings,
     }
@@ -117,7 +125,12 @@ def _parsed(argv: list[str], place: Launched = ALONE):
 
 def _run(settings, place: Launched, argv: Sequence[str]) -> int:
     from samfast.profiling.settings import ProfileSettings
-    from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
+    from samfast.training.settings import (
+        EvaluateSettings,
+        FinetuneSettings,
+        PredictSettings,
+        WarmupSettings,
+    )
 
     if place.processes > 1 and not isinstance(settings, FinetuneSettings):
         raise ValueError(
@@ -139,6 +152,11 @@ def _run(settings, place: Launched, argv: Sequence[str]) -> int:
         result = predict(settings)
         count = sum(len(image.get("tasks", [image])) for image in result["images"])
         closing = f"{count} masks and overlays are in {result['output']}"
+    elif isinstance(settings, WarmupSettings):
+        from samfast.training import warmup
+
+        result = warmup.warmup(settings)
+        closing = warmup.text(result)
     elif isinstance(settings, ProfileSettings):
         from samfast.profiling.command import run_profile
         from samfast.profiling.text import table

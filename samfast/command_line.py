@@ -120,18 +120,30 @@ def _made(kind: type, asked: bool, given: Mapping[str, Any]) -> type:
     given: options of fine-tuning in place of their defaults
     """
     if kind is not FinetuneSettings:
-        return _struct(kind.__name__, options_of(kind))
+        return _struct(kind.__name__, _shown(options_of(kind), asked))
     groups = [("config", _annotated(_CONFIG), dataclasses.field(default=None, kw_only=True))]
     for name, group in GROUPS.items():
         options = tuple(
             dataclasses.replace(option, default=given.get(option.name, option.default))
             for option in options_of(group)
         )
-        if group is MethodSettings and asked:
-            options = (dataclasses.replace(options[0], help=_methods_help(options[0]), hint=""),)
-        part = Annotated[_struct(name, options), tyro.conf.arg(help="")]
+        part = Annotated[_struct(name, _shown(options, asked)), tyro.conf.arg(help="")]
         groups.append((name, part))
     return dataclasses.make_dataclass(kind.__name__, groups, frozen=True)
+
+
+def _shown(options: Sequence[Option], asked: bool) -> Sequence[Option]:
+    """The options; for the help, those of methods as part of ``--method``'s text."""
+    own = {option.name for option in options_of(MethodSettings)}
+    if not asked or not own <= {option.name for option in options}:
+        return options
+    return [
+        dataclasses.replace(option, help=_methods_help(option), hint="")
+        if option.name == "method"
+        else option
+        for option in options
+        if option.name == "method" or option.name not in own
+    ]
 
 
 def _struct(name: str, options: Sequence[Option]) -> type:

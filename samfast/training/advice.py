@@ -7,7 +7,12 @@ Importing this loads no torch.
 from typing import Any
 
 from samfast.profiling.settings import ProfileSettings
-from samfast.training.settings import EvaluateSettings, FinetuneSettings, PredictSettings
+from samfast.training.settings import (
+    EvaluateSettings,
+    FinetuneSettings,
+    PredictSettings,
+    WarmupSettings,
+)
 
 
 def memory_advice(settings: Any, main_memory: bool) -> str:
@@ -17,6 +22,8 @@ def memory_advice(settings: Any, main_memory: bool) -> str:
     """
     if isinstance(settings, FinetuneSettings):
         found = _of_training(settings, main_memory)
+    elif isinstance(settings, WarmupSettings):
+        found = _of_training(FinetuneSettings(**vars(settings)), main_memory=False)
     elif isinstance(settings, (EvaluateSettings, PredictSettings)):
         found = _of_prediction(settings)
     elif isinstance(settings, ProfileSettings):

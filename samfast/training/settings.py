@@ -4,6 +4,7 @@
 Importing this does not load torch, so ``--help`` is quick.
 """
 
+import dataclasses
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,44 @@ class FinetuneSettings(
     foreground values or a threshold. The output folder gets adapter/best, adapter/last,
     metrics.csv, scores.csv, curves.png, overlays/, tensorboard/ and settings.json.
     """
+
+
+def _of_finetune(name: str) -> tuple[str, Any, Any]:
+    """A field for the same option as finetune's."""
+    field = FinetuneSettings.__dataclass_fields__[name]
+    return name, field.type, dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+WarmupSettings = make_dataclass(
+    "WarmupSettings",
+    [
+        (
+            "model",
+            str,
+            option(
+                "vit_b",
+                "Image encoder; its weights are random, since kernels depend on its sizes only",
+                metavar=f"{{{','.join(MODELS)}}}",
+            ),
+        ),
+        *map(_of_finetune, ("image_size", "tasks")),
+        *map(_of_finetune, MethodSettings.__dataclass_fields__),
+        *map(_of_finetune, ("batch_size", "accumulate", "precision", "base_dtype")),
+        *map(_of_finetune, ("memory", "fit", "decoder_chunk", "fuse")),
+        ("json", bool, option(False, "Print a summary as JSON on stdout")),
+    ],
+    namespace={
+        "__doc__": """Compile the kernels of a training run before it begins.
+
+    Give it the options that finetune will get. It finds out which kernels their steps launch, and
+    compiles them in parallel into Triton's cache on disk. Whatever runs at these sizes on this GPU
+    then starts at once. Needs a GPU, no files, and as much GPU memory as the training.
+    """,
+        "__module__": __name__,
+    },
+    frozen=True,
+    kw_only=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

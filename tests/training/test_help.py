@@ -20,9 +20,15 @@ from samfast.training.settings import (
     FinetuneSettings,
     MethodSettings,
     PredictSettings,
+    WarmupSettings,
 )
 
-SETTINGS = {"finetune": FinetuneSettings, "evaluate": EvaluateSettings, "predict": PredictSettings}
+SETTINGS = {
+    "finetune": FinetuneSettings,
+    "evaluate": EvaluateSettings,
+    "predict": PredictSettings,
+    "warmup": WarmupSettings,
+}
 NEW_METHOD = """
 import dataclasses, sys
 from typing import ClassVar
