@@ -41,6 +41,7 @@ def _of_training(settings: FinetuneSettings, main_memory: bool) -> list[str]:
     several = settings.batch_size > 1 or settings.tasks is not None
     found = {
         "--fuse": not settings.fuse,
+        "--graph off": settings.graph == "on",
         "--memory minimal": settings.fuse and settings.memory != "minimal" and not frozen,
         "--decoder-chunk 1": settings.decoder_chunk != 1 and several,
         "--no-cache": settings.cache and frozen and main_memory,

@@ -20,6 +20,7 @@ from samfast.training.checks import check_settings
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
+from samfast.training.graphs import check_graph
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
@@ -83,6 +84,7 @@ def finetune(
             torch.set_num_threads(settings.threads)
         try:
             check_kind(accelerator.distributed_type.value)
+            check_graph(settings, accelerator.device, accelerator.num_processes)
             method = method_of(settings, goal.tasks)
             settings = _planned(settings, accelerator)
             with (

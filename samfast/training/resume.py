@@ -52,6 +52,7 @@ _MAY_CHANGE = {
     "memory",
     "decoder_chunk",
     "fuse",
+    "graph",
     "cache",  # an image is encoded by itself, and in a batch where nothing is kept
     "backend",
 }

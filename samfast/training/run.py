@@ -23,6 +23,7 @@ from samfast.training.callbacks import Callback
 from samfast.training.data import EpochSampler
 from samfast.training.embeddings import keep_embeddings
 from samfast.training.goal import Goal
+from samfast.training.graphs import graphed
 from samfast.training.joined import JoinedBatches, own_loader
 from samfast.training.launched import Launched
 from samfast.training.progress import Progress, peak_memory_mib, time_left
@@ -95,6 +96,7 @@ class Run:
         self.plain_model = goal.segmenter(sam, dtype)
         self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
         keep_embeddings(self.plain_model, settings, goal.steady(), len(goal.split.val), say)
+        self.graph = graphed(sam, settings, say)
         self.loader = own_loader(loader, accelerator.device)
         steps = settings.epochs * math.ceil(len(self.batches) / settings.accumulate)
         check_schedule(settings.schedule, steps)
@@ -259,6 +261,8 @@ class Run:
 
     def _train_batch(self, batch, images: int, weights: Sequence[float] | None) -> None:
         accelerator = self.accelerator
+        if self.graph is not None:
+            self.graph.begin_step()
         with accelerator.accumulate(self.model):
             loss = self.loss(batch, weights)
             accelerator.backward(loss)

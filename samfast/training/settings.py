@@ -16,6 +16,7 @@ from samfast.training.data_settings import DataSettings
 METHODS = tuple(VARIANTS)
 MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny", "sam3")
 PROMPTS = ("none", "box", "point")
+GRAPH = ("off", "on")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "polynomial", "constant")
 MEMORY = ("fast", "balanced", "minimal")
@@ -214,6 +215,12 @@ class TrainingSettings:
         "it in main memory; of training images only with --no-flips",
     )
     fuse: bool = option(True, _FUSE)
+    graph: str = option(
+        "off",
+        "Replay the fused encoder's training steps as CUDA graphs, by torch.compile; needs one "
+        "CUDA device. Never run on a GPU",
+        choices=GRAPH,
+    )
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
     threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")
 

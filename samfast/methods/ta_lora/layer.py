@@ -283,7 +283,10 @@ def orthogonal_penalty(layers: Sequence[TaskLoraLinear]) -> Tensor:
         one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         norms.append(torch.linalg.matrix_norm(factor.mT @ factor - one))
     each = torch.cat(norms, 1).mean(1)
-    return (each * each.new_tensor([layer.orthogonality for layer in layers])).sum()
+    weights = [layer.orthogonality for layer in layers]
+    if len(set(weights)) == 1:  # no tensor of Python's numbers: a CUDA graph cannot capture one
+        return (each * weights[0]).sum()
+    return torch.stack([row * weight for row, weight in zip(each, weights, strict=True)]).sum()
 
 
 class TaskForward(EncoderForward):
