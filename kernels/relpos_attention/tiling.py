@@ -3,8 +3,8 @@
 
 The file: target -> way the bias enters -> stage -> bytes per element -> widest padded head_dim ->
 [BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. What a target does not name is the default's,
-what "uneven_rows" does not name is that of "rows", and what "plain" (no bias) does not name that of
-"one_hot".
+what "uneven_rows" does not name is that of "rows", what "plain_padded" does not that of "plain"
+(no bias), and what that does not name that of "one_hot".
 """
 
 import functools
@@ -21,7 +21,13 @@ NARROW_ROWS = 32  # up to this width, and where there are pads, lines have tiles
 REGISTERS = 255  # of a thread; ptxas alone may stop earlier and spill
 NARROW = 16  # a map up to this width wastes most of a tile of keys that lies in one line
 ALIGNED = 16  # elements; lines of rel_w start at multiples
-_INSTEAD = {"uneven_rows": "rows", "plain": "one_hot"}
+_WAYS = {
+    "rows": ("rows",),
+    "uneven_rows": ("uneven_rows", "rows"),
+    "one_hot": ("one_hot",),
+    "plain": ("plain", "one_hot"),
+    "plain_padded": ("plain_padded", "plain", "one_hot"),
+}
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -68,9 +74,8 @@ def targets() -> list[str]:
 
 @functools.cache
 def _sizes(name: str, stage: str, way: str, itemsize: str, head_dim: int) -> list[int]:
-    ways = (way, _INSTEAD[way]) if way in _INSTEAD else (way,)
     for table in (_table().get(name, {}), _table()["default"]):
-        for known in ways:
+        for known in _WAYS[way]:
             heads = table.get(known, {}).get(stage, {}).get(itemsize, {})
             fitting = [int(most) for most in heads if int(most) >= head_dim]
             if fitting:
@@ -85,7 +90,8 @@ def blocks(stage: str, x: torch.Tensor, windows: Windows, tables: bool = True) -
     """
     way = "uneven_rows" if windows.pads or windows.width <= NARROW_ROWS else "rows"
     way = "one_hot" if one_hot_terms(windows) else way
-    way = way if tables else "plain"
+    if not tables:
+        way = "plain_padded" if windows.pads else "plain"
     padded = sum(split(x.shape[-1]))
     m, n, warps, stages = _sizes(target(x), stage, way, str(x.element_size()), padded)
     return {
