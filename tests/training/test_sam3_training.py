@@ -199,7 +199,9 @@ def test_a_folder_at_another_size(folder, size):
     other.load_state_dict(sam.state_dict())
     images = torch.randint(0, 256, (1, 3, size, size), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        assert torch.equal(segment(sam, images.byte()), segment(other, images.byte()))
+        found, expected = segment(sam, images.byte()), segment(other, images.byte())
+    # The same weights at other addresses: products may differ in their last bits.
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_without_transformers(monkeypatch, folder, shared_data, refused):
