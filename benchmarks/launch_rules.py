@@ -27,6 +27,7 @@ def problem(source, metadata, grid, arguments, arch) -> str | None:
     """None, or a sentence about the first broken rule.
 
     source: signature, constants and attrs of Triton's ASTSource   metadata: num_warps and shared
+    arguments: a launch plan gives pointers as numbers
     """
     return (
         _grid_problem(grid)
@@ -64,14 +65,17 @@ def _argument_problem(source, arguments):
             if value is not constant and value != constant:
                 return f"{name} is {value}, but the code was made for {constant}"
             continue
-        is_tensor = isinstance(value, torch.Tensor)
-        if (kind.startswith("*") != is_tensor) or (is_tensor and _POINTERS[value.dtype] != kind):
+        is_tensor, takes_pointer = isinstance(value, torch.Tensor), kind.startswith("*")
+        of_plan = takes_pointer and type(value) is int
+        if (takes_pointer != is_tensor and not of_plan) or (
+            is_tensor and _POINTERS[value.dtype] != kind
+        ):
             got = value.dtype if is_tensor else repr(value)
             return f"{name} is {got}, but the code was made for {kind}"
         number = value.data_ptr() if is_tensor else value
         known = source.attrs.get((i,), ())
         for divisor in (n for key, n in known if key == "tt.divisibility"):
             if number % divisor:
-                what = "starts at" if is_tensor else "is"
+                what = "starts at" if takes_pointer else "is"
                 return f"{name} {what} {number}, but the code was made for multiples of {divisor}"
     return None

@@ -108,7 +108,7 @@ class Plan:
 
 def function(cls: type, plan: Plan) -> type[torch.autograd.Function]:
     """Autograd of an operation, applied to its inputs and then to the tensors among them."""
-    run = getattr(torch.ops.samfast, f"{cls.name}_forward" if cls.has_forward else cls.name)
+    run = cls.calls[1 if cls.has_forward else 0]
     names = cls.arguments.tensors
 
     def forward(ctx, args, *flat):
@@ -195,7 +195,7 @@ def _gradients(cls: type, plan: Plan, need: list, values: tuple, facts) -> list:
     asked = plan.asked((*values, needs, *facts, None))
     with below_autograd():
         if cls.has_backward:
-            made = iter(getattr(torch.ops.samfast, f"{cls.name}_backward")(*asked))
+            made = iter(cls.calls[-1](*asked))
         else:
             with stage(cls.name, "backward"):
                 made = iter(made_only(cls.backward)(None, *asked))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+BACKEND = "SAMFAST_BACKEND"  # the variable
 NAMES = ("auto", "reference", "torch", "cpu", "triton", "cuda")
 LADDER_CUDA = ("triton", "cuda", "torch")  # no GPU has timed the CUDA sources
 LADDER_CPU = ("cpu", "torch")
@@ -29,7 +30,7 @@ def requested(backend: str) -> str:
     operators; the reference backend has none.
     """
     if backend == "auto":
-        backend = os.environ.get("SAMFAST_BACKEND", "auto")
+        backend = os.environ.get(BACKEND, "auto")
     if backend not in NAMES:
         raise ValueError(f"unknown backend {backend!r}; known are {', '.join(NAMES)}")
     if backend != "reference" and _recording():

@@ -27,6 +27,7 @@ from samfast.kernels._common.autograd import (
     with_list,
 )
 from samfast.kernels._common.implementation import implement
+from samfast.kernels._common.planned import PLAIN, Planned, is_direct
 from samfast.kernels._common.ranges import stage
 
 
@@ -72,6 +73,7 @@ class Operator:
     fake_path: path on which ``forward`` runs to tell the shapes of its results
     fake_backward_path: the same of ``backward``, for gradients that are not contiguous
     has_forward, has_backward: whether there are operators of these names
+    planned: whether the bodies run by launch plans, see ``planned.py``
     """
 
     name: str
@@ -88,6 +90,7 @@ class Operator:
     fake_backward_path = None
     has_forward = True
     has_backward = True
+    planned = False
 
     @staticmethod
     def path(backend: str, **others):
@@ -146,6 +149,16 @@ class Operator:
         return need
 
     @classmethod
+    def call(cls, *args):
+        """What users get, with autograd; by the way of torch's dispatcher where anything may look
+        on."""
+        if cls.planned and not torch.compiler.is_compiling() and is_direct():
+            flat = cls.flat(args)
+            if PLAIN.issuperset(map(type, flat)):
+                return cls.autograd(args, flat)
+        return getattr(torch.ops.samfast, cls.name)(*args)
+
+    @classmethod
     def returned(cls, made):
         """What users get of what ``forward`` made."""
         named = dict(zip(cls.made.names, as_tuple(made), strict=True))
@@ -163,27 +176,36 @@ def _register(cls: type[Operator]) -> None:
     """Define the operators and hang bodies, fakes and autograd on them."""
     name = f"samfast::{cls.name}"
     outputs = cls.labels or cls.made.result(cls.returned_names)
-    _define(cls, name, cls.arguments, outputs, cls.light, lambda *a: cls.returned(cls.fake(*a)))
+    cls.bodies = []
+    cls.calls = [
+        _define(cls, name, cls.arguments, outputs, cls.light, lambda *a: cls.returned(cls.fake(*a)))
+    ]
     if cls.has_forward:
         outputs = cls.made.result(cls.made.names)
-        _define(cls, f"{name}_forward", cls.arguments, outputs, cls.forward, cls.fake)
+        cls.calls.append(
+            _define(cls, f"{name}_forward", cls.arguments, outputs, cls.forward, cls.fake)
+        )
     if cls.has_backward:
         runs = (made_only(run) for run in (cls.backward, cls.fake_backward))
-        _define(cls, f"{name}_backward", cls.back, cls.backward_makes, *runs)
-    plan, light = (
-        Plan(cls, cls.spare is not Operator.spare, cls.wants is not Operator.wants),
-        getattr(torch.ops.samfast, cls.name),
-    )
-    apply = function(cls, plan).apply
+        cls.calls.append(_define(cls, f"{name}_backward", cls.back, cls.backward_makes, *runs))
+    plan = Plan(cls, cls.spare is not Operator.spare, cls.wants is not Operator.wants)
+    light = cls.calls[0]
+    made_of = function(cls, plan)
+    apply, apply_directly = made_of.apply, super(torch.autograd.Function, made_of).apply
 
-    @torch.library.impl(name, "Autograd")
-    def autograd(*args):
-        flat = spread(plan.tensors(args), plan.lists)
+    def flat_of(args):
+        return spread(plan.tensors(args), plan.lists)
+
+    def autograd(args, flat):
         if not _wanted(flat):
             with below_autograd():  # nothing is kept, not for a moment either
                 return light(*args)
-        made = apply(args, *flat)
+        # Function.apply looks at each argument for what functorch may have left.
+        made = (apply_directly if is_direct() else apply)(args, *flat)
         return with_list(cls, made) if plan.ends_in_list else made
+
+    torch.library.impl(name, "Autograd")(lambda *args: autograd(args, flat_of(args)))
+    cls.flat, cls.autograd = staticmethod(flat_of), staticmethod(autograd)
 
 
 def _wanted(tensors) -> bool:
@@ -197,13 +219,15 @@ def _wanted(tensors) -> bool:
     return False
 
 
-def _define(cls: type[Operator], name: str, arguments: Arguments, outputs: str, run, fake) -> None:
-    """One operator: its schema, its body, which takes the path for its backend, and its fake."""
+def _define(cls: type[Operator], name: str, arguments: Arguments, outputs: str, run, fake):
+    """One operator: its schema, its body, which takes the path for its backend, and its fake.
+
+    Returns what calls it below autograd.
+    """
     torch.library.define(name, f"({arguments.text}) -> {outputs}")
 
     way = "backward" if name.endswith("_backward") else "forward"
 
-    @implement(name)
     def body(*args):
         path = cls.path(**dict(zip(arguments.names, args, strict=True)))
         with stage(cls.name, way), without_autocast(_device(args)):
@@ -213,6 +237,18 @@ def _define(cls: type[Operator], name: str, arguments: Arguments, outputs: str, 
     def without_data(*args):
         with without_autocast(_device(args)):
             return fake(*args)
+
+    called = getattr(torch.ops.samfast, name.partition("::")[2])
+    if not cls.planned:
+        implement(name)(body)
+        return called
+    places = {n: i for i, n in enumerate(arguments.names)}
+    single = [places[n] for n in arguments.tensors if n not in arguments.lists]
+    lists = [places[n] for n in arguments.names if n in arguments.lists]
+    planned = Planned(body, called, single, lists, len(arguments.names))
+    cls.bodies.append(planned)
+    implement(name)(lambda *args: planned(*args))
+    return planned.direct
 
 
 def _device(args) -> str:

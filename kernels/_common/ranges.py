@@ -7,6 +7,7 @@ nsys and ncu. They are off until ``samfast.ranges(True)`` or SAMFAST_RANGES=1.
 
 import contextlib
 import os
+import threading
 
 import torch
 
@@ -22,6 +23,7 @@ def _asked() -> bool:
 
 
 _on = _asked()
+_listener = None
 
 
 class ranges:
@@ -52,10 +54,43 @@ class ranges:
 
 def stage(operation: str, name: str):
     """A context of one stage of an operation; does nothing where ranges are off."""
-    return _Range(f"samfast/{operation}/{name}") if _on else _NOTHING
+    if _listener is not None:
+        return _listener(f"samfast/{operation}/{name}")
+    return Range(f"samfast/{operation}/{name}") if _on else _NOTHING
 
 
-class _Range:
+def wanted() -> bool:
+    """Whether ranges are on."""
+    return _on
+
+
+@contextlib.contextmanager
+def listening(listener):
+    """Meanwhile ``listener(label)`` gives the context of each stage of this thread."""
+    global _listener
+    thread = threading.get_ident()
+
+    def stage_of(label):
+        if threading.get_ident() == thread:
+            return _both(listener(label), label) if _on else listener(label)
+        return Range(label) if _on else _NOTHING
+
+    _listener = stage_of
+    try:
+        yield
+    finally:
+        _listener = None
+
+
+@contextlib.contextmanager
+def _both(context, label):
+    with context, Range(label):
+        yield
+
+
+class Range:
+    """A range of torch's profiler and, where CUDA is in use, of NVTX."""
+
     def __init__(self, label: str):
         self.label, self.recorded = label, torch.profiler.record_function(label)
 

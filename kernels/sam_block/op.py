@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from samfast.kernels._common import backends
@@ -54,6 +53,7 @@ class SamBlock(Operator):
     )
     gradients = "x tensors"
     fake_path = torch_path, "torch"
+    planned = True
 
     @staticmethod
     def path(backend, x, **_):
@@ -63,12 +63,15 @@ class SamBlock(Operator):
     @staticmethod
     def forward(path, x, tensors, plan, numbers):
         plan = plan_of(plan, numbers)
+        plan.check(x, tensors)
         y, aux, kept, of_layers = _block(path, x, tensors, plan).forward(plan.memory)
         return y, aux, kept, *of_layers
 
     @staticmethod
     def light(path, x, tensors, plan, numbers):
-        return _block(path, x, tensors, plan_of(plan, numbers)).forward(None)[:2]
+        plan = plan_of(plan, numbers)
+        plan.check(x, tensors)
+        return _block(path, x, tensors, plan).forward(None)[:2]
 
     @staticmethod
     def backward(
@@ -100,7 +103,5 @@ def sam_block(
     Raises ValueError when tensors are on several devices or an adapter's do not chain, RuntimeError
     when a backend asked for by name cannot run.
     """
-    plan.check(x, tensors)
-    return torch.ops.samfast.sam_block(
-        x, list(tensors), plan.key, plan.numbers, backends.requested(backend)
-    )
+    plan.check_constants(tensors)
+    return SamBlock.call(x, list(tensors), plan.key, plan.numbers, backends.requested(backend))

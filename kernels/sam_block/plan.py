@@ -170,13 +170,8 @@ class Plan(NamedTuple):
         for what, t, shape in zip(HEAD, head, shapes, strict=True):
             if t is not None or shape is not None:
                 _check_shape(f"{what} of the block", t, shape)
-        constant = {} if self.kind == "relpos" else dict(zip(HEAD[4:], head[4:], strict=True))
-        constant |= dict(zip(DROPS, parts.get("drops", ()), strict=self.drops))
-        for what, t in constant.items():
-            if what in DROPS:
-                _check_shape(f"{what} of the block", t, x.shape[:1])
-            if t is not None and t.requires_grad:
-                raise ValueError(f"{what} of the block requires a gradient, which it has none of")
+        for what, t in zip(DROPS, parts.get("drops", ()), strict=self.drops):
+            _check_shape(f"{what} of the block", t, x.shape[:1])
         hidden = parts["lin1"][0].shape[0]
         into = [(inner, width)] * 3 if self.apart else [(3 * inner, width)]
         chain = (*into, (width, inner), (hidden, width), (width, hidden))
@@ -188,6 +183,15 @@ class Plan(NamedTuple):
                 layer.check(name, shape, *parts[name][2:4])
         if self.side is not None:
             check_side(width, parts["side"][: len(BRANCH)])
+
+    def check_constants(self, tensors: Sequence[Tensor | None]) -> None:
+        """Raise one sentence for a tensor that wants a gradient which the block does not make."""
+        head, parts = self.split(tensors)
+        constant = {} if self.kind == "relpos" else dict(zip(HEAD[4:], head[4:], strict=True))
+        constant |= dict(zip(DROPS, parts.get("drops", ()), strict=self.drops))
+        for what, t in constant.items():
+            if t is not None and t.requires_grad:
+                raise ValueError(f"{what} of the block requires a gradient, which it has none of")
 
     def _table_shapes(self, x: Tensor, head_dim: int) -> list[tuple[int, int] | None]:
         """Tell the shapes of the two tables, None where there is none."""
