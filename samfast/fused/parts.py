@@ -26,7 +26,8 @@ class Layout:
     takes: what the forwards take   IDLE: named arguments that change nothing in a block
     KIND, HALVES: of the attention, see ``samfast.kernels.sam_block.plan``   OTHERS: further
         children, and BUFFERS, that a block's tables are made of   DROP_PATH: a child that drops
-        branches of samples in training
+        branches of samples in training   WATCHED: whether a block's answers come from its own
+        state alone, see ``samfast.fused.remembered``
     """
 
     IN_BLOCK: ClassVar = ("norm1", "attn", "norm2", "mlp")
@@ -47,6 +48,7 @@ class Layout:
     OTHERS: ClassVar[tuple[str, ...]] = ()
     BUFFERS: ClassVar[tuple[str, ...]] = ()
     DROP_PATH: ClassVar[str | None] = None
+    WATCHED: ClassVar = True
 
     @classmethod
     def norms(cls, block: nn.Module) -> dict[str, nn.Module]:

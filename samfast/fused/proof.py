@@ -7,13 +7,14 @@ agree with the formula in ``samfast.kernels.sam_block.reference``.
 """
 
 import inspect
+from collections.abc import Callable
 
 from torch import nn
 
 from samfast.fused.cases import ATTENTION, BLOCK, MLP, ROLES, below, case_of, inside
 from samfast.fused.families import family_of
 from samfast.fused.parts import Family, Layout
-from samfast.integrations.plain_code import PlainCode
+from samfast.integrations.plain_code import PlainCode, unchanged
 from samfast.integrations.probe import apart
 from samfast.integrations.swap import foreign_method, methods_of, own_method
 
@@ -70,6 +71,15 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
         if _verdicts[key] is not None:
             return _verdicts[key]
     return None
+
+
+def stock_code_watch(module: nn.Module) -> Callable[[], bool]:
+    """What tells whether the code of the stock classes of a module is as it is now.
+
+    The module's family must be one whose code is read, not a published one.
+    """
+    family = family_of(type(module))
+    return unchanged([_codes[kind] for kind in (*_classes(family, module), *LAYERS)])
 
 
 # What torch.compile calls while it traces, rather than trace it.

@@ -6,6 +6,9 @@ of it tells. So every name in it is looked up, and everything that it stands for
 """
 
 import dis
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import is_
 from types import CodeType, FunctionType, ModuleType
 
 from torch import nn
@@ -44,25 +47,16 @@ class PlainCode:
 
     def __call__(self) -> tuple[int, str | None]:
         """A number for this state of the code, and what is not plain in it."""
-        if self.code < 0 or self._changed():
+        if self.code < 0 or not self._unchanged():
             self._read()
         return self.code, self.problem
-
-    def _changed(self) -> bool:
-        for names, name, value in self.looked_up:
-            if names.get(name, _ABSENT) is not value:
-                return True
-        for read, holder, name, value in self.watched:
-            if read(holder, name, _ABSENT) is not value:
-                return True
-        return self.on_class != self._on_class()
 
     def _on_class(self) -> list[bool]:
         """Whether the class, and each that it derives from, has an attribute that is read."""
         return [not self.attributes.isdisjoint(names) for names in self.bases]
 
     def _read(self) -> None:
-        self.watched, self.looked_up, self.attributes, self.seen = [], [], set(), set()
+        self.watched, self.attributes, self.seen = [], set(), set()
         found: list = []
         try:
             call = self._watch(getattr, self.kind, "__call__")
@@ -73,6 +67,7 @@ class PlainCode:
         except _NotPlain as problem:
             self.problem = str(problem)
         self.on_class = self._on_class()
+        self._unchanged = unchanged([self])
         if self.problem is None and any(self.on_class):
             held = sorted(n for n in self.attributes if any(n in names for names in self.bases))
             self.problem = str(self._uses(f"{held[0]} of its class"))
@@ -84,9 +79,7 @@ class PlainCode:
         return value
 
     def _look_up(self, names: dict, name: str):
-        value = names.get(name, _ABSENT)
-        self.looked_up.append((names, name, value))
-        return value
+        return self._watch(dict.get, names, name)
 
     def _function(self, function, found: list) -> None:
         if not isinstance(function, FunctionType):
@@ -176,6 +169,27 @@ class PlainCode:
 
     def _uses(self, what: str) -> "_NotPlain":
         return _NotPlain(f"the forward of {self.kind.__name__} uses {what}")
+
+
+def unchanged(codes: Sequence[PlainCode]) -> Callable[[], bool]:
+    """What tells whether these, which have been read, are as they were.
+
+    A block asks at each forward, so the loops are Python's own.
+    """
+    by_read: dict = {}
+    for read, *entry in (entry for code in codes for entry in code.watched):
+        by_read.setdefault(read, []).append(entry)
+    columns = [(read, *zip(*entries, strict=True)) for read, entries in by_read.items()]
+    on_class = [(code.attributes.isdisjoint, names) for code in codes for names in code.bases]
+    before = [disjoint(names) for disjoint, names in on_class]
+
+    def same() -> bool:
+        for read, holders, names, values in columns:
+            if not all(map(is_, map(read, holders, names, repeat(_ABSENT)), values)):
+                return False
+        return before == [disjoint(names) for disjoint, names in on_class]
+
+    return same
 
 
 class _NotPlain(Exception):

@@ -18,6 +18,7 @@ from samfast.fused.parts import Family, Layout
 class RotaryBlock(Layout):
     """What sam3 calls the parts of a vitdet.Block."""
 
+    WATCHED: ClassVar = False
     KIND: ClassVar = "rope"
     IN_MLP: ClassVar = ("fc1", "fc2", "act")
     TABLES: ClassVar = ()

@@ -13,6 +13,7 @@ from samfast.fused.parts import Family, Layout
 class TimmBlock(Layout):
     """What timm calls the parts."""
 
+    WATCHED: ClassVar = False
     IN_MLP: ClassVar = ("fc1", "fc2", "act")
     IDENTITIES: ClassVar = (
         *("ls1", "drop_path1", "ls2", "drop_path2"),

@@ -18,6 +18,7 @@ _GELU = "transformers.activations"
 class VisionLayer(Layout):
     """What transformers calls the parts."""
 
+    WATCHED: ClassVar = False
     IN_BLOCK: ClassVar = ("layer_norm1", "attn", "layer_norm2", "mlp")
     OPTIONS: ClassVar = ("num_attention_heads", "scale", "use_rel_pos")
     CHANCES: ClassVar = ("attn.dropout",)

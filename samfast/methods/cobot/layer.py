@@ -174,6 +174,7 @@ class CobotQkvLora(CobotLayer, QkvLora):
     """
 
     token_wise = True
+    block_watched = False
     FOLDED = ("lora_B",)
 
     def __init__(

@@ -22,7 +22,7 @@ class LoraLinear(LowRankLinear):
     None means alpha = rank. Dropout acts in training only, on the adapter's input.
     """
 
-    token_wise = True
+    token_wise = block_watched = True
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ class QkvLora(LowRankLinear):
     lora_B: (n·L, rank), the slices' B below each other, zeros
     """
 
-    token_wise = True
+    token_wise = block_watched = True
 
     def __init__(
         self,
