@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch plans beside JITFunction.run, under the stand-in driver, and what a block costs its host.
+
+Tests import kernels for the interpreter, so what launches runs in processes of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from offline_gate import ROOT
+
+pytest.importorskip("triton", reason="triton is not installed")
+PROGRAM = ROOT / "tests" / "instruments" / "plan_launches.py"
+# Calls of Python's functions of samfast and calls through torch's dispatcher, a block forward and
+# backward. Without plans and what a block remembers: LoRA 1125 and 311.
+MOST = {"LoRA": (68, 64), "Conv-LoRA": (84, 146), "COBOT": (71, 68), "TA-LoRA": (75, 88)}
+
+
+def told(*command):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_launches_are_those_of_the_ordinary_way():
+    """Odd places, places 16 bytes on and other strides: the same code, grids and arguments, and
+    none of them by JITFunction.run."""
+    found = told(PROGRAM)
+    assert found.pop("refused") == found.pop("broken") == []
+    assert len(found) == 36
+    for what, call in found.items():
+        assert call["differ"] == [], what
+        ordinary, planned = call["launches"]
+        assert ordinary == planned >= 30, what
+        assert call["runs"] == [ordinary, 0], what
+        assert "Tensor" not in call["kinds"], what
+
+
+def test_calls_of_a_block():
+    found = told("-m", "benchmarks.host", "--repeats", 1, "--json")
+    for place in ("windowed", "global"):
+        for method, (python, dispatched) in MOST.items():
+            cost = found[f"{method}, {place}"]
+            assert 0 < cost["python"] <= python, (method, place, cost)
+            assert 0 < cost["aten"] <= dispatched, (method, place, cost)
+            assert cost["launches"] >= 16, (method, place, cost)
+        assert found[f"eager, {place}"]["aten"] > 800
