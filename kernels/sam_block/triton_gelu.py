@@ -12,8 +12,8 @@ from samfast.kernels.sam_block import costs
 def normal(u):
     """Φ(u) and exp(−u²/2), of the normal distribution.
 
-    Its tail is exp(−u²/2) times a polynomial in t = 1 / (1 + 0.3 |u|), fitted to a relative error of
-    4e-9: a third of erff's instructions, of which the exponential is shared with the density.
+    Its tail is exp(−u²/2) times a polynomial in t = 1 / (1 + 0.3 |u|), fitted to a relative error
+    of 4e-9. That is a third of erff's instructions, and the density shares the exponential.
     """
     root = tl.rsqrt(tl.abs(u) * 0.3 + 1.0)
     t = root * root
