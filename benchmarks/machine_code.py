@@ -114,6 +114,8 @@ def _of_rows(stage, constants, types):
     usual = constants.get("WANT", False) == (adapter and stage == "norm_backward")
     if constants["BLOCK_R"] != DEPTH or not usual or constants.get("NEED_DA", adapter) != adapter:
         return None
+    if adapter and constants.get("RANKS") == 0:  # the counts are of four columns, by threads
+        return None
     return f"{'add_' if constants.get('ADD') else ''}{stage} {'adapter' if adapter else 'frozen'}"
 
 
