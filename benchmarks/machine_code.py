@@ -114,6 +114,8 @@ def _of_rows(stage, constants, types):
     usual = constants.get("WANT", False) == (adapter and stage == "norm_backward")
     if constants["BLOCK_R"] != DEPTH or not usual or constants.get("NEED_DA", adapter) != adapter:
         return None
+    if adapter and constants.get("RANKS") == 0:  # the counts are of four columns, by threads
+        return None
     return f"{'add_' if constants.get('ADD') else ''}{stage} {'adapter' if adapter else 'frozen'}"
 
 
@@ -188,7 +190,9 @@ def _narrow(code):
 
 
 def _cores(code):
-    if code.name.endswith("adapter") and not (code.loop.hmma or code.loop.products):
+    by_threads = dict(code.constants).get("RANKS", 0) > 0  # so few columns that no core is asked
+    cores = by_threads or code.loop.hmma or code.loop.products
+    if code.name.endswith("adapter") and not cores:
         return "no product on tensor cores, expected the adapter's there; use tl.dot in 16 bits"
     return None
 

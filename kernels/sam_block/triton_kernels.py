@@ -21,6 +21,7 @@ from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_ker
 from samfast.kernels.sam_block.triton_norm import norm_backward_kernel, norm_kernel
 
 TILES = Path(__file__).with_name("tiles.json")
+FEW = 4  # columns of dh that multiply-adds take
 MAX_RANK = {2: 128, 4: 32}  # by bytes per element of the rows
 
 # One launch of the library each, and all that a pass over the rows can do.
@@ -117,6 +118,7 @@ def gelu_backward(
             dg, u, dh, lora_a, g, part, tokens, columns, 0 if dh is None else dh.shape[1], rows,
             dg.stride(0), u.stride(0), 0 if dh is None else dh.stride(0), LOW=dh is not None,
             WANT=want, NEED_DA=need_a, PRECISION=precision(dg.dtype), **block,
+            RANKS=_few(dh),
         )  # fmt: skip
         if need_a:
             reduce_kernel[(triton.cdiv(da.numel(), 512),)](
@@ -141,6 +143,11 @@ def _with(d, low):
     if _factor(lora_a, d.dtype) is None:
         return d.addmm_(dh, lora_a.to(d.dtype)), (None, None, False)
     return d, (_rows(dh), lora_a.contiguous(), need_a)
+
+
+def _few(dh):
+    """Columns of dh up to FEW, else 0."""
+    return 0 if dh is None or dh.shape[1] > FEW else dh.shape[1]
 
 
 def _tile(stage, lora_a, rows):
