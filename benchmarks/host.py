@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from samfast.integrations import segment_anything
 WIDTH, HEADS, IMAGE, WINDOW = 16, 1, 3, 2
 BLOCKS = 4  # in a row, so that what a step costs once is shared
 ALL = ("qkv", "proj", "lin1", "lin2")
+PLACES = ("windowed", "global")
 METHODS = {
     "LoRA": lambda: samfast.Lora(rank=4, target=ALL),
     "Conv-LoRA": lambda: samfast.ConvLora(rank=4),
@@ -143,13 +144,13 @@ def aten_calls(call: Callable) -> int:
     return sum(node["name"].startswith(("aten::", "samfast")) for node in nodes)
 
 
-def costs(repeats: int = 200) -> Iterator[tuple[str, Cost]]:
-    """Of the eager block and of ours under each method, windowed and global."""
+def costs(repeats: int = 200, places: Sequence[str] = PLACES) -> Iterator[tuple[str, Cost]]:
+    """Of the eager block and of ours under each method."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.backends.mkldnn.enabled = False  # slow for so small products
     with stand_in.standing_in(90, compiles=False, checks=False):
-        for place in ("windowed", "global"):
+        for place in places:
             yield f"eager, {place}", cost(eager_blocks(place == "global"), repeats)
             for method in METHODS:
                 blocks = samfast.fuse(blocks_of(method, place == "global"))
@@ -159,23 +160,25 @@ def costs(repeats: int = 200) -> Iterator[tuple[str, Cost]]:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=200, help="of which the least counts [200]")
+    parser.add_argument("--place", choices=PLACES, help="of the attention [both]")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print(f"benchmarks.host: {stand_in.INTERPRETED}", file=sys.stderr)
         return 2
+    found = costs(options.repeats, (options.place,) if options.place else PLACES)
     if options.json:
-        print(json.dumps({name: dataclasses.asdict(c) for name, c in costs(options.repeats)}))
+        print(json.dumps({name: dataclasses.asdict(cost) for name, cost in found}))
         return 0
     eager = None
-    for name, found in costs(options.repeats):
-        total = sum(found.seconds)
+    for name, one in found:
+        total = sum(one.seconds)
         eager = total if name.startswith("eager") else eager
-        forward, backward = (1e6 * t for t in found.seconds)
+        forward, backward = (1e6 * t for t in one.seconds)
         print(
             f"{name:22} {forward:6.0f} + {backward:6.0f} us, {total / eager:5.2f} of eager; "
-            f"{found.python:4.0f} calls of ours, {found.aten:4.0f} of aten, "
-            f"{found.launches:3.0f} launches",
+            f"{one.python:4.0f} calls of ours, {one.aten:4.0f} of aten, "
+            f"{one.launches:3.0f} launches",
             flush=True,
         )
     return 0

@@ -30,7 +30,11 @@ CASES = {
     "no images": dataclasses.replace(TINY, batch=0),
 }
 # "auto" is the C++ code here, which takes a hundredth of the interpreter's time.
-RUNS = [("windows", "triton"), ("experts", "triton"), *((name, "auto") for name in CASES)]
+RUNS = [
+    ("windows", "triton"),
+    pytest.param("experts", "triton", marks=pytest.mark.slow),
+    *((name, "auto") for name in CASES),
+]
 FORWARD, BACKWARD = 1, 2  # of the operator's bodies; the first is the one that keeps nothing
 
 
