@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import os
 import sys
 import tempfile
@@ -144,36 +145,41 @@ def aten_calls(call: Callable) -> int:
     return sum(node["name"].startswith(("aten::", "samfast")) for node in nodes)
 
 
-def costs(repeats: int = 200, places: Sequence[str] = PLACES) -> Iterator[tuple[str, Cost]]:
-    """Of the eager block and of ours under each method."""
+def costs(
+    repeats: int = 200, places: Sequence[str] = PLACES, names: Sequence[str] = ("eager", *METHODS)
+) -> Iterator[tuple[str, Cost]]:
+    """Of the eager block and of ours under each method of these names."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.backends.mkldnn.enabled = False  # slow for so small products
     with stand_in.standing_in(90, compiles=False, checks=False):
         for place in places:
-            yield f"eager, {place}", cost(eager_blocks(place == "global"), repeats)
-            for method in METHODS:
-                blocks = samfast.fuse(blocks_of(method, place == "global"))
-                yield f"{method}, {place}", cost(blocks, repeats)
+            for name in names:
+                if name == "eager":
+                    blocks = eager_blocks(place == "global")
+                else:
+                    blocks = samfast.fuse(blocks_of(name, place == "global"))
+                yield f"{name}, {place}", cost(blocks, repeats)
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=200, help="of which the least counts [200]")
-    parser.add_argument("--place", choices=PLACES, help="of the attention [both]")
+    parser.add_argument("--place", choices=PLACES, nargs=1, help="of the attention [both]")
+    parser.add_argument("--of", choices=("eager", *METHODS), nargs="+", help="[all]")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print(f"benchmarks.host: {stand_in.INTERPRETED}", file=sys.stderr)
         return 2
-    found = costs(options.repeats, (options.place,) if options.place else PLACES)
+    found = costs(options.repeats, options.place or PLACES, options.of or ("eager", *METHODS))
     if options.json:
         print(json.dumps({name: dataclasses.asdict(cost) for name, cost in found}))
         return 0
     eager = None
     for name, one in found:
         total = sum(one.seconds)
-        eager = total if name.startswith("eager") else eager
+        eager = total if name.startswith("eager") else eager or math.nan
         forward, backward = (1e6 * t for t in one.seconds)
         print(
             f"{name:22} {forward:6.0f} + {backward:6.0f} us, {total / eager:5.2f} of eager; "
