@@ -29,6 +29,7 @@ from samfast import cli
 from samfast.kernels import operations
 from samfast.models import architectures
 from samfast.modules import SamBlock
+from samfast.profiling import machine
 from samfast.training.tasks import read_tasks
 
 LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
@@ -55,11 +56,13 @@ def stand_ins(tmp_path_factory):
     """A reader's folder; vit_b is small for as long as it is used."""
     folder = tmp_path_factory.mktemp("reader")
     threads, vit_b = torch.get_num_threads(), architectures.ARCHITECTURES["vit_b"]
+    ceilings = machine.PRODUCTS["cpu"], machine.COPIED["cpu"], machine._TURN
     torch.set_num_threads(1)  # models this small gain nothing from more
     use_small_vit_b()
     write_stand_ins(folder)
     yield folder
     architectures.ARCHITECTURES["vit_b"] = vit_b
+    machine.PRODUCTS["cpu"], machine.COPIED["cpu"], machine._TURN = ceilings
     torch.set_num_threads(threads)
 
 
