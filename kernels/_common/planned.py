@@ -9,7 +9,6 @@ sees all operators inside, and under SAMFAST_LAUNCH_PLANS=0. Plans hold no tenso
 
 import contextlib
 import operator
-import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from samfast.kernels._common import backends, ranges
 from samfast.kernels._common.autocast import autocast_dtype, without_autocast
+from samfast.kernels._common.variables import switch
 
 MOST = 256  # kinds of calls of one body that are told apart
 MOST_ALIGNMENTS = 8
@@ -29,15 +29,7 @@ PLAIN = frozenset((Tensor, nn.Parameter, type(None)))  # types without functions
 _NOTHING = contextlib.nullcontext()
 
 
-def _asked() -> bool:
-    """Whether the environment allows plans; ValueError where it does not say 0 or 1."""
-    value = os.environ.get("SAMFAST_LAUNCH_PLANS") or "1"
-    if value not in ("0", "1"):
-        raise ValueError(f"SAMFAST_LAUNCH_PLANS is {value!r}; set it to 0 for none, 1 for plans")
-    return value == "1"
-
-
-_on = _asked()
+_on = switch("SAMFAST_LAUNCH_PLANS", True, "0 for no launch plans, to 1 for plans")
 _bodies: list["Planned"] = []
 
 

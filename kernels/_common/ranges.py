@@ -6,23 +6,14 @@ nsys and ncu. They are off until ``samfast.ranges(True)`` or SAMFAST_RANGES=1.
 """
 
 import contextlib
-import os
 import threading
 
 import torch
 
+from samfast.kernels._common.variables import switch
+
 _NOTHING = contextlib.nullcontext()
-
-
-def _asked() -> bool:
-    """Whether the environment wants ranges; ValueError where it does not say 0 or 1."""
-    value = os.environ.get("SAMFAST_RANGES") or "0"
-    if value not in ("0", "1"):
-        raise ValueError(f"SAMFAST_RANGES is {value!r}; set it to 1 for ranges, to 0 for none")
-    return value == "1"
-
-
-_on = _asked()
+_on = switch("SAMFAST_RANGES", False, "1 for ranges, to 0 for none")
 _listener = None
 
 

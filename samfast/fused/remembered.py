@@ -84,7 +84,7 @@ def forget() -> None:
 
 
 class Answers:
-    """Of one forward that ran as one node.
+    """The answers of one forward that ran as one node.
 
     state: what they depend on beside the block   key, numbers, backend: of the node's call
     """

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from samfast.counters import Living, counting
 from samfast.kernels._common import launch_plan, planned, ranges
 from samfast.kernels._common.recorder import record
+from samfast.kernels._common.variables import switch
 from samfast.kernels.sam_block.op import SamBlock
 
 from . import test_kinds
@@ -215,7 +216,7 @@ def test_who_looks_on_sees_what_was_to_be_seen(monkeypatch):
     assert not ran
     monkeypatch.setenv("SAMFAST_LAUNCH_PLANS", "2")
     with pytest.raises(ValueError, match="SAMFAST_LAUNCH_PLANS is '2'; set it to 0 for none"):
-        planned._asked()
+        switch("SAMFAST_LAUNCH_PLANS", True, "0 for none")
 
 
 def test_under_autocast():
