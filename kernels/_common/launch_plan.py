@@ -104,9 +104,7 @@ class _Writer:
 
     def __init__(self, recording: Recording, tensors: Sequence[Tensor | None]):
         self.recording = recording
-        self.known: dict[str, Any] = {
-            "Range": Range, "leaves": tree_leaves
-        }  # fmt: skip
+        self.known: dict[str, Any] = {"Range": Range, "leaves": tree_leaves}
         self._names: dict[int, str] = {}
         self.pointed = {
             value.root

@@ -27,8 +27,6 @@ LATEST = 4  # that are tried before the key is made
 TRIES = 3  # recordings of calls alike that were refused, before none is tried any more
 PLAIN = frozenset((Tensor, nn.Parameter, type(None)))  # types without functions of their own
 _NOTHING = contextlib.nullcontext()
-
-
 _on = switch("SAMFAST_LAUNCH_PLANS", True, "0 for no launch plans, to 1 for plans")
 _bodies: list["Planned"] = []
 
@@ -129,7 +127,7 @@ def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 class _Known:
     """Calls that were alike: how to tell one quickly, and their plans, one for each alignment.
 
-    others: the arguments that are no tensors, and Triton's settings
+    others: settings of torch and of Triton, lengths of lists, and the arguments that are no tensors
     """
 
     def __init__(self, flat: list, others: list):
@@ -181,7 +179,8 @@ class Planned:
         flat = [args[i] for i in self.tensors]
         for i in self.lists:
             flat += args[i]
-        others = [*_settings(), *(args[i] for i in self.others)]
+        others = [*_settings(), *[len(args[i]) for i in self.lists]]
+        others += [args[i] for i in self.others]
         for known in self.latest:
             if known.alike(flat, others):
                 break
@@ -213,7 +212,6 @@ class Planned:
         key = (
             *(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in flat),
             *(first.setdefault(id(t), i) for i, t in enumerate(flat)),  # which are one tensor
-            *(len(args[i]) for i in self.lists),
             *(tuple(value) if isinstance(value, list) else value for value in others),
         )
         if key not in self.known:
