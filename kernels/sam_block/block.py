@@ -12,6 +12,7 @@ from torch import Tensor
 
 from samfast.kernels._common.ranges import stage
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.lora_linear.engine import Sums
 from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
 from samfast.kernels.sam_block.attention import Attention
 from samfast.kernels.sam_block.joined import Joined
@@ -42,10 +43,10 @@ class Block:
         self.head, parts = plan.split(tensors)
         self.head_needs, part_needs = plan.split(needs[1:])
         self.attention = Attention(plan, self.windows, self.head[4:], backend)
-        backend = PRODUCTS.part(backend)
+        backend, self.sums = PRODUCTS.part(backend), Sums()
         *into, self.proj, self.lin1, self.lin2 = (
             Layer(name, layer, parts[name], whole if name in _AFTER else self.windows, backend,
-                  part_needs[name])
+                  part_needs[name], self.sums)
             for name, layer in zip(plan.names, plan.layers, strict=True)
         )  # fmt: skip
         self.qkv = Joined("qkv", into) if plan.apart else into[0]
@@ -147,7 +148,7 @@ class Block:
             u, kept_lin1 = self._widen(x1)
         beside = self._beside(dupdate, *kept_side, need_n2)
         dh = self.lin2.up(dupdate, daux[3], None, kept_lin2, need_u)
-        du = self.lin2.through(dupdate, dh, need_u, Activated(self.stages, u))
+        du = self.lin2.through(dupdate, dh, need_u, Activated(self.stages, u, self.sums))
         del u, dupdate, dh
         head = [None] * len(self.head)
         dx1 = dx = None
@@ -180,6 +181,8 @@ class Block:
             self.qkv.add_padding_grads(dbias, dfactors)
             dx = self.qkv.through(dqkv, dh, need_n1, source)
             head[:2] = source.grads
+        with stage("sam_block", "sums"):
+            self.sums.finish()
         dx = dx.view(self.x.shape) if self.need_x else None
         rest = [] if self.side is None else list(self.side.grads)
         rest += [None] * len(DROPS) if self.plan.drops else []

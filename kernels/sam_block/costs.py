@@ -34,9 +34,18 @@ class _Layer:
             return self.named(self.y)
         return self.named(*([self.down] if down else []), self.y, self.up)
 
-    def backward(self) -> list[Stage]:
-        """Up to the gradient of the rows, without what the adapter adds to it."""
-        return self.named(*([self.up_backward, self.reduce] if self.rank else []), self.dx)
+    def backward(self, before: "_Layer | None" = None) -> list[Stage]:
+        """Up to the gradient of the rows, without what the adapter adds to it.
+
+        before: the layer whose dA is added up along with dz and dB
+        """
+        if not self.rank:
+            return self.named(self.dx)
+        added = self.reduce
+        if before is not None:
+            name, size = f"{added.name}, dA of {before.name}", added.bytes + before.da.bytes
+            added = Stage(name, 0, size, added.launches)
+        return self.named(self.up_backward, added, self.dx)
 
     def low(self, name: str, passes: int, products: int = 1) -> Stage:
         """A stage that reads or writes the rows so many times, and so many products of rank r."""
@@ -88,19 +97,19 @@ def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int)
         if not rank:
             return [layer.low(name, 4)]
         da = Stage("dA", layer.product, layer.both.bytes - 2 * layer.rows, 1)
-        return [layer.low(f"{name}, rows", 5, 2), *layer.named(da, layer.da)]
+        return [layer.low(f"{name}, rows", 5, 2), *layer.named(da)]
 
     return [
         *lin2.backward(),
         lin2.low("GELU backward, dA" if rank else "GELU backward", 3, 2),
-        *(lin2.named(lin2.da) if rank else []),
-        *lin1.backward(),
+        *lin1.backward(lin2),
         *norm("norm2 backward", lin1),
-        *proj.backward(),
-        *(proj.named(proj.both, proj.da) if rank else []),
+        *proj.backward(lin1),
+        *(proj.named(proj.both) if rank else []),
         *attend,
-        *qkv.backward(),
+        *qkv.backward(proj),
         *norm("norm1 backward", qkv),
+        *(qkv.named(qkv.da) if rank else []),
     ]
 
 

@@ -220,7 +220,7 @@ class Joined:
     def _down_backward(self, drows, dh, rows, adapter: Layer) -> None:
         with stage("sam_block", self.name):
             adapter.grads[_A] = adapter.path(dh).down_backward_(
-                drows, dh, rows, adapter.lora_a, adapter.plan.dropout, adapter.seed
+                drows, dh, rows, adapter.lora_a, adapter.plan.dropout, adapter.seed, adapter.sums
             )
 
 
@@ -238,7 +238,7 @@ def _of_one(layer: Layer, start: int) -> Layer:
     tensors = [None, None, layer.lora_a, layer.lora_b, layer.seed, *layer.params]
     needs = [False, False, *layer.needs[2:]]
     plan = layer.plan._replace(starts=starts)
-    return Layer(layer.name, plan, tensors, layer.windows, layer.backend, needs)
+    return Layer(layer.name, plan, tensors, layer.windows, layer.backend, needs, layer.sums)
 
 
 def _of_several(adapted: Sequence[tuple[int, Layer]], length: int) -> Layer:
@@ -252,8 +252,9 @@ def _of_several(adapted: Sequence[tuple[int, Layer]], length: int) -> Layer:
     needs = [any(layer.needs[which] for layer in layers) for which in (_A, _B)]
     tensors = [None, None, *factors, None]
     return Layer(
-        first.name, plan, tensors, first.windows, first.backend, [False, False, *needs, False]
-    )
+        first.name, plan, tensors, first.windows, first.backend, [False, False, *needs, False],
+        first.sums,
+    )  # fmt: skip
 
 
 def _bias_of(layer: Layer) -> Tensor:

@@ -26,17 +26,19 @@ class Layer:
     """The tensors and options of one layer; rows are (tokens, in_features).
 
     needs, grads: which of its tensors want a gradient, and what a backward has made for them
+    sums: where gradients wait until the block's backward ends
     path: who runs the rank-r stages   name: of its ranges
     """
 
     def __init__(
-        self, name: str, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None
-    ):
+        self, name: str, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None,
+        sums: engine.Sums | None = None,
+    ):  # fmt: skip
         self.name, self.plan, self.windows, self.backend = name, plan, windows, backend
         self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params = tensors
         self.needs = [False] * len(tensors) if needs is None else needs
         self.grads: list[Tensor | None] = [None] * len(tensors)
-        self.options = plan.options(windows)
+        self.options, self.sums = plan.options(windows), sums
 
     @property
     def fused_down(self) -> Tensor | None:
@@ -103,8 +105,9 @@ class Layer:
         z, _, *saved = kept
         needs = (need_rows or self.needs[2], self.needs[3], *self.needs[5:])
         dh, self.grads[3], self.grads[5:] = engine.up(
-            self.path(dy), dy, daux, dz_pad, self.lora_b, z, saved, self.params, self.options, needs
-        )
+            self.path(dy), dy, daux, dz_pad, self.lora_b, z, saved, self.params, self.options,
+            needs, sums=None if self.pads_vary else self.sums,  # padding adds to dB before the end
+        )  # fmt: skip
         return dh
 
     def padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -146,14 +149,16 @@ class Layer:
             if need_a and self.grads[2] is None:
                 with stage("sam_block", self.name):
                     path, lora_a = self.path(dy), self.lora_a
-                    self.grads[2] = path.down_backward_(None, dh, rows, lora_a, 0.0, None)
+                    self.grads[2] = path.down_backward_(
+                        None, dh, rows, lora_a, 0.0, None, self.sums
+                    )
         else:
             rows = source.rows() if need_a or self.needs[0] else None
             if dh is not None:
                 with stage("sam_block", self.name):
                     self.grads[2] = self.path(dy).down_backward_(
                         drows, dh, rows if need_a else None, self.lora_a, self.plan.dropout,
-                        self.seed,
+                        self.seed, self.sums,
                     )  # fmt: skip
             before = None if drows is None else source.backward(drows, None, False)[0]
         if self.needs[0]:
@@ -220,8 +225,8 @@ class Activated:
 
     needs_all = False
 
-    def __init__(self, stages, u):
-        self.stages, self.u = stages, u
+    def __init__(self, stages, u, sums):
+        self.stages, self.u, self.sums = stages, u, sums
 
     def rows(self) -> Tensor:
         with stage("sam_block", "gelu"):
@@ -229,4 +234,4 @@ class Activated:
 
     def backward(self, drows, low, want):
         with stage("sam_block", "gelu"):
-            return self.stages.gelu_backward(drows, self.u, low, want)
+            return self.stages.gelu_backward(drows, self.u, low, want, self.sums)

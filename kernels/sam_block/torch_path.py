@@ -80,9 +80,9 @@ def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, None]:
 
 
 def gelu_backward(
-    dg: Tensor, u: Tensor, low: Low, want: bool
+    dg: Tensor, u: Tensor, low: Low, want: bool, sums=None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """du, gelu(u) and lora_a's gradient. dg may be overwritten."""
+    """du, gelu(u) and lora_a's gradient, which may wait in sums. dg may be overwritten."""
     want = want or (low is not None and low[2])
     dg = _with(dg, low)
     du = torch.ops.aten.gelu_backward.grad_input(dg, u, grad_input=dg)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from samfast.kernels._common.tiles import tile
-from samfast.kernels.lora_linear.triton_kernels import chunk_rows, precision, reduce_kernel
+from samfast.kernels.lora_linear.triton_kernels import chunk_rows, later, precision
 from samfast.kernels.sam_block import torch_path
 from samfast.kernels.sam_block.torch_path import Low
 from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_kernel
@@ -99,7 +99,7 @@ def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, Tensor | None]:
 
 
 def gelu_backward(
-    dg: Tensor, u: Tensor, low: Low, want: bool
+    dg: Tensor, u: Tensor, low: Low, want: bool, sums=None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dg, (dh, lora_a, need_a) = _with(_rows(dg), low)
     u = _rows(u)
@@ -121,10 +121,7 @@ def gelu_backward(
             RANKS=_few(dh),
         )  # fmt: skip
         if need_a:
-            reduce_kernel[(triton.cdiv(da.numel(), 512),)](
-                None, None, 0, 0, 0, 1, 1, part, da, da.numel(), chunks, HAS_DZ=False,
-                HAS_GRAD=True, BLOCK=512,
-            )  # fmt: skip
+            later(part, da, sums)
     return dg, g, da
 
 
