@@ -114,9 +114,15 @@ def _of_rows(stage, constants, types):
     usual = constants.get("WANT", False) == (adapter and stage == "norm_backward")
     if constants["BLOCK_R"] != DEPTH or not usual or constants.get("NEED_DA", adapter) != adapter:
         return None
-    if adapter and constants.get("RANKS") == 0:  # the counts are of four columns, by threads
+    if stage == "gelu_backward" and not _as_counted(constants, adapter):
         return None
     return f"{'add_' if constants.get('ADD') else ''}{stage} {'adapter' if adapter else 'frozen'}"
+
+
+def _as_counted(constants, adapter: bool) -> bool:
+    """Whether GELU's backward makes all that a block asks for, of four columns of dh at most."""
+    few = constants["RANKS"] in range(1, 5) if adapter else True
+    return few and constants["UP"] == constants["NEED_DB"] == adapter
 
 
 def faults(code: Code | None, version: str) -> tuple[str, ...]:
@@ -190,8 +196,7 @@ def _narrow(code):
 
 
 def _cores(code):
-    by_threads = dict(code.constants).get("RANKS", 0) > 0  # so few columns that no core is asked
-    cores = by_threads or code.loop.hmma or code.loop.products
+    cores = code.loop.hmma or code.loop.products
     if code.name.endswith("adapter") and not cores:
         return "no product on tensor cores, expected the adapter's there; use tl.dot in 16 bits"
     return None

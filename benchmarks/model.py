@@ -41,7 +41,7 @@ _KINDS = {  # a stage's name -> what bounds it in addition to bytes, and its par
     "(norm1|x1 = x [+] update, norm2), h": ("norm", ROWS),
     r"norm\d backward(, rows)?": ("norm_backward", ROWS),
     "GELU, h": ("gelu", ROWS),
-    "GELU backward(, dA)?": ("gelu_backward", ROWS),
+    "GELU backward(, dA(, dz, dB)?)?": ("gelu_backward", ROWS),
     "y = x1 [+] update": ("bytes", ROWS),
     r"\w+: (down|up|up_backward|down_backward|dA)": ("bytes", ADAPTERS),
     r"\w+: reduce .*": ("reduce", ADAPTERS),

@@ -148,19 +148,21 @@ class Block:
             u, kept_lin1 = self._widen(x1)
         beside = self._beside(dupdate, *kept_side, need_n2)
         dh = self.lin2.up(dupdate, daux[3], None, kept_lin2, need_u)
-        du = self.lin2.through(dupdate, dh, need_u, Activated(self.stages, u, self.sums))
-        del u, dupdate, dh
+        source = Activated(self.stages, u, self.lin1.along(kept_lin1, need_n2), self.sums)
+        du = self.lin2.through(dupdate, dh, need_u, source)
+        made = source.made
+        del u, dupdate, dh, source
         head = [None] * len(self.head)
         dx1 = dx = None
         if need_u:
             source = self._normed(x1, 1, dy, norm2)
-            dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2)
+            dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2, made)
             dx1 = self.lin1.through(du, dh, need_n2, source, beside)
             head[2:4] = source.grads
             del source  # which holds x1 and dy
         elif beside is not None:
             beside(None, self._normed(x1, 1, dy, norm2).rows())
-        del du, dy, x1, beside
+        del du, dy, x1, beside, made
         if need_x1:
             dupdate = self._dropped(dx1, 0)
             dh = self.proj.up(dupdate, daux[1], None, kept_proj, need_out)

@@ -11,7 +11,22 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.adapt_former import costs as branch
 from samfast.kernels.lora_linear import costs as low_rank
 from samfast.kernels.lora_linear.costs import Stage
+from samfast.kernels.lora_linear.engine import MAX_PARTIALS
 from samfast.kernels.relpos_attention import costs as attention
+
+
+COLUMNS = 128  # of a block in GELU's backward, in 16 bits
+MAX_ALONG = 16  # rank of adapters on both sides of GELU whose backward goes in one pass
+
+
+def along(tokens: int, blocks: int, ranks: int, b_ranks: int, itemsize: int) -> bool:
+    """Whether GELU's backward also takes du back to z of the layer before.
+
+    Its registers hold factors of low rank, in 16 bits. Partials of dz, one a block of columns, may
+    take as much memory as up_backward's.
+    """
+    few = itemsize == 2 and max(ranks, b_ranks) <= MAX_ALONG
+    return few and 4 * blocks * tokens * b_ranks <= MAX_PARTIALS
 
 
 class _Layer:
@@ -34,10 +49,11 @@ class _Layer:
             return self.named(self.y)
         return self.named(*([self.down] if down else []), self.y, self.up)
 
-    def backward(self, before: "_Layer | None" = None) -> list[Stage]:
+    def backward(self, before: "_Layer | None" = None, made: bool = False) -> list[Stage]:
         """Up to the gradient of the rows, without what the adapter adds to it.
 
         before: the layer whose dA is added up along with dz and dB
+        made: whether the producer of dy makes the partials of these
         """
         if not self.rank:
             return self.named(self.dx)
@@ -45,7 +61,7 @@ class _Layer:
         if before is not None:
             name, size = f"{added.name}, dA of {before.name}", added.bytes + before.da.bytes
             added = Stage(name, 0, size, added.launches)
-        return self.named(self.up_backward, added, self.dx)
+        return self.named(*([] if made else [self.up_backward]), added, self.dx)
 
     def low(self, name: str, passes: int, products: int = 1) -> Stage:
         """A stage that reads or writes the rows so many times, and so many products of rank r."""
@@ -65,8 +81,11 @@ def gelu_kernel(tokens, columns, ranks, DOWN, **_) -> int:
     return DOWN * low_rank.product(tokens, columns, ranks)
 
 
-def gelu_backward_kernel(tokens, columns, ranks, LOW, NEED_DA, **_) -> int:
-    return (LOW + NEED_DA) * low_rank.product(tokens, columns, ranks)
+def gelu_backward_kernel(
+    tokens, columns, ranks, b_ranks, LOW, NEED_DA, UP, NEED_DB, **_
+) -> int:  # fmt: skip
+    own = (LOW + NEED_DA) * low_rank.product(tokens, columns, ranks)
+    return own + (UP + NEED_DB) * low_rank.product(tokens, columns, b_ranks)
 
 
 def _numbers(stage):
@@ -93,6 +112,16 @@ def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int)
     qkv, proj, lin1, lin2 = _layers(windows, width, rank, itemsize)
     attend = attention.stages(windows, heads, width // heads, itemsize, tables=False)[2:]
 
+    blocks = -(-4 * width // COLUMNS)
+    made = rank > 0 and along(windows.tokens, blocks, rank, rank, itemsize)
+    gelu = lin2.low("GELU backward", 3)
+    if rank:
+        up = lin1.up_backward if made else Stage("", 0, lin2.rows, 0)  # of rows that are at hand
+        more = lin2.da.bytes + up.bytes - lin2.rows  # partials, read again by what adds them up
+        flops = 2 * lin2.product + up.flops
+        name = gelu.name + (", dA, dz, dB" if made else ", dA")
+        gelu = Stage(name, flops, gelu.bytes + more, 1)
+
     def norm(name, layer):
         if not rank:
             return [layer.low(name, 4)]
@@ -101,8 +130,8 @@ def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int)
 
     return [
         *lin2.backward(),
-        lin2.low("GELU backward, dA" if rank else "GELU backward", 3, 2),
-        *lin1.backward(lin2),
+        gelu,
+        *lin1.backward(lin2, made),
         *norm("norm2 backward", lin1),
         *proj.backward(lin1),
         *(proj.named(proj.both) if rank else []),

@@ -8,6 +8,8 @@ import torch
 
 from samfast.kernels._common import without_data
 from samfast.kernels._common.without_data import in_tf32
+from samfast.kernels.lora_linear.engine import Sums
+from samfast.kernels.lora_linear.triton_kernels import add_up
 from samfast.kernels.sam_block import triton_kernels as kernels
 from samfast.kernels.sam_block.triton_kernels import MAX_RANK
 
@@ -44,7 +46,10 @@ def run(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32, oth
     norm = (meta(width, dtype=affine), meta(width, dtype=affine), 1e-6)
     u, dh = meta(tokens, 4 * width), meta(tokens, rank)
     adapters = [[without_data.meta(rank, n) for n in (width, 4 * width)], (None, None)]
+    of_u = (dh, without_data.meta(4 * width, rank), 0.5)
     wanted = ((False, True), (True, True), (False, False))
+    if others:
+        kernels.gelu_backward(u, u, (dh, adapters[0][1], True), False, (None, *of_u[1:]))
     for lora_a, wide in adapters if others else adapters[:1]:
         kernels.norm(x, *norm, dtype, lora_a)
         kernels.add_norm(x, update, *norm, dtype, lora_a)
@@ -53,4 +58,18 @@ def run(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32, oth
             low = None if lora_a is None else (dh, lora_a, need_a)
             kernels.norm_backward(update, x, *norm, x, low, want)
             low = None if wide is None else (dh, wide, need_a)
-            kernels.gelu_backward(u, u, low, want)
+            sums = Sums()
+            kernels.gelu_backward(u, u, low, want, of_u, sums)
+            if others:
+                kernels.gelu_backward(u, u, low, want)
+            _rest(sums, rank, width, tokens, dtype)
+
+
+def _rest(sums: Sums, rank: int, width: int, tokens: int, dtype: torch.dtype) -> None:
+    """Add up what waits, beside dz of a layer as wide as the block, and at the end."""
+    dz = without_data.meta(tokens, rank, dtype=dtype)
+    for n in (width, 3 * width):
+        sums.add(without_data.meta(32, rank, n), without_data.meta(rank, n), add_up)
+    add_up(sums, without_data.meta(-(-width // 128), tokens, rank), dz, 1, rank)
+    sums.add(without_data.meta(32, rank, width), without_data.meta(rank, width), add_up)
+    sums.finish()

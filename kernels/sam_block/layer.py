@@ -92,21 +92,38 @@ class Layer:
             )
         return [z, z_pad, *saved]
 
-    def up(self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool) -> Tensor | None:
-        """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed."""
-        with stage("sam_block", self.name):
-            return self._up(dy, daux, dz_pad, kept, need_rows)
+    def along(self, kept: list[Tensor], need_rows: bool) -> tuple | None:
+        """What the producer of dy needs to make dz and dB too; None where it cannot, or need not.
+        """
+        needs = self._needs(need_rows)
+        if not self.plan.adapted or self.plan.starts or not any(needs):
+            return None
+        return kept[0] if needs[1] else None, self.lora_b, self.plan.scaling
 
-    def _up(self, dy, daux, dz_pad, kept, need_rows):
+    def _needs(self, need_rows: bool) -> tuple[bool, ...]:
+        """Whether gradients are wanted of h, of lora_b and of the map's parameters."""
+        return (need_rows or self.needs[2], self.needs[3], *self.needs[5:])
+
+    def up(
+        self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool, made=None
+    ) -> Tensor | None:
+        """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed.
+
+        made: dz and dB, where the producer of dy has made them
+        """
+        with stage("sam_block", self.name):
+            return self._up(dy, daux, dz_pad, kept, need_rows, made)
+
+    def _up(self, dy, daux, dz_pad, kept, need_rows, made):
         if self.needs[1]:
             self.grads[1] = column_sum(dy, self.bias)
         if not self.plan.adapted:
             return None
         z, _, *saved = kept
-        needs = (need_rows or self.needs[2], self.needs[3], *self.needs[5:])
         dh, self.grads[3], self.grads[5:] = engine.up(
             self.path(dy), dy, daux, dz_pad, self.lora_b, z, saved, self.params, self.options,
-            needs, sums=None if self.pads_vary else self.sums,  # padding adds to dB before the end
+            self._needs(need_rows), made,
+            sums=None if self.pads_vary else self.sums,  # padding adds to dB before the end
         )  # fmt: skip
         return dh
 
@@ -221,12 +238,16 @@ class Normed:
 
 
 class Activated:
-    """GELU of u, to be made again."""
+    """GELU of u, to be made again.
+
+    up: of the layer before, as the stages have it   made: dz and dB of it, where a stage makes them
+    """
 
     needs_all = False
 
-    def __init__(self, stages, u, sums):
-        self.stages, self.u, self.sums = stages, u, sums
+    def __init__(self, stages, u, up, sums):
+        self.stages, self.u, self.up, self.sums = stages, u, up, sums
+        self.made: tuple[Tensor, Tensor | None] | None = None
 
     def rows(self) -> Tensor:
         with stage("sam_block", "gelu"):
@@ -234,4 +255,7 @@ class Activated:
 
     def backward(self, drows, low, want):
         with stage("sam_block", "gelu"):
-            return self.stages.gelu_backward(drows, self.u, low, want, self.sums)
+            du, g, da, self.made = self.stages.gelu_backward(
+                drows, self.u, low, want, self.up, self.sums
+            )
+        return du, g, da

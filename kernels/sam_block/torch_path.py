@@ -7,7 +7,10 @@ sums are float32 (float64 for float64), whatever the rows are.
 lora_a (R, features): where it is given, and a path can make h = rows Aᵀ while it has the rows at
 hand, h comes with them; here it is None, and whoever wants it makes it.
 low = (dh, lora_a, need_a): the gradient of the rows is what came plus dh A, and lora_a's is wanted
-where need_a says so. A path that makes it on its way returns it last, other ones the rows.
+where need_a says so. A path that makes it on its way returns it, other ones the rows.
+up = (z, lora_b, scaling): of the layer whose result u is, all of which gets its update. A path that
+can makes dz = s · du B and, where z is given, dB = s · duᵀ z beside du, and returns them last.
+Here there is None, and whoever wants them makes them. Gradients of weights may wait in ``sums``.
 """
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from samfast.kernels._common.layer_norm import alike
 
 Low = tuple[Tensor, Tensor, bool] | None
+Up = tuple[Tensor | None, Tensor, float] | None
 
 
 def norm(
@@ -80,13 +84,13 @@ def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, None]:
 
 
 def gelu_backward(
-    dg: Tensor, u: Tensor, low: Low, want: bool, sums=None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """du, gelu(u) and lora_a's gradient, which may wait in sums. dg may be overwritten."""
+    dg: Tensor, u: Tensor, low: Low, want: bool, up: Up = None, sums=None
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor | None] | None]:
+    """du, gelu(u), lora_a's gradient, and dz and dB of up. dg may be overwritten."""
     want = want or (low is not None and low[2])
     dg = _with(dg, low)
     du = torch.ops.aten.gelu_backward.grad_input(dg, u, grad_input=dg)
-    return du, F.gelu(u) if want else None, None
+    return du, F.gelu(u) if want else None, None, None
 
 
 def _with(d: Tensor, low: Low) -> Tensor:

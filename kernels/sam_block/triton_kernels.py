@@ -2,7 +2,8 @@
 """The element-wise stages of the block as Triton launches; see torch_path for what each computes.
 
 One launch a stage. Adapters up to MAX_RANK ride along: h = rows Aᵀ, in the backward dh A, and
-beside GELU the gradient of A, whose partials a second launch adds up.
+beside GELU the gradient of A. Narrow ones of the layer before go back to z there too. A second
+launch adds up partials.
 Derivations, bytes and launches are in this folder's README.
 """
 
@@ -14,14 +15,15 @@ import triton
 from torch import Tensor
 
 from samfast.kernels._common.tiles import tile
-from samfast.kernels.lora_linear.triton_kernels import chunk_rows, later, precision
-from samfast.kernels.sam_block import torch_path
-from samfast.kernels.sam_block.torch_path import Low
+from samfast.kernels.lora_linear.engine import Sums
+from samfast.kernels.lora_linear.triton_kernels import add_up, chunk_rows, precision
+from samfast.kernels.sam_block import costs, torch_path
+from samfast.kernels.sam_block.torch_path import Low, Up
 from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_kernel
 from samfast.kernels.sam_block.triton_norm import norm_backward_kernel, norm_kernel
 
 TILES = Path(__file__).with_name("tiles.json")
-FEW = 4  # columns of dh that multiply-adds take
+FEW = 8  # columns of dh that multiply-adds take
 MAX_RANK = {2: 128, 4: 32}  # by bytes per element of the rows
 
 # One launch of the library each, and all that a pass over the rows can do.
@@ -99,8 +101,8 @@ def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, Tensor | None]:
 
 
 def gelu_backward(
-    dg: Tensor, u: Tensor, low: Low, want: bool, sums=None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dg: Tensor, u: Tensor, low: Low, want: bool, up: Up = None, sums=None
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor | None] | None]:
     dg, (dh, lora_a, need_a) = _with(_rows(dg), low)
     u = _rows(u)
     tokens, columns = u.shape
@@ -108,21 +110,47 @@ def gelu_backward(
     g = u.new_empty(tokens, columns) if want else None
     da = lora_a.new_empty(lora_a.shape) if need_a else None
     if tokens == 0:
-        return dg, g, None if da is None else da.zero_()
-    block = _tile("gelu_backward" if dh is None else "gelu_backward_low", lora_a, dg)
-    rows = chunk_rows(tokens, block["BLOCK_M"]) if need_a else block["BLOCK_M"]
+        return dg, g, None if da is None else da.zero_(), None
+    ranks = 0 if dh is None else dh.shape[1]
+    if up is not None and not _along(dg, ranks, up[1].shape[1]):
+        up = None
+    block = _tile("gelu_backward_low" if up or ranks else "gelu_backward", lora_a, dg)
+    blocks = triton.cdiv(columns, block["BLOCK_N"])
+    z, lora_b, scaling = up or (None, None, 1.0)
+    z, lora_b = None if z is None else _rows(z), None if up is None else lora_b.contiguous()
+    dz = None if up is None else dg.new_empty(tokens, lora_b.shape[1])
+    db = None if z is None else lora_b.new_empty(lora_b.shape)
+    rows = chunk_rows(tokens, block["BLOCK_M"]) if need_a or up else block["BLOCK_M"]
     chunks = triton.cdiv(tokens, rows)
-    part = u.new_empty(chunks, *lora_a.shape, dtype=torch.float32) if need_a else None
+    part, dz_part, db_part = (
+        None if t is None else u.new_empty(count, *t.shape, dtype=torch.float32)
+        for count, t in ((chunks, da), (blocks, dz), (chunks, db))
+    )
     with _on(u):
-        gelu_backward_kernel[(chunks, triton.cdiv(columns, block["BLOCK_N"]))](
-            dg, u, dh, lora_a, g, part, tokens, columns, 0 if dh is None else dh.shape[1], rows,
-            dg.stride(0), u.stride(0), 0 if dh is None else dh.stride(0), LOW=dh is not None,
-            WANT=want, NEED_DA=need_a, PRECISION=precision(dg.dtype), **block,
-            RANKS=_few(dh),
+        gelu_backward_kernel[(chunks, blocks)](
+            dg, u, dh, lora_a, g, part, z, lora_b, dz_part, db_part, tokens, columns, ranks,
+            0 if up is None else dz.shape[1], rows, dg.stride(0), u.stride(0),
+            0 if dh is None else dh.stride(0), 0 if z is None else z.stride(0), scaling,
+            LOW=dh is not None, WANT=want, NEED_DA=need_a, UP=up is not None,
+            NEED_DB=z is not None, PRECISION=precision(dg.dtype), **block,
+            RANKS=ranks if ranks <= FEW else 0,
         )  # fmt: skip
-        if need_a:
-            later(part, da, sums)
-    return dg, g, da
+        waiting = Sums() if sums is None else sums
+        for partials, grad in ((part, da), (db_part, db)):
+            if grad is not None:
+                waiting.add(partials, grad, add_up)
+        if up is not None:
+            add_up(waiting, dz_part, dz, 1, dz.shape[1])
+        if sums is None:
+            waiting.finish()
+    return dg, g, da, None if up is None else (dz, db)
+
+
+def _along(dg, ranks, b_ranks):
+    """Whether dz and dB of the layer before are made beside du."""
+    tokens, columns = dg.shape
+    blocks = triton.cdiv(columns, _tile("gelu_backward_low", None, dg)["BLOCK_N"])
+    return costs.along(tokens, blocks, ranks, b_ranks, dg.element_size())
 
 
 def _factor(lora_a, dtype):
@@ -140,11 +168,6 @@ def _with(d, low):
     if _factor(lora_a, d.dtype) is None:
         return d.addmm_(dh, lora_a.to(d.dtype)), (None, None, False)
     return d, (_rows(dh), lora_a.contiguous(), need_a)
-
-
-def _few(dh):
-    """Columns of dh up to FEW, else 0."""
-    return 0 if dh is None or dh.shape[1] > FEW else dh.shape[1]
 
 
 def _tile(stage, lora_a, rows):

@@ -11,8 +11,9 @@ from draws import drawing
 from torch import Tensor
 
 from samfast.kernels._common.budget import Budget
+from samfast.kernels.sam_block import costs
 
-EPS = 1e-6
+EPS, SCALING = 1e-6, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Call:
         kinds = (str(kind)[6:] for kind in (self.dtype, self.residual, self.affine))
         return "-".join([f"{self.tokens}x{self.columns}", f"r{self.rank}", *kinds])
 
+    @property
+    def along(self) -> bool:
+        """Whether dz and dB are made beside GELU's backward, where a path can."""
+        return costs.along(self.tokens, 1, self.rank, self.rank, self.dtype.itemsize)
+
     def tensors(self) -> dict[str, Tensor]:
         draw = drawing(7, self.dtype)
         rows, single = (self.tokens, self.columns), torch.float32
@@ -54,13 +60,14 @@ class Call:
         }
         if self.rank:
             made["a"] = draw(self.rank, self.columns, dtype=single) / self.columns**0.5
-            made["dh"] = draw(self.tokens, self.rank)
+            made["dh"], made["z"] = (draw(self.tokens, self.rank) for _ in range(2))
+            made["b"] = draw(self.columns, self.rank, dtype=single)
         return made
 
     def run(self, path, tensors=None, layout=lambda t: t, want=True) -> dict[str, Tensor]:
         """What the stages give; h and da only where the path makes them."""
         t = dict(self.tensors() if tensors is None else tensors)
-        matrices = ("x", "residual", "update", "dn", "u", "dg", "dh")
+        matrices = ("x", "residual", "update", "dn", "u", "dg", "dh", "z")
         t |= {name: layout(t[name].clone()) for name in matrices if name in t}
         norm, a = (t["weight"], t["bias"], EPS), t.get("a")
         low = (t["dh"], a, True) if self.rank else None
@@ -73,9 +80,11 @@ class Call:
         made["dx"], made["rows"], made["da"] = path.norm_backward(
             t["dn"], t["x"], *norm, t["residual"], low, want
         )
-        made["du"], made["g_again"], made["da_gelu"] = path.gelu_backward(
-            t["dg"], t["u"], low, want
+        up = (t["z"], t["b"], SCALING) if self.rank else None
+        made["du"], made["g_again"], made["da_gelu"], along = path.gelu_backward(
+            t["dg"], t["u"], low, want, up
         )
+        made["dz"], made["db"] = along or (None, None)
         made["y"] = path.add(t["x"], t["update"])
         return {name: value for name, value in made.items() if value is not None}
 
@@ -93,7 +102,12 @@ class Call:
 
         made = {"total": t["x"] + t["update"], "y": t["x"] + t["update"]}
         x, u = t["x"].clone().requires_grad_(), t["u"].clone().requires_grad_()
-        made |= {"n": norm(x), "n2": norm(made["total"]), "g": F.gelu(u)}
+        whole, of_u = u, []
+        if self.rank:
+            of_u = [t[name].to(dtype, copy=True).requires_grad_() for name in ("z", "b")]
+            update = SCALING * F.linear(*of_u)
+            whole = u + (update - update.detach())  # u has the update already
+        made |= {"n": norm(x), "n2": norm(made["total"]), "g": F.gelu(whole)}
         outputs, seeds = [made["n"], made["g"]], [t["dn"], t["dg"]]
         wanted = [x, u]
         if self.rank:
@@ -102,23 +116,25 @@ class Call:
             made["h2"] = F.linear(made["n2"], t["a"].to(dtype))
             made["hg"] = F.linear(made["g"], factors[1])
             outputs, seeds = [*outputs, made["h"], made["hg"]], [*seeds, t["dh"], t["dh"]]
-            wanted += factors
+            wanted += [*factors, *of_u]
         dx, made["du"], *dfactors = torch.autograd.grad(outputs, wanted, seeds)
         made["dx"] = (dx + t["residual"]).to(x.dtype)
-        made |= dict(zip(("da", "da_gelu"), dfactors, strict=False))
+        made |= dict(zip(("da", "da_gelu", "dz", "db"), dfactors, strict=False))
         made |= {"rows": made["n"], "g_again": made["g"]}
         return {name: value.detach() for name, value in made.items()}
 
     def check(self, path, low_rank: bool) -> dict[str, Tensor]:
-        """Everything in the budget; low_rank: whether h and GELU's dA are made on the way."""
+        """Everything in the budget; low_rank: whether h, and beside GELU what is of low rank, are made."""
         tensors = self.tensors()
         ours = self.run(path, tensors)
         budget = self.budget(tensors)
         made = {"h", "h2", "hg", "da_gelu"} if low_rank and self.rank else set()
-        assert set(ours) == (set(budget.exact) - {"h", "h2", "hg", "da", "da_gelu"}) | made
+        made |= {"dz", "db"} if made and self.along else set()
+        not_by_all = {"h", "h2", "hg", "da", "da_gelu", "dz", "db"}
+        assert set(ours) == (set(budget.exact) - not_by_all) | made
         for name, value in ours.items():
             kind = self.residual if name in ("dx", "total", "y") else self.dtype
-            assert value.dtype == (torch.float32 if name == "da_gelu" else kind), name
+            assert value.dtype == (torch.float32 if name in ("da_gelu", "db") else kind), name
         keep(budget, ours, some=True)
         return ours
 
