@@ -12,7 +12,7 @@ from draws import DEVICE
 from samfast import backends
 from samfast.kernels.sam_block import torch_path
 
-from .stage_calls import EPS, Call
+from .stage_calls import EPS, SCALING, Call
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 CASES = [
@@ -75,6 +75,19 @@ def test_h_is_what_the_engine_makes_of_the_rows():
         exact = partial(torch.matmul, made[rows].double(), a.to(HALF).double().T)
         within_budget(made[h], exact().to(HALF), exact, HALF, h)
         assert made[h].is_contiguous() and made[h].dtype == HALF
+
+
+@pytest.mark.parametrize("rank", [3, 9])
+def test_dz_and_db_are_what_the_engine_makes_of_du(rank):
+    """From du as it is stored, rounded; several chunks of rows and blocks of columns."""
+    call = Call(tokens=70, columns=320, rank=rank, dtype=HALF)
+    tensors = call.tensors()
+    made = call.run(kernels(), tensors)
+    du, b, z = made["du"].double(), tensors["b"].to(HALF).double(), tensors["z"].double()
+    dz, db = SCALING * du @ b, SCALING * du.T @ z
+    within_budget(made["dz"], dz.to(HALF), lambda: dz, HALF, "dz")
+    within_budget(made["db"], db.float(), lambda: db, torch.float32, "db")
+    assert made["dz"].is_contiguous() and made["dz"].dtype == HALF
 
 
 @pytest.mark.parametrize("residual", [torch.float32, HALF])

@@ -17,7 +17,7 @@ from samfast.counters import counting
 from samfast.kernels.sam_block import costs, supports
 
 from .cases import Case
-from .stage_calls import EPS, Call
+from .stage_calls import EPS, SCALING, Call
 
 missing = backends.triton_missing(torch.device("cpu"))
 if torch.cuda.is_available() or missing is not None:
@@ -99,6 +99,20 @@ def test_ranks_above_the_widest_do_not_ride_along(dtype):
     """The engine makes h and the gradient of lora_a; dh A is added before the launch."""
     rank = kernels.MAX_RANK[dtype.itemsize] + 1
     Call(columns=48, rank=rank, dtype=dtype).check(kernels, low_rank=False)
+
+
+def test_partials_of_dz_that_are_too_large_are_not_made(monkeypatch, guarded_kernels):
+    """The layer's own launch makes them, some rows at a time; the rest stays as it is."""
+    call, tensors = Call(columns=48, dtype=HALF), Call(columns=48, dtype=HALF).tensors()
+    every = call.run(kernels, tensors)
+    monkeypatch.setattr(costs, "MAX_PARTIALS", 4 * call.tokens * call.rank - 1)
+    fewer = call.run(kernels, tensors)
+    assert set(every) - set(fewer) == {"dz", "db"}
+    assert equal(fewer, {name: every[name] for name in fewer})
+    low, up = (tensors["dh"], tensors["a"], True), (tensors["z"], tensors["b"], SCALING)
+    before = guarded_kernels.launches
+    assert kernels.gelu_backward(tensors["dg"], tensors["u"], low, False, up)[3] is None
+    assert guarded_kernels.launches - before == 2
 
 
 def test_supports(monkeypatch):
