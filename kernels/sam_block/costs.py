@@ -14,7 +14,6 @@ from samfast.kernels.lora_linear.costs import Stage
 from samfast.kernels.lora_linear.engine import MAX_PARTIALS
 from samfast.kernels.relpos_attention import costs as attention
 
-
 COLUMNS = 128  # of a block in GELU's backward, in 16 bits
 MAX_ALONG = 16  # rank of adapters on both sides of GELU whose backward goes in one pass
 

@@ -93,8 +93,7 @@ class Layer:
         return [z, z_pad, *saved]
 
     def along(self, kept: list[Tensor], need_rows: bool) -> tuple | None:
-        """What the producer of dy needs to make dz and dB too; None where it cannot, or need not.
-        """
+        """What the producer of dy needs to make dz and dB as well, or None."""
         needs = self._needs(need_rows)
         if not self.plan.adapted or self.plan.starts or not any(needs):
             return None

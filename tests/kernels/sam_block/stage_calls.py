@@ -124,7 +124,7 @@ class Call:
         return {name: value.detach() for name, value in made.items()}
 
     def check(self, path, low_rank: bool) -> dict[str, Tensor]:
-        """Everything in the budget; low_rank: whether h, and beside GELU what is of low rank, are made."""
+        """Everything in the budget; low_rank: whether the path makes what is of low rank too."""
         tensors = self.tensors()
         ours = self.run(path, tensors)
         budget = self.budget(tensors)
