@@ -8,6 +8,8 @@ Where samples drop branches, a factor of each sample stands before what is added
 
 from collections.abc import Callable, Sequence
 
+import torch
+import torch
 from torch import Tensor
 
 from samfast.kernels._common.ranges import stage
@@ -51,6 +53,7 @@ class Block:
         self.qkv = Joined("qkv", into) if plan.apart else into[0]
         self.layers = [self.qkv, self.proj, self.lin1, self.lin2]
         self.drops = parts.get("drops", (None, None))
+        self.left: dict[str, Tensor] = {}
         self.side = None
         if plan.side is not None:
             self.side = Side(plan.side, parts["side"], backend, part_needs["side"])
@@ -63,18 +66,19 @@ class Block:
         memory: "fast" keeps [out, lse, x1, qkv, u], "balanced" not the last two nor what their
             layers have kept; "minimal" and None keep nothing
         """
+        self._leave(self.proj, self.lin2)
         x1, u, aux, kept, of_layers, z = self._up_to_gelu(memory)
         with stage("sam_block", "gelu"):
             g, h = self.stages.gelu(u, self.lin2.fused_down)
         del u
         bias = None if self.side is None else self.side.bias(self.lin2.bias, g.dtype)
-        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h, bias)
+        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h, bias, "lin2" in self.left)
         del g, h
         if self.side is not None:
             self.side.add_(update, *z)
         self._drop_(update, 1)
         with stage("sam_block", "add"):
-            y = self.stages.add(x1, update).view(self.x.shape)
+            y = self.stages.add(x1, update, self._up(self.lin2, kept_lin2)).view(self.x.shape)
         some = memory in ("fast", "balanced")
         return (
             y,
@@ -91,14 +95,16 @@ class Block:
         late = [qkv] if every else []
         out, lse = self.attention.forward(qkv, self._padding(kept_qkv))
         del qkv
-        update, aux_proj, kept_proj = self.proj.forward(self._as_rows(out), None)
+        update, aux_proj, kept_proj = self.proj.forward(
+            self._as_rows(out), None, leave="proj" in self.left
+        )
         self._drop_(update, 0)
         kept = [out, lse] if some else []
         del out, lse
         with stage("sam_block", "norm2"):
             x1, n, h = stages.add_norm(
                 self.rows, update, *self.head[2:4], self.plan.eps[1], self.dtype,
-                self.lin1.fused_down,
+                self.lin1.fused_down, self._up(self.proj, kept_proj),
             )  # fmt: skip
         del update
         kept += [x1] if some else []
@@ -114,6 +120,7 @@ class Block:
 
     def _again(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """What forward("fast") keeps, without the product that gives y."""
+        self._leave(self.proj)
         _, u, _, kept, of_layers, z = self._up_to_gelu("fast")
         kept_lin2 = []
         if self.lin2.plan.adapted:
@@ -230,6 +237,30 @@ class Block:
     def _padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What qkv is at the padding of windows: its bias, and the two factors of its update."""
         return (None, None, None) if self.windows.pads == 0 else self.qkv.padding(kept)
+
+    def _leave(self, *layers: Layer) -> None:
+        """Let the sums behind these layers take their updates, where they can.
+
+        left: each such layer's lora_b, transposed
+        """
+        some = [layer for layer in layers if self._takes_up(layer)]
+        if some:
+            factors = torch.cat([layer.lora_b.t() for layer in some])
+            parts = factors.split([layer.lora_b.shape[1] for layer in some])
+            self.left = {layer.name: part for layer, part in zip(some, parts, strict=True)}
+
+    def _takes_up(self, layer: Layer) -> bool:
+        """Whether all columns get the update, and nothing comes between it and the sum."""
+        first = layer is self.proj
+        dropped = self.drops[0 if first else 1] is not None
+        if dropped or not layer.plan.adapted or layer.plan.starts:
+            return False
+        return self.stages.takes_up(layer.lora_b, self.lin1.fused_down if first else None)
+
+    def _up(self, layer: Layer, kept: list[Tensor]) -> tuple[Tensor, Tensor, float] | None:
+        """The update that a layer has left, as the sums take it."""
+        factor = self.left.get(layer.name)
+        return None if factor is None else (kept[0], factor, layer.plan.scaling)
 
     def _drop_(self, update: Tensor, which: int) -> None:
         """Multiply what a branch gives by the factors of its samples, where there are some."""

@@ -7,11 +7,26 @@ What a branch beside the MLP adds stands by itself.
 Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
 """
 
+import dataclasses
+
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.adapt_former import costs as branch
 from samfast.kernels.lora_linear import costs as low_rank
 from samfast.kernels.lora_linear.costs import Stage
 from samfast.kernels.relpos_attention import costs as attention
+
+FEW_RANKS, WIDEST = 8, 1280  # up to which a norm's rows stay in registers beside multiply-adds
+MAX_PARTS = 256  # partial sums of A's gradient that a norm's backward writes
+
+
+def in_registers(columns: int, ranks: int) -> bool:
+    """Whether a norm walks its rows once, keeps them, and makes A's gradient on its way."""
+    return columns <= WIDEST and columns % 16 == 0 and ranks <= FEW_RANKS
+
+
+def walked_rows(tokens: int, at_once: int = 2) -> int:
+    """Rows that a program of norm_row_backward_kernel walks: at most MAX_PARTS programs."""
+    return at_once * -(-tokens // (at_once * MAX_PARTS))
 
 
 class _Layer:
@@ -29,10 +44,11 @@ class _Layer:
     def named(self, *stages: Stage) -> list[Stage]:
         return [Stage(f"{self.name}: {s.name}", *_numbers(s)) for s in stages]
 
-    def forward(self, down: bool = False) -> list[Stage]:
+    def forward(self, down: bool = False, left: bool = False) -> list[Stage]:
+        """left: its update is the next sum's."""
         if not self.rank:
             return self.named(self.y)
-        return self.named(*([self.down] if down else []), self.y, self.up)
+        return self.named(*([self.down] if down else []), self.y, *([] if left else [self.up]))
 
     def backward(self) -> list[Stage]:
         """Up to the gradient of the rows, without what the adapter adds to it."""
@@ -52,6 +68,18 @@ def norm_backward_kernel(tokens, columns, ranks, LOW, **_) -> int:
     return 2 * LOW * low_rank.product(tokens, columns, ranks)  # in each of its two walks
 
 
+def norm_row_kernel(tokens, columns, UP, RANKS, **_) -> int:
+    return low_rank.product(tokens, columns, UP + RANKS)
+
+
+def norm_row_backward_kernel(tokens, columns, RANKS, NEED_DA, **_) -> int:
+    return (1 + NEED_DA) * low_rank.product(tokens, columns, RANKS)
+
+
+def add_row_kernel(tokens, columns, UP, **_) -> int:
+    return low_rank.product(tokens, columns, UP)
+
+
 def gelu_kernel(tokens, columns, ranks, DOWN, **_) -> int:
     return DOWN * low_rank.product(tokens, columns, ranks)
 
@@ -67,16 +95,19 @@ def _numbers(stage):
 def forward(windows: Windows, width: int, heads: int, rank: int, itemsize: int) -> list[Stage]:
     qkv, proj, lin1, lin2 = _layers(windows, width, rank, itemsize)
     attend = attention.stages(windows, heads, width // heads, itemsize, tables=False)[:2]
+    left = rank > 0 and in_registers(width, rank)
+    factors = [Stage("B of proj and lin2, transposed", 0, 4 * 4 * rank * width, 1)]
     return [
+        *(factors if left else []),
         qkv.low("norm1, h", 2),
         *qkv.forward(),
         *attend,
-        *proj.forward(down=True),
-        lin1.low("x1 = x + update, norm2, h", 4),
+        *proj.forward(down=True, left=left),
+        lin1.low("x1 = x + update, norm2, h", 4, 1 + left),
         *lin1.forward(),
         lin2.low("GELU, h", 2),
-        *lin2.forward(),
-        Stage("y = x1 + update", 0, 3 * qkv.rows, 1),
+        *lin2.forward(left=left),
+        Stage("y = x1 + update", left * qkv.product, 3 * qkv.rows, 1),
     ]
 
 
@@ -87,6 +118,12 @@ def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int)
     def norm(name, layer):
         if not rank:
             return [layer.low(name, 4)]
+        if in_registers(width, rank):
+            turned = layer.low(f"{name}, dA", 4, 2)
+            parts = 4 * -(-windows.tokens // walked_rows(windows.tokens)) * rank * width
+            turned = dataclasses.replace(turned, bytes=turned.bytes + parts)
+            da = dataclasses.replace(layer.da, bytes=parts)
+            return [turned, *layer.named(da)]
         da = Stage("dA", layer.product, layer.both.bytes - 2 * layer.rows, 1)
         return [layer.low(f"{name}, rows", 5, 2), *layer.named(da, layer.da)]
 

@@ -19,7 +19,7 @@ def launches(quick: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     if quick:
         return
     yield "sam_block bfloat16 r4 float32 residual", partial(run, 768, 4, bf16, fp32)
-    for rank in (16, 32, 64, MAX_RANK[2]):
+    for rank in (8, 16, 32, 64, MAX_RANK[2]):
         yield f"sam_block bfloat16 r{rank}", partial(run, 1280, rank, bf16, bf16)
     name = f"sam_block bfloat16 r{MAX_RANK[2]} float32 residual"
     yield name, partial(run, 1280, MAX_RANK[2], bf16, fp32)
@@ -33,6 +33,8 @@ def launches(quick: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "sam_block bfloat16 r1 odd", partial(run, 100, 1, bf16, bf16, odd)
     yield "sam_block bfloat16 r128 odd", partial(run, 100, MAX_RANK[2], bf16, fp32, odd)
     yield "sam_block float32 r32 odd", partial(run, 100, MAX_RANK[4], fp32, fp32, odd)
+    yield "sam_block bfloat16 r4 narrow", partial(run, 192, 4, bf16, fp32)  # less than a chunk
+    yield "sam_block float32 r8", partial(run, 1280, 8, fp32, fp32)
     yield "sam_block bfloat16 r3 bfloat16 norm", partial(run, 1024, 3, bf16, bf16, affine=bf16)
 
 
@@ -48,6 +50,10 @@ def run(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32, oth
     for lora_a, wide in adapters if others else adapters[:1]:
         kernels.norm(x, *norm, dtype, lora_a)
         kernels.add_norm(x, update, *norm, dtype, lora_a)
+        if lora_a is not None and kernels.takes_up(lora_a.t(), lora_a):
+            up = (dh, without_data.meta(rank, width), 0.5)
+            kernels.add_norm(x, update, *norm, dtype, lora_a, up)
+            kernels.add(x, update, up)
         kernels.gelu(u, wide)
         for want, need_a in wanted if others else wanted[:1]:
             low = None if lora_a is None else (dh, lora_a, need_a)

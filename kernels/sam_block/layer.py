@@ -59,22 +59,23 @@ class Layer:
         return path_of(self.backend, rows, self.lora_a, self.lora_b, self.plan.starts)
 
     def forward(
-        self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None
+        self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None, leave: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The result, the map's aux, and what the backward needs: z, z_pad, what the map saved.
 
-        bias: in place of the layer's own
+        bias: in place of the layer's own   leave: the update to the caller, who has z
         """
         bias = self.bias if bias is None else bias
         with stage("sam_block", self.name):
-            if not self.plan.adapted:
-                bias = None if bias is None else bias.to(rows.dtype)
-                return F.linear(rows, self.weight.to(rows.dtype), bias), no_aux(rows), []
-            y, z, aux, z_pad, saved = engine.forward(
-                self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b, self.params,
-                self.seed, self.options, h,
-            )  # fmt: skip
-        return y, aux, [z, z_pad, *saved]
+            if self.plan.adapted and not leave:
+                y, z, aux, z_pad, saved = engine.forward(
+                    self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b,
+                    self.params, self.seed, self.options, h,
+                )  # fmt: skip
+                return y, aux, [z, z_pad, *saved]
+            kept, aux = self._low(rows, h) if self.plan.adapted else ([], no_aux(rows))
+            bias = None if bias is None else bias.to(rows.dtype)
+            return F.linear(rows, self.weight.to(rows.dtype), bias), aux, kept
 
     def add_(self, y: Tensor, z: Tensor) -> None:
         """y += s · z Bᵀ on the columns that the adapter updates."""
@@ -85,10 +86,13 @@ class Layer:
         if not self.plan.adapted:
             return []
         with stage("sam_block", self.name):
-            z, _, z_pad, saved = engine.low(
-                self.path(rows), rows, self.lora_a, self.params, self.seed, self.options, h
-            )
-        return [z, z_pad, *saved]
+            return self._low(rows, h)[0]
+
+    def _low(self, rows, h):
+        z, aux, z_pad, saved = engine.low(
+            self.path(rows), rows, self.lora_a, self.params, self.seed, self.options, h
+        )
+        return [z, z_pad, *saved], aux
 
     def up(self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool) -> Tensor | None:
         """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed."""

@@ -8,6 +8,8 @@ lora_a (R, features): where it is given, and a path can make h = rows Aᵀ while
 hand, h comes with them; here it is None, and whoever wants it makes it.
 low = (dh, lora_a, need_a): the gradient of the rows is what came plus dh A, and lora_a's is wanted
 where need_a says so. A path that makes it on its way returns it last, other ones the rows.
+up = (z, factor, scaling): what is added is the update and scaling · z factor, factor (R, features)
+the transposed lora_b. Only where ``takes_up`` says so.
 """
 
 import torch
@@ -17,6 +19,15 @@ from torch import Tensor
 from samfast.kernels._common.layer_norm import alike
 
 Low = tuple[Tensor, Tensor, bool] | None
+Up = tuple[Tensor, Tensor, float] | None
+
+
+def takes_up(lora_b: Tensor, lora_a: Tensor | None = None) -> bool:
+    """Whether a sum takes lora_b's update, before a norm that makes h of lora_a, if any.
+
+    Here a pass of its own costs as much.
+    """
+    return False
 
 
 def norm(
@@ -29,15 +40,16 @@ def norm(
 
 def add_norm(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-    lora_a=None,
+    lora_a=None, up: Up = None,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """x + update in the wider dtype of the two, its LayerNorm, and h."""
-    total = x + update
+    """x + update in the wider dtype of the two, its LayerNorm, and h. update may be overwritten."""
+    total = x + _updated(update, up)
     return total, *norm(total, weight, bias, eps, dtype)
 
 
-def add(x: Tensor, update: Tensor) -> Tensor:
+def add(x: Tensor, update: Tensor, up: Up = None) -> Tensor:
     """x + update in the wider dtype of the two; in update's memory where that is its dtype."""
+    update = _updated(update, up)
     if torch.promote_types(x.dtype, update.dtype) == update.dtype:
         return update.add_(x)
     return x + update
@@ -94,3 +106,10 @@ def _with(d: Tensor, low: Low) -> Tensor:
         return d
     dh, lora_a, _ = low
     return d.addmm_(dh, lora_a.to(d.dtype))
+
+
+def _updated(update: Tensor, up: Up) -> Tensor:
+    if up is None:
+        return update
+    z, factor, scaling = up
+    return update.addmm_(z, factor.to(update.dtype), alpha=scaling)

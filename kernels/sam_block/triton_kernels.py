@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The element-wise stages of the block as Triton launches; see torch_path for what each computes.
 
-One launch a stage. Adapters up to MAX_RANK ride along: h = rows Aᵀ, in the backward dh A, and
-beside GELU the gradient of A, whose partials a second launch adds up.
+One launch a stage. Adapters up to MAX_RANK ride along: h = rows Aᵀ, in the backward dh A. Where a
+norm's rows stay in registers, and beside GELU, so does A's gradient, whose partials a second launch
+adds up; an update z Bᵀ rides on the sum that takes it.
 Derivations, bytes and launches are in this folder's README.
 """
 
@@ -14,18 +15,30 @@ import triton
 from torch import Tensor
 
 from samfast.kernels._common.tiles import tile
-from samfast.kernels.lora_linear.triton_kernels import chunk_rows, precision, reduce_kernel
+from samfast.kernels.lora_linear.triton_kernels import _reduce, chunk_rows, precision, reduce_kernel
 from samfast.kernels.sam_block import torch_path
-from samfast.kernels.sam_block.torch_path import Low
+from samfast.kernels.sam_block.costs import in_registers, walked_rows
+from samfast.kernels.sam_block.torch_path import Low, Up
 from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_kernel
 from samfast.kernels.sam_block.triton_norm import norm_backward_kernel, norm_kernel
+from samfast.kernels.sam_block.triton_rows import (
+    add_row_kernel,
+    norm_row_backward_kernel,
+    norm_row_kernel,
+)
 
 TILES = Path(__file__).with_name("tiles.json")
 FEW = 4  # columns of dh that multiply-adds take
 MAX_RANK = {2: 128, 4: 32}  # by bytes per element of the rows
 
-# One launch of the library each, and all that a pass over the rows can do.
-add, norm_parameters = torch_path.add, torch_path.norm_parameters
+norm_parameters = torch_path.norm_parameters  # one launch of the library
+
+
+def takes_up(lora_b: Tensor, lora_a: Tensor | None = None) -> bool:
+    """Whether a sum takes lora_b's update, before a norm that makes h of lora_a, if any."""
+    columns, rank = lora_b.shape
+    ranks = 0 if lora_a is None else lora_a.shape[0]
+    return in_registers(columns, rank) and in_registers(columns, ranks)
 
 
 def norm(
@@ -36,26 +49,56 @@ def norm(
 
 def add_norm(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-    lora_a=None,
+    lora_a=None, up: Up = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, update.dtype))
-    return total, *_norm(x, _rows(update), total, weight, bias, eps, dtype, lora_a)
+    return total, *_norm(x, _rows(update), total, weight, bias, eps, dtype, lora_a, up)
 
 
-def _norm(x, update, total, weight, bias, eps, dtype, lora_a):
+def add(x: Tensor, update: Tensor, up: Up = None) -> Tensor:
+    if up is None or len(x) == 0:
+        return torch_path.add(x, update)
+    z, factor, scaling = up
+    x, update, z = _rows(x), _rows(update), _rows(z)
+    tokens, columns = x.shape
+    kind = torch.promote_types(x.dtype, update.dtype)
+    y = update if kind == update.dtype and update.is_contiguous() else x.new_empty(x.shape, dtype=kind)
+    block = _row_tile("add_row", x)
+    with _on(x):
+        add_row_kernel[(triton.cdiv(tokens, block["BLOCK_M"]), block.pop("CHUNKS"))](
+            x, update, z, factor, y, tokens, columns, x.stride(0), update.stride(0), z.stride(0),
+            scaling, UP=z.shape[1], **block,
+        )  # fmt: skip
+    return y
+
+
+def _norm(x, update, total, weight, bias, eps, dtype, lora_a, up=None):
     x, lora_a = _rows(x), _factor(lora_a, dtype)
     tokens, columns = x.shape
     n = x.new_empty(tokens, columns, dtype=dtype)
-    h = None if lora_a is None else n.new_empty(tokens, lora_a.shape[0])
+    ranks = 0 if lora_a is None else lora_a.shape[0]
+    h = None if lora_a is None else n.new_empty(tokens, ranks)
     if tokens == 0:
         return n, h
+    weight, bias = weight.contiguous(), bias.contiguous()
+    stride_um = 0 if update is None else update.stride(0)
+    if in_registers(columns, ranks):
+        z, factor, scaling = (None, None, 0.0) if up is None else (_rows(up[0]), *up[1:])
+        block = _row_tile("norm_row", n)
+        with _on(x):
+            norm_row_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
+                x, update, z, factor, weight, bias, lora_a, total, n, h, tokens, columns,
+                x.stride(0), stride_um, 0 if z is None else z.stride(0), scaling, eps,
+                ADD=update is not None, UP=0 if z is None else z.shape[1], RANKS=ranks, **block,
+            )  # fmt: skip
+        return n, h
+    assert up is None, "see takes_up"
     block = _tile("norm" if h is None else "norm_down", lora_a, n)
     with _on(x):
         norm_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
-            x, update, weight.contiguous(), bias.contiguous(), lora_a, total, n, h, tokens,
-            columns, 0 if h is None else h.shape[1], x.stride(0),
-            0 if update is None else update.stride(0), eps, ADD=update is not None,
-            DOWN=h is not None, PRECISION=precision(dtype), **block,
+            x, update, weight, bias, lora_a, total, n, h, tokens, columns, ranks, x.stride(0),
+            stride_um, eps, ADD=update is not None, DOWN=h is not None,
+            PRECISION=precision(dtype), **block,
         )  # fmt: skip
     return n, h
 
@@ -63,10 +106,14 @@ def _norm(x, update, total, weight, bias, eps, dtype, lora_a):
 def norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, low: Low,
     want: bool,
-) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
-    want = want or (low is not None and low[2])
-    dn, (dh, lora_a, _) = _with(_rows(dn), low)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    dn, (dh, lora_a, need_a) = _with(_rows(dn), low)
     x, residual = _rows(x), _rows(residual)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    if in_registers(x.shape[1], 0 if dh is None else dh.shape[1]):
+        want = want or (dh is None and low is not None and low[2])
+        return _norm_row_backward(dn, x, weight, bias, eps, residual, dh, lora_a, need_a, want)
+    want = want or (low is not None and low[2])
     tokens, columns = x.shape
     dx = x.new_empty(tokens, columns)
     if tokens == 0:
@@ -74,12 +121,34 @@ def norm_backward(
     block = _tile("norm_backward" if dh is None else "norm_backward_low", lora_a, dn)
     with _on(x):
         norm_backward_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
-            dn, x, weight.contiguous(), bias.contiguous(), residual, dh, lora_a, dx,
-            dn if want else None, tokens, columns, 0 if dh is None else dh.shape[1],
-            dn.stride(0), x.stride(0), residual.stride(0), 0 if dh is None else dh.stride(0), eps,
-            LOW=dh is not None, WANT=want, PRECISION=precision(dn.dtype), **block,
+            dn, x, weight, bias, residual, dh, lora_a, dx, dn if want else None, tokens, columns,
+            0 if dh is None else dh.shape[1], dn.stride(0), x.stride(0), residual.stride(0),
+            0 if dh is None else dh.stride(0), eps, LOW=dh is not None, WANT=want,
+            PRECISION=precision(dn.dtype), **block,
         )  # fmt: skip
     return dx, dn if want else None, None
+
+
+def _norm_row_backward(dn, x, weight, bias, eps, residual, dh, lora_a, need_a, want):
+    tokens, columns = x.shape
+    dx, rows = x.new_empty(tokens, columns), dn if want else None
+    da = lora_a.new_empty(lora_a.shape) if need_a else None
+    if tokens == 0:
+        return dx, rows, None if da is None else da.zero_()
+    block = _row_tile("norm_row_backward", dn)
+    chunk_rows = walked_rows(tokens, block["BLOCK_M"])
+    chunks = triton.cdiv(tokens, chunk_rows)
+    part = x.new_empty(chunks, *lora_a.shape, dtype=torch.float32) if need_a else None
+    with _on(x):
+        norm_row_backward_kernel[(chunks,)](
+            dn, x, weight, bias, residual, dh, lora_a, dx, rows, part, tokens, columns,
+            chunk_rows, dn.stride(0), x.stride(0), residual.stride(0),
+            0 if dh is None else dh.stride(0), eps, RANKS=0 if dh is None else dh.shape[1],
+            NEED_DA=need_a, WANT=want, AHEAD=dh is None or dh.shape[1] <= FEW, **block,
+        )  # fmt: skip
+        if need_a:
+            _reduce(None, None, 0, 1, part, da)
+    return dx, rows, da
 
 
 def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, Tensor | None]:
@@ -155,6 +224,14 @@ def _tile(stage, lora_a, rows):
     stage = stage if rows.shape[1] % 16 == 0 else "unaligned"
     block = tile(TILES, stage, 1 if lora_a is None else lora_a.shape[0], rows)
     return block | {"num_stages": 2}
+
+
+def _row_tile(stage, rows):
+    """The tile of a kernel that keeps whole rows, and whether it divides them."""
+    block = tile(TILES, stage, 1, rows)
+    del block["BLOCK_R"]
+    chunks = triton.cdiv(rows.shape[1], block["BLOCK_N"])
+    return block | {"CHUNKS": chunks, "FULL": rows.shape[1] % block["BLOCK_N"] == 0}
 
 
 def _rows(x):

@@ -11,8 +11,10 @@ from draws import drawing
 from torch import Tensor
 
 from samfast.kernels._common.budget import Budget
+from samfast.kernels.sam_block import costs, torch_path
 
-EPS = 1e-6
+EPS, SCALING = 1e-6, 0.5
+RESIDUALS = ("dx", "total", "y", "total_up", "y_up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +57,15 @@ class Call:
         if self.rank:
             made["a"] = draw(self.rank, self.columns, dtype=single) / self.columns**0.5
             made["dh"] = draw(self.tokens, self.rank)
+            made["z"] = draw(self.tokens, self.rank)
+            made["b"] = draw(self.rank, self.columns, dtype=single)
         return made
 
     def run(self, path, tensors=None, layout=lambda t: t, want=True) -> dict[str, Tensor]:
-        """What the stages give; h and da only where the path makes them."""
+        """What the stages give; h and da only where the path makes them, a sum with an adapter's
+        update only where it takes one."""
         t = dict(self.tensors() if tensors is None else tensors)
-        matrices = ("x", "residual", "update", "dn", "u", "dg", "dh")
+        matrices = ("x", "residual", "update", "dn", "u", "dg", "dh", "z")
         t |= {name: layout(t[name].clone()) for name in matrices if name in t}
         norm, a = (t["weight"], t["bias"], EPS), t.get("a")
         low = (t["dh"], a, True) if self.rank else None
@@ -69,6 +74,12 @@ class Call:
         made["total"], made["n2"], made["h2"] = path.add_norm(
             t["x"], t["update"], *norm, self.dtype, a
         )
+        if self.takes_up(path):
+            up = (t["z"], t["b"], SCALING)
+            made["total_up"], made["n_up"], made["h_up"] = path.add_norm(
+                t["x"], t["update"].clone(), *norm, self.dtype, a, up
+            )
+            made["y_up"] = path.add(t["x"], t["update"].clone(), up)
         made["g"], made["hg"] = path.gelu(t["u"], a)
         made["dx"], made["rows"], made["da"] = path.norm_backward(
             t["dn"], t["x"], *norm, t["residual"], low, want
@@ -78,6 +89,14 @@ class Call:
         )
         made["y"] = path.add(t["x"], t["update"])
         return {name: value for name, value in made.items() if value is not None}
+
+    @property
+    def in_registers(self) -> bool:
+        return costs.in_registers(self.columns, self.rank)
+
+    def takes_up(self, path) -> bool:
+        """Also torch_path, as the contract of the others, where nobody asks it to."""
+        return self.rank > 0 and (path is torch_path or self.in_registers)
 
     def literal(self, tensors: dict[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """The same by stock functions and autograd; exact: in float64."""
@@ -100,6 +119,10 @@ class Call:
             factors = [t["a"].to(dtype, copy=True).requires_grad_() for _ in range(2)]
             made["h"] = F.linear(made["n"], factors[0])
             made["h2"] = F.linear(made["n2"], t["a"].to(dtype))
+            update = t["update"] + SCALING * F.linear(t["z"], t["b"].to(dtype).t())
+            made["total_up"] = made["y_up"] = t["x"] + update
+            made["n_up"] = norm(made["total_up"])
+            made["h_up"] = F.linear(made["n_up"], t["a"].to(dtype))
             made["hg"] = F.linear(made["g"], factors[1])
             outputs, seeds = [*outputs, made["h"], made["hg"]], [*seeds, t["dh"], t["dh"]]
             wanted += factors
@@ -110,15 +133,19 @@ class Call:
         return {name: value.detach() for name, value in made.items()}
 
     def check(self, path, low_rank: bool) -> dict[str, Tensor]:
-        """Everything in the budget; low_rank: whether h and GELU's dA are made on the way."""
+        """Everything in the budget; low_rank: whether h and the gradients of A are made on the way."""
         tensors = self.tensors()
         ours = self.run(path, tensors)
         budget = self.budget(tensors)
-        made = {"h", "h2", "hg", "da_gelu"} if low_rank and self.rank else set()
-        assert set(ours) == (set(budget.exact) - {"h", "h2", "hg", "da", "da_gelu"}) | made
+        low = {"h", "h2", "hg", "da_gelu"}
+        made = set(low) if low_rank and self.rank else set()
+        if made and self.in_registers:
+            made |= {"h_up", "da"}
+        sums = set() if self.takes_up(path) else {"total_up", "n_up", "y_up"}
+        assert set(ours) == (set(budget.exact) - low - {"h_up", "da"} - sums) | made
         for name, value in ours.items():
-            kind = self.residual if name in ("dx", "total", "y") else self.dtype
-            assert value.dtype == (torch.float32 if name == "da_gelu" else kind), name
+            kind = self.residual if name in RESIDUALS else self.dtype
+            assert value.dtype == (torch.float32 if name.startswith("da") else kind), name
         keep(budget, ours, some=True)
         return ours
 

@@ -216,7 +216,7 @@ missing = backends.triton_missing(torch.device("cpu"))
         pytest.param(Case("rope", False, 4, PACKED), {}, id="packed", marks=pytest.mark.slow),
         pytest.param(
             Case("rope", True, 4, ALL),
-            {"addmm": 2, "mm": 2, "cat": 4},
+            {"addmm": 2, "mm": 2, "cat": 5},
             id="apart",
             marks=pytest.mark.slow,
         ),
@@ -237,5 +237,5 @@ def test_launches_and_values_on_triton(case, more):
         ours = half.fused(backend="triton")
     all_within_budget(ours, call(torch.float16).literal, call(torch.float64).literal, torch.float16)
     assert counts.total_syncs == 0
-    assert counts.total_launches == 40 + sum(more.values()), counts.launches
+    assert counts.total_launches == 37 + sum(more.values()), counts.launches
     assert counts.launches.get("cat", 0) == more.get("cat", 0)

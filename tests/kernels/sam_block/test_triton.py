@@ -44,7 +44,7 @@ def test_every_order_gives_the_same_bits(rank):
     for order in ORDERS:
         with guarded(order) as guard:
             results.append(call.run(kernels))
-        assert guard.launches == (6 if rank else 5)
+        assert guard.launches == (9 if rank else 5)
     assert equal(results[1], results[0]) and equal(results[2], results[0])
 
 
@@ -170,8 +170,8 @@ class Adapted:
     ("kind", "rank"), [("windows", 3), ("global", 0), pytest.param("global", 3, marks=SLOW)]
 )
 def test_adapted_blocks(kind, rank):
-    """Values, and the launches of the design: forty with adapters on all layers, twenty without;
-    no cast, no copy, no sync."""
+    """Values, and the launches of the design: 37 with adapters on all layers, twenty without; no
+    cast, no copy, no sync."""
     case = BLOCKS[kind] if rank else dataclasses.replace(BLOCKS[kind], adapters=())
     block = Adapted(case, HALF)
     with counting() as counts:
@@ -181,14 +181,14 @@ def test_adapted_blocks(kind, rank):
 
     design = costs.stages(case.windows, case.dim, case.heads, rank, HALF.itemsize)
     assert counts.total_launches == sum(stage.launches for stage in design)
-    assert counts.total_launches == (40 if rank else 20)
+    assert counts.total_launches == (37 if rank else 20)
     assert counts.total_syncs == 0
     stages = {name: n for name, n in counts.launches.items() if name.startswith(("norm", "gelu"))}
     assert stages == {
-        "norm_kernel": 2,
+        "norm_row_kernel": 2,
         "gelu_kernel": 1,
         "gelu_backward_kernel": 1,
-        "norm_backward_kernel": 2,
+        "norm_row_backward_kernel": 2,
     }
 
 
