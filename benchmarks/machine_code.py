@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -26,7 +27,8 @@ ARCH = 90
 NARROWEST = 32  # columns of a WGMMA; narrower ones wait for the operand in shared memory
 DEPTH, ROWS, WARPGROUP, WARP = 16, 64, 4, 32  # of one WGMMA in 16 bits; warps; threads
 ATTENTION = ("forward", "dq", "dkv")
-ELEMENTWISE = ("norm", "norm_backward", "gelu", "gelu_backward")
+ROWS_KEPT = ("norm_row", "norm_row_backward", "add_row")  # all columns of a row are the tile's
+ELEMENTWISE = ("norm", "norm_backward", *ROWS_KEPT, "gelu", "gelu_backward")
 _HEADS = (64, 80)
 _PLACES = {  # constants of a launch of attention
     "windows": {"ONE_HOT": True, "PADS": 2},
@@ -50,12 +52,12 @@ class Code:
 
     @property
     def tile(self) -> tuple[int, int]:
-        return self["BLOCK_M"], self["BLOCK_N"]
+        return self["BLOCK_M"], self["BLOCK_N"] * dict(self.constants).get("CHUNKS", 1)
 
     @property
     def shared_by(self) -> float:
         """Instructions an element of the tile for each instruction of a warp."""
-        return WARP * self.warps / (self["BLOCK_M"] * self["BLOCK_N"])
+        return WARP * self.warps / math.prod(self.tile)
 
     def __getitem__(self, constant: str):
         return dict(self.constants)[constant]
@@ -63,7 +65,7 @@ class Code:
     def __str__(self) -> str:
         loop = self.loop
         return (
-            f"{self.name:22} {self['BLOCK_M']:4}x{self['BLOCK_N']:<4} {self.warps} warps "
+            f"{self.name:22} {self.tile[0]:4}x{self.tile[1]:<4} {self.warps} warps "
             f"{loop.instructions:5} instructions {loop.instructions * self.shared_by:5.1f} "
             f"an element {loop.integer / loop.instructions:4.0%} integer {loop.exponentials:3} EX2 "
             f"{loop.hmma:3} HMMA  {_listed(dict(loop.products))}"
@@ -109,6 +111,8 @@ def _of_rows(stage, constants, types):
     for name, kind in _TYPES.items():
         if types.get(name, kind) != kind:
             return None
+    if stage in ROWS_KEPT:
+        return _of_rows_kept(stage, constants)
     adapter = constants["DOWN"] if "DOWN" in constants else constants["LOW"]
     # As a block asks for them: a norm also gives its output, which dA is made of.
     usual = constants.get("WANT", False) == (adapter and stage == "norm_backward")
@@ -116,7 +120,23 @@ def _of_rows(stage, constants, types):
         return None
     if adapter and constants.get("RANKS") == 0:  # the counts are of four columns, by threads
         return None
-    return f"{'add_' if constants.get('ADD') else ''}{stage} {'adapter' if adapter else 'frozen'}"
+    kind = "adapter" if adapter else "frozen"
+    if stage.startswith("norm"):
+        kind = f"wide {kind}"  # of ranks, or columns, whose rows are not kept
+    return f"{'add_' if constants.get('ADD') else ''}{stage} {kind}"
+
+
+def _of_rows_kept(stage, constants):
+    """As a block asks for them: with an adapter of rank 4 on each layer, or none."""
+    ranks = constants.get("RANKS", constants.get("UP"))
+    usual = constants["FULL"] and ranks in (0, 4) and not constants.get("WANT")
+    usual = usual and constants.get("NEED_DA", ranks > 0) == (ranks > 0)
+    if constants.get("ADD"):
+        usual = usual and constants["UP"] == ranks
+    if not usual:
+        return None
+    name = stage.replace("_row", "")
+    return f"{'add_' if constants.get('ADD') else ''}{name} {'adapter' if ranks else 'frozen'}"
 
 
 def faults(code: Code | None, version: str) -> tuple[str, ...]:
@@ -190,7 +210,8 @@ def _narrow(code):
 
 
 def _cores(code):
-    by_threads = dict(code.constants).get("RANKS", 0) > 0  # so few columns that no core is asked
+    constants = dict(code.constants)  # of so few ranks that no core is asked
+    by_threads = max(constants.get("RANKS", 0), constants.get("UP", 0)) > 0
     cores = by_threads or code.loop.hmma or code.loop.products
     if code.name.endswith("adapter") and not cores:
         return "no product on tensor cores, expected the adapter's there; use tl.dot in 16 bits"
@@ -224,7 +245,8 @@ def _integer(code, row, version):
 
 
 def _as_code(code, row):
-    constants = dict(code.constants) | dict(zip(("BLOCK_M", "BLOCK_N"), row["tile"], strict=True))
+    tile = dict(zip(("BLOCK_M", "BLOCK_N"), row["tile"], strict=True))
+    constants = dict(code.constants) | tile | {"CHUNKS": 1}
     return Code(
         code.name,
         row["warps"],

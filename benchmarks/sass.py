@@ -29,7 +29,8 @@ class Loop:
 
 
 def loops(text: str) -> tuple[Loop, ...]:
-    """The innermost loops of one kernel, as nvdisasm prints it, in order."""
+    """The innermost loops of one kernel, as nvdisasm prints it, in order; of one without any, all
+    of its code."""
     code, labels = [], {}
     for label, instruction in _LINE.findall(text):
         if label:
@@ -46,7 +47,9 @@ def loops(text: str) -> tuple[Loop, ...]:
         for start, end in sorted(ends.items())
         if not any(start < other <= end and ends[other] <= end for other in ends)
     ]
-    return tuple(_count(code[a : b + 1]) for a, b in spans if b + 1 - a >= LEAST)
+    found = tuple(_count(code[a : b + 1]) for a, b in spans if b + 1 - a >= LEAST)
+    ends = [i for i, instruction in enumerate(code) if instruction.startswith("EXIT")]
+    return found or (_count(code[: ends[-1] + 1]),) if ends else found
 
 
 def _count(body: list[str]) -> Loop:

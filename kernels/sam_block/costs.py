@@ -24,9 +24,13 @@ def in_registers(columns: int, ranks: int) -> bool:
     return columns <= WIDEST and columns % 16 == 0 and ranks <= FEW_RANKS
 
 
-def walked_rows(tokens: int, at_once: int = 2) -> int:
-    """Rows that a program of norm_row_backward_kernel walks: at most MAX_PARTS programs."""
-    return at_once * -(-tokens // (at_once * MAX_PARTS))
+def walked_rows(tokens: int, need_a: bool, at_once: int = 2) -> int:
+    """Rows that a program of norm_row_backward_kernel walks.
+
+    At most MAX_PARTS programs where each writes a partial sum, else at most sixteen rows.
+    """
+    rows = at_once * -(-tokens // (at_once * MAX_PARTS))
+    return rows if need_a else min(rows, 16)
 
 
 class _Layer:
@@ -120,7 +124,8 @@ def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int)
             return [layer.low(name, 4)]
         if in_registers(width, rank):
             turned = layer.low(f"{name}, dA", 4, 2)
-            parts = 4 * -(-windows.tokens // walked_rows(windows.tokens)) * rank * width
+            parts = -(-windows.tokens // walked_rows(windows.tokens, True))
+            parts *= 4 * rank * width
             turned = dataclasses.replace(turned, bytes=turned.bytes + parts)
             da = dataclasses.replace(layer.da, bytes=parts)
             return [turned, *layer.named(da)]

@@ -136,7 +136,7 @@ def _norm_row_backward(dn, x, weight, bias, eps, residual, dh, lora_a, need_a, w
     if tokens == 0:
         return dx, rows, None if da is None else da.zero_()
     block = _row_tile("norm_row_backward", dn)
-    chunk_rows = walked_rows(tokens, block["BLOCK_M"])
+    chunk_rows = walked_rows(tokens, need_a, block["BLOCK_M"])
     chunks = triton.cdiv(tokens, chunk_rows)
     part = x.new_empty(chunks, *lora_a.shape, dtype=torch.float32) if need_a else None
     with _on(x):

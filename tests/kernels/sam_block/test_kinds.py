@@ -216,7 +216,7 @@ missing = backends.triton_missing(torch.device("cpu"))
         pytest.param(Case("rope", False, 4, PACKED), {}, id="packed", marks=pytest.mark.slow),
         pytest.param(
             Case("rope", True, 4, ALL),
-            {"addmm": 2, "mm": 2, "cat": 5},
+            {"addmm": 2, "mm": 2, "cat": 4, "down_backward_kernel": 1},
             id="apart",
             marks=pytest.mark.slow,
         ),
@@ -224,7 +224,8 @@ missing = backends.triton_missing(torch.device("cpu"))
 )
 def test_launches_and_values_on_triton(case, more):
     """As many as a block of SAM 1 has, whose factors of relative positions rope takes the place of.
-    Three layers take two more products each way, and their factors are put together each way."""
+    Three layers take two more products each way, and their factors are put together each way.
+    Rank 12 of the three is above what norm1's backward makes a gradient of."""
 
     def call(dtype):
         made = Call(case, dtype, (2, 8, 8))
@@ -238,4 +239,4 @@ def test_launches_and_values_on_triton(case, more):
     all_within_budget(ours, call(torch.float16).literal, call(torch.float64).literal, torch.float16)
     assert counts.total_syncs == 0
     assert counts.total_launches == 37 + sum(more.values()), counts.launches
-    assert counts.launches.get("cat", 0) == more.get("cat", 0)
+    assert counts.launches["cat"] == 1 + more.get("cat", 0)  # one for the factors of the sums
