@@ -9,7 +9,6 @@ Where samples drop branches, a factor of each sample stands before what is added
 from collections.abc import Callable, Sequence
 
 import torch
-import torch
 from torch import Tensor
 
 from samfast.kernels._common.ranges import stage

@@ -62,7 +62,8 @@ def add(x: Tensor, update: Tensor, up: Up = None) -> Tensor:
     x, update, z = _rows(x), _rows(update), _rows(z)
     tokens, columns = x.shape
     kind = torch.promote_types(x.dtype, update.dtype)
-    y = update if kind == update.dtype and update.is_contiguous() else x.new_empty(x.shape, dtype=kind)
+    in_place = kind == update.dtype and update.is_contiguous()
+    y = update if in_place else x.new_empty(x.shape, dtype=kind)
     block = _row_tile("add_row", x)
     with _on(x):
         add_row_kernel[(triton.cdiv(tokens, block["BLOCK_M"]), block.pop("CHUNKS"))](

@@ -16,11 +16,7 @@ from samfast.kernels.sam_block import costs
 @triton.jit
 def load_row(ptr, offs, columns, FULL: tl.constexpr):
     """Elements offs of a row from ptr on, zeros beyond its columns."""
-    if FULL:
-        value = tl.load(ptr + offs)
-    else:
-        value = tl.load(ptr + offs, offs < columns, other=0.0)
-    return value
+    return tl.load(ptr + offs) if FULL else tl.load(ptr + offs, offs < columns, other=0.0)
 
 
 @triton.jit
@@ -211,7 +207,7 @@ def norm_row_backward_kernel(
         weights += (load_row(weight_ptr, offs, columns, FULL).to(tl.float32),)
         if WANT or NEED_DA:
             biases += (load_row(bias_ptr, offs, columns, FULL).to(tl.float32),)
-        for k in tl.static_range(RANKS if NEED_DA else 0):
+        for _k in tl.static_range(RANKS if NEED_DA else 0):
             sums += (tl.zeros((BLOCK_N,), tl.float32),)
     following = ()
     if AHEAD:
@@ -321,7 +317,7 @@ def add_row_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y = x + update + scaling z B, which may be update; one program a tile.   b_ptr: (UP, columns)"""
+    """y = x + update + scaling z B, which may be update; one program a tile. b_ptr (UP, columns)"""
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     factors, given = (), ()

@@ -73,7 +73,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for operation in PLANTS:
             with planted(operation, Path(folder)):
-                recorded = [one for _, some in launches.of(folder_of(operation))(True) for one in some]
+                named = launches.of(folder_of(operation))(True)
+                recorded = [one for _, some in named for one in some]
             jobs = [Compile.of(one, 90) for one in recorded]
             jobs = [job for job in jobs if job.module == f"planted_{operation}"]
             wrong += not jobs

@@ -11,9 +11,7 @@ from benchmarks.launches import OPERATIONS
 
 NAMES = [operation.__name__ for operation in OPERATIONS]
 # What must be on tensor cores, and on sm_90 by which instruction.
-PRODUCTS = {
-    ("sam_block", kernel): "MMA" for kernel in ("norm", "norm_backward", "gelu")
-}
+PRODUCTS = {("sam_block", kernel): "MMA" for kernel in ("norm", "norm_backward", "gelu")}
 PRODUCTS |= {("adapt_former", kernel): "MMA" for kernel in ("low", "low_backward")}
 PRODUCTS |= {("task_core", kernel): "MMA" for kernel in ("product", "product_backward")}
 PRODUCTS |= {

@@ -133,7 +133,7 @@ class Call:
         return {name: value.detach() for name, value in made.items()}
 
     def check(self, path, low_rank: bool) -> dict[str, Tensor]:
-        """Everything in the budget; low_rank: whether h and the gradients of A are made on the way."""
+        """Everything in the budget; low_rank: whether h and A's gradients are made on the way."""
         tensors = self.tensors()
         ours = self.run(path, tensors)
         budget = self.budget(tensors)
