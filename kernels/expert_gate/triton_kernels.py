@@ -3,8 +3,8 @@
 
 The balancing loss couples all samples through sums over them, so one program walks over the samples
 twice: for the choices and the sums, and, once the loss's slope is known, for its gradient. Samples
-and experts are few: up to MAX_TOGETHER samples are one tile, so that either walk is one turn.
-Walking in order makes every sum the same each time.
+and experts are few, up to MAX_TOGETHER samples are one tile, and walking in order makes every sum
+the same each time.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from samfast.kernels.expert_gate import costs
 MAX_RANK = 16  # the widest tile of pooled samples, next to
 MAX_EXPERTS = 16  # as many columns of logits: tiles of 32 already spill
 
-MAX_TOGETHER = 128  # samples of a tile
+MAX_TOGETHER = 64  # samples of a tile; 128 spill
 
 POOL_ROWS = 512  # positions that one program pools
 
@@ -242,6 +242,6 @@ def forward(h, w_gate, w_noise, noise, index, windows, coefficient):
         balance_kernel[(1,)](
             pool, w_gate, w_noise, noise, given, index, aux, dpool, dgate, float(coefficient),
             samples, rank, experts, chunks, float(area), BLOCK_N=together, BLOCK_R=block_r,
-            BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=128,
+            BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=255,
         )  # fmt: skip
     return index, aux, dpool, dgate
