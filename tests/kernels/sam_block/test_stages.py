@@ -10,7 +10,7 @@ from budgets import all_within_budget, keep, within_budget
 from draws import DEVICE
 
 from samfast import backends
-from samfast.kernels.sam_block import torch_path
+from samfast.kernels.sam_block import costs, torch_path
 
 from .stage_calls import EPS, SCALING, Call
 
@@ -90,16 +90,30 @@ def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
     assert h is h_alone is None or torch.equal(h, h_alone)
 
 
-@pytest.mark.slow_on_cpu("triton")
-def test_far_from_zero(path):
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_several_turns_of_a_program(rank, monkeypatch):
+    """Each asks for the next turn's rows, or not; the last one's are fewer."""
+    monkeypatch.setattr(costs, "MAX_PARTS", 3)
+    assert costs.walked_rows(21, True) == 8
+    Call(tokens=21, columns=48, rank=rank).check(kernels(), low_rank=True)
+
+
+COLUMNS = pytest.mark.parametrize("columns", [100, 48])  # rows walked twice, and kept
+
+
+@pytest.mark.slow_on_cpu("triton-100")
+@COLUMNS
+def test_far_from_zero(path, columns):
     """A variance from one pass of squares would be rounding alone, here as large as x's own."""
-    for call in (Call(mean=1e3, spread=0.1), Call(mean=1e3, spread=0.1, dtype=HALF)):
+    for dtype in (torch.float32, HALF):
+        call = Call(columns=columns, mean=1e3, spread=0.1, dtype=dtype)
         call.check(path, low_rank=path is not torch_path)
 
 
-def test_constant_rows(path):
+@COLUMNS
+def test_constant_rows(path, columns):
     """Their variance is zero, and all of the LayerNorm is its bias."""
-    call = Call(spread=0.0, mean=1e3, rank=0)
+    call = Call(columns=columns, spread=0.0, mean=1e3, rank=0)
     tensors = call.tensors()
     tensors["x"][1::2] = 0.1
     tensors["x"][2::3] = 0.0
@@ -108,16 +122,17 @@ def test_constant_rows(path):
     assert torch.isfinite(ours["dx"]).all()
 
 
-@pytest.mark.slow_on_cpu("triton")
-def test_a_row_of_nan_is_alone(path):
+@pytest.mark.slow_on_cpu("triton-100")
+@COLUMNS
+def test_a_row_of_nan_is_alone(path, columns):
     """Nothing of it reaches another row; lora_a's gradient, a sum over rows, is NaN."""
-    call = Call()
+    call = Call(columns=columns)
     tensors, spoilt = call.tensors(), call.tensors()
     for name in ("x", "u"):
         spoilt[name][5, 7] = torch.nan
     clean, made = call.run(path, tensors), call.run(path, spoilt)
     others = torch.arange(call.tokens) != 5
-    for name in set(made) - {"da_gelu"}:
+    for name in set(made) - {"da", "da_gelu"}:
         assert torch.equal(made[name][others], clean[name][others]), name
     assert made["n"][5].isnan().all() and made["dx"][5].isnan().all()
     assert made["rows"][5].isnan().all()
@@ -127,8 +142,9 @@ def test_a_row_of_nan_is_alone(path):
         assert made["da_gelu"][:, 7].isnan().all()
 
 
-def test_infinity_is_as_in_the_stock_norm(path):
-    call = Call(rank=0)
+@COLUMNS
+def test_infinity_is_as_in_the_stock_norm(path, columns):
+    call = Call(columns=columns, rank=0)
     tensors = call.tensors()
     tensors["x"][2, 0] = tensors["x"][3, 9] = torch.inf
     made, stock = call.run(path, tensors), call.literal(tensors, exact=False)
