@@ -10,7 +10,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.machine_code import Code
-from benchmarks.sass import Loop, loops
+from benchmarks.sass import Loop, instructions, loops
 
 ROOT = Path(__file__).resolve().parents[1]
 _TENSOR_CORES = (("UTCHMMA", "TCGEN"), ("HGMMA", "WGMMA"), ("HMMA", "HMMA"))
@@ -32,6 +32,7 @@ class Resources:
     atomics: int  # atomic instructions on floats
     narrowed: bool = False  # float32 products made in TF32 that the source asks to be exact
     loops: tuple[Loop, ...] = ()
+    instructions: int = 0
     code: Code | None = None  # of a kernel whose machine code has limits
     faults: tuple[str, ...] = ()  # of that code
 
@@ -82,6 +83,7 @@ def _resources(name, arch, usage, sass):
         tensor_core=next((name for code, name in _TENSOR_CORES if code in sass), ""),
         atomics=len(re.findall(atomics, sass)),
         loops=loops(sass),
+        instructions=instructions(sass),
     )
 
 

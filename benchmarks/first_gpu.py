@@ -62,7 +62,7 @@ SMALL = "--device cpu --dtype float32 --side 8 --batches 1 --repeats 1"
 ENCODER = "$PYTHON -m benchmarks.run --op encoder --device cuda --dtype bfloat16 --batch 4"
 PROFILE = (
     "ncu --clock-control none --set basic --launch-count 12 "
-    "--kernel-name 'regex:dq_kernel|dkv_kernel|gelu_backward_kernel|norm_kernel' "
+    "--kernel-name 'regex:dq_kernel|dkv_kernel|gelu_backward_kernel|norm_row_kernel' "
     "$PYTHON -m benchmarks.quick --op block --model vit_h --batches 1 --repeats 1 "
     "--csv /tmp/profiled.csv"
 )

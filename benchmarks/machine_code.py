@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -26,7 +27,8 @@ ARCH = 90
 NARROWEST = 32  # columns of a WGMMA; narrower ones wait for the operand in shared memory
 DEPTH, ROWS, WARPGROUP, WARP = 16, 64, 4, 32  # of one WGMMA in 16 bits; warps; threads
 ATTENTION = ("forward", "dq", "dkv")
-ELEMENTWISE = ("norm", "norm_backward", "gelu", "gelu_backward")
+ROWS_KEPT = ("norm_row", "norm_row_backward", "add_row")  # all columns of a row are the tile's
+ELEMENTWISE = ("norm", "norm_backward", *ROWS_KEPT, "gelu", "gelu_backward")
 _HEADS = (64, 80)
 _PLACES = {  # constants of a launch of attention
     "windows": {"ONE_HOT": True, "PADS": 2},
@@ -41,21 +43,23 @@ class Code:
     """The hot loop of a kernel that has limits; one turn of it makes one tile.
 
     name: as in rates.json, such as "dq windows 80"   constants: (name, value), of the launch
+    once: instructions outside the loop, of a kernel that makes factors of the bias there
     """
 
     name: str
     warps: int
     constants: tuple[tuple[str, object], ...]
     loop: Loop
+    once: int = 0
 
     @property
     def tile(self) -> tuple[int, int]:
-        return self["BLOCK_M"], self["BLOCK_N"]
+        return self["BLOCK_M"], self["BLOCK_N"] * dict(self.constants).get("CHUNKS", 1)
 
     @property
     def shared_by(self) -> float:
         """Instructions an element of the tile for each instruction of a warp."""
-        return WARP * self.warps / (self["BLOCK_M"] * self["BLOCK_N"])
+        return WARP * self.warps / math.prod(self.tile)
 
     def __getitem__(self, constant: str):
         return dict(self.constants)[constant]
@@ -63,17 +67,20 @@ class Code:
     def __str__(self) -> str:
         loop = self.loop
         return (
-            f"{self.name:22} {self['BLOCK_M']:4}x{self['BLOCK_N']:<4} {self.warps} warps "
+            f"{self.name:22} {self.tile[0]:4}x{self.tile[1]:<4} {self.warps} warps "
             f"{loop.instructions:5} instructions {loop.instructions * self.shared_by:5.1f} "
             f"an element {loop.integer / loop.instructions:4.0%} integer {loop.exponentials:3} EX2 "
             f"{loop.hmma:3} HMMA  {_listed(dict(loop.products))}"
+            f"{f', {self.once} once' if self.once else ''}"
         )
 
 
-def limited(source, warps: int, arch: int, found: tuple[Loop, ...]) -> Code | None:
+def limited(
+    source, warps: int, arch: int, found: tuple[Loop, ...], instructions: int = 0
+) -> Code | None:
     """The Code of a compile, None for a kernel without limits.
 
-    source: Triton's ASTSource   found: the loops of its machine code
+    source: Triton's ASTSource   found: the loops of its machine code, which has instructions
     """
     names = source.fn.arg_names
     constants = {names[path[0]]: value for path, value in source.constants.items()}
@@ -91,7 +98,8 @@ def limited(source, warps: int, arch: int, found: tuple[Loop, ...]) -> Code | No
         loop = together(found)
     else:
         loop = max(found, key=lambda each: each.instructions, default=Loop(0))
-    return Code(name, warps, numbers, loop)
+    factors = stage in ("forward", "dq") and "windows" in name
+    return Code(name, warps, numbers, loop, instructions - loop.instructions if factors else 0)
 
 
 def _of_attention(stage, constants, types):
@@ -109,14 +117,40 @@ def _of_rows(stage, constants, types):
     for name, kind in _TYPES.items():
         if types.get(name, kind) != kind:
             return None
+    if stage in ROWS_KEPT:
+        return _of_rows_kept(stage, constants)
     adapter = constants["DOWN"] if "DOWN" in constants else constants["LOW"]
     # As a block asks for them: a norm also gives its output, which dA is made of.
     usual = constants.get("WANT", False) == (adapter and stage == "norm_backward")
     if constants["BLOCK_R"] != DEPTH or not usual or constants.get("NEED_DA", adapter) != adapter:
         return None
-    if adapter and constants.get("RANKS") == 0:  # the counts are of four columns, by threads
+    if stage.startswith("gelu") and constants["LEFT"] != 4 * adapter:
         return None
-    return f"{'add_' if constants.get('ADD') else ''}{stage} {'adapter' if adapter else 'frozen'}"
+    if stage == "gelu_backward" and not _as_counted(constants, adapter):
+        return None
+    kind = "adapter" if adapter else "frozen"
+    if stage.startswith("norm"):
+        kind = f"wide {kind}"  # of ranks, or columns, whose rows are not kept
+    return f"{'add_' if constants.get('ADD') else ''}{stage} {kind}"
+
+
+def _of_rows_kept(stage, constants):
+    """As a block asks for them: with an adapter of rank 4 on each layer, or none."""
+    ranks = constants.get("RANKS", constants.get("UP"))
+    usual = constants["FULL"] and ranks in (0, 4) and not constants.get("WANT")
+    usual = usual and constants.get("NEED_DA", ranks > 0) == (ranks > 0)
+    if constants.get("ADD"):
+        usual = usual and constants["UP"] == ranks
+    if not usual:
+        return None
+    name = stage.replace("_row", "")
+    return f"{'add_' if constants.get('ADD') else ''}{name} {'adapter' if ranks else 'frozen'}"
+
+
+def _as_counted(constants, adapter: bool) -> bool:
+    """Whether GELU's backward makes all that a block asks for, of four columns of dh at most."""
+    few = constants["RANKS"] in range(1, 5) if adapter else True
+    return few and constants["UP"] == constants["NEED_DB"] == adapter
 
 
 def faults(code: Code | None, version: str) -> tuple[str, ...]:
@@ -128,7 +162,7 @@ def faults(code: Code | None, version: str) -> tuple[str, ...]:
     attention = code.name.split()[0] in ATTENTION
     found = [_twice(code), _products(code), _narrow(code)] if attention else [_cores(code)]
     if row := tables()[version].get(code.name):
-        found += [_instructions(code, row, version), _integer(code, row, version)]
+        found += [check(code, row, version) for check in (_instructions, _once, _integer)]
     else:
         found.append(f"no counts under Triton {version}; run {_WRITE}")
     return tuple(f"{code.name}: {sentence}" for sentence in found if sentence)
@@ -153,13 +187,13 @@ def needed_products(code: Code) -> dict[str, int]:
     rows, columns = code.tile if stage != "dkv" else code.tile[::-1]
     turns = max(1, rows // (ROWS * code.warps // WARPGROUP))
     head = (code["HEAD_A"] + code["HEAD_B"]) // DEPTH
-    hot = code["REL"] // DEPTH if code["ONE_HOT"] else 0
+    hot = 2 * code["REL"] // DEPTH if code["ONE_HOT"] else 0  # rel_h and rel_w
     found = collections.Counter()
     found[columns] += (1 if stage == "forward" else 2) * head + hot
     for width in filter(None, (code["HEAD_A"], code["HEAD_B"])):
         found[width] += (2 if stage == "dkv" else 1) * columns // DEPTH
     if stage == "dq" and code["ONE_HOT"]:
-        found[code["REL"]] += columns // DEPTH
+        found[code["REL"]] += 2 * columns // DEPTH
     return {f"{ROWS}x{width}": turns * number for width, number in sorted(found.items())}
 
 
@@ -175,11 +209,12 @@ def _products(code):
 
 
 def _narrow(code):
-    """The rest of a head is as narrow as it is."""
+    """The rest of a head and a factor of the bias are as narrow as they are."""
+    usual = (code["HEAD_B"], code["REL"])
     narrow = {
         shape: number
         for shape, number in code.loop.products
-        if (width := int(shape.split("x")[1])) < NARROWEST and width != code["HEAD_B"]
+        if (width := int(shape.split("x")[1])) < NARROWEST and width not in usual
     }
     if narrow:
         return (
@@ -190,7 +225,8 @@ def _narrow(code):
 
 
 def _cores(code):
-    by_threads = dict(code.constants).get("RANKS", 0) > 0  # so few columns that no core is asked
+    constants = dict(code.constants)  # of so few ranks that no core is asked
+    by_threads = max(constants.get("RANKS", 0), constants.get("UP", 0)) > 0
     cores = by_threads or code.loop.hmma or code.loop.products
     if code.name.endswith("adapter") and not cores:
         return "no product on tensor cores, expected the adapter's there; use tl.dot in 16 bits"
@@ -203,6 +239,15 @@ def _instructions(code, row, version):
     if now > then * (1 + slack()["instructions"]):
         return (
             f"{now:.1f} instructions an element, expected at most {then:.1f} + "
+            f"{slack()['instructions']:.0%} (Triton {version}); mend the kernel or run {_WRITE}"
+        )
+    return None
+
+
+def _once(code, row, version):
+    if code.once > row.get("once", 0) * (1 + slack()["instructions"]):
+        return (
+            f"{code.once} instructions outside the loop, expected at most {row.get('once', 0)} + "
             f"{slack()['instructions']:.0%} (Triton {version}); mend the kernel or run {_WRITE}"
         )
     return None
@@ -224,7 +269,8 @@ def _integer(code, row, version):
 
 
 def _as_code(code, row):
-    constants = dict(code.constants) | dict(zip(("BLOCK_M", "BLOCK_N"), row["tile"], strict=True))
+    tile = dict(zip(("BLOCK_M", "BLOCK_N"), row["tile"], strict=True))
+    constants = dict(code.constants) | tile | {"CHUNKS": 1}
     return Code(
         code.name,
         row["warps"],
@@ -262,6 +308,7 @@ def counts(code: Code) -> dict:
     row = {"tile": list(code.tile), "warps": code.warps}
     row |= {"instructions": code.loop.instructions, "integer": code.loop.integer}
     products = dict(code.loop.products)
+    row |= {"once": code.once} if code.once else {}
     return row | ({"products": products} if products else {})
 
 

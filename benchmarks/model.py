@@ -35,16 +35,16 @@ GEMM, ATTENTION, ROWS, ADAPTERS = PARTS = ("GEMM", "attention", "norm/GELU/sum",
 _SCHEDULERS, _WARPGROUP = 4, 4  # of a multiprocessor; warps
 _KINDS = {  # a stage's name -> what bounds it in addition to bytes, and its part
     "forward": ("forward", ATTENTION),
-    "dq": ("dq", ATTENTION),
+    "dq(, factors, delta)?": ("dq", ATTENTION),
     "dk, dv": ("dkv", ATTENTION),
     "factors(, delta)?": ("bytes", ATTENTION),
     "(norm1|x1 = x [+] update, norm2), h": ("norm", ROWS),
-    r"norm\d backward(, rows)?": ("norm_backward", ROWS),
+    r"norm\d backward(, rows|, dA)?": ("norm_backward", ROWS),
     "GELU, h": ("gelu", ROWS),
-    "GELU backward(, dA)?": ("gelu_backward", ROWS),
+    "GELU backward(, dA(, dz, dB)?)?": ("gelu_backward", ROWS),
     "y = x1 [+] update": ("bytes", ROWS),
     r"\w+: (down|up|up_backward|down_backward|dA)": ("bytes", ADAPTERS),
-    r"\w+: reduce .*": ("reduce", ADAPTERS),
+    r"\w+: reduce .*|B of proj and lin2, transposed": ("reduce", ADAPTERS),
 }
 
 
@@ -125,31 +125,45 @@ def _attention(block: Block, kind: str, rates: Rates) -> float:
     place = "global" if block.whole else "windows"
     chosen = _tile_of_attention(kind, windows, head_dim)
     count = rates.count(f"{kind} {place} {head_dim}", *chosen)
-    (m, n), keys = count["tile"], windows.height * windows.width
+    (m, n), taken = count["tile"], tiling.pitch if tiling.one_hot(windows) else int
     lines = [min(windows.height, 64 - y) for y in range(0, 64, windows.height)]
-    queries = [a * b for a in lines for b in lines]  # of each window, without its padding
-    tiles = sum(-(-q // m) for q in queries) * -(-keys // n) * encoder.heads * block.batch
+    queries = [a * taken(b) for a in lines for b in lines]  # of each window, without its padding
+    keys = windows.height * taken(windows.width)
+    tiles = sum(-(-q // m) for q in queries) * encoder.heads * block.batch
     attained = f"attention.{kind}.{place}" + ("" if block.whole else f".{head_dim}")
-    return _busy(tiles, count, rates) / rates[attained]
+    more = _busy(tiles, {"instructions": count.get("more", 0), "warps": count["warps"]}, rates)
+    return (more + _busy(tiles * -(-keys // n), count, rates)) / rates[attained]
 
 
 def _rows(block: Block, kind: str, rates: Rates) -> list[float]:
     """µs that bound a norm's or GELU's kernel: latency tile by tile of columns, and issue."""
-    rank, width = block.rank, ENCODERS[block.model].width
-    rows = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
-    low = {"norm": "_down", "gelu": "_down"}.get(kind, "_low")
-    chosen = low_rank_tile(TILES, kind + (low if rank else ""), max(rank, 1), rows)
-    tile = (chosen["BLOCK_M"], chosen["BLOCK_N"])
-    of = "adapter" if rank else "frozen"
-    count = rates.count(f"{kind} {of}", tile, chosen["num_warps"])
+    width = ENCODERS[block.model].width
+    of = "adapter" if block.rank else "frozen"
+    gelu, tokens = kind.startswith("gelu"), block.batch * 64 * 64
+    count = rates.count(f"{kind} {of}", *_tile_of_rows(kind, width, block.rank))
     m, n = count["tile"]
-    gelu = kind.startswith("gelu")
     columns = 4 * width if gelu else width
-    bounds = [] if kind == "gelu_backward" else [columns / n * rates[f"trip.{kind}"]]
-    if gelu:
-        tiles = block.batch * 64 * 64 / m * columns / n
+    bounds = []
+    if n == costs.WIDEST:  # a row at once, in the backward a program's rows one after another
+        turns = costs.walked_rows(tokens, block.rank > 0) / m if kind == "norm_backward" else 1
+        bounds.append(turns * rates[f"trip.{kind}"])
+    elif kind != "gelu_backward":
+        bounds.append(columns / n * rates[f"trip.{kind}"])
+    if "instructions" in count:
+        tiles = tokens / m * columns / n
         bounds.append(_busy(tiles, count, rates) / rates["processor.issue"])
     return bounds
+
+
+def _tile_of_rows(kind, width, rank):
+    """(BLOCK_M, columns at once) and warps. Counts of rows kept are those of the widest ones."""
+    rows = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
+    kept = kind.startswith("norm") and costs.in_registers(width, rank)
+    low = {"norm": "_down", "gelu": "_down"}.get(kind, "_low")
+    stage = kind.replace("norm", "norm_row") if kept else kind + (low if rank else "")
+    chosen = low_rank_tile(TILES, stage, max(rank, 1), rows)
+    tile = (chosen["BLOCK_M"], costs.WIDEST if kept else chosen["BLOCK_N"])
+    return tile, chosen["num_warps"]
 
 
 def _tile_of_attention(stage, windows, head_dim):

@@ -151,7 +151,7 @@ def compile_one(job: Compile) -> Resources | str:
     # Triton 3.6 and 3.7 take sm_100's TF32 unit for an operand that went through tl.join.
     narrowed = ".tf32" in compiled.asm["ptx"] or "kind::tf32" in compiled.asm["ptx"]
     warps = compiled.metadata.num_warps
-    code = machine_code.limited(source, warps, job.arch, resources.loops)
+    code = machine_code.limited(source, warps, job.arch, resources.loops, resources.instructions)
     return dataclasses.replace(
         resources,
         kernel=job.kernel,

@@ -28,14 +28,26 @@ class Loop:
     hmma: int = 0
 
 
-def loops(text: str) -> tuple[Loop, ...]:
-    """The innermost loops of one kernel, as nvdisasm prints it, in order."""
+def instructions(text: str) -> int:
+    """Of one kernel, as nvdisasm prints it, without those that fill up its end."""
+    return sum(name != "NOP" for name in (line.split()[0] for line in _code(text)[0]))
+
+
+def _code(text: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions without their predicates, and where labels are."""
     code, labels = [], {}
     for label, instruction in _LINE.findall(text):
         if label:
             labels[label] = len(code)
         else:
             code.append(re.sub(r"^@!?U?P\w+\s+", "", instruction))
+    return code, labels
+
+
+def loops(text: str) -> tuple[Loop, ...]:
+    """The innermost loops of one kernel, as nvdisasm prints it, in order; of one without any, all
+    of its code."""
+    code, labels = _code(text)
     ends: dict[int, int] = {}
     for i, instruction in enumerate(code):
         target = re.match(r"BRA\b.*?(\.L\w+)", instruction)
@@ -46,7 +58,9 @@ def loops(text: str) -> tuple[Loop, ...]:
         for start, end in sorted(ends.items())
         if not any(start < other <= end and ends[other] <= end for other in ends)
     ]
-    return tuple(_count(code[a : b + 1]) for a, b in spans if b + 1 - a >= LEAST)
+    found = tuple(_count(code[a : b + 1]) for a, b in spans if b + 1 - a >= LEAST)
+    ends = [i for i, instruction in enumerate(code) if instruction.startswith("EXIT")]
+    return found or (_count(code[: ends[-1] + 1]),) if ends else found
 
 
 def _count(body: list[str]) -> Loop:

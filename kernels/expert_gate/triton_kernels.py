@@ -3,7 +3,8 @@
 
 The balancing loss couples all samples through sums over them, so one program walks over the samples
 twice: for the choices and the sums, and, once the loss's slope is known, for its gradient. Samples
-and experts are few, and walking in order makes every sum the same each time.
+and experts are few, up to MAX_TOGETHER samples are one tile, and walking in order makes every sum
+the same each time.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from samfast.kernels.expert_gate import costs
 
 MAX_RANK = 16  # the widest tile of pooled samples, next to
 MAX_EXPERTS = 16  # as many columns of logits: tiles of 32 already spill
+
+MAX_TOGETHER = 64  # samples of a tile; 128 spill
 
 POOL_ROWS = 512  # positions that one program pools
 
@@ -227,6 +230,7 @@ def forward(h, w_gate, w_noise, noise, index, windows, coefficient):
     area = windows.height * windows.width
     chunks = triton.cdiv(area, POOL_ROWS)
     pool = new(samples, chunks, rank)
+    together = min(MAX_TOGETHER, max(32, triton.next_power_of_2(samples)))
     block_r, block_e = (max(16, triton.next_power_of_2(n)) for n in (rank, experts))
     with torch.cuda.device(h.device) if h.is_cuda else contextlib.nullcontext():
         pool_kernel[(samples * chunks,)](
@@ -237,7 +241,7 @@ def forward(h, w_gate, w_noise, noise, index, windows, coefficient):
         )  # fmt: skip
         balance_kernel[(1,)](
             pool, w_gate, w_noise, noise, given, index, aux, dpool, dgate, float(coefficient),
-            samples, rank, experts, chunks, float(area), BLOCK_N=32, BLOCK_R=block_r,
-            BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=128,
+            samples, rank, experts, chunks, float(area), BLOCK_N=together, BLOCK_R=block_r,
+            BLOCK_E=block_e, num_warps=8, num_stages=1, maxnreg=255,
         )  # fmt: skip
     return index, aux, dpool, dgate

@@ -19,7 +19,7 @@ def up_(y, z, lora_b, scaling, slices):
         _native.lora_up_(y[:, columns], z[:, ranks], _small(lora_b[b_rows]), scaling)
 
 
-def up_backward(dy, z, lora_b, scaling, slices):
+def up_backward(dy, z, lora_b, scaling, slices, sums=None):
     dy = _rows(dy)
     shared = slices.width == lora_b.shape[1]
     dz = None if shared else dy.new_empty(dy.shape[0], slices.width)
@@ -39,7 +39,7 @@ def up_backward(dy, z, lora_b, scaling, slices):
     return dz, db
 
 
-def down_backward_(dx, dh, x, lora_a, dropout, seed):
+def down_backward_(dx, dh, x, lora_a, dropout, seed, sums=None):
     x = None if x is None else _rows(x)
     a = _small(lora_a)
     da = _native.lora_down_backward_(dx, dh, x, a, dropout, seed, threshold(dropout))

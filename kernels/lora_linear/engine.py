@@ -6,9 +6,11 @@ Frozen weights of another dtype are cast to x's for the GEMM and never kept.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from samfast.kernels._common.middle import find
 
@@ -19,6 +21,33 @@ MAX_PARTIALS = 2**26  # bytes of dz's partials at a time; a chunk of rows may ta
 def chunks_at_a_time(chunks: int, of_one: int) -> int:
     """Chunks of rows whose partials of dz are there together; of_one: bytes of one chunk's."""
     return min(chunks, max(1, MAX_PARTIALS // max(1, of_one)))
+
+
+class Sums:
+    """Gradients of weights whose partial sums over chunks of rows wait to be added up.
+
+    A launch that adds up something else takes some of them along. One has its values only after
+    that, or after ``finish``. A path that adds up at once leaves this empty.
+    """
+
+    def __init__(self):
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._add_up: Callable[[Sums], None] | None = None
+
+    def add(self, partials: Tensor, grad: Tensor, add_up: "Callable[[Sums], None]") -> None:
+        """partials (chunks, *grad.shape); add_up: adds up what it takes from this."""
+        self._waiting.append((partials, grad))
+        self._add_up = add_up
+
+    def take(self, most: int) -> list[tuple[Tensor, Tensor]]:
+        """The first that came, so many at most; they wait no longer."""
+        taken, self._waiting = self._waiting[:most], self._waiting[most:]
+        return taken
+
+    def finish(self) -> None:
+        """Add up all that still wait."""
+        while self._waiting:
+            self._add_up(self)
 
 
 class Slices:
@@ -90,17 +119,21 @@ def backward(
     return [dx, dweight, None if dbias is None else dbias.to(bias_dtype), da, db, *dparams]
 
 
-def up(path, dy, daux, dz_pad, lora_b, z, saved, params, options, needs):
+def up(
+    path, dy, daux, dz_pad, lora_b, z, saved, params, options, needs, made=None, sums=None
+):  # fmt: skip
     """From dy (tokens, O) back to h: dh, dB and the gradients of params, None where not needed.
 
     needs: whether gradients are wanted of (h, lora_b, *params)
+    made: dz and dB, where the producer of dy has made them   sums: where dB may wait
     """
     scaling, _, middle, geometry, starts, own = options
     need_h, need_b, *need_params = needs
     if not any(needs):
         return None, None, [None] * len(params)
     slices = Slices(starts, lora_b, own)
-    dz, db = path.up_backward(dy, z if need_b else None, lora_b, scaling, slices)
+    z = z if need_b else None
+    dz, db = made or path.up_backward(dy, z, lora_b, scaling, slices, sums)
     dh, dparams = find(middle).backward(
         dz, daux, dz_pad, saved, params, geometry, (need_h, *need_params)
     )

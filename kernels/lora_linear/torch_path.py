@@ -3,6 +3,7 @@
 
 x (tokens, D), lora_a (R, D), h = drop(x) Aᵀ (tokens, R), z (tokens, Z), lora_b (n·L, r),
 y and dy (tokens, O). ``slices`` describes which columns of y the rows of lora_b update.
+Gradients of weights may wait in ``sums`` (engine.Sums); here they never do.
 """
 
 import torch
@@ -22,7 +23,7 @@ def up_(y, z, lora_b, scaling, slices):
         y[:, columns].addmm_(z[:, ranks], b.t(), alpha=scaling)
 
 
-def up_backward(dy, z, lora_b, scaling, slices):
+def up_backward(dy, z, lora_b, scaling, slices, sums=None):
     """dz = s · dy B and, where z is given, dB = s · dyᵀ z."""
     dz = dy.new_zeros(dy.shape[0], slices.width)
     db = None if z is None else lora_b.new_empty(lora_b.shape)
@@ -34,7 +35,7 @@ def up_backward(dy, z, lora_b, scaling, slices):
     return dz, db
 
 
-def down_backward_(dx, dh, x, lora_a, dropout, seed):
+def down_backward_(dx, dh, x, lora_a, dropout, seed, sums=None):
     """dx += drop'(dh A) in place where dx is given; returns dA = dhᵀ drop(x) where x is."""
     if dx is not None:
         if dropout > 0.0:

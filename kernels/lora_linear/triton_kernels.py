@@ -19,9 +19,10 @@ from samfast.kernels._common.philox import threshold as keep_threshold
 from samfast.kernels._common.tiles import tile
 from samfast.kernels._common.triton_philox import dropout_tile
 from samfast.kernels.lora_linear import costs
-from samfast.kernels.lora_linear.engine import MAX_CHUNKS, chunks_at_a_time
+from samfast.kernels.lora_linear.engine import MAX_CHUNKS, Sums, chunks_at_a_time
 
 TILES = Path(__file__).with_name("tiles.json")
+MAX_GRADS, SUMMED = 3, 512  # gradients that a launch of reduce_kernel adds up; numbers a program
 
 
 @triton.jit(launch_metadata=launched(__package__, costs.down_kernel, "x_ptr"))
@@ -166,13 +167,30 @@ def up_backward_kernel(
 
 @triton.jit
 def sum_partials(part_ptr, base, n, parts, offs):
-    """Σ over parts, in order, of the elements offs of arrays of n floats. offs int64."""
+    """Σ over parts, in order, of the elements offs of arrays of n floats. offs int64.
+
+    Eight loads stand before the first addition. So ptxas keeps four in flight, one by one two.
+    """
     total = tl.zeros(offs.shape, tl.float32)
     at = base + offs
-    for _ in range(0, parts):
-        total += tl.load(part_ptr + at, offs < n, other=0.0)
-        at += n
+    for first in range(0, parts, 8):
+        loaded = ()
+        for i in tl.static_range(8):
+            inside = offs < tl.where(first + i < parts, n, 0)
+            loaded += (tl.load(part_ptr + at, inside, other=0.0),)
+            at += n
+        for i in tl.static_range(8):
+            total += loaded[i]
     return total
+
+
+@triton.jit
+def sum_block(part_ptr, grad_ptr, size, parts, block, BLOCK: tl.constexpr):
+    """Add up one block of a gradient; nothing where the gradient has no such block."""
+    if (block >= 0) & (block * BLOCK < size):
+        offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        total = sum_partials(part_ptr, 0, size, parts, offs)
+        tl.store(grad_ptr + offs, total.to(grad_ptr.dtype.element_ty), offs < size)
 
 
 @triton.jit(launch_metadata=launched(__package__))
@@ -184,15 +202,26 @@ def reduce_kernel(
     dz_blocks,
     groups,
     rank,
-    grad_part_ptr,
-    grad_ptr,
-    grad_size,
-    grad_parts,
+    part0_ptr,
+    grad0_ptr,
+    size0,
+    parts0,
+    part1_ptr,
+    grad1_ptr,
+    size1,
+    parts1,
+    part2_ptr,
+    grad2_ptr,
+    size2,
+    parts2,
     HAS_DZ: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
+    GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Both second stages in one launch: dz per group of column blocks, and a weight gradient."""
+    """Second stages in one launch: dz per group of column blocks, and up to three weight gradients.
+
+    Programs have dz's blocks first, and then those of each gradient.
+    """
     pid = tl.program_id(0)
     if HAS_DZ:
         if pid < groups * dz_blocks:
@@ -202,11 +231,15 @@ def reduce_kernel(
             # element offs of this group's (tokens, rank) within (tokens, groups, rank)
             at = offs + (offs // rank) * ((groups - 1) * rank) + group * rank
             tl.store(dz_ptr + at, total.to(dz_ptr.dtype.element_ty), offs < dz_size)
-    if HAS_GRAD:
-        if pid >= groups * dz_blocks:
-            offs = (pid - groups * dz_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            total = sum_partials(grad_part_ptr, 0, grad_size, grad_parts, offs)
-            tl.store(grad_ptr + offs, total.to(grad_ptr.dtype.element_ty), offs < grad_size)
+    block = pid - groups * dz_blocks
+    if GRADS > 0:
+        sum_block(part0_ptr, grad0_ptr, size0, parts0, block, BLOCK)
+    if GRADS > 1:
+        block -= tl.cdiv(size0, BLOCK)
+        sum_block(part1_ptr, grad1_ptr, size1, parts1, block, BLOCK)
+    if GRADS > 2:
+        block -= tl.cdiv(size1, BLOCK)
+        sum_block(part2_ptr, grad2_ptr, size2, parts2, block, BLOCK)
 
 
 @triton.jit(launch_metadata=launched(__package__, costs.down_backward_kernel, "dh_ptr"))
@@ -315,7 +348,8 @@ def up_(y, z, lora_b, scaling, slices):
         )  # fmt: skip
 
 
-def up_backward(dy, z, lora_b, scaling, slices):
+def up_backward(dy, z, lora_b, scaling, slices, sums=None):
+    sums = Sums() if sums is None else sums
     dy, lora_b = _rows(dy), lora_b.contiguous()
     z = None if z is None else _rows(z)
     tokens, rank, n = dy.shape[0], slices.rank, len(slices.starts)
@@ -341,12 +375,13 @@ def up_backward(dy, z, lora_b, scaling, slices):
                 scaling, OWN=slices.own, NEED_DB=z is not None, PRECISION=precision(dy.dtype),
                 **block,
             )  # fmt: skip
-            weight = (db_part, db) if last else (None, None)
-            _reduce(dz_part, dz[here], n if slices.own else 1, rank, *weight)
+            if last and db is not None:
+                sums.add(db_part, db, add_up)
+            add_up(sums, dz_part, dz[here], n if slices.own else 1, rank)
     return dz, db
 
 
-def down_backward_(dx, dh, x, lora_a, dropout, seed):
+def down_backward_(dx, dh, x, lora_a, dropout, seed, sums=None):
     lora_a, dh = lora_a.contiguous(), _rows(dh)
     x = None if x is None else _rows(x)
     tokens, (ranks, columns) = dh.shape[0], lora_a.shape
@@ -367,21 +402,31 @@ def down_backward_(dx, dh, x, lora_a, dropout, seed):
             PRECISION=precision(dh.dtype), **block,
         )  # fmt: skip
         if da is not None:
-            _reduce(None, None, 0, 1, part, da)
+            later(part, da, sums)
     return da
 
 
-def _reduce(dz_part, dz, groups, rank, grad_part, grad):
-    block = 512
+def later(partials, grad, sums):
+    """Let a gradient wait in ``sums``; without, add it up at once."""
+    waiting = Sums() if sums is None else sums
+    waiting.add(partials, grad, add_up)
+    if sums is None:
+        waiting.finish()
+
+
+def add_up(sums, dz_part=None, dz=None, groups=1, rank=1):
+    """One launch: dz (tokens, groups · rank) of its partials, and gradients that wait in sums."""
+    grads = sums.take(MAX_GRADS)
     dz_size = 0 if dz is None else dz_part[0].numel()
-    grad_size = 0 if grad is None else grad.numel()
-    dz_blocks = triton.cdiv(dz_size, block)
-    grid = (groups * dz_blocks + triton.cdiv(grad_size, block),)
-    reduce_kernel[grid](
-        dz_part, dz, dz_size, 0 if dz is None else dz_part.shape[0] // groups, dz_blocks, groups,
-        rank, grad_part, grad, grad_size, 0 if grad is None else grad_part.shape[0],
-        HAS_DZ=dz is not None, HAS_GRAD=grad is not None, BLOCK=block,
-    )  # fmt: skip
+    dz_blocks = triton.cdiv(dz_size, SUMMED)
+    blocks = groups * dz_blocks + sum(triton.cdiv(g.numel(), SUMMED) for _, g in grads)
+    given = [v for part, g in grads for v in (part, g, g.numel(), part.shape[0])]
+    given += [None, None, 0, 0] * (MAX_GRADS - len(grads))
+    with _on(grads[0][1] if dz is None else dz):
+        reduce_kernel[(blocks,)](
+            dz_part, dz, dz_size, 0 if dz is None else dz_part.shape[0] // groups, dz_blocks,
+            groups, rank, *given, HAS_DZ=dz is not None, GRADS=len(grads), BLOCK=SUMMED,
+        )  # fmt: skip
 
 
 def _rows(x):

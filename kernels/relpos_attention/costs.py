@@ -10,6 +10,7 @@ Functions named after a kernel tell the FLOP of one launch of it, from its argum
 
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear.costs import Stage
+from samfast.kernels.relpos_attention.tiling import one_hot
 
 
 def logits_bytes(windows: Windows, heads: int, itemsize: int) -> int:
@@ -38,17 +39,30 @@ def stages(
     """Forward and backward on a GPU; tables: whether their gradients are wanted."""
     product, bias, token, pad, factor, number = _sizes(windows, heads, head_dim, itemsize)
     keys = 2 * (token + pad)
-    made = [
-        Stage("factors", bias, token + factor, 1),
-        Stage("forward", 2 * product, 2 * token + keys + factor + number, 1),
-        Stage("factors, delta", bias, 3 * token + factor + number, 1),
-        Stage("dq", 3 * product + bias, 3 * token + keys + 2 * factor + 2 * number, 1),
-        Stage("dk, dv", 4 * product, 2 * token + 2 * keys + factor + 2 * number, 1),
-    ]
+    read = 2 * token + keys + number  # of the forward; the backward has dq and delta too
+    if one_hot(windows):  # dq leaves the factors behind, and their gradients where tables want them
+        made = [
+            Stage("forward", 2 * product + bias, read, 1),
+            Stage("dq, factors, delta", 3 * product + 2 * bias,
+                  read + 2 * token + (1 + tables) * factor + number, 1),
+        ]  # fmt: skip
+    else:
+        made = [
+            Stage("factors", bias, token + factor, 1),
+            Stage("forward", 2 * product, read + factor, 1),
+            Stage("factors, delta", bias, 3 * token + factor + number, 1),
+            Stage("dq", 3 * product + bias, read + token + 2 * factor + number, 1),
+        ]
+    made.append(Stage("dk, dv", 4 * product, 2 * token + 2 * keys + factor + 2 * number, 1))
     if tables:
         made.append(Stage("dtables", bias, token + factor, 1))
         made.append(Stage("reduce dtables", 0, 0, 1))
     return made
+
+
+def forward_stages(windows: Windows) -> int:
+    """How many of ``stages`` come first; the backward follows."""
+    return 1 if one_hot(windows) else 2
 
 
 def _launch(q, height, width, image_height, image_width) -> tuple[int, int]:
@@ -61,13 +75,14 @@ def prepare_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
     return _launch(q_ptr, height, width, image_height, image_width)[1]
 
 
-def forward_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
-    return 2 * _launch(q_ptr, height, width, image_height, image_width)[0]
-
-
-def dq_kernel(q_ptr, height, width, image_height, image_width, REL, **_) -> int:
+def forward_kernel(q_ptr, height, width, image_height, image_width, PITCH, **_) -> int:
     product, bias = _launch(q_ptr, height, width, image_height, image_width)
-    return 3 * product + (bias if REL else 0)
+    return 2 * product + (bias if PITCH else 0)  # of small windows, whose factors it makes
+
+
+def dq_kernel(q_ptr, height, width, image_height, image_width, REL, PITCH, **_) -> int:
+    product, bias = _launch(q_ptr, height, width, image_height, image_width)
+    return 3 * product + (bias if REL else 0) + (bias if PITCH else 0)
 
 
 def dkv_kernel(q_ptr, height, width, image_height, image_width, **_) -> int:
@@ -115,11 +130,13 @@ def triton_stages(
     """
     made = stages(windows, heads, head_dim, itemsize, tables)
     if itemsize == 4:
-        product, _, token, pad, factor, number = _sizes(windows, heads, head_dim, itemsize)
-        moved = 2 * token + 2 * (token + pad) + factor + 3 * number
-        made.append(Stage("delta, share", 2 * product, moved, 1))
+        product, bias, token, pad, factor, number = _sizes(windows, heads, head_dim, itemsize)
+        moved = 2 * token + 2 * (token + pad) + 3 * number
+        small = one_hot(windows)
+        flops = 2 * product + (bias if small else 0)
+        made.append(Stage("delta, share", flops, moved + (0 if small else factor), 1))
     return made
 
 
 BY_BACKEND = {"cpu": cpu_stages, "torch": torch_stages, "triton": triton_stages}
-FORWARD_STAGES = {"cpu": 1, "torch": 1, "triton": 2}  # how many come first; the backward follows
+FORWARD_STAGES = {"cpu": lambda windows: 1, "torch": lambda windows: 1, "triton": forward_stages}

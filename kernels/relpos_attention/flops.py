@@ -55,7 +55,7 @@ def _stages(q, windows, backend: str, tables: bool = True, way: str = "forward")
     asked = _TORCH_STANDS_FOR.get() if asked == "torch" else asked
     chosen = op.TABLE.choose(asked, q.device, lambda b: op.supports(b, like, windows))
     made: list[Stage] = costs.BY_BACKEND[chosen](windows, *heads, q.element_size(), tables)
-    first = costs.FORWARD_STAGES[chosen]
+    first = costs.FORWARD_STAGES[chosen](windows)
     return sum(stage.flops for stage in (made[:first] if way == "forward" else made[first:]))
 
 

@@ -16,10 +16,9 @@ import torch
 from samfast.kernels._common.windows import Windows
 
 TILES = Path(__file__).with_name("tiles.json")
-MOST_ONE_HOT = 64  # terms of the product that adds the bias, at most
+SMALL = 16  # lines and columns of a window, at most, where the bias enters by one-hot tiles
 NARROW_ROWS = 32  # up to this width, and where there are pads, lines have tiles of their own
 REGISTERS = 255  # of a thread; ptxas alone may stop earlier and spill
-NARROW = 16  # a map up to this width wastes most of a tile of keys that lies in one line
 ALIGNED = 16  # elements; lines of rel_w start at multiples
 _WAYS = {
     "rows": ("rows",),
@@ -42,16 +41,20 @@ def split(head_dim: int) -> tuple[int, int]:
     return first, power_of_two(rest) if rest else 0
 
 
-def one_hot_terms(windows: Windows) -> int:
-    """Terms of the one-hot product where the bias enters so, 0 where it enters by rows."""
-    terms = power_of_two(windows.height + windows.width)
-    return terms if windows.width <= NARROW and terms <= MOST_ONE_HOT else 0
+def one_hot(windows: Windows) -> bool:
+    """Whether the bias enters by one-hot tiles; else by rows."""
+    return max(windows.height, windows.width) <= SMALL
+
+
+def pitch(columns: int) -> int:
+    """How many positions a line of a small window takes: a power of two, so as not to divide."""
+    return power_of_two(columns, 8)
 
 
 def factor_terms(windows: Windows) -> tuple[int, int]:
     """Elements a token of rel_h and of rel_w; 0 of rel_w where one line holds both."""
-    if terms := one_hot_terms(windows):
-        return terms, 0
+    if one_hot(windows):
+        return 2 * SMALL, 0
     return windows.height, ALIGNED * -(-windows.width // ALIGNED)
 
 
@@ -89,7 +92,7 @@ def blocks(stage: str, x: torch.Tensor, windows: Windows, tables: bool = True) -
     tables: whether there is a bias
     """
     way = "uneven_rows" if windows.pads or windows.width <= NARROW_ROWS else "rows"
-    way = "one_hot" if one_hot_terms(windows) else way
+    way = "one_hot" if one_hot(windows) else way
     if not tables:
         way = "plain_padded" if windows.pads else "plain"
     padded = sum(split(x.shape[-1]))

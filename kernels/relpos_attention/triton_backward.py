@@ -2,8 +2,9 @@
 """Triton kernels of the backward; the ways in which the bias enters are those of the forward.
 
 With P the weights and dP = dout vᵀ, dS = P · (dP − delta) is the gradient of the logits. dq, dk and
-dv are products with it, the gradients of the factors its sums over lines and over columns. Without
-a bias (REL = 0) there are no factors, and dq makes delta on its way.
+dv are products with it, the gradients of the factors its sums over lines and over columns. With
+one-hot tiles dq makes the factors again and leaves them for dk and dv. There, and without a bias
+(REL = 0), dq makes delta on its way.
 """
 
 import triton
@@ -25,8 +26,14 @@ from samfast.kernels.relpos_attention.triton_forward import (
     one_hot,
     pixels,
     place,
+    positions,
     power,
     queries,
+    shift_of,
+    small_bias,
+    small_factors,
+    small_places,
+    small_table,
     start_of,
     store_head,
     table_rows,
@@ -51,6 +58,30 @@ def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, s
         dq = tl.dot(d, t, dq, input_precision=PRECISION)
         if HEAD_B:
             dq_rest = tl.dot(d, t_rest, dq_rest, input_precision=PRECISION)
+    return dq, dq_rest
+
+
+@triton.jit
+def add_small_gradient(dq, dq_rest, table_ptr, drel, at, places, kind: tl.constexpr,
+                       SIZE: tl.constexpr, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
+                       HEAD_B: tl.constexpr, LINE: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
+    """dq plus what the gradient drel (BLOCK_M, LINE) of a small window's factor gives.
+
+    places: how many lines, or columns, of the window hold queries
+    """
+    TABLE: tl.constexpr = 2 * LINE
+    a = at[:, None] - tl.arange(0, TABLE)[None, :] + (SIZE - 1)
+    if SIZE < LINE:
+        last = tl.minimum(a.to(tl.uint32, bitcast=True), LINE - 1)  # a column that is zero
+        d = tl.gather(drel, last.to(tl.int32, bitcast=True), 1).to(kind)
+    else:
+        d = tl.gather(drel, a & (LINE - 1), 1)
+        d = tl.where((a >= 0) & (a < SIZE), d, 0.0).to(kind)
+    t, t_rest = small_table(table_ptr, places + SIZE - 1, kind, HEAD, HEAD_A, HEAD_B, TABLE)
+    dq = tl.dot(d, t, dq, input_precision=PRECISION)
+    if HEAD_B:
+        dq_rest = tl.dot(d, t_rest, dq_rest, input_precision=PRECISION)
     return dq, dq_rest
 
 
@@ -122,27 +153,34 @@ def dq_kernel(
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
     REL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """dq and the gradients of the factors, which lie as the factors do.
 
-    drel_h is float32 where SEVERAL, for sums stay there from tile to tile; else it has q's dtype.
+    ONE_HOT writes the factors to rel_h (batch, heads, tokens, rel), rel_h first and rel_w behind,
+    and their gradients to drel_h where it is given. By rows drel_h is float32 where SEVERAL, for
+    sums stay there from tile to tile; else it has q's dtype.
 
     out: None where delta is given; else delta = Σ dout · out is made here, for dk and dv too
     share: what the weights that lse gives are multiplied with; None where it makes no difference
-    NATURAL, EVEN, REL: as in the forward
+    NATURAL, EVEN, REL, HEIGHT, WIDTH, PITCH: as in the forward
     SEVERAL: more than one tile of keys makes a line of the map
     """
     LINE: tl.constexpr = FLAT and REL == 0
+    if HEIGHT:
+        height, width = HEIGHT, WIDTH
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     image, head, top, left, lines, columns = place(
         group, heads, height, width, image_height, image_width, down, across
     )
-    if tile * BLOCK_M >= lines * columns:
+    if tile * BLOCK_M >= positions(lines, columns, PITCH > 0):
         return
-    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, FULL, BLOCK_M)
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, PITCH > 0, FLAT, FULL, BLOCK_M)
     tokens = image_height * image_width
     token = y * image_width + x
     plane = image.to(tl.int64) * heads + head
@@ -176,30 +214,35 @@ def dq_kernel(
     acc = tl.zeros((BLOCK_M, HEAD_A), tl.float32)
     acc_rest = tl.zeros((BLOCK_M, REST), tl.float32)
     w_plane = plane * tokens * rel
+    LATE: tl.constexpr = (PITCH > 0) and (q_ptr.dtype.element_ty == tl.float16)  # as the forward
+    BASE: tl.constexpr = 1.0 if LATE else UNIT
+    MORE: tl.constexpr = UNIT if LATE else 1.0
     if ONE_HOT:
         if REL:
-            rel_at = token[:, None] * rel + tl.arange(0, REL)[None, :]
-            factors = tl.load(rel_h_ptr + w_plane + rel_at, live[:, None], other=0.0)
-            dfactors = tl.zeros((BLOCK_M, REL), tl.float32)
-        for first in range(0, height * width, BLOCK_N):
-            j = first + tl.arange(0, BLOCK_N)
-            a, b = key_places(j, width, LINE)
-            key_y, key_x, valid = top + a, left + b, j < height * width
+            rel_h, rel_w = small_factors(
+                q, q_rest, table_h_ptr, table_w_ptr, y - top, x - left, lines, columns, BASE,
+                HEIGHT, WIDTH, HEAD, HEAD_A, HEAD_B, REL, PRECISION,
+            )  # fmt: skip
+            rel_at = w_plane + token[:, None] * rel + tl.arange(0, REL)[None, :]
+            tl.store(rel_h_ptr + rel_at, rel_h, live[:, None])
+            tl.store(rel_h_ptr + rel_at + REL, rel_w, live[:, None])
+            drel_h = tl.zeros((BLOCK_M, REL), tl.float32)
+            drel_w = tl.zeros((BLOCK_M, REL), tl.float32)
+        for first in range(0, height * (PITCH if PITCH else width), BLOCK_N):
+            a, b, valid = key_places(first, height, width, BLOCK_N, PITCH, LINE)
+            key_y, key_x = top + a, left + b
             inside = keys_inside(key_y, key_x, valid, image_height, image_width, LINE)
             k, k_rest = load_keys(
                 k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
                 image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
             s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
+            s = s * (scale * BASE)
             if REL:
-                s = s * scale
-                hot = one_hot(a, b, height, REL).to(factors.dtype)
-                s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
-            else:
-                s = s * (scale * UNIT)
+                s, hot_h, hot_w = small_bias(s, rel_h, rel_w, a, b, valid, REL, PRECISION)
             if not EVEN:
                 s = tl.where(valid[None, :], s, float("-inf"))
-            p = power(s - lse[:, None], NATURAL)
+            p = power(s * MORE - lse[:, None], NATURAL)
             if share_ptr is not None:
                 p *= share[:, None]
             v, v_rest = load_keys(
@@ -212,12 +255,22 @@ def dq_kernel(
             if HEAD_B:
                 acc_rest = tl.dot(ds, k_rest, acc_rest, input_precision=PRECISION)
             if REL:
-                dfactors = tl.dot(ds, tl.trans(hot), dfactors, input_precision=PRECISION)
+                drel_h = tl.dot(ds, hot_h, drel_h, input_precision=PRECISION)
+                drel_w = tl.dot(ds, hot_w, drel_w, input_precision=PRECISION)
+        acc, acc_rest = acc * scale, acc_rest * scale
         if REL:
-            tl.store(drel_h_ptr + w_plane + rel_at, dfactors.to(q.dtype), live[:, None])
-            drel_h_ptr += w_plane
-            drel_w_ptr = drel_h_ptr + height
-            row_h, step_h = token * rel, 1
+            if drel_h_ptr is not None:
+                rel_at = w_plane + token[:, None] * rel + tl.arange(0, REL)[None, :]
+                tl.store(drel_h_ptr + rel_at, drel_h.to(q.dtype), live[:, None])
+                tl.store(drel_h_ptr + rel_at + REL, drel_w.to(q.dtype), live[:, None])
+            acc, acc_rest = add_small_gradient(
+                acc, acc_rest, table_h_ptr, drel_h, y - top, lines, q.dtype, HEIGHT, HEAD, HEAD_A,
+                HEAD_B, REL, PRECISION,
+            )  # fmt: skip
+            acc, acc_rest = add_small_gradient(
+                acc, acc_rest, table_w_ptr, drel_w, x - left, columns, q.dtype, WIDTH, HEAD, HEAD_A,
+                HEAD_B, REL, PRECISION,
+            )  # fmt: skip
     else:
         rel_h_ptr += plane * height * tokens
         drel_h_ptr += plane * height * tokens
@@ -227,7 +280,8 @@ def dq_kernel(
             w_tile_at, w_mask = token[:, None] * rel + b[None, :], live[:, None] & valid[None, :]
             tile_w = tl.load(rel_w_ptr + w_plane + w_tile_at, w_mask, other=0.0)
             tile_w = tile_w.to(tl.float32) * UNIT  # (BLOCK_M, BLOCK_N)
-            tile_w = tl.where(valid[None, :], tile_w, float("-inf"))
+            if not EVEN:
+                tile_w = tl.where(valid[None, :], tile_w, float("-inf"))
             dtile_w = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             ahead = tl.load(rel_h_ptr + token, live, other=0.0)
             for a in range(0, height):
@@ -266,26 +320,28 @@ def dq_kernel(
             tl.store(drel_w_ptr + w_plane + w_tile_at, dtile_w.to(q.dtype), w_mask)
             tl.debug_barrier()  # the next tiles of these lines add to what was stored here
         drel_w_ptr += w_plane
-        row_h, step_h = token, tokens
-    if REL:
         # Every thread of the program has to be here before it reads what the others stored.
         tl.debug_barrier()
         acc, acc_rest = acc * scale, acc_rest * scale
-        _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
+        _, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, False, FULL, BLOCK_M)
         start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
         acc, acc_rest = add_factor_gradient(
-            acc, acc_rest, table_h_ptr, drel_h_ptr, row_h, step_h, y - top, live, height, start,
+            acc, acc_rest, table_h_ptr, drel_h_ptr, token, tokens, y - top, live, height, start,
             stop, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
         )  # fmt: skip
         acc, acc_rest = add_factor_gradient(
             acc, acc_rest, table_w_ptr, drel_w_ptr, token * rel, 1, x - left, live, width,
             width - columns, 2 * width - 1, q.dtype, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
         )  # fmt: skip
-    else:
-        acc, acc_rest = acc * scale, acc_rest * scale
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
     store_head(dq_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)
+
+
+@triton.jit
+def further(ptr, line, stride_y, WIDE: tl.constexpr):
+    """A pointer so many lines of an image on."""
+    return ptr + (line.to(tl.int64) if WIDE else line) * stride_y
 
 
 @triton.jit(launch_metadata=launched(__package__, costs.dkv_kernel, "q_ptr"))
@@ -365,24 +421,27 @@ def dkv_kernel(
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
     REL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dk and dv of the image and of the padding; one program per keys.
 
-    NATURAL, EVEN, REL: as in the forward
+    NATURAL, EVEN, REL, HEIGHT, WIDTH, PITCH: as in the forward; factors lie as dq writes them
     NEED_K, NEED_V: GIVEN_PADS where the padding's is wanted, else NO_PADS
     """
+    if HEIGHT:
+        height, width = HEIGHT, WIDTH
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     image, head, top, left, lines, columns = place(
         group, heads, height, width, image_height, image_width, down, across
     )
     LINE: tl.constexpr = FLAT and REL == 0
     if ONE_HOT:
-        j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        line, b = key_places(j, width, LINE)
-        valid = j < height * width
-        first_line, first_b = tile * BLOCK_N // width, 0
+        line, b, valid = key_places(tile * BLOCK_N, height, width, BLOCK_N, PITCH, LINE)
+        first_line, first_b = tile * BLOCK_N // (PITCH if PITCH else width), 0
     else:
         first_line = tile // tl.cdiv(width, BLOCK_N)
         first_b = (tile - first_line * tl.cdiv(width, BLOCK_N)) * BLOCK_N
@@ -409,6 +468,9 @@ def dkv_kernel(
     )  # fmt: skip
 
     UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    LATE: tl.constexpr = (PITCH > 0) and (q_ptr.dtype.element_ty == tl.float16)  # as the forward
+    BASE: tl.constexpr = 1.0 if LATE else UNIT
+    MORE: tl.constexpr = UNIT if LATE else 1.0
     tokens = image_height * image_width
     plane = image.to(tl.int64) * heads + head
     q_ptr = start_of(q_ptr, image, head, stride_qb, stride_qn)
@@ -420,8 +482,9 @@ def dkv_kernel(
     if ONE_HOT:
         if REL:
             rel_h_ptr += plane * tokens * rel
-            offs_r = tl.arange(0, REL)
-            hot = tl.trans(one_hot(line, b, height, REL)).to(k.dtype)  # (BLOCK_N, REL)
+            offs_r = tl.arange(0, 2 * REL)
+            hot = one_hot(line, valid, 2 * REL) | one_hot(REL + b, valid, 2 * REL)
+            hot = hot.to(k.dtype)  # (BLOCK_N, 2 · REL)
     else:
         rel_h_ptr += (plane * height + first_line) * tokens
         rel_w_ptr += plane * tokens * rel
@@ -430,20 +493,30 @@ def dkv_kernel(
     dv = tl.zeros((BLOCK_N, HEAD_A), tl.float32)
     dk_rest = tl.zeros((BLOCK_N, REST), tl.float32)
     dv_rest = tl.zeros((BLOCK_N, REST), tl.float32)
-    for first in range(0, lines * columns, BLOCK_M):
-        live, y, x = queries(first, top, left, lines, columns, FLAT, FULL, BLOCK_M)
+    if PITCH:
+        small_y, small_x = small_places(columns, BLOCK_M)
+    for first in range(0, positions(lines, columns, PITCH > 0), BLOCK_M):
+        if PITCH:  # what differs from tile to tile is one number
+            base = first >> shift_of(columns)
+            live = (small_y + base < lines) & (small_x < columns)
+            y, x = small_y + top, small_x + left
+        else:
+            base = first * 0
+            live, y, x = queries(first, top, left, lines, columns, False, FLAT, FULL, BLOCK_M)
         token = y * image_width + x
-        q_at = pixels(q_ptr, y, x, stride_qy, stride_qx, WIDE)
+        before = base * image_width
+        q_at = pixels(further(q_ptr, base, stride_qy, WIDE), y, x, stride_qy, stride_qx, WIDE)
         q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
-        lse = tl.load(lse_ptr + token, live, other=0.0) * UNIT
+        lse = tl.load(lse_ptr + before + token, live, other=0.0) * UNIT
         s = dot_nt(k, k_rest, q, q_rest, HEAD_B, PRECISION)  # (BLOCK_N, BLOCK_M)
         if REL == 0:
             p = power(s * (scale * UNIT) - lse[None, :], NATURAL)
         elif ONE_HOT:
-            rel_at = rel_h_ptr + (token[:, None] * rel + offs_r[None, :])
-            factors = tl.load(rel_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
-            s = tl.dot(hot, tl.trans(factors), s * scale, input_precision=PRECISION)
-            p = power(s * UNIT - lse[None, :], NATURAL)
+            rel_at = rel_h_ptr + before * rel + (token[:, None] * rel + offs_r[None, :])
+            factors = tl.load(rel_at, live[:, None], other=0.0)  # (BLOCK_M, 2 · REL)
+            s *= scale * BASE
+            s = tl.dot(hot, tl.trans(factors), s, input_precision=PRECISION)
+            p = power(s * MORE - lse[None, :], NATURAL)
         else:
             column = tl.load(rel_h_ptr + token, live, other=0.0).to(tl.float32) * UNIT - lse
             w_at = rel_w_ptr + (token[None, :] * rel + b[:, None])
@@ -454,15 +527,15 @@ def dkv_kernel(
             else:
                 s = s + column[None, :] + tile_w * UNIT
             p = power(s, NATURAL)
-        g_at = pixels(dout_ptr, y, x, stride_gy, stride_gx, WIDE)
+        g_at = pixels(further(dout_ptr, base, stride_gy, WIDE), y, x, stride_gy, stride_gx, WIDE)
         dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
         if share_ptr is not None:
-            p *= tl.load(share_ptr + token, live, other=0.0)[None, :]
+            p *= tl.load(share_ptr + before + token, live, other=0.0)[None, :]
         small = p.to(dout.dtype)
         dv = tl.dot(small, dout, dv, input_precision=PRECISION)
         if HEAD_B:
             dv_rest = tl.dot(small, dout_rest, dv_rest, input_precision=PRECISION)
-        delta = tl.load(delta_ptr + token, live, other=0.0)
+        delta = tl.load(delta_ptr + before + token, live, other=0.0)
         dp = dot_nt(v, v_rest, dout, dout_rest, HEAD_B, PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)

@@ -3,12 +3,12 @@
 
 A program holds queries of one head of one window. Positions of windows, their padding and the way
 back are index arithmetic. The bias enters as the factors rel_h[i, a] = q_i · table_h[y_i − a] and
-rel_w[i, b] = q_i · table_w[x_i − b], made by their own launch, in one of two ways:
+rel_w[i, b] = q_i · table_w[x_i − b], in one of two ways:
 
 rows      keys of a tile lie in one line a of the map: the bias is a column of rel_h and a tile of
-          rel_w that serves every line. For wide maps.
-one-hot   keys run through the window: [rel_h | rel_w] times a tile that is one at line and at
-          column of each key, one more product of few terms. For small windows.
+          rel_w that serves every line. The factors are made by their own launch. For wide maps.
+one-hot   keys run through the window: rel_h and rel_w times tiles that are one at the line and at
+          the column of each key. The factors are made in place. For windows of at most 16 by 16.
 
 Without a bias (REL = 0) there are no factors. Keys run through the window as with one-hot, and as
 one line where the window is a map that lies so.
@@ -42,17 +42,47 @@ def place(group, heads, height, width, image_height, image_width, down, across):
 
 
 @triton.jit
-def queries(first, top, left, lines, columns, FLAT: tl.constexpr, FULL: tl.constexpr,
-            BLOCK_M: tl.constexpr):  # fmt: skip
+def shift_of(columns):
+    """A line of queries of a small window takes two to the power of this, 8 or 16, positions."""
+    return tl.where(columns <= 8, 3, 4)
+
+
+@triton.jit
+def positions(lines, columns, SMALL: tl.constexpr):
+    """How many positions of queries a window has."""
+    return lines << shift_of(columns) if SMALL else lines * columns
+
+
+@triton.jit
+def small_places(columns, BLOCK_M: tl.constexpr):
+    """Lines and columns of BLOCK_M positions of a small window from the start of a line on."""
+    i = tl.arange(0, BLOCK_M)
+    narrow = columns <= 8
+    return tl.where(narrow, i // 8, i // 16), tl.where(narrow, i % 8, i % 16)
+
+
+@triton.jit
+def queries(first, top, left, lines, columns, SMALL: tl.constexpr, FLAT: tl.constexpr,
+            FULL: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Which of BLOCK_M queries exist, and their lines and columns in the image.
 
-    FLAT: the window is the map and the map lies in memory as one line; saves the division
+    SMALL: at most 16 columns, whose lines take a power of two; saves the division
+    FLAT: the window is the map and the map lies in memory as one line; saves it too
     FULL: all of them exist
     """
-    i = first + tl.arange(0, BLOCK_M)
-    y = tl.zeros_like(i) if FLAT else i // columns
-    live = tl.full((BLOCK_M,), True, tl.int1) if FULL else i < lines * columns
-    return live, top + y, left + i - y * columns
+    i = tl.arange(0, BLOCK_M)
+    if SMALL:
+        y, x = small_places(columns, BLOCK_M)
+        y += first >> shift_of(columns)
+        live = (y < lines) & (x < columns)
+    else:
+        i += first
+        y = tl.zeros_like(i) if FLAT else i // columns
+        x = i - y * columns
+        live = i < lines * columns
+    if FULL:
+        live = tl.full((BLOCK_M,), True, tl.int1)
+    return live, top + y, left + x
 
 
 @triton.jit
@@ -153,10 +183,25 @@ def dot_nt(a, a_rest, b, b_rest, HEAD_B: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def key_places(j, width, LINE: tl.constexpr):
-    """Lines and columns in a window of keys j; LINE: as if the window were one line."""
-    a = tl.zeros_like(j) if LINE else j // width
-    return a, j - a * width
+def key_places(first, height, width, BLOCK_N: tl.constexpr, PITCH: tl.constexpr,
+               LINE: tl.constexpr):  # fmt: skip
+    """Lines and columns in a window of BLOCK_N keys, and which of them exist.
+
+    PITCH: how many positions a line takes, a power of two, and first begins one; 0 for the width
+    LINE: as if the window were one line
+    """
+    j = tl.arange(0, BLOCK_N)
+    if PITCH:
+        a = j // PITCH
+        b = j - a * PITCH
+        a += first // PITCH
+        valid = (a < height) & (b < width)
+    else:
+        j += first
+        a = tl.zeros_like(j) if LINE else j // width
+        b = j - a * width
+        valid = j < height * width
+    return a, b, valid
 
 
 @triton.jit
@@ -172,10 +217,61 @@ def power(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def one_hot(a, b, height, REL: tl.constexpr):
-    """(REL, keys): one at row a and at row height + b of each key."""
-    r = tl.arange(0, REL)[:, None]
-    return (r == a[None, :]) | (r == height + b[None, :])
+def one_hot(a, valid, LINE: tl.constexpr):
+    """(keys, LINE): one at column a of each valid key."""
+    return (tl.arange(0, LINE)[None, :] == a[:, None]) & valid[:, None]
+
+
+@triton.jit
+def small_table(ptr, met, kind: tl.constexpr, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
+                HEAD_B: tl.constexpr, TABLE: tl.constexpr):  # fmt: skip
+    """The rows of a table that queries of a window meet as ``kind``, and zeros up to TABLE rows."""
+    u = tl.arange(0, TABLE)
+    t, t_rest = load_head(ptr + u * HEAD, u < met, HEAD, HEAD_A, HEAD_B, True)
+    return t.to(kind), t_rest.to(kind)
+
+
+@triton.jit
+def small_factor(q, q_rest, t, t_rest, at, BASE: tl.constexpr, SIZE: tl.constexpr,
+                 HEAD_B: tl.constexpr, LINE: tl.constexpr, TABLE: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """(queries, LINE): BASE · q_i · t[at_i − a + SIZE − 1] at each a, zeros from SIZE on.
+
+    One product with all rows of the table, of which each query takes its own.
+    """
+    g = dot_nt(q, q_rest, t, t_rest, HEAD_B, PRECISION) * BASE
+    a = tl.arange(0, LINE)[None, :]
+    row = (at[:, None] - a + (SIZE - 1)) & (TABLE - 1)
+    if SIZE < LINE:
+        row |= tl.where(a < SIZE, 0, TABLE - 1)  # the table's last row, which is zero
+    return tl.gather(g, row, 1).to(q.dtype)
+
+
+@triton.jit
+def small_factors(q, q_rest, table_h_ptr, table_w_ptr, y, x, lines, columns, BASE: tl.constexpr,
+                  HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
+                  HEAD_A: tl.constexpr, HEAD_B: tl.constexpr, LINE: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """BASE times rel_h and rel_w (queries, LINE) of queries at lines y and columns x of a small
+    window."""
+    TABLE: tl.constexpr = 2 * LINE
+    met = lines + HEIGHT - 1
+    t, t_rest = small_table(table_h_ptr, met, q.dtype, HEAD, HEAD_A, HEAD_B, TABLE)
+    rel_h = small_factor(q, q_rest, t, t_rest, y, BASE, HEIGHT, HEAD_B, LINE, TABLE, PRECISION)
+    met = columns + WIDTH - 1
+    t, t_rest = small_table(table_w_ptr, met, q.dtype, HEAD, HEAD_A, HEAD_B, TABLE)
+    rel_w = small_factor(q, q_rest, t, t_rest, x, BASE, WIDTH, HEAD_B, LINE, TABLE, PRECISION)
+    return rel_h, rel_w
+
+
+@triton.jit
+def small_bias(s, rel_h, rel_w, a, b, valid, LINE: tl.constexpr, PRECISION: tl.constexpr):
+    """s plus the bias of keys at lines a and columns b, none where they are not valid; s (queries,
+    keys); and the one-hot tiles (keys, LINE) that it takes."""
+    hot_h, hot_w = one_hot(a, valid, LINE).to(rel_h.dtype), one_hot(b, valid, LINE).to(rel_h.dtype)
+    s = tl.dot(rel_h, tl.trans(hot_h), s, input_precision=PRECISION)
+    s = tl.dot(rel_w, tl.trans(hot_w), s, input_precision=PRECISION)
+    return s, hot_h, hot_w
 
 
 @triton.jit
@@ -244,7 +340,6 @@ def prepare_kernel(
     across,
     tiles,
     rel,
-    ONE_HOT: tl.constexpr,
     WIDE: tl.constexpr,
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -254,10 +349,9 @@ def prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The factors of the bias and, for the backward, delta = Σ dout · out of every query.
+    """The factors by rows and, for the backward, delta = Σ dout · out of every query.
 
-    rows      rel_h (batch, heads, height, tokens), rel_w (batch, heads, tokens, rel)
-    one-hot   rel_h (batch, heads, tokens, rel): [rel_h | rel_w | 0]
+    rel_h (batch, heads, height, tokens), rel_w (batch, heads, tokens, rel)
     delta (batch, heads, tokens)
     """
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -266,7 +360,7 @@ def prepare_kernel(
     )
     if tile * BLOCK_M >= lines * columns:
         return
-    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, False, FULL, BLOCK_M)
     tokens = image_height * image_width
     token = y * image_width + x
     plane = image.to(tl.int64) * heads + head
@@ -275,21 +369,15 @@ def prepare_kernel(
     q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
 
     start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
-    if ONE_HOT:
-        rel_h_ptr += plane * tokens * rel
-        rel_w_ptr = rel_h_ptr + height
-        row_h, step_h, limit = token * rel, 1, rel - height
-    else:
-        rel_h_ptr += plane * height * tokens
-        rel_w_ptr += plane * tokens * rel
-        row_h, step_h, limit = token, tokens, width
+    rel_h_ptr += plane * height * tokens
+    rel_w_ptr += plane * tokens * rel
     write_factor(
-        q, q_rest, table_h_ptr, rel_h_ptr, row_h, step_h, y - top, live, height, height, start,
+        q, q_rest, table_h_ptr, rel_h_ptr, token, tokens, y - top, live, height, height, start,
         stop, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     write_factor(
-        q, q_rest, table_w_ptr, rel_w_ptr, token * rel, 1, x - left, live, width, limit,
-        width - columns, limit + width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        q, q_rest, table_w_ptr, rel_w_ptr, token * rel, 1, x - left, live, width, width,
+        width - columns, 2 * width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
     )  # fmt: skip
     if dout_ptr is not None:
         g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
@@ -305,12 +393,15 @@ def prepare_kernel(
 
 
 @triton.jit
-def attend(s, v, v_rest, most, total, acc, acc_rest, NATURAL: tl.constexpr,
-           HEAD_B: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of keys of the running softmax; s (BLOCK_M, BLOCK_N)."""
-    new = tl.maximum(most, tl.max(s, 1))
-    p = power(s - new[:, None], NATURAL)
-    shrink = power(most - new, NATURAL)
+def attend(s, column, v, v_rest, most, total, acc, acc_rest, MORE: tl.constexpr,
+           NATURAL: tl.constexpr, HEAD_B: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys of the running softmax; s (BLOCK_M, BLOCK_N) + column (BLOCK_M).
+
+    MORE: what turns them into exponents
+    """
+    new = tl.maximum(most, tl.max(s, 1) + column)
+    p = power(s * MORE - ((new - column) * MORE)[:, None], NATURAL)
+    shrink = power((most - new) * MORE, NATURAL)
     total = total * shrink + tl.sum(p, 1)
     p = p.to(v.dtype)
     acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
@@ -320,10 +411,10 @@ def attend(s, v, v_rest, most, total, acc, acc_rest, NATURAL: tl.constexpr,
 
 
 @triton.jit
-def moment(s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL: tl.constexpr,
-           HEAD_B: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of keys of Σ P and Σ P · (dout vᵀ)."""
-    p = power(s - lse[:, None], NATURAL)
+def moment(s, column, dout, dout_rest, v, v_rest, lse, weight, total, MORE: tl.constexpr,
+           NATURAL: tl.constexpr, HEAD_B: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of keys of Σ P and Σ P · (dout vᵀ); as for attend."""
+    p = power(s * MORE - (lse - column * MORE)[:, None], NATURAL)
     dp = dot_nt(dout, dout_rest, v, v_rest, HEAD_B, PRECISION)
     return weight + tl.sum(p, 1), total + tl.sum(p * dp, 1)
 
@@ -335,6 +426,8 @@ def forward_kernel(
     v_ptr,
     pad_k_ptr,
     pad_v_ptr,
+    table_h_ptr,
+    table_w_ptr,
     rel_h_ptr,
     rel_w_ptr,
     out_ptr,
@@ -386,6 +479,9 @@ def forward_kernel(
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
     REL: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -396,16 +492,20 @@ def forward_kernel(
 
     NATURAL: logits are kept for base e, not two
     EVEN: tiles of keys are full and all of them are loaded
-    REL: elements of a line of factors; 0 without a bias, which goes with ONE_HOT
+    REL: columns of rel_h and of rel_w with ONE_HOT; 0 without a bias, which goes with ONE_HOT
+    HEIGHT, WIDTH, PITCH: the window's size and how many positions a line of keys takes, where
+        ONE_HOT has a bias, which table_h and table_w give; else 0, and rel_h and rel_w give it
     """
     LINE: tl.constexpr = FLAT and REL == 0
+    if HEIGHT:
+        height, width = HEIGHT, WIDTH
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     image, head, top, left, lines, columns = place(
         group, heads, height, width, image_height, image_width, down, across
     )
-    if tile * BLOCK_M >= lines * columns:
+    if tile * BLOCK_M >= positions(lines, columns, PITCH > 0):
         return
-    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, FLAT, FULL, BLOCK_M)
+    live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, PITCH > 0, FLAT, FULL, BLOCK_M)
     tokens = image_height * image_width
     token = y * image_width + x
     plane = image.to(tl.int64) * heads + head
@@ -431,27 +531,28 @@ def forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, HEAD_A), tl.float32)
     acc_rest = tl.zeros((BLOCK_M, REST), tl.float32)
+    # Factors of small windows are of base two, as the logits are, but where float16 may overflow.
+    LATE: tl.constexpr = (PITCH > 0) and (q_ptr.dtype.element_ty == tl.float16)
+    BASE: tl.constexpr = 1.0 if LATE else UNIT
+    MORE: tl.constexpr = UNIT if LATE else 1.0
     if ONE_HOT:
         if REL:
-            offs_r = tl.arange(0, REL)
-            factors_at = rel_h_ptr + plane * tokens * rel + (token[:, None] * rel + offs_r[None, :])
-            factors = tl.load(factors_at, live[:, None], other=0.0)  # (BLOCK_M, REL)
-        for first in range(0, height * width, BLOCK_N):
-            j = first + tl.arange(0, BLOCK_N)
-            a, b = key_places(j, width, LINE)
-            key_y, key_x, valid = top + a, left + b, j < height * width
+            rel_h, rel_w = small_factors(
+                q, q_rest, table_h_ptr, table_w_ptr, y - top, x - left, lines, columns, BASE,
+                HEIGHT, WIDTH, HEAD, HEAD_A, HEAD_B, REL, PRECISION,
+            )  # fmt: skip
+        for first in range(0, height * (PITCH if PITCH else width), BLOCK_N):
+            a, b, valid = key_places(first, height, width, BLOCK_N, PITCH, LINE)
+            key_y, key_x = top + a, left + b
             inside = keys_inside(key_y, key_x, valid, image_height, image_width, LINE)
             k, k_rest = load_keys(
                 k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
                 image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A, HEAD_B,
             )  # fmt: skip
             s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
+            s = s * (scale * BASE)
             if REL:
-                s = s * scale
-                hot = one_hot(a, b, height, REL).to(factors.dtype)
-                s = tl.dot(factors, hot, s, input_precision=PRECISION) * UNIT
-            else:
-                s = s * (scale * UNIT)
+                s, _, _ = small_bias(s, rel_h, rel_w, a, b, valid, REL, PRECISION)
             if not EVEN:
                 s = tl.where(valid[None, :], s, float("-inf"))
             v, v_rest = load_keys(
@@ -460,12 +561,13 @@ def forward_kernel(
             )  # fmt: skip
             if dout_ptr is None:
                 most, total, acc, acc_rest = attend(
-                    s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
+                    s, 0.0, v, v_rest, most, total, acc, acc_rest, MORE, NATURAL, HEAD_B, PRECISION
                 )
             else:
                 weight, total = moment(
-                    s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL, HEAD_B, PRECISION
-                )
+                    s, 0.0, dout, dout_rest, v, v_rest, lse, weight, total, MORE, NATURAL, HEAD_B,
+                    PRECISION,
+                )  # fmt: skip
     else:
         rel_h_ptr += plane * height * tokens
         rel_w_ptr += plane * tokens * rel
@@ -474,7 +576,8 @@ def forward_kernel(
             key_x, valid = left + b, b < width
             w_at = rel_w_ptr + (token[:, None] * rel + b[None, :])
             tile_w = tl.load(w_at, live[:, None] & valid[None, :], other=0.0).to(tl.float32) * UNIT
-            tile_w = tl.where(valid[None, :], tile_w, float("-inf"))  # (BLOCK_M, BLOCK_N)
+            if not EVEN:
+                tile_w = tl.where(valid[None, :], tile_w, float("-inf"))  # (BLOCK_M, BLOCK_N)
             ahead = tl.load(rel_h_ptr + token, live, other=0.0)
             for a in range(0, height):
                 column = ahead.to(tl.float32) * UNIT
@@ -488,7 +591,7 @@ def forward_kernel(
                     HEAD_B,
                 )  # fmt: skip
                 s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
-                s = s * (scale * UNIT) + (tile_w + column[:, None])
+                s = s * (scale * UNIT) + tile_w
                 v, v_rest = load_keys(
                     v_ptr, pad_v_ptr, key_y, key_x, inside, valid, stride_vy, stride_vx, stride_pvp,
                     image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A,
@@ -496,21 +599,35 @@ def forward_kernel(
                 )  # fmt: skip
                 if dout_ptr is None:
                     most, total, acc, acc_rest = attend(
-                        s, v, v_rest, most, total, acc, acc_rest, NATURAL, HEAD_B, PRECISION
+                        s,
+                        column,
+                        v,
+                        v_rest,
+                        most,
+                        total,
+                        acc,
+                        acc_rest,
+                        MORE,
+                        NATURAL,
+                        HEAD_B,
+                        PRECISION,
                     )
                 else:
                     weight, total = moment(
-                        s, dout, dout_rest, v, v_rest, lse, weight, total, NATURAL, HEAD_B,
-                        PRECISION,
+                        s, column, dout, dout_rest, v, v_rest, lse, weight, total, MORE, NATURAL,
+                        HEAD_B, PRECISION,
                     )  # fmt: skip
 
     if dout_ptr is None:
-        tl.store(lse_ptr + plane * tokens + token, most / UNIT + tl.log(total), live)
+        tl.store(lse_ptr + plane * tokens + token, most / BASE + tl.log(total), live)
         out_at = out_ptr + (image.to(tl.int64) * tokens * heads + head) * HEAD
         out_at = pixels(out_at, token * 0, token, 0, heads * HEAD, WIDE)
-        store_rows(out_at, acc / total[:, None], live, 0, HEAD_A, HEAD)
-        if HEAD_B:
-            store_rows(out_at, acc_rest / total[:, None], live, HEAD_A, HEAD_B, HEAD)
+        if NATURAL:
+            acc, acc_rest = acc / total[:, None], acc_rest / total[:, None]
+        else:  # a product an element, which 16 bits do not tell from a division
+            share = (1.0 / total)[:, None]
+            acc, acc_rest = acc * share, acc_rest * share
+        store_head(out_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)
     else:
         tl.store(delta_ptr + plane * tokens + token, total / weight, live)
         tl.store(share_ptr + plane * tokens + token, 1.0 / weight, live)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Relative-position attention in Triton; see torch_path for what forward and backward compute.
 
-Two launches for the forward; three for the backward, one more for float32 and two more where
-gradients of the tables are wanted. Without tables (None) there is no bias, no launch for its
-factors and none of their memory: one launch, and two, three for float32. Each sum is made by one
-program in one order, or of partials in a fixed order: no atomics, the same bits every time.
+One launch for the forward and two for the backward, one more for float32 and two more where
+gradients of the tables are wanted. Windows larger than 16 by 16 take one more each way, for the
+factors of the bias. Without tables (None) there is no bias and none of its memory. Each sum is made
+by one program in one order, or of partials in a fixed order: no atomics, the same bits every time.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import torch
 import triton
 
 from samfast.kernels.relpos_attention.tiling import (
+    SMALL,
     blocks,
     factor_terms,
-    one_hot_terms,
+    one_hot,
+    pitch,
     power_of_two,
     split,
 )
@@ -75,10 +77,11 @@ def forward(q, k, v, pad_k, pad_v, table_h, table_w, windows, scale):
         return out, lse
     pads = _padding(windows, pad_k, pad_v)
     with _on(q):
+        tables = [t if t is None else t.contiguous() for t in (table_h, table_w)]
         factors = None, None, 0
-        if table_h is not None:
-            factors = _prepare(q, table_h, table_w, windows, None, None, None)
-        _attend(q, k, v, *pads, *factors, out, lse, None, None, None, windows, scale)
+        if table_h is not None and not one_hot(windows):
+            factors = _prepare(q, *tables, windows, None, None, None)
+        _attend(q, k, v, *pads, *tables, *factors, out, lse, None, None, None, windows, scale)
     return out, lse
 
 
@@ -102,25 +105,30 @@ def backward(
     groups, sizes = _groups(q, windows), _sizes(q, windows)
     with _on(q):
         exact = q.dtype == torch.float32
+        table_h, table_w = (t if t is None else t.contiguous() for t in (table_h, table_w))
+        made_here = not (tables and not one_hot(windows))  # dq makes factors and delta
         rel_h, rel_w, terms = None, None, 0
-        if tables:
+        if not made_here:
             rounded = (None, None, None) if exact else (dout, out, delta)
             rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, *rounded)
         share = torch.empty_like(delta) if exact else None
         if exact:
             _attend(
-                q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, None, lse, dout, delta, share,
-                windows, scale,
+                q, k, v, pads, pad_k, pad_v, table_h, table_w, rel_h, rel_w, terms, None, lse, dout,
+                delta, share, windows, scale,
             )  # fmt: skip
+        if tables and made_here:
+            rel_h, terms = _small_factors(q, windows)
         block = blocks("dq", q, windows, tables)
-        tiles, options = _query_tiles(windows, block), _options(q, windows, pads, block, tables)
+        options = _options(q, windows, pads, block, tables)
+        tiles = _query_tiles(windows, block, options["PITCH"] > 0)
         several = rel_w is not None and windows.width > block["BLOCK_N"]
-        drel_h = _like(rel_h, torch.float32 if several else None)
-        drel_w = _like(rel_w)
+        drel_h = drel_w = None
+        if rel_w is not None or need_tables:
+            drel_h, drel_w = _like(rel_h, torch.float32 if several else None), _like(rel_w)
         dq_kernel[(tiles * groups,)](
-            dout, None if tables or exact else out, q, k, v, pad_k, pad_v,
-            *(t if t is None else t.contiguous() for t in (table_h, table_w)), rel_h, rel_w, lse,
-            delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
+            dout, out if made_here and not exact else None, q, k, v, pad_k, pad_v, table_h, table_w,
+            rel_h, rel_w, lse, delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
             *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale,
             FLAT=_flat(windows, tables, (q, dout), (k, v)),
             WIDE=_wide(dout, q, k, v, pad_k, pad_v, dq), SEVERAL=several,
@@ -148,41 +156,45 @@ def backward(
 
 
 def _prepare(q, table_h, table_w, windows, dout, out, delta):
-    """The factors, the elements of their lines, and delta where dout is given."""
+    """The factors by rows, the elements of a line of rel_w, and delta where dout is given."""
     batch, height, width, heads, _ = q.shape
     of_h, terms = factor_terms(windows)
-    if terms:
-        rel_h = q.new_empty(batch, heads, of_h, height * width)
-        rel_w = q.new_empty(batch, heads, height * width, terms)
-    else:
-        terms, rel_w = of_h, None
-        rel_h = q.new_empty(batch, heads, height * width, terms)
+    rel_h = q.new_empty(batch, heads, of_h, height * width)
+    rel_w = q.new_empty(batch, heads, height * width, terms)
     block = blocks("prepare", q, windows)
     block["BLOCK_T"] = min(block.pop("BLOCK_N"), _table_block(q, windows))
     tiles = _query_tiles(windows, block)
     prepare_kernel[(tiles * _groups(q, windows),)](
-        q, table_h.contiguous(), table_w.contiguous(), rel_h, rel_w, dout, out, delta,
+        q, table_h, table_w, rel_h, rel_w, dout, out, delta,
         *_strides(q), *((0,) * 4 if dout is None else _strides(dout)), *_sizes(q, windows), tiles,
-        terms, ONE_HOT=rel_w is None, WIDE=_wide(q, dout, out), FULL=_full(windows, block),
+        terms, WIDE=_wide(q, dout, out), FULL=_full(windows, block),
         PRECISION=_precision(q), **_heads(q), **block,
     )  # fmt: skip
     return rel_h, rel_w, terms
 
 
+def _small_factors(q, windows):
+    """Where dq puts the factors of small windows, and the elements of a token."""
+    batch, height, width, heads, _ = q.shape
+    terms, _ = factor_terms(windows)
+    return q.new_empty(batch, heads, height * width, terms), terms
+
+
 def _attend(
-    q, k, v, pads, pad_k, pad_v, rel_h, rel_w, terms, out, lse, dout, delta, share, windows, scale
-):
+    q, k, v, pads, pad_k, pad_v, table_h, table_w, rel_h, rel_w, terms, out, lse, dout, delta,
+    share, windows, scale,
+):  # fmt: skip
     """out and lse, or with dout delta and share from lse."""
-    tables = rel_h is not None
+    tables = table_h is not None
     block = blocks("forward", q, windows, tables)
-    tiles = _query_tiles(windows, block)
+    options = _options(q, windows, pads, block, tables)
+    tiles = _query_tiles(windows, block, options["PITCH"] > 0)
     forward_kernel[(tiles * _groups(q, windows),)](
-        q, k, v, pad_k, pad_v, rel_h, rel_w, out, lse, dout, delta, share, *_strides(q, k, v),
-        *_pad_strides(pad_k, pad_v), *((0,) * 4 if dout is None else _strides(dout)),
-        *_sizes(q, windows), tiles, terms, scale,
+        q, k, v, pad_k, pad_v, table_h, table_w, rel_h, rel_w, out, lse, dout, delta, share,
+        *_strides(q, k, v), *_pad_strides(pad_k, pad_v),
+        *((0,) * 4 if dout is None else _strides(dout)), *_sizes(q, windows), tiles, terms, scale,
         FLAT=_flat(windows, tables, (q, dout), (k, v)),
-        WIDE=_wide(q, k, v, out, dout, pad_k, pad_v),
-        **_options(q, windows, pads, block, tables), **block,
+        WIDE=_wide(q, k, v, out, dout, pad_k, pad_v), **options, **block,
     )  # fmt: skip
 
 
@@ -220,16 +232,19 @@ def _split_tables(grads, rows_h, need_tables):
 
 def _options(q, windows, pads, block, tables):
     """Constants of the three large kernels; makes BLOCK_N no wider than a line where it is one."""
-    terms = one_hot_terms(windows)
-    through = terms > 0 or not tables  # keys of a tile run through the window
+    small = tables and one_hot(windows)
+    through = small or not tables  # keys of a tile run through the window
+    taken = pitch(windows.width) if small else 0
     if not through:
         block["BLOCK_N"] = min(block["BLOCK_N"], power_of_two(windows.width))
-    keys = windows.height * windows.width if through else windows.width
-    rel = (terms or 16) if tables else 0
+    keys = windows.height * (taken or windows.width) if through else windows.width
+    even, dense = keys % block["BLOCK_N"] == 0, taken in (0, windows.width)
     return {
-        "FULL": _full(windows, block), "ONE_HOT": through, "REL": rel, "PADS": pads,
-        "EVEN": keys % block["BLOCK_N"] == 0 and pads != ZERO_PADS.value,
-        "NATURAL": q.dtype == torch.float32, "PRECISION": _precision(q), **_heads(q),
+        "FULL": _full(windows, block) and dense, "ONE_HOT": through,
+        "REL": SMALL if tables else 0, "PADS": pads,
+        "EVEN": even and dense and pads != ZERO_PADS.value, "NATURAL": q.dtype == torch.float32,
+        "HEIGHT": windows.height if small else 0, "WIDTH": windows.width if small else 0,
+        "PITCH": taken, "PRECISION": _precision(q), **_heads(q),
     }  # fmt: skip
 
 
@@ -252,15 +267,16 @@ def _padding(windows, pad_k, pad_v):
     return GIVEN_PADS.value, *(_dense(t) for t in (pad_k, pad_v))
 
 
-def _query_tiles(windows, block):
-    """Tiles of queries of the fullest window."""
+def _query_tiles(windows, block, small=False):
+    """Tiles of queries of the fullest window; small: its lines take their pitch."""
     lines = min(windows.height, windows.image_height)
-    return triton.cdiv(lines * min(windows.width, windows.image_width), block["BLOCK_M"])
+    columns = min(windows.width, windows.image_width)
+    return triton.cdiv(lines * (pitch(columns) if small else columns), block["BLOCK_M"])
 
 
 def _key_tiles(windows, options, block_n):
     if options["ONE_HOT"]:
-        return triton.cdiv(windows.height * windows.width, block_n)
+        return triton.cdiv(windows.height * (options["PITCH"] or windows.width), block_n)
     return windows.height * triton.cdiv(windows.width, block_n)
 
 

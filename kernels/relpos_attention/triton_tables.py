@@ -80,12 +80,12 @@ def tables_kernel(
         image, head, top, left, lines, columns = place(
             group, heads, height, width, image_height, image_width, down, across
         )
-        live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, FULL, BLOCK_M)
+        live, y, x = queries(tile * BLOCK_M, top, left, lines, columns, False, False, FULL, BLOCK_M)
         token = y * image_width + x
         plane = image.to(tl.int64) * heads + head
         at = tl.where(of_w, x - left, y - top)
         if ONE_HOT:
-            drel_ptr = drel_h_ptr + plane * tokens * rel + tl.where(of_w, height, 0)
+            drel_ptr = drel_h_ptr + plane * tokens * rel + tl.where(of_w, rel // 2, 0)
             d = skewed(drel_ptr, token * rel, 1, at, live, size, u, kind)
         else:
             h_ptr, w_ptr = drel_h_ptr + plane * height * tokens, drel_w_ptr + plane * tokens * rel

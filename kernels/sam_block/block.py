@@ -8,10 +8,12 @@ Where samples drop branches, a factor of each sample stands before what is added
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from samfast.kernels._common.ranges import stage
 from samfast.kernels._common.windows import Windows
+from samfast.kernels.lora_linear.engine import Sums
 from samfast.kernels.lora_linear.op import TABLE as PRODUCTS
 from samfast.kernels.sam_block.attention import Attention
 from samfast.kernels.sam_block.joined import Joined
@@ -42,15 +44,16 @@ class Block:
         self.head, parts = plan.split(tensors)
         self.head_needs, part_needs = plan.split(needs[1:])
         self.attention = Attention(plan, self.windows, self.head[4:], backend)
-        backend = PRODUCTS.part(backend)
+        backend, self.sums = PRODUCTS.part(backend), Sums()
         *into, self.proj, self.lin1, self.lin2 = (
             Layer(name, layer, parts[name], whole if name in _AFTER else self.windows, backend,
-                  part_needs[name])
+                  part_needs[name], self.sums)
             for name, layer in zip(plan.names, plan.layers, strict=True)
         )  # fmt: skip
         self.qkv = Joined("qkv", into) if plan.apart else into[0]
         self.layers = [self.qkv, self.proj, self.lin1, self.lin2]
         self.drops = parts.get("drops", (None, None))
+        self.left: dict[str, Tensor] = {}
         self.side = None
         if plan.side is not None:
             self.side = Side(plan.side, parts["side"], backend, part_needs["side"])
@@ -60,21 +63,22 @@ class Block:
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]]]:
         """y, aux of the layers, and what is kept: of the block, and of each layer and the side.
 
-        memory: "fast" keeps [out, lse, x1, qkv, u], "balanced" not the last two nor what their
-            layers have kept; "minimal" and None keep nothing
+        memory: "fast" keeps [out, lse, x1, qkv, u], u as lin1 leaves it, "balanced" not the last
+            two nor what their layers have kept; "minimal" and None keep nothing
         """
-        x1, u, aux, kept, of_layers, z = self._up_to_gelu(memory)
+        self._leave(self.proj, self.lin2)
+        x1, u, lacks, aux, kept, of_layers, z = self._up_to_gelu(memory)
         with stage("sam_block", "gelu"):
-            g, h = self.stages.gelu(u, self.lin2.fused_down)
-        del u
+            g, h = self.stages.gelu(u, self.lin2.fused_down, lacks)
+        del u, lacks
         bias = None if self.side is None else self.side.bias(self.lin2.bias, g.dtype)
-        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h, bias)
+        update, aux_lin2, kept_lin2 = self.lin2.forward(g, h, bias, "lin2" in self.left)
         del g, h
         if self.side is not None:
             self.side.add_(update, *z)
         self._drop_(update, 1)
         with stage("sam_block", "add"):
-            y = self.stages.add(x1, update).view(self.x.shape)
+            y = self.stages.add(x1, update, self._up(self.lin2, kept_lin2)).view(self.x.shape)
         some = memory in ("fast", "balanced")
         return (
             y,
@@ -84,41 +88,45 @@ class Block:
         )
 
     def _up_to_gelu(self, memory: str | None):
-        """x1, u, aux of three layers, what is kept of the block and of these layers, and of the
-        side, where there is one, [z]."""
+        """x1, u and what it lacks, aux of three layers, and what is kept: of the block, of these
+        layers, and [z] of the side, where there is one."""
         stages, some, every = self.stages, memory in ("fast", "balanced"), memory == "fast"
         qkv, aux_qkv, kept_qkv = self._project()
         late = [qkv] if every else []
         out, lse = self.attention.forward(qkv, self._padding(kept_qkv))
         del qkv
-        update, aux_proj, kept_proj = self.proj.forward(self._as_rows(out), None)
+        update, aux_proj, kept_proj = self.proj.forward(
+            self._as_rows(out), None, leave="proj" in self.left
+        )
         self._drop_(update, 0)
         kept = [out, lse] if some else []
         del out, lse
         with stage("sam_block", "norm2"):
             x1, n, h = stages.add_norm(
                 self.rows, update, *self.head[2:4], self.plan.eps[1], self.dtype,
-                self.lin1.fused_down,
+                self.lin1.fused_down, self._up(self.proj, kept_proj),
             )  # fmt: skip
         del update
         kept += [x1] if some else []
         z = [] if self.side is None else [self.side.forward(n)]
-        u, aux_lin1, kept_lin1 = self.lin1.forward(n, h)
+        u, aux_lin1, kept_lin1 = self.lin1.forward(n, h, leave=self._leaves_to_gelu)
         late += [u] if every else []
         of_layers = [
             kept_qkv if every else [],
             kept_proj if some else [],
             kept_lin1 if every else [],
         ]
-        return x1, u, [aux_qkv, aux_proj, aux_lin1], [*kept, *late], of_layers, z
+        aux = [aux_qkv, aux_proj, aux_lin1]
+        return x1, u, self._lacks(kept_lin1), aux, [*kept, *late], of_layers, z
 
     def _again(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         """What forward("fast") keeps, without the product that gives y."""
-        _, u, _, kept, of_layers, z = self._up_to_gelu("fast")
+        self._leave(self.proj)
+        _, u, lacks, _, kept, of_layers, z = self._up_to_gelu("fast")
         kept_lin2 = []
         if self.lin2.plan.adapted:
             with stage("sam_block", "gelu"):
-                g, h = self.stages.gelu(u, self.lin2.fused_down)
+                g, h = self.stages.gelu(u, self.lin2.fused_down, lacks)
             kept_lin2 = self.lin2.keep(g, h)
         return kept, [*of_layers, kept_lin2, z]
 
@@ -147,19 +155,23 @@ class Block:
             u, kept_lin1 = self._widen(x1)
         beside = self._beside(dupdate, *kept_side, need_n2)
         dh = self.lin2.up(dupdate, daux[3], None, kept_lin2, need_u)
-        du = self.lin2.through(dupdate, dh, need_u, Activated(self.stages, u))
-        del u, dupdate, dh
+        source = Activated(
+            self.stages, u, self.lin1.along(kept_lin1, need_n2), self.sums, self._lacks(kept_lin1)
+        )
+        du = self.lin2.through(dupdate, dh, need_u, source)
+        made = source.made
+        del u, dupdate, dh, source
         head = [None] * len(self.head)
         dx1 = dx = None
         if need_u:
             source = self._normed(x1, 1, dy, norm2)
-            dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2)
+            dh = self.lin1.up(du, daux[2], None, kept_lin1, need_n2, made)
             dx1 = self.lin1.through(du, dh, need_n2, source, beside)
             head[2:4] = source.grads
             del source  # which holds x1 and dy
         elif beside is not None:
             beside(None, self._normed(x1, 1, dy, norm2).rows())
-        del du, dy, x1, beside
+        del du, dy, x1, beside, made
         if need_x1:
             dupdate = self._dropped(dx1, 0)
             dh = self.proj.up(dupdate, daux[1], None, kept_proj, need_out)
@@ -180,6 +192,8 @@ class Block:
             self.qkv.add_padding_grads(dbias, dfactors)
             dx = self.qkv.through(dqkv, dh, need_n1, source)
             head[:2] = source.grads
+        with stage("sam_block", "sums"):
+            self.sums.finish()
         dx = dx.view(self.x.shape) if self.need_x else None
         rest = [] if self.side is None else list(self.side.grads)
         rest += [None] * len(DROPS) if self.plan.drops else []
@@ -198,12 +212,12 @@ class Block:
         return qkv, aux, kept
 
     def _widen(self, x1: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """u, which GELU takes, and what its layer keeps."""
+        """u, or u without lin1's update where that is left to GELU, and what its layer keeps."""
         with stage("sam_block", "norm2"):
             n, h = self.stages.norm(
                 x1, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down
             )
-        u, _, kept = self.lin1.forward(n, h)
+        u, _, kept = self.lin1.forward(n, h, leave=self._leaves_to_gelu)
         return u, kept
 
     def _beside(
@@ -222,7 +236,9 @@ class Block:
         weight, bias = self.head[2 * which : 2 * which + 2]
         eps = self.plan.eps[which]
         name = f"norm{which + 1}"
-        return Normed(name, self.stages, x, weight, bias, eps, self.dtype, residual, needs)
+        return Normed(
+            name, self.stages, x, weight, bias, eps, self.dtype, residual, needs, self.sums
+        )
 
     def _as_rows(self, out: Tensor) -> Tensor:
         return out.view(len(self.rows), out.shape[3] * out.shape[4])
@@ -230,6 +246,41 @@ class Block:
     def _padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What qkv is at the padding of windows: its bias, and the two factors of its update."""
         return (None, None, None) if self.windows.pads == 0 else self.qkv.padding(kept)
+
+    def _leave(self, *layers: Layer) -> None:
+        """Let the sums behind these layers take their updates, where they can.
+
+        left: each such layer's lora_b, transposed
+        """
+        some = [layer for layer in layers if self._takes_up(layer)]
+        if some:
+            factors = torch.cat([layer.lora_b.t() for layer in some])
+            parts = factors.split([layer.lora_b.shape[1] for layer in some])
+            self.left = {layer.name: part for layer, part in zip(some, parts, strict=True)}
+
+    def _takes_up(self, layer: Layer) -> bool:
+        """Whether all columns get the update, and nothing comes between it and the sum."""
+        first = layer is self.proj
+        dropped = self.drops[0 if first else 1] is not None
+        if dropped or not layer.plan.adapted or layer.plan.starts:
+            return False
+        return self.stages.takes_up(layer.lora_b, self.lin1.fused_down if first else None)
+
+    @property
+    def _leaves_to_gelu(self) -> bool:
+        """Whether GELU adds lin1's update to u, here and in the backward; all columns get it."""
+        lin1 = self.lin1
+        return lin1.plan.adapted and not lin1.plan.starts and self.stages.left_to_gelu(lin1.lora_b)
+
+    def _lacks(self, kept_lin1: list[Tensor]) -> tuple[Tensor, Tensor, float] | None:
+        """The update that u lacks, as GELU takes it."""
+        lin1 = self.lin1
+        return (kept_lin1[0], lin1.lora_b, lin1.plan.scaling) if self._leaves_to_gelu else None
+
+    def _up(self, layer: Layer, kept: list[Tensor]) -> tuple[Tensor, Tensor, float] | None:
+        """The update that a layer has left, as the sums take it."""
+        factor = self.left.get(layer.name)
+        return None if factor is None else (kept[0], factor, layer.plan.scaling)
 
     def _drop_(self, update: Tensor, which: int) -> None:
         """Multiply what a branch gives by the factors of its samples, where there are some."""

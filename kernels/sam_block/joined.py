@@ -138,6 +138,8 @@ class Joined:
         dh, lora_a = (torch.cat(parts, dim) if len(low) > 1 else parts[0] for parts, dim in (
             ([d for d, _ in low], 1), ([adapter.lora_a for _, adapter in low], 0)
         ))  # fmt: skip
+        if any(adapter.lora_a.dtype != lora_a.dtype for _, adapter in low):
+            source.sums = None  # parts of the gradient are cast, which cannot wait
         before, rows, da = source.backward(drows, (dh, lora_a, need_a), need_weight)
         parts = [None] * len(low) if da is None else da.split([len(a.lora_a) for _, a in low])
         for (d, adapter), part in zip(low, parts, strict=True):
@@ -220,7 +222,7 @@ class Joined:
     def _down_backward(self, drows, dh, rows, adapter: Layer) -> None:
         with stage("sam_block", self.name):
             adapter.grads[_A] = adapter.path(dh).down_backward_(
-                drows, dh, rows, adapter.lora_a, adapter.plan.dropout, adapter.seed
+                drows, dh, rows, adapter.lora_a, adapter.plan.dropout, adapter.seed, adapter.sums
             )
 
 
@@ -238,7 +240,7 @@ def _of_one(layer: Layer, start: int) -> Layer:
     tensors = [None, None, layer.lora_a, layer.lora_b, layer.seed, *layer.params]
     needs = [False, False, *layer.needs[2:]]
     plan = layer.plan._replace(starts=starts)
-    return Layer(layer.name, plan, tensors, layer.windows, layer.backend, needs)
+    return Layer(layer.name, plan, tensors, layer.windows, layer.backend, needs, layer.sums)
 
 
 def _of_several(adapted: Sequence[tuple[int, Layer]], length: int) -> Layer:
@@ -251,9 +253,11 @@ def _of_several(adapted: Sequence[tuple[int, Layer]], length: int) -> Layer:
     factors = [torch.cat([layer.tensor(which) for layer in layers]) for which in (_A, _B)]
     needs = [any(layer.needs[which] for layer in layers) for which in (_A, _B)]
     tensors = [None, None, *factors, None]
+    cast = len({layer.tensor(which).dtype for layer in layers for which in (_A, _B)}) > 1
     return Layer(
-        first.name, plan, tensors, first.windows, first.backend, [False, False, *needs, False]
-    )
+        first.name, plan, tensors, first.windows, first.backend, [False, False, *needs, False],
+        None if cast else first.sums,
+    )  # fmt: skip
 
 
 def _bias_of(layer: Layer) -> Tensor:

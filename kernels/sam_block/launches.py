@@ -8,6 +8,8 @@ import torch
 
 from samfast.kernels._common import without_data
 from samfast.kernels._common.without_data import in_tf32
+from samfast.kernels.lora_linear.engine import Sums
+from samfast.kernels.lora_linear.triton_kernels import add_up
 from samfast.kernels.sam_block import triton_kernels as kernels
 from samfast.kernels.sam_block.triton_kernels import MAX_RANK
 
@@ -16,10 +18,11 @@ def launches(quick: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """The stages of ViT-H and ViT-B at batch 4; every tile, of each kind of rows."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     yield "sam_block bfloat16 r4", partial(run, 1280, 4, bf16, bf16, others=not quick)
+    yield "sam_block bfloat16 r16", partial(run, 1280, 16, bf16, bf16, others=not quick)
     if quick:
         return
     yield "sam_block bfloat16 r4 float32 residual", partial(run, 768, 4, bf16, fp32)
-    for rank in (16, 32, 64, MAX_RANK[2]):
+    for rank in (8, 32, 64, MAX_RANK[2]):
         yield f"sam_block bfloat16 r{rank}", partial(run, 1280, rank, bf16, bf16)
     name = f"sam_block bfloat16 r{MAX_RANK[2]} float32 residual"
     yield name, partial(run, 1280, MAX_RANK[2], bf16, fp32)
@@ -33,6 +36,8 @@ def launches(quick: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "sam_block bfloat16 r1 odd", partial(run, 100, 1, bf16, bf16, odd)
     yield "sam_block bfloat16 r128 odd", partial(run, 100, MAX_RANK[2], bf16, fp32, odd)
     yield "sam_block float32 r32 odd", partial(run, 100, MAX_RANK[4], fp32, fp32, odd)
+    yield "sam_block bfloat16 r4 narrow", partial(run, 192, 4, bf16, fp32)  # less than a chunk
+    yield "sam_block float32 r8", partial(run, 1280, 8, fp32, fp32)
     yield "sam_block bfloat16 r3 bfloat16 norm", partial(run, 1024, 3, bf16, bf16, affine=bf16)
 
 
@@ -44,13 +49,38 @@ def run(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32, oth
     norm = (meta(width, dtype=affine), meta(width, dtype=affine), 1e-6)
     u, dh = meta(tokens, 4 * width), meta(tokens, rank)
     adapters = [[without_data.meta(rank, n) for n in (width, 4 * width)], (None, None)]
+    of_u = (dh, without_data.meta(4 * width, rank), 0.5)
     wanted = ((False, True), (True, True), (False, False))
+    if others:
+        kernels.gelu_backward(u, u, (dh, adapters[0][1], True), False, (None, *of_u[1:]))
     for lora_a, wide in adapters if others else adapters[:1]:
         kernels.norm(x, *norm, dtype, lora_a)
-        kernels.add_norm(x, update, *norm, dtype, lora_a)
-        kernels.gelu(u, wide)
+        taken = lora_a is not None and kernels.takes_up(lora_a.t(), lora_a)
+        if others or not taken:
+            kernels.add_norm(x, update, *norm, dtype, lora_a)
+        if taken:
+            up = (dh, without_data.meta(rank, width), 0.5)
+            kernels.add_norm(x, update, *norm, dtype, lora_a, up)
+            kernels.add(x, update, up)
+        lacks = of_u if wide is not None and kernels.left_to_gelu(of_u[1]) else None
+        for left in dict.fromkeys((lacks, None) if others else (lacks,)):
+            kernels.gelu(u, wide, left)
         for want, need_a in wanted if others else wanted[:1]:
             low = None if lora_a is None else (dh, lora_a, need_a)
             kernels.norm_backward(update, x, *norm, x, low, want)
             low = None if wide is None else (dh, wide, need_a)
-            kernels.gelu_backward(u, u, low, want)
+            sums = Sums()
+            kernels.gelu_backward(u, u, low, want, of_u, sums, lacks)
+            if others:
+                kernels.gelu_backward(u, u, low, want)
+            _rest(sums, rank, width, tokens, dtype)
+
+
+def _rest(sums: Sums, rank: int, width: int, tokens: int, dtype: torch.dtype) -> None:
+    """Add up what waits, beside dz of a layer as wide as the block, and at the end."""
+    dz = without_data.meta(tokens, rank, dtype=dtype)
+    for n in (width, 3 * width):
+        sums.add(without_data.meta(32, rank, n), without_data.meta(rank, n), add_up)
+    add_up(sums, without_data.meta(-(-width // 128), tokens, rank), dz, 1, rank)
+    sums.add(without_data.meta(32, rank, width), without_data.meta(rank, width), add_up)
+    sums.finish()

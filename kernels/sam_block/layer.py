@@ -26,17 +26,19 @@ class Layer:
     """The tensors and options of one layer; rows are (tokens, in_features).
 
     needs, grads: which of its tensors want a gradient, and what a backward has made for them
+    sums: where gradients wait until the block's backward ends
     path: who runs the rank-r stages   name: of its ranges
     """
 
     def __init__(
-        self, name: str, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None
-    ):
+        self, name: str, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None,
+        sums: engine.Sums | None = None,
+    ):  # fmt: skip
         self.name, self.plan, self.windows, self.backend = name, plan, windows, backend
         self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params = tensors
         self.needs = [False] * len(tensors) if needs is None else needs
         self.grads: list[Tensor | None] = [None] * len(tensors)
-        self.options = plan.options(windows)
+        self.options, self.sums = plan.options(windows), sums
 
     @property
     def fused_down(self) -> Tensor | None:
@@ -59,22 +61,23 @@ class Layer:
         return path_of(self.backend, rows, self.lora_a, self.lora_b, self.plan.starts)
 
     def forward(
-        self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None
+        self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None, leave: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The result, the map's aux, and what the backward needs: z, z_pad, what the map saved.
 
-        bias: in place of the layer's own
+        bias: in place of the layer's own   leave: the update to the caller, who has z
         """
         bias = self.bias if bias is None else bias
         with stage("sam_block", self.name):
-            if not self.plan.adapted:
-                bias = None if bias is None else bias.to(rows.dtype)
-                return F.linear(rows, self.weight.to(rows.dtype), bias), no_aux(rows), []
-            y, z, aux, z_pad, saved = engine.forward(
-                self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b, self.params,
-                self.seed, self.options, h,
-            )  # fmt: skip
-        return y, aux, [z, z_pad, *saved]
+            if self.plan.adapted and not leave:
+                y, z, aux, z_pad, saved = engine.forward(
+                    self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b,
+                    self.params, self.seed, self.options, h,
+                )  # fmt: skip
+                return y, aux, [z, z_pad, *saved]
+            kept, aux = self._low(rows, h) if self.plan.adapted else ([], no_aux(rows))
+            bias = None if bias is None else bias.to(rows.dtype)
+            return F.linear(rows, self.weight.to(rows.dtype), bias), aux, kept
 
     def add_(self, y: Tensor, z: Tensor) -> None:
         """y += s · z Bᵀ on the columns that the adapter updates."""
@@ -85,26 +88,46 @@ class Layer:
         if not self.plan.adapted:
             return []
         with stage("sam_block", self.name):
-            z, _, z_pad, saved = engine.low(
-                self.path(rows), rows, self.lora_a, self.params, self.seed, self.options, h
-            )
-        return [z, z_pad, *saved]
+            return self._low(rows, h)[0]
 
-    def up(self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool) -> Tensor | None:
-        """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed."""
+    def _low(self, rows, h):
+        z, aux, z_pad, saved = engine.low(
+            self.path(rows), rows, self.lora_a, self.params, self.seed, self.options, h
+        )
+        return [z, z_pad, *saved], aux
+
+    def along(self, kept: list[Tensor], need_rows: bool) -> tuple | None:
+        """What the producer of dy needs to make dz and dB as well, or None."""
+        needs = self._needs(need_rows)
+        if not self.plan.adapted or self.plan.starts or not any(needs):
+            return None
+        return kept[0] if needs[1] else None, self.lora_b, self.plan.scaling
+
+    def _needs(self, need_rows: bool) -> tuple[bool, ...]:
+        """Whether gradients are wanted of h, of lora_b and of the map's parameters."""
+        return (need_rows or self.needs[2], self.needs[3], *self.needs[5:])
+
+    def up(
+        self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool, made=None
+    ) -> Tensor | None:
+        """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed.
+
+        made: dz and dB, where the producer of dy has made them
+        """
         with stage("sam_block", self.name):
-            return self._up(dy, daux, dz_pad, kept, need_rows)
+            return self._up(dy, daux, dz_pad, kept, need_rows, made)
 
-    def _up(self, dy, daux, dz_pad, kept, need_rows):
+    def _up(self, dy, daux, dz_pad, kept, need_rows, made):
         if self.needs[1]:
             self.grads[1] = column_sum(dy, self.bias)
         if not self.plan.adapted:
             return None
         z, _, *saved = kept
-        needs = (need_rows or self.needs[2], self.needs[3], *self.needs[5:])
         dh, self.grads[3], self.grads[5:] = engine.up(
-            self.path(dy), dy, daux, dz_pad, self.lora_b, z, saved, self.params, self.options, needs
-        )
+            self.path(dy), dy, daux, dz_pad, self.lora_b, z, saved, self.params, self.options,
+            self._needs(need_rows), made,
+            sums=None if self.pads_vary else self.sums,  # padding adds to dB before the end
+        )  # fmt: skip
         return dh
 
     def padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -146,14 +169,16 @@ class Layer:
             if need_a and self.grads[2] is None:
                 with stage("sam_block", self.name):
                     path, lora_a = self.path(dy), self.lora_a
-                    self.grads[2] = path.down_backward_(None, dh, rows, lora_a, 0.0, None)
+                    self.grads[2] = path.down_backward_(
+                        None, dh, rows, lora_a, 0.0, None, self.sums
+                    )
         else:
             rows = source.rows() if need_a or self.needs[0] else None
             if dh is not None:
                 with stage("sam_block", self.name):
                     self.grads[2] = self.path(dy).down_backward_(
                         drows, dh, rows if need_a else None, self.lora_a, self.plan.dropout,
-                        self.seed,
+                        self.seed, self.sums,
                     )  # fmt: skip
             before = None if drows is None else source.backward(drows, None, False)[0]
         if self.needs[0]:
@@ -180,12 +205,12 @@ class Given:
 class Normed:
     """LayerNorm of x, to be made again, once; its gradient goes on beside ``residual``.
 
-    name: of its ranges
+    name: of its ranges   sums: where lora_a's gradient may wait
     """
 
-    def __init__(self, name, stages, x, weight, bias, eps, dtype, residual, needs):
+    def __init__(self, name, stages, x, weight, bias, eps, dtype, residual, needs, sums=None):
         self.name, self.stages, self.dtype = name, stages, dtype
-        self.x, self.residual = x, residual
+        self.x, self.residual, self.sums = x, residual, sums
         self.affine, self.needs = (weight, bias, eps), needs
         self.grads: list[Tensor | None] = [None, None]
         self.made: Tensor | None = None
@@ -208,25 +233,34 @@ class Normed:
     def _backward(self, drows, low, want):
         if self.needs_all:
             self.grads = self.stages.norm_parameters(drows, self.x, *self.affine, self.needs)
+        given = drows, self.x, *self.affine, self.residual
         if self.made is None:
-            return self.stages.norm_backward(drows, self.x, *self.affine, self.residual, low, want)
+            return self.stages.norm_backward(*given, low, want, self.sums)
         low = None if low is None else (*low[:2], False)  # no need of the rows, which are there
-        dx, _, _ = self.stages.norm_backward(drows, self.x, *self.affine, self.residual, low, False)
+        dx, _, _ = self.stages.norm_backward(*given, low, False)
         return dx, self.made, None
 
 
 class Activated:
-    """GELU of u, to be made again."""
+    """GELU of u, to be made again.
+
+    back, lacks: of the layer before, as the stages have them
+    made: dz and dB of it, where a stage makes them
+    """
 
     needs_all = False
 
-    def __init__(self, stages, u):
-        self.stages, self.u = stages, u
+    def __init__(self, stages, u, back, sums, lacks):
+        self.stages, self.u, self.back, self.sums, self.lacks = stages, u, back, sums, lacks
+        self.made: tuple[Tensor, Tensor | None] | None = None
 
     def rows(self) -> Tensor:
         with stage("sam_block", "gelu"):
-            return self.stages.gelu(self.u)[0]
+            return self.stages.gelu(self.u, None, self.lacks)[0]
 
     def backward(self, drows, low, want):
         with stage("sam_block", "gelu"):
-            return self.stages.gelu_backward(drows, self.u, low, want)
+            du, g, da, self.made = self.stages.gelu_backward(
+                drows, self.u, low, want, self.back, self.sums, self.lacks
+            )
+        return du, g, da

@@ -7,7 +7,13 @@ sums are float32 (float64 for float64), whatever the rows are.
 lora_a (R, features): where it is given, and a path can make h = rows Aᵀ while it has the rows at
 hand, h comes with them; here it is None, and whoever wants it makes it.
 low = (dh, lora_a, need_a): the gradient of the rows is what came plus dh A, and lora_a's is wanted
-where need_a says so. A path that makes it on its way returns it last, other ones the rows.
+where need_a says so. A path that makes it on its way returns it, other ones the rows.
+up = (z, factor, scaling): what is added is the update and scaling · z factor, factor (R, features)
+the transposed lora_b. Only where ``takes_up`` says so.
+back = (z, lora_b, scaling): of the layer whose result u is, all of which gets its update. A path
+that can makes dz = s · du B and, where z is given, dB = s · duᵀ z beside du, and returns them last.
+Here there is None, and whoever wants them makes them. Gradients of weights may wait in ``sums``.
+lacks = (z, lora_b, scaling): s · z Bᵀ is yet to be added to u. Only where ``left_to_gelu`` says so.
 """
 
 import torch
@@ -17,6 +23,21 @@ from torch import Tensor
 from samfast.kernels._common.layer_norm import alike
 
 Low = tuple[Tensor, Tensor, bool] | None
+Up = tuple[Tensor, Tensor, float] | None
+Back = tuple[Tensor | None, Tensor, float] | None
+
+
+def takes_up(lora_b: Tensor, lora_a: Tensor | None = None) -> bool:
+    """Whether a sum takes lora_b's update, before a norm that makes h of lora_a, if any.
+
+    Here a pass of its own costs as much.
+    """
+    return False
+
+
+def left_to_gelu(lora_b: Tensor) -> bool:
+    """Whether GELU takes the update of the layer before."""
+    return False
 
 
 def norm(
@@ -29,15 +50,16 @@ def norm(
 
 def add_norm(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-    lora_a=None,
+    lora_a=None, up: Up = None,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """x + update in the wider dtype of the two, its LayerNorm, and h."""
-    total = x + update
+    """x + update in the wider dtype of the two, its LayerNorm, and h. update may be overwritten."""
+    total = x + _updated(update, up)
     return total, *norm(total, weight, bias, eps, dtype)
 
 
-def add(x: Tensor, update: Tensor) -> Tensor:
+def add(x: Tensor, update: Tensor, up: Up = None) -> Tensor:
     """x + update in the wider dtype of the two; in update's memory where that is its dtype."""
+    update = _updated(update, up)
     if torch.promote_types(x.dtype, update.dtype) == update.dtype:
         return update.add_(x)
     return x + update
@@ -45,7 +67,7 @@ def add(x: Tensor, update: Tensor) -> Tensor:
 
 def norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor, low: Low,
-    want: bool,
+    want: bool, sums=None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """residual + the gradient through the LayerNorm, in x's dtype, its rows and lora_a's gradient.
 
@@ -74,19 +96,26 @@ def norm_parameters(
     return [d.to(t.dtype) if need else None for d, t, need in sources]
 
 
-def gelu(u: Tensor, lora_a=None) -> tuple[Tensor, None]:
-    """u Φ(u), exact, and h."""
-    return F.gelu(u), None
+def gelu(u: Tensor, lora_a=None, lacks: Back = None) -> tuple[Tensor, None]:
+    """gelu(u), and h."""
+    return F.gelu(_whole(u, lacks)), None
 
 
 def gelu_backward(
-    dg: Tensor, u: Tensor, low: Low, want: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """du, gelu(u) and lora_a's gradient. dg may be overwritten."""
+    dg: Tensor, u: Tensor, low: Low, want: bool, back: Back = None, sums=None, lacks: Back = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor | None] | None]:
+    """du, gelu(u), lora_a's gradient, and dz and dB of back. dg may be overwritten."""
     want = want or (low is not None and low[2])
-    dg = _with(dg, low)
+    dg, u = _with(dg, low), _whole(u, lacks)
     du = torch.ops.aten.gelu_backward.grad_input(dg, u, grad_input=dg)
-    return du, F.gelu(u) if want else None, None
+    return du, F.gelu(u) if want else None, None, None
+
+
+def _whole(u: Tensor, lacks: Back) -> Tensor:
+    if lacks is None:
+        return u
+    z, lora_b, scaling = lacks
+    return torch.addmm(u, z, lora_b.t().to(u.dtype), alpha=scaling)
 
 
 def _with(d: Tensor, low: Low) -> Tensor:
@@ -94,3 +123,10 @@ def _with(d: Tensor, low: Low) -> Tensor:
         return d
     dh, lora_a, _ = low
     return d.addmm_(dh, lora_a.to(d.dtype))
+
+
+def _updated(update: Tensor, up: Up) -> Tensor:
+    if up is None:
+        return update
+    z, factor, scaling = up
+    return update.addmm_(z, factor.to(update.dtype), alpha=scaling)

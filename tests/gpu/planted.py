@@ -16,18 +16,24 @@ from pathlib import Path
 from types import ModuleType
 
 BARRIER = "tl.debug_barrier()"
-# operation: (module of the kernel, kernel, barriers it has)
+# operation, and what it has two of: (module of the kernel, kernel, barriers it has)
 PLANTS = {
     "relpos_attention": ("triton_backward", "dq_kernel", 2),
     "sam_block": ("triton_norm", "norm_backward_kernel", 1),
+    "sam_block_rows": ("triton_rows", "norm_row_backward_kernel", 1),
     "conv_experts": ("triton_kernels", "backward_kernel", 1),
 }
+
+
+def folder_of(operation: str) -> str:
+    """The folder in kernels/."""
+    return operation.removesuffix("_rows")
 
 
 def sources(operation: str) -> tuple[str, str]:
     """The module's text, and the same without its barriers."""
     file, _, _ = PLANTS[operation]
-    spec = importlib.util.find_spec(f"samfast.kernels.{operation}.{file}")
+    spec = importlib.util.find_spec(f"samfast.kernels.{folder_of(operation)}.{file}")
     text = Path(spec.origin).read_text(encoding="utf-8")
     kept = [line for line in text.splitlines(keepends=True) if BARRIER not in line]
     return text, "".join(kept)
@@ -49,7 +55,7 @@ def variant(operation: str, folder: Path) -> ModuleType:
 def planted(operation: str, folder: Path):
     """The operation's launchers launch the kernel without its barriers."""
     kernel = PLANTS[operation][1]
-    launchers = importlib.import_module(f"samfast.kernels.{operation}.triton_kernels")
+    launchers = importlib.import_module(f"samfast.kernels.{folder_of(operation)}.triton_kernels")
     right = getattr(launchers, kernel)
     setattr(launchers, kernel, getattr(variant(operation, folder), kernel))
     try:
@@ -67,7 +73,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for operation in PLANTS:
             with planted(operation, Path(folder)):
-                recorded = [one for _, some in launches.of(operation)(True) for one in some]
+                named = launches.of(folder_of(operation))(True)
+                recorded = [one for _, some in named for one in some]
             jobs = [Compile.of(one, 90) for one in recorded]
             jobs = [job for job in jobs if job.module == f"planted_{operation}"]
             wrong += not jobs

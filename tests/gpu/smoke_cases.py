@@ -116,6 +116,19 @@ def _example(operation) -> Row:
 MAPS, WINDOWS = relpos_attention.MapCase, relpos_attention.WindowCase
 EXPERTS, BLOCK, LORA = conv_experts.Case, sam_block.Case, lora_linear.Case
 Q_AND_V = ((0, 16), (32, 48))
+
+
+class WideBlock(BLOCK):
+    """Norms that are not trained, beside ranks above those whose rows are kept."""
+
+    rank = 12
+
+    @property
+    def names(self):
+        return ["" if name.startswith("norm") else name for name in super().names]
+
+
+OF_BLOCK = ("norm_row_kernel", "norm_row_backward_kernel", "gelu_kernel", "gelu_backward_kernel")
 LISTED = (
     *_rows(
         "lora_linear",
@@ -188,15 +201,16 @@ LISTED = (
     ),
     *_rows(
         "sam_block",
-        ("norm_kernel", "norm_backward_kernel", "gelu_kernel", "gelu_backward_kernel"),
+        (*OF_BLOCK, "add_row_kernel"),
         {
             "windows": BLOCK(),
             "global": BLOCK(window=0),
             "sliced": BLOCK(sliced=True, dropout=0.2),
-            "experts": BLOCK(experts=True, adapters=("qkv",)),
             "balanced": BLOCK(memory="balanced"),
             "minimal": BLOCK(memory="minimal"),
         },
     ),
+    *_rows("sam_block", OF_BLOCK, {"experts": BLOCK(experts=True, adapters=("qkv",))}),
+    *_rows("sam_block", ("norm_kernel", "norm_backward_kernel"), {"wide": WideBlock()}),
 )
 ROWS = (*LISTED, *map(_example, sorted(set(OPERATIONS) - {row.operation for row in LISTED})))

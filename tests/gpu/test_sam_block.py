@@ -108,7 +108,8 @@ def test_counted_launches_and_syncs(kind):
         gradients(block, x, dy)
     sides = (window, window) if window else (side, side)
     design = costs.stages(Windows(1, side, side, *sides), width, heads, RANK, itemsize=2)
-    assert counts.total_launches == sum(stage.launches for stage in design) == 40
+    number = sum(stage.launches for stage in design)
+    assert counts.total_launches == number == (30 if max(sides) <= 16 else 32)
     assert counts.total_syncs == 0
 
 

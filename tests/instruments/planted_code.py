@@ -65,9 +65,10 @@ def registered(quick):
         for launch in launches.recorded(partial(of_block.run, 1280, 4, BF16, BF16))
         if launch.kernel.fn.__name__ == "gelu_kernel"
     )
-    value, product = "wide * share", "tl.dot(g, a.to(g.dtype), input_precision=PRECISION)"
+    value = "wide * share, 0.0).to(u.dtype)"
+    product = "tl.dot(g, a.to(g.dtype), input_precision=PRECISION)"
     at = "offs_n[None, :], g, inside)\n        if DOWN"
-    yield "needless erf", [changed(gelu, (value, f"{value} * tl.math.erf(wide + 1.0)"))]
+    yield "needless erf", [changed(gelu, (value, f"tl.math.erf(wide + 1.0) * {value}"))]
     if quick:
         return
     exact = 'tl.dot(g.to(tl.float32), a.to(tl.float32), input_precision="ieee")'

@@ -55,14 +55,14 @@ def sound(name, version=GPU):
     row = tables()[version][name]
     m, n = row["tile"]
     head = int(name.split()[-1]) if name.split()[-1].isdigit() else 0
-    constants = {"BLOCK_M": m, "BLOCK_N": n, "ONE_HOT": "windows" in name, "REL": 32}
+    constants = {"BLOCK_M": m, "BLOCK_N": n, "ONE_HOT": "windows" in name, "REL": 16}
     constants |= {"HEAD_A": 64, "HEAD_B": 16 if head == 80 else 0}
     products = tuple(row.get("products", {}).items())
     exponentials = m * n // (32 * row["warps"]) + 2 * name.startswith("forward")
     loop = Loop(row["instructions"], row["integer"], exponentials, products, 0)
     if not head:
         loop = dataclasses.replace(loop, hmma=1)
-    return Code(name, row["warps"], tuple(constants.items()), loop)
+    return Code(name, row["warps"], tuple(constants.items()), loop, row.get("once", 0))
 
 
 def planted(code, **changes):
@@ -72,7 +72,7 @@ def planted(code, **changes):
 @pytest.mark.parametrize("version", tables())
 def test_every_table_is_whole_and_without_faults(version):
     assert list(tables()[version]) == list(tables()[GPU])
-    assert len(tables()[GPU]) == 3 * 2 * 2 + 5 * 2
+    assert len(tables()[GPU]) == 3 * 2 * 2 + 5 * 2 + 4  # a sum, and rows not kept
     for name in tables()[version]:
         assert faults(sound(name, version), version) == ()
 
@@ -98,9 +98,9 @@ def test_the_model_of_a_step_has_the_same_counts():
 
 
 def test_products_are_those_of_the_mathematics():
-    """One by one: S and dP of 80 terms, the bias's 32; dq and its rest; the factors' gradient."""
+    """One by one: S and dP of 80 terms, the bias's 32; dq and its rest; both factors' gradients."""
     assert needed_products(sound("dq windows 80")) == {
-        "64x16": 2, "64x32": 5 + 5 + 2 + 2, "64x64": 2,
+        "64x16": 2 + 4, "64x32": 5 + 5 + 2, "64x64": 2,
     }  # fmt: skip
 
 
@@ -113,13 +113,13 @@ def test_each_limit_on_attention():
     )
     (sentence,) = planted(sound("forward global 64"), exponentials=35)
     assert "35 exponentials a thread and tile, expected at most 34" in sentence
-    less = (("64x16", 2), ("64x32", 12), ("64x64", 2))
+    less = (("64x16", 6), ("64x32", 11), ("64x64", 2))
     (sentence,) = planted(code, products=less)
     assert sentence.startswith(
-        "dq windows 80: makes 2 of 64x16, 12 of 64x32, 2 of 64x64, expected 2 of 64x16, 14 of 64x32"
+        "dq windows 80: makes 6 of 64x16, 11 of 64x32, 2 of 64x64, expected 6 of 64x16, 12 of 64x32"
     )
     (sentence,) = planted(code, products=(), hmma=9)
-    assert sentence.startswith("dq windows 80: makes no WGMMA and 9 HMMA, expected 2 of 64x16, 14")
+    assert sentence.startswith("dq windows 80: makes no WGMMA and 9 HMMA, expected 6 of 64x16, 12")
     (sentence,) = planted(code, hmma=1)
     assert "2 of 64x64 and 1 HMMA, expected" in sentence
     _, narrow = planted(code, products=(("64x8", 4), *code.loop.products))
@@ -149,7 +149,7 @@ def test_limits_from_counts(name):
 
 
 def test_element_wise_products_need_tensor_cores():
-    assert planted(sound("gelu adapter"), hmma=0) == (
+    assert planted(sound("gelu adapter"), hmma=0, products=()) == (
         "gelu adapter: no product on tensor cores, expected the adapter's there; use tl.dot in 16 "
         "bits",
     )
@@ -178,7 +178,7 @@ def test_a_needless_erf_is_seen():
     code, text = gate(*PLANTED, "--quick")
     assert code == 1, text
     assert "gelu_kernel" in text and "NOT CLEAN" in text
-    assert "instructions an element, expected at most 28.9 + 5%" in text
+    assert "instructions an element, expected at most 32.1 + 5%" in text
 
 
 @pytest.mark.slow
@@ -197,8 +197,8 @@ SEEN = {
     "needless division": ["of the instructions integer, expected"],
     "dq by columns": [
         "16 exponentials a thread and tile, expected at most 8",
-        "makes 26 of 64x16, 2 of 64x32, 2 of 64x8, expected 2 of 64x16, 14 of 64x32, 2 of 64x64",
-        "makes 2 of 64x8, expected none narrower than 64x32",
+        "makes 24 of 64x16, 2 of 64x32, 6 of 64x8, expected 6 of 64x16, 12 of 64x32, 2 of 64x64",
+        "makes 6 of 64x8, expected none narrower than 64x32",
         "instructions an element, expected",
     ],
     "dkv by columns": [

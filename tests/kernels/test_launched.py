@@ -99,8 +99,9 @@ def designs() -> dict[str, dict[str, int]]:
         },
         "rope": {"rotate_kernel": turn["rotate"] + turn["rotate back"]},
         "sam_block": {
-            "norm_kernel": block["norm1, h"] + block["x1 = x + update, norm2, h"],
-            "norm_backward_kernel": block["norm1 backward, rows"],
+            "norm_row_kernel": block["norm1, h"] + block["x1 = x + update, norm2, h"],
+            "norm_row_backward_kernel": block["norm1 backward, dA"],
+            "add_row_kernel": block["y = x1 + update"],
             "gelu_kernel": block["GELU, h"],
             "gelu_backward_kernel": block["GELU backward, dA"],
         },

@@ -95,8 +95,8 @@ def dz_sum(part, tokens):
     # one block of 1024 elements, of three parts
     dz = torch.empty(1024)
     kernels.reduce_kernel[(1,)](
-        part, dz, tokens, 3, 1 if tokens == 1024 else far, 1, 1, None, None, 0, 0,
-        HAS_DZ=True, HAS_GRAD=False, BLOCK=1024,
+        part, dz, tokens, 3, 1 if tokens == 1024 else far, 1, 1, *3 * [None, None, 0, 0],
+        HAS_DZ=True, GRADS=0, BLOCK=1024,
     )
     return dz
 

@@ -41,6 +41,29 @@ def test_the_same_bits(starts, own, need_b, monkeypatch, guarded_kernels):
         assert db is None if z is None else torch.equal(db, made[0][1])
 
 
+def test_gradients_that_wait(guarded_kernels):
+    """They go with dz of the next launches, three at most, and have the same bits."""
+    lora_a, lora_b = draw(3, 20, dtype=torch.float32), draw(48, 3, dtype=torch.float32)
+    x, dy, z = draw(70, 20), draw(70, 48), draw(70, 3)
+    slices = engine.Slices((), lora_b, False)
+
+    def calls(sums):
+        before = guarded_kernels.launches
+        das = [kernels.down_backward_(None, z * n, x, lora_a, 0.0, None, sums) for n in range(5)]
+        made = kernels.up_backward(dy, z, lora_b, 0.5, slices, sums)
+        return [*das, *made], guarded_kernels.launches - before
+
+    expected, launches = calls(None)
+    assert launches == 5 * 2 + 2
+    sums = engine.Sums()
+    found, launches = calls(sums)
+    assert launches == 5 + 2
+    sums.finish()
+    assert guarded_kernels.launches == 5 * 3 + 2 * 2 + 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not sums.take(1)
+
+
 @pytest.mark.parametrize("rank", [4, 16, 64, 128])
 @pytest.mark.parametrize("out", [3840, 5120])
 @pytest.mark.parametrize("tokens", [4096, 4 * 4096, 8 * 96 * 96])

@@ -275,7 +275,7 @@ def test_limits():
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(33, 16), (31, 2), (48, 16), (14, 14), (20, 17), (100, 3), (3, 100)]
+    ("height", "width"), [(33, 16), (31, 2), (16, 16), (14, 14), (20, 17), (100, 3), (3, 100)]
 )
 def test_the_factors_that_int32_counts_are_those_that_are_made(height, width, monkeypatch):
     """Of a head: its factors as the launcher allocates them, with one more window and without."""
@@ -293,7 +293,10 @@ def test_the_factors_that_int32_counts_are_those_that_are_made(height, width, mo
         made.clear()
         shape = (1, windows.image_height, windows.image_width, 1, 16)
         q = torch.empty(shape, device="meta", dtype=torch.float16)
-        kernels._prepare(q, *tables, windows, None, None, None)
+        if tiling.one_hot(windows):
+            made.append(kernels._small_factors(q, windows)[0])
+        else:
+            kernels._prepare(q, *tables, windows, None, None, None)
         return max(t.numel() for t in made if t is not None)
 
     one = most(Windows(1, height, width, height, width))
@@ -310,6 +313,40 @@ def test_negative_and_no_scale():
         call = Call(windows, heads=1)
         call.scale = scale
         call.check(kernels)
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [Windows.whole(1, 5, 7), pytest.param(TWO_TILES, marks=pytest.mark.slow_on_cpu)],
+    ids=["one-hot", "lines"],
+)
+def test_a_large_bias(windows):
+    """Forward and backward round the same factors, or the weights of a query no longer add up."""
+    call = Call(windows, heads=1)
+    call.tables = [20.0 * t for t in call.tables]
+    call.check(kernels, torch.bfloat16)
+
+
+@pytest.mark.parametrize("most", [40_000.0, 60_000.0])
+def test_a_bias_near_the_end_of_float16(most):
+    """Its product with a logarithm's base would be infinite."""
+    call = Call(Windows(1, 4, 4, 4, 4), heads=1)
+    call.tokens["q"] = torch.zeros_like(call.tokens["q"])
+    call.tokens["q"][..., 0] = 200.0
+    for table in call.tables:
+        table.zero_()
+    call.tables[0][:, 0] = most / 200.0
+    (out, *_), lse = call.run(kernels, torch.float16)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def test_a_row_of_a_table_that_nobody_meets():
+    """The window is larger than the image."""
+    call = Call(Windows(1, 3, 5, 6, 3), heads=1)
+    clean, _ = call.run(kernels)
+    call.tables[0][-1] = torch.nan
+    made, _ = call.run(kernels)
+    assert all(torch.equal(a, b) for a, b in zip(made[:6], clean[:6], strict=True) if a is not None)
 
 
 FAR = """

@@ -213,18 +213,21 @@ missing = backends.triton_missing(torch.device("cpu"))
     ("case", "more"),
     [
         pytest.param(Case("relpos", False, 4, PACKED), {}, id="relpos", marks=pytest.mark.slow),
-        pytest.param(Case("rope", False, 4, PACKED), {}, id="packed", marks=pytest.mark.slow),
+        pytest.param(
+            Case("rope", False, 4, PACKED), {"rope_kernel": 2}, id="packed", marks=pytest.mark.slow
+        ),
         pytest.param(
             Case("rope", True, 4, ALL),
-            {"addmm": 2, "mm": 2, "cat": 4},
+            {"rope_kernel": 2, "addmm": 2, "mm": 2, "cat": 4, "down_backward_kernel": 1},
             id="apart",
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_launches_and_values_on_triton(case, more):
-    """As many as a block of SAM 1 has, whose factors of relative positions rope takes the place of.
-    Three layers take two more products each way, and their factors are put together each way."""
+    """As many as a block of SAM 1 has in windows, and one more each way for rope. Three layers take
+    two more products each way, and their factors are put together each way. Rank 12 of the three is
+    above what norm1's backward makes a gradient of."""
 
     def call(dtype):
         made = Call(case, dtype, (2, 8, 8))
@@ -237,5 +240,24 @@ def test_launches_and_values_on_triton(case, more):
         ours = half.fused(backend="triton")
     all_within_budget(ours, call(torch.float16).literal, call(torch.float64).literal, torch.float16)
     assert counts.total_syncs == 0
-    assert counts.total_launches == 40 + sum(more.values()), counts.launches
-    assert counts.launches.get("cat", 0) == more.get("cat", 0)
+    assert counts.total_launches == 30 + sum(more.values()), counts.launches
+    assert counts.launches["cat"] == 1 + more.get("cat", 0)  # one for the factors of the sums
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or missing is not None, reason=f"nothing is interpreted: {missing}"
+)
+def test_adapters_of_two_dtypes():
+    """Their gradients are cast, which cannot wait for the end of the block."""
+
+    def made(backend):
+        call = Call(Case("rope", True, 3, {"q": 2, "v": 2}), torch.float16, (1, 3, 3))
+        for name in ("v.a", "v.b"):
+            call.t[name] = call.t[name].detach().float()
+        for name, t in call.t.items():
+            t.requires_grad_(name == "x" or name.endswith((".a", ".b")))
+        return call.fused(backend=backend)
+
+    ours, stock = made("triton"), made("torch")
+    for name in ("q.a", "q.b", "v.a", "v.b"):
+        assert (ours[name] - stock[name]).norm() < 0.02 * stock[name].norm(), name

@@ -10,9 +10,9 @@ from budgets import all_within_budget, keep, within_budget
 from draws import DEVICE
 
 from samfast import backends
-from samfast.kernels.sam_block import torch_path
+from samfast.kernels.sam_block import costs, torch_path
 
-from .stage_calls import EPS, Call
+from .stage_calls import EPS, GRADIENTS, SCALING, Call
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 CASES = [
@@ -77,6 +77,19 @@ def test_h_is_what_the_engine_makes_of_the_rows():
         assert made[h].is_contiguous() and made[h].dtype == HALF
 
 
+@pytest.mark.parametrize("rank", [3, 9])
+def test_dz_and_db_are_what_the_engine_makes_of_du(rank):
+    """From du as it is stored, rounded; several chunks of rows and blocks of columns."""
+    call = Call(tokens=70, columns=320, rank=rank, dtype=HALF)
+    tensors = call.tensors()
+    made = call.run(kernels(), tensors)
+    du, b, z = made["du"].double(), tensors["b"].to(HALF).double(), tensors["z"].double()
+    dz, db = SCALING * du @ b, SCALING * du.T @ z
+    within_budget(made["dz"], dz.to(HALF), lambda: dz, HALF, "dz")
+    within_budget(made["db"], db.float(), lambda: db, torch.float32, "db")
+    assert made["dz"].is_contiguous() and made["dz"].dtype == HALF
+
+
 @pytest.mark.parametrize("residual", [torch.float32, HALF])
 def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
     """So that the backward, which sees no more of it, starts from the same numbers."""
@@ -90,16 +103,30 @@ def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
     assert h is h_alone is None or torch.equal(h, h_alone)
 
 
-@pytest.mark.slow_on_cpu("triton")
-def test_far_from_zero(path):
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_several_turns_of_a_program(rank, monkeypatch):
+    """Each asks for the next turn's rows, or not; the last one's are fewer."""
+    monkeypatch.setattr(costs, "MAX_PARTS", 3)
+    assert costs.walked_rows(21, True) == 8
+    Call(tokens=21, columns=48, rank=rank).check(kernels(), low_rank=True)
+
+
+COLUMNS = pytest.mark.parametrize("columns", [100, 48])  # rows walked twice, and kept
+
+
+@pytest.mark.slow_on_cpu("triton-100")
+@COLUMNS
+def test_far_from_zero(path, columns):
     """A variance from one pass of squares would be rounding alone, here as large as x's own."""
-    for call in (Call(mean=1e3, spread=0.1), Call(mean=1e3, spread=0.1, dtype=HALF)):
+    for dtype in (torch.float32, HALF):
+        call = Call(columns=columns, mean=1e3, spread=0.1, dtype=dtype)
         call.check(path, low_rank=path is not torch_path)
 
 
-def test_constant_rows(path):
+@COLUMNS
+def test_constant_rows(path, columns):
     """Their variance is zero, and all of the LayerNorm is its bias."""
-    call = Call(spread=0.0, mean=1e3, rank=0)
+    call = Call(columns=columns, spread=0.0, mean=1e3, rank=0)
     tensors = call.tensors()
     tensors["x"][1::2] = 0.1
     tensors["x"][2::3] = 0.0
@@ -109,15 +136,18 @@ def test_constant_rows(path):
 
 
 @pytest.mark.slow_on_cpu("triton")
-def test_a_row_of_nan_is_alone(path):
+@pytest.mark.parametrize(
+    ("columns", "dtype"), [(100, torch.float32), (100, HALF), (96, torch.float32)], ids=str
+)
+def test_a_row_of_nan_is_alone(path, columns, dtype):
     """Nothing of it reaches another row; lora_a's gradient, a sum over rows, is NaN."""
-    call = Call()
+    call = Call(columns=columns, dtype=dtype)
     tensors, spoilt = call.tensors(), call.tensors()
     for name in ("x", "u"):
         spoilt[name][5, 7] = torch.nan
     clean, made = call.run(path, tensors), call.run(path, spoilt)
     others = torch.arange(call.tokens) != 5
-    for name in set(made) - {"da_gelu"}:
+    for name in set(made) - set(GRADIENTS):
         assert torch.equal(made[name][others], clean[name][others]), name
     assert made["n"][5].isnan().all() and made["dx"][5].isnan().all()
     assert made["rows"][5].isnan().all()
@@ -125,10 +155,13 @@ def test_a_row_of_nan_is_alone(path):
     if "h" in made:
         assert made["h"][5].isnan().all() and made["hg"][5].isnan().all()
         assert made["da_gelu"][:, 7].isnan().all()
+    if "dz" in made:
+        assert made["dz"][5].isnan().all() and made["db"][7].isnan().all()
 
 
-def test_infinity_is_as_in_the_stock_norm(path):
-    call = Call(rank=0)
+@COLUMNS
+def test_infinity_is_as_in_the_stock_norm(path, columns):
+    call = Call(columns=columns, rank=0)
     tensors = call.tensors()
     tensors["x"][2, 0] = tensors["x"][3, 9] = torch.inf
     made, stock = call.run(path, tensors), call.literal(tensors, exact=False)
@@ -148,18 +181,21 @@ def test_no_tokens(path, guarded_kernels):
 
 def test_only_incoming_gradients_are_written(path):
     """And the update, by the last addition; two of these hold a result."""
-    call = Call(dtype=HALF, residual=HALF)
+    call = Call(columns=48, dtype=HALF, residual=HALF)
     given = call.tensors()
     kept = {name: t.clone() for name, t in given.items()}
     norm = (given["weight"], given["bias"], EPS)
-    low = (given["dh"], given["a"], True)
+    low, back = (given["dh"], given["a"], True), (given["z"], given["b"], SCALING)
+    up = given["z"], given["b"].t().contiguous(), SCALING
     path.norm(given["x"], *norm, HALF, given["a"])
     path.add_norm(given["x"], given["update"], *norm, HALF, given["a"])
-    path.gelu(given["u"], given["a"])
+    if call.takes_up(path):
+        path.add_norm(given["x"], given["update"], *norm, HALF, given["a"], up)
+    path.gelu(given["u"], given["a"], back)
     path.norm_backward(given["dn"], given["x"], *norm, given["residual"], low, True)
-    path.gelu_backward(given["dg"], given["u"], low, True)
+    path.gelu_backward(given["dg"], given["u"], low, True, back, None, back)
     changed = {name for name, t in given.items() if not torch.equal(t, kept[name])}
-    assert changed <= {"dn", "dg"}
+    assert changed <= {"dn", "dg", *(["update"] if path is torch_path else [])}
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -168,7 +204,7 @@ def test_rows_only_where_wanted(path, rank):
     call = Call(columns=48, rank=rank)
     every, some = call.run(path), call.run(path, want=False)
     low_rank = rank > 0 and path is not torch_path
-    assert ("rows" in some) == (rank > 0)
+    assert ("rows" in some) == (rank > 0 and not low_rank)
     assert ("g_again" in some) == (rank > 0 and not low_rank)
     assert all(torch.equal(value, every[name]) for name, value in some.items())
 
