@@ -44,6 +44,11 @@ class Sums:
         taken, self._waiting = self._waiting[:most], self._waiting[most:]
         return taken
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any wait."""
+        return bool(self._waiting)
+
     def finish(self) -> None:
         """Add up all that still wait."""
         while self._waiting:

@@ -192,8 +192,9 @@ class Block:
             self.qkv.add_padding_grads(dbias, dfactors)
             dx = self.qkv.through(dqkv, dh, need_n1, source)
             head[:2] = source.grads
-        with stage("sam_block", "sums"):
-            self.sums.finish()
+        if self.sums.waiting:
+            with stage("sam_block", "sums"):
+                self.sums.finish()
         dx = dx.view(self.x.shape) if self.need_x else None
         rest = [] if self.side is None else list(self.side.grads)
         rest += [None] * len(DROPS) if self.plan.drops else []

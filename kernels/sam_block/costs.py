@@ -19,6 +19,7 @@ from samfast.kernels.relpos_attention import costs as attention
 COLUMNS = 128  # of a block in GELU's backward, in 16 bits
 MAX_ALONG = 16  # rank of adapters on both sides of GELU whose backward goes in one pass
 FEW_RANKS = 8  # columns of adapters that multiply-adds take
+MOST_LEFT = 4  # rank of an adapter whose update GELU takes; above it the backward spills
 WIDEST = 1280  # columns up to which a norm's rows stay in registers beside them
 MAX_PARTS = 256  # partial sums of A's gradient that a norm's backward writes
 
@@ -128,7 +129,7 @@ def forward(windows: Windows, width: int, heads: int, rank: int, itemsize: int) 
     attend = attention.stages(windows, heads, width // heads, itemsize, tables=False)
     attend = attend[: attention.forward_stages(windows)]
     left = rank > 0 and in_registers(width, rank)
-    to_gelu = 0 < rank <= FEW_RANKS
+    to_gelu = 0 < rank <= MOST_LEFT
     factors = [Stage("B of proj and lin2, transposed", 0, 4 * 4 * rank * width, 1)]
     return [
         *(factors if left else []),
@@ -155,7 +156,7 @@ def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int)
     if rank:
         up = lin1.up_backward if made else Stage("", 0, lin2.rows, 0)  # of rows that are at hand
         more = lin2.da.bytes + up.bytes - lin2.rows  # partials, read again by what adds them up
-        flops = (2 + (rank <= FEW_RANKS)) * lin2.product + up.flops
+        flops = (2 + (rank <= MOST_LEFT)) * lin2.product + up.flops
         name = gelu.name + (", dA, dz, dB" if made else ", dA")
         gelu = Stage(name, flops, gelu.bytes + more, 1)
 

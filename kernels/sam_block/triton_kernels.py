@@ -19,7 +19,7 @@ from samfast.kernels._common.tiles import tile
 from samfast.kernels.lora_linear.engine import Sums
 from samfast.kernels.lora_linear.triton_kernels import add_up, chunk_rows, precision
 from samfast.kernels.sam_block import costs, torch_path
-from samfast.kernels.sam_block.costs import FEW_RANKS, in_registers, walked_rows
+from samfast.kernels.sam_block.costs import FEW_RANKS, MOST_LEFT, in_registers, walked_rows
 from samfast.kernels.sam_block.torch_path import Back, Low, Up
 from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_kernel
 from samfast.kernels.sam_block.triton_norm import norm_backward_kernel, norm_kernel
@@ -169,7 +169,7 @@ def _add_up(made, sums, *dz):
 
 def left_to_gelu(lora_b: Tensor) -> bool:
     """Whether GELU takes the update of the layer before."""
-    return lora_b.shape[1] <= FEW_RANKS
+    return lora_b.shape[1] <= MOST_LEFT
 
 
 def gelu(u: Tensor, lora_a=None, lacks: Back = None) -> tuple[Tensor, Tensor | None]:

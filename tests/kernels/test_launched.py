@@ -66,9 +66,8 @@ def designs() -> dict[str, dict[str, int]]:
             "low_backward_kernel": branch["norm backward, G"],
         },
         "relpos_attention": {
-            "prepare_kernel": attention["factors"] + attention["factors, delta"],
             "forward_kernel": attention["forward"],
-            "dq_kernel": attention["dq"],
+            "dq_kernel": attention["dq, factors, delta"],
             "dkv_kernel": attention["dk, dv"],
             "tables_kernel": attention["dtables"],
         },
@@ -103,7 +102,7 @@ def designs() -> dict[str, dict[str, int]]:
             "norm_row_backward_kernel": block["norm1 backward, dA"],
             "add_row_kernel": block["y = x1 + update"],
             "gelu_kernel": block["GELU, h"],
-            "gelu_backward_kernel": block["GELU backward, dA"],
+            "gelu_backward_kernel": block["GELU backward, dA, dz, dB"],
         },
     }
 
