@@ -13,30 +13,35 @@ import triton.language as tl
 from samfast.kernels._common.launched import launched
 from samfast.kernels.relpos_attention import costs
 from samfast.kernels.relpos_attention.triton_forward import (
+    lines_met,
+    table_rows,
+)
+from samfast.kernels.relpos_attention.triton_places import (
     GIVEN_PADS,
     LOG2E,
     dot_nt,
+    further,
     key_places,
     key_rows,
     keys_inside,
-    lines_met,
     load_head,
     load_keys,
     load_rows,
-    one_hot,
     pixels,
     place,
     positions,
     power,
     queries,
     shift_of,
-    small_bias,
-    small_factors,
     small_places,
-    small_table,
     start_of,
     store_head,
-    table_rows,
+)
+from samfast.kernels.relpos_attention.triton_small import (
+    add_small_gradient,
+    one_hot,
+    small_bias,
+    small_factors,
 )
 from samfast.kernels.relpos_attention.triton_tables import skewed
 
@@ -58,30 +63,6 @@ def add_factor_gradient(dq, dq_rest, table_ptr, drel_ptr, row, step, at, live, s
         dq = tl.dot(d, t, dq, input_precision=PRECISION)
         if HEAD_B:
             dq_rest = tl.dot(d, t_rest, dq_rest, input_precision=PRECISION)
-    return dq, dq_rest
-
-
-@triton.jit
-def add_small_gradient(dq, dq_rest, table_ptr, drel, at, places, kind: tl.constexpr,
-                       SIZE: tl.constexpr, HEAD: tl.constexpr, HEAD_A: tl.constexpr,
-                       HEAD_B: tl.constexpr, LINE: tl.constexpr,
-                       PRECISION: tl.constexpr):  # fmt: skip
-    """dq plus what the gradient drel (BLOCK_M, LINE) of a small window's factor gives.
-
-    places: how many lines, or columns, of the window hold queries
-    """
-    TABLE: tl.constexpr = 2 * LINE
-    a = at[:, None] - tl.arange(0, TABLE)[None, :] + (SIZE - 1)
-    if SIZE < LINE:
-        last = tl.minimum(a.to(tl.uint32, bitcast=True), LINE - 1)  # a column that is zero
-        d = tl.gather(drel, last.to(tl.int32, bitcast=True), 1).to(kind)
-    else:
-        d = tl.gather(drel, a & (LINE - 1), 1)
-        d = tl.where((a >= 0) & (a < SIZE), d, 0.0).to(kind)
-    t, t_rest = small_table(table_ptr, places + SIZE - 1, kind, HEAD, HEAD_A, HEAD_B, TABLE)
-    dq = tl.dot(d, t, dq, input_precision=PRECISION)
-    if HEAD_B:
-        dq_rest = tl.dot(d, t_rest, dq_rest, input_precision=PRECISION)
     return dq, dq_rest
 
 
@@ -336,12 +317,6 @@ def dq_kernel(
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
     store_head(dq_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)
-
-
-@triton.jit
-def further(ptr, line, stride_y, WIDE: tl.constexpr):
-    """A pointer so many lines of an image on."""
-    return ptr + (line.to(tl.int64) if WIDE else line) * stride_y
 
 
 @triton.jit(launch_metadata=launched(__package__, costs.dkv_kernel, "q_ptr"))

@@ -23,11 +23,13 @@ from samfast.kernels.relpos_attention.tiling import (
 )
 from samfast.kernels.relpos_attention.triton_backward import dkv_kernel, dq_kernel
 from samfast.kernels.relpos_attention.triton_forward import (
+    forward_kernel,
+    prepare_kernel,
+)
+from samfast.kernels.relpos_attention.triton_places import (
     GIVEN_PADS,
     NO_PADS,
     ZERO_PADS,
-    forward_kernel,
-    prepare_kernel,
 )
 from samfast.kernels.relpos_attention.triton_tables import reduce_kernel, tables_kernel
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from samfast.kernels._common.launched import launched
 from samfast.kernels.relpos_attention import costs
-from samfast.kernels.relpos_attention.triton_forward import (
+from samfast.kernels.relpos_attention.triton_places import (
     load_rows,
     pixels,
     place,

@@ -77,7 +77,7 @@ def run(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32, oth
 
 
 def _rest(sums: Sums, rank: int, width: int, tokens: int, dtype: torch.dtype) -> None:
-    """Add up what waits, beside dz of a layer as wide as the block, and at the end."""
+    """Add up the gradients that wait: three with a dz of the block's width, the last by itself."""
     dz = without_data.meta(tokens, rank, dtype=dtype)
     for n in (width, 3 * width):
         sums.add(without_data.meta(32, rank, n), without_data.meta(rank, n), add_up)

@@ -126,7 +126,7 @@ def fetch(
     stride_hm, RANKS: tl.constexpr, FULL: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of each of BLOCK_M rows its first element and its chunks of x, of dn, of the residual, dh.
+    """Read BLOCK_M rows. A row gives its first element, chunks of x, dn and residual, and dh.
 
     Rows from ``end`` on are the last one, with a dh of zero.
     """

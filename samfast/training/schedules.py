@@ -82,7 +82,7 @@ class Schedule:
         self.scores: list[float] = []
 
     def lr(self) -> float:
-        """Of the first group, in the next step."""
+        """Return the rate of the first group in the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
     def step(self) -> None:

@@ -114,12 +114,12 @@ class Worst:
 
     @property
     def flops(self) -> int:
-        """Of one batch."""
+        """FLOP of one batch."""
         return self.forward.flops + self.backward.flops
 
     @property
     def launches(self) -> int:
-        """Of one batch."""
+        """Launches of one batch."""
         return self.forward.total_launches + self.backward.total_launches
 
 
@@ -201,7 +201,7 @@ class CountedStep:
 
 
 class MaskStep(CountedStep):
-    """Of one mask."""
+    """Count what one mask takes."""
 
     def __init__(self, model: Segmenter, settings: FinetuneSettings, device: torch.device):
         side = image_size(model.sam)
@@ -226,7 +226,7 @@ class MaskStep(CountedStep):
 
 
 class TaskStep(CountedStep):
-    """Of several tasks, which every image has."""
+    """Count what the masks of several tasks take, which every image has."""
 
     def __init__(
         self,

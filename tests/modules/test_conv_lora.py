@@ -99,7 +99,7 @@ def test_token_lists_are_maps(module):
 @pytest.mark.parametrize(
     ("shape", "size", "message"),
     [
-        ((2, 24, 12), None, "24 tokens are no square map; give its size"),
+        ((2, 24, 12), None, "24 tokens are not a square map; give its size"),
         ((2, 24, 12), (4, 5), "x has 24 tokens, which are no map of 4 × 5"),
         ((2, 24, 12), (-4, -6), "no map of -4 × -6"),
         ((2, 4, 6, 12), (6, 4), r"x has shape \(2, 4, 6, 12\), whose maps are not \(6, 4\)"),

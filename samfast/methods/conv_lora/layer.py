@@ -284,7 +284,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
             side = int(length**0.5 + 0.5)  # not isqrt, which torch.compile cannot trace
             if side * side != length:
                 raise ValueError(
-                    f"x has shape {shape}, and {length} tokens are no square map; give its size"
+                    f"x has shape {shape}, and {length} tokens are not a square map; give its size"
                 )
             return Windows.whole(shape[0], side, side)
         height, width = size

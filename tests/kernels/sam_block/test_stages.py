@@ -46,7 +46,9 @@ def path(request):
     return torch_path if request.param == "torch" else kernels()
 
 
-@pytest.mark.slow_on_cpu("triton-21x33", "triton-21x48", "triton-21x100", "triton-16x768-r8")
+@pytest.mark.slow_on_cpu(
+    "triton-21x33", "triton-21x48", "triton-21x100", "triton-16x768-r8", "triton-70x48"
+)
 @pytest.mark.parametrize("call", CASES, ids=lambda call: call.id)
 def test_budget(path, call):
     call.check(path, low_rank=path is not torch_path)
@@ -77,6 +79,7 @@ def test_h_is_what_the_engine_makes_of_the_rows():
         assert made[h].is_contiguous() and made[h].dtype == HALF
 
 
+@pytest.mark.slow_on_cpu("3")
 @pytest.mark.parametrize("rank", [3, 9])
 def test_dz_and_db_are_what_the_engine_makes_of_du(rank):
     """From du as it is stored, rounded; several chunks of rows and blocks of columns."""
@@ -103,6 +106,7 @@ def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
     assert h is h_alone is None or torch.equal(h, h_alone)
 
 
+@pytest.mark.slow_on_cpu("8")
 @pytest.mark.parametrize("rank", [0, 3, 8])
 def test_several_turns_of_a_program(rank, monkeypatch):
     """Each asks for the next turn's rows, or not; the last one's are fewer."""
