@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs before any test module is imported."""
 
+import functools
 import gc
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from junit_now import JunitNow
-from marks import keep_where_meant
+from marks import keep_where_meant, leave_each_value_once
 
 from samfast.integrations.torchvision import declare_missing_schemas
 
@@ -33,24 +36,41 @@ declare_missing_schemas()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once():
+def fast_interpreter():
     """A launch in Triton's interpreter patches Triton's language for its module. By itself each
-    call from there to another function of ours does so again, which takes most of the time."""
+    call from there to another function of ours does so again, which takes most of the time; and
+    each patch looks for what there is to patch, each value for the type that NumPy has for its."""
     if importlib.util.find_spec("triton") is None:
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.language.core import block_type, is_builtin, pointer_type
+    from triton.runtime import interpreter
 
-    patching = InterpretedFunction.__call__
+    called, found = interpreter.InterpretedFunction.__call__, {}
+    type_of = functools.cache(interpreter._get_np_dtype)
 
     def call(self, *args, **kwargs):
         if not self.fn.__module__.startswith("samfast"):
-            return patching(self, *args, **kwargs)
+            return called(self, *args, **kwargs)
         return self.rewrite()(*args, **kwargs)
 
-    InterpretedFunction.__call__ = call
-    yield
-    InterpretedFunction.__call__ = patching
+    def patch_builtins(package, builder, scope):
+        if not found.get(package):  # nothing is found where a launch has patched it already
+            members = inspect.getmembers(package, is_builtin)
+            found[package] = [name for name, _ in members]
+        for name in found[package]:
+            if is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    def numpy_type(dtype):
+        one = dtype.element_ty if isinstance(dtype, block_type) else dtype
+        return np.dtype(np.uint64) if isinstance(one, pointer_type) else type_of(one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_patch_builtin", patch_builtins)
+        patch.setattr(interpreter, "_get_np_dtype", numpy_type)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,6 +133,7 @@ def pytest_pycollect_makeitem():
     made = yield
     if isinstance(made, list) and made:  # the cases of one test
         keep_where_meant(made, strict=not torch.cuda.is_available())
+        leave_each_value_once(made)
     return made
 
 

@@ -41,6 +41,11 @@ class Region:
         self.readers = np.full(self.numel, _NOBODY, dtype=np.int64)
         self.writers = np.full(self.numel, _NOBODY, dtype=np.int64)
 
+    def met_by(self, addresses: np.ndarray) -> bool:
+        """Whether the span of the addresses meets the tensor's, which costs little to say."""
+        end = self.base + (self.last + 1) * self.itemsize
+        return self.numel > 0 and addresses.min() < end and addresses.max() >= self.base
+
     def index(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
         """Position of every address among the elements, -1 where it is none of them."""
         offset = addresses.astype(np.int64) - self.base
@@ -83,7 +88,9 @@ class Guard:
     def locate(self, what, addresses, itemsize):
         """(region, positions) pairs that together hold all addresses, or GuardError."""
         found, missing = [], np.ones(addresses.shape, dtype=bool)
-        for region in self.regions:
+        for region in self.regions if addresses.size else ():
+            if not region.met_by(addresses):
+                continue
             position = region.index(addresses, itemsize)
             found.append((region, position[missing & (position >= 0)]))
             missing &= position < 0

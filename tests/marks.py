@@ -8,6 +8,9 @@
     @pytest.mark.slow_on_cpu(but=["torch"])         all cases but those
 
 A part is the id of one parameter, or of several in a row, as pytest prints it between dashes.
+
+Grids need no mark: of the cases of a test with two parameters or more, the quick run takes as many
+as it needs to have each value of each parameter once. The others wait for `make test-slow` too.
 """
 
 import re
@@ -15,6 +18,7 @@ import re
 import pytest
 
 NAMES = ("slow_on_cpu", "gpu")
+LATER = ("slow", "slow_on_cpu", "gpu")
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)  # among the backends of a test
 
 
@@ -32,6 +36,24 @@ def keep_where_meant(cases, strict):
             named = any(_has(case, part) for part in (*mark.args, *but))
             if (mark.args and not named) or (but and named):
                 case.own_markers.remove(mark)
+
+
+def leave_each_value_once(cases):
+    """Mark ``slow_on_cpu`` what else the cases of one test hold, each taking what lacks most."""
+    quick = [case for case in cases if not any(map(case.get_closest_marker, LATER))]
+    values = {case: set(enumerate(_values(case))) for case in quick}
+    lacking = set().union(*values.values())
+    while lacking:
+        taken = max(quick, key=lambda case: len(values[case] & lacking))  # the first of these
+        lacking -= values.pop(taken)
+        quick.remove(taken)
+    for case in quick if len(cases) > 1 else ():
+        case.add_marker("slow_on_cpu")
+
+
+def _values(case):
+    ids = case.callspec._idlist if hasattr(case, "callspec") else []
+    return [id for id in ids if not re.fullmatch(r"draw\d+", id)]  # of --draws
 
 
 def _has(case, part):

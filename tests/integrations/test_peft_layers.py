@@ -32,7 +32,7 @@ def as_exact_as(fused, stock, x):
     )
 
 
-@pytest.mark.slow_on_cpu("map", "windows-generated", "windows-expanded")
+@pytest.mark.slow_on_cpu("map", "windows-generated", "windows-expanded", "windows-compiled")
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("position", [0, 1], ids=["windows", "map"])
 def test_black_box(position, check):

@@ -161,6 +161,7 @@ def test_a_cpu_stands_for_a_gpu_s_autocast():
         assert x.softmax(1).dtype == torch.bfloat16
 
 
+@pytest.mark.slow_on_cpu
 def test_chunks_are_computed_again_as_a_gpu_would(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     small = dataclasses.replace(ARCHITECTURES["vit_tiny"], depth=1, global_blocks=())

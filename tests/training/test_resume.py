@@ -169,6 +169,7 @@ def test_other_files_are_another_run(whole, data):
         finetune(replace(whole, data=data, resume="newest"))
 
 
+@pytest.mark.slow_on_cpu
 def test_a_state_that_is_damaged_is_left_out(whole, tmp_path, capsys):
     """The next one is used, and named; a state that is named itself is an error."""
     settings = replace(whole, output=tmp_path / "out", keep=3)
@@ -273,6 +274,7 @@ def test_a_folder_with_states_is_not_empty(whole):
         finetune(whole)
 
 
+@pytest.mark.slow_on_cpu
 def test_without_states_nothing_is_kept(shared_data, tmp_path):
     settings = settings_for(shared_data, tmp_path / "out", keep=0, save_every=None, epochs=1)
     finetune(settings)
@@ -316,6 +318,7 @@ def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
     assert results(tmp_path / "out") == results(whole.output)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_signal_in_validation_does_not_wait_for_its_end(whole, tmp_path, monkeypatch):
     settings = replace(whole, output=tmp_path / "out", save_every=None)
     scores = OneMask.scores
@@ -335,6 +338,7 @@ def test_a_signal_in_validation_does_not_wait_for_its_end(whole, tmp_path, monke
     assert results(tmp_path / "out") == results(whole.output)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_stop_where_a_state_is_keeps_it(whole, tmp_path, monkeypatch):
     """In validation, after a step with a state; it may be the only one, so nothing replaces it."""
     settings = replace(whole, output=tmp_path / "out", save_every=2)
@@ -443,6 +447,7 @@ def test_what_is_no_callback(whole, callbacks, pattern):
         finetune(replace(whole, resume="newest"), callbacks=callbacks)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_callback_may_end_the_run(shared_data, tmp_path, capsys):
     calls = []
 
@@ -467,6 +472,7 @@ def test_a_callback_may_end_the_run(shared_data, tmp_path, capsys):
     assert "enough seen" in capsys.readouterr().out
 
 
+@pytest.mark.slow_on_cpu
 def test_early_stopping(shared_data, tmp_path, capsys):
     """With a learning rate of almost nothing no epoch is better than the first."""
     options = {"epochs": 9, "patience": 2, "lr": 1e-12, "save_every": None}
@@ -476,6 +482,7 @@ def test_early_stopping(shared_data, tmp_path, capsys):
     assert finetune(replace(settings, resume="newest"))["epochs"] == 3
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.skipif(compiler() is None, reason="needs a C compiler: cc, gcc or clang")
 def test_a_run_that_was_killed_twice_has_the_same_final_bytes(whole, tmp_path):
     """Inside the write of a state, and between the results of an epoch; ``test_kills`` has all."""

@@ -32,8 +32,7 @@ CASES = {
 }
 # "auto" is the C++ code here, which takes a hundredth of the interpreter's time.
 RUNS = [
-    ("windows", "triton"),
-    pytest.param("experts", "triton", marks=pytest.mark.slow),
+    *(pytest.param(name, "triton", marks=pytest.mark.slow) for name in ("windows", "experts")),
     *((name, "auto") for name in CASES),
 ]
 FORWARD, BACKWARD = 1, 2  # of the operator's bodies; the first is the one that keeps nothing

@@ -67,6 +67,7 @@ def test_float64():
     keep(call.budget(tensors), call.run(torch_path, tensors), some=True)
 
 
+@pytest.mark.slow_on_cpu
 def test_h_is_what_the_engine_makes_of_the_rows():
     """From the rows as they are stored, rounded, and in their dtype."""
     call = Call(tokens=7, columns=300, rank=16, dtype=HALF, residual=HALF)
@@ -79,7 +80,7 @@ def test_h_is_what_the_engine_makes_of_the_rows():
         assert made[h].is_contiguous() and made[h].dtype == HALF
 
 
-@pytest.mark.slow_on_cpu("3")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("rank", [3, 9])
 def test_dz_and_db_are_what_the_engine_makes_of_du(rank):
     """From du as it is stored, rounded; several chunks of rows and blocks of columns."""
@@ -106,7 +107,7 @@ def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
     assert h is h_alone is None or torch.equal(h, h_alone)
 
 
-@pytest.mark.slow_on_cpu("8")
+@pytest.mark.slow_on_cpu("3", "8")
 @pytest.mark.parametrize("rank", [0, 3, 8])
 def test_several_turns_of_a_program(rank, monkeypatch):
     """Each asks for the next turn's rows, or not; the last one's are fewer."""
@@ -118,7 +119,7 @@ def test_several_turns_of_a_program(rank, monkeypatch):
 COLUMNS = pytest.mark.parametrize("columns", [100, 48])  # rows walked twice, and kept
 
 
-@pytest.mark.slow_on_cpu("triton-100")
+@pytest.mark.slow_on_cpu("triton")
 @COLUMNS
 def test_far_from_zero(path, columns):
     """A variance from one pass of squares would be rounding alone, here as large as x's own."""

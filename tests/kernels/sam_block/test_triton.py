@@ -101,6 +101,7 @@ def test_ranks_above_the_widest_do_not_ride_along(dtype):
     Call(columns=48, rank=rank, dtype=dtype).check(kernels, low_rank=False)
 
 
+@pytest.mark.slow_on_cpu
 def test_partials_of_dz_that_are_too_large_are_not_made(monkeypatch, guarded_kernels):
     """The layer's own launch makes them, some rows at a time; the rest stays as it is."""
     call, tensors = Call(columns=48, dtype=HALF), Call(columns=48, dtype=HALF).tensors()
