@@ -196,8 +196,9 @@ def outside(model: str, batch: int, rates: Rates) -> float:
 
 
 def step(model: str, batch: int, rank: int, rates: Rates) -> dict[str, float]:
-    """ms of a step: "step", each part, "rest", "floor", and "P1 windows" and "P1 global", which are
-    ratios of a block to the same one frozen."""
+    """ms of a step: "step", each part, "rest", "floor"; "P1 windows" and "P1 global", which are
+    ratios of a block to the same one frozen; "of windows" and "of map", µs of a block's attention.
+    """
     blocks = {whole: Block(model, batch, whole, rank) for whole in (False, True)}
     times = {whole: block_parts(block, rates) for whole, block in blocks.items()}
     rest = outside(model, batch, rates)
@@ -207,6 +208,8 @@ def step(model: str, batch: int, rank: int, rates: Rates) -> dict[str, float]:
     for whole, name in ((False, "P1 windows"), (True, "P1 global")):
         frozen = block_parts(dataclasses.replace(blocks[whole], rank=0), rates)
         row[name] = sum(times[whole].values()) / sum(frozen.values())
+    for whole, name in ((False, "of windows"), (True, "of map")):
+        row[name] = 1e3 * times[whole][ATTENTION]
     return row
 
 
@@ -266,17 +269,18 @@ def report(known: dict, options) -> list[str]:
     models = [options.model] if options.model else list(ENCODERS)
     batches = [options.batch] if options.batch else BATCHES
     every = [Rates(known, d, options.counts) for d in DEVICES if options.device in (None, d)]
-    names = ("step", "ratio", *PARTS, "rest", "P1 windows", "P1 global")
+    names = ("step", "ratio", *PARTS, "rest", "P1 windows", "P1 global", "of windows", "of map")
     code = options.counts or "today's tiles"
     lines = [
         f"ms of a step with LoRA of rank {options.adapter} on all four layers; ratio to its floor; "
-        f"machine code of {code}"
+        f"machine code of {code}; µs of attention, forward and backward, in a block of windows and "
+        "of the whole map (which is P2's)"
     ]
     lines.append(f"{'':19}" + "".join(f"{name:>{max(len(name), 6) + 2}}" for name in names))
     for model, batch, rates in itertools.product(models, batches, every):
         row = step(model, batch, options.adapter, rates)
         row["ratio"] = row["step"] / row["floor"]
-        digits = {"ratio": 2, "P1 windows": 3, "P1 global": 3}
+        digits = {"ratio": 2, "P1 windows": 3, "P1 global": 3, "of windows": 0, "of map": 0}
         cells = (f"{row[n]:{max(len(n), 6) + 2}.{digits.get(n, 1)}f}" for n in names)
         lines.append(f"{model} batch {batch} {rates.device}" + "".join(cells))
     if options.block:

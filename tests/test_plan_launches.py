@@ -45,6 +45,7 @@ def test_launches_are_those_of_the_ordinary_way(cases):
         assert "Tensor" not in call["kinds"], what
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("place", ["windowed", pytest.param("global", marks=pytest.mark.slow)])
 def test_calls_of_a_block(place):
     options = ("--repeats", 1, "--json", "--place", place, "--of", *MOST)

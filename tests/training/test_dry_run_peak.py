@@ -71,7 +71,7 @@ CASES += [
 ]
 
 
-@pytest.mark.slow_on_cpu("chunk")
+@pytest.mark.slow_on_cpu("minimal", "chunk")
 @pytest.mark.parametrize("options", CASES)
 def test_peak_of_a_step(options, tmp_path, monkeypatch):
     options = {"model": "vit_tiny", "batch_size": 1, **options}

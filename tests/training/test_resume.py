@@ -134,6 +134,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole, tmp_path):
     assert summary == json.loads((output / "summary.json").read_text())
 
 
+@pytest.mark.slow_on_cpu
 def test_more_epochs_go_on_from_the_end(whole, tmp_path, capsys):
     output = shutil.copytree(whole.output, tmp_path / "out")
     summary = finetune(replace(whole, output=output, resume="newest", epochs=3))

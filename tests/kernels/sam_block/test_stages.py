@@ -203,6 +203,7 @@ def test_only_incoming_gradients_are_written(path):
     assert changed <= {"dn", "dg", *(["update"] if path is torch_path else [])}
 
 
+@pytest.mark.slow_on_cpu("triton-3")
 @pytest.mark.parametrize("rank", [0, 3])
 def test_rows_only_where_wanted(path, rank):
     """Those who get lora_a's gradient need no rows for it."""

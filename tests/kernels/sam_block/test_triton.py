@@ -86,6 +86,7 @@ def test_a_gradient_seen_everywhere():
     assert torch.equal(dx(tensors["residual"]), dx(tensors["residual"].contiguous()))
 
 
+@pytest.mark.slow_on_cpu("dtype1-128")
 @pytest.mark.parametrize(
     ("dtype", "rank"), [(HALF, 17), (HALF, 128), (torch.float32, 16), (torch.float32, 32)]
 )
