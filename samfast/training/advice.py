@@ -7,6 +7,7 @@ Importing this loads no torch.
 from typing import Any
 
 from samfast.profiling.settings import ProfileSettings
+from samfast.training.chosen_tasks import has_tasks
 from samfast.training.settings import (
     EvaluateSettings,
     FinetuneSettings,
@@ -37,8 +38,9 @@ def memory_advice(settings: Any, main_memory: bool) -> str:
 
 
 def _of_training(settings: FinetuneSettings, main_memory: bool) -> list[str]:
-    frozen = settings.method == "decoder" and settings.tasks is None  # saves nothing of the encoder
-    several = settings.batch_size > 1 or settings.tasks is not None
+    # Nothing is saved of a frozen encoder.
+    frozen = settings.method == "decoder" and not has_tasks(settings)
+    several = settings.batch_size > 1 or has_tasks(settings)
     found = {
         "--fuse": not settings.fuse,
         "--graph off": settings.graph == "on",

@@ -9,6 +9,7 @@ from samfast.adapters.options import options_of
 from samfast.methods.registry import VARIANTS
 from samfast.models.architectures import architecture
 from samfast.training.card import card_bytes
+from samfast.training.chosen_tasks import check_masks, has_tasks
 from samfast.training.foreground import chosen_foreground
 from samfast.training.image_options import image_options
 from samfast.training.sam3_layers import check_for_model
@@ -42,6 +43,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         )
     if settings.fit is not None:
         card_bytes(settings.fit)
+    check_masks(settings)
     _check_tasks(settings)
     check_for_model(settings)
     if settings.schedule is not None:
@@ -119,7 +121,7 @@ def _check_limits(settings: Settings) -> None:
 def _check_tasks(settings: FinetuneSettings) -> None:
     """Raise ValueError for what goes with several tasks only, or not at all."""
     if settings.tasks is None:
-        if VARIANTS[settings.method].needs_tasks:
+        if not has_tasks(settings) and VARIANTS[settings.method].needs_tasks:
             raise ValueError(
                 f"method {settings.method} is for several tasks; name their file with --tasks"
             )

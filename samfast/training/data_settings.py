@@ -25,6 +25,21 @@ class DataSettings:
         "with --prompt, --loss, --foreground and --threshold",
         hint="default: one binary mask for each image",
     )
+    masks: str | None = option(
+        None,
+        "What mask files hold: foreground or not (binary), the class of each pixel (classes), or "
+        "the number of an object in each of its pixels, 0 for none (instances)",
+        choices=("binary", "classes", "instances"),
+        hint="default: binary, with --classes classes",
+    )
+    classes: int | None = option(
+        None,
+        "Number of classes, the values 0 to N - 1; 255 counts nowhere. Short for --tasks with one "
+        "semantic task",
+        least=2,
+        most=65535,
+        hint="default: none",
+    )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,
         "Mask values that are foreground, or any: all above 0, such as the numbers of instances",

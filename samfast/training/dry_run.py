@@ -35,6 +35,7 @@ from samfast.adapters.trained import trained_state
 from samfast.models import image_size
 from samfast.training.card import readable
 from samfast.training.checks import check_settings
+from samfast.training.chosen_tasks import specs_of
 from samfast.training.embeddings import embedding_bytes, keeps_embeddings
 from samfast.training.plan import planned
 from samfast.training.precision import autocast_dtype, base_dtype
@@ -42,7 +43,6 @@ from samfast.training.recipe import method_of, with_recipe
 from samfast.training.run_folder import files_of_run
 from samfast.training.settings import MEMORY, FinetuneSettings
 from samfast.training.step_counts import KERNELS, CountedStep, counted_step
-from samfast.training.tasks import read_tasks
 from samfast.training.try_out import backend_asked_for
 
 __all__ = ["KERNELS", "dry_run", "text"]
@@ -61,7 +61,7 @@ def dry_run(settings: FinetuneSettings) -> dict:
     device = here if settings.fit in (None, "auto") else torch.device("cuda")
     dtype = autocast_dtype(settings.precision, device)
     base = base_dtype(settings.base_dtype, dtype, device)
-    specs = None if settings.tasks is None else read_tasks(settings.tasks)
+    specs = specs_of(settings)
     tasks = None if specs is None else [spec.task for spec in specs]
     method = method_of(settings, tasks)
     if device == here:

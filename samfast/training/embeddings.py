@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from samfast.models import encode
 from samfast.models.sam3 import is_tracker
+from samfast.training.chosen_tasks import has_tasks
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
@@ -73,7 +74,7 @@ def keeps_embeddings(sam: nn.Module, settings: FinetuneSettings) -> bool:
     if is_tracker(sam):  # its decoder has a part in them
         return False
     frozen = not any(p.requires_grad for p in sam.image_encoder.parameters())
-    return settings.cache and settings.tasks is None and frozen
+    return settings.cache and not has_tasks(settings) and frozen
 
 
 def keeps_training_images(sam: nn.Module, settings: FinetuneSettings) -> bool:

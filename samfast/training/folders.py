@@ -21,7 +21,8 @@ from samfast.training.images import SUFFIXES, load_image, load_mask
 
 ADVICE = (
     "say what is foreground: --foreground any (every value above 0), --threshold T (every value "
-    "above T) or --foreground VALUES (these only)"
+    "above T) or --foreground VALUES (these only); or what else masks hold: --masks classes "
+    "--classes N, or --masks instances"
 )
 _AS_TAGGED = ImageOptions()
 _DESKTOP_FILES = ("thumbs.db", "desktop.ini")

@@ -17,6 +17,7 @@ from samfast.models import image_size
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
+from samfast.training.chosen_tasks import has_tasks
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
@@ -76,7 +77,7 @@ def finetune(
     output = output_folder(settings)
     settings = dataclasses.replace(settings, output=output)
     if goal is None:
-        goal = (OneMask if settings.tasks is None else ManyTasks)(settings)
+        goal = (ManyTasks if has_tasks(settings) else OneMask)(settings)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     with stop_asked() as asked:
         accelerator, dtype = _accelerator(settings)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.training import pictures
+from samfast.training.chosen_tasks import specs_of
 from samfast.training.evaluate import scoring
 from samfast.training.fingerprints import of_all
 from samfast.training.image_options import image_options
@@ -36,7 +37,7 @@ from samfast.training.task_scores import (
     share,
     task_logits,
 )
-from samfast.training.tasks import TaskSpec, read_tasks
+from samfast.training.tasks import TaskSpec
 
 _SAMPLED = 4096  # values of each image that the best constant is found from
 
@@ -92,7 +93,7 @@ class ManyTasks:
         """
         self.settings = settings
         self.options = image_options(settings.bands, settings.range)
-        self.specs = tuple(read_tasks(settings.tasks) if specs is None else specs)
+        self.specs = tuple(specs_of(settings) if specs is None else specs)
         self.tasks = tuple(spec.task for spec in self.specs)
         self.split = find_items(
             settings.data,

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from samfast.training.card import CONTEXT, WASTE, card_bytes, decimal, needed, room
+from samfast.training.chosen_tasks import has_tasks, specs_of
 from samfast.training.settings import MEMORY, FinetuneSettings
 from samfast.training.step_counts import Worst, counted_step
-from samfast.training.tasks import read_tasks
 
 _CHUNKS = (None, 4, 1)
 _RATE = {"cuda": 5e13, "cpu": 1e11}  # FLOP a second
@@ -132,8 +132,8 @@ def _chunks(settings: FinetuneSettings, batch: int) -> list[int | None]:
     if settings.decoder_chunk is not None or settings.fit is None:
         return [settings.decoder_chunk]
     objects = batch
-    if settings.tasks is not None:
-        objects *= sum(spec.task.channels for spec in read_tasks(settings.tasks))
+    if has_tasks(settings):
+        objects *= sum(spec.task.channels for spec in specs_of(settings))
     return [chunk for chunk in _CHUNKS if chunk is None or chunk < objects]
 
 

@@ -17,6 +17,7 @@ from samfast.files.adapter_files import adapter_files
 from samfast.files.placing import write_whole
 from samfast.methods.registry import VARIANTS
 from samfast.training.board import Board
+from samfast.training.chosen_tasks import masks_of
 from samfast.training.panels import printable
 from samfast.training.pictures import png_bytes
 from samfast.training.resume import check_resumable, run_of
@@ -50,6 +51,8 @@ def _name(settings: FinetuneSettings) -> str:
     flags = [o.name for o in options if o.in_folder and getattr(settings, o.name)]
     method = "-".join([settings.method, *flags])
     prompt = "" if settings.prompt == "none" else f"-{settings.prompt}"
+    masks = masks_of(settings)
+    prompt = prompt if masks == "binary" else f"-{masks}{prompt}"
     prompt = prompt if settings.tasks is None else f"-{settings.tasks.stem}"
     data = Path(os.path.realpath(settings.data)).name
     return f"{data}-{settings.model}-{method}{prompt}"

@@ -5,6 +5,7 @@ import dataclasses
 
 from samfast.adapters.method import Method
 from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.chosen_tasks import has_tasks, masks_of
 from samfast.training.settings import FinetuneSettings
 
 METHODS = ("lora", "conv-lora", "kronecker", "decoder")
@@ -21,8 +22,9 @@ def check_for_model(settings: FinetuneSettings) -> None:
             f"method {settings.method} needs layers of segment_anything's blocks; for {SAM3} take "
             f"one of {', '.join(METHODS)}"
         )
-    if settings.tasks is not None:
-        raise ValueError(f"{SAM3} learns one mask an image; leave out --tasks, or take vit_b")
+    if has_tasks(settings):
+        given = "--tasks" if settings.tasks is not None else f"--masks {masks_of(settings)}"
+        raise ValueError(f"{SAM3} learns one mask an image; leave out {given}, or take vit_b")
 
 
 def for_sam3(method: Method) -> Method:

@@ -300,7 +300,7 @@ WarmupSettings = make_dataclass(
                 metavar=f"{{{','.join(MODELS)}}}",
             ),
         ),
-        *map(_of_finetune, ("image_size", "tasks")),
+        *map(_of_finetune, ("image_size", "tasks", "masks", "classes")),
         *map(_of_finetune, MethodSettings.__dataclass_fields__),
         *map(_of_finetune, ("batch_size", "accumulate", "precision", "base_dtype")),
         *map(_of_finetune, ("memory", "fit", "decoder_chunk", "fuse")),

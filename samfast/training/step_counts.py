@@ -22,6 +22,7 @@ from samfast.kernels.window_attention import flops as plain_flops
 from samfast.models import build_sam, encode, image_size, pixel_mean
 from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.build import attach_method, for_tasks
+from samfast.training.chosen_tasks import specs_of
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.embeddings import KeptEmbeddings, keeps_training_images
 from samfast.training.gpu_autocast import GpuAutocast, enter_in_decoders
@@ -31,7 +32,7 @@ from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.task_data import TaskBatch
-from samfast.training.tasks import TaskSpec, read_tasks
+from samfast.training.tasks import TaskSpec
 
 _OTHERS = (  # whose path in torch reads values, and is small
     "samfast::conv_experts_forward",
@@ -52,7 +53,7 @@ def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["
     here = torch.device("cpu") if absent else device
     dtype = autocast_dtype(settings.precision, device)
     base = base_dtype(settings.base_dtype, dtype, device)
-    specs = None if settings.tasks is None else read_tasks(settings.tasks)
+    specs = specs_of(settings)
     tasks = None if specs is None else [spec.task for spec in specs]
     closed = closed_operators(settings.backend, device)
     sam = build_sam(

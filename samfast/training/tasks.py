@@ -33,7 +33,8 @@ from samfast.training.settings import TASK_LOSSES
 Values = TypeVar("Values", Tensor, np.ndarray)
 
 UNLABELLED = 255  # of semantic masks, whatever else is ignored
-DERIVED = {"boundary": "binary", "distance": "regression"}
+DERIVED = {"boundary": "binary", "distance": "regression"}  # of classes
+OF_OBJECTS = {"foreground": "binary", "centre": "regression", "depth": "regression"}
 _OF_KIND = dict.fromkeys(("foreground", "threshold"), "binary")
 _OF_KIND |= dict.fromkeys(("scale", "offset"), "regression") | {"classes": "semantic"}
 
@@ -46,7 +47,7 @@ class TaskSpec:
     folder: its masks under the data folder (with train/ and val/, under each of them); or a folder
         with images/ and masks/ of its own
     derive: made of the folder's class labels: "boundary", the pixels next to another class, or
-        "distance", in pixels to the nearest of these
+        "distance", in pixels to the nearest of these; or of objects' numbers, see ``objects_maps``
     weight: of its loss in the sum   loss: see samfast.training.settings.TASK_LOSSES
     ignore: stored values that count nowhere; of semantic tasks 255 too
     foreground: of binary tasks, stored values that are foreground, or ("any",): all above 0; if not
@@ -87,10 +88,11 @@ class TaskSpec:
             )
         if not math.isfinite(self.offset):
             raise ValueError(f"task {task.name} has offset {self.offset:g}; it must be finite")
-        if self.derive is not None and (self.kind, self.channels) != (DERIVED[self.derive], 1):
+        made = (DERIVED | OF_OBJECTS).get(self.derive)
+        if self.derive is not None and (self.kind, self.channels) != (made, 1):
             raise ValueError(
                 f"task {task.name} is {self.kind} with {self.channels} channels, but derive "
-                f"{self.derive} is {DERIVED[self.derive]} with 1"
+                f"{self.derive} is {made} with 1"
             )
         for key, kind in _OF_KIND.items():
             if getattr(self, key) != TaskSpec.__dataclass_fields__[key].default:
@@ -139,6 +141,11 @@ class TaskSpec:
     def labels(self) -> bool:
         """Whether its files hold class labels."""
         return self.kind == "semantic" or self.derive is not None
+
+    @property
+    def of_objects(self) -> bool:
+        """Whether its files hold the numbers of objects."""
+        return self.derive in OF_OBJECTS
 
     @property
     def rule(self) -> Foreground:

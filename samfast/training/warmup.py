@@ -21,6 +21,7 @@ from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
 from samfast.training.build import attach_method, build_base
 from samfast.training.checks import check_settings
+from samfast.training.chosen_tasks import specs_of
 from samfast.training.evaluate import scoring
 from samfast.training.kernel_cache import Form, compile_forms, noting_compiles, recording
 from samfast.training.plan import planned
@@ -30,7 +31,6 @@ from samfast.training.recipe import with_recipe
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import MEMORY, FinetuneSettings, WarmupSettings
 from samfast.training.step_counts import CountedStep, MaskStep, TaskStep
-from samfast.training.tasks import read_tasks
 
 
 def warmup(settings: WarmupSettings) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Steps:
     def __init__(self, settings: FinetuneSettings, device: torch.device):
         self.settings, self.device = settings, device
         self.dtype = autocast_dtype(settings.precision, device)
-        self.specs = None if settings.tasks is None else read_tasks(settings.tasks)
+        self.specs = specs_of(settings)
         tasks = None if self.specs is None else [spec.task for spec in self.specs]
         sam = build_base(settings, tasks)
         attach_method(sam, settings, base_dtype(settings.base_dtype, self.dtype, device))

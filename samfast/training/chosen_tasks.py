@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tasks that settings name: by a file, as classes, or as objects that no prompt points at."""
+
+from samfast.training.settings import FinetuneSettings
+from samfast.training.tasks import TaskSpec, read_tasks
+
+CLASSES = "classes"
+INSTANCES = (
+    TaskSpec("foreground", derive="foreground"),
+    TaskSpec("centre", kind="regression", derive="centre"),
+    TaskSpec("depth", kind="regression", derive="depth"),
+)
+
+
+def masks_of(settings: FinetuneSettings) -> str:
+    """What a mask holds: "binary", "classes" or "instances"; --classes alone says classes."""
+    if settings.masks is not None:
+        return settings.masks
+    return "binary" if settings.classes is None else CLASSES
+
+
+def has_tasks(settings: FinetuneSettings) -> bool:
+    """Whether several decoders are trained; opens no file."""
+    masks = masks_of(settings)
+    unprompted = masks == "instances" and settings.prompt == "none"
+    return settings.tasks is not None or masks == CLASSES or unprompted
+
+
+def specs_of(settings: FinetuneSettings) -> tuple[TaskSpec, ...] | None:
+    """The tasks, None where there is one mask or one object at a time; reads the file of tasks."""
+    if not has_tasks(settings):
+        return None
+    if settings.tasks is not None:
+        return read_tasks(settings.tasks)
+    if masks_of(settings) == CLASSES:
+        return (TaskSpec(CLASSES, kind="semantic", channels=settings.classes),)
+    return INSTANCES
+
+
+def check_masks(settings: FinetuneSettings) -> None:
+    """Raise ValueError for options of other kinds of masks."""
+    masks, classes = masks_of(settings), settings.classes
+    if settings.tasks is not None:
+        for name in ("masks", "classes"):
+            if getattr(settings, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(settings, name)}, but --tasks says what masks hold; leave "
+                    "one out"
+                )
+        return
+    if masks == CLASSES and classes is None:
+        raise ValueError("masks is classes, but not how many; give it with --classes N")
+    if masks != CLASSES and classes is not None:
+        raise ValueError(f"classes is {classes}, but masks is {masks}; give --masks classes")
+    if masks == CLASSES and settings.prompt != "none":
+        raise ValueError(f"prompt is {settings.prompt}, but classes have no prompts")
+    if masks == "binary":
+        return
+    for name in ("foreground", "threshold"):
+        if getattr(settings, name) is not None:
+            raise ValueError(f"{name} is an option of binary masks, but masks is {masks}")
+    if has_tasks(settings) and settings.loss is not None:
+        raise ValueError(f"loss is {settings.loss}, an option of one mask, but masks is {masks}")
