@@ -17,11 +17,12 @@ from samfast.models import image_size
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
-from samfast.training.chosen_tasks import has_tasks
+from samfast.training.chosen_tasks import has_tasks, masks_of
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
 from samfast.training.graphs import check_graph
+from samfast.training.instances import Instances
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
@@ -77,7 +78,7 @@ def finetune(
     output = output_folder(settings)
     settings = dataclasses.replace(settings, output=output)
     if goal is None:
-        goal = (ManyTasks if has_tasks(settings) else OneMask)(settings)
+        goal = _goal(settings)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     with stop_asked() as asked:
         accelerator, dtype = _accelerator(settings)
@@ -97,6 +98,12 @@ def finetune(
                 return _finetune(settings, goal, folder, accelerator, dtype, callbacks, asked)
         finally:
             _release(accelerator)
+
+
+def _goal(settings: FinetuneSettings) -> Goal:
+    if not has_tasks(settings):
+        return OneMask(settings)
+    return (Instances if masks_of(settings) == "instances" else ManyTasks)(settings)
 
 
 def _planned(settings: FinetuneSettings, accelerator: "Accelerator") -> FinetuneSettings:

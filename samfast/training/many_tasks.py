@@ -6,6 +6,7 @@ One of the two goals, see ``samfast.training.goal``; ``one_mask`` has the other 
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -72,6 +73,19 @@ def tasks_loss(
     )
 
 
+class Together(Protocol):
+    """Scores of what the tasks of an image say together."""
+
+    def add(self, item: Item, spec: TaskSpec, prediction: Tensor) -> None:
+        """One task's prediction at the file's size; those of an image come in any order."""
+
+    def row(self) -> dict[str, float]:
+        """The scores over all images."""
+
+    def images(self, rows: list[dict]) -> list[dict]:
+        """The rows of each image and task, with those of each image."""
+
+
 class ManyTasks:
     """The tasks of a tasks.yaml, or of an adapter that was trained with one.
 
@@ -103,6 +117,9 @@ class ManyTasks:
             only_score=only_score,
         )
         self._stems = Counter(item.stem for item in self.split.val)
+        self._name_columns()
+
+    def _name_columns(self) -> None:
         self.score_names = {spec.name: score_names(spec) for spec in self.specs}
         own = [f"val_{task}_{name}" for task, names in self.score_names.items() for name in names]
         self.columns = ("val_loss", self.score, *own)
@@ -191,6 +208,7 @@ class ManyTasks:
             flips=settings.flips,
             seed=settings.seed,
             options=self.options,
+            truths=False,
         )
         return data, TaskCollate(self.specs, side, truths=False)
 
@@ -221,7 +239,7 @@ class ManyTasks:
         device = next(model.parameters()).device
         scores = {spec.name: TaskScores(spec, device) for spec in self.specs}
         losses = {spec.name: MeanLoss(device) for spec in self.specs}
-        sums, first = {}, 0
+        sums, first, together = {}, 0, self.together(device)
         with scoring(model):
             for batch in loader:
                 logits = task_logits(model, batch, device)
@@ -232,6 +250,8 @@ class ManyTasks:
                 for spec, i, prediction, truth in predictions_of(batch, logits, self.specs):
                     own = scores[spec.name].update(prediction, truth)
                     sums[first + i, spec.name] = own
+                    if together is not None:
+                        together.add(loader.dataset.items[first + i], spec, prediction)
                 first += len(batch.images)
                 if tick is not None:
                     tick(len(batch.images))
@@ -243,7 +263,14 @@ class ManyTasks:
             if spec.name in item.targets
         ]
         classes = [row for own in scores.values() for row in own.classes()]
-        return Scored(self._row(scores, losses), images, classes)
+        row = self._row(scores, losses)
+        if together is not None:
+            row, images = row | together.row(), together.images(images)
+        return Scored(row, images, classes)
+
+    def together(self, device: torch.device) -> "Together | None":
+        """What scores the predictions of all tasks together; None for nothing."""
+        return None
 
     def _row(self, scores: dict[str, TaskScores], losses: dict[str, MeanLoss]) -> dict[str, float]:
         found = {name: own.compute() for name, own in scores.items()}

@@ -71,6 +71,11 @@ def classes_over(image: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return out.round().astype(np.uint8)
 
 
+def objects_over(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) with a colour for each object of a label image; none where it is 0."""
+    return classes_over(image, np.where(labels > 0, (labels.astype(np.int64) - 1) % 251, -1))
+
+
 def _class_colour(index: int) -> np.ndarray:
     """Neighbouring numbers are far apart in hue; those of near hues have other shades."""
     hue = index * 0.618034 % 1.0  # numbers that are 5, 8 or 13 apart have near ones

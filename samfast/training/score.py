@@ -10,6 +10,7 @@ from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
 from samfast.training.checks import check_prediction
 from samfast.training.goal import Goal
+from samfast.training.instances import Instances, are_instances
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import png_bytes
@@ -51,7 +52,8 @@ def score(settings: EvaluateSettings) -> dict:
     )
     goal: Goal
     if specs:
-        goal = ManyTasks(as_trained, specs, only_score=True)
+        kind = Instances if are_instances(specs) else ManyTasks
+        goal = kind(as_trained, specs, only_score=True)
     else:
         goal = OneMask(as_trained, only_score=True)
     if settings.threads is not None:

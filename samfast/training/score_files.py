@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SCORES, CLASSES = "scores.csv", "classes.csv"
-_LARGER_IS_BETTER = ("dice", "miou")
+_LARGER_IS_BETTER = ("ap50", "dice", "miou")
 _SMALLER_IS_BETTER = ("abs", "angle")
 
 

@@ -6,7 +6,7 @@ A truth is int32 (H, W) of binary (0, 1) and semantic tasks, -1 where nothing co
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from samfast.training.data import flipped_axes, resize_image, resize_mask
 from samfast.training.foreground import binary_mask
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image
+from samfast.training.object_maps import object_maps
+from samfast.training.object_numbers import numbered
 from samfast.training.task_files import Item, is_ignored, read_stored
 from samfast.training.tasks import UNLABELLED, TaskSpec
 
@@ -56,6 +58,8 @@ def labels_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
 
 def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
     """The truth of a task from what its file stores."""
+    if spec.of_objects:
+        return of_objects(spec, object_maps(stored))
     if spec.labels:
         labels = labels_of(spec, stored)
         if spec.derive is None:
@@ -69,6 +73,14 @@ def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
         return np.where(ignored, np.int32(-1), foreground)
     values = np.where(ignored, np.nan, stored).astype(np.float32)
     return np.moveaxis(spec.scale * values + np.float32(spec.offset), -1, 0)
+
+
+def of_objects(spec: TaskSpec, maps: dict[str, np.ndarray]) -> np.ndarray:
+    """The truth of a task of objects from all of their maps."""
+    values = maps[spec.derive]
+    if spec.kind == "binary":
+        return values
+    return spec.scale * values[None] + np.float32(spec.offset)
 
 
 def flipped(spec: TaskSpec, truth: np.ndarray, axes: Iterable[int]) -> np.ndarray:
@@ -112,7 +124,8 @@ class TaskBatch(NamedTuple):
 class TaskDataset(Dataset):
     """Items as samples; a key is an index or (index, pass), and flips are as in PairDataset.
 
-    Every file is read once, whatever the number of tasks it serves.
+    Every file is read once, whatever the number of tasks it serves. truths: whether samples have
+    objects' maps at the files' own size, which take long and which training does not need.
     """
 
     def __init__(
@@ -124,7 +137,9 @@ class TaskDataset(Dataset):
         flips: bool = False,
         seed: int = 0,
         options: ImageOptions = _AS_TAGGED,
+        truths: bool = True,
     ):
+        self.truths = truths
         self.options = options
         self.items = tuple(items)
         self.specs = tuple(specs)
@@ -148,6 +163,12 @@ class TaskDataset(Dataset):
                 file = item.targets[spec.name], spec.labels or spec.kind == "binary"
                 if file not in files:
                     files[file] = read_stored(spec, file[0])
+                if spec.of_objects:  # made anew of objects as large as the model sees them
+                    self._add_maps(files, file, axes)
+                    targets[spec.name] = of_objects(spec, files[file, "target"])
+                    if self.truths:
+                        truths[spec.name] = of_objects(spec, files[file, "truth"])
+                    continue
                 truth = flipped(spec, truth_of(spec, files[file]), axes)
                 truths[spec.name] = truth
                 if spec.derive == "boundary":  # a line of a few pixels, which resizing would break
@@ -157,6 +178,15 @@ class TaskDataset(Dataset):
                     targets[spec.name] = resized(truth, self.image_size)
         image = resize_image(np.ascontiguousarray(image), self.image_size)
         return TaskSample(image, targets, truths)
+
+    def _add_maps(self, files: dict, file: Any, axes: Iterable[int]) -> None:
+        """The maps of a file of objects, once for all tasks."""
+        if (file, "target") not in files:
+            labels = np.ascontiguousarray(np.flip(numbered(files[file])[0], tuple(axes)))
+            files[file, "target"] = object_maps(resize_mask(labels, self.image_size))
+            if self.truths:
+                files[file, "truth"] = object_maps(labels)
+
 
 
 class TaskCollate:

@@ -30,6 +30,7 @@ from samfast.training.folders import (
 from samfast.training.foreground import binary_mask
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, StoredMask, load_image, load_mask, read_values
+from samfast.training.object_numbers import check_numbers
 from samfast.training.split_checks import (
     check_foreground,
     few_levels_sentence,
@@ -237,6 +238,9 @@ def _checked(
     mask = _load(spec, path)
     check_sizes(pair, image, mask.values)
     values = [value for value in values_of(mask.values) if value not in spec.ignore]
+    if spec.of_objects:
+        check_numbers(path, mask.values)
+        return CheckedPair([0.0, 1.0] if mask.values.any() else [0.0], False, True, None)
     if spec.labels:
         return CheckedPair(_classes(spec, path, values), False, True, None)
     few = None

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model learns of objects without prompts: where they are, their centres and their depth.
+
+The three maps of label images, (H, W) integers with 0 for no object:
+
+    foreground   1 in objects, else 0
+    depth        distance to the nearest pixel beside the own object, over the object's largest
+    centre       1 at the deepest pixel of each object, falling with the distance from it to 0
+
+Depth and centre are in [0, 1] in objects of every size, and 0 outside. Together they give the
+objects back by a watershed: ``samfast.training.watershed``. Archit et al., Segment Anything for
+Microscopy (2025), learn distances of the same kind.
+"""
+
+import numpy as np
+
+from samfast.training.object_numbers import numbered
+
+
+def object_maps(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """{"foreground": int32, "centre": float32, "depth": float32}, each (H, W)."""
+    from scipy import ndimage
+
+    labels, count = numbered(labels)
+    inside = labels > 0
+    maps = {"foreground": inside.astype(np.int32)}
+    depth = np.zeros(labels.shape, np.float32)
+    centre = np.zeros(labels.shape, np.float32)
+    if count:
+        ids = np.arange(1, count + 1)
+        depth = ndimage.distance_transform_edt(inside & ~_edges(labels)) + 1.0
+        deepest = np.concatenate([[1.0], ndimage.maximum(depth, labels, ids)])
+        middle = np.array([(0, 0), *ndimage.maximum_position(depth, labels, ids)], np.float64)
+        depth = np.where(inside, depth / deepest[labels], 0).astype(np.float32)
+        y, x = np.indices(labels.shape, np.float32)
+        away = np.hypot(y - middle[labels, 0], x - middle[labels, 1])
+        most = np.concatenate([[1.0], ndimage.maximum(away, labels, ids)])
+        centre = np.where(inside, 1 - away / np.maximum(most, 1)[labels], 0).astype(np.float32)
+    return {**maps, "centre": centre, "depth": depth}
+
+
+def _edges(labels: np.ndarray) -> np.ndarray:
+    """bool (H, W): pixels beside one of another value."""
+    edge = np.zeros(labels.shape, bool)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = labels[a] != labels[b]
+        edge[a] |= differ
+        edge[b] |= differ
+    return edge
