@@ -17,12 +17,12 @@ from samfast.models import image_size
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
-from samfast.training.chosen_tasks import has_tasks, masks_of
+from samfast.training.chosen_tasks import specs_of
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
 from samfast.training.graphs import check_graph
-from samfast.training.instances import Instances
+from samfast.training.instances import Instances, are_instances
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
@@ -101,9 +101,10 @@ def finetune(
 
 
 def _goal(settings: FinetuneSettings) -> Goal:
-    if not has_tasks(settings):
+    specs = specs_of(settings)
+    if specs is None:
         return OneMask(settings)
-    return (Instances if masks_of(settings) == "instances" else ManyTasks)(settings)
+    return (Instances if are_instances(specs) else ManyTasks)(settings, specs)
 
 
 def _planned(settings: FinetuneSettings, accelerator: "Accelerator") -> FinetuneSettings:

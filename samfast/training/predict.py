@@ -2,7 +2,7 @@
 """Masks for new photographs from a saved adapter."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,22 @@ from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, read_image
+from samfast.training.instances import are_instances, objects_of
+from samfast.training.object_files import parts, write_objects
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
 from samfast.training.points import check_point, parsed_point, resized_point
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.remembered import remembered
+from samfast.training.predict_tiles import predicted_by_tiles
+from samfast.training.progress import Progress
+from samfast.training.remembered import Remembered, remembered
 from samfast.training.run_folder import SETTINGS, check_folder
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import PredictSettings
 from samfast.training.task_scores import predicted_tasks
 from samfast.training.tasks import TaskSpec
+from samfast.training.tiles import check_tiles, count_of
 from samfast.training.try_out import backend_asked_for
+from samfast.training.watershed import check_watershed
 
 
 def predict(settings: PredictSettings) -> dict:
@@ -54,8 +60,10 @@ def predict(settings: PredictSettings) -> dict:
     kept = remembered(adapter, settings.task, settings.bands, settings.range)
     options, specs = kept.options, kept.specs
     shapes = {path: read_image(path, options).shape[:2] for path in paths}
-    _check_files(names, specs)
+    if not are_instances(specs):
+        _check_files(names, specs)
     boxes = boxes_for(settings, kept.prompt, shapes)
+    _check_kind(settings, kept)
     with backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
             settings.adapter,
@@ -65,32 +73,83 @@ def predict(settings: PredictSettings) -> dict:
         )
         kind = TaskSegmenter if specs else Segmenter
         model = kind(sam, dtype, settings.decoder_chunk).to(device)
-        loader = DataLoader(
-            _Photographs(paths, image_size(sam), boxes, options),
-            batch_size=settings.batch_size,
-            collate_fn=Collate(image_size(sam), truths=True),
-        )
         settings.output.mkdir(parents=True, exist_ok=True)
         remove_dead(settings.output)
+        found = _maps(settings, model, paths, boxes, kept, shapes)
         written = []
-        if specs:
-            found = predicted_tasks(model, loader, specs)
-            for path, name, maps in zip(paths, names, found, strict=True):
-                image = read_image(path, options)
-                written.append(_write_tasks(settings.output, name, path, image, maps))
-                if not settings.json:
-                    masks = (task["mask"] for task in written[-1]["tasks"].values())
-                    print(f"{path}: {', '.join(masks)}", flush=True)
-            return {"output": str(settings.output), "images": written}
-        masks = (mask.cpu().numpy() for mask, _ in predicted_masks(model, loader))
-        for path, name, mask in zip(paths, names, masks, strict=True):
-            written.append(_write(settings.output, name, path, read_image(path, options), mask))
+        for path, name, maps in zip(paths, names, found, strict=True):
+            written.append(_written(settings, name, path, read_image(path, options), maps, specs))
             if not settings.json:
-                print(
-                    f"{path}: {written[-1]['foreground']:.1%} foreground, {written[-1]['mask']}",
-                    flush=True,
-                )
+                print(f"{path}: {_said(written[-1])}", flush=True)
     return {"output": str(settings.output), "images": written}
+
+
+def _maps(
+    settings: PredictSettings,
+    model: nn.Module,
+    paths: Sequence[Path],
+    boxes: Sequence[np.ndarray],
+    kept: Remembered,
+    shapes: dict[Path, tuple[int, int]],
+) -> Iterator[dict[str, np.ndarray]]:
+    """What each image is predicted at its size, by task; of one mask under ""."""
+    if settings.tile is not None:
+        overlap = check_tiles(settings.tile, settings.overlap)
+        count = sum(count_of(shape, settings.tile, overlap) for shape in shapes.values())
+        with Progress("prediction, tiles", count, main=True) as progress:
+            for path in paths:
+                yield predicted_by_tiles(
+                    model,
+                    read_image(path, kept.options),
+                    kept.specs,
+                    settings.tile,
+                    overlap,
+                    settings.batch_size,
+                    progress.advance,
+                )
+        return
+    side = image_size(model.sam)
+    loader = DataLoader(
+        _Photographs(paths, side, boxes, kept.options),
+        batch_size=settings.batch_size,
+        collate_fn=Collate(side, truths=True),
+    )
+    if kept.specs:
+        for tasks in predicted_tasks(model, loader, kept.specs):
+            yield {spec.name: values for spec, values in tasks}
+    else:
+        for mask, _ in predicted_masks(model, loader):
+            yield {"": mask.cpu().numpy()}
+
+
+def _written(
+    settings: PredictSettings,
+    name: str,
+    path: Path,
+    image: np.ndarray,
+    maps: dict[str, np.ndarray],
+    specs: Sequence[TaskSpec],
+) -> dict:
+    """Write what one image is predicted; returns the files' names and what they hold."""
+    folder = settings.output
+    if specs and are_instances(specs):
+        by_map = {spec.derive: maps[spec.name] for spec in specs}
+        return write_objects(folder, name, path, image, objects_of(by_map, settings.min_size))
+    if specs:
+        return _write_tasks(folder, name, path, image, [(s, maps[s.name]) for s in specs])
+    made = _write(folder, name, path, image, maps[""])
+    if settings.instances:
+        return made | write_objects(folder, name, path, image, parts(maps[""], settings.min_size))
+    return made
+
+
+def _said(made: dict) -> str:
+    """What a line of output says of an image."""
+    if "tasks" in made:
+        return ", ".join(task["mask"] for task in made["tasks"].values())
+    if "labels" in made:
+        return f"{made['objects']} objects, {made['labels']}"
+    return f"{made['foreground']:.1%} foreground, {made['mask']}"
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
@@ -108,6 +167,28 @@ def find_images(given: Sequence[Path]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path} does not exist")
     return paths
+
+
+def _check_kind(settings: PredictSettings, kept: Remembered) -> None:
+    """Raise ValueError for options that an adapter of this kind cannot have."""
+    check_tiles(settings.tile, settings.overlap)
+    if settings.tile is not None and kept.prompt != "none":
+        raise ValueError(
+            f"tile is {settings.tile}, but adapter {settings.adapter} is prompted by a "
+            f"{kept.prompt} for each image; leave out --tile"
+        )
+    numbered = are_instances(kept.specs) or (settings.instances and not kept.specs)
+    if settings.instances and not numbered:
+        raise ValueError(
+            f"adapter {settings.adapter} does not know objects; leave out --instances, or train "
+            "with --masks instances"
+        )
+    if settings.min_size and not numbered:
+        raise ValueError(
+            f"min_size is {settings.min_size}, but no objects are numbered; give --instances"
+        )
+    if numbered and kept.specs:
+        check_watershed()
 
 
 def boxes_for(

@@ -374,6 +374,26 @@ class PredictSettings:
         repeatable=True,
         hint="repeatable",
     )
+    tile: int | None = option(
+        None,
+        "Side of the tiles in which to predict larger images, in their pixels; each becomes as "
+        "large as the model's images",
+        least=16,
+        most=65535,
+        hint="default: whole images",
+    )
+    overlap: int | None = option(
+        None,
+        "Pixels that tiles have in common at least, where their maps are blended",
+        least=0,
+        hint="default: tile / 4",
+    )
+    instances: bool = option(
+        False,
+        "Number the objects: of an adapter that was trained with --masks instances, which does "
+        "that anyway, or the connected parts of one mask",
+    )
+    min_size: int = option(0, "Leave out numbered objects of fewer pixels", least=0)
     batch_size: int = option(4, "Images in one forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
     decoder_chunk: int | None = option(

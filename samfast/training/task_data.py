@@ -188,7 +188,6 @@ class TaskDataset(Dataset):
                 files[file, "truth"] = object_maps(labels)
 
 
-
 class TaskCollate:
     """Pad samples to the square and stack them; ``truths`` keeps those at the files' sizes."""
 

@@ -340,11 +340,12 @@ def _spec(entry: dict, entries: dict[str, dict]) -> TaskSpec:
     entry, name = dict(entry), entry["name"]
     derive, source = entry.get("derive"), entry.pop("from", None)
     if derive is not None:
-        if derive not in DERIVED:
+        known = DERIVED | OF_OBJECTS
+        if derive not in known:
             raise ValueError(
-                f"task {name} has an unknown derive {derive!r}; {_nearest(derive, DERIVED)}"
+                f"task {name} has an unknown derive {derive!r}; {_nearest(derive, known)}"
             )
-        entry.setdefault("kind", DERIVED[derive])
+        entry.setdefault("kind", known[derive])
     if source is not None:
         if derive is None:
             raise ValueError(f"task {name} has from {source!r}, but no derive")

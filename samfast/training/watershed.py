@@ -41,4 +41,3 @@ def objects_of_maps(
     alone = (parts > 0) & ~seeded[parts]
     objects = np.where(alone, parts + count, objects)
     return kept_objects(objects, min_size)
-

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model predicts for one large image, tile by tile."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from samfast.models import image_size
+from samfast.training.data import Collate, Sample, resize_image
+from samfast.training.evaluate import full_size
+from samfast.training.task_scores import predicted
+from samfast.training.tasks import TaskSpec
+from samfast.training.tiles import Tile, blended
+
+
+@torch.no_grad()
+def predicted_by_tiles(
+    model: nn.Module,
+    image: np.ndarray,
+    specs: Sequence[TaskSpec],
+    tile: int,
+    overlap: int,
+    batch_size: int = 4,
+    tick: Callable[[int], object] | None = None,
+) -> dict[str, np.ndarray]:
+    """What ``predicted`` says of each task by name, at the image's size; without specs the mask of
+    the one there is, bool (H, W), under "".
+
+    image: uint8 (H, W, 3)   tile, overlap: in pixels of the image   tick: told the tiles of a batch
+
+    A tile becomes as large as the model's images; its logits are resized back and blended, see
+    ``tiles``. Memory beside the result is that of one line of tiles.
+    """
+    device = next(model.parameters()).device
+    side = image_size(model.sam)
+    collate = Collate(side, truths=False)
+    channels = [spec.channels for spec in specs]
+
+    def maps_of(line: list[Tile]) -> Iterator[np.ndarray]:
+        for first in range(0, len(line), batch_size):
+            own = line[first : first + batch_size]
+            crops = [resize_image(image[t.top : t.bottom, t.left : t.right], side) for t in own]
+            batch = collate([Sample(crop, np.zeros(crop.shape[:2], bool), None) for crop in crops])
+            images, sizes = batch.images.to(device), batch.sizes.to(device)
+            if specs:
+                rows = {spec.name: list(range(len(own))) for spec in specs}
+                found = model(images, sizes, rows)
+                logits = torch.cat([found[spec.name] for spec in specs], 1)
+            else:
+                logits = model(images, sizes)[0][:, None]
+            for t, one, size in zip(own, logits, batch.sizes.tolist(), strict=True):
+                shape = t.bottom - t.top, t.right - t.left
+                yield full_size(one, *size, shape).cpu().numpy()
+            if tick is not None:
+                tick(len(own))
+
+    strips: dict[str, list[np.ndarray]] = {}
+    for maps in blended(image.shape[:2], tile, overlap, maps_of):
+        strip = torch.from_numpy(maps)
+        if not specs:
+            strips.setdefault("", []).append((strip[0] > 0).numpy())
+            continue
+        for spec, own in zip(specs, strip.split(channels), strict=True):
+            strips.setdefault(spec.name, []).append(predicted(spec, own).numpy())
+    return {name: np.concatenate(parts, axis=-2) for name, parts in strips.items()}
