@@ -55,7 +55,7 @@ def test_maps_are_those_of_a_loop_over_objects():
     np.testing.assert_array_equal(maps["foreground"], TOUCHING > 0)
     np.testing.assert_allclose(maps["depth"], literal_depth(TOUCHING), atol=1e-6)
     for number in (70_000, 255, 9):
-        own = TOUCHING == number
+        own = np.equal(TOUCHING, number)
         for name in ("depth", "centre"):
             assert maps[name][own].max() == 1, (number, name)
         assert maps["centre"][own].min() == pytest.approx(0, abs=1e-6)
@@ -174,7 +174,8 @@ def test_a_run_learns_and_its_adapter_predicts_and_scores(trained, folder, tmp_p
     objects = [row for row in scores["per_image"] if row["task"] == "objects"]
     assert len(objects) == 6 and sum(row["found"] + row["missed"] for row in objects) == 12
     assert scores["val_ap50"] == pytest.approx(
-        sum(r["found"] for r in objects) / sum(r["found"] + r["added"] + r["missed"] for r in objects)
+        sum(r["found"] for r in objects)
+        / sum(r["found"] + r["added"] + r["missed"] for r in objects)
     )
     argv = ["predict", folder / "images", "--adapter", trained, "--json"]
     assert run(*argv, "--output", tmp_path / "a") == 0
