@@ -18,11 +18,10 @@ from samfast.training.object_numbers import numbered
 from samfast.training.object_scores import ObjectScores, matched, object_scores
 from samfast.training.panels import titled
 from samfast.training.pictures import objects_over
-from samfast.training.settings import FinetuneSettings
 from samfast.training.task_files import Item, read_stored
 from samfast.training.task_scores import listed, predictions
 from samfast.training.tasks import OF_OBJECTS, TaskSpec
-from samfast.training.watershed import check_watershed, objects_of_maps
+from samfast.training.watershed import objects_of_maps
 
 
 def are_instances(specs: Sequence[TaskSpec]) -> bool:
@@ -41,16 +40,6 @@ class Instances(ManyTasks):
     """The objects of label images; the best epoch is that of the largest AP50."""
 
     score = "val_ap50"
-
-    def __init__(
-        self,
-        settings: FinetuneSettings,
-        specs: Sequence[TaskSpec] | None = None,
-        only_score: bool = False,
-    ):
-        """As ``ManyTasks``; ValueError where the library of the watershed is missing."""
-        check_watershed()
-        super().__init__(settings, INSTANCES if specs is None else specs, only_score)
 
     def _name_columns(self) -> None:
         super()._name_columns()

@@ -17,6 +17,8 @@ from samfast.files.placing import write_whole
 from samfast.files.temporary import remove_dead
 from samfast.models import build_sam, image_size
 from samfast.models.architectures import ARCHITECTURES
+from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.automatic import automatic_objects
 from samfast.training.boxes import check_box, parsed_box, resized_box
 from samfast.training.checks import check_prediction
 from samfast.training.data import Collate, Sample, resize_image
@@ -38,7 +40,6 @@ from samfast.training.task_scores import predicted_tasks
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import check_tiles, count_of
 from samfast.training.try_out import backend_asked_for
-from samfast.training.watershed import check_watershed
 
 
 def predict(settings: PredictSettings) -> dict:
@@ -62,7 +63,7 @@ def predict(settings: PredictSettings) -> dict:
     shapes = {path: read_image(path, options).shape[:2] for path in paths}
     if not are_instances(specs):
         _check_files(names, specs)
-    boxes = boxes_for(settings, kept.prompt, shapes)
+    boxes = [] if settings.automatic else boxes_for(settings, kept.prompt, shapes)
     _check_kind(settings, kept)
     with backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
@@ -92,7 +93,19 @@ def _maps(
     kept: Remembered,
     shapes: dict[Path, tuple[int, int]],
 ) -> Iterator[dict[str, np.ndarray]]:
-    """What each image is predicted at its size, by task; of one mask under ""."""
+    """What each image is predicted at its size, by task; of one mask under "", and "objects"."""
+    if settings.automatic:
+        for path in paths:
+            objects = automatic_objects(
+                model.sam,
+                read_image(path, kept.options),
+                points_per_side=settings.points_per_side,
+                pred_iou_thresh=settings.pred_iou_thresh,
+                stability_score_thresh=settings.stability_score_thresh,
+                min_size=settings.min_size,
+            )
+            yield {"objects": objects}
+        return
     if settings.tile is not None:
         overlap = check_tiles(settings.tile, settings.overlap)
         count = sum(count_of(shape, settings.tile, overlap) for shape in shapes.values())
@@ -137,6 +150,8 @@ def _written(
         return write_objects(folder, name, path, image, objects_of(by_map, settings.min_size))
     if specs:
         return _write_tasks(folder, name, path, image, [(s, maps[s.name]) for s in specs])
+    if "objects" in maps:
+        return write_objects(folder, name, path, image, maps["objects"])
     made = _write(folder, name, path, image, maps[""])
     if settings.instances:
         return made | write_objects(folder, name, path, image, parts(maps[""], settings.min_size))
@@ -172,12 +187,15 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 def _check_kind(settings: PredictSettings, kept: Remembered) -> None:
     """Raise ValueError for options that an adapter of this kind cannot have."""
     check_tiles(settings.tile, settings.overlap)
+    if settings.automatic:
+        _check_automatic(settings, kept)
     if settings.tile is not None and kept.prompt != "none":
         raise ValueError(
             f"tile is {settings.tile}, but adapter {settings.adapter} is prompted by a "
             f"{kept.prompt} for each image; leave out --tile"
         )
-    numbered = are_instances(kept.specs) or (settings.instances and not kept.specs)
+    asked = settings.instances or settings.automatic
+    numbered = are_instances(kept.specs) or (asked and not kept.specs)
     if settings.instances and not numbered:
         raise ValueError(
             f"adapter {settings.adapter} does not know objects; leave out --instances, or train "
@@ -187,8 +205,22 @@ def _check_kind(settings: PredictSettings, kept: Remembered) -> None:
         raise ValueError(
             f"min_size is {settings.min_size}, but no objects are numbered; give --instances"
         )
-    if numbered and kept.specs:
-        check_watershed()
+
+
+def _check_automatic(settings: PredictSettings, kept: Remembered) -> None:
+    """Raise ValueError for what a grid of points cannot be combined with."""
+    given = {"--tile": settings.tile, "--box": settings.box, "--point": settings.point}
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"--automatic finds objects by points of its own; leave out {name}")
+    if kept.specs:
+        raise ValueError(
+            f"adapter {settings.adapter} has decoders of tasks, which no point prompts; leave out "
+            "--automatic"
+        )
+    base = read_adapter(adapter_folder(settings.adapter)).record["base"].get("name")
+    if base == SAM3:
+        raise ValueError(f"--automatic is segment_anything's, which {SAM3} is not")
 
 
 def boxes_for(

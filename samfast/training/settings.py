@@ -393,6 +393,20 @@ class PredictSettings:
         "Number the objects: of an adapter that was trained with --masks instances, which does "
         "that anyway, or the connected parts of one mask",
     )
+    automatic: bool = option(
+        False,
+        "Number the objects that segment_anything's automatic mask generator finds by a grid of "
+        "points; for an adapter of one mask, best one that was trained with --prompt point",
+    )
+    points_per_side: int = option(
+        32, "Points of the grid along each side; only with --automatic", least=1, most=256
+    )
+    pred_iou_thresh: float = option(
+        0.88, "IoU that the model has to predict of a mask; only with --automatic"
+    )
+    stability_score_thresh: float = option(
+        0.95, "Stability that a mask has to have when its cut-off moves; only with --automatic"
+    )
     min_size: int = option(0, "Leave out numbered objects of fewer pixels", least=0)
     batch_size: int = option(4, "Images in one forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)

@@ -7,15 +7,6 @@ from samfast.training.object_numbers import kept_objects
 
 _EIGHT = np.ones((3, 3), bool)  # neighbours of a pixel
 SEED = 0.5  # of depth and of centre, above which a pixel is of an object's middle
-_NEEDS = "objects without prompts need scikit-image; install it with pip install 'samfast[data]'"
-
-
-def check_watershed() -> None:
-    """ValueError where the library is missing."""
-    try:
-        import skimage.segmentation  # noqa: F401
-    except ImportError:
-        raise ValueError(_NEEDS) from None
 
 
 def objects_of_maps(
@@ -32,7 +23,6 @@ def objects_of_maps(
     from scipy import ndimage
     from skimage.segmentation import watershed
 
-    check_watershed()
     middles, count = ndimage.label(foreground & (centre > SEED) & (depth > SEED), _EIGHT)
     parts, number = ndimage.label(foreground)
     seeded = np.zeros(number + 1, bool)

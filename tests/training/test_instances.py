@@ -17,8 +17,6 @@ from samfast.training.task_data import TaskDataset
 from samfast.training.task_files import Item
 from samfast.training.watershed import objects_of_maps
 
-pytest.importorskip("skimage", reason="scikit-image, of samfast[data], is not installed")
-
 
 def discs(size, *circles):
     """Label image of (y, x, radius, number), later ones on top."""

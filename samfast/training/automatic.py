@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All objects of an image by segment_anything's automatic mask generator, on an adapted model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from samfast.training.object_numbers import kept_objects
+
+
+def automatic_objects(
+    sam: nn.Module,
+    image: np.ndarray,
+    *,
+    points_per_side: int = 32,
+    pred_iou_thresh: float = 0.88,
+    stability_score_thresh: float = 0.95,
+    min_size: int = 0,
+) -> np.ndarray:
+    """int32 (H, W): objects from 1 on, 0 for none; where masks overlap, the smaller is on top.
+
+    sam: segment_anything's Sam, with or without adapters   image: uint8 (H, W, 3)
+    The thresholds are those of ``SamAutomaticMaskGenerator``; its own scores judge the masks.
+    """
+    from segment_anything import SamAutomaticMaskGenerator
+    from segment_anything.utils.amg import rle_to_mask
+
+    generator = SamAutomaticMaskGenerator(
+        sam,
+        points_per_side=points_per_side,
+        pred_iou_thresh=pred_iou_thresh,
+        stability_score_thresh=stability_score_thresh,
+        output_mode="uncompressed_rle",  # as masks, hundreds of them would fill the memory
+    )
+    with suppression_in_torch(), torch.no_grad():
+        found = generator.generate(image)
+    labels = np.zeros(image.shape[:2], np.int32)
+    for number, mask in enumerate(sorted(found, key=lambda mask: -mask["area"]), start=1):
+        labels[rle_to_mask(mask["segmentation"])] = number
+    return kept_objects(labels, min_size)
+
+
+@contextmanager
+def suppression_in_torch() -> Iterator[None]:
+    """The generator with ``batched_nms`` where torchvision has no operator for it."""
+    import segment_anything.automatic_mask_generator as module
+
+    given = module.batched_nms
+    try:
+        given(torch.zeros(1, 4), torch.zeros(1), torch.zeros(1), 0.5)
+    except (RuntimeError, NotImplementedError):
+        module.batched_nms = batched_nms
+    try:
+        yield
+    finally:
+        module.batched_nms = given
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes that no better one of their category covers, the best first.
+
+    boxes: (N, 4), x0, y0, x1, y1   scores, idxs: (N,)   as torchvision.ops.batched_nms
+    A box is covered by one that is kept and whose IoU with it is above the threshold.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    boxes, idxs = boxes[order].float(), idxs[order]
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    covered = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    kept = []
+    for i in range(len(boxes)):
+        if covered[i]:
+            continue
+        kept.append(i)
+        low, high = (
+            torch.maximum(boxes[i, :2], boxes[:, :2]),
+            torch.minimum(boxes[i, 2:], boxes[:, 2:]),
+        )
+        common = (high - low).clamp(min=0).prod(1)
+        iou = common / (area[i] + area - common)
+        covered |= (iou > iou_threshold) & (idxs == idxs[i])
+    return order[torch.tensor(kept, dtype=torch.long, device=order.device)]
