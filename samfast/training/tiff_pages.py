@@ -6,6 +6,7 @@ memory than the file is long.
 """
 
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -25,11 +26,13 @@ _KEPT = {
 }
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 6: "b", 7: "s", 8: "h", 9: "i", 13: "I"}
 _TYPES |= {16: "Q", 17: "q", 18: "Q"}
+_DOUBLE = 12  # of tags that are asked for only
 
 
 @dataclass(frozen=True)
 class Page:
-    """order: "<" or ">"   tags: by number, texts as bytes and all else as tuples of integers"""
+    """order: "<" or ">"   tags: by number, texts as bytes and all else as tuples of integers, or of
+    floats where ``also`` asked for the tag"""
 
     order: str
     tags: dict[int, tuple[int, ...] | bytes]
@@ -59,8 +62,11 @@ class Page:
         return self.number(KIND, old)
 
 
-def read_pages(file: BinaryIO) -> list[Page]:
-    """The pages of the file's chain, in its order; ValueError where the file is damaged."""
+def read_pages(file: BinaryIO, also: Collection[int] = ()) -> list[Page]:
+    """The pages of the file's chain, in its order; ValueError where the file is damaged.
+
+    also: tags to keep besides those that pictures need; these may be floats of 64 bits
+    """
     size = file.seek(0, 2)
     header = _taken(file, 0, 8, size)
     order, big = "<" if header[:1] == b"I" else ">", header[2:4] in (b"+\0", b"\0+")
@@ -76,14 +82,16 @@ def read_pages(file: BinaryIO) -> list[Page]:
         if offset in seen or len(pages) == MOST_PAGES:
             raise ValueError("its list of pages does not end")
         seen.add(offset)
-        tags, offset = _directory(file, offset, size, order, big)
+        tags, offset = _directory(file, offset, size, order, big, also)
         pages.append(Page(order, tags))
     if not pages:
         raise ValueError("it has no page")
     return pages
 
 
-def _directory(file: BinaryIO, offset: int, size: int, order: str, big: bool):
+def _directory(
+    file: BinaryIO, offset: int, size: int, order: str, big: bool, also: Collection[int]
+):
     """The kept tags of one page, and where the next page begins."""
     entry, pointer = ("HHQ8s", "Q") if big else ("HHI4s", "I")
     head, entry_size = struct.calcsize("=Q" if big else "=H"), struct.calcsize("=" + entry)
@@ -95,9 +103,9 @@ def _directory(file: BinaryIO, offset: int, size: int, order: str, big: bool):
     tags: dict[int, tuple[int, ...] | bytes] = {}
     for i in range(count):
         tag, kind, number, value = struct.unpack_from(order + entry, table, i * entry_size)
-        if tag not in _KEPT or tag in tags or kind not in _TYPES:
+        letter = "d" if tag in also and kind == _DOUBLE else _TYPES.get(kind)
+        if letter is None or tag in tags or not (tag in _KEPT or tag in also):
             continue
-        letter = _TYPES[kind]
         needed = number * struct.calcsize("=" + letter)
         if needed > len(value):
             (place,) = struct.unpack(order + pointer, value)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What COCO calls a segmentation: polygons or run lengths, checked before they become pixels.
+
+Phrases of ValueError follow "FILE, annotation ID ". pycocotools turns polygons to pixels; its C
+code trusts what it gets, so that everything is checked before.
+"""
+
+from collections.abc import Sequence
+from math import hypot, isfinite
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from samfast.training.rle import counts_of, shown
+
+Segmentation = dict[str, Any] | tuple[np.ndarray, ...]  # an RLE, or polygons of x, y, x, y, ...
+MOST_BORDER = 5_000_000  # pixels that one outline may be long; its memory grows with that
+
+
+def mask_library() -> ModuleType:
+    """pycocotools.mask; ImportError with one sentence where it is not installed."""
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise ImportError(
+            'pycocotools, for polygons in COCO, is not installed: pip install "samfast[data]"'
+        ) from None
+    return mask
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def checked_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentation:
+    """A segmentation of an image (height, width), to be kept; ValueError, a phrase, for any other
+    value."""
+    if isinstance(segmentation, dict):
+        counts = counts_of(segmentation, size)
+        if isinstance(segmentation["counts"], list):
+            return {"size": list(size), "counts": counts}
+        return {"size": list(size), "counts": segmentation["counts"]}
+    if segmentation in (None, []):
+        raise ValueError(
+            "has no segmentation; a box alone is no outline: export polygons or RLE, or remove the "
+            "annotation"
+        )
+    if not isinstance(segmentation, list):
+        raise ValueError(
+            f"has the segmentation {shown(segmentation)}; expected a list of polygons, or an RLE"
+        )
+    for number, polygon in enumerate(segmentation, 1):
+        where = "a polygon" if len(segmentation) == 1 else f"polygon {number}"
+        _check_polygon(where, polygon, size)
+    return tuple(np.array(polygon, np.float64) for polygon in segmentation)
+
+
+def _check_polygon(where: str, polygon: Any, size: tuple[int, int]) -> None:
+    if not isinstance(polygon, list):
+        raise ValueError(
+            f"has the segmentation part {shown(polygon)}; expected a list [x, y, x, y, ...] "
+            "for each part"
+        )
+    for value in polygon:
+        if not is_number(value):
+            raise ValueError(f"has {where} with {shown(value)}, which is no finite number; fix it")
+    if len(polygon) % 2 or len(polygon) < 6:
+        raise ValueError(
+            f"has {where} of {len(polygon)} numbers; expected an even number, at least 6, which "
+            "are three points"
+        )
+    height, width = size
+    for name, values, side in (("x", polygon[::2], width), ("y", polygon[1::2], height)):
+        far = max(values, key=lambda v, side=side: abs(v - side / 2))
+        if not -side <= far <= 2 * side:
+            raise ValueError(
+                f"has {where} with {name} = {far:g}, far outside the image, which is "
+                f"{width}x{height}; annotate this image's own size, in pixels"
+            )
+    border = _length(polygon)
+    if border > MOST_BORDER:
+        raise ValueError(
+            f"has {where} whose outline is {border:.0f} pixels long, more than {MOST_BORDER}; "
+            "simplify it, or export it as RLE"
+        )
+
+
+def _length(polygon: Sequence[float]) -> float:
+    """Of the closed outline, in pixels."""
+    xs, ys = polygon[::2], polygon[1::2]
+    return sum(hypot(xs[i] - xs[i - 1], ys[i] - ys[i - 1]) for i in range(len(xs)))
+
+
+def rle_of(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
+    """The RLE of a checked segmentation; the parts of several polygons together."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    library = mask_library()
+    parts = library.frPyObjects([polygon.tolist() for polygon in segmentation], *size)
+    return library.merge(parts)
