@@ -100,11 +100,14 @@ def _check_paths(settings: Settings) -> None:
 def _check_choices(settings: Settings) -> None:
     for option in options_of(settings):
         value = getattr(settings, option.name)
-        if not option.choices or value is None or isinstance(value, tuple):
+        if not option.choices or value is None:
             continue
-        if value not in option.choices:
-            known = ", ".join(option.choices)
-            raise ValueError(f"unknown {option.name} {value!r}; known are {known}")
+        if isinstance(value, tuple) and option.name != "formats":
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if one not in option.choices:
+                known = ", ".join(option.choices)
+                raise ValueError(f"unknown {option.name} {one!r}; known are {known}")
 
 
 def _check_limits(settings: Settings) -> None:

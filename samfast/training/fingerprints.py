@@ -13,9 +13,12 @@ _DIGITS = 16
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """Hash the bytes of these files, in their order."""
+    """Hash the bytes of these files, or what has a ``digest``, in their order."""
     found = hashlib.blake2b()
     for path in paths:
+        if not isinstance(path, Path):  # what a file says of one image
+            found.update(path.digest())
+            continue
         with open(path, "rb") as file:
             while piece := file.read(_PIECE):
                 found.update(piece)

@@ -153,4 +153,5 @@ def _labels(item: Item) -> np.ndarray:
 
 
 def _ids(item: Item) -> np.ndarray:
-    return np.unique(_labels(item))[1:]
+    labels = _labels(item)
+    return np.unique(labels[labels > 0])

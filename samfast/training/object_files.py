@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of predicted objects: a label image, and a picture of it."""
+"""The files of predicted objects: label image, table, outlines, COCO's JSON, and a picture."""
 
-import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from samfast.files.placing import write_whole
+from samfast.training.georeference import Georeference, read_georeference
 from samfast.training.object_numbers import kept_objects
+from samfast.training.objects import Objects
+from samfast.training.objects_out import ImageObjects, coco_json, csv_text, geojson, write_labels
 from samfast.training.pictures import objects_over, png_bytes
 
-LARGEST = 4096  # longest side of a picture
+COCO = "coco.json"
+_LARGEST = 4096  # longest side of a picture
 
 
 def parts(mask: np.ndarray, min_size: int = 0) -> np.ndarray:
@@ -21,30 +24,56 @@ def parts(mask: np.ndarray, min_size: int = 0) -> np.ndarray:
     return kept_objects(ndimage.label(mask)[0], min_size)
 
 
-def label_tiff(labels: np.ndarray) -> bytes:
-    """A TIFF of one page with the numbers, of 16 bits, of 32 from 65,536 objects on."""
-    wide = labels.max(initial=0) > 65535
-    buffer = io.BytesIO()
-    image = Image.fromarray(labels.astype(np.int32 if wide else np.uint16))
-    image.save(buffer, format="TIFF", compression="tiff_adobe_deflate")
-    return buffer.getvalue()
+class ObjectFiles:
+    """Writes the objects of images into a folder, in the formats that are asked for.
 
-
-def write_objects(
-    folder: Path, name: str, path: Path, image: np.ndarray, labels: np.ndarray
-) -> dict:
-    """NAME_labels.tif and NAME_overlay.png; the picture is at most LARGEST pixels wide and high.
-
-    image: uint8 (H, W, 3)   labels: int32 (H, W), from 1 on, 0 for no object
+    formats: of "labels", "csv", "geojson", "coco"   Raises ValueError, before anything is written,
+    for an image whose georeference cannot be read or, with "geojson", has no affine map.
     """
-    labels_path, overlay_path = folder / f"{name}_labels.tif", folder / f"{name}_overlay.png"
-    write_whole(labels_path, label_tiff(labels), durable=False)
-    step = -(-max(labels.shape) // LARGEST)
-    overlay = objects_over(image[::step, ::step], labels[::step, ::step])
-    write_whole(overlay_path, png_bytes(overlay), durable=False)
-    return {
-        "image": str(path),
-        "labels": str(labels_path),
-        "overlay": str(overlay_path),
-        "objects": int(labels.max(initial=0)),
-    }
+
+    def __init__(self, folder: Path, formats: Sequence[str], paths: Sequence[Path]):
+        self.folder, self.formats = folder, formats
+        self._found: list[ImageObjects] = []
+        self._places: dict[Path, Georeference | None] = {}
+        for path in paths:
+            place = read_georeference(path)
+            if "geojson" in formats and place is not None and place.affine is None:
+                raise ValueError(
+                    f"the georeference of {path} has no affine map from pixels to coordinates; "
+                    "leave geojson out of --formats, or warp the image first"
+                )
+            self._places[path] = place
+
+    def write(self, name: str, path: Path, image: np.ndarray, labels: np.ndarray) -> dict:
+        """NAME_labels.tif, NAME_objects.csv and .geojson, as asked for, and NAME_overlay.png.
+
+        image: uint8 (H, W, 3)   labels: int32 (H, W), from 1 on, 0 for no object. The picture is at
+        most 4096 pixels wide and high. Returns the files by what they are.
+        """
+        objects, place = Objects.from_labels(labels), self._places[path]
+        made = {"image": str(path)}
+        if "labels" in self.formats:
+            made["labels"] = str(self.folder / f"{name}_labels.tif")
+            write_labels(made["labels"], labels, place)
+        if "csv" in self.formats:
+            made["csv"] = str(self.folder / f"{name}_objects.csv")
+            write_whole(Path(made["csv"]), csv_text(objects).encode(), durable=False)
+        if "geojson" in self.formats:
+            made["geojson"] = str(self.folder / f"{name}_objects.geojson")
+            text = geojson(objects, georeference=place)
+            write_whole(Path(made["geojson"]), text.encode(), durable=False)
+        if "coco" in self.formats:
+            self._found.append(ImageObjects(path.name, objects))
+        made["overlay"] = str(self.folder / f"{name}_overlay.png")
+        step = -(-max(labels.shape) // _LARGEST)
+        overlay = objects_over(image[::step, ::step], labels[::step, ::step])
+        write_whole(Path(made["overlay"]), png_bytes(overlay), durable=False)
+        return {**made, "objects": len(objects)}
+
+    def finish(self) -> dict:
+        """coco.json of all images, where it is asked for."""
+        if "coco" not in self.formats:
+            return {}
+        path = self.folder / COCO
+        write_whole(path, coco_json(self._found).encode(), durable=False)
+        return {"coco": str(path)}

@@ -7,7 +7,8 @@ The three maps of label images, (H, W) integers with 0 for no object:
     depth        distance to the nearest pixel beside the own object, over the object's largest
     centre       1 at the deepest pixel of each object, falling with the distance from it to 0
 
-Depth and centre are in [0, 1] in objects of every size, and 0 outside. Together they give the
+Depth and centre are in [0, 1] in objects of every size, and 0 outside. Where labels are negative,
+nothing counts: -1, NaN. Together they give the
 objects back by a watershed: ``samfast.training.watershed``. Archit et al., Segment Anything for
 Microscopy (2025), learn distances of the same kind.
 """
@@ -21,9 +22,10 @@ def object_maps(labels: np.ndarray) -> dict[str, np.ndarray]:
     """{"foreground": int32, "centre": float32, "depth": float32}, each (H, W)."""
     from scipy import ndimage
 
-    labels, count = numbered(labels)
+    hidden = labels < 0
+    labels, count = numbered(np.where(hidden, 0, labels))
     inside = labels > 0
-    maps = {"foreground": inside.astype(np.int32)}
+    maps = {"foreground": np.where(hidden, np.int32(-1), inside.astype(np.int32))}
     depth = np.zeros(labels.shape, np.float32)
     centre = np.zeros(labels.shape, np.float32)
     if count:
@@ -36,7 +38,9 @@ def object_maps(labels: np.ndarray) -> dict[str, np.ndarray]:
         away = np.hypot(y - middle[labels, 0], x - middle[labels, 1])
         most = np.concatenate([[1.0], ndimage.maximum(away, labels, ids)])
         centre = np.where(inside, 1 - away / np.maximum(most, 1)[labels], 0).astype(np.float32)
-    return {**maps, "centre": centre, "depth": depth}
+    for name, values in (("centre", centre), ("depth", depth)):
+        maps[name] = np.where(hidden, np.float32(np.nan), values)
+    return maps
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:

@@ -9,8 +9,12 @@ import numpy as np
 def numbered(labels: np.ndarray) -> tuple[np.ndarray, int]:
     """Objects' numbers (H, W), any whole numbers from 0 on, as 0 to N in their order; and N.
 
-    int32; 0, no object, stays 0.
+    int32; 0, no object, stays 0, and -1, which counts nowhere, stays -1.
     """
+    hidden = labels < 0
+    if hidden.any():
+        made, count = numbered(np.where(hidden, 0, labels))
+        return np.where(hidden, np.int32(-1), made), count
     ids, inverse = np.unique(labels, return_inverse=True)
     first = int(len(ids) == 0 or ids[0] != 0)  # no pixel without an object
     return (inverse.reshape(labels.shape) + first).astype(np.int32), len(ids) - 1 + first

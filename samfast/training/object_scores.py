@@ -19,8 +19,12 @@ FOUND = 0.5  # IoU
 
 
 def matched(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, float]:
-    """(found, predicted otherwise, missed, sum of the found ones' IoU) of label images (H, W)."""
-    (predicted, p), (truth, t) = numbered(predicted), numbered(truth)
+    """(found, predicted otherwise, missed, sum of the found ones' IoU) of label images (H, W).
+
+    Where the truth is negative, nothing counts.
+    """
+    counts = truth >= 0
+    (predicted, p), (truth, t) = numbered(predicted[counts]), numbered(truth[counts])
     pairs, common = np.unique(
         truth.ravel().astype(np.int64) * (p + 1) + predicted.ravel(), return_counts=True
     )

@@ -26,7 +26,7 @@ from samfast.training.evaluate import predicted_masks
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, read_image
 from samfast.training.instances import are_instances, objects_of
-from samfast.training.object_files import parts, write_objects
+from samfast.training.object_files import ObjectFiles, parts
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
 from samfast.training.points import check_point, parsed_point, resized_point
 from samfast.training.precision import autocast_dtype, base_dtype
@@ -65,6 +65,8 @@ def predict(settings: PredictSettings) -> dict:
         _check_files(names, specs)
     boxes = [] if settings.automatic else boxes_for(settings, kept.prompt, shapes)
     _check_kind(settings, kept)
+    numbers = settings.instances or settings.automatic or are_instances(specs)
+    files = ObjectFiles(settings.output, settings.formats, paths) if numbers else None
     with backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
             settings.adapter,
@@ -79,10 +81,12 @@ def predict(settings: PredictSettings) -> dict:
         found = _maps(settings, model, paths, boxes, kept, shapes)
         written = []
         for path, name, maps in zip(paths, names, found, strict=True):
-            written.append(_written(settings, name, path, read_image(path, options), maps, specs))
+            image = read_image(path, options)
+            written.append(_written(settings, name, path, image, maps, specs, files))
             if not settings.json:
                 print(f"{path}: {_said(written[-1])}", flush=True)
-    return {"output": str(settings.output), "images": written}
+    together = {} if files is None else files.finish()
+    return {"output": str(settings.output), "images": written, **together}
 
 
 def _maps(
@@ -142,19 +146,20 @@ def _written(
     image: np.ndarray,
     maps: dict[str, np.ndarray],
     specs: Sequence[TaskSpec],
+    files: ObjectFiles | None,
 ) -> dict:
     """Write what one image is predicted; returns the files' names and what they hold."""
     folder = settings.output
+    if "objects" in maps:
+        return files.write(name, path, image, maps["objects"])
     if specs and are_instances(specs):
         by_map = {spec.derive: maps[spec.name] for spec in specs}
-        return write_objects(folder, name, path, image, objects_of(by_map, settings.min_size))
+        return files.write(name, path, image, objects_of(by_map, settings.min_size))
     if specs:
         return _write_tasks(folder, name, path, image, [(s, maps[s.name]) for s in specs])
-    if "objects" in maps:
-        return write_objects(folder, name, path, image, maps["objects"])
     made = _write(folder, name, path, image, maps[""])
     if settings.instances:
-        return made | write_objects(folder, name, path, image, parts(maps[""], settings.min_size))
+        return made | files.write(name, path, image, parts(maps[""], settings.min_size))
     return made
 
 
@@ -162,8 +167,9 @@ def _said(made: dict) -> str:
     """What a line of output says of an image."""
     if "tasks" in made:
         return ", ".join(task["mask"] for task in made["tasks"].values())
-    if "labels" in made:
-        return f"{made['objects']} objects, {made['labels']}"
+    if "objects" in made:
+        named = [made[kind] for kind in ("labels", "csv", "geojson") if kind in made]
+        return ", ".join([f"{made['objects']} objects", *named])
     return f"{made['foreground']:.1%} foreground, {made['mask']}"
 
 
@@ -200,6 +206,11 @@ def _check_kind(settings: PredictSettings, kept: Remembered) -> None:
         raise ValueError(
             f"adapter {settings.adapter} does not know objects; leave out --instances, or train "
             "with --masks instances"
+        )
+    if not numbered and set(settings.formats) != {"labels"}:
+        raise ValueError(
+            f"formats are {', '.join(settings.formats)}, but no objects are numbered; give "
+            "--instances"
         )
     if settings.min_size and not numbered:
         raise ValueError(

@@ -407,6 +407,12 @@ class PredictSettings:
     stability_score_thresh: float = option(
         0.95, "Stability that a mask has to have when its cut-off moves; only with --automatic"
     )
+    formats: tuple[str, ...] = option(
+        ("labels",),
+        "Files of numbered objects: a label image (labels), a table of places and areas (csv), "
+        "outlines that QuPath and GIS open (geojson), all images in one COCO file (coco)",
+        choices=("labels", "csv", "geojson", "coco"),
+    )
     min_size: int = option(0, "Leave out numbered objects of fewer pixels", least=0)
     batch_size: int = option(4, "Images in one forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)

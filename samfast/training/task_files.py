@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from samfast.training.coco_items import CocoMask, coco_parts, is_coco, targets_of
 from samfast.training.folders import (
     CheckedPair,
     Pair,
@@ -54,7 +55,7 @@ class Item:
 
     stem: str
     image: Path
-    targets: dict[str, Path] = field(hash=False)
+    targets: dict[str, Path | CocoMask] = field(hash=False)
 
 
 def find_items(
@@ -77,6 +78,11 @@ def find_items(
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
     parts: dict[str, dict[Path, Item]] = {"train": {}, "val": {}, "": {}}
+    if all(spec.of_objects for spec in specs) and is_coco(folder):
+        for part, masks in coco_parts(folder).items():
+            for image, mask in masks:
+                parts[part][image] = Item(image.stem, image, targets_of(specs, mask))
+        return _split(parts, val_fraction, seed, only_score)
     shared: set[tuple[str, Path]] = set()
     for spec in specs:
         root, own = _root(folder, spec)
@@ -147,7 +153,10 @@ def _split(
 
 
 def read_stored(spec: TaskSpec, path: Path) -> np.ndarray:
-    """What a task's file stores: (H, W), of regression float32 (H, W, channels)."""
+    """What a task's file stores: (H, W), of regression float32 (H, W, channels); of annotations
+    the objects, -1 where nothing counts."""
+    if isinstance(path, CocoMask):
+        return path.labels()
     if spec.kind == "regression" and not spec.labels:
         return read_values(path, spec.channels)
     return _load(spec, path).values
@@ -230,6 +239,10 @@ def _checked(
     ones. scaled: what the image was scaled from, None where it was not."""
     path = item.targets[spec.name]
     pair = Pair(item.stem, item.image, path)
+    if isinstance(path, CocoMask):
+        labels = path.labels()
+        check_sizes(pair, image, labels)
+        return CheckedPair([0.0, 1.0] if (labels > 0).any() else [0.0], False, True, None)
     if spec.kind == "regression" and not spec.labels:
         stored = read_values(path, spec.channels)
         check_sizes(pair, image, stored)

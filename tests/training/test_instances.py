@@ -9,7 +9,7 @@ from PIL import Image
 
 from samfast import cli
 from samfast.training.chosen_tasks import INSTANCES
-from samfast.training.object_files import label_tiff, parts
+from samfast.training.object_files import parts
 from samfast.training.object_maps import object_maps
 from samfast.training.object_numbers import kept_objects, numbered
 from samfast.training.object_scores import ObjectScores, matched, object_scores
@@ -222,14 +222,6 @@ def test_masks_that_are_no_objects(folder, tmp_path, capsys):
         assert run(*argv, "--masks", "instances", "--output", tmp_path / "o") == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-
-
-def test_numbers_of_many_objects_keep_their_values():
-    import io
-
-    labels = np.arange(70_000, dtype=np.int32).reshape(200, 350)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(label_tiff(labels)))), labels)
-    assert Image.open(io.BytesIO(label_tiff(labels[:9]))).mode == "I;16"
 
 
 def test_classes_are_a_task(tmp_path, capsys):

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of a data folder in COCO's format as items of tasks, with their objects as truth."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from samfast.training.coco_folders import find_coco, images_folder
+from samfast.training.coco_in import CocoImage, read_coco
+from samfast.training.tasks import TaskSpec
+
+
+@dataclass(frozen=True, eq=False)
+class CocoMask:
+    """What annotations say of one image, in the place of a mask file."""
+
+    annotations: Path
+    image: CocoImage = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.annotations} of image {self.image.name}"
+
+    def labels(self) -> np.ndarray:
+        """int32 (H, W): objects from 1 on, the smaller on top; -1 where only a crowd is, which
+        counts nowhere."""
+        labels, crowd = self.image.objects().labels(), self.image.crowd()
+        return labels if crowd is None else np.where(crowd & (labels == 0), -1, labels)
+
+    def digest(self) -> bytes:
+        """Of all that is said of the image."""
+        said = (self.image.size, self.image.ids, self.image.shapes, self.image.crowds)
+        return hashlib.blake2b(repr(said).encode()).digest()
+
+
+def is_coco(folder: Path) -> bool:
+    """Whether a data folder has annotations in place of folders of masks."""
+    if any((folder / part / "masks").is_dir() for part in ("", "train", "val")):
+        return False
+    try:
+        return bool(find_coco(folder))
+    except FileNotFoundError:
+        return False
+
+
+def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:
+    """(image, its objects) of "train" and "val", or of "" where the folder is not split.
+
+    What is for tests only is left out where there is more. ValueError for training images without
+    validation images, or the other way round, and for an image that is named twice.
+    """
+    found = find_coco(folder)
+    if "test" in found and len(found) > 1:
+        del found["test"]
+    parts = {"" if name in ("all", "test") else name: path for name, path in found.items()}
+    if "" not in parts and len(parts) == 1:
+        (name, path), other = next(iter(parts.items())), {"train": "val", "val": "train"}
+        raise FileNotFoundError(f"{folder} has {path} but no annotations for {other[name]}")
+    made = {}
+    for name, path in parts.items():
+        images = read_coco(path, images_folder(path))
+        made[name] = [(image.path, CocoMask(path, image)) for image in images]
+        for image, times in Counter(image.path for image in images).items():
+            if times > 1:
+                raise ValueError(f"{path} lists image {image} {times} times; keep one")
+    return made
+
+
+def targets_of(specs: Sequence[TaskSpec], mask: CocoMask) -> dict[str, CocoMask]:
+    """The same objects for each task."""
+    return {spec.name: mask for spec in specs}
