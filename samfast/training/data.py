@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from samfast.training.augment import change_of
 from samfast.training.boxes import foreground_box, jittered_box, resized_box
 from samfast.training.folders import Pair
 from samfast.training.foreground import Foreground, binary_mask, chosen_foreground
@@ -106,6 +107,9 @@ class PairDataset(Dataset):
     With ``flips``, each sample is mirrored left-right and top-bottom with probability 1/2 each, a
     function of (seed, pass, index): the same in every run and for any number of workers.
 
+    ``augment`` changes them further, see ``change_of``; boxes and points are those of the changed
+    mask, whose pixels from outside are background.
+
     With ``prompt`` "box", samples carry the box of their foreground (of the whole image where there
     is none), taken at the file's own size. In training its sides move by up to ``box_jitter``
     pixels of the resized image, another function of (seed, pass, index).
@@ -122,6 +126,7 @@ class PairDataset(Dataset):
         foreground: Foreground = None,
         options: ImageOptions = _AS_TAGGED,
         flips: bool = False,
+        augment: str = "none",
         prompt: str = "none",
         box_jitter: float = 0.0,
         random_points: bool = False,
@@ -132,10 +137,16 @@ class PairDataset(Dataset):
         self.foreground = chosen_foreground(foreground)
         self.options = options
         self.flips = flips
+        self.augment = augment
         self.prompt = prompt
         self.box_jitter = box_jitter
         self.random_points = random_points
         self.seed = seed
+
+    @property
+    def changes(self) -> bool:
+        """Whether an image may differ from one pass to the next."""
+        return self.flips or self.augment != "none"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -148,6 +159,9 @@ class PairDataset(Dataset):
             for axis in flipped_axes(self.seed, number, index):
                 image, truth = np.flip(image, axis), np.flip(truth, axis)
         image, truth = np.ascontiguousarray(image), np.ascontiguousarray(truth)
+        change = change_of(self.augment, self.seed, number, index)
+        if change is not None:
+            image, truth = change.moved(image), change.moved(truth)
         mask = resize_mask(truth, self.image_size)
         box = None
         if self.prompt == "point":
@@ -161,13 +175,16 @@ class PairDataset(Dataset):
             if self.box_jitter > 0:
                 rng = np.random.default_rng((self.seed, number, index, _BOX_STREAM))
                 box = jittered_box(box, self.box_jitter, mask.shape, rng)
-        return Sample(resize_image(image, self.image_size), mask, truth, box, name)
+        image = resize_image(image, self.image_size)
+        if change is not None:
+            image = change.coloured(image)
+        return Sample(image, mask, truth, box, name)
 
     def read(self, pair: Pair, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
         """Image and truth as they are before flips; a name where a sample never changes."""
         image = read_image(pair.image, self.options)
         truth = binary_mask(read_mask(pair.mask, self.foreground), self.foreground)
-        return image, truth, None if self.flips else str(pair.image)
+        return image, truth, None if self.changes else str(pair.image)
 
 
 class Collate:

@@ -93,6 +93,7 @@ class DatasetGoal(OneMask):
             self.split.train,
             side,
             flips=settings.flips,
+            augment=settings.augment,
             box_jitter=settings.box_jitter or 0.0,
             same=False,
         ), Collate(side, truths=False)
@@ -126,7 +127,7 @@ class ItemDataset(PairDataset):
 
     def __init__(self, items: Any, image_size: int, *, same: bool, **more: Any):
         super().__init__(items, image_size, **more)
-        self.same = same and not self.flips
+        self.same = same and not self.changes
 
     def read(self, pair: Item, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
         image, values = read_item(pair, self.seed, 0 if self.same else number)

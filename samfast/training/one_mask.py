@@ -121,6 +121,7 @@ class OneMask:
             foreground=self.foreground,
             options=self.options,
             flips=settings.flips,
+            augment=settings.augment,
             prompt=settings.prompt,
             box_jitter=settings.box_jitter,
             random_points=True,
@@ -129,7 +130,7 @@ class OneMask:
         return data, Collate(side, truths=False)
 
     def steady(self) -> int:
-        return 0 if self.settings.flips else len(self.split.train)
+        return 0 if self.settings.changes_images else len(self.split.train)
 
     def validation_loader(
         self, pairs: tuple[Pair, ...], side: int, batch_size: int, workers: int = 0

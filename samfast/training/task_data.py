@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from samfast.training.augment import Change, change_of
 from samfast.training.data import flipped_axes, resize_image, resize_mask
 from samfast.training.foreground import binary_mask
 from samfast.training.image_options import ImageOptions
@@ -57,18 +58,22 @@ def labels_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
 def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
     """The truth of a task from what its file stores."""
     if spec.labels:
-        labels = labels_of(spec, stored)
-        if spec.derive is None:
-            return labels
-        if spec.derive == "boundary":
-            return boundary(labels)
-        return spec.scale * distance(labels)[None] + np.float32(spec.offset)
+        return truth_of_labels(spec, labels_of(spec, stored))
     ignored = is_ignored(spec, stored)
     if spec.kind == "binary":
         foreground = binary_mask(stored, spec.rule).astype(np.int32)
         return np.where(ignored, np.int32(-1), foreground)
     values = np.where(ignored, np.nan, stored).astype(np.float32)
     return np.moveaxis(spec.scale * values + np.float32(spec.offset), -1, 0)
+
+
+def truth_of_labels(spec: TaskSpec, labels: np.ndarray) -> np.ndarray:
+    """The truth of a semantic or derived task from its classes, int32 (H, W)."""
+    if spec.derive is None:
+        return labels
+    if spec.derive == "boundary":
+        return boundary(labels)
+    return spec.scale * distance(labels)[None] + np.float32(spec.offset)
 
 
 def flipped(spec: TaskSpec, truth: np.ndarray, axes: Iterable[int]) -> np.ndarray:
@@ -112,6 +117,9 @@ class TaskBatch(NamedTuple):
 class TaskDataset(Dataset):
     """Items as samples; a key is an index or (index, pass), and flips are as in PairDataset.
 
+    So is ``augment``. Derived maps are made of the changed labels; what comes in from outside
+    counts nowhere. Measured values do not follow "strong", see ``check_follows``.
+
     Every file is read once, whatever the number of tasks it serves.
     """
 
@@ -122,6 +130,7 @@ class TaskDataset(Dataset):
         image_size: int,
         *,
         flips: bool = False,
+        augment: str = "none",
         seed: int = 0,
         options: ImageOptions = _AS_TAGGED,
     ):
@@ -130,6 +139,7 @@ class TaskDataset(Dataset):
         self.specs = tuple(specs)
         self.image_size = image_size
         self.flips = flips
+        self.augment = augment
         self.seed = seed
 
     def __len__(self) -> int:
@@ -142,21 +152,47 @@ class TaskDataset(Dataset):
         image = read_image(item.image, self.options)
         for axis in axes:
             image = np.flip(image, axis)
+        change = change_of(self.augment, self.seed, number, index)
+        if change is not None:
+            image = change.moved(np.ascontiguousarray(image))
         truths, targets, files = {}, {}, {}
         for spec in self.specs:
             if spec.name in item.targets:
                 file = item.targets[spec.name], spec.labels or spec.kind == "binary"
                 if file not in files:
                     files[file] = read_stored(spec, file[0])
-                truth = flipped(spec, truth_of(spec, files[file]), axes)
-                truths[spec.name] = truth
-                if spec.derive == "boundary":  # a line of a few pixels, which resizing would break
-                    labels = flipped(spec, labels_of(spec, files[file]), axes)
-                    targets[spec.name] = boundary(resized(labels, self.image_size))
-                else:
-                    targets[spec.name] = resized(truth, self.image_size)
+                truths[spec.name], targets[spec.name] = self._truth(spec, files[file], axes, change)
         image = resize_image(np.ascontiguousarray(image), self.image_size)
+        if change is not None:
+            image = change.coloured(image)
         return TaskSample(image, targets, truths)
+
+    def _truth(
+        self, spec: TaskSpec, stored: np.ndarray, axes: Iterable[int], change: Change | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The truth of the changed image, at its own size and at the model's."""
+        if not spec.labels:
+            truth = flipped(spec, truth_of(spec, stored), axes)
+            if change is not None and change.moves:
+                truth = change.moved(truth, fill=-1)
+            return truth, resized(truth, self.image_size)
+        labels = flipped(spec, labels_of(spec, stored), axes)
+        if change is not None:
+            labels = change.moved(labels, fill=-1)
+        truth = truth_of_labels(spec, labels)
+        if spec.derive == "boundary":  # a line of a few pixels, which resizing would break
+            return truth, boundary(resized(labels, self.image_size))
+        return truth, resized(truth, self.image_size)
+
+
+def check_follows(specs: Iterable[TaskSpec], augment: str) -> None:
+    """Raise ValueError for a task whose stored values need not fit a turned or scaled image."""
+    for spec in specs:
+        if augment == "strong" and spec.kind == "regression" and not spec.labels:
+            raise ValueError(
+                f"augment is strong, but task {spec.name} has measured values, which need not fit "
+                "a turned or scaled image; take --augment light"
+            )
 
 
 class TaskCollate:
