@@ -9,7 +9,7 @@ from samfast.adapters.options import options_of
 from samfast.methods.registry import VARIANTS
 from samfast.models.architectures import architecture
 from samfast.training.card import card_bytes
-from samfast.training.foreground import chosen_foreground
+from samfast.training.foreground import chosen_foreground, chosen_ignore
 from samfast.training.image_options import image_options
 from samfast.training.sam3_layers import check_for_model
 from samfast.training.schedules import check_schedule
@@ -54,7 +54,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         raise ValueError(
             f"save_every is {settings.save_every}, but keep is 0, which saves no states"
         )
-    chosen_foreground(settings.foreground, settings.threshold)
+    chosen_ignore(settings.ignore, chosen_foreground(settings.foreground, settings.threshold))
     image_options(settings.bands, settings.range)
     if settings.data is None and needs_data and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
@@ -126,7 +126,7 @@ def _check_tasks(settings: FinetuneSettings) -> None:
         return
     if settings.prompt != "none":
         raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
-    for name in ("loss", "foreground", "threshold"):
+    for name in ("loss", "foreground", "threshold", "ignore"):
         if getattr(settings, name) is not None:
             raise ValueError(
                 f"{name} is an option of one mask; with several tasks it is a key of each task in "

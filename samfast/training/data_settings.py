@@ -22,7 +22,7 @@ class DataSettings:
         "YAML file with several tasks that share the encoder, each with a mask decoder of its own. "
         "Under tasks: a list of name, kind (binary, semantic, regression), channels, folder, "
         "weight, loss, ignore, foreground, threshold, scale, offset, classes, derive and from. Not "
-        "with --prompt, --loss, --foreground and --threshold",
+        "with --prompt, --loss, --foreground, --threshold and --ignore",
         hint="default: one binary mask for each image",
     )
     foreground: tuple[int | Literal["any"], ...] | None = option(
@@ -34,6 +34,12 @@ class DataSettings:
     threshold: float | None = option(
         None,
         "Count each mask value above this as foreground; not with --foreground",
+        hint="default: none",
+    )
+    ignore: tuple[float, ...] | None = option(
+        None,
+        "Mask values that count nowhere: in no loss, score, box or point",
+        metavar="VALUE ...",
         hint="default: none",
     )
     bands: str | None = option(

@@ -15,13 +15,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from samfast.training.foreground import Above, Foreground, binary_mask, chosen_foreground
+from samfast.training.foreground import (
+    Above,
+    Foreground,
+    among,
+    chosen_foreground,
+    chosen_ignore,
+    counted_mask,
+)
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, load_image, load_mask
 
 ADVICE = (
     "say what is foreground: --foreground any (every value above 0), --threshold T (every value "
-    "above T) or --foreground VALUES (these only)"
+    "above T) or --foreground VALUES (these only); --ignore VALUES names those that count nowhere"
 )
 _AS_TAGGED = ImageOptions()
 _DESKTOP_FILES = ("thumbs.db", "desktop.ini")
@@ -156,17 +163,20 @@ def check_pairs(
     pairs: Sequence[Pair],
     foreground: Foreground | Sequence[int] | str = None,
     options: ImageOptions = _AS_TAGGED,
+    ignore: Sequence[float] = (),
 ) -> list[CheckedPair]:
     """Decode every file and check sizes and mask values, or raise the first broken rule.
 
     Without ``foreground`` the masks together may hold two values, one of them 0: anything else
-    (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Returns
-    what was found, in the pairs' order. Warns where lossy compression may have moved pixels.
+    (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Values
+    under ``ignore`` are left out. Returns what was found, in the pairs' order. Warns where lossy
+    compression may have moved pixels.
     """
     rule = chosen_foreground(foreground)
+    ignore = chosen_ignore(ignore, rule)
     seen: dict[float, Path] = {}  # mask value -> the first mask that holds it
     found: list[CheckedPair] = []
-    check = partial(_check_pair, rule=rule, options=options)
+    check = partial(_check_pair, rule=rule, options=options, ignore=ignore)
     with ThreadPoolExecutor() as pool:
         try:
             for pair, checked in zip(pairs, pool.map(check, pairs), strict=True):
@@ -180,6 +190,11 @@ def check_pairs(
             note_values(pair, checked, seen, rule is None)
     warn_of_blurred([pair.mask for pair in pairs], found)
     where = pairs[0].mask.parent
+    if not seen:
+        raise ValueError(
+            f"no mask in {where} has a pixel that counts: all values are under ignore, "
+            f"{listed(ignore)}"
+        )
     if rule is None or isinstance(rule, Above):
         threshold = 0.0 if rule is None else rule.threshold
         if not any(value > threshold for value in seen):
@@ -195,14 +210,22 @@ def check_pairs(
     return found
 
 
-def _check_pair(pair: Pair, rule: Foreground, options: ImageOptions) -> CheckedPair:
+def _check_pair(
+    pair: Pair, rule: Foreground, options: ImageOptions, ignore: Sequence[float]
+) -> CheckedPair:
     image, stored = load_image(pair.image, options)
-    mask = load_mask(pair.mask, rule)
+    mask = load_mask(pair.mask, rule, also=tuple(ignore))
     check_sizes(pair, image, mask.values)
+    if ignore and mask.lossy and isinstance(rule, Above) and not rule.any:
+        raise ValueError(
+            f"mask {pair.mask} is compressed with loss, which does not keep the values under "
+            "ignore; save it as PNG"
+        )
     few = None
     if stored is not None and options.range == "auto":
-        few = few_levels(image, stored, binary_mask(mask.values, rule))
-    return CheckedPair(values_of(mask.values), mask.lossy, mask.exact, few, mask.blurred)
+        few = few_levels(image, stored, counted_mask(mask.values, rule, ignore)[0])
+    counts = mask.values[~among(mask.values, ignore)] if ignore else mask.values
+    return CheckedPair(values_of(counts), mask.lossy, mask.exact, few, mask.blurred)
 
 
 def few_levels(image: np.ndarray, stored: np.ndarray, inside: np.ndarray) -> int | None:

@@ -43,6 +43,7 @@ def score(settings: EvaluateSettings) -> dict:
         prompt=kept.prompt,
         foreground=kept.foreground,
         threshold=kept.threshold,
+        ignore=kept.ignore,
         loss=kept.loss,
         bands=options["bands"],
         range=options["range"],

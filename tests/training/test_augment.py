@@ -11,10 +11,12 @@ from PIL import Image
 from test_resume import ended, results, settings_for
 from torch.utils.data import DataLoader
 
+from samfast.models import build_sam
 from samfast.training.augment import AMOUNTS, change_of, check_augment
 from samfast.training.data import Collate, EpochSampler, PairDataset
 from samfast.training.dataset_goal import DatasetGoal, Item, ItemDataset
 from samfast.training.dry_run import dry_run
+from samfast.training.embeddings import keeps_training_images
 from samfast.training.folders import load_split
 from samfast.training.loop import finetune
 from samfast.training.many_tasks import ManyTasks
@@ -42,7 +44,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 def test_masks_follow_their_images(kind):
     items = [Item([painted()], "train", 0)]
     data = ItemDataset(items, 120, same=False, flips=True, augment=kind, prompt="box", seed=3)
-    seen = set()
+    seen, shares = set(), []
     for number in range(12):
         sample = data[0, number]
         assert sample.image.shape == (90, 120, 3) and sample.mask.dtype == bool
@@ -50,6 +52,12 @@ def test_masks_follow_their_images(kind):
         rows, columns = sample.mask.any(1).nonzero()[0], sample.mask.any(0).nonzero()[0]
         assert sample.box.tolist() == [columns[0], rows[0], columns[-1], rows[-1]]
         seen.add(sample.mask.tobytes())
+        if kind == "light":
+            assert sample.ignored is None
+        else:  # what comes in from outside counts nowhere, and is black
+            assert not (sample.ignored & (sample.image.mean(2) > 127)).any()
+            shares.append(sample.ignored.mean())
+    assert kind == "light" or 0 < max(shares) < 0.6
     assert len(seen) == (12 if kind == "strong" else 4)
 
 
@@ -189,12 +197,21 @@ def test_measured_values_do_not_follow_strong_changes(data, spec):
 
 
 def test_embeddings_of_changed_images_are_not_kept(shared_data):
+    sam = build_sam("vit_tiny", image_size=64)
+    sam.image_encoder.requires_grad_(False)
+    settings = FinetuneSettings(method="decoder", flips=False, augment="light")
+    assert not keeps_training_images(sam, settings)
+    assert keeps_training_images(sam, replace(settings, augment="none"))
+    pairs = load_split(shared_data).train
+    assert PairDataset(pairs, 64, augment="light")[0].name is None
+
+
+@pytest.mark.slow
+def test_a_dry_run_knows_what_is_kept():
     settings = FinetuneSettings(method="decoder", flips=False, augment="light", dry_run=True)
     settings = replace(settings, model="vit_tiny", image_size=64)
     assert dry_run(settings)["embeddings_of"] == "validation"
     assert dry_run(replace(settings, augment="none"))["embeddings_of"] == "all"
-    pairs = load_split(shared_data).train
-    assert PairDataset(pairs, 64, augment="light")[0].name is None
 
 
 def test_without_torchvision_it_is_one_sentence(monkeypatch):
