@@ -9,6 +9,7 @@ from samfast.adapters.options import options_of
 from samfast.methods.registry import VARIANTS
 from samfast.models.architectures import architecture
 from samfast.training.card import card_bytes
+from samfast.training.file_pairs import check_suffix
 from samfast.training.foreground import chosen_foreground, chosen_ignore
 from samfast.training.image_options import image_options
 from samfast.training.sam3_layers import check_for_model
@@ -43,6 +44,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     if settings.fit is not None:
         card_bytes(settings.fit)
     _check_tasks(settings)
+    check_suffix(settings.mask_suffix)
     check_for_model(settings)
     if settings.schedule is not None:
         check_schedule(settings.schedule)
@@ -75,6 +77,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
 def check_prediction(settings: PredictSettings | EvaluateSettings) -> None:
     """``check_settings`` for prediction and scores."""
     check_options(settings)
+    check_suffix(getattr(settings, "mask_suffix", None))
     image_options(getattr(settings, "bands", None), getattr(settings, "range", None))
 
 
@@ -126,6 +129,11 @@ def _check_tasks(settings: FinetuneSettings) -> None:
         return
     if settings.prompt != "none":
         raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
+    if settings.mask_suffix is not None:
+        raise ValueError(
+            f"mask_suffix is {settings.mask_suffix}, but masks of several tasks have their images' "
+            "names; leave it out"
+        )
     for name in ("loss", "foreground", "threshold", "ignore"):
         if getattr(settings, name) is not None:
             raise ValueError(

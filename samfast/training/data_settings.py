@@ -25,6 +25,14 @@ class DataSettings:
         "with --prompt, --loss, --foreground, --threshold and --ignore",
         hint="default: one binary mask for each image",
     )
+    mask_suffix: str | None = option(
+        None,
+        "Masks have their images' names with this after the stem: photo_mask.png for photo.jpg "
+        "with _mask. They lie in masks/, or beside the images where there is no masks/. Write "
+        "--mask-suffix=-mask for a text that begins with a dash",
+        metavar="TEXT",
+        hint="default: names are equal",
+    )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,
         "Mask values that are foreground, or any: all above 0, such as the numbers of instances",

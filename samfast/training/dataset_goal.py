@@ -151,7 +151,7 @@ def check_of_dataset(settings: FinetuneSettings) -> None:
         raise ValueError(f"data is {settings.data}, but a dataset is given; leave out one")
     if settings.output is None and settings.resume in (None, "newest"):
         raise ValueError("a dataset has no name for the output folder; give it with output")
-    for name in ("tasks", "bands"):
+    for name in ("tasks", "bands", "mask_suffix"):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name} is about files, but a dataset is given; leave it out")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of ``images/`` and ``masks/``: pairing by stem, checking every file, splitting.
+"""A folder of ``images/`` and ``masks/``: checking every file, splitting.
 
 Each broken rule is one ValueError or FileNotFoundError, a sentence with the file and the values,
 and all of them are found before training begins.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from samfast.training.file_pairs import Pair, files_by_stem, find_pairs
 from samfast.training.foreground import (
     Above,
     Foreground,
@@ -24,27 +25,39 @@ from samfast.training.foreground import (
     counted_mask,
 )
 from samfast.training.image_options import ImageOptions
-from samfast.training.images import SUFFIXES, load_image, load_mask
+from samfast.training.images import load_image, load_mask
+
+__all__ = [
+    "ADVICE",
+    "CheckedPair",
+    "Pair",
+    "Split",
+    "check_binary",
+    "check_pairs",
+    "check_sizes",
+    "few_levels",
+    "files_by_stem",
+    "find_pairs",
+    "find_scored",
+    "find_split",
+    "given_parts",
+    "listed",
+    "load_split",
+    "note_values",
+    "split_pairs",
+    "values_of",
+    "warn_of_blurred",
+]
 
 ADVICE = (
     "say what is foreground: --foreground any (every value above 0), --threshold T (every value "
     "above T) or --foreground VALUES (these only); --ignore VALUES names those that count nowhere"
 )
 _AS_TAGGED = ImageOptions()
-_DESKTOP_FILES = ("thumbs.db", "desktop.ini")
 _SHOWN_VALUES = 5
 _FEW_LEVELS = 8  # grey values in which nothing of an object can be told apart
 _LOSSY_STEPS = 5  # by which a value differs from one lossy mask to the next
 _ROUGHLY = 0.5  # the same as a share, where no pixel of an object is flat
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One image file and its mask file."""
-
-    stem: str
-    image: Path
-    mask: Path
 
 
 @dataclass(frozen=True)
@@ -55,26 +68,34 @@ class Split:
     val: tuple[Pair, ...]
 
 
-def find_split(folder: Path | str, *, val_fraction: float = 0.2, seed: int = 0) -> Split:
+def find_split(
+    folder: Path | str,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    mask_suffix: str | None = None,
+) -> Split:
     """Find the pairs of a data folder by their names, and split them; no file is opened.
 
     folder holds ``images/`` and ``masks/``, split here at random by ``seed`` (the same for equal
     stems, at least one pair on each side); or ``train/`` and ``val/``, each with both.
+    mask_suffix: as in ``find_pairs``
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
     if not given_parts(folder):
-        return split_pairs(find_pairs(folder), val_fraction, seed)
-    return Split(find_pairs(folder / "train"), find_pairs(folder / "val"))
+        return split_pairs(find_pairs(folder, mask_suffix), val_fraction, seed)
+    train, val = (find_pairs(folder / part, mask_suffix) for part in ("train", "val"))
+    return Split(train, val)
 
 
-def find_scored(folder: Path | str) -> tuple[Pair, ...]:
+def find_scored(folder: Path | str, mask_suffix: str | None = None) -> tuple[Pair, ...]:
     """The pairs of a folder that a score is of: all, or those in val/ where it is split."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
-    return find_pairs(folder / "val" if given_parts(folder) else folder)
+    return find_pairs(folder / "val" if given_parts(folder) else folder, mask_suffix)
 
 
 def given_parts(folder: Path) -> tuple[str, ...]:
@@ -106,43 +127,6 @@ def load_split(
     split = find_split(folder, val_fraction=val_fraction, seed=seed)
     check_pairs((*split.train, *split.val), foreground, options)
     return split
-
-
-def find_pairs(folder: Path) -> tuple[Pair, ...]:
-    """Match ``images/`` and ``masks/`` of a folder by stem, sorted; every file must match."""
-    images = files_by_stem(folder, "images")
-    masks = files_by_stem(folder, "masks")
-    if not images:
-        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(SUFFIXES)})")
-    for stem, path in images.items():
-        if stem not in masks:
-            raise ValueError(f"image {path} has no mask of the same stem in {folder / 'masks'}")
-    for stem, path in masks.items():
-        if stem not in images:
-            raise ValueError(f"mask {path} has no image of the same stem in {folder / 'images'}")
-    return tuple(Pair(stem, images[stem], masks[stem]) for stem in sorted(images))
-
-
-def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
-    """The files of a subfolder, sorted; ValueError for what is none of the suffixes."""
-    subfolder = folder / name
-    if not subfolder.is_dir():
-        raise FileNotFoundError(f"{folder} has no folder {name}/")
-    files: dict[str, Path] = {}
-    for path in sorted(subfolder.iterdir()):
-        if path.name.startswith(".") or path.name.lower() in _DESKTOP_FILES:
-            continue
-        if path.is_dir():
-            raise ValueError(f"{subfolder} holds a folder, {path.name}/; put the files directly")
-        if path.suffix.lower() not in suffixes:
-            raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere")
-        if path.stem in files:
-            raise ValueError(
-                f"{subfolder} holds two files of the stem {path.stem}: "
-                f"{files[path.stem].name} and {path.name}"
-            )
-        files[path.stem] = path
-    return files
 
 
 class CheckedPair(NamedTuple):

@@ -64,10 +64,13 @@ class OneMask:
         self.ignore = chosen_ignore(settings.ignore, self.foreground)
         self.options = image_options(settings.bands, settings.range)
         if only_score:
-            self.split = Split((), find_scored(settings.data))
+            self.split = Split((), find_scored(settings.data, settings.mask_suffix))
         else:
             self.split = find_split(
-                settings.data, val_fraction=settings.val_fraction, seed=settings.seed
+                settings.data,
+                val_fraction=settings.val_fraction,
+                seed=settings.seed,
+                mask_suffix=settings.mask_suffix,
             )
         self.loss_name = settings.loss
         self.tasks = None

@@ -293,9 +293,10 @@ class FinetuneSettings(
     """Fine-tune a SAM on a folder of images and masks.
 
     The data folder holds images/ and masks/, whose files are matched by name; or train/ and val/,
-    each with both. Masks hold 0 and one other value, which is foreground; other masks need
-    foreground values or a threshold. The output folder gets adapter/best, adapter/last,
-    metrics.csv, scores.csv, curves.png, overlays/, tensorboard/ and settings.json.
+    each with both. With --mask-suffix, masks may lie beside their images. Masks hold 0 and one
+    other value, which is foreground; other masks need foreground values or a threshold. The output
+    folder gets adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/,
+    tensorboard/ and settings.json.
     """
 
 
@@ -411,6 +412,12 @@ class EvaluateSettings:
         ...,
         "Folder with images/ and masks/ (the tasks' folders), which are all scored; or with train/ "
         "and val/, whose val/ is scored",
+    )
+    mask_suffix: str | None = option(
+        None,
+        "Masks have their images' names with this after the stem, such as _mask; as in finetune",
+        metavar="TEXT",
+        hint="default: names are equal",
     )
     task: str | None = option(
         None, "Score only this one of several tasks", metavar="NAME", hint="default: all"
