@@ -10,7 +10,8 @@ from samfast.methods.registry import VARIANTS
 from samfast.models.architectures import architecture
 from samfast.training.card import card_bytes
 from samfast.training.chosen_tasks import check_masks, has_tasks
-from samfast.training.foreground import chosen_foreground
+from samfast.training.file_pairs import check_suffix
+from samfast.training.foreground import chosen_foreground, chosen_ignore
 from samfast.training.image_options import image_options
 from samfast.training.sam3_layers import check_for_model
 from samfast.training.schedules import check_schedule
@@ -45,6 +46,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         card_bytes(settings.fit)
     check_masks(settings)
     _check_tasks(settings)
+    check_suffix(settings.mask_suffix)
     check_for_model(settings)
     if settings.schedule is not None:
         check_schedule(settings.schedule)
@@ -56,7 +58,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         raise ValueError(
             f"save_every is {settings.save_every}, but keep is 0, which saves no states"
         )
-    chosen_foreground(settings.foreground, settings.threshold)
+    chosen_ignore(settings.ignore, chosen_foreground(settings.foreground, settings.threshold))
     image_options(settings.bands, settings.range)
     if settings.data is None and needs_data and not settings.dry_run:
         raise ValueError("no data folder is named; give it with --data")
@@ -77,6 +79,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
 def check_prediction(settings: PredictSettings | EvaluateSettings) -> None:
     """``check_settings`` for prediction and scores."""
     check_options(settings)
+    check_suffix(getattr(settings, "mask_suffix", None))
     image_options(getattr(settings, "bands", None), getattr(settings, "range", None))
 
 
@@ -131,7 +134,12 @@ def _check_tasks(settings: FinetuneSettings) -> None:
         return
     if settings.prompt != "none":
         raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
-    for name in ("loss", "foreground", "threshold"):
+    if settings.mask_suffix is not None:
+        raise ValueError(
+            f"mask_suffix is {settings.mask_suffix}, but masks of several tasks have their images' "
+            "names; leave it out"
+        )
+    for name in ("loss", "foreground", "threshold", "ignore"):
         if getattr(settings, name) is not None:
             raise ValueError(
                 f"{name} is an option of one mask; with several tasks it is a key of each task in "

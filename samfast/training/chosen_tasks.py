@@ -33,7 +33,8 @@ def specs_of(settings: FinetuneSettings) -> tuple[TaskSpec, ...] | None:
     if settings.tasks is not None:
         return read_tasks(settings.tasks)
     if masks_of(settings) == CLASSES:
-        return (TaskSpec(CLASSES, kind="semantic", channels=settings.classes),)
+        ignore = settings.ignore or ()
+        return (TaskSpec(CLASSES, kind="semantic", channels=settings.classes, ignore=ignore),)
     return INSTANCES
 
 
@@ -56,8 +57,8 @@ def check_masks(settings: FinetuneSettings) -> None:
         raise ValueError(f"prompt is {settings.prompt}, but classes have no prompts")
     if masks == "binary":
         return
-    for name in ("foreground", "threshold"):
+    for name in ("foreground", "threshold", *(["ignore"] if masks == "instances" else [])):
         if getattr(settings, name) is not None:
-            raise ValueError(f"{name} is an option of binary masks, but masks is {masks}")
+            raise ValueError(f"{name} is no option of masks of {masks}; leave it out")
     if has_tasks(settings) and settings.loss is not None:
         raise ValueError(f"loss is {settings.loss}, an option of one mask, but masks is {masks}")

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from samfast.training.augment import change_of
 from samfast.training.boxes import foreground_box, jittered_box, resized_box
 from samfast.training.folders import Pair
-from samfast.training.foreground import Foreground, binary_mask, chosen_foreground
+from samfast.training.foreground import Foreground, chosen_foreground, chosen_ignore, counted_mask
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image, read_mask
 from samfast.training.points import clicked_point, resized_point
@@ -38,8 +39,10 @@ def resize_image(image: np.ndarray, image_size: int) -> np.ndarray:
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """(H, W) -> (h, w), bool, int32 or float32, longest side ``image_size``, nearest neighbour."""
     height, width = model_size(*mask.shape, image_size)
-    resized = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-    return np.asarray(resized)
+    # Pillow's own bool has the byte 255 for True, which not all code takes for 1.
+    stored = mask.view(np.uint8) if mask.dtype == bool else mask
+    resized = Image.fromarray(stored).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized).view(mask.dtype)
 
 
 def flipped_axes(seed: int, number: int, index: int) -> list[int]:
@@ -61,6 +64,8 @@ class Sample(NamedTuple):
     truth: np.ndarray  # bool (H, W)
     box: np.ndarray | None = None  # float64 (4,), or a point (3,), in pixels of ``image``
     name: str | None = None  # of an image that is the same in every pass
+    ignored: np.ndarray | None = None  # bool (h, w), what counts nowhere; None: nothing
+    truth_ignored: np.ndarray | None = None  # the same, bool (H, W)
 
 
 class Batch(NamedTuple):
@@ -72,6 +77,8 @@ class Batch(NamedTuple):
     truths: list[Tensor]  # B times bool (H, W), the files' own sizes; empty in training
     boxes: Tensor | None = None  # float32 (B, 4), or points (B, 3), in pixels of ``images``
     names: tuple[str, ...] = ()  # of images that are the same in every pass; empty: not all are
+    ignored: Tensor | None = None  # bool (B, S, S), what counts nowhere; None: nothing
+    truths_ignored: Sequence[Tensor] = ()  # of each truth the same; empty: nothing
 
 
 class EpochSampler(Sampler):
@@ -106,6 +113,11 @@ class PairDataset(Dataset):
     With ``flips``, each sample is mirrored left-right and top-bottom with probability 1/2 each, a
     function of (seed, pass, index): the same in every run and for any number of workers.
 
+    ``augment`` changes them further, see ``change_of``; boxes and points are those of the changed
+    mask, of which pixels from outside count nowhere.
+
+    Pixels of the values under ``ignore`` are no foreground and count nowhere.
+
     With ``prompt`` "box", samples carry the box of their foreground (of the whole image where there
     is none), taken at the file's own size. In training its sides move by up to ``box_jitter``
     pixels of the resized image, another function of (seed, pass, index).
@@ -120,8 +132,10 @@ class PairDataset(Dataset):
         image_size: int,
         *,
         foreground: Foreground = None,
+        ignore: Sequence[float] = (),
         options: ImageOptions = _AS_TAGGED,
         flips: bool = False,
+        augment: str = "none",
         prompt: str = "none",
         box_jitter: float = 0.0,
         random_points: bool = False,
@@ -130,12 +144,19 @@ class PairDataset(Dataset):
         self.pairs = tuple(pairs)
         self.image_size = image_size
         self.foreground = chosen_foreground(foreground)
+        self.ignore = chosen_ignore(ignore, self.foreground)
         self.options = options
         self.flips = flips
+        self.augment = augment
         self.prompt = prompt
         self.box_jitter = box_jitter
         self.random_points = random_points
         self.seed = seed
+
+    @property
+    def changes(self) -> bool:
+        """Whether an image may differ from one pass to the next."""
+        return self.flips or self.augment != "none"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -143,31 +164,48 @@ class PairDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, number = key if isinstance(key, tuple) else (key, 0)
         pair = self.pairs[index]
-        image, truth, name = self.read(pair, number)
-        if self.flips:
-            for axis in flipped_axes(self.seed, number, index):
-                image, truth = np.flip(image, axis), np.flip(truth, axis)
-        image, truth = np.ascontiguousarray(image), np.ascontiguousarray(truth)
+        image, values, name = self.read(pair, number)
+        truth, ignored = counted_mask(values, self.foreground, self.ignore)
+        axes = flipped_axes(self.seed, number, index) if self.flips else []
+        image, truth, ignored = (_mirrored(part, axes) for part in (image, truth, ignored))
+        change = change_of(self.augment, self.seed, number, index)
+        if change is not None and change.moves:
+            ignored = np.zeros(truth.shape, bool) if ignored is None else ignored
+            image, truth = change.moved(image), change.moved(truth)
+            ignored = change.moved(ignored, fill=True)
         mask = resize_mask(truth, self.image_size)
-        box = None
+        box = self._prompt(truth, mask.shape, number, index)
+        image = resize_image(image, self.image_size)
+        if change is not None:
+            image = change.coloured(image)
+        resized = None if ignored is None else resize_mask(ignored, self.image_size)
+        return Sample(image, mask, truth, box, name, resized, ignored)
+
+    def _prompt(
+        self, truth: np.ndarray, size: Sequence[int], number: int, index: int
+    ) -> np.ndarray | None:
+        """The box or point of a truth in pixels of ``size``, (height, width); None for neither."""
+        key = (self.seed, number, index)
         if self.prompt == "point":
-            moves = self.random_points
-            rng = (
-                np.random.default_rng((self.seed, number, index, _POINT_STREAM)) if moves else None
-            )
-            box = resized_point(clicked_point(truth, rng), truth.shape, mask.shape)
-        if self.prompt == "box":
-            box = resized_box(foreground_box(truth), truth.shape, mask.shape)
-            if self.box_jitter > 0:
-                rng = np.random.default_rng((self.seed, number, index, _BOX_STREAM))
-                box = jittered_box(box, self.box_jitter, mask.shape, rng)
-        return Sample(resize_image(image, self.image_size), mask, truth, box, name)
+            rng = np.random.default_rng((*key, _POINT_STREAM)) if self.random_points else None
+            return resized_point(clicked_point(truth, rng), truth.shape, size)
+        if self.prompt != "box":
+            return None
+        box = resized_box(foreground_box(truth), truth.shape, size)
+        if self.box_jitter > 0:
+            rng = np.random.default_rng((*key, _BOX_STREAM))
+            box = jittered_box(box, self.box_jitter, size, rng)
+        return box
 
     def read(self, pair: Pair, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
-        """Image and truth as they are before flips; a name where a sample never changes."""
+        """Image and mask values as they are before flips; a name where a sample never changes."""
         image = read_image(pair.image, self.options)
-        truth = binary_mask(read_mask(pair.mask, self.foreground), self.foreground)
-        return image, truth, None if self.flips else str(pair.image)
+        values = read_mask(pair.mask, self.foreground, self.ignore)
+        return image, values, None if self.changes else str(pair.image)
+
+
+def _mirrored(values: np.ndarray | None, axes: Sequence[int]) -> np.ndarray | None:
+    return None if values is None else np.ascontiguousarray(np.flip(values, axes))
 
 
 class Collate:
@@ -192,7 +230,30 @@ class Collate:
             boxes = torch.from_numpy(np.stack([s.box for s in samples]).astype(np.float32))
         names = tuple(sample.name for sample in samples)
         names = () if None in names else names
-        return Batch(*(torch.from_numpy(a) for a in (images, masks, sizes)), truths, boxes, names)
+        parts = (torch.from_numpy(a) for a in (images, masks, sizes))
+        return Batch(*parts, truths, boxes, names, *self._ignored(samples))
+
+    def _ignored(self, samples: Sequence[Sample]) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """What counts nowhere, of the batch and of each truth; (None, ()) where all counts."""
+        if all(sample.ignored is None for sample in samples):
+            return None, ()
+        side = self.image_size
+        ignored = np.zeros((len(samples), side, side), bool)
+        truths = []
+        for to, sample in zip(ignored, samples, strict=True):
+            if sample.ignored is not None:
+                height, width = sample.mask.shape
+                to[:height, :width] = sample.ignored
+            if self.truths:
+                none = np.zeros(sample.truth.shape, bool)
+                own = none if sample.truth_ignored is None else sample.truth_ignored
+                truths.append(torch.from_numpy(own))
+        return torch.from_numpy(ignored), truths
+
+
+def counting(batch: Batch, valid: Tensor) -> Tensor:
+    """valid bool (B, S, S) -> where the batch's masks count, on the device of ``valid``."""
+    return valid if batch.ignored is None else valid & ~batch.ignored.to(valid.device)
 
 
 def valid_region(sizes: Tensor, image_size: int) -> Tensor:

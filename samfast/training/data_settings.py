@@ -22,7 +22,7 @@ class DataSettings:
         "YAML file with several tasks that share the encoder, each with a mask decoder of its own. "
         "Under tasks: a list of name, kind (binary, semantic, regression), channels, folder, "
         "weight, loss, ignore, foreground, threshold, scale, offset, classes, derive and from. Not "
-        "with --prompt, --loss, --foreground and --threshold",
+        "with --prompt, --loss, --foreground, --threshold and --ignore",
         hint="default: one binary mask for each image",
     )
     masks: str | None = option(
@@ -40,6 +40,14 @@ class DataSettings:
         most=65535,
         hint="default: none",
     )
+    mask_suffix: str | None = option(
+        None,
+        "Masks have their images' names with this after the stem: photo_mask.png for photo.jpg "
+        "with _mask. They lie in masks/, or beside the images where there is no masks/. Write "
+        "--mask-suffix=-mask for a text that begins with a dash",
+        metavar="TEXT",
+        hint="default: names are equal",
+    )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,
         "Mask values that are foreground, or any: all above 0, such as the numbers of instances",
@@ -49,6 +57,12 @@ class DataSettings:
     threshold: float | None = option(
         None,
         "Count each mask value above this as foreground; not with --foreground",
+        hint="default: none",
+    )
+    ignore: tuple[float, ...] | None = option(
+        None,
+        "Mask values that count nowhere: in no loss, score, box or point",
+        metavar="VALUE ...",
         hint="default: none",
     )
     bands: str | None = option(

@@ -21,10 +21,14 @@ from torch.utils.data import DataLoader
 from samfast.training.data import Collate, PairDataset
 from samfast.training.fingerprints import of_arrays
 from samfast.training.folders import ADVICE, CheckedPair, Split, listed
-from samfast.training.foreground import Foreground, binary_mask, chosen_foreground
+from samfast.training.foreground import (
+    Foreground,
+    chosen_foreground,
+    chosen_ignore,
+    counted_mask,
+)
 from samfast.training.image_options import image_options
-from samfast.training.metrics import all_foreground_scores
-from samfast.training.one_mask import OneMask
+from samfast.training.one_mask import OneMask, baseline_of
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import check_foreground
 from samfast.training.stopping import ignore_signals
@@ -62,6 +66,7 @@ class DatasetGoal(OneMask):
         check_of_dataset(settings)
         self.settings = settings
         self.foreground = chosen_foreground(settings.foreground, settings.threshold)
+        self.ignore = chosen_ignore(settings.ignore, self.foreground)
         self.options = image_options(settings.bands, settings.range)
         self.loss_name = settings.loss
         self.tasks = None
@@ -78,14 +83,14 @@ class DatasetGoal(OneMask):
             found = []
             for item in getattr(self.split, part):
                 _, values = read_item(item, self.settings.seed)
-                found.append(CheckedPair(np.unique(values).tolist(), False, True, None))
+                held = [v for v in np.unique(values).tolist() if v not in self.ignore]
+                found.append(CheckedPair(held, False, True, None))
                 if part == "val":
-                    truths.append(torch.from_numpy(binary_mask(values, self.foreground)))
+                    truths.append(counted_mask(values, self.foreground, self.ignore))
                 _check_values(item, found, self.foreground)
             check_foreground(found, self.foreground, what)
         self.remarks = []
-        dice, iou = all_foreground_scores(truths)
-        self.baseline = {"dice": dice, "iou": iou}
+        self.baseline = baseline_of(truths)
 
     def training_data(self, side: int) -> tuple[PairDataset, Collate]:
         settings = self.settings
@@ -93,6 +98,7 @@ class DatasetGoal(OneMask):
             self.split.train,
             side,
             flips=settings.flips,
+            augment=settings.augment,
             box_jitter=settings.box_jitter or 0.0,
             same=False,
         ), Collate(side, truths=False)
@@ -115,9 +121,15 @@ class DatasetGoal(OneMask):
         return read_item(pair, self.settings.seed)[0]
 
     def _items(self, items: Any, side: int, *, same: bool = True, **more: Any) -> "ItemDataset":
-        prompt, seed = self.settings.prompt, self.settings.seed
         return ItemDataset(
-            items, side, foreground=self.foreground, prompt=prompt, seed=seed, same=same, **more
+            items,
+            side,
+            foreground=self.foreground,
+            ignore=self.ignore,
+            prompt=self.settings.prompt,
+            seed=self.settings.seed,
+            same=same,
+            **more,
         )
 
 
@@ -126,11 +138,11 @@ class ItemDataset(PairDataset):
 
     def __init__(self, items: Any, image_size: int, *, same: bool, **more: Any):
         super().__init__(items, image_size, **more)
-        self.same = same and not self.flips
+        self.same = same and not self.changes
 
     def read(self, pair: Item, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
         image, values = read_item(pair, self.seed, 0 if self.same else number)
-        return image, binary_mask(values, self.foreground), pair.stem if self.same else None
+        return image, values, pair.stem if self.same else None
 
 
 def check_of_dataset(settings: FinetuneSettings) -> None:
@@ -139,7 +151,7 @@ def check_of_dataset(settings: FinetuneSettings) -> None:
         raise ValueError(f"data is {settings.data}, but a dataset is given; leave out one")
     if settings.output is None and settings.resume in (None, "newest"):
         raise ValueError("a dataset has no name for the output folder; give it with output")
-    for name in ("tasks", "bands"):
+    for name in ("tasks", "bands", "mask_suffix"):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name} is about files, but a dataset is given; leave it out")
 

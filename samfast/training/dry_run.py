@@ -103,7 +103,7 @@ def _counts(step: CountedStep) -> dict:
         "peak_bytes": {**worst.peak, "total": worst.total},
         "flop": {"forward": worst.forward.flops, "backward": worst.backward.flops},
         "embedding_bytes": embedding_bytes(model) if keeps else None,
-        "embeddings_of": ("validation" if settings.flips else "all") if keeps else None,
+        "embeddings_of": ("validation" if settings.changes_images else "all") if keeps else None,
         "disk_bytes": sum(files_of_run(adapter, settings.keep)),
     }
 

@@ -78,8 +78,8 @@ def keeps_embeddings(sam: nn.Module, settings: FinetuneSettings) -> bool:
 
 
 def keeps_training_images(sam: nn.Module, settings: FinetuneSettings) -> bool:
-    """Whether those of training images are kept too, which flips would change."""
-    return keeps_embeddings(sam, settings) and not settings.flips
+    """Whether those of training images are kept too, which flips and --augment change."""
+    return keeps_embeddings(sam, settings) and not settings.changes_images
 
 
 @torch.no_grad()

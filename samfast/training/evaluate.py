@@ -41,6 +41,7 @@ def validation_loader(
     workers: int = 0,
     prompt: str = "none",
     options: ImageOptions = _AS_TAGGED,
+    ignore: Sequence[float] = (),
 ) -> DataLoader:
     """Batches in the pairs' order, without flips, with the truths at their own size.
 
@@ -48,7 +49,14 @@ def validation_loader(
     deepest point of each.
     """
     return DataLoader(
-        PairDataset(pairs, image_size, foreground=foreground, prompt=prompt, options=options),
+        PairDataset(
+            pairs,
+            image_size,
+            foreground=foreground,
+            ignore=ignore,
+            prompt=prompt,
+            options=options,
+        ),
         batch_size=batch_size,
         collate_fn=Collate(image_size, truths=True),
         num_workers=workers,
@@ -71,12 +79,21 @@ def scoring(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """(prediction, truth) of every image, bool (H, W), on the model's device; in eval mode."""
+    for predicted, truth, _ in judged_masks(model, loader):
+        yield predicted, truth
+
+
+@torch.no_grad()
+def judged_masks(
+    model: nn.Module, loader: DataLoader
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """``predicted_masks``, each with what counts nowhere, bool (H, W); None where all counts."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
         for batch in loader:
-            yield from masks_of(batch, logits_of(model, batch, device)[0])
+            yield from judged_of(batch, logits_of(model, batch, device)[0])
     finally:
         model.train(training)
 
@@ -93,9 +110,23 @@ def masks_of(batch: Batch, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield full_size_mask(one, height, width, truth.shape), truth.to(logits.device)
 
 
+def judged_of(batch: Batch, logits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """``masks_of``, each with what counts nowhere, bool (H, W); None where all counts."""
+    ignored = batch.truths_ignored or [None] * len(batch.truths)
+    for (predicted, truth), own in zip(masks_of(batch, logits), ignored, strict=True):
+        yield predicted, truth, None if own is None else own.to(logits.device)
+
+
+def counted(
+    predicted: Tensor, truth: Tensor, ignored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Prediction and truth, both bool (H, W), or (pixels,) of those that are not ignored."""
+    return (predicted, truth) if ignored is None else (predicted[~ignored], truth[~ignored])
+
+
 def evaluate(model: nn.Module, loader: DataLoader) -> tuple[float, float]:
     """(Dice, IoU) of the foreground over a validation loader, in every process."""
     scores = ForegroundScores(next(model.parameters()).device)
-    for predicted, truth in predicted_masks(model, loader):
-        scores.update(predicted, truth)
+    for judged in judged_masks(model, loader):
+        scores.update(*counted(*judged))
     return scores.compute()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of ``images/`` and ``masks/``: pairing by stem, checking every file, splitting.
+"""A folder of ``images/`` and ``masks/``: checking every file, splitting.
 
 Each broken rule is one ValueError or FileNotFoundError, a sentence with the file and the values,
 and all of them are found before training begins.
@@ -15,30 +15,50 @@ from typing import NamedTuple
 
 import numpy as np
 
-from samfast.training.foreground import Above, Foreground, binary_mask, chosen_foreground
+from samfast.training.file_pairs import Pair, files_by_stem, find_pairs
+from samfast.training.foreground import (
+    Above,
+    Foreground,
+    among,
+    chosen_foreground,
+    chosen_ignore,
+    counted_mask,
+)
 from samfast.training.image_options import ImageOptions
-from samfast.training.images import SUFFIXES, load_image, load_mask
+from samfast.training.images import load_image, load_mask
+
+__all__ = [
+    "ADVICE",
+    "CheckedPair",
+    "Pair",
+    "Split",
+    "check_binary",
+    "check_pairs",
+    "check_sizes",
+    "few_levels",
+    "files_by_stem",
+    "find_pairs",
+    "find_scored",
+    "find_split",
+    "given_parts",
+    "listed",
+    "load_split",
+    "note_values",
+    "split_pairs",
+    "values_of",
+    "warn_of_blurred",
+]
 
 ADVICE = (
     "say what is foreground: --foreground any (every value above 0), --threshold T (every value "
-    "above T) or --foreground VALUES (these only); or what else masks hold: --masks classes "
-    "--classes N, or --masks instances"
+    "above T) or --foreground VALUES (these only); --ignore VALUE names those that count nowhere; "
+    "or what else masks hold: --masks classes --classes N, or --masks instances"
 )
 _AS_TAGGED = ImageOptions()
-_DESKTOP_FILES = ("thumbs.db", "desktop.ini")
 _SHOWN_VALUES = 5
 _FEW_LEVELS = 8  # grey values in which nothing of an object can be told apart
 _LOSSY_STEPS = 5  # by which a value differs from one lossy mask to the next
 _ROUGHLY = 0.5  # the same as a share, where no pixel of an object is flat
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One image file and its mask file."""
-
-    stem: str
-    image: Path
-    mask: Path
 
 
 @dataclass(frozen=True)
@@ -49,26 +69,34 @@ class Split:
     val: tuple[Pair, ...]
 
 
-def find_split(folder: Path | str, *, val_fraction: float = 0.2, seed: int = 0) -> Split:
+def find_split(
+    folder: Path | str,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    mask_suffix: str | None = None,
+) -> Split:
     """Find the pairs of a data folder by their names, and split them; no file is opened.
 
     folder holds ``images/`` and ``masks/``, split here at random by ``seed`` (the same for equal
     stems, at least one pair on each side); or ``train/`` and ``val/``, each with both.
+    mask_suffix: as in ``find_pairs``
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
     if not given_parts(folder):
-        return split_pairs(find_pairs(folder), val_fraction, seed)
-    return Split(find_pairs(folder / "train"), find_pairs(folder / "val"))
+        return split_pairs(find_pairs(folder, mask_suffix), val_fraction, seed)
+    train, val = (find_pairs(folder / part, mask_suffix) for part in ("train", "val"))
+    return Split(train, val)
 
 
-def find_scored(folder: Path | str) -> tuple[Pair, ...]:
+def find_scored(folder: Path | str, mask_suffix: str | None = None) -> tuple[Pair, ...]:
     """The pairs of a folder that a score is of: all, or those in val/ where it is split."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
-    return find_pairs(folder / "val" if given_parts(folder) else folder)
+    return find_pairs(folder / "val" if given_parts(folder) else folder, mask_suffix)
 
 
 def given_parts(folder: Path) -> tuple[str, ...]:
@@ -102,43 +130,6 @@ def load_split(
     return split
 
 
-def find_pairs(folder: Path) -> tuple[Pair, ...]:
-    """Match ``images/`` and ``masks/`` of a folder by stem, sorted; every file must match."""
-    images = files_by_stem(folder, "images")
-    masks = files_by_stem(folder, "masks")
-    if not images:
-        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(SUFFIXES)})")
-    for stem, path in images.items():
-        if stem not in masks:
-            raise ValueError(f"image {path} has no mask of the same stem in {folder / 'masks'}")
-    for stem, path in masks.items():
-        if stem not in images:
-            raise ValueError(f"mask {path} has no image of the same stem in {folder / 'images'}")
-    return tuple(Pair(stem, images[stem], masks[stem]) for stem in sorted(images))
-
-
-def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
-    """The files of a subfolder, sorted; ValueError for what is none of the suffixes."""
-    subfolder = folder / name
-    if not subfolder.is_dir():
-        raise FileNotFoundError(f"{folder} has no folder {name}/")
-    files: dict[str, Path] = {}
-    for path in sorted(subfolder.iterdir()):
-        if path.name.startswith(".") or path.name.lower() in _DESKTOP_FILES:
-            continue
-        if path.is_dir():
-            raise ValueError(f"{subfolder} holds a folder, {path.name}/; put the files directly")
-        if path.suffix.lower() not in suffixes:
-            raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere")
-        if path.stem in files:
-            raise ValueError(
-                f"{subfolder} holds two files of the stem {path.stem}: "
-                f"{files[path.stem].name} and {path.name}"
-            )
-        files[path.stem] = path
-    return files
-
-
 class CheckedPair(NamedTuple):
     """What a pair's files hold.
 
@@ -157,17 +148,20 @@ def check_pairs(
     pairs: Sequence[Pair],
     foreground: Foreground | Sequence[int] | str = None,
     options: ImageOptions = _AS_TAGGED,
+    ignore: Sequence[float] = (),
 ) -> list[CheckedPair]:
     """Decode every file and check sizes and mask values, or raise the first broken rule.
 
     Without ``foreground`` the masks together may hold two values, one of them 0: anything else
-    (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Returns
-    what was found, in the pairs' order. Warns where lossy compression may have moved pixels.
+    (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Values
+    under ``ignore`` are left out. Returns what was found, in the pairs' order. Warns where lossy
+    compression may have moved pixels.
     """
     rule = chosen_foreground(foreground)
+    ignore = chosen_ignore(ignore, rule)
     seen: dict[float, Path] = {}  # mask value -> the first mask that holds it
     found: list[CheckedPair] = []
-    check = partial(_check_pair, rule=rule, options=options)
+    check = partial(_check_pair, rule=rule, options=options, ignore=ignore)
     with ThreadPoolExecutor() as pool:
         try:
             for pair, checked in zip(pairs, pool.map(check, pairs), strict=True):
@@ -181,6 +175,11 @@ def check_pairs(
             note_values(pair, checked, seen, rule is None)
     warn_of_blurred([pair.mask for pair in pairs], found)
     where = pairs[0].mask.parent
+    if not seen:
+        raise ValueError(
+            f"no mask in {where} has a pixel that counts: all values are under ignore, "
+            f"{listed(ignore)}"
+        )
     if rule is None or isinstance(rule, Above):
         threshold = 0.0 if rule is None else rule.threshold
         if not any(value > threshold for value in seen):
@@ -196,14 +195,22 @@ def check_pairs(
     return found
 
 
-def _check_pair(pair: Pair, rule: Foreground, options: ImageOptions) -> CheckedPair:
+def _check_pair(
+    pair: Pair, rule: Foreground, options: ImageOptions, ignore: Sequence[float]
+) -> CheckedPair:
     image, stored = load_image(pair.image, options)
-    mask = load_mask(pair.mask, rule)
+    mask = load_mask(pair.mask, rule, also=tuple(ignore))
     check_sizes(pair, image, mask.values)
+    if ignore and mask.lossy and isinstance(rule, Above) and not rule.any:
+        raise ValueError(
+            f"mask {pair.mask} is compressed with loss, which does not keep the values under "
+            "ignore; save it as PNG"
+        )
     few = None
     if stored is not None and options.range == "auto":
-        few = few_levels(image, stored, binary_mask(mask.values, rule))
-    return CheckedPair(values_of(mask.values), mask.lossy, mask.exact, few, mask.blurred)
+        few = few_levels(image, stored, counted_mask(mask.values, rule, ignore)[0])
+    counts = mask.values[~among(mask.values, ignore)] if ignore else mask.values
+    return CheckedPair(values_of(counts), mask.lossy, mask.exact, few, mask.blurred)
 
 
 def few_levels(image: np.ndarray, stored: np.ndarray, inside: np.ndarray) -> int | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which values of a mask are foreground: the rule, its texts, and the masks it makes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -53,6 +53,22 @@ def chosen_foreground(given: Any = None, threshold: float | None = None) -> Fore
     return Above(0.0, any=True)
 
 
+def chosen_ignore(given: Iterable[float] | None, rule: Foreground = None) -> tuple[float, ...]:
+    """The mask values that count nowhere; () for None.
+
+    Raises ValueError for one that is not finite, or that ``rule`` names as foreground.
+    """
+    values = tuple(given or ())
+    for value in values:
+        if not isfinite(value):
+            raise ValueError(f"ignore has {value}; expected finite mask values")
+        if isinstance(rule, tuple) and value in rule:
+            raise ValueError(
+                f"foreground and ignore both have {value:g}; leave it out of one of them"
+            )
+    return values
+
+
 def foreground_config(rule: Foreground) -> dict[str, Any]:
     """A rule as the JSON values "foreground" and "threshold"."""
     if isinstance(rule, Above):
@@ -69,3 +85,23 @@ def binary_mask(values: np.ndarray, foreground: Foreground | Sequence[int] = Non
     if rule is None:
         return values > 0
     return values > rule.threshold if isinstance(rule, Above) else np.isin(values, rule)
+
+
+def among(values: np.ndarray, named: Sequence[float]) -> np.ndarray:
+    """bool, of the shape of values: which are named, as floats of the file's precision."""
+    wanted = np.asarray(named)
+    return np.isin(values, wanted.astype(values.dtype) if values.dtype.kind == "f" else wanted)
+
+
+def counted_mask(
+    values: np.ndarray, rule: Foreground, ignore: Sequence[float] = ()
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mask values (H, W) -> foreground that counts, and what counts nowhere, both bool (H, W).
+
+    The second is None without ``ignore``.
+    """
+    truth = binary_mask(values, rule)
+    if not ignore:
+        return truth, None
+    ignored = among(values, ignore)
+    return truth & ~ignored, ignored

@@ -72,16 +72,18 @@ def load_image(
         raise ValueError(f"image {path} {error}") from None
 
 
-def read_mask(path: Path, foreground: Foreground = None) -> np.ndarray:
+def read_mask(
+    path: Path, foreground: Foreground = None, also: tuple[float, ...] = ()
+) -> np.ndarray:
     """The values a mask file stores: (H, W), an integer or float type.
 
     Palette files give their indices, 1-bit files 0 and 1, RGB files their common channel. JPEG and
     lossy WebP do not keep exact values: of two values, every pixel gets the nearer one
     (``load_mask`` says where these are so near that pixels may have changed sides).
     foreground: the rule that is applied next, which only lossy files need; under a threshold, they
-    give what they decode to
+    give what they decode to   also: values besides the foreground's that mean something
     """
-    return load_mask(path, foreground).values
+    return load_mask(path, foreground, also=also).values
 
 
 def load_mask(

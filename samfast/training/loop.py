@@ -14,6 +14,7 @@ import samfast
 from samfast.adapters.trained import trained_state
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
+from samfast.training.augment import check_augment
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
@@ -72,6 +73,7 @@ def finetune(
     if settings.resume is True:  # as for the option that stands alone
         settings = dataclasses.replace(settings, resume=NEWEST)
     check_settings(settings, needs_data=dataset is None)
+    check_augment(settings.augment)
     check_callbacks(callbacks)
     settings = with_recipe(settings)
     goal: Goal | None = None if dataset is None else DatasetGoal(settings, dataset)

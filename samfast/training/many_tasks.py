@@ -27,7 +27,13 @@ from samfast.training.segmenters import TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
 from samfast.training.stopping import ignore_signals
-from samfast.training.task_data import TaskBatch, TaskCollate, TaskDataset, truth_of
+from samfast.training.task_data import (
+    TaskBatch,
+    TaskCollate,
+    TaskDataset,
+    check_follows,
+    truth_of,
+)
 from samfast.training.task_files import Item, check_items, find_items, read_stored, remarks
 from samfast.training.task_scores import (
     TaskScores,
@@ -109,6 +115,7 @@ class ManyTasks:
         self.options = image_options(settings.bands, settings.range)
         self.specs = tuple(specs_of(settings) if specs is None else specs)
         self.tasks = tuple(spec.task for spec in self.specs)
+        check_follows(self.specs, settings.augment)
         self.split = find_items(
             settings.data,
             self.specs,
@@ -206,6 +213,7 @@ class ManyTasks:
             self.specs,
             side,
             flips=settings.flips,
+            augment=settings.augment,
             seed=settings.seed,
             options=self.options,
             truths=False,
@@ -213,7 +221,7 @@ class ManyTasks:
         return data, TaskCollate(self.specs, side, truths=False)
 
     def steady(self) -> int:
-        return 0 if self.settings.flips else len(self.split.train)
+        return 0 if self.settings.changes_images else len(self.split.train)
 
     def validation_loader(
         self, items: Sequence[Item], side: int, batch_size: int, workers: int = 0

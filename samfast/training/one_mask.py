@@ -4,7 +4,7 @@
 One of the two goals, see ``samfast.training.goal``; ``many_tasks`` has the other one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,17 +13,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.training import pictures
-from samfast.training.data import Batch, Collate, PairDataset
+from samfast.training.data import Batch, Collate, PairDataset, counting
 from samfast.training.evaluate import (
+    counted,
+    judged_masks,
+    judged_of,
     logits_of,
-    masks_of,
-    predicted_masks,
     scoring,
     validation_loader,
 )
 from samfast.training.fingerprints import of_all
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
-from samfast.training.foreground import binary_mask, chosen_foreground, foreground_config
+from samfast.training.foreground import (
+    chosen_foreground,
+    chosen_ignore,
+    counted_mask,
+    foreground_config,
+)
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image, read_mask
 from samfast.training.losses import LOSSES
@@ -55,12 +61,16 @@ class OneMask:
         """Finds the files; opens none. only_score: nothing is for training."""
         self.settings = settings
         self.foreground = chosen_foreground(settings.foreground, settings.threshold)
+        self.ignore = chosen_ignore(settings.ignore, self.foreground)
         self.options = image_options(settings.bands, settings.range)
         if only_score:
-            self.split = Split((), find_scored(settings.data))
+            self.split = Split((), find_scored(settings.data, settings.mask_suffix))
         else:
             self.split = find_split(
-                settings.data, val_fraction=settings.val_fraction, seed=settings.seed
+                settings.data,
+                val_fraction=settings.val_fraction,
+                seed=settings.seed,
+                mask_suffix=settings.mask_suffix,
             )
         self.loss_name = settings.loss
         self.tasks = None
@@ -76,7 +86,7 @@ class OneMask:
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
         split, rule = self.split, self.foreground
-        found = check_pairs((*split.train, *split.val), rule, self.options)
+        found = check_pairs((*split.train, *split.val), rule, self.options, self.ignore)
         count = len(split.train)
         train, val = found[:count], found[count:]
         for what, part in (("training", train), ("validation", val)):
@@ -87,9 +97,8 @@ class OneMask:
             *missing_sentence(missing, "foreground value"),
             *few_levels_sentence((*split.train, *split.val), found),
         ]
-        truths = (binary_mask(read_mask(pair.mask, rule), rule) for pair in split.val)
-        dice, iou = all_foreground_scores(torch.from_numpy(truth) for truth in truths)
-        self.baseline = {"dice": dice, "iou": iou}
+        stored = (read_mask(pair.mask, rule, self.ignore) for pair in split.val)
+        self.baseline = baseline_of(counted_mask(values, rule, self.ignore) for values in stored)
 
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
@@ -119,8 +128,10 @@ class OneMask:
             self.split.train,
             side,
             foreground=self.foreground,
+            ignore=self.ignore,
             options=self.options,
             flips=settings.flips,
+            augment=settings.augment,
             prompt=settings.prompt,
             box_jitter=settings.box_jitter,
             random_points=True,
@@ -129,14 +140,21 @@ class OneMask:
         return data, Collate(side, truths=False)
 
     def steady(self) -> int:
-        return 0 if self.settings.flips else len(self.split.train)
+        return 0 if self.settings.changes_images else len(self.split.train)
 
     def validation_loader(
         self, pairs: tuple[Pair, ...], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:
         settings = self.settings
         return validation_loader(
-            pairs, side, batch_size, self.foreground, workers, settings.prompt, self.options
+            pairs,
+            side,
+            batch_size,
+            self.foreground,
+            workers,
+            settings.prompt,
+            self.options,
+            self.ignore,
         )
 
     def counts(self, indices: Sequence[int]) -> list[int]:
@@ -146,7 +164,7 @@ class OneMask:
         self, model: nn.Module, batch: Batch, weights: Sequence[float] | None = None
     ) -> Tensor:
         logits, valid = model(batch.images, batch.sizes, batch.boxes, batch.names)
-        loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
+        loss = LOSSES[self.settings.loss](logits, batch.masks, counting(batch, valid))
         return loss if weights is None else weights[0] * loss
 
     def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
@@ -155,8 +173,10 @@ class OneMask:
         with scoring(model):
             for batch in loader:
                 logits, valid = logits_of(model, batch, device)
+                valid = counting(batch, valid)
                 self._add_losses(losses, logits, batch.masks.to(device), valid)
-                for predicted, truth in masks_of(batch, logits):
+                for judged in judged_of(batch, logits):
+                    predicted, truth = counted(*judged)
                     scores.update(predicted, truth)
                     sums.append(foreground_sums(predicted, truth))
                 if tick is not None:
@@ -204,6 +224,7 @@ class OneMask:
         """What the adapter's folder keeps for prediction."""
         return {
             **foreground_config(self.foreground),
+            "ignore": list(self.ignore) or None,
             **self.options.config(),
             "prompt": self.settings.prompt,
             "loss": self.settings.loss,
@@ -223,8 +244,17 @@ class OneMask:
     ) -> Iterator[tuple[str, Image.Image]]:
         """(name, titled image | truth | prediction at the image's size) for each pair."""
         loader = self.validation_loader(pairs, side, 1)
-        for pair, (predicted, truth) in zip(pairs, predicted_masks(model, loader), strict=True):
-            image = self.image_of(pair)
-            scores = foreground_scores(foreground_sums(predicted, truth).tolist())
+        for pair, judged in zip(pairs, judged_masks(model, loader), strict=True):
+            image, (predicted, truth, _) = self.image_of(pair), judged
+            scores = foreground_scores(foreground_sums(*counted(*judged)).tolist())
             drawn = pictures.overlay_pictures(image, truth.cpu().numpy(), predicted.cpu().numpy())
             yield pair.stem, titled(f"{pair.image.name}  {listed(scores)}", drawn)
+
+
+def baseline_of(
+    masks: Iterable[tuple[np.ndarray, np.ndarray | None]],
+) -> dict[str, float]:
+    """Dice and IoU of calling all foreground; masks: as ``counted_mask`` gives them."""
+    truths = (truth if ignored is None else truth[~ignored] for truth, ignored in masks)
+    dice, iou = all_foreground_scores(torch.from_numpy(truth) for truth in truths)
+    return {"dice": dice, "iou": iou}

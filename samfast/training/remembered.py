@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from samfast.files.format import AdapterFile
-from samfast.training.foreground import ANY, chosen_foreground
+from samfast.training.foreground import ANY, Foreground, chosen_foreground, chosen_ignore
 from samfast.training.image_options import ImageOptions, remembered_options
 from samfast.training.losses import LOSSES
 from samfast.training.settings import PROMPTS
@@ -17,8 +17,8 @@ from samfast.training.tasks import TaskSpec, chosen_specs
 class Remembered:
     """prompt: "none", "box" or "point"   options: how images are read
 
-    foreground, threshold: as the command line gives them   specs: the tasks, () for one mask
-    loss: of one mask; None where the adapter does not know
+    foreground, threshold, ignore: as the command line gives them
+    specs: the tasks, () for one mask   loss: of one mask; None where the adapter does not know
     """
 
     prompt: str
@@ -27,6 +27,7 @@ class Remembered:
     threshold: float | None
     specs: tuple[TaskSpec, ...]
     loss: str | None = None
+    ignore: tuple[float, ...] | None = None
 
 
 def remembered(
@@ -42,12 +43,13 @@ def remembered(
     remembered_options({}, bands, range)  # the command line's own mistakes are not the adapter's
     try:
         foreground, threshold = _foreground(extra.get("foreground"), extra.get("threshold"))
+        ignore = _ignore(extra.get("ignore"), chosen_foreground(foreground, threshold))
         options = remembered_options(extra, bands, range)
     except ValueError as error:
         raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
     loss = extra.get("loss")  # which other programs may use for a number
     loss = loss if isinstance(loss, str) and loss in LOSSES else None
-    return Remembered(prompt, options, foreground, threshold, specs, loss)
+    return Remembered(prompt, options, foreground, threshold, specs, loss, ignore)
 
 
 def prompt_of(adapter: AdapterFile) -> str:
@@ -75,3 +77,12 @@ def _foreground(
     given = None if foreground is None else tuple(foreground)
     chosen_foreground(given, threshold)
     return given, threshold
+
+
+def _ignore(given: Any, rule: Foreground) -> tuple[float, ...] | None:
+    if given is None:
+        return None
+    values = given if isinstance(given, list) else [None]
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"its ignore is {given!r}, not a list of mask values")
+    return chosen_ignore(values, rule)

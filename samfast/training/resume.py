@@ -39,6 +39,7 @@ _OF_NO_EFFECT = {  # on what is trained
 _MAY_CHANGE = {
     "data",  # the folder may have moved; its files are compared by name
     "tasks",
+    "mask_suffix",
     "checkpoint",  # its weights are compared by their digest
     "epochs",
     "patience",

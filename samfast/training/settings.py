@@ -17,6 +17,7 @@ METHODS = tuple(VARIANTS)
 MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny", "sam3")
 PROMPTS = ("none", "box", "point")
 GRAPH = ("off", "on")
+AUGMENT = ("none", "light", "strong")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "polynomial", "constant")
 MEMORY = ("fast", "balanced", "minimal")
@@ -175,8 +176,19 @@ class TrainingSettings:
     weight_decay: float = option(1e-4, "Decoupled weight decay of AdamW", least=0)
     clip: float = option(1.0, "Largest norm of the gradient; 0 does not clip", least=0)
     flips: bool = option(True, "Mirror training images at random, left-right and top-bottom")
+    augment: str = option(
+        "none",
+        "Change training images at random, besides --flips: brightness and contrast by up to 10% "
+        "(light); or by up to 25%, saturation by 25% and hue by 2%, turned by up to 30 degrees, "
+        "scaled by 0.8 to 1.25, shifted by up to 10% of each side, half of them blurred (radius up "
+        "to 1 pixel), half with noise (up to 8 of 255) (strong)",
+        choices=AUGMENT,
+    )
     seed: int = option(
-        0, "Seed of the split, order, flips, box jitter and random weights", least=0, most=2**32 - 1
+        0,
+        "Seed of the split, order, flips, augmentation, box jitter and random weights",
+        least=0,
+        most=2**32 - 1,
     )
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
     base_dtype: str = option(
@@ -212,7 +224,7 @@ class TrainingSettings:
     cache: bool = option(
         True,
         "With --method decoder and without --tasks, compute each image's embedding once and keep "
-        "it in main memory; of training images only with --no-flips",
+        "it in main memory; of training images only with --no-flips and --augment none",
     )
     fuse: bool = option(True, _FUSE)
     graph: str = option(
@@ -223,6 +235,11 @@ class TrainingSettings:
     )
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
     threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether a training image may differ from one pass to the next."""
+        return self.flips or self.augment != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,9 +293,10 @@ class FinetuneSettings(
     """Fine-tune a SAM on a folder of images and masks.
 
     The data folder holds images/ and masks/, whose files are matched by name; or train/ and val/,
-    each with both. Masks hold 0 and one other value, which is foreground; other masks need
-    foreground values or a threshold. The output folder gets adapter/best, adapter/last,
-    metrics.csv, scores.csv, curves.png, overlays/, tensorboard/ and settings.json.
+    each with both. With --mask-suffix, masks may lie beside their images. Masks hold 0 and one
+    other value, which is foreground; other masks need foreground values or a threshold. The output
+    folder gets adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/,
+    tensorboard/ and settings.json.
     """
 
 
@@ -434,6 +452,12 @@ class EvaluateSettings:
         ...,
         "Folder with images/ and masks/ (the tasks' folders), which are all scored; or with train/ "
         "and val/, whose val/ is scored",
+    )
+    mask_suffix: str | None = option(
+        None,
+        "Masks have their images' names with this after the stem, such as _mask; as in finetune",
+        metavar="TEXT",
+        hint="default: names are equal",
     )
     task: str | None = option(
         None, "Score only this one of several tasks", metavar="NAME", hint="default: all"

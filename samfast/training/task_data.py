@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from samfast.training.augment import Change, change_of
 from samfast.training.data import flipped_axes, resize_image, resize_mask
 from samfast.training.foreground import binary_mask
 from samfast.training.image_options import ImageOptions
@@ -61,12 +62,7 @@ def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
     if spec.of_objects:
         return of_objects(spec, object_maps(stored))
     if spec.labels:
-        labels = labels_of(spec, stored)
-        if spec.derive is None:
-            return labels
-        if spec.derive == "boundary":
-            return boundary(labels)
-        return spec.scale * distance(labels)[None] + np.float32(spec.offset)
+        return truth_of_labels(spec, labels_of(spec, stored))
     ignored = is_ignored(spec, stored)
     if spec.kind == "binary":
         foreground = binary_mask(stored, spec.rule).astype(np.int32)
@@ -81,6 +77,15 @@ def of_objects(spec: TaskSpec, maps: dict[str, np.ndarray]) -> np.ndarray:
     if spec.kind == "binary":
         return values
     return spec.scale * values[None] + np.float32(spec.offset)
+
+
+def truth_of_labels(spec: TaskSpec, labels: np.ndarray) -> np.ndarray:
+    """The truth of a semantic or derived task from its classes, int32 (H, W)."""
+    if spec.derive is None:
+        return labels
+    if spec.derive == "boundary":
+        return boundary(labels)
+    return spec.scale * distance(labels)[None] + np.float32(spec.offset)
 
 
 def flipped(spec: TaskSpec, truth: np.ndarray, axes: Iterable[int]) -> np.ndarray:
@@ -124,6 +129,9 @@ class TaskBatch(NamedTuple):
 class TaskDataset(Dataset):
     """Items as samples; a key is an index or (index, pass), and flips are as in PairDataset.
 
+    So is ``augment``. Derived maps are made of the changed labels; what comes in from outside
+    counts nowhere. Measured values do not follow "strong", see ``check_follows``.
+
     Every file is read once, whatever the number of tasks it serves. truths: whether samples have
     objects' maps at the files' own size, which take long and which training does not need.
     """
@@ -135,6 +143,7 @@ class TaskDataset(Dataset):
         image_size: int,
         *,
         flips: bool = False,
+        augment: str = "none",
         seed: int = 0,
         options: ImageOptions = _AS_TAGGED,
         truths: bool = True,
@@ -145,6 +154,7 @@ class TaskDataset(Dataset):
         self.specs = tuple(specs)
         self.image_size = image_size
         self.flips = flips
+        self.augment = augment
         self.seed = seed
 
     def __len__(self) -> int:
@@ -157,6 +167,9 @@ class TaskDataset(Dataset):
         image = read_image(item.image, self.options)
         for axis in axes:
             image = np.flip(image, axis)
+        change = change_of(self.augment, self.seed, number, index)
+        if change is not None:
+            image = change.moved(np.ascontiguousarray(image))
         truths, targets, files = {}, {}, {}
         for spec in self.specs:
             if spec.name in item.targets:
@@ -164,28 +177,53 @@ class TaskDataset(Dataset):
                 if file not in files:
                     files[file] = read_stored(spec, file[0])
                 if spec.of_objects:  # made anew of objects as large as the model sees them
-                    self._add_maps(files, file, axes)
+                    self._add_maps(files, file, axes, change)
                     targets[spec.name] = of_objects(spec, files[file, "target"])
                     if self.truths:
                         truths[spec.name] = of_objects(spec, files[file, "truth"])
                     continue
-                truth = flipped(spec, truth_of(spec, files[file]), axes)
-                truths[spec.name] = truth
-                if spec.derive == "boundary":  # a line of a few pixels, which resizing would break
-                    labels = flipped(spec, labels_of(spec, files[file]), axes)
-                    targets[spec.name] = boundary(resized(labels, self.image_size))
-                else:
-                    targets[spec.name] = resized(truth, self.image_size)
+                truths[spec.name], targets[spec.name] = self._truth(spec, files[file], axes, change)
         image = resize_image(np.ascontiguousarray(image), self.image_size)
+        if change is not None:
+            image = change.coloured(image)
         return TaskSample(image, targets, truths)
 
-    def _add_maps(self, files: dict, file: Any, axes: Iterable[int]) -> None:
+    def _add_maps(self, files: dict, file: Any, axes: Iterable[int], change: Change | None) -> None:
         """The maps of a file of objects, once for all tasks."""
         if (file, "target") not in files:
             labels = np.ascontiguousarray(np.flip(numbered(files[file])[0], tuple(axes)))
+            if change is not None:
+                labels = change.moved(labels, fill=-1)
             files[file, "target"] = object_maps(resize_mask(labels, self.image_size))
             if self.truths:
                 files[file, "truth"] = object_maps(labels)
+
+    def _truth(
+        self, spec: TaskSpec, stored: np.ndarray, axes: Iterable[int], change: Change | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The truth of the changed image, at its own size and at the model's."""
+        if not spec.labels:
+            truth = flipped(spec, truth_of(spec, stored), axes)
+            if change is not None and change.moves:
+                truth = change.moved(truth, fill=-1)
+            return truth, resized(truth, self.image_size)
+        labels = flipped(spec, labels_of(spec, stored), axes)
+        if change is not None:
+            labels = change.moved(labels, fill=-1)
+        truth = truth_of_labels(spec, labels)
+        if spec.derive == "boundary":  # a line of a few pixels, which resizing would break
+            return truth, boundary(resized(labels, self.image_size))
+        return truth, resized(truth, self.image_size)
+
+
+def check_follows(specs: Iterable[TaskSpec], augment: str) -> None:
+    """Raise ValueError for a task whose stored values need not fit a turned or scaled image."""
+    for spec in specs:
+        if augment == "strong" and spec.kind == "regression" and not spec.labels:
+            raise ValueError(
+                f"augment is strong, but task {spec.name} has measured values, which need not fit "
+                "a turned or scaled image; take --augment light"
+            )
 
 
 class TaskCollate:

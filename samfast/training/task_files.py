@@ -28,7 +28,7 @@ from samfast.training.folders import (
     values_of,
     warn_of_blurred,
 )
-from samfast.training.foreground import binary_mask
+from samfast.training.foreground import among, binary_mask
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, StoredMask, load_image, load_mask, read_values
 from samfast.training.object_numbers import check_numbers
@@ -167,9 +167,8 @@ def _load(spec: TaskSpec, path: Path) -> StoredMask:
 
 
 def is_ignored(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
-    """Which stored values the task's ``ignore`` names, as floats of the file's precision."""
-    ignore = np.asarray(spec.ignore)
-    return np.isin(stored, ignore.astype(stored.dtype) if stored.dtype.kind == "f" else ignore)
+    """Which stored values the task's ``ignore`` names."""
+    return among(stored, spec.ignore)
 
 
 def check_items(

@@ -188,7 +188,7 @@ def test_a_run_learns_and_its_adapter_predicts_and_scores(trained, folder, tmp_p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--masks", "instances", "--foreground", "1"], "foreground is an option of binary masks"),
+        (["--masks", "instances", "--foreground", "1"], "foreground is no option of masks of instances"),
         (["--masks", "classes"], "not how many; give it with --classes N"),
         (["--classes", "3", "--masks", "binary"], "classes is 3, but masks is binary"),
         (["--classes", "3", "--prompt", "box"], "prompt is box, but classes have no prompts"),

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and their masks by the names of their files; none is opened.
+
+Each broken rule is one ValueError or FileNotFoundError, a sentence with the file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from samfast.training.image_files import SUFFIXES
+
+_DESKTOP_FILES = ("thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image file and its mask file."""
+
+    stem: str
+    image: Path
+    mask: Path
+
+
+def find_pairs(folder: Path, mask_suffix: str | None = None) -> tuple[Pair, ...]:
+    """Match ``images/`` and ``masks/`` of a folder by stem, sorted; every file must match.
+
+    mask_suffix: what masks have after their images' stem. They lie in ``masks/``; where there is
+        none beside the images, which are in ``images/`` or, where there is none, in the folder
+    """
+    if mask_suffix is not None:
+        return _suffixed(folder, mask_suffix)
+    images = files_by_stem(folder, "images")
+    masks = files_by_stem(folder, "masks")
+    if not images:
+        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(SUFFIXES)})")
+    for stem, path in images.items():
+        if stem not in masks:
+            raise ValueError(f"image {path} has no mask of the same stem in {folder / 'masks'}")
+    for stem, path in masks.items():
+        if stem not in images:
+            raise ValueError(f"mask {path} has no image of the same stem in {folder / 'images'}")
+    return tuple(Pair(stem, images[stem], masks[stem]) for stem in sorted(images))
+
+
+def _suffixed(folder: Path, suffix: str) -> tuple[Pair, ...]:
+    """``find_pairs`` of masks that are called as their images with a suffix."""
+    own = (folder / "masks").is_dir()
+    at = "images" if own or (folder / "images").is_dir() else "."
+    if own:
+        images, masks = files_by_stem(folder, at), files_by_stem(folder, "masks")
+    else:
+        images, masks = _parted(files_by_stem(folder, at), suffix)
+    if not images:
+        but = f", only files whose stems end in {suffix}" if masks else ""
+        raise ValueError(f"{folder / at} holds no image ({', '.join(SUFFIXES)}){but}")
+    where = folder / ("masks" if own else at)
+    return tuple(_matched(images, masks, suffix, where))
+
+
+def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
+    """The files of a subfolder, sorted; ValueError for what is none of the suffixes."""
+    subfolder = folder / name
+    if not subfolder.is_dir():
+        raise FileNotFoundError(f"{folder} has no folder {name}/")
+    files: dict[str, Path] = {}
+    for path in sorted(subfolder.iterdir()):
+        if path.name.startswith(".") or path.name.lower() in _DESKTOP_FILES:
+            continue
+        if path.is_dir():
+            raise ValueError(f"{subfolder} holds a folder, {path.name}/; put the files directly")
+        if path.suffix.lower() not in suffixes:
+            raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere")
+        if path.stem in files:
+            raise ValueError(
+                f"{subfolder} holds two files of the stem {path.stem}: "
+                f"{files[path.stem].name} and {path.name}"
+            )
+        files[path.stem] = path
+    return files
+
+
+def _parted(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and masks among the files of one folder, by stem: masks end in the suffix.
+
+    Raises ValueError for the mask of what is a mask itself.
+    """
+    masks = {stem: path for stem, path in files.items() if stem.endswith(suffix)}
+    for stem, path in masks.items():
+        if (other := masks.get(stem.removesuffix(suffix))) is not None:
+            raise ValueError(
+                f"{path} is ambiguous: its image would be {other.name}, which ends in {suffix} and "
+                "is a mask itself; rename one of them"
+            )
+    return {stem: path for stem, path in files.items() if stem not in masks}, masks
+
+
+def _matched(
+    images: Mapping[str, Path], masks: Mapping[str, Path], suffix: str, where: Path
+) -> Iterator[Pair]:
+    """Each image with the mask of its stem and the suffix, sorted; files by stem.
+
+    where: the folder of masks
+    """
+    for stem, path in images.items():
+        if stem + suffix not in masks:
+            raise ValueError(f"image {path} has no mask of the stem {stem}{suffix} in {where}")
+    for name, path in masks.items():
+        if not name.endswith(suffix):
+            raise ValueError(f"mask {path} has no {suffix} at the end of its stem")
+        if name.removesuffix(suffix) not in images:
+            raise ValueError(f"mask {path} has no image of the stem {name.removesuffix(suffix)!r}")
+    for stem in sorted(images):
+        yield Pair(stem, images[stem], masks[stem + suffix])
+
+
+def check_suffix(suffix: str | None) -> None:
+    """Raise ValueError for a text that cannot stand at the end of a mask's stem."""
+    if suffix is None:
+        return
+    if not suffix or any(sign in suffix for sign in "/\\\0"):
+        raise ValueError(
+            f"mask_suffix is {suffix!r}; expected a text that follows a file's stem, such as _mask"
+        )
+    if suffix.lower().endswith(SUFFIXES):
+        raise ValueError(
+            f"mask_suffix is {suffix}; leave out the file's ending: _mask stands for photo_mask.png"
+        )
