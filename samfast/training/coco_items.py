@@ -3,7 +3,6 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import numpy as np
 
 from samfast.training.coco_folders import find_coco, images_folder
 from samfast.training.coco_in import CocoImage, read_coco
-from samfast.training.tasks import TaskSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +65,3 @@ def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:
             if times > 1:
                 raise ValueError(f"{path} lists image {image} {times} times; keep one")
     return made
-
-
-def targets_of(specs: Sequence[TaskSpec], mask: CocoMask) -> dict[str, CocoMask]:
-    """The same objects for each task."""
-    return {spec.name: mask for spec in specs}

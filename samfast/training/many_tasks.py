@@ -122,6 +122,7 @@ class ManyTasks:
             val_fraction=settings.val_fraction,
             seed=settings.seed,
             only_score=only_score,
+            mask_suffix=settings.mask_suffix,
         )
         self._stems = Counter(item.stem for item in self.split.val)
         self._name_columns()

@@ -39,11 +39,6 @@ def score(settings: EvaluateSettings) -> dict:
     adapter = read_adapter(adapter_folder(settings.adapter))
     kept = remembered(adapter, settings.task)
     specs, options = kept.specs, kept.options.config()
-    if specs and settings.mask_suffix is not None:
-        raise ValueError(
-            f"mask_suffix is {settings.mask_suffix}, but adapter {adapter.folder} has several "
-            "tasks, whose masks have their images' names; leave it out"
-        )
     as_trained = FinetuneSettings(
         data=settings.data,
         mask_suffix=settings.mask_suffix,

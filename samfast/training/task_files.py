@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samfast.training.coco_items import CocoMask, coco_parts, is_coco, targets_of
+from samfast.training.coco_items import CocoMask, coco_parts, is_coco
 from samfast.training.folders import (
     CheckedPair,
     Pair,
@@ -21,6 +21,7 @@ from samfast.training.folders import (
     check_sizes,
     few_levels,
     files_by_stem,
+    find_pairs,
     given_parts,
     listed,
     note_values,
@@ -65,6 +66,7 @@ def find_items(
     val_fraction: float = 0.2,
     seed: int = 0,
     only_score: bool = False,
+    mask_suffix: str | None = None,
 ) -> Split:
     """Find the images of all tasks and split them; no file is opened.
 
@@ -72,7 +74,7 @@ def find_items(
     the same tasks together, so that each task has its share; with ``only_score`` all the rest
     validates and nothing is for training. Raises ValueError or FileNotFoundError for an image
     without truth, truth without an image, and a task that has no image to train or none to
-    validate.
+    validate. mask_suffix: as in ``find_pairs``, of tasks that share one folder of masks
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -81,7 +83,18 @@ def find_items(
     if all(spec.of_objects for spec in specs) and is_coco(folder):
         for part, masks in coco_parts(folder).items():
             for image, mask in masks:
-                parts[part][image] = Item(image.stem, image, targets_of(specs, mask))
+                parts[part][image] = _item(image, specs, mask)
+        return _split(parts, val_fraction, seed, only_score)
+    if mask_suffix is not None:
+        for spec in specs:
+            if spec.folder != "masks":
+                raise ValueError(
+                    f"mask_suffix is {mask_suffix}, but masks of task {spec.name} are in "
+                    f"{spec.folder}; leave it out"
+                )
+        for part in given_parts(folder) or ("",):
+            for pair in find_pairs(folder / part, mask_suffix):
+                parts[part][pair.image] = _item(pair.image, specs, pair.mask)
         return _split(parts, val_fraction, seed, only_score)
     shared: set[tuple[str, Path]] = set()
     for spec in specs:
@@ -119,6 +132,11 @@ def find_items(
             if not any(spec.name in item.targets for item in items):
                 raise ValueError(f"task {spec.name} has no image to {name} in {folder}")
     return split
+
+
+def _item(image: Path, specs: Sequence[TaskSpec], mask: Path | CocoMask) -> Item:
+    """An image with one mask for all tasks."""
+    return Item(image.stem, image, dict.fromkeys((spec.name for spec in specs), mask))
 
 
 def _root(folder: Path, spec: TaskSpec) -> tuple[Path, bool]:

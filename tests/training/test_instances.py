@@ -102,6 +102,7 @@ def test_scores_are_counts_of_objects():
     assert object_scores(right, added, missed, iou) == {"ap50": 0.5, "pq": iou / 3}
     assert object_scores(0, 0, 0, 0.0) == {"ap50": None, "pq": None}
     scores = ObjectScores()
+    scores.update((0, 0, 0, 0.0))
     assert scores.compute() == {"ap50": 1.0, "pq": 1.0}
     scores.update((2, 1, 1, 1.5))
     scores.update((0, 0, 4, 0.0))
@@ -238,3 +239,17 @@ def test_classes_are_a_task(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["tasks"]["classes"].keys() == {"miou", "accuracy"}
     adapter = json.loads((tmp_path / "o/adapter/best/adapter_config.json").read_text())
     assert adapter["extra"]["tasks"][0]["channels"] == 3
+
+
+@pytest.mark.parametrize("masks", [["--masks", "instances"], ["--classes", "256"]], ids=len)
+def test_masks_with_a_suffix(folder, masks, tmp_path, capsys):
+    """Beside their images, as for one mask."""
+    for path in sorted((folder / "masks").iterdir()):
+        labels = np.asarray(Image.open(path))
+        Image.fromarray((labels.astype(int) % 256).astype(np.uint8)).save(tmp_path / f"{path.stem}_mask.png")
+        Image.open(folder / "images" / f"{path.stem}.png").save(tmp_path / f"{path.stem}.png")
+    argv = ["finetune", "--data", tmp_path, *masks, "--model", "vit_tiny", "--image-size", 32]
+    argv += ["--epochs", 1, "--repeats", 1, "--output", tmp_path.parent / f"o{len(masks[0])}"]
+    assert run(*argv, "--mask-suffix", "_mask") == 0
+    assert run("evaluate", "--adapter", argv[-1], "--data", tmp_path, "--mask-suffix", "_mask") == 0
+    assert run(*argv, "--overwrite") == 2  # where there are neither images/ nor masks/
