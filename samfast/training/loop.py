@@ -17,7 +17,7 @@ from samfast.models import image_size
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
-from samfast.training.chosen_tasks import has_tasks
+from samfast.training.chosen_tasks import has_prompted_objects, has_tasks
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
@@ -27,6 +27,7 @@ from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
 from samfast.training.plan import memory_of, planned
 from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.prompted_objects import PromptedObjects
 from samfast.training.ranks import check_accumulation, check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
@@ -77,7 +78,7 @@ def finetune(
     output = output_folder(settings)
     settings = dataclasses.replace(settings, output=output)
     if goal is None:
-        goal = (ManyTasks if has_tasks(settings) else OneMask)(settings)
+        goal = _goal(settings)
     declare_missing_schemas()  # torchmetrics imports torchvision where it finds it
     with stop_asked() as asked:
         accelerator, dtype = _accelerator(settings)
@@ -97,6 +98,15 @@ def finetune(
                 return _finetune(settings, goal, folder, accelerator, dtype, callbacks, asked)
         finally:
             _release(accelerator)
+
+
+def _goal(settings: FinetuneSettings) -> Goal:
+    """What the settings learn from a folder; finds its files."""
+    if has_tasks(settings):
+        return ManyTasks(settings)
+    if has_prompted_objects(settings):
+        return PromptedObjects(settings)
+    return OneMask(settings)
 
 
 def _planned(settings: FinetuneSettings, accelerator: "Accelerator") -> FinetuneSettings:

@@ -80,6 +80,7 @@ class ManyTasks:
     """
 
     score = "val_score"
+    joins_steps = False
 
     def __init__(
         self,

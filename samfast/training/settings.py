@@ -15,7 +15,8 @@ from samfast.training.data_settings import DataSettings
 
 METHODS = tuple(VARIANTS)
 MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny", "sam3")
-PROMPTS = ("none", "box", "point")
+PROMPTS = ("none", "box", "point", "mixed")
+OBJECTS = 8  # of each image and pass
 GRAPH = ("off", "on")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "polynomial", "constant")
@@ -68,12 +69,28 @@ class ModelSettings:
     prompt: str = option(
         "none",
         "Give the mask decoder only the image (none), or also the box around all foreground (box) "
-        "or a point on it (point); an adapter trained with prompts needs them to predict",
+        "or a point on it (point); an adapter trained with prompts needs them to predict. With "
+        "--masks instances each object has its own, a box or a point by chance with mixed",
         choices=PROMPTS,
+    )
+    prompt_rounds: int | None = option(
+        None,
+        "Predictions for each object in a step: each after the first sees one more click, on a "
+        "wrong pixel, and the mask before; only with prompts and --masks instances",
+        least=1,
+        hint="default: 1",
+    )
+    objects: int | None = option(
+        None,
+        "Objects of each image that a pass trains on, drawn anew each time; all where there are "
+        "fewer; only with prompts and --masks instances",
+        least=1,
+        hint=f"default: {OBJECTS}",
     )
     box_jitter: float | None = option(
         None,
-        "Random shift of each box edge in training, in model-input pixels; only with --prompt box",
+        "Random shift of each box edge in training, in model-input pixels; only with --prompt box "
+        "or mixed",
         least=0,
         hint="default: image size / 50",
     )
