@@ -23,9 +23,13 @@ from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, read_image
+from samfast.training.object_prompts import Prompts, object_prompts
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
 from samfast.training.points import check_point, parsed_point, resized_point
 from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.prompted_predict import predicted_objects, write_objects
+from samfast.training.prompted_scores import kinds_of
+from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.remembered import remembered
 from samfast.training.run_folder import SETTINGS, check_folder
 from samfast.training.segmenters import Segmenter, TaskSegmenter
@@ -55,7 +59,12 @@ def predict(settings: PredictSettings) -> dict:
     options, specs = kept.options, kept.specs
     shapes = {path: read_image(path, options).shape[:2] for path in paths}
     _check_files(names, specs)
-    boxes = boxes_for(settings, kept.prompt, shapes)
+    objects, boxes = None, []
+    if kept.by_object:
+        objects = object_prompts(settings, kinds_of(kept.prompt), shapes)
+    else:
+        _refuse_files(settings)
+        boxes = boxes_for(settings, kept.prompt, shapes)
     with backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
         sam = load_adapted(
             settings.adapter,
@@ -64,6 +73,7 @@ def predict(settings: PredictSettings) -> dict:
             fuse=settings.fuse,
         )
         kind = TaskSegmenter if specs else Segmenter
+        kind = PromptedSegmenter if kept.by_object else kind
         model = kind(sam, dtype, settings.decoder_chunk).to(device)
         loader = DataLoader(
             _Photographs(paths, image_size(sam), boxes, options),
@@ -73,6 +83,8 @@ def predict(settings: PredictSettings) -> dict:
         settings.output.mkdir(parents=True, exist_ok=True)
         remove_dead(settings.output)
         written = []
+        if objects is not None:
+            return _predict_objects(settings, model, objects, shapes, names, options)
         if specs:
             found = predicted_tasks(model, loader, specs)
             for path, name, maps in zip(paths, names, found, strict=True):
@@ -90,6 +102,35 @@ def predict(settings: PredictSettings) -> dict:
                     f"{path}: {written[-1]['foreground']:.1%} foreground, {written[-1]['mask']}",
                     flush=True,
                 )
+    return {"output": str(settings.output), "images": written}
+
+
+def _refuse_files(settings: PredictSettings) -> None:
+    """Raise ValueError for files of prompts, which are for adapters of single objects."""
+    for name in ("boxes", "points"):
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}, but adapter {settings.adapter} was not "
+                f"trained on single objects; leave out --{name}"
+            )
+
+
+def _predict_objects(
+    settings: PredictSettings,
+    model: nn.Module,
+    prompts: Prompts,
+    shapes: dict[Path, tuple[int, int]],
+    names: Sequence[str],
+    options: ImageOptions,
+) -> dict:
+    """Write the objects of each image, in the prompts' order of images; as ``predict``."""
+    side, written = image_size(model.sam), []
+    found = predicted_objects(model, prompts, shapes, side, options, settings.batch_size)
+    for (path, own), name, labels in zip(prompts.items(), names, found, strict=True):
+        image = read_image(path, options)
+        written.append(write_objects(settings.output, name, path, image, labels, len(own)))
+        if not settings.json:
+            print(f"{path}: {len(own)} objects, {written[-1]['labels']}", flush=True)
     return {"output": str(settings.output), "images": written}
 
 

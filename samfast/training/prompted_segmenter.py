@@ -93,13 +93,15 @@ class PromptedSegmenter(nn.Module):
         first: FirstPrompts,
         rounds: int = 1,
         clicks: Clicks | None = None,
+        given: Tensor | None = None,
     ) -> Iterator[Round]:
         """Each round's logits; after a round ``clicks`` is asked for the next one's clicks.
 
+        given: clicks of the first round, float32 (M, P, 3)
         A round sees all clicks so far, and the low-resolution logits of the round before.
         """
         side = image_size(self.sam)
-        given, low = None, None
+        low = None
         for number in range(rounds):
             with self._autocast(embeddings):
                 low = decode_each(

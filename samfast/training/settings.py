@@ -343,7 +343,8 @@ class PredictSettings:
 
     A mask is 0 and 255. An adapter of several tasks gives a file for each task: 0 and 255 (binary),
     the class of each pixel (semantic), or the values (regression) in a float32 TIFF, of several
-    channels in a .npy file.
+    channels in a .npy file. An adapter of single objects gives NAME_labels.tif, in which each
+    object has the number of its prompt, from 1.
     """
 
     images: tuple[Path, ...] = option(
@@ -378,7 +379,8 @@ class PredictSettings:
     box: tuple[str, ...] = option(
         (),
         "Box in pixels of the image, for an adapter that was trained with boxes: once for all "
-        "images, or once for each in their order",
+        "images, or once for each in their order; with an adapter of single objects and one image, "
+        "once for each object",
         metavar="X0,Y0,X1,Y1",
         repeatable=True,
         hint="repeatable",
@@ -386,10 +388,22 @@ class PredictSettings:
     point: tuple[str, ...] = option(
         (),
         "Point on the object, in pixels of the image, for an adapter that was trained with points: "
-        "once for all images, or once for each in their order",
+        "as for --box",
         metavar="X,Y",
         repeatable=True,
         hint="repeatable",
+    )
+    boxes: Path | None = option(
+        None,
+        "CSV or JSON file of boxes for an adapter of single objects: lines image,x0,y0,x1,y1, or "
+        "{image: [[x0, y0, x1, y1], ...]}; each is an object",
+        hint="default: none",
+    )
+    points: Path | None = option(
+        None,
+        "The same of points: image,x,y[,label[,object]], label 1 on the object and 0 beside it; "
+        "points of one object's number belong together",
+        hint="default: none",
     )
     batch_size: int = option(4, "Images in one forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
