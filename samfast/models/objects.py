@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of images for each of their objects, which are in sequence."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,12 @@ def of_each_object(source: Tensor, first: int, number: int, count: int) -> Tenso
         own = min(last, (i + 1) * count) - max(first, i * count)
         rows.append(row.expand(own, *row.shape))
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def of_counted_objects(source: Tensor, counts: Sequence[int]) -> Tensor:
+    """[M, ...], for each object its image's row of source [B, ...]; counts: of each image.
+
+    By expansion, as above.
+    """
+    rows = [row.expand(count, *row.shape) for row, count in zip(source, counts, strict=True)]
+    return torch.cat(rows)

@@ -104,7 +104,7 @@ def decode(
     boxes, counts = padded_boxes(boxes, count)
     encoder = sam.prompt_encoder
     tokens = _prompt_tokens(encoder, shape[0] * count, boxes, points)
-    positions = encode_grid(_grid_layer(sam), shape[2:])
+    positions = encode_grid(grid_layer(sam), shape[2:])
     dense = encoder.no_mask_embed.weight
     masks = decode_objects(
         sam.mask_decoder, embeddings, positions, tokens, dense, count, decoder_chunk
@@ -151,11 +151,11 @@ def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
     patches = getattr(patches, "base_layer", patches)  # of PEFT's layer around it
     side = encoder.img_size // patches.stride[0]
     # Not of the neck, in whose place another library may have put a wrapper.
-    channels = 2 * _grid_layer(sam).positional_encoding_gaussian_matrix.shape[1]
+    channels = 2 * grid_layer(sam).positional_encoding_gaussian_matrix.shape[1]
     return (channels + getattr(encoder, "more_channels", 0), side, side)
 
 
-def _grid_layer(sam: nn.Module) -> nn.Module:
+def grid_layer(sam: nn.Module) -> nn.Module:
     """The positional encoding of the embedding's cells."""
     return getattr(sam, "pe_layer", None) or sam.prompt_encoder.pe_layer
 
@@ -198,7 +198,7 @@ def _position_dtype(layer: nn.Module) -> torch.dtype:
     return torch.promote_types(layer.positional_encoding_gaussian_matrix.dtype, torch.float32)
 
 
-def _encode_pixels(encoder: nn.Module, coords: Tensor) -> Tensor:
+def encode_pixels(encoder: nn.Module, coords: Tensor) -> Tensor:
     """Features [..., 256] of the centres of pixels x, y [..., 2]."""
     layer = encoder.pe_layer
     x, y = (coords.to(_position_dtype(layer)) + 0.5).unbind(-1)
@@ -235,14 +235,14 @@ def _prompt_tokens(
     tokens = [nothing.new_empty((total, 0, nothing.shape[1]))]
     if points is not None:
         coords, labels = points
-        features = _encode_pixels(encoder, coords.reshape(total, coords.shape[-2], 2))
+        features = encode_pixels(encoder, coords.reshape(total, coords.shape[-2], 2))
         labels = labels.reshape(total, labels.shape[-1], 1)
         kind = torch.where(labels == 1, foreground, background)
         tokens.append(torch.where(labels == -1, nothing, features + kind))
         if boxes is None:
             tokens.append(nothing.expand(total, 1, -1))
     if boxes is not None:
-        corners = _encode_pixels(encoder, boxes.reshape(total, 2, 2))
+        corners = encode_pixels(encoder, boxes.reshape(total, 2, 2))
         tokens.append(corners + torch.cat([first, second]))
         if pads:
             tokens.append(nothing.expand(total, 1, -1))
@@ -267,7 +267,7 @@ def _in_chunks(
     """
     predict = partial(_predict_masks, decoder)
     if torch.is_grad_enabled():
-        draws = any(_may_draw(module) for module in decoder.modules())
+        draws = any(may_draw(module) for module in decoder.modules())
         predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=draws)
     masks = []
     for first in range(0, len(prompts), chunk):
@@ -278,7 +278,7 @@ def _in_chunks(
     return torch.cat(masks)
 
 
-def _may_draw(module: nn.Module) -> bool:
+def may_draw(module: nn.Module) -> bool:
     """Whether a forward of it in training may take random numbers: dropout, or unknown code."""
     known = type(module).__module__.partition(".")[0] in _DRAW_NOTHING
     return module.training and (not known or getattr(module, "p", 0) > 0)
@@ -299,9 +299,6 @@ def _predict_masks(
     if hasattr(decoder, "predict"):  # of Hugging Face's SAM-HQ and SAM 3
         return decoder.predict(embeddings, positions, prompts, dense, first, count)
     dtype = decoder.mask_tokens.weight.dtype
-    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]
-    tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(dtype)], dim=1)
-
     embeddings, dense = embeddings.to(dtype), dense.to(dtype)[..., None, None]
     if len(dense) == 1:
         source = of_each_object(embeddings + dense, first, len(prompts), count)
@@ -309,10 +306,24 @@ def _predict_masks(
         rows = dense.expand(len(embeddings), *dense.shape).flatten(0, 1)
         source = of_each_object(embeddings, first, len(prompts), count)
         source = source + rows[first : first + len(prompts)]
-    positions = positions.to(dtype).expand(len(source), -1, -1, -1)
+    return masks_of_sources(decoder, source, positions, prompts)
+
+
+def masks_of_sources(
+    decoder: nn.Module, source: Tensor, positions: Tensor, prompts: Tensor
+) -> Tensor:
+    """Logits [M, 4n, 4n] of the first mask token of segment_anything's decoder.
+
+    source: [M, 256, n, n], embeddings and dense prompts of each object, in the decoder's dtype
+    positions: [1, 256, n, n]   prompts: [M, T, 256]
+    """
+    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]
+    tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(source.dtype)], dim=1)
+    size = source.shape[2:]
+    positions = positions.to(source.dtype).expand(len(source), -1, -1, -1)
 
     tokens, source = decoder.transformer(source, positions, tokens)
-    source = source.transpose(1, 2).unflatten(2, embeddings.shape[2:])  # [M, 256, n, n]
+    source = source.transpose(1, 2).unflatten(2, size)  # [M, 256, n, n]
     features = decoder.output_upscaling(source)  # [M, 32, 4n, 4n]
     weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # [M, 32]
     masks = weights[:, None] @ features.flatten(2)

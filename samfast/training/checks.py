@@ -38,7 +38,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         )
     if settings.graph == "on" and not settings.fuse:
         raise ValueError("graph is on, which only the fused encoder has; leave out --no-fuse")
-    if settings.prompt != "box" and settings.box_jitter is not None:
+    if settings.prompt not in ("box", "mixed") and settings.box_jitter is not None:
         raise ValueError(
             f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
         )

@@ -26,6 +26,12 @@ def has_tasks(settings: FinetuneSettings) -> bool:
     return settings.tasks is not None or masks == CLASSES or unprompted
 
 
+def has_prompted_objects(settings: FinetuneSettings) -> bool:
+    """Whether single objects are learned, each by a prompt of its own; opens no file."""
+    masks = masks_of(settings)
+    return settings.tasks is None and masks == "instances" and settings.prompt != "none"
+
+
 def specs_of(settings: FinetuneSettings) -> tuple[TaskSpec, ...] | None:
     """The tasks, None where there is one mask or one object at a time; reads the file of tasks."""
     if not has_tasks(settings):
@@ -55,10 +61,29 @@ def check_masks(settings: FinetuneSettings) -> None:
         raise ValueError(f"classes is {classes}, but masks is {masks}; give --masks classes")
     if masks == CLASSES and settings.prompt != "none":
         raise ValueError(f"prompt is {settings.prompt}, but classes have no prompts")
+    _check_prompts(settings, masks)
     if masks == "binary":
         return
     for name in ("foreground", "threshold", *(["ignore"] if masks == "instances" else [])):
         if getattr(settings, name) is not None:
-            raise ValueError(f"{name} is no option of masks of {masks}; leave it out")
+            raise ValueError(f"{name} is an option of binary masks, but masks is {masks}")
     if has_tasks(settings) and settings.loss is not None:
         raise ValueError(f"loss is {settings.loss}, an option of one mask, but masks is {masks}")
+
+
+def _check_prompts(settings: FinetuneSettings, masks: str) -> None:
+    """Raise ValueError for options of objects that have prompts of their own."""
+    if has_prompted_objects(settings):
+        return
+    if settings.prompt == "mixed":
+        raise ValueError(
+            f"prompt is mixed, which is for single objects, but masks is {masks}; give --masks "
+            "instances, or --prompt box or point"
+        )
+    for name in ("prompt_rounds", "objects"):
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}, which is for single objects that have "
+                f"prompts, but masks is {masks} and prompt {settings.prompt}; give --masks "
+                "instances and --prompt box, point or mixed"
+            )

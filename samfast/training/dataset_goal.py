@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from samfast.training.chosen_tasks import masks_of
 from samfast.training.data import Collate, PairDataset
 from samfast.training.fingerprints import of_arrays
 from samfast.training.folders import ADVICE, CheckedPair, Split, listed
@@ -151,6 +152,8 @@ def check_of_dataset(settings: FinetuneSettings) -> None:
         raise ValueError(f"data is {settings.data}, but a dataset is given; leave out one")
     if settings.output is None and settings.resume in (None, "newest"):
         raise ValueError("a dataset has no name for the output folder; give it with output")
+    if (masks := masks_of(settings)) != "binary":
+        raise ValueError(f"masks is {masks}, but a dataset is given, whose masks are binary")
     for name in ("tasks", "bands", "mask_suffix"):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name} is about files, but a dataset is given; leave it out")

@@ -23,8 +23,9 @@ class Split(Protocol):
 class Goal(Protocol):
     """Data, loss, scores and pictures of what is learned.
 
-    There are ``OneMask``, ``ManyTasks`` and ``DatasetGoal``. Making one finds the files and opens
-    no image. ``check`` decodes them all; ``scores`` and the texts need what it found.
+    There are ``OneMask``, ``ManyTasks``, ``DatasetGoal`` and ``PromptedObjects``. Making one finds
+    the files and opens no image. ``check`` decodes them all; ``scores`` and the texts need what it
+    found.
 
     score: the column of the table that says which epoch is the best; larger is better
     columns: the columns of scores in the table, ``score`` among them
@@ -32,6 +33,8 @@ class Goal(Protocol):
     loss_name: of the loss, as the curves' axis names it
     tasks: the tasks of a MultiTaskSam; None for one mask
     split: the files for training and for validation
+    joins_steps: whether the means that ``counts`` counts are over all batches of an optimizer step,
+        or over each batch
     """
 
     score: str
@@ -40,6 +43,7 @@ class Goal(Protocol):
     loss_name: str
     tasks: Sequence[Task] | None
     split: Split
+    joins_steps: bool
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file's content, or of each item's, by part and stem."""

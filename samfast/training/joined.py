@@ -48,21 +48,29 @@ class JoinedBatches(Sampler):
         size = self.batch_size * self.place.processes
         return [index for index, _ in list(self.sampler)[batch * size : (batch + 1) * size]]
 
-    def weights(self, counts: Counts) -> Iterator[list[float] | None]:
+    def weights(self, counts: Counts, accumulate: int = 1) -> Iterator[list[float] | None]:
         """By what to multiply the means over a part, so that the mean over processes is right.
 
         The first is for a mean over all images, the others are for those that ``counts`` counts;
         each is the processes times the part's share. None for one process alone.
         counts: of images by their indices, over how many each of the goal's means is
+        accumulate: the batches of an optimizer step, over all of which the counted means are taken;
+            1: over each batch
         """
         processes = self.place.processes
-        for joined in self._joined():
-            if processes == 1:
+        batches = list(self._joined())
+        for number, joined in enumerate(batches):
+            if processes == 1 and accumulate == 1:
                 yield None
                 continue
-            parts = [[index for index, _ in keys] for keys in (self._part(joined), joined)]
-            own, total = ([len(indices), *counts(indices)] for indices in parts)
-            yield [processes * n / max(1, m) for n, m in zip(own, total, strict=True)]
+            begin = number - number % accumulate  # what is done are whole steps
+            step = [key for batch in batches[begin : begin + accumulate] for key in batch]
+            part, whole, all_ = (
+                [index for index, _ in keys] for keys in (self._part(joined), joined, step)
+            )
+            of_images = processes * len(part) / max(1, len(whole))
+            pairs = zip(counts(part), counts(all_), strict=True)
+            yield [of_images, *(processes * accumulate * n / max(1, m) for n, m in pairs)]
 
     def _joined(self) -> Iterator[list[tuple[int, int]]]:
         keys, size = list(self.sampler), self.batch_size * self.place.processes

@@ -18,7 +18,7 @@ from samfast.training.augment import check_augment
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
-from samfast.training.chosen_tasks import specs_of
+from samfast.training.chosen_tasks import has_prompted_objects, specs_of
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
@@ -29,6 +29,7 @@ from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
 from samfast.training.plan import memory_of, planned
 from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.prompted_objects import PromptedObjects
 from samfast.training.ranks import check_accumulation, check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
@@ -103,6 +104,9 @@ def finetune(
 
 
 def _goal(settings: FinetuneSettings) -> Goal:
+    """What the settings learn from a folder; finds its files."""
+    if has_prompted_objects(settings):
+        return PromptedObjects(settings)
     specs = specs_of(settings)
     if specs is None:
         return OneMask(settings)

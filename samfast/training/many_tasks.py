@@ -100,6 +100,7 @@ class ManyTasks:
     """
 
     score = "val_score"
+    joins_steps = False
 
     def __init__(
         self,

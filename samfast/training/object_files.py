@@ -57,7 +57,8 @@ class ObjectFiles:
             write_labels(made["labels"], labels, place)
         if "csv" in self.formats:
             made["csv"] = str(self.folder / f"{name}_objects.csv")
-            write_whole(Path(made["csv"]), csv_text(objects).encode(), durable=False)
+            table = csv_text(objects, ids=objects.ids)
+            write_whole(Path(made["csv"]), table.encode(), durable=False)
         if "geojson" in self.formats:
             made["geojson"] = str(self.folder / f"{name}_objects.geojson")
             text = geojson(objects, georeference=place)

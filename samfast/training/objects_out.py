@@ -192,11 +192,13 @@ def csv_text(
     objects: Objects,
     scores: Sequence[float] | None = None,
     classes: Sequence[str] | None = None,
+    ids: Sequence[int] | None = None,
 ) -> str:
     """A table of objects: a line of names, and one of each object.
 
-    id: its value in ``objects.labels()``   area: pixels   x0, y0, x1, y1: its box, and
-    centroid_x, centroid_y its centre of mass, in pixels, where the centre of the first is 0, 0
+    id: that of ``ids``, 1 to N if not given   area: pixels
+    x0, y0, x1, y1: its box, and centroid_x, centroid_y its centre of mass, in pixels, where the
+    centre of the first is 0, 0
     score, name: its score and its class, empty without
     """
     _check(objects, scores, classes, "the image")
@@ -210,7 +212,8 @@ def csv_text(
         centre = [f"{x.mean() + columns.start:.3f}", f"{y.mean() + rows.start:.3f}"]
         score = "" if scores is None else repr(float(scores[i]))
         name = "" if classes is None else classes[i]
-        writer.writerow([i + 1, int(objects.areas[i]), *box, *centre, score, name])
+        number = i + 1 if ids is None else int(ids[i])
+        writer.writerow([number, int(objects.areas[i]), *box, *centre, score, name])
     return table.getvalue()
 
 

@@ -54,6 +54,7 @@ class OneMask:
     """
 
     score = "val_dice"
+    joins_steps = False
     columns = ("val_loss", "val_dice", "val_iou")
     curves = (("val_dice", "Dice"), ("val_iou", "IoU"))
 

@@ -8,8 +8,9 @@ from samfast.adapters.method import Method
 from samfast.methods.registry import VARIANTS
 from samfast.models import Task
 from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.chosen_tasks import has_prompted_objects
 from samfast.training.sam3_layers import for_sam3
-from samfast.training.settings import RANDOM_LR, FinetuneSettings
+from samfast.training.settings import OBJECTS, RANDOM_LR, FinetuneSettings
 from samfast.training.sides import model_side
 
 BOX_JITTER_SHARE = 50  # of the image's side: 20 pixels of 1024, as many as in SAM's own training
@@ -22,7 +23,9 @@ def with_recipe(settings: FinetuneSettings) -> FinetuneSettings:
     recipe["lr"] = RANDOM_LR if settings.checkpoint is None else method.checkpoint_lr
     if method.relation is not None and method.relation.share is not None:
         recipe["relation_lr"] = method.relation.share * (settings.lr or recipe["lr"])
-    if settings.prompt == "box":
+    if has_prompted_objects(settings):
+        recipe |= {"prompt_rounds": 1, "objects": OBJECTS}
+    if settings.prompt in ("box", "mixed"):
         recipe["box_jitter"] = float(round(model_side(settings) / BOX_JITTER_SHARE))
     open_ = {name: value for name, value in recipe.items() if getattr(settings, name) is None}
     return dataclasses.replace(settings, **open_)

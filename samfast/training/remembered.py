@@ -15,10 +15,11 @@ from samfast.training.tasks import TaskSpec, chosen_specs
 
 @dataclass(frozen=True)
 class Remembered:
-    """prompt: "none", "box" or "point"   options: how images are read
+    """prompt: "none", "box", "point" or "mixed"   options: how images are read
 
     foreground, threshold, ignore: as the command line gives them
     specs: the tasks, () for one mask   loss: of one mask; None where the adapter does not know
+    by_object: whether each object has a prompt of its own   rounds: predictions for each of these
     """
 
     prompt: str
@@ -28,6 +29,8 @@ class Remembered:
     specs: tuple[TaskSpec, ...]
     loss: str | None = None
     ignore: tuple[float, ...] | None = None
+    by_object: bool = False
+    rounds: int = 1
 
 
 def remembered(
@@ -49,11 +52,24 @@ def remembered(
         raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
     loss = extra.get("loss")  # which other programs may use for a number
     loss = loss if isinstance(loss, str) and loss in LOSSES else None
-    return Remembered(prompt, options, foreground, threshold, specs, loss, ignore)
+    by_object = not specs and prompt != "none" and extra.get("masks") == "instances"
+    if prompt == "mixed" and not by_object:
+        raise ValueError(
+            f"adapter {adapter.folder} was trained with prompt mixed, but not on single objects"
+        )
+    rounds = extra.get("prompt_rounds", 1) if by_object else 1
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ValueError(
+            f"adapter {adapter.folder} was trained with {rounds!r} rounds of prompts, not a whole "
+            "number from 1"
+        )
+    return Remembered(
+        prompt, options, foreground, threshold, specs, loss, ignore, by_object, rounds
+    )
 
 
 def prompt_of(adapter: AdapterFile) -> str:
-    """What an adapter was trained to be prompted by: "none", "box" or "point"."""
+    """What an adapter was trained to be prompted by, one of PROMPTS."""
     prompt = adapter.record["extra"].get("prompt", "none")
     if prompt not in PROMPTS:
         known = ", ".join(PROMPTS)

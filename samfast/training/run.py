@@ -198,7 +198,9 @@ class Run:
         self.model.train()
         total = (len(self.batches) - self.batch) * settings.batch_size
         title = f"epoch {self.epoch}/{settings.epochs}"
-        parts = zip(self.batches.counts(), self.batches.weights(self.goal.counts), strict=True)
+        joined = settings.accumulate if self.goal.joins_steps else 1
+        weights = self.batches.weights(self.goal.counts, joined)
+        parts = zip(self.batches.counts(), weights, strict=True)
         with (
             self._explained(),
             Progress(title, total, main=accelerator.is_main_process) as progress,

@@ -22,7 +22,7 @@ def check_for_model(settings: FinetuneSettings) -> None:
             f"method {settings.method} needs layers of segment_anything's blocks; for {SAM3} take "
             f"one of {', '.join(METHODS)}"
         )
-    if has_tasks(settings):
+    if has_tasks(settings) or masks_of(settings) == "instances":
         given = "--tasks" if settings.tasks is not None else f"--masks {masks_of(settings)}"
         raise ValueError(f"{SAM3} learns one mask an image; leave out {given}, or take vit_b")
 

@@ -17,6 +17,7 @@ from samfast.training.pictures import png_bytes
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.predict import adapter_folder, load_adapted
 from samfast.training.progress import Progress
+from samfast.training.prompted_objects import PromptedObjects
 from samfast.training.remembered import remembered
 from samfast.training.run_folder import check_folder
 from samfast.training.score_files import score_files
@@ -50,12 +51,16 @@ def score(settings: EvaluateSettings) -> dict:
         bands=options["bands"],
         range=options["range"],
         decoder_chunk=settings.decoder_chunk,
-        box_jitter=0.0,
+        box_jitter=None if kept.by_object else 0.0,
+        masks="instances" if kept.by_object else None,
+        prompt_rounds=kept.rounds,
     )
     goal: Goal
     if specs:
         kind = Instances if are_instances(specs) else ManyTasks
         goal = kind(as_trained, specs, only_score=True)
+    elif kept.by_object:
+        goal = PromptedObjects(as_trained, only_score=True)
     else:
         goal = OneMask(as_trained, only_score=True)
     if settings.threads is not None:

@@ -15,7 +15,8 @@ from samfast.training.data_settings import DataSettings
 
 METHODS = tuple(VARIANTS)
 MODELS = ("vit_b", "vit_l", "vit_h", "vit_tiny", "sam3")
-PROMPTS = ("none", "box", "point")
+PROMPTS = ("none", "box", "point", "mixed")
+OBJECTS = 8  # of each image and pass
 GRAPH = ("off", "on")
 AUGMENT = ("none", "light", "strong")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
@@ -69,12 +70,28 @@ class ModelSettings:
     prompt: str = option(
         "none",
         "Give the mask decoder only the image (none), or also the box around all foreground (box) "
-        "or a point on it (point); an adapter trained with prompts needs them to predict",
+        "or a point on it (point); an adapter trained with prompts needs them to predict. With "
+        "--masks instances each object has its own, a box or a point by chance with mixed",
         choices=PROMPTS,
+    )
+    prompt_rounds: int | None = option(
+        None,
+        "Predictions for each object in a step: each after the first sees one more click, on a "
+        "wrong pixel, and the mask before; only with prompts and --masks instances",
+        least=1,
+        hint="default: 1",
+    )
+    objects: int | None = option(
+        None,
+        "Objects of each image that a pass trains on, drawn anew each time; all where there are "
+        "fewer; only with prompts and --masks instances",
+        least=1,
+        hint=f"default: {OBJECTS}",
     )
     box_jitter: float | None = option(
         None,
-        "Random shift of each box edge in training, in model-input pixels; only with --prompt box",
+        "Random shift of each box edge in training, in model-input pixels; only with --prompt box "
+        "or mixed",
         least=0,
         hint="default: image size / 50",
     )
@@ -344,7 +361,8 @@ class PredictSettings:
 
     A mask is 0 and 255. An adapter of several tasks gives a file for each task: 0 and 255 (binary),
     the class of each pixel (semantic), or the values (regression) in a float32 TIFF, of several
-    channels in a .npy file.
+    channels in a .npy file. An adapter of single objects gives NAME_labels.tif, in which each
+    object has the number of its prompt, from 1.
     """
 
     images: tuple[Path, ...] = option(
@@ -379,7 +397,8 @@ class PredictSettings:
     box: tuple[str, ...] = option(
         (),
         "Box in pixels of the image, for an adapter that was trained with boxes: once for all "
-        "images, or once for each in their order",
+        "images, or once for each in their order; with an adapter of single objects and one image, "
+        "once for each object",
         metavar="X0,Y0,X1,Y1",
         repeatable=True,
         hint="repeatable",
@@ -387,10 +406,22 @@ class PredictSettings:
     point: tuple[str, ...] = option(
         (),
         "Point on the object, in pixels of the image, for an adapter that was trained with points: "
-        "once for all images, or once for each in their order",
+        "as for --box",
         metavar="X,Y",
         repeatable=True,
         hint="repeatable",
+    )
+    boxes: Path | None = option(
+        None,
+        "CSV or JSON file of boxes for an adapter of single objects: lines image,x0,y0,x1,y1, or "
+        "{image: [[x0, y0, x1, y1], ...]}; each is an object",
+        hint="default: none",
+    )
+    points: Path | None = option(
+        None,
+        "The same of points: image,x,y[,label[,object]], label 1 on the object and 0 beside it; "
+        "points of one object's number belong together",
+        hint="default: none",
     )
     tile: int | None = option(
         None,

@@ -9,9 +9,10 @@ from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.goal import Goal
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
+from samfast.training.prompted_objects import PromptedObjects
 
 
-@pytest.mark.parametrize("goal", [OneMask, ManyTasks, DatasetGoal])
+@pytest.mark.parametrize("goal", [OneMask, ManyTasks, DatasetGoal, PromptedObjects])
 def test_a_goal_has_every_method(goal):
     asked = {name: member for name, member in vars(Goal).items() if inspect.isfunction(member)}
     asked = {name: member for name, member in asked.items() if not name.startswith("_")}

@@ -189,7 +189,10 @@ def test_a_run_learns_and_its_adapter_predicts_and_scores(trained, folder, tmp_p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--masks", "instances", "--foreground", "1"], "foreground is no option of masks of instances"),
+        (
+            ["--masks", "instances", "--foreground", "1"],
+            "foreground is an option of binary masksances",
+        ),
         (["--masks", "classes"], "not how many; give it with --classes N"),
         (["--classes", "3", "--masks", "binary"], "classes is 3, but masks is binary"),
         (["--classes", "3", "--prompt", "box"], "prompt is box, but classes have no prompts"),
@@ -245,8 +248,8 @@ def test_classes_are_a_task(tmp_path, capsys):
 def test_masks_with_a_suffix(folder, masks, tmp_path, capsys):
     """Beside their images, as for one mask."""
     for path in sorted((folder / "masks").iterdir()):
-        labels = np.asarray(Image.open(path))
-        Image.fromarray((labels.astype(int) % 256).astype(np.uint8)).save(tmp_path / f"{path.stem}_mask.png")
+        labels = np.asarray(Image.open(path)).astype(int) % 256
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / f"{path.stem}_mask.png")
         Image.open(folder / "images" / f"{path.stem}.png").save(tmp_path / f"{path.stem}.png")
     argv = ["finetune", "--data", tmp_path, *masks, "--model", "vit_tiny", "--image-size", 32]
     argv += ["--epochs", 1, "--repeats", 1, "--output", tmp_path.parent / f"o{len(masks[0])}"]

@@ -9,7 +9,7 @@ from PIL import Image
 from samfast.training import losses
 from samfast.training.images import read_values
 from samfast.training.many_tasks import ManyTasks, task_loss
-from samfast.training.predict import _check_files
+from samfast.training.predict_checks import check_files
 from samfast.training.task_data import (
     TaskCollate,
     TaskDataset,
@@ -476,11 +476,11 @@ def test_a_boundary_survives_the_model_s_size(tmp_path):
 
 def test_files_of_one_name_are_refused():
     road, overlay = TaskSpec("road"), TaskSpec("road_overlay")
-    _check_files(["x", "y"], (road,))
+    check_files(["x", "y"], (road,))
     with pytest.raises(ValueError, match="image x and task road, and image x and task road_ov"):
-        _check_files(["x"], (road, overlay))
+        check_files(["x"], (road, overlay))
     with pytest.raises(ValueError, match="would both write a file called x_road_mask;"):
-        _check_files(["x", "x_road"], (TaskSpec("mask"), TaskSpec("road_mask")))
+        check_files(["x", "x_road"], (TaskSpec("mask"), TaskSpec("road_mask")))
 
 
 def test_a_task_whose_validation_masks_are_empty(data):

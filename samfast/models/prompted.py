@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks of single objects, of as many an image as it has, by boxes, points and earlier masks.
+
+``decode`` takes one kind of prompt and as many objects of every image. Here each object has its own
+first prompt, a box or a point, then clicks that correct it and the mask of the round before. The
+numbers are those of segment_anything's prompt encoder and mask decoder, one object at a time.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from samfast.models.objects import of_counted_objects
+from samfast.models.segment import (
+    encode_grid,
+    encode_pixels,
+    grid_layer,
+    masks_of_sources,
+    may_draw,
+)
+
+
+class FirstPrompts(NamedTuple):
+    """What each of M objects is prompted by first.
+
+    given: [M, 4], a box x0, y0, x1, y1, or a point x, y, label, 0; in pixels of the model's square
+    is_box: bool [M]
+    """
+
+    given: Tensor
+    is_box: Tensor
+
+
+def decode_each(
+    sam: nn.Module,
+    embeddings: Tensor,
+    counts: Sequence[int],
+    first: FirstPrompts,
+    clicks: Tensor | None = None,
+    masks: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """Logits [M, 4n, 4n] of M objects, of the decoder's first mask token.
+
+    sam: segment_anything's Sam   embeddings: [B, 256, n, n] as ``encode`` gives them
+    counts: the objects of each image; those of an image are in sequence
+    clicks: [M, P, 3], x, y and label 1, 0 or -1 (no point), which correct the first prompt
+    masks: logits [M, 4n, 4n] of the round before, through which gradients flow; None: no mask
+    chunk: the decoder takes at most so many objects at a time, see ``segment``; None: all
+    """
+    tokens = _tokens(sam.prompt_encoder, first, clicks)
+    total = len(tokens)
+    size = total if chunk is None else chunk
+    positions = encode_grid(grid_layer(sam), tuple(embeddings.shape[2:]))
+    run = partial(_some, sam, positions)
+    if size < total and torch.is_grad_enabled():
+        draws = any(may_draw(module) for module in sam.mask_decoder.modules())
+        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=draws)
+    places = [*range(0, total, max(1, size)), total]
+    found = []
+    for begin, end in pairwise(places):
+        one = None if masks is None else masks[begin:end]
+        found.append(run(embeddings, _within(counts, begin, end), tokens[begin:end], one))
+    if not found:
+        found.append(run(embeddings, [0] * len(counts), tokens, masks))
+    return torch.cat(found)
+
+
+def _within(counts: Sequence[int], begin: int, end: int) -> list[int]:
+    """How many of each image's objects are from `begin` to before `end`, of all in sequence."""
+    found, before = [], 0
+    for count in counts:
+        found.append(max(0, min(end, before + count) - max(begin, before)))
+        before += count
+    return found
+
+
+def _some(
+    sam: nn.Module,
+    positions: Tensor,
+    embeddings: Tensor,
+    counts: Sequence[int],
+    tokens: Tensor,
+    masks: Tensor | None,
+) -> Tensor:
+    """``decode_each`` of so many objects of each image; tokens: [M, T, 256]"""
+    decoder, prompts = sam.mask_decoder, sam.prompt_encoder
+    dtype = decoder.mask_tokens.weight.dtype
+    embeddings = embeddings.to(dtype)
+    if masks is None:
+        nothing = prompts.no_mask_embed.weight.to(dtype)[..., None, None]
+        source = of_counted_objects(embeddings + nothing, counts)
+    else:
+        layers = prompts.mask_downscaling
+        dense = layers(masks[:, None].to(layers[0].weight.dtype))
+        source = of_counted_objects(embeddings, counts) + dense.to(dtype)
+    return masks_of_sources(decoder, source, positions, tokens)
+
+
+def _tokens(encoder: nn.Module, first: FirstPrompts, clicks: Tensor | None) -> Tensor:
+    """Prompt tokens [M, P + 2, 256], in segment_anything's order.
+
+    Of a box the clicks, then its corners; of a point this one, the clicks, then a padding point.
+    """
+    background, foreground, left, right = (e.weight for e in encoder.point_embeddings)  # [1, 256]
+    nothing = encoder.not_a_point_embed.weight
+    pairs = encode_pixels(encoder, first.given.unflatten(1, (2, 2)))  # [M, 2, 256]
+    corners = pairs + torch.cat([left, right])
+    kind = torch.where(first.given[:, 2:3] == 1, foreground, background)
+    point = (pairs[:, 0] + kind)[:, None]
+    own = corners[:, :0]
+    if clicks is not None:
+        label = clicks[..., 2:]
+        own = encode_pixels(encoder, clicks[..., :2])
+        own = own + torch.where(label == 1, foreground, background)
+        own = torch.where(label == -1, nothing, own)
+    of_box = torch.cat([own, corners], dim=1)
+    of_point = torch.cat([point, own, nothing.expand(len(point), 1, -1)], dim=1)
+    return torch.where(first.is_box[:, None, None], of_box, of_point)

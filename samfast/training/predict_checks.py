@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What prediction refuses: options, prompts and names that do not fit adapter and images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.boxes import check_box, parsed_box
+from samfast.training.instances import are_instances
+from samfast.training.object_prompts import named_prompts
+from samfast.training.points import check_point, parsed_point
+from samfast.training.remembered import Remembered
+from samfast.training.settings import PredictSettings
+from samfast.training.tasks import TaskSpec
+from samfast.training.tiles import check_tiles
+
+
+def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
+    """Raise ValueError for options that an adapter of this kind cannot have.
+
+    base: the name of the model that it was trained on
+    """
+    check_tiles(settings.tile, settings.overlap)
+    if settings.automatic:
+        _check_automatic(settings, kept, base)
+    if settings.tile is not None and kept.prompt != "none":
+        raise ValueError(
+            f"tile is {settings.tile}, but adapter {settings.adapter} is prompted by a "
+            f"{kept.prompt} for each image; leave out --tile"
+        )
+    if not kept.by_object:
+        _refuse_files(settings)
+    numbered = are_numbered(settings, kept) and (not kept.specs or are_instances(kept.specs))
+    if settings.instances and not numbered:
+        raise ValueError(
+            f"adapter {settings.adapter} does not know objects; leave out --instances, or train "
+            "with --masks instances"
+        )
+    if not numbered and set(settings.formats) != {"labels"}:
+        raise ValueError(
+            f"formats are {', '.join(settings.formats)}, but no objects are numbered; give "
+            "--instances"
+        )
+    if settings.min_size and kept.by_object and not settings.automatic:
+        raise ValueError(
+            f"min_size is {settings.min_size}, but objects are numbered as their prompts; leave it "
+            "out"
+        )
+    if settings.min_size and not numbered:
+        raise ValueError(
+            f"min_size is {settings.min_size}, but no objects are numbered; give --instances"
+        )
+
+
+def are_numbered(settings: PredictSettings, kept: Remembered) -> bool:
+    """Whether objects are told apart, or asked for."""
+    asked = settings.instances or settings.automatic
+    return asked or kept.by_object or are_instances(kept.specs)
+
+
+def _refuse_files(settings: PredictSettings) -> None:
+    """Raise ValueError for files of prompts, which are for adapters of single objects."""
+    for name in ("boxes", "points"):
+        if getattr(settings, name) is not None and not settings.automatic:
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}, but adapter {settings.adapter} was not "
+                f"trained on single objects; leave out --{name}"
+            )
+
+
+def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
+    """Raise ValueError for what a grid of points cannot be combined with."""
+    given = [*(["--tile"] if settings.tile is not None else []), *named_prompts(settings)]
+    for name in given:
+        raise ValueError(f"--automatic finds objects by points of its own; leave out {name}")
+    if kept.specs:
+        raise ValueError(
+            f"adapter {settings.adapter} has decoders of tasks, which no point prompts; leave out "
+            "--automatic"
+        )
+    if base == SAM3:
+        raise ValueError(f"--automatic is segment_anything's, which {SAM3} is not")
+
+
+def boxes_for(
+    settings: PredictSettings, prompt: str, sizes: dict[Path, tuple[int, int]]
+) -> list[np.ndarray]:
+    """The box, or the point, of each image; none where the adapter's prompt is none.
+
+    sizes: (height, width) of each image. Raises ValueError when prompts and adapter, prompts and
+    number of images, or a prompt and its image do not fit.
+    """
+    given = {
+        "box": [parsed_box(text) for text in settings.box],
+        "point": [parsed_point(text) for text in settings.point],
+    }
+    for kind, those in given.items():
+        if those and prompt != kind:
+            trained = "out prompts" if prompt == "none" else f" a {prompt} for each image"
+            raise ValueError(
+                f"adapter {settings.adapter} was trained with{trained}; leave out --{kind}"
+            )
+    if prompt == "none":
+        return []
+    prompts = given[prompt]
+    if not prompts:
+        form = {"box": "x0,y0,x1,y1", "point": "x,y"}[prompt]
+        raise ValueError(
+            f"adapter {settings.adapter} was trained with a {prompt} for each image; give it with "
+            f"--{prompt} {form}, in pixels of the image"
+        )
+    if len(prompts) not in (1, len(sizes)):
+        many = {"box": "boxes", "point": "points"}[prompt]
+        raise ValueError(
+            f"there are {len(prompts)} {many} for {len(sizes)} images; give one for all, or one "
+            "each"
+        )
+    prompts = prompts * len(sizes) if len(prompts) == 1 else prompts
+    check = {"box": check_box, "point": check_point}[prompt]
+    for one, (path, size) in zip(prompts, sizes.items(), strict=True):
+        check(one, size, str(path))
+    return prompts
+
+
+def check_files(names: Sequence[str], specs: Sequence[TaskSpec]) -> None:
+    """Raise ValueError where images and tasks have such names that two files would have one."""
+    files: dict[str, str] = {}
+    for name in names:
+        for spec in specs:
+            for file in (f"{name}_{spec.name}", f"{name}_{spec.name}_overlay"):
+                what = f"image {name} and task {spec.name}"
+                if file in files:
+                    raise ValueError(
+                        f"{files[file]}, and {what}, would both write a file called {file}; "
+                        "predict them separately, with --task"
+                    )
+                files[file] = what

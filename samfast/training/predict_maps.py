@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model predicts for new photographs, each at its own size."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from samfast.models import image_size
+from samfast.training.automatic import automatic_objects
+from samfast.training.boxes import resized_box
+from samfast.training.data import Collate, Sample, resize_image
+from samfast.training.evaluate import predicted_masks
+from samfast.training.image_options import ImageOptions
+from samfast.training.images import read_image
+from samfast.training.object_prompts import Prompts
+from samfast.training.points import resized_point
+from samfast.training.predict_tiles import predicted_by_tiles
+from samfast.training.progress import Progress
+from samfast.training.prompted_predict import predicted_objects
+from samfast.training.remembered import Remembered
+from samfast.training.settings import PredictSettings
+from samfast.training.task_scores import predicted_tasks
+from samfast.training.tiles import check_tiles, count_of
+
+
+def predicted_maps(
+    settings: PredictSettings,
+    model: nn.Module,
+    kept: Remembered,
+    shapes: dict[Path, tuple[int, int]],
+    boxes: Sequence[np.ndarray] = (),
+    objects: Prompts | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What each image is predicted at its size, by task; of one mask under ""; or label images of
+    objects under "objects", int32 (H, W).
+
+    shapes: (height, width) of each image   boxes: one of each, or points, or none
+    objects: the prompts of single objects, for a PromptedSegmenter
+    """
+    paths = list(shapes)
+    if settings.automatic:
+        for path in paths:
+            found = automatic_objects(
+                model.sam,
+                read_image(path, kept.options),
+                points_per_side=settings.points_per_side,
+                pred_iou_thresh=settings.pred_iou_thresh,
+                stability_score_thresh=settings.stability_score_thresh,
+                min_size=settings.min_size,
+            )
+            yield {"objects": found}
+        return
+    if objects is not None:
+        side, batch = image_size(model.sam), settings.batch_size
+        for labels in predicted_objects(model, objects, shapes, side, kept.options, batch):
+            yield {"objects": labels}
+        return
+    if settings.tile is not None:
+        overlap = check_tiles(settings.tile, settings.overlap)
+        count = sum(count_of(shape, settings.tile, overlap) for shape in shapes.values())
+        with Progress("prediction, tiles", count, main=True) as progress:
+            for path in paths:
+                yield predicted_by_tiles(
+                    model,
+                    read_image(path, kept.options),
+                    kept.specs,
+                    settings.tile,
+                    overlap,
+                    settings.batch_size,
+                    progress.advance,
+                )
+        return
+    side = image_size(model.sam)
+    loader = DataLoader(
+        _Photographs(paths, side, boxes, kept.options),
+        batch_size=settings.batch_size,
+        collate_fn=Collate(side, truths=True),
+    )
+    if kept.specs:
+        for tasks in predicted_tasks(model, loader, kept.specs):
+            yield {spec.name: values for spec, values in tasks}
+    else:
+        for mask, _ in predicted_masks(model, loader):
+            yield {"": mask.cpu().numpy()}
+
+
+class _Photographs(Dataset):
+    """``boxes`` are one of each image, in its file's pixels, or points, or none."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        side: int,
+        boxes: Sequence[np.ndarray],
+        options: ImageOptions,
+    ):
+        self.paths = paths
+        self.side = side
+        self.boxes = boxes
+        self.options = options
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = read_image(self.paths[index], self.options)
+        resized = resize_image(image, self.side)
+        size, resized_size = image.shape[:2], resized.shape[:2]
+        box = resized_prompt(self.boxes[index], size, resized_size) if self.boxes else None
+        # No truth: only the sizes of these two count.
+        return Sample(resized, np.zeros(resized_size, bool), np.zeros(size, bool), box)
+
+
+def resized_prompt(prompt: np.ndarray, before: Sequence[int], after: Sequence[int]) -> np.ndarray:
+    """A box or a point of an image of size ``before`` resized to ``after``."""
+    return (resized_box if len(prompt) == 4 else resized_point)(prompt, before, after)

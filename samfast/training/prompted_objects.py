@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning for single objects by prompts: their data, loss, scores and pictures.
+
+One of the goals, see ``samfast.training.goal``. A mask file holds the number of an object in each
+of its pixels. Each object has a prompt of its own, a box or a point, and is one mask.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from samfast.training.fingerprints import of_all
+from samfast.training.folders import Pair, Split, check_sizes, find_scored, find_split
+from samfast.training.image_options import image_options
+from samfast.training.images import read_image
+from samfast.training.losses import LOSSES
+from samfast.training.panels import titled
+from samfast.training.pictures import classes_over
+from samfast.training.prompted_data import (
+    ObjectBatch,
+    ObjectCollate,
+    ObjectDataset,
+    ResizedObjects,
+    ScoredObjects,
+    read_objects,
+)
+from samfast.training.prompted_scores import kinds_of, predicted_labels, score_objects
+from samfast.training.prompted_segmenter import PromptedSegmenter
+from samfast.training.scored import Scored, Tick
+from samfast.training.settings import FinetuneSettings
+from samfast.training.sides import model_side
+from samfast.training.stopping import ignore_signals
+from samfast.training.task_scores import listed
+
+_PROMPTS = {
+    "box": "its box, whose sides move by up to {jitter:g} pixels in training",
+    "point": "a point of it: in training any one, otherwise the deepest inside",
+    "mixed": (
+        "its box, whose sides move by up to {jitter:g} pixels in training, or a point of it, with "
+        "equal chance"
+    ),
+}
+
+
+class _Found(NamedTuple):
+    """What an image's files hold: how many objects, and of each the IoU of its filled box."""
+
+    objects: int
+    boxes: np.ndarray
+
+
+class PromptedObjects:
+    """Single objects of each image, each by a prompt of its own.
+
+    val_miou: the mean over objects of the IoU after the first prompt, at the files' own size; with
+        prompt mixed the mean of val_miou_box and val_miou_point
+    val_miou_rounds: the same after all rounds of clicks, where there are several
+    """
+
+    score = "val_miou"
+    joins_steps = True
+
+    def __init__(self, settings: FinetuneSettings, only_score: bool = False):
+        """Finds the files; opens none. only_score: nothing is for training."""
+        self.settings = settings
+        self.options = image_options(settings.bands, settings.range)
+        if only_score:
+            self.split = Split((), find_scored(settings.data))
+        else:
+            self.split = find_split(
+                settings.data, val_fraction=settings.val_fraction, seed=settings.seed
+            )
+        self.kinds = kinds_of(settings.prompt)
+        self.rounds = settings.prompt_rounds or 1
+        self.loss_name = settings.loss
+        self.tasks = None
+        scores = [f"val_miou_{kind}" for kind in self.kinds]
+        scores += ["val_miou_rounds"] if self.rounds > 1 else []
+        loss = [] if settings.loss is None else ["val_loss"]
+        self.columns = (*loss, self.score, *scores)
+        names = {"val_miou": "mean IoU"} if len(self.kinds) > 1 else {}
+        names |= {name: f"mean IoU, {name.removeprefix('val_miou_')}" for name in scores}
+        self.curves = tuple(names.items())
+
+    def fingerprints(self) -> dict[str, str]:
+        files = {}
+        for part, pairs in (("train", self.split.train), ("val", self.split.val)):
+            files |= {f"{part}/{pair.stem}": [pair.image, pair.mask] for pair in pairs}
+        return of_all(files)
+
+    def check(self) -> None:
+        """Decode every file and check it, or raise the first broken rule."""
+        train, val = self.split.train, self.split.val
+        with ThreadPoolExecutor() as pool:
+            try:
+                found = list(pool.map(self._checked, (*train, *val)))
+                there = list(pool.map(self._there, train))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        trained, scored = found[: len(train)], found[len(train) :]
+        for name, pairs, own in (("training", train, trained), ("validation", val, scored)):
+            if pairs and not any(one.objects for one in own):
+                raise ValueError(
+                    f"none of the {name} masks in {pairs[0].mask.parent} holds an object, a number "
+                    "above 0; move images with objects there, or choose another --seed where "
+                    "samfast draws the split"
+                )
+        if train and not any(there):
+            raise ValueError(
+                f"no training object keeps a pixel at {model_side(self.settings)} pixels; take a "
+                "larger --image-size"
+            )
+        self.there = there
+        self.objects = tuple(sum(one.objects for one in own) for own in (trained, scored))
+        self.lost = self.objects[0] - sum(there)
+        self.filled_boxes = float(np.concatenate([one.boxes for one in scored]).mean())
+
+    def _checked(self, pair: Pair) -> _Found:
+        image, objects = read_image(pair.image, self.options), read_objects(pair.mask)
+        check_sizes(pair, image, np.broadcast_to(False, objects.size))
+        x0, y0, x1, y1 = objects.boxes.T
+        boxes = objects.areas / ((x1 - x0 + 1) * (y1 - y0 + 1))
+        return _Found(len(objects), boxes)
+
+    def _there(self, pair: Pair) -> int:
+        """Of how many objects the model's size leaves a pixel."""
+        resized = ResizedObjects(read_objects(pair.mask), model_side(self.settings))
+        return int(resized.there().sum())
+
+    def sentences(self) -> Iterator[str]:
+        """What a run says before it begins."""
+        settings = self.settings
+        prompt = _PROMPTS[settings.prompt].format(jitter=settings.box_jitter or 0)
+        yield f"each object is prompted by {prompt}"
+        if self.rounds > 1:
+            yield f"{self.rounds - 1} clicks then correct each mask, in training at random"
+        if self.lost:
+            yield (
+                f"{self.lost} training objects are smaller than a pixel at "
+                f"{model_side(settings)} pixels and train nothing"
+            )
+        pairs = (self.split.train, self.split.val)
+        counts = [f"{n} objects in {len(own)}" for n, own in zip(self.objects, pairs, strict=True)]
+        yield f"{counts[0]} training and {counts[1]} validation images{self._boxes('; ')}"
+
+    def _boxes(self, before: str) -> str:
+        """What the filled box of each object scores, where boxes are prompts."""
+        if "box" not in self.kinds:
+            return ""
+        return f"{before}the filled box of each object scores mean IoU {self.filled_boxes:.4f}"
+
+    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return PromptedSegmenter(sam, dtype, self.settings.decoder_chunk)
+
+    def training_data(self, side: int) -> tuple[Dataset, ObjectCollate]:
+        settings = self.settings
+        data = ObjectDataset(
+            self.split.train,
+            side,
+            prompt=settings.prompt,
+            objects=settings.objects,
+            rounds=self.rounds,
+            box_jitter=settings.box_jitter or 0.0,
+            flips=settings.flips,
+            options=self.options,
+            seed=settings.seed,
+        )
+        return data, ObjectCollate(side)
+
+    def steady(self) -> int:
+        return 0 if self.settings.flips else len(self.split.train)
+
+    def validation_loader(
+        self, pairs: Sequence[Pair], side: int, batch_size: int, workers: int = 0
+    ) -> DataLoader:
+        return DataLoader(
+            ScoredObjects(pairs, side, self.options),
+            batch_size=batch_size,
+            collate_fn=ObjectCollate(side),
+            num_workers=workers,
+            worker_init_fn=ignore_signals,
+        )
+
+    def counts(self, indices: Sequence[int]) -> list[int]:
+        return [sum(min(self.settings.objects, self.there[i]) for i in indices)]
+
+    def loss(
+        self, model: nn.Module, batch: ObjectBatch, weights: Sequence[float] | None = None
+    ) -> Tensor:
+        """The mean over objects and rounds; 0 with a gradient of 0 for a batch without objects."""
+        rounds, valid = model(
+            batch.images,
+            batch.sizes,
+            batch.counts,
+            batch.first,
+            batch.masks,
+            batch.draws,
+            batch.names,
+        )
+        if not len(batch.masks):
+            return sum(logits.sum() for logits in rounds)
+        own = LOSSES[self.settings.loss]
+        loss = sum(own(logits, batch.masks, valid) for logits in rounds) / len(rounds)
+        return loss if weights is None else weights[0] * loss
+
+    def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
+        loss = None if self.settings.loss is None else LOSSES[self.settings.loss]
+        found = score_objects(model, loader, self.kinds, self.rounds, loss, tick)
+        row = {} if found.loss is None else {"val_loss": found.loss}
+        row[self.score] = sum(found.iou.values()) / len(found.iou)
+        row |= {f"val_miou_{kind}": value for kind, value in found.iou.items()}
+        row |= {"val_miou_rounds": found.rounds} if self.rounds > 1 else {}
+        images = [
+            {"image": pair.stem, "objects": objects, "miou": miou}
+            for pair, (objects, miou) in zip(loader.dataset.pairs, found.images, strict=True)
+        ]
+        return Scored(row, images)
+
+    def _listed(self, row: dict) -> str:
+        """Each score by its name."""
+        names = [name for name in self.columns if name.startswith("val_miou_")]
+        parts = [f"{name.removeprefix('val_miou_')} {row[name]:.4f}" for name in names]
+        return f"mean IoU {row[self.score]:.4f} ({', '.join(parts)})"
+
+    def epoch_text(self, row: dict) -> str:
+        return f"val loss {row['val_loss']:.4f}  {self._listed(row)}"
+
+    def closing(self, best: dict) -> str:
+        return f"best validation {self._listed(best)} in epoch {best['epoch']}{self._boxes('; ')}"
+
+    def table(self, row: dict) -> str:
+        return f"{self._listed(row)}  {self.objects[1]} objects{self._boxes('; ')}"
+
+    def summary(self, best: dict) -> dict[str, Any]:
+        return {
+            **{name: best[name] for name in self.columns},
+            "objects": self.objects[1],
+            "filled_box_miou": self.filled_boxes,
+        }
+
+    def remembered(self) -> dict[str, Any]:
+        """What the adapter's folder keeps for evaluation and prediction."""
+        return {
+            **self.options.config(),
+            "masks": "instances",
+            "prompt": self.settings.prompt,
+            "prompt_rounds": self.rounds,
+            "loss": self.settings.loss,
+            "box_jitter": self.settings.box_jitter,
+        }
+
+    def baseline_line(self) -> tuple[float, str] | None:
+        if "box" not in self.kinds:
+            return None
+        return self.filled_boxes, "mean IoU of filled boxes"
+
+    def overlays(
+        self, model: nn.Module, pairs: Sequence[Pair], side: int
+    ) -> Iterator[tuple[str, Image.Image]]:
+        """(name, titled image | truth | prediction by the first kind of prompt) for each pair."""
+        loader = self.validation_loader(pairs, side, 1)
+        kind = self.kinds[0]
+        found = predicted_labels(model, loader, kind)
+        for pair, (objects, labels, ious) in zip(pairs, found, strict=True):
+            image = read_image(pair.image, self.options)
+            drawn = [classes_over(image, own - 1) for own in (objects.labels(), labels)]
+            scores = {"miou": sum(ious) / len(ious)} if ious else {}
+            title = f"{pair.image.name}  {kind}  {listed(scores) or 'no object'}"
+            yield pair.stem, titled(title, [image, *drawn])
