@@ -262,14 +262,9 @@ SMALL = {
 }
 
 
-def test_workers_change_no_bit(folder, tmp_path, finished):
-    finetune(settings_of(folder, tmp_path / "out", workers=2, **SMALL))
-    assert results(tmp_path / "out") == finished
-
-
-def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, finished):
-    ended(settings_of(folder, tmp_path / "out", **SMALL), 1, 3)
-    finetune(settings_of(folder, tmp_path / "out", resume="newest", **SMALL))
+def test_workers_and_resuming_change_no_bit(folder, tmp_path, finished):
+    ended(settings_of(folder, tmp_path / "out", workers=2, **SMALL), 1, 3)
+    finetune(settings_of(folder, tmp_path / "out", workers=2, resume="newest", **SMALL))
     assert results(tmp_path / "out") == finished
 
 
