@@ -4,8 +4,8 @@
 The model of the settings is built, and one forward and backward run, on torch's fake tensors: meta
 tensors that know which device they stand for, so that autocast casts as it will. A batch is
 ``batch_size`` images padded to the square that the model sees, whatever the files' sizes, each
-with the one object that is trained, with a box or without, or with the truth of every task; so no
-file is needed but that of the tasks.
+with the one object that is trained, with a box or without, with ``objects`` of them that have
+prompts, or with the truth of every task; so no file is needed but that of the tasks.
 
 Counted is samfast's torch path, which keeps the same tensors as all others. Where C++ or Triton
 runs, attention, Conv-LoRA's experts and the product with TA-LoRA's cores are one kernel each that
@@ -28,14 +28,16 @@ process itself (Python and torch: some 300 MB on a CPU, CUDA's context on a GPU)
 processes, and to copies for several GPUs. ``samfast.training.card`` has a reserve for these.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from samfast import report
 from samfast.adapters.trained import trained_state
-from samfast.models import image_size
+from samfast.models import Task, image_size
 from samfast.training.card import readable
 from samfast.training.checks import check_settings
-from samfast.training.chosen_tasks import specs_of
+from samfast.training.chosen_tasks import has_prompted_objects, specs_of
 from samfast.training.embeddings import embedding_bytes, keeps_embeddings
 from samfast.training.plan import planned
 from samfast.training.precision import autocast_dtype, base_dtype
@@ -79,7 +81,7 @@ def dry_run(settings: FinetuneSettings) -> dict:
         "batch_size": settings.batch_size,
         "accumulate": settings.accumulate,
         "tasks": None if tasks is None else {task.name: task.channels for task in tasks},
-        "objects_per_image": 1 if tasks is None else sum(task.channels for task in tasks),
+        "objects_per_image": _objects(settings, tasks),
         "fuse": fused,
         "memory": (settings.memory or MEMORY[0]) if fused else None,
         "decoder_chunk": settings.decoder_chunk,
@@ -89,6 +91,13 @@ def dry_run(settings: FinetuneSettings) -> dict:
         "plan": None if plan is None else plan.record(),
         **counts,
     }
+
+
+def _objects(settings: FinetuneSettings, tasks: Sequence[Task] | None) -> int:
+    """How many objects of an image the mask decoder works on."""
+    if has_prompted_objects(settings):
+        return settings.objects
+    return 1 if tasks is None else sum(task.channels for task in tasks)
 
 
 def _counts(step: CountedStep) -> dict:
@@ -113,8 +122,9 @@ def text(result: dict) -> str:
     chunk, peak = result["decoder_chunk"], result["peak_bytes"]
     encoder = f"fused, memory {result['memory']}" if result["fuse"] else "not fused"
     accumulated = f", {result['accumulate']} of them a step" if result["accumulate"] > 1 else ""
-    objects = f"{result['objects_per_image']} object per image"
-    objects += "" if result["prompt"] == "none" else f" and its {result['prompt']}"
+    number = result["objects_per_image"]
+    objects = f"{number} object{'s' if number > 1 else ''} per image"
+    objects += "" if result["prompt"] == "none" else f" and {_prompt(result['prompt'], number)}"
     if result["tasks"] is not None:
         channels = ", ".join(f"{name} {count}" for name, count in result["tasks"].items())
         objects = f"channels of tasks: {channels}"
@@ -143,6 +153,16 @@ def text(result: dict) -> str:
     lines = [f"  {name:<22}{value:>16}" for name, value in rows]
     plan = [] if result["plan"] is None else [result["plan"]["sentence"]]
     return "\n".join([*plan, head, *lines])
+
+
+def _prompt(prompt: str, number: int) -> str:
+    """The prompts of so many objects, in words."""
+    one, many = {
+        "box": ("box", "boxes"),
+        "point": ("point", "points"),
+        "mixed": ("box or point", "boxes or points"),
+    }[prompt]
+    return f"its {one}" if number == 1 else f"their {many}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from samfast.training.card import CONTEXT, WASTE, card_bytes, decimal, needed, room
-from samfast.training.chosen_tasks import has_tasks, specs_of
+from samfast.training.chosen_tasks import has_prompted_objects, has_tasks, specs_of
 from samfast.training.settings import MEMORY, FinetuneSettings
 from samfast.training.step_counts import Worst, counted_step
 
@@ -132,6 +132,8 @@ def _chunks(settings: FinetuneSettings, batch: int) -> list[int | None]:
     if settings.decoder_chunk is not None or settings.fit is None:
         return [settings.decoder_chunk]
     objects = batch
+    if has_prompted_objects(settings):
+        objects *= settings.objects
     if has_tasks(settings):
         objects *= sum(spec.task.channels for spec in specs_of(settings))
     return [chunk for chunk in _CHUNKS if chunk is None or chunk < objects]

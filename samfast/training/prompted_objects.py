@@ -19,7 +19,7 @@ from samfast.training.fingerprints import of_all
 from samfast.training.folders import Pair, Split, check_sizes, find_scored, find_split
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
-from samfast.training.losses import LOSSES
+from samfast.training.losses import LOSSES, Loss
 from samfast.training.panels import titled
 from samfast.training.pictures import classes_over
 from samfast.training.prompted_data import (
@@ -53,6 +53,25 @@ class _Found(NamedTuple):
 
     objects: int
     boxes: np.ndarray
+
+
+def objects_loss(model: nn.Module, batch: ObjectBatch, loss: Loss) -> Tensor:
+    """The mean over objects and rounds; 0 with a gradient of 0 for a batch without objects.
+
+    model: a PromptedSegmenter, wrapped or not
+    """
+    rounds, valid = model(
+        batch.images,
+        batch.sizes,
+        batch.counts,
+        batch.first,
+        batch.masks,
+        batch.draws,
+        batch.names,
+    )
+    if not len(batch.masks):
+        return sum(logits.sum() for logits in rounds)
+    return sum(loss(logits, batch.masks, valid) for logits in rounds) / len(rounds)
 
 
 class PromptedObjects:
@@ -193,20 +212,7 @@ class PromptedObjects:
     def loss(
         self, model: nn.Module, batch: ObjectBatch, weights: Sequence[float] | None = None
     ) -> Tensor:
-        """The mean over objects and rounds; 0 with a gradient of 0 for a batch without objects."""
-        rounds, valid = model(
-            batch.images,
-            batch.sizes,
-            batch.counts,
-            batch.first,
-            batch.masks,
-            batch.draws,
-            batch.names,
-        )
-        if not len(batch.masks):
-            return sum(logits.sum() for logits in rounds)
-        own = LOSSES[self.settings.loss]
-        loss = sum(own(logits, batch.masks, valid) for logits in rounds) / len(rounds)
+        loss = objects_loss(model, batch, LOSSES[self.settings.loss])
         return loss if weights is None else weights[0] * loss
 
     def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:

@@ -20,15 +20,19 @@ from samfast.kernels.relpos_attention import flops as attention_flops
 from samfast.kernels.relpos_attention import torch_path
 from samfast.kernels.window_attention import flops as plain_flops
 from samfast.models import build_sam, encode, image_size, pixel_mean
+from samfast.models.prompted import FirstPrompts
 from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.build import attach_method, for_tasks
-from samfast.training.chosen_tasks import specs_of
+from samfast.training.chosen_tasks import has_prompted_objects, specs_of
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.embeddings import KeptEmbeddings, keeps_training_images
 from samfast.training.gpu_autocast import GpuAutocast, enter_in_decoders
 from samfast.training.losses import LOSSES
 from samfast.training.many_tasks import tasks_loss
 from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.prompted_data import ObjectBatch
+from samfast.training.prompted_objects import objects_loss
+from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.task_data import TaskBatch
@@ -72,9 +76,13 @@ def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["
         attach_method(sam, settings, half.get(base, base))
         if absent:
             enter_in_decoders(sam)
+        by_object = has_prompted_objects(settings)
         kind = Segmenter if specs is None else TaskSegmenter
+        kind = PromptedSegmenter if by_object else kind
         model = kind(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
-        if specs is None:
+        if by_object:
+            step = ObjectStep(model, settings, here)
+        elif specs is None:
             step = MaskStep(model, settings, here)
         else:
             step = TaskStep(model, settings, here, specs)
@@ -226,6 +234,26 @@ class MaskStep(CountedStep):
         return encode(self.model.sam, images)
 
 
+class ObjectStep(CountedStep):
+    """Count what single objects take, as many of each image as a pass may have."""
+
+    def __init__(self, model: PromptedSegmenter, settings: FinetuneSettings, device: torch.device):
+        batch = _object_batch(settings, image_size(model.sam), device)
+        given = [batch.images, batch.sizes, batch.masks, *batch.first, batch.draws]
+        super().__init__(model, settings, batch, given)
+        keeps = keeps_training_images(model.sam, settings)
+        names = tuple(map(str, range(settings.batch_size))) if keeps else ()
+        self.batch = batch._replace(names=names)
+
+    def loss(self) -> Tensor:
+        self.model.kept = KeptEmbeddings() if self.batch.names else None  # met for the first time
+        own = LOSSES[self.settings.loss]
+        return objects_loss(self.model, self.batch, own) + samfast.aux_loss(self.model.sam)
+
+    def encoded(self, images: Tensor) -> Tensor:
+        return encode(self.model.sam, images)
+
+
 class TaskStep(CountedStep):
     """Count what the masks of several tasks take, which every image has."""
 
@@ -290,6 +318,22 @@ def _batch(count: int, side: int, device: torch.device, prompt: str) -> Batch:
     numbers = {"none": 0, "box": 4, "point": 3}[prompt]
     boxes = torch.zeros(count, numbers, device=device) if numbers else None
     return Batch(images, masks, sizes, [], boxes)
+
+
+def _object_batch(settings: FinetuneSettings, side: int, device: torch.device) -> ObjectBatch:
+    """As ObjectCollate makes it of images that have objects enough."""
+    count, total = settings.batch_size, settings.batch_size * settings.objects
+    return ObjectBatch(
+        torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device),
+        torch.zeros(count, 2, dtype=torch.int64, device=device),
+        (settings.objects,) * count,
+        torch.zeros(total, side, side, dtype=torch.bool, device=device),
+        FirstPrompts(
+            torch.zeros(total, 4, device=device),
+            torch.zeros(total, dtype=torch.bool, device=device),
+        ),
+        torch.zeros(total, settings.prompt_rounds - 1, dtype=torch.float64, device=device),
+    )
 
 
 def _task_batch(
