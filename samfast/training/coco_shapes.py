@@ -5,8 +5,7 @@ Phrases of ValueError follow "FILE, annotation ID ". pycocotools turns polygons 
 code trusts what it gets, so that everything is checked before.
 """
 
-from collections.abc import Sequence
-from math import hypot, isfinite
+from math import isfinite
 from types import ModuleType
 from typing import Any
 
@@ -51,46 +50,45 @@ def checked_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentati
         raise ValueError(
             f"has the segmentation {shown(segmentation)}; expected a list of polygons, or an RLE"
         )
+    kept = []
     for number, polygon in enumerate(segmentation, 1):
         where = "a polygon" if len(segmentation) == 1 else f"polygon {number}"
-        _check_polygon(where, polygon, size)
-    return tuple(np.array(polygon, np.float64) for polygon in segmentation)
+        kept.append(_checked_polygon(where, polygon, size))
+    return tuple(kept)
 
 
-def _check_polygon(where: str, polygon: Any, size: tuple[int, int]) -> None:
+def _checked_polygon(where: str, polygon: Any, size: tuple[int, int]) -> np.ndarray:
+    """float64 x, y, x, y, ... of a list of numbers."""
     if not isinstance(polygon, list):
         raise ValueError(
             f"has the segmentation part {shown(polygon)}; expected a list [x, y, x, y, ...] "
             "for each part"
         )
-    for value in polygon:
-        if not is_number(value):
-            raise ValueError(f"has {where} with {shown(value)}, which is no finite number; fix it")
+    if not set(map(type, polygon)) <= {int, float} or not all(map(isfinite, polygon)):
+        value = next(value for value in polygon if not is_number(value))
+        raise ValueError(f"has {where} with {shown(value)}, which is no finite number; fix it")
     if len(polygon) % 2 or len(polygon) < 6:
         raise ValueError(
             f"has {where} of {len(polygon)} numbers; expected an even number, at least 6, which "
             "are three points"
         )
+    points = np.array(polygon, np.float64)
     height, width = size
-    for name, values, side in (("x", polygon[::2], width), ("y", polygon[1::2], height)):
-        far = max(values, key=lambda v, side=side: abs(v - side / 2))
+    for name, values, side in (("x", points[::2], width), ("y", points[1::2], height)):
+        far = values.min() if values.min() < -side else values.max()
         if not -side <= far <= 2 * side:
             raise ValueError(
                 f"has {where} with {name} = {far:g}, far outside the image, which is "
                 f"{width}x{height}; annotate this image's own size, in pixels"
             )
-    border = _length(polygon)
+    closed = np.append(points, points[:2]).reshape(-1, 2)
+    border = np.hypot(*np.diff(closed, axis=0).T).sum()
     if border > MOST_BORDER:
         raise ValueError(
             f"has {where} whose outline is {border:.0f} pixels long, more than {MOST_BORDER}; "
             "simplify it, or export it as RLE"
         )
-
-
-def _length(polygon: Sequence[float]) -> float:
-    """Of the closed outline, in pixels."""
-    xs, ys = polygon[::2], polygon[1::2]
-    return sum(hypot(xs[i] - xs[i - 1], ys[i] - ys[i - 1]) for i in range(len(xs)))
+    return points
 
 
 def rle_of(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and pipe
 RUNS = Path(__file__).with_name("coco_runs.py")
 
 
-def read_all(folder: Path, seeds: range) -> dict[int, dict]:
+QUICK = [*range(25), 30, 107, 202]  # the last ones are links that leave the folder
+
+
+def read_all(folder: Path, seeds: Sequence[int]) -> dict[int, dict]:
     """What reading each broken data set came to, by seed; fails where a process crashed."""
     folder.mkdir(exist_ok=True)
     good = write_good(folder / "good")
@@ -37,11 +41,11 @@ def read_all(folder: Path, seeds: range) -> dict[int, dict]:
     )
     assert done.returncode == 0, culprit
     ends = {folders[line["ends"]]: line for line in lines if "ends" in line}
-    assert sorted(ends) == list(seeds)
+    assert sorted(ends) == sorted(seeds)
     return ends
 
 
-def check(ends: dict[int, dict], folder: Path) -> None:
+def check(ends: dict[int, dict]) -> None:
     for seed, end in ends.items():
         assert end["outside"] == [], (seed, end)
         if end["kind"] is None:
@@ -56,13 +60,13 @@ def check(ends: dict[int, dict], folder: Path) -> None:
 
 
 def test_some_broken_ones(tmp_path):
-    check(read_all(tmp_path, range(28)), tmp_path)
+    check(read_all(tmp_path, QUICK))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(6))
 def test_many_broken_ones(tmp_path, part):
-    check(read_all(tmp_path, range(28 + part * 105, 28 + (part + 1) * 105)), tmp_path)
+    check(read_all(tmp_path, range(28 + part * 105, 28 + (part + 1) * 105)))
 
 
 def test_a_crash_is_told(tmp_path, monkeypatch):

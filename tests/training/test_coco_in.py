@@ -15,6 +15,7 @@ from PIL import Image
 
 from samfast.training.coco_folders import find_coco, images_folder
 from samfast.training.coco_in import read_coco
+from samfast.training.coco_shapes import checked_segmentation
 
 coco = pytest.importorskip("pycocotools.coco")
 
@@ -93,6 +94,28 @@ def test_a_link_within_the_folder_is_followed(data):
     assert read(data)[0].size == SIZES[1]
 
 
+def test_links_and_pipes_are_not_opened(data):
+    images = data / "images"
+    (images / "a.png").unlink()
+    (images / "a.png").symlink_to(data.parent / "outside" / "canary.png")
+    with pytest.raises(ValueError, match=r"image 1 has the file_name 'a\.png', a link that leaves"):
+        read(data)
+    (images / "a.png").unlink()
+    (images / "a.png").symlink_to("a.png")
+    with pytest.raises(ValueError, match=r"image 1 .* cannot be opened"):
+        read(data)
+    (images / "a.png").unlink()
+    os.mkfifo(images / "a.png")
+    with pytest.raises(ValueError, match=r"image 1 .* is not a regular file"):
+        read(data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_cannot_hold(value):
+    with pytest.raises(ValueError, match="no finite number"):
+        checked_segmentation([[1, 2, 3, 4, 5, value]], (10, 10))
+
+
 def set_by(path: str, value: object):
     """A change of the good content: the value at a path such as images.0.id."""
 
@@ -120,6 +143,7 @@ REFUSED = [
     ("images.1.file_name", "/a.png", "expected a path within the folder"),
     ("images.1.file_name", "../a.png", "expected a path within the folder"),
     ("images.1.file_name", "C:\\a.png", "expected a path within the folder"),
+    ("images.1.file_name", "C:a.png", "expected a path within the folder"),
     ("images.1.file_name", "a\0.png", "expected a path within the folder"),
     ("images.1.file_name", 5, "has the file_name 5; expected a text"),
     ("images.1.file_name", "none.png", "which is not in .*images; put it there"),

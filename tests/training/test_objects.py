@@ -127,6 +127,9 @@ def test_run_lengths_that_touch():
     mask = np.zeros((3, 4), bool)
     mask[1:3, 0] = mask[:, 1] = mask[1, 2] = True  # columns 011 111 010 000
     check(Objects.from_rles((3, 4), [rle]), [mask])
+    over = np.zeros((3, 4), bool)  # from the end of a column to the start of the next
+    over[2, 0] = over[0, 1] = True
+    check(Objects.from_rles((3, 4), [{"size": [3, 4], "counts": [2, 2, 8]}]), [over])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ def test_labels_come_back(tmp_path, monkeypatch, shape, top, dtype):
     monkeypatch.setattr(label_tiff, "_STRIP", 1 << 14)  # several strips
     labels = np.random.default_rng(1).integers(0, top, shape, endpoint=True)
     labels[0, 0] = top
+    labels = labels.astype(dtype)
     path = tmp_path / "labels.tif"
     write_labels(path, labels)
     np.testing.assert_array_equal(read_labels(path), labels)
@@ -54,6 +56,10 @@ def test_labels_come_back(tmp_path, monkeypatch, shape, top, dtype):
         page = file.pages[0]
         assert (page.dtype, page.compression.name) == (np.dtype(dtype), "ADOBE_DEFLATE")
         np.testing.assert_array_equal(page.asarray(), labels)
+        assert len(page.dataoffsets) > 1 or shape[0] < 100
+        file.filehandle.seek(page.dataoffsets[0])
+        strip = zlib.decompress(file.filehandle.read(page.databytecounts[0]))
+        assert len(strip) == min(page.rowsperstrip, shape[0]) * shape[1] * labels.itemsize
     if dtype == "u2":
         np.testing.assert_array_equal(np.asarray(Image.open(path)), labels)
     assert [p.name for p in tmp_path.iterdir()] == ["labels.tif"]
