@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from samfast.training.image_files import SUFFIXES
+from samfast.training.image_files import MASK_ONLY, SUFFIXES
 
 _DESKTOP_FILES = ("thumbs.db", "desktop.ini")
+MASK_SUFFIXES = (*SUFFIXES, *MASK_ONLY)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def find_pairs(folder: Path, mask_suffix: str | None = None) -> tuple[Pair, ...]
     if mask_suffix is not None:
         return _suffixed(folder, mask_suffix)
     images = files_by_stem(folder, "images")
-    masks = files_by_stem(folder, "masks")
+    masks = files_by_stem(folder, "masks", MASK_SUFFIXES)
     if not images:
         raise ValueError(f"{folder / 'images'} holds no image ({', '.join(SUFFIXES)})")
     for stem, path in images.items():
@@ -48,9 +49,11 @@ def _suffixed(folder: Path, suffix: str) -> tuple[Pair, ...]:
     own = (folder / "masks").is_dir()
     at = "images" if own or (folder / "images").is_dir() else "."
     if own:
-        images, masks = files_by_stem(folder, at), files_by_stem(folder, "masks")
+        images, masks = files_by_stem(folder, at), files_by_stem(folder, "masks", MASK_SUFFIXES)
     else:
-        images, masks = _parted(files_by_stem(folder, at), suffix)
+        images, masks = _parted(files_by_stem(folder, at, MASK_SUFFIXES), suffix)
+        for path in images.values():
+            _check_ending(path, SUFFIXES)
     if not images:
         but = f", only files whose stems end in {suffix}" if masks else ""
         raise ValueError(f"{folder / at} holds no image ({', '.join(SUFFIXES)}){but}")
@@ -69,8 +72,7 @@ def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -
             continue
         if path.is_dir():
             raise ValueError(f"{subfolder} holds a folder, {path.name}/; put the files directly")
-        if path.suffix.lower() not in suffixes:
-            raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere")
+        _check_ending(path, suffixes)
         if path.stem in files:
             raise ValueError(
                 f"{subfolder} holds two files of the stem {path.stem}: "
@@ -78,6 +80,11 @@ def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -
             )
         files[path.stem] = path
     return files
+
+
+def _check_ending(path: Path, suffixes: Sequence[str]) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere")
 
 
 def _parted(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -122,7 +129,7 @@ def check_suffix(suffix: str | None) -> None:
         raise ValueError(
             f"mask_suffix is {suffix!r}; expected a text that follows a file's stem, such as _mask"
         )
-    if suffix.lower().endswith(SUFFIXES):
+    if suffix.lower().endswith(MASK_SUFFIXES):
         raise ValueError(
             f"mask_suffix is {suffix}; leave out the file's ending: _mask stands for photo_mask.png"
         )

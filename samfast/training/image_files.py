@@ -34,6 +34,7 @@ from samfast.training.tiff_tags import (
     no_data_number,
 )
 
+MASK_ONLY = (".gif", ".npy")  # of masks, besides SUFFIXES
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 # Only these decoders may run, whatever a file's first bytes ask for; TIFF is read by its tags.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
@@ -86,7 +87,7 @@ def read_samples(path: Path, *, as_image: bool) -> Samples:
     except _Sentence as error:
         raise ValueError(str(error)) from None
     except UnidentifiedImageError:
-        formats = ", ".join((*_FORMATS, "TIFF"))
+        formats = ", ".join((*_formats(path, as_image), "TIFF"))
         raise ValueError(f"{path} cannot be decoded: it is no {formats} file") from None
     except _DAMAGE as error:
         raise ValueError(f"{path} cannot be decoded: {_one_line(error)}") from None
@@ -162,13 +163,18 @@ def _palette(page: Page, tags: Tags) -> np.ndarray:
     return (colours.reshape(3, -1).T >> 8).astype(np.uint8)
 
 
+def _formats(path: Path, as_image: bool) -> tuple[str, ...]:
+    """The formats that Pillow may decode a file as; GIF for masks of that name."""
+    return (*_FORMATS, "GIF") if not as_image and path.suffix.lower() == ".gif" else _FORMATS
+
+
 def _other(path: Path, as_image: bool) -> Samples:
-    """What Pillow decodes: PNG, JPEG, BMP and WebP."""
+    """What Pillow decodes: PNG, JPEG, BMP and WebP, of masks GIF."""
     try:
         with _HEADER_LOCK, warnings.catch_warnings():
             # The limit is checked below; Pillow itself raises only from twice the limit on.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=_FORMATS)
+            image = Image.open(path, formats=_formats(path, as_image))
     except Image.DecompressionBombError:
         raise _Sentence(_BOMB.format(path, Image.MAX_IMAGE_PIXELS)) from None
     with image:  # closes the file; what was loaded stays
@@ -202,11 +208,22 @@ def _other(path: Path, as_image: bool) -> Samples:
             f"{what} {path} has the colour mode {image.mode}, which is not read; {advice}"
         )
     values, bits = np.asarray(image), 1 if image.mode == "1" else 8
+    if image.format == "GIF" and image.mode == "P":
+        values = _greys(values, image)
     if image.format == "PNG" and image.mode == "L" and not as_image:
         values = values // (255 // ((1 << min(8, _png_bits(path))) - 1))  # 2 and 4 bits: as stored
     values = _upright(values.astype(np.uint8), image)
     tags = _tags_of_mode(image.mode, bits)
     return Samples(_with_samples(values), tags, lossy=lossy, coding=coding)
+
+
+def _greys(indices: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The greys of a palette without colours, whose order means nothing; else the indices."""
+    colours = np.zeros((256, 3), np.uint8)
+    palette = np.asarray(image.getpalette() or [], np.uint8).reshape(-1, 3)
+    colours[: len(palette)] = palette
+    used = colours[np.unique(indices)]
+    return colours[indices, 0] if (used == used[:, :1]).all() else indices
 
 
 def _coding(image: Image.Image) -> Coding | None:

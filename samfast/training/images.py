@@ -17,6 +17,7 @@ from samfast.training.image_files import SUFFIXES, read_samples
 from samfast.training.image_options import ImageOptions
 from samfast.training.jpeg_blocks import Coding
 from samfast.training.lossy import find_levels, named
+from samfast.training.npy_files import read_mask_array, read_numbers
 from samfast.training.scaling import Samples, picture
 from samfast.training.tiff_tags import mask_bands, without_data
 
@@ -77,9 +78,10 @@ def read_mask(
 ) -> np.ndarray:
     """The values a mask file stores: (H, W), an integer or float type.
 
-    Palette files give their indices, 1-bit files 0 and 1, RGB files their common channel. JPEG and
-    lossy WebP do not keep exact values: of two values, every pixel gets the nearer one
-    (``load_mask`` says where these are so near that pixels may have changed sides).
+    Palette files give their indices (GIF without colours its greys), 1-bit files and bools 0 and
+    1, RGB files their common channel. JPEG and lossy WebP do not keep exact values: of two values,
+    every pixel gets the nearer one (``load_mask`` says where these are so near that pixels may have
+    changed sides).
     foreground: the rule that is applied next, which only lossy files need; under a threshold, they
     give what they decode to   also: values besides the foreground's that mean something
     """
@@ -99,6 +101,8 @@ def load_mask(
     labels: every value is a class of its own, which no lossy file can hold
     """
     path = Path(path)
+    if path.suffix.lower() == ".npy":
+        return StoredMask(read_mask_array(path))
     samples = read_samples(path, as_image=False)
     if samples.lossy and samples.tags.bits == 8 and samples.values.shape[2] > 1:
         samples = _grey(path, samples)
@@ -171,7 +175,7 @@ def read_values(path: Path, channels: int) -> np.ndarray:
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        values = _npy_array(path)
+        values = read_numbers(path)
     else:
         samples = read_samples(path, as_image=False)
         values = samples.values
@@ -191,21 +195,6 @@ def read_values(path: Path, channels: int) -> np.ndarray:
     values = np.ascontiguousarray(values, np.float32)
     if np.isinf(values).any():
         raise ValueError(f"mask {path} holds values that are infinite")
-    return values
-
-
-def _npy_array(path: Path) -> np.ndarray:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be decoded: {reason}") from None
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
-        raise ValueError(f"{path} holds no array of numbers")
     return values
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from samfast.training.coco_items import CocoMask, coco_parts, is_coco
+from samfast.training.file_pairs import MASK_SUFFIXES
 from samfast.training.folders import (
     CheckedPair,
     Pair,
@@ -103,7 +104,9 @@ def find_items(
             place = root / part
             images = files_by_stem(place, "images")
             shared |= set() if own else {(part, path) for path in images.values()}
-            suffixes = VALUE_SUFFIXES if spec.kind == "regression" and not spec.labels else SUFFIXES
+            suffixes = (
+                VALUE_SUFFIXES if spec.kind == "regression" and not spec.labels else MASK_SUFFIXES
+            )
             name = "masks" if own else spec.folder
             if not (place / name).is_dir():
                 raise FileNotFoundError(f"task {spec.name} has no folder {place / name}")

@@ -14,7 +14,8 @@ from samfast.training.folders import find_scored, find_split
 from samfast.training.one_mask import OneMask
 from samfast.training.settings import FinetuneSettings
 
-TINY = ("--model", "vit_tiny", "--mask-suffix", "_mask")
+TINY = ("--model", "vit_tiny", "--image-size", 64, "--mask-suffix", "_mask")
+TINY += ("--epochs", 1, "--repeats", 1)
 
 
 def suffixed(data, where="masks", at="images"):
@@ -122,8 +123,8 @@ def test_it_is_about_files_of_one_mask(tmp_path):
 def test_training_and_scores_take_them(data, tmp_path, capsys):
     suffixed(data, ".", ".")
     out = tmp_path / "out"
-    words = ("--epochs", 1, "--repeats", 1, "--image-size", 64, "--output", out)
-    assert cli.main([str(w) for w in ("finetune", "--data", data, *TINY, *words)]) == 0
+    words = ("finetune", "--data", data, *TINY, "--output", out)
+    assert cli.main([str(w) for w in words]) == 0
     capsys.readouterr()
     words = ("evaluate", "--adapter", out, "--data", data, "--json")
     assert cli.main([str(w) for w in (*words, "--mask-suffix", "_mask")]) == 0

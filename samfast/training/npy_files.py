@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays in .npy files: the header is checked against the file before anything is read.
+
+Raises ValueError (FileNotFoundError for a missing file) with one sentence that names the file.
+"""
+
+import math
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image
+
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_MOST = 2**31 - 1
+
+
+def read_numbers(path: Path) -> np.ndarray:
+    """An array of whole numbers or floats, of any shape."""
+    values = _array(path)
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{path} holds no array of numbers")
+    return values
+
+
+def read_mask_array(path: Path) -> np.ndarray:
+    """(H, W): uint8 of bools, else whole numbers of at most 32 bits."""
+    values = _array(path)
+    if values.dtype.kind not in "biu" or values.ndim != 2 or values.size == 0:
+        raise ValueError(
+            f"mask {path} holds {values.dtype} {values.shape}; expected bool or whole numbers, "
+            "(height, width)"
+        )
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    for value in (int(values.min()), int(values.max())):
+        if not -_MOST - 1 <= value <= _MOST:
+            raise ValueError(
+                f"mask {path} holds the value {value}; expected at most 32 bits, {-_MOST - 1} to "
+                f"{_MOST}"
+            )
+    return values.astype(np.int32 if values.itemsize > 2 else values.dtype.newbyteorder("="))
+
+
+def _array(path: Path) -> np.ndarray:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    try:
+        with path.open("rb") as file:
+            _check_header(file, path.stat().st_size)
+            file.seek(0)
+            return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, TypeError, EOFError, SyntaxError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be decoded: {reason}") from None
+
+
+def _check_header(file: BinaryIO, size: int) -> None:
+    """Raise ValueError where the header promises more than the file or the memory should hold."""
+    version = npy.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"its version of .npy is {version[0]}.{version[1]}; expected 1.0 or 2.0")
+    shape, _, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are not read; save an array of numbers")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its shape is {shape}")
+    count = math.prod(shape)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and math.prod(shape[:2]) > limit:
+        raise ValueError(f"its shape is {shape}, more than {limit} pixels; cut it into parts")
+    if count * dtype.itemsize > size - file.tell():
+        raise ValueError(f"it is truncated: {dtype} {shape} takes more than its {size} bytes")
