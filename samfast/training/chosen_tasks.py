@@ -64,6 +64,11 @@ def check_masks(settings: FinetuneSettings) -> None:
     _check_prompts(settings, masks)
     if masks == "binary":
         return
+    if has_prompted_objects(settings) and settings.augment == "strong":
+        raise ValueError(
+            "augment is strong, which moves objects out of images, but a step counts its objects "
+            "beforehand; take --augment light"
+        )
     for name in ("foreground", "threshold", *(["ignore"] if masks == "instances" else [])):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name} is an option of binary masks, but masks is {masks}")

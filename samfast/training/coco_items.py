@@ -22,6 +22,11 @@ class CocoMask:
     def __str__(self) -> str:
         return f"{self.annotations} of image {self.image.name}"
 
+    @property
+    def parent(self) -> Path:
+        """Where the masks of all images are."""
+        return self.annotations
+
     def labels(self) -> np.ndarray:
         """int32 (H, W): objects from 1 on, the smaller on top; -1 where only a crowd is, which
         counts nowhere."""
@@ -42,6 +47,15 @@ def is_coco(folder: Path) -> bool:
         return bool(find_coco(folder))
     except FileNotFoundError:
         return False
+
+
+def check_no_suffix(mask_suffix: str | None) -> None:
+    """ValueError for a suffix of mask files, where annotations name the images."""
+    if mask_suffix is not None:
+        raise ValueError(
+            f"mask_suffix is {mask_suffix}, but annotations in COCO's format name their images; "
+            "leave it out"
+        )
 
 
 def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from samfast.models.prompted import FirstPrompts
+from samfast.training.augment import change_of
 from samfast.training.boxes import foreground_box, jittered_box, resized_box
+from samfast.training.coco_items import CocoMask
 from samfast.training.corrective_clicks import point_in
 from samfast.training.data import flipped_axes, model_size, resize_image
 from samfast.training.folders import Pair
@@ -59,8 +61,11 @@ class ObjectBatch(NamedTuple):
     objects: tuple[Objects, ...] = ()
 
 
-def read_objects(path: Path) -> Objects:
-    """The objects of a file of their numbers; ValueError with the file for one that has none."""
+def read_objects(path: Path | CocoMask) -> Objects:
+    """The objects of a file of their numbers, or of annotations; ValueError with the file for one
+    that has none."""
+    if isinstance(path, CocoMask):
+        return path.image.objects()
     values = load_mask(path, labels=True).values
     if values.dtype.kind not in "biu":
         raise ValueError(
@@ -68,7 +73,7 @@ def read_objects(path: Path) -> Objects:
             "PNG or TIFF of integers"
         )
     try:
-        return Objects.from_labels(values)
+        return Objects.from_labels(values.astype(np.uint8) if values.dtype == bool else values)
     except ValueError as error:
         raise ValueError(f"mask {path} holds no objects: {error}") from None
 
@@ -120,7 +125,8 @@ class ObjectDataset(Dataset):
     Each sample has at most ``objects`` of its image's objects, drawn anew in each pass, of those
     that the model's size leaves a pixel. ``prompt`` "box" gives each its box, whose sides move by
     up to ``box_jitter`` pixels; "point" any point of it; "mixed" one of both with equal chance.
-    All this, and flips, is a function of (seed, pass, index).
+    All this, flips and ``augment``, which may change colours only, are functions of (seed, pass,
+    index).
     """
 
     def __init__(
@@ -133,6 +139,7 @@ class ObjectDataset(Dataset):
         rounds: int = 1,
         box_jitter: float = 0.0,
         flips: bool = False,
+        augment: str = "none",
         options: ImageOptions = _AS_TAGGED,
         seed: int = 0,
     ):
@@ -143,6 +150,7 @@ class ObjectDataset(Dataset):
         self.rounds = rounds
         self.box_jitter = box_jitter
         self.flips = flips
+        self.augment = augment
         self.options = options
         self.seed = seed
 
@@ -168,8 +176,11 @@ class ObjectDataset(Dataset):
             given[row] = self._prompt(mask, resized.size, is_box[row], rng)
         clicks = np.random.default_rng((self.seed, number, index, _CLICK_STREAM))
         draws = clicks.random((len(chosen), self.rounds - 1))
-        name = None if self.flips else str(pair.image)
+        change = change_of(self.augment, self.seed, number, index)
+        name = None if self.flips or change is not None else str(pair.image)
         image = np.ascontiguousarray(np.flip(image, axes))
+        if change is not None:
+            image = change.coloured(image)
         return ObjectSample(image, masks, given, is_box, draws, name=name)
 
     def _prompt(

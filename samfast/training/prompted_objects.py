@@ -15,8 +15,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from samfast.training.coco_items import check_no_suffix, coco_parts, is_coco
 from samfast.training.fingerprints import of_all
-from samfast.training.folders import Pair, Split, check_sizes, find_scored, find_split
+from samfast.training.folders import (
+    Pair,
+    Split,
+    check_sizes,
+    find_scored,
+    find_split,
+    split_pairs,
+)
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, Loss
@@ -74,6 +82,23 @@ def objects_loss(model: nn.Module, batch: ObjectBatch, loss: Loss) -> Tensor:
     return sum(loss(logits, batch.masks, valid) for logits in rounds) / len(rounds)
 
 
+def _split(settings: FinetuneSettings, only_score: bool) -> Split:
+    """The pairs of images and masks, or annotations, by their names."""
+    suffix, fraction, seed = settings.mask_suffix, settings.val_fraction, settings.seed
+    if not is_coco(settings.data):
+        if only_score:
+            return Split((), find_scored(settings.data, suffix))
+        return find_split(settings.data, val_fraction=fraction, seed=seed, mask_suffix=suffix)
+    check_no_suffix(suffix)
+    parts = {
+        name: tuple(Pair(image.stem, image, mask) for image, mask in own)
+        for name, own in coco_parts(settings.data).items()
+    }
+    if only_score:
+        return Split((), parts.get("val") or parts[""])
+    return split_pairs(parts[""], fraction, seed) if "" in parts else Split(**parts)
+
+
 class PromptedObjects:
     """Single objects of each image, each by a prompt of its own.
 
@@ -89,12 +114,7 @@ class PromptedObjects:
         """Finds the files; opens none. only_score: nothing is for training."""
         self.settings = settings
         self.options = image_options(settings.bands, settings.range)
-        if only_score:
-            self.split = Split((), find_scored(settings.data))
-        else:
-            self.split = find_split(
-                settings.data, val_fraction=settings.val_fraction, seed=settings.seed
-            )
+        self.split = _split(settings, only_score)
         self.kinds = kinds_of(settings.prompt)
         self.rounds = settings.prompt_rounds or 1
         self.loss_name = settings.loss
@@ -187,13 +207,15 @@ class PromptedObjects:
             rounds=self.rounds,
             box_jitter=settings.box_jitter or 0.0,
             flips=settings.flips,
+            augment=settings.augment,
             options=self.options,
             seed=settings.seed,
         )
         return data, ObjectCollate(side)
 
     def steady(self) -> int:
-        return 0 if self.settings.flips else len(self.split.train)
+        changes = self.settings.flips or self.settings.augment != "none"
+        return 0 if changes else len(self.split.train)
 
     def validation_loader(
         self, pairs: Sequence[Pair], side: int, batch_size: int, workers: int = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samfast.training.coco_items import CocoMask, coco_parts, is_coco
+from samfast.training.coco_items import CocoMask, check_no_suffix, coco_parts, is_coco
 from samfast.training.file_pairs import MASK_SUFFIXES
 from samfast.training.folders import (
     CheckedPair,
@@ -82,6 +82,7 @@ def find_items(
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
     parts: dict[str, dict[Path, Item]] = {"train": {}, "val": {}, "": {}}
     if all(spec.of_objects for spec in specs) and is_coco(folder):
+        check_no_suffix(mask_suffix)
         for part, masks in coco_parts(folder).items():
             for image, mask in masks:
                 parts[part][image] = _item(image, specs, mask)

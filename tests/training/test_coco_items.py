@@ -15,6 +15,9 @@ from samfast.training.object_maps import object_maps
 from samfast.training.object_scores import matched
 from samfast.training.objects import Objects
 from samfast.training.objects_out import ImageObjects, coco_json
+from samfast.training.prompted_data import read_objects
+from samfast.training.prompted_objects import PromptedObjects
+from samfast.training.settings import FinetuneSettings
 from samfast.training.task_data import TaskDataset
 from samfast.training.task_files import find_items, read_stored
 
@@ -136,3 +139,25 @@ def test_folders_that_cannot_be(roboflow, tmp_path, remove, change, sentence, ca
     assert cli.main([str(word) for word in words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_prompted_objects_are_the_annotations_objects(roboflow, tmp_path, capsys):
+    """Overlapping ones whole, which a label image could not hold."""
+    path = roboflow / "train" / ROBOFLOW
+    content = annotations((0, 1, 2))
+    whole = {"size": [*SIZE], "counts": [0, SIZE[0] * SIZE[1]]}
+    content["annotations"][0]["segmentation"] = whole
+    path.write_text(json.dumps(content))
+    settings = FinetuneSettings(data=roboflow, masks="instances", prompt="box", objects=8)
+    goal = PromptedObjects(settings)
+    assert [pair.stem for pair in goal.split.train] == ["0", "1", "2"]
+    objects = read_objects(goal.split.train[0].mask)
+    assert objects.areas.tolist() == [SIZE[0] * SIZE[1], (labels_of(0) == 2).sum()]
+    options = ["--model", "vit_tiny", "--image-size", 64, "--epochs", 1, "--repeats", 1, "--json"]
+    argv = ["finetune", "--data", roboflow, "--masks", "instances", "--prompt", "box", *options]
+    argv += ["--augment", "light", "--output", tmp_path / "run"]
+    assert cli.main([str(word) for word in argv]) == 0
+    assert "6 objects in 3 training and 2 objects in 1" in capsys.readouterr().err
+    for more, sentence in ((["--augment", "strong"], "light"), (["--mask-suffix", "_m"], "COCO")):
+        assert cli.main([str(word) for word in [*argv, *more, "--overwrite"]]) == 2
+        assert sentence in capsys.readouterr().err
