@@ -100,6 +100,13 @@ def write_stand_ins(folder: Path) -> None:
             mask = np.zeros((48, 64), np.uint8)
             mask[8 * i : 8 * i + 16, 10:40] = value
             Image.fromarray(mask).save(folder / name / "masks" / f"{i}.png")
+    for kind in ("images", "masks"):
+        (folder / "cells" / kind).mkdir(parents=True)
+    for i in range(3):
+        picture(folder / "cells" / "images" / f"{i}.png", 48, 64)
+        numbers = np.zeros((48, 64), np.uint16)
+        numbers[4:20, 6 + i : 24], numbers[20 + i : 40, 30:60] = 1, 700
+        Image.fromarray(numbers).save(folder / "cells" / "masks" / f"{i}.tif")
     picture(folder / "photo.png", 240, 330)
     (folder / "train.py").write_text(SCRIPT)
     (tasks,) = [b.source for b in blocks("README.md") if is_tasks(b)]

@@ -45,9 +45,11 @@ def test_objects_of_a_label_image():
     assert objects.boxes.tolist() == [[0, 1, 1, 2], [1, 0, 2, 1]]
     assert np.array_equal(objects.mask(1), labels == 9)
     assert objects.labels().tolist() == [[0, 2, 2], [1, 0, 2], [1, 1, 0]]
-    assert len(Objects.from_labels(np.zeros((2, 2), bool))) == 0
-    with pytest.raises(ValueError, match="the least number is -1; objects have numbers from 1"):
-        Objects.from_labels(np.array([[-1, 2]]))
+
+
+def test_a_mask_of_bools_is_one_object(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[True, False], [True, False]]))
+    assert read_objects(tmp_path / "a.npy").areas.tolist() == [2]
 
 
 @pytest.mark.parametrize("size", [(70, 90), (33, 700), (64, 64), (1, 7), (301, 203)])
