@@ -106,7 +106,7 @@ def load_mask(
     samples = read_samples(path, as_image=False)
     if samples.lossy and samples.tags.bits == 8 and samples.values.shape[2] > 1:
         samples = _grey(path, samples)
-    values = _one_channel(path, samples)
+    values = one_channel(path, samples)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError(f"mask {path} holds values that are not finite")
     values = np.ascontiguousarray(values)
@@ -183,7 +183,7 @@ def read_values(path: Path, channels: int) -> np.ndarray:
         if samples.hidden is not None:
             missing |= samples.hidden[..., None]
         if channels == 1 and values.shape[2] > 1:
-            values, missing = _one_channel(path, samples), missing[..., 0]
+            values, missing = one_channel(path, samples), missing[..., 0]
         if missing.any():
             values = np.where(missing, np.nan, values)
     values = values[..., None] if values.ndim == 2 else values
@@ -198,7 +198,7 @@ def read_values(path: Path, channels: int) -> np.ndarray:
     return values
 
 
-def _one_channel(path: Path, samples: Samples) -> np.ndarray:
+def one_channel(path: Path, samples: Samples) -> np.ndarray:
     """(H, W), when the colour channels agree and all others are constant."""
     try:
         bands = mask_bands(samples.tags)

@@ -19,7 +19,8 @@ from samfast.training.corrective_clicks import point_in
 from samfast.training.data import flipped_axes, model_size, resize_image
 from samfast.training.folders import Pair
 from samfast.training.image_options import ImageOptions
-from samfast.training.images import load_mask, read_image
+from samfast.training.images import read_image
+from samfast.training.label_files import read_labels
 from samfast.training.objects import Objects
 from samfast.training.points import resized_point
 
@@ -66,14 +67,9 @@ def read_objects(path: Path | CocoMask) -> Objects:
     that has none."""
     if isinstance(path, CocoMask):
         return path.image.objects()
-    values = load_mask(path, labels=True).values
-    if values.dtype.kind not in "biu":
-        raise ValueError(
-            f"mask {path} holds {values.dtype} values; numbers of objects are whole, so save it as "
-            "PNG or TIFF of integers"
-        )
+    labels = read_labels(path)
     try:
-        return Objects.from_labels(values.astype(np.uint8) if values.dtype == bool else values)
+        return Objects.from_labels(labels)
     except ValueError as error:
         raise ValueError(f"mask {path} holds no objects: {error}") from None
 

@@ -33,6 +33,7 @@ from samfast.training.folders import (
 from samfast.training.foreground import among, binary_mask
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import SUFFIXES, StoredMask, load_image, load_mask, read_values
+from samfast.training.label_files import read_labels
 from samfast.training.object_numbers import check_numbers
 from samfast.training.split_checks import (
     check_foreground,
@@ -179,6 +180,8 @@ def read_stored(spec: TaskSpec, path: Path) -> np.ndarray:
     the objects, -1 where nothing counts."""
     if isinstance(path, CocoMask):
         return path.labels()
+    if spec.of_objects:
+        return read_labels(path)
     if spec.kind == "regression" and not spec.labels:
         return read_values(path, spec.channels)
     return _load(spec, path).values
@@ -269,12 +272,14 @@ def _checked(
         check_sizes(pair, image, stored)
         counted = np.isfinite(stored) & ~is_ignored(spec, stored)
         return CheckedPair([0.0] if counted.any() else [], False, True, None)
+    if spec.of_objects:
+        labels = read_labels(path)
+        check_sizes(pair, image, labels)
+        check_numbers(path, labels)
+        return CheckedPair([0.0, 1.0] if labels.any() else [0.0], False, True, None)
     mask = _load(spec, path)
     check_sizes(pair, image, mask.values)
     values = [value for value in values_of(mask.values) if value not in spec.ignore]
-    if spec.of_objects:
-        check_numbers(path, mask.values)
-        return CheckedPair([0.0, 1.0] if mask.values.any() else [0.0], False, True, None)
     if spec.labels:
         return CheckedPair(_classes(spec, path, values), False, True, None)
     few = None

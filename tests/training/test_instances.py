@@ -191,7 +191,7 @@ def test_a_run_learns_and_its_adapter_predicts_and_scores(trained, folder, tmp_p
     [
         (
             ["--masks", "instances", "--foreground", "1"],
-            "foreground is an option of binary masksances",
+            "foreground is an option of binary masks",
         ),
         (["--masks", "classes"], "not how many; give it with --classes N"),
         (["--classes", "3", "--masks", "binary"], "classes is 3, but masks is binary"),

@@ -95,8 +95,7 @@ def test_npy_that_is_none(tmp_path, kind):
     ("name", "values", "words"),
     [
         ("a.npy", np.zeros((2, 2)), "holds float64"),
-        ("a.npy", np.zeros((2, 2), bool), "holds bool"),
-        ("a.npy", np.zeros((2, 2, 2), int), r"shape \(2, 2, 2\)"),
+        ("a.npy", np.zeros((2, 2, 2), int), r"\(2, 2, 2\)"),
         ("a.tif", np.zeros((2, 2), np.float32), "holds floats of 32 bits"),
         ("a.png", np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "colour image"),
         ("a.tif", np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "colour image"),

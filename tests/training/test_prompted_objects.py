@@ -300,7 +300,7 @@ def test_masks_that_hold_no_objects_are_refused(tmp_path):
     Image.fromarray(np.full((64, 64), 0.5, np.float32)).save(masks[0].with_suffix(".tif"))
     kept = masks[0].read_bytes()
     masks[0].unlink()
-    refused(r"p0.tif holds float32 values; numbers of objects are whole")
+    refused(r"p0.tif holds floats of 32 bits; save labels as integers")
     masks[0].with_suffix(".tif").unlink()
     Image.fromarray(np.full((64, 64), -3, np.int32)).save(masks[0].with_suffix(".tif"))
     refused(r"p0.tif holds no objects: labels hold -3; they must not be negative")
