@@ -242,7 +242,7 @@ def test_a_run_learns_which_object_is_meant(tmp_path):
     assert {row["objects"] for row in images} == {"2"}
     mean = sum(float(row["miou"]) for row in images) / len(images)
     best = max(float(row["val_miou"]) for row in rows)
-    assert mean == pytest.approx(best, rel=1e-9)
+    assert mean == pytest.approx(best, rel=1e-6)  # torchmetrics adds in float32
     overlay = Image.open(next((tmp_path / "out" / "overlays").glob("*.png")))
     assert overlay.width > 3 * 64
 
