@@ -16,12 +16,16 @@ from samfast import cli
 from samfast.counters import Living, counting, saved_bytes
 from samfast.models import encode, image_size
 from samfast.models.architectures import ARCHITECTURES
+from samfast.models.prompted import FirstPrompts
 from samfast.training import dry_run, loop
 from samfast.training.build import attach_method, build_base
 from samfast.training.data import padded_images, valid_region
 from samfast.training.losses import LOSSES
 from samfast.training.many_tasks import tasks_loss
 from samfast.training.precision import autocast_dtype, base_dtype
+from samfast.training.prompted_data import ObjectBatch
+from samfast.training.prompted_objects import objects_loss
+from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.recipe import with_recipe
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import FinetuneSettings
@@ -116,6 +120,34 @@ class RealTaskStep(RealStep):
         return self.sam.encode_for(images, dict.fromkeys(range(len(self.specs))))
 
 
+class RealObjectStep(RealStep):
+    """Single objects with prompts, in rounds."""
+
+    def __init__(self, settings):
+        settings = with_recipe(settings)
+        self.settings = settings
+        self.sam = attach_method(build_base(settings), settings)
+        self.model = PromptedSegmenter(self.sam, torch.float32, settings.decoder_chunk).train()
+        count, side = settings.batch_size, image_size(self.sam)
+        images = torch.randint(0, 256, (count, 3, side, side)).byte()
+        total = count * settings.objects
+        masks = torch.rand(total, side, side) < 0.3
+        corners = torch.rand(total, 2, 2).sort(1).values.flatten(1) * side
+        first = FirstPrompts(corners, torch.arange(total) % 2 == 0)
+        draws = torch.rand(total, settings.prompt_rounds - 1, dtype=torch.float64)
+        sizes, counts = torch.full((count, 2), side), (settings.objects,) * count
+        self.batch = ObjectBatch(images, sizes, counts, masks, first, draws)
+        self.given = [images, sizes, masks, *first, draws]
+        self.known = [*self.sam.parameters(), *self.sam.buffers(), *self.given]
+
+    def loss(self):
+        loss = objects_loss(self.model, self.batch, LOSSES[self.settings.loss])
+        return loss + samfast.aux_loss(self.sam)
+
+    def embeddings(self):
+        return self.model.embeddings(self.batch.images, self.batch.sizes)
+
+
 def bytes_of(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -127,6 +159,7 @@ def tasks_file(folder):
 
 
 ALL = ("qkv", "proj", "lin1", "lin2")
+OBJECTS = {"masks": "instances", "prompt": "mixed", "prompt_rounds": 2, "objects": 3}
 CASES = {
     "minimal": {"memory": "minimal", "decoder_chunk": 1, "batch_size": 2},
 }
@@ -145,6 +178,8 @@ MORE = {
     "ta-lora": {"tasks": TASKS, "method": "ta-lora", "image_size": 64},
     "tasks-lora": {"tasks": TASKS, "batch_size": 2, "decoder_chunk": 2, "memory": "minimal"},
     "tasks-penalty": {"tasks": TASKS, "method": "ta-lora", "batch_size": 2, "orthogonality": 1.0},
+    "objects": {**OBJECTS, "batch_size": 2, "decoder_chunk": 2},
+    "objects-memory": {**OBJECTS, "memory": "minimal"},
     "conv-lora-stock": {"method": "conv-lora", "depthwise": True, "fuse": False},
 }
 quick = [pytest.param(options, id=name) for name, options in CASES.items()]
@@ -158,6 +193,8 @@ def test_equals_a_real_step(monkeypatch, tmp_path, options):
     options, kind = dict(options), RealStep
     if "tasks" in options:
         kind, options["tasks"] = RealTaskStep, tasks_file(tmp_path)
+    if "masks" in options:
+        kind = RealObjectStep
     settings = FinetuneSettings(**{**COMMON, **options})
     monkeypatch.delenv("SAMFAST_BACKEND", raising=False)
     state = torch.get_rng_state()

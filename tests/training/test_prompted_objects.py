@@ -88,7 +88,7 @@ def literal(sam, batch, rounds):
     image = batch.images[0, :, :height, :width].float()
     embedding = sam.image_encoder(sam.preprocess(image)[None].to(sam.pixel_mean.dtype))
     for m, truth in enumerate(batch.masks[:, :height, :width]):
-        given, points, low = batch.first.given[m], [], None
+        given, low = batch.first.given[m].double(), None  # so that half a pixel more is exact
         is_box = bool(batch.first.is_box[m])
         points = [] if is_box else [given[:3]]
         for number in range(rounds):
@@ -110,7 +110,7 @@ def literal(sam, batch, rounds):
             wrong = ((logits[0] > 0) != truth).nonzero().tolist()
             if number + 1 < rounds:
                 y, x = wrong[int(batch.draws[m, number] * len(wrong))]
-                points.append(torch.tensor([x, y, float(truth[y, x])]))
+                points.append(given.new_tensor([x, y, float(truth[y, x])]))
     return with_gradients(sam, sum(losses) / len(losses))
 
 
@@ -242,7 +242,7 @@ def test_a_run_learns_which_object_is_meant(tmp_path):
     assert {row["objects"] for row in images} == {"2"}
     mean = sum(float(row["miou"]) for row in images) / len(images)
     best = max(float(row["val_miou"]) for row in rows)
-    assert mean == pytest.approx(best, rel=1e-9)
+    assert mean == pytest.approx(best, rel=1e-6)  # torchmetrics adds in float32
     overlay = Image.open(next((tmp_path / "out" / "overlays").glob("*.png")))
     assert overlay.width > 3 * 64
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from budgets import all_within_budget
 from conftest import fill_folder
+from objects_folder import fill_with_objects
 from PIL import Image
 from rank_runs import (
     STILL,
@@ -144,6 +145,15 @@ def test_two_ranks_train_as_one_process(tmp_path):
 def test_each_method_trains_as_in_one_process(tmp_path, options):
     """Seven images: a batch of four, then two and one."""
     data = fill_folder(tmp_path / "data", 9)
+    same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL, *options])
+
+
+@needs_fork
+@pytest.mark.slow
+def test_objects_train_as_in_one_process(tmp_path):
+    """Images have two objects or none, so that parts and batches have other numbers of them."""
+    data = fill_with_objects(tmp_path / "data", 9, empty=(1, 2, 5))
+    options = ["--masks", "instances", "--prompt", "mixed", "--accumulate", 2]
     same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL, *options])
 
 
