@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter
 
 from samfast.integrations.torchvision import declare_missing_schemas, installed
 
-_STREAM = 3  # keeps these numbers apart from those of flips, boxes and points
-_NOISE_STREAM = 4
+_STREAM = 5  # keeps these numbers apart from those of flips, boxes, points and objects
+_NOISE_STREAM = 6
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from samfast.training.object_numbers import kept_objects
 
+GRID = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")  # options of prediction
+
 
 def automatic_objects(
     sam: nn.Module,
@@ -18,12 +20,14 @@ def automatic_objects(
     points_per_side: int = 32,
     pred_iou_thresh: float = 0.88,
     stability_score_thresh: float = 0.95,
+    points_per_batch: int = 64,
     min_size: int = 0,
 ) -> np.ndarray:
     """int32 (H, W): objects from 1 on, 0 for none; where masks overlap, the smaller is on top.
 
     sam: segment_anything's Sam, with or without adapters   image: uint8 (H, W, 3)
-    The thresholds are those of ``SamAutomaticMaskGenerator``; its own scores judge the masks.
+    The thresholds are those of ``SamAutomaticMaskGenerator``, whose own scores judge the masks. Of
+    each point it takes the mask of the decoder's first token, for training teaches no other.
     """
     from segment_anything import SamAutomaticMaskGenerator
     from segment_anything.utils.amg import rle_to_mask
@@ -33,8 +37,16 @@ def automatic_objects(
         points_per_side=points_per_side,
         pred_iou_thresh=pred_iou_thresh,
         stability_score_thresh=stability_score_thresh,
+        points_per_batch=points_per_batch,
         output_mode="uncompressed_rle",  # as masks, hundreds of them would fill the memory
     )
+    of_three = generator.predictor.predict_torch
+
+    def of_one(*arguments, multimask_output, **options):
+        """The mask of one token, which fine-tuning trains, in place of those of three others."""
+        return of_three(*arguments, multimask_output=False, **options)
+
+    generator.predictor.predict_torch = of_one
     with suppression_in_torch(), torch.no_grad():
         found = generator.generate(image)
     labels = np.zeros(image.shape[:2], np.int32)

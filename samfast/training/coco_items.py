@@ -2,7 +2,6 @@
 """The images of a data folder in COCO's format as items of tasks, with their objects as truth."""
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +48,15 @@ def is_coco(folder: Path) -> bool:
         return False
 
 
+def check_no_annotations(folder: Path, mask_suffix: str | None) -> None:
+    """ValueError for annotations where masks are wanted that are no objects."""
+    if mask_suffix is None and folder.is_dir() and is_coco(folder):
+        raise ValueError(
+            f"{folder} has annotations in COCO's format and no masks/; train on their objects with "
+            "--masks instances"
+        )
+
+
 def check_no_suffix(mask_suffix: str | None) -> None:
     """ValueError for a suffix of mask files, where annotations name the images."""
     if mask_suffix is not None:
@@ -75,7 +83,12 @@ def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:
     for name, path in parts.items():
         images = read_coco(path, images_folder(path))
         made[name] = [(image.path, CocoMask(path, image)) for image in images]
-        for image, times in Counter(image.path for image in images).items():
-            if times > 1:
-                raise ValueError(f"{path} lists image {image} {times} times; keep one")
+        known: dict[str, Path] = {}
+        for image in images:
+            other = known.setdefault(image.path.stem, image.path)
+            if other is not image.path:
+                raise ValueError(
+                    f"{path} lists two images of the stem {image.path.stem}, {other} and "
+                    f"{image.path}; rename or leave out one"
+                )
     return made

@@ -18,7 +18,8 @@ from samfast.training.augment import check_augment
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
-from samfast.training.chosen_tasks import has_prompted_objects, specs_of
+from samfast.training.chosen_tasks import has_prompted_objects, masks_of, specs_of
+from samfast.training.coco_items import check_no_annotations
 from samfast.training.dataset_goal import DatasetGoal
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
@@ -107,6 +108,8 @@ def _goal(settings: FinetuneSettings) -> Goal:
     """What the settings learn from a folder; finds its files."""
     if has_prompted_objects(settings):
         return PromptedObjects(settings)
+    if masks_of(settings) != "instances" and settings.tasks is None:
+        check_no_annotations(settings.data, settings.mask_suffix)
     specs = specs_of(settings)
     if specs is None:
         return OneMask(settings)

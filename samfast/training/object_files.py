@@ -12,6 +12,7 @@ from samfast.training.object_numbers import kept_objects
 from samfast.training.objects import Objects
 from samfast.training.objects_out import ImageObjects, coco_json, csv_text, geojson, write_labels
 from samfast.training.pictures import objects_over, png_bytes
+from samfast.training.rle import compressed, counts_of_runs
 
 COCO = "coco.json"
 _LARGEST = 4096  # longest side of a picture
@@ -22,6 +23,14 @@ def parts(mask: np.ndarray, min_size: int = 0) -> np.ndarray:
     from scipy import ndimage
 
     return kept_objects(ndimage.label(mask)[0], min_size)
+
+
+def _small(objects: Objects) -> Objects:
+    """The same objects as run lengths, which take little memory."""
+    pixels = objects.size[0] * objects.size[1]
+    counts = [counts_of_runs(*objects.runs(i), pixels) for i in range(len(objects))]
+    rles = [{"size": list(objects.size), "counts": compressed(own)} for own in counts]
+    return Objects.from_rles(objects.size, rles)
 
 
 class ObjectFiles:
@@ -61,10 +70,10 @@ class ObjectFiles:
             write_whole(Path(made["csv"]), table.encode(), durable=False)
         if "geojson" in self.formats:
             made["geojson"] = str(self.folder / f"{name}_objects.geojson")
-            text = geojson(objects, georeference=place)
+            text = geojson(objects, georeference=place, ids=objects.ids)
             write_whole(Path(made["geojson"]), text.encode(), durable=False)
         if "coco" in self.formats:
-            self._found.append(ImageObjects(path.name, objects))
+            self._found.append(ImageObjects(path.name, _small(objects)))
         made["overlay"] = str(self.folder / f"{name}_overlay.png")
         step = -(-max(labels.shape) // _LARGEST)
         overlay = objects_over(image[::step, ::step], labels[::step, ::step])

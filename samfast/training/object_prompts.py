@@ -139,6 +139,13 @@ def _of_file(path: Path, kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Pr
             found[image] = [_of_box(values) for (values,) in rows]
         else:
             found[image] = [ObjectPrompt(None, np.stack([v[:3] for v in own])) for own in rows]
+            for own in found[image]:
+                if not own.points[:, 2].any():
+                    x, y, _ = own.points[0]
+                    raise ValueError(
+                        f"the object of point {x:g},{y:g} of image {image} has no point of label "
+                        "1, which is on it; give it one"
+                    )
     return found
 
 

@@ -129,12 +129,14 @@ def geojson(
     *,
     kind: str = KINDS[0],
     georeference: Georeference | None = None,
+    ids: Sequence[int] | None = None,
 ) -> str:
     """Objects as the text of a GeoJSON file: a feature of each, as QuPath opens them.
 
     Outlines run along the corners of pixels, so that their area is the number of pixels; an object
     of several parts is a MultiPolygon. kind: what QuPath makes of them, "annotation" or "detection"
-    georeference: coordinates are in its units, and in pixels without one
+    georeference: coordinates are in its units, and in pixels without one   ids: numbers to be their
+    names
     """
     _check(objects, scores, classes, "the image")
     if kind not in KINDS:
@@ -148,6 +150,8 @@ def geojson(
     features = []
     for i in range(len(objects)):
         properties: dict[str, Any] = {"objectType": kind}
+        if ids is not None:
+            properties["name"] = str(ids[i])
         if classes is not None:
             properties["classification"] = {"name": classes[i]}
         if scores is not None:

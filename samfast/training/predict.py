@@ -19,7 +19,13 @@ from samfast.training.instances import are_instances
 from samfast.training.object_files import ObjectFiles
 from samfast.training.object_prompts import object_prompts
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.predict_checks import are_numbered, boxes_for, check_files, check_kind
+from samfast.training.predict_checks import (
+    are_numbered,
+    boxes_for,
+    check_files,
+    check_kind,
+    refuse_files,
+)
 from samfast.training.predict_files import said_of, write_prediction
 from samfast.training.predict_maps import predicted_maps
 from samfast.training.prompted_scores import kinds_of
@@ -56,6 +62,7 @@ def predict(settings: PredictSettings) -> dict:
     if kept.by_object and not settings.automatic:
         objects = object_prompts(settings, kinds_of(kept.prompt), shapes)
     elif not settings.automatic:
+        refuse_files(settings)
         boxes = boxes_for(settings, kept.prompt, shapes)
     check_kind(settings, kept, adapter.record["base"].get("name"))
     files = None
@@ -83,6 +90,8 @@ def predict(settings: PredictSettings) -> dict:
             if not settings.json:
                 print(f"{path}: {said_of(written[-1])}", flush=True)
     together = {} if files is None else files.finish()
+    if together and not settings.json:
+        print(f"all images: {together['coco']}", flush=True)
     return {"output": str(settings.output), "images": written, **together}
 
 

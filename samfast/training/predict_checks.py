@@ -2,11 +2,13 @@
 """What prediction refuses: options, prompts and names that do not fit adapter and images."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
 from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.automatic import GRID
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.instances import are_instances
 from samfast.training.object_prompts import named_prompts
@@ -23,16 +25,25 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
     base: the name of the model that it was trained on
     """
     check_tiles(settings.tile, settings.overlap)
+    for name in GRID:
+        value = getattr(settings, name)
+        if value is not None and not settings.automatic:
+            raise ValueError(f"{name} is {value}, but there is no grid; give --automatic")
+        if value is not None and not isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be a finite number")
     if settings.automatic:
         _check_automatic(settings, kept, base)
     if settings.tile is not None and kept.prompt != "none":
         raise ValueError(
-            f"tile is {settings.tile}, but adapter {settings.adapter} is prompted by a "
-            f"{kept.prompt} for each image; leave out --tile"
+            f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are of "
+            "whole images; leave out --tile"
         )
-    if not kept.by_object:
-        _refuse_files(settings)
     numbered = are_numbered(settings, kept) and (not kept.specs or are_instances(kept.specs))
+    if settings.instances and settings.task is not None:
+        raise ValueError(
+            f"objects are made of all tasks, but task is {settings.task}; leave out --task or "
+            "--instances"
+        )
     if settings.instances and not numbered:
         raise ValueError(
             f"adapter {settings.adapter} does not know objects; leave out --instances, or train "
@@ -60,7 +71,7 @@ def are_numbered(settings: PredictSettings, kept: Remembered) -> bool:
     return asked or kept.by_object or are_instances(kept.specs)
 
 
-def _refuse_files(settings: PredictSettings) -> None:
+def refuse_files(settings: PredictSettings) -> None:
     """Raise ValueError for files of prompts, which are for adapters of single objects."""
     for name in ("boxes", "points"):
         if getattr(settings, name) is not None and not settings.automatic:

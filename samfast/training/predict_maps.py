@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.models import image_size
-from samfast.training.automatic import automatic_objects
+from samfast.training.automatic import GRID, automatic_objects
 from samfast.training.boxes import resized_box
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
@@ -43,13 +43,13 @@ def predicted_maps(
     paths = list(shapes)
     if settings.automatic:
         for path in paths:
+            given = {name: getattr(settings, name) for name in GRID}
             found = automatic_objects(
                 model.sam,
                 read_image(path, kept.options),
-                points_per_side=settings.points_per_side,
-                pred_iou_thresh=settings.pred_iou_thresh,
-                stability_score_thresh=settings.stability_score_thresh,
+                points_per_batch=settings.decoder_chunk or 64,
                 min_size=settings.min_size,
+                **{name: value for name, value in given.items() if value is not None},
             )
             yield {"objects": found}
         return

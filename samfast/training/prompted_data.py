@@ -93,16 +93,22 @@ class ResizedObjects:
 
     def mask(self, i: int) -> np.ndarray:
         """bool (h, w) of object i; without a True pixel where nothing of it is left."""
-        return self.objects.mask(i)[np.ix_(self.lines, self.columns)]
+        found = np.zeros(self.size, bool)
+        lines, columns, left = self._left(i)
+        found[np.ix_(lines, columns)] = left
+        return found
+
+    def _left(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lines and columns at the model's size that an object's box has, and its pixels there."""
+        rows, columns = self.objects.window(i)
+        at = np.flatnonzero((self.lines >= rows.start) & (self.lines < rows.stop))
+        across = np.flatnonzero((self.columns >= columns.start) & (self.columns < columns.stop))
+        some = np.ix_(self.lines[at] - rows.start, self.columns[across] - columns.start)
+        return at, across, self.objects.crop(i)[some]
 
     def there(self) -> np.ndarray:
         """bool (N,), of which objects a pixel is left."""
-        found = np.zeros(len(self.objects), bool)
-        for i, (x0, y0, x1, y1) in enumerate(self.objects.boxes):
-            lines = self.lines[(self.lines >= y0) & (self.lines <= y1)]
-            columns = self.columns[(self.columns >= x0) & (self.columns <= x1)]
-            found[i] = self.objects.mask(i)[np.ix_(lines, columns)].any()
-        return found
+        return np.array([self._left(i)[2].any() for i in range(len(self.objects))], bool)
 
 
 def exact_prompt(kind: str, mask: np.ndarray, after: Sequence[int]) -> np.ndarray:

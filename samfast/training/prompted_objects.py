@@ -139,7 +139,7 @@ class PromptedObjects:
         with ThreadPoolExecutor() as pool:
             try:
                 found = list(pool.map(self._checked, (*train, *val)))
-                there = list(pool.map(self._there, train))
+                left = list(pool.map(self._there, (*train, *val)))
             finally:
                 pool.shutdown(cancel_futures=True)
         trained, scored = found[: len(train)], found[len(train) :]
@@ -150,11 +150,13 @@ class PromptedObjects:
                     "above 0; move images with objects there, or choose another --seed where "
                     "samfast draws the split"
                 )
-        if train and not any(there):
-            raise ValueError(
-                f"no training object keeps a pixel at {model_side(self.settings)} pixels; take a "
-                "larger --image-size"
-            )
+        there = left[: len(train)]
+        for name, own in (("training", there), ("validation", left[len(train) :])):
+            if own and not any(own):
+                raise ValueError(
+                    f"no {name} object keeps a pixel at {model_side(self.settings)} pixels; take a "
+                    "larger --image-size"
+                )
         self.there = there
         self.objects = tuple(sum(one.objects for one in own) for own in (trained, scored))
         self.lost = self.objects[0] - sum(there)

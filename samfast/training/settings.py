@@ -445,16 +445,24 @@ class PredictSettings:
     automatic: bool = option(
         False,
         "Number the objects that segment_anything's automatic mask generator finds by a grid of "
-        "points; for an adapter of one mask, best one that was trained with --prompt point",
+        "points; for an adapter that was trained with points",
     )
-    points_per_side: int = option(
-        32, "Points of the grid along each side; only with --automatic", least=1, most=256
+    points_per_side: int | None = option(
+        None,
+        "Points of the grid along each side; only with --automatic",
+        least=1,
+        most=256,
+        hint="default: 32",
     )
-    pred_iou_thresh: float = option(
-        0.88, "IoU that the model has to predict of a mask; only with --automatic"
+    pred_iou_thresh: float | None = option(
+        None,
+        "IoU that the model has to predict of a mask; only with --automatic",
+        hint="default: 0.88",
     )
-    stability_score_thresh: float = option(
-        0.95, "Stability that a mask has to have when its cut-off moves; only with --automatic"
+    stability_score_thresh: float | None = option(
+        None,
+        "Stability that a mask has to have when its cut-off moves; only with --automatic",
+        hint="default: 0.95",
     )
     formats: tuple[str, ...] = option(
         ("labels",),

@@ -285,6 +285,11 @@ def parsed(content: Any) -> tuple[TaskSpec, ...]:
             raise ValueError(f"task {number} has no name")
         if not isinstance(entry["name"], str):
             raise ValueError(f"task {number} has name {entry['name']!r}, not a text; quote it")
+        if (made := entry.get("derive")) in OF_OBJECTS:
+            raise ValueError(
+                f"task {entry['name']} has derive {made}, which is of objects; train them with "
+                "--masks instances in place of --tasks"
+            )
     names = [entry["name"] for entry in given]
     for name in names:
         if names.count(name) > 1:

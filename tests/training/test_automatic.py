@@ -53,8 +53,19 @@ def test_labels_are_the_generator_s_masks(sam):
     image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
     options = {"points_per_side": 4, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0}
     labels = automatic_objects(sam, image, **options)
+    generator = SamAutomaticMaskGenerator(sam, **options)
+    predict = generator.predictor.predict_torch
+    tokens = []
+
+    def of_one(coords, points, multimask_output, return_logits):
+        found = predict(coords, points, multimask_output=False, return_logits=return_logits)
+        tokens.append(found[0].shape[1])
+        return found
+
+    generator.predictor.predict_torch = of_one
     with suppression_in_torch():
-        found = SamAutomaticMaskGenerator(sam, **options).generate(image)
+        found = generator.generate(image)
+    assert set(tokens) == {1}  # the token that is trained, not the three of several masks
     assert found
     expected = np.zeros(labels.shape, bool)
     for mask in found:
@@ -90,6 +101,24 @@ def test_the_command_needs_no_prompt(adapter, tmp_path, capsys):
     for made in json.loads(capsys.readouterr().out)["images"]:
         labels = np.asarray(Image.open(made["labels"]))
         assert labels.shape == (40, 40) and labels.max() == made["objects"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--pred-iou-thresh", "0.5"],
+            "pred_iou_thresh is 0.5, but there is no grid; give",
+        ),
+        (["--automatic", "--stability-score-thresh", "nan"], "is nan; it must be a finite number"),
+    ],
+    ids=len,
+)
+def test_options_of_the_grid(adapter, options, sentence, tmp_path, capsys):
+    argv = ["predict", adapter / "images", "--adapter", adapter / "run", *options]
+    argv += [] if "--automatic" in options else ["--point", "4,4"]
+    assert cli.main([str(word) for word in [*argv, "--output", tmp_path / "o"]]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("other", [["--tile", "64"], ["--point", "4,4"]], ids=str)

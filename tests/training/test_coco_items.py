@@ -121,14 +121,16 @@ def test_a_run_from_annotations(roboflow, tmp_path, capsys):
         (None, lambda c: c["annotations"][0].update(image_id=77), "77"),
         (None, lambda c: c["images"][0].update(file_name="../../x.png"), "../../x.png"),
         (None, lambda c: c["annotations"].clear(), "an object"),
+        (None, lambda c: c["images"][1].update(file_name="more/0.png"), "two images of the stem 0"),
     ],
-    ids=["part", "image", "path", "none"],
+    ids=["part", "image", "path", "none", "stems"],
 )
 def test_folders_that_cannot_be(roboflow, tmp_path, remove, change, sentence, capsys):
     import shutil
 
     if remove:
         shutil.rmtree(roboflow / remove)
+    write_images(roboflow / "train" / "more", (0,))
     path = roboflow / "train" / ROBOFLOW
     content = json.loads(path.read_text())
     if change:
@@ -139,6 +141,13 @@ def test_folders_that_cannot_be(roboflow, tmp_path, remove, change, sentence, ca
     assert cli.main([str(word) for word in words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_annotations_where_masks_are_wanted(roboflow, tmp_path, capsys):
+    for more in ([], ["--classes", "3"]):
+        words = ["finetune", "--data", roboflow, "--output", tmp_path / "run", *more]
+        assert cli.main([str(word) for word in words]) == 2
+        assert "train on their objects with --masks instances" in capsys.readouterr().err
 
 
 def test_prompted_objects_are_the_annotations_objects(roboflow, tmp_path, capsys):
