@@ -51,7 +51,7 @@ __all__ = [
 
 ADVICE = (
     "say what is foreground: --foreground any (every value above 0), --threshold T (every value "
-    "above T) or --foreground VALUES (these only); --ignore VALUE names those that count nowhere; "
+    "above T) or --foreground VALUES (these only); --ignore VALUES names those that count nowhere; "
     "or what else masks hold: --masks classes --classes N, or --masks instances"
 )
 _AS_TAGGED = ImageOptions()

@@ -329,6 +329,7 @@ def moved(model):
     return model
 
 
+@pytest.mark.slow_on_cpu
 def test_an_adapter_folder_rebuilds_the_tasks(tmp_path):
     def sam():
         return build_sam("vit_tiny", image_size=64, seed=1)

@@ -37,7 +37,7 @@ def images_of(batch):
     return torch.randint(0, 256, (batch, 3, *SIZE), dtype=torch.uint8)
 
 
-@pytest.mark.slow_on_cpu("chunk1", "chunk2")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     ("chunk", "sizes"), [(1, [1] * 6), (2, [2] * 3), (4, [4, 2])], ids="chunk{}".format
 )

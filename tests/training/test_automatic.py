@@ -92,6 +92,7 @@ def adapter(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow_on_cpu
 def test_the_command_needs_no_prompt(adapter, tmp_path, capsys):
     options = ["--automatic", "--points-per-side", 3, "--pred-iou-thresh=-9", "--json"]
     options += ["--stability-score-thresh", 0, "--output", tmp_path]

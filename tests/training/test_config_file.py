@@ -142,6 +142,7 @@ def test_settings_of_an_older_run_give_its_settings_again(tmp_path, old):
     assert with_recipe(given) == with_recipe(then)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_run_records_what_repeats_it(tmp_path, shared_data, capsys):
     output = tmp_path / "Übung \U0001f600"
     path = written(tmp_path, f"data: {shared_data}\nmethod: decoder\nlr: 1e-5\noutput: {output}")

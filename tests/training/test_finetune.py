@@ -196,6 +196,7 @@ def test_trained_decoder_is_all_that_a_single_mask_uses(method):
     assert samfast.models.head_of(sam) == ("binary" if method == "conv-lora" else "sam")
 
 
+@pytest.mark.slow_on_cpu
 def test_options_reach_the_model(shared_data, tmp_path, capsys):
     arguments = ["finetune", "--data", str(shared_data), "--model", "vit_tiny", "--epochs", "1"]
     arguments += ["--image-size", "64", "--rank", "2", "--slices", "q", "v", "--no-flips"]
@@ -215,6 +216,7 @@ def test_options_reach_the_model(shared_data, tmp_path, capsys):
     assert record["extra"]["foreground"] == [255]
 
 
+@pytest.mark.slow_on_cpu
 def test_a_checkpoint_is_the_base_and_must_be_given_again(shared_data, tiny_checkpoint, tmp_path):
     output = tmp_path / "out"
     options = {"checkpoint": tiny_checkpoint, "epochs": 1}
@@ -254,6 +256,7 @@ def poisoned(monkeypatch, batch: int, effect):
     monkeypatch.setitem(LOSSES, "bce-dice", loss)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(
     shared_data, tmp_path, monkeypatch, capfd
 ):

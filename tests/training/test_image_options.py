@@ -37,6 +37,7 @@ def bands(tmp_path):
     return folder
 
 
+@pytest.mark.slow_on_cpu
 def test_options_of_images_travel_with_the_adapter(bands, tmp_path, capsys):
     def run(*arguments) -> str:
         code = cli.main([str(argument) for argument in arguments])

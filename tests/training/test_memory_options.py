@@ -138,6 +138,7 @@ def test_the_same_training_whatever_is_kept(shared_data, tmp_path):
     assert masks[0] == masks[1] != []
 
 
+@pytest.mark.slow_on_cpu
 def test_a_plan_s_accumulation_is_trained_with(shared_data, tmp_path, monkeypatch):
     """accelerate was told another number before the plan was made."""
     plan = {"batch_size": 1, "accumulate": 4, "memory": "minimal", "fit": None}

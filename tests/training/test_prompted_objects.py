@@ -262,6 +262,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow_on_cpu
 def test_workers_and_resuming_change_no_bit(folder, tmp_path, finished):
     ended(settings_of(folder, tmp_path / "out", workers=2, **SMALL), 1, 3)
     finetune(settings_of(folder, tmp_path / "out", workers=2, resume="newest", **SMALL))

@@ -396,6 +396,7 @@ def test_torch_s_schedules_follow_more_epochs(shared_data, tmp_path):
     assert float(results(tmp_path / "out")["table"][-1]["lr"]) == schedule.lr()
 
 
+@pytest.mark.slow_on_cpu
 def test_images_that_changed_are_another_run(shared_data, whole, data, tmp_path):
     """Also where their names are the same."""
     path = next((data / "images").glob("p3.*"))
@@ -546,6 +547,7 @@ def test_a_named_run_gives_its_settings(whole, tmp_path):
     assert cli._parsed(["finetune", "--resume", str(tmp_path)]).epochs == 20
 
 
+@pytest.mark.slow_on_cpu
 def test_going_on_from_the_command_line(whole, tmp_path, capsys):
     output = shutil.copytree(whole.output, tmp_path / "out")
     assert cli.main(["finetune", "--resume", str(output), "--epochs", "3"]) == 0

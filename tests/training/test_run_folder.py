@@ -218,6 +218,7 @@ def test_a_folder_without_room(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow_on_cpu
 def test_links_that_lead_nowhere_empty_values_and_nul(tmp_path, shared_data, capfd):
     before = sorted(Path("runs").iterdir()) if Path("runs").exists() else None
     loop_ = tmp_path / "loop"

@@ -59,6 +59,7 @@ def called(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow_on_cpu("point")
 def test_a_run_learns_and_its_adapter_predicts_and_scores(run, folder, tmp_path, capsys):
     settings, _ = run
     lines = (settings.output / "metrics.csv").read_text().splitlines()
@@ -283,6 +284,7 @@ def test_folders_of_something_else(folder, tmp_path, shared_data, refused, text)
     refused(*words, "--dry-run", pattern=TEXTS[text])
 
 
+@pytest.mark.slow_on_cpu
 def test_folders_that_lack_something(folder, tmp_path, shared_data, refused):
     def no(path, pattern):
         words = ("finetune", "--data", shared_data, "--model", "sam3", "--checkpoint", path)

@@ -45,7 +45,7 @@ def test_torch_computes_queries_of_the_padding_too():
     assert counted("auto", torch.float64) == counted("torch")  # which C++ does not take
 
 
-@pytest.mark.slow_on_cpu("torch.float32")
+@pytest.mark.slow_on_cpu
 @pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_triton_s_is_the_sum_of_its_kernels(dtype):

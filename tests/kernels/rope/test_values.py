@@ -168,6 +168,7 @@ def test_forth_and_back_is_where_it_began(backend, dtype):
     within_budget(there_and_back(ours), partial(there_and_back, stock), exact, dtype)
 
 
+@pytest.mark.slow_on_cpu("triton")
 def test_tables_in_any_memory(backend):
     """Parts of complex numbers, every other column, columns that lie as rows, one row for all."""
     case = Case()

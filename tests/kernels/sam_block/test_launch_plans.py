@@ -341,6 +341,7 @@ def test_a_body_that_cannot_be_called_again_is_refused():
     assert recording.problem == "it takes inputs that overlap"
 
 
+@pytest.mark.slow_on_cpu
 def test_tensors_with_functions_of_their_own(monkeypatch):
     """They see the operator, as they do without plans; a lazy sign is resolved."""
     x, tensors, _ = TINY.tensors(torch.float32)

@@ -74,6 +74,7 @@ def test_middle_map(task, backend):
     assert all(torch.equal(ours.double(), exact) for ours, exact in zip(*results, strict=True))
 
 
+@pytest.mark.slow_on_cpu
 def test_compile_fullgraph():
     """Forward and backward in one graph, bits as in eager mode."""
     tensors, task = layer_tensors(), torch.tensor([2, 0, 1], device=DEVICE)
