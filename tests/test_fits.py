@@ -17,7 +17,7 @@ def cells(model, memory):
 
 
 @HERE
-@pytest.mark.slow_on_cpu("minimal")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("memory", ["fast", "minimal"])
 def test_one_image_of_readme(memory):
     assert fits.gigabytes(fits.Peaks("vit_tiny", memory)(1)) == cells("vit_tiny", memory)[0]

@@ -50,6 +50,7 @@ def profile():
     return p
 
 
+@pytest.mark.slow_on_cpu
 def test_page(profile, tmp_path):
     profile.html(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -75,6 +75,7 @@ def test_the_loss_falls_and_every_trained_tensor_moves(run):
     assert frozen and all(torch.equal(state[n], after[n]) for n in frozen)
 
 
+@pytest.mark.slow_on_cpu
 def test_the_recipe_is_that_of_the_authors(run, tmp_path):
     settings, _ = run
     saved = json.loads((settings.output / "settings.json").read_text())

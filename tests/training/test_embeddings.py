@@ -54,7 +54,7 @@ def trained(data, output, *more) -> dict[str, bytes]:
         pytest.param(["--fuse"], marks=pytest.mark.slow_on_cpu),
         pytest.param(["--no-fuse"], marks=pytest.mark.slow),
         pytest.param(["--fuse", "--precision", "bf16"], marks=pytest.mark.slow),
-        ["--fuse", "--prompt", "box"],
+        pytest.param(["--fuse", "--prompt", "box"], marks=pytest.mark.slow_on_cpu),
     ],
     ids=" ".join,
 )

@@ -318,6 +318,7 @@ class _Blown(torch.autograd.Function):
         return dy * float("nan")
 
 
+@pytest.mark.slow_on_cpu
 def test_an_interrupt_keeps_what_was_saved(shared_data, tmp_path, monkeypatch, capfd):
     def interrupt(loss):
         raise KeyboardInterrupt

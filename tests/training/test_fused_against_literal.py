@@ -196,6 +196,7 @@ def check_gap(settings: FinetuneSettings, steps: int) -> None:
     raise AssertionError(f"{found} is above twice that of {CONTROLS} controls, {allowed}")
 
 
+@pytest.mark.slow_on_cpu
 def test_a_few_steps_of_lora(data):
     check_gap(settings_for(data, "lora", "fp32", "float32"), 4)
 

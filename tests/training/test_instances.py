@@ -261,7 +261,7 @@ def test_classes_are_a_task(tmp_path, capsys):
     assert adapter["extra"]["tasks"][0]["channels"] == 3
 
 
-@pytest.mark.slow_on_cpu("2_1")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("masks", [["--masks", "instances"], ["--classes", "256"]], ids=len)
 def test_masks_with_a_suffix(folder, masks, tmp_path, capsys):
     """Beside their images, as for one mask."""

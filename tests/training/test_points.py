@@ -162,6 +162,7 @@ def called(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow_on_cpu
 def test_scores_and_masks_are_those_of_the_remembered_prompt(run, tmp_path, capsys):
     settings, summary = run
     adapter = settings.output / "adapter" / "best"

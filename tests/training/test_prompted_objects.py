@@ -215,6 +215,7 @@ def gradients(monkeypatch, settings):
     return found
 
 
+@pytest.mark.slow_on_cpu
 def test_accumulated_batches_give_the_mean_over_objects(folder, tmp_path, monkeypatch):
     """Four batches of one image, one of them without an object, are as one batch of four."""
     still = {"lr": 1e-30, "weight_decay": 0.0, "clip": 0.0, "method": "decoder", "cache": False}

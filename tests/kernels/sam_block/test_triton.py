@@ -65,7 +65,7 @@ def every_other(t):
     return wide[..., 0]
 
 
-@pytest.mark.slow_on_cpu("turned", "every_other")
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("layout", [beside_nan, turned, every_other])
 def test_layouts(layout):
     call = Call(columns=48, dtype=HALF)
