@@ -105,8 +105,6 @@ def _check_choices(settings: Settings) -> None:
         value = getattr(settings, option.name)
         if not option.choices or value is None:
             continue
-        if isinstance(value, tuple) and option.name != "formats":
-            continue
         for one in value if isinstance(value, tuple) else (value,):
             if one not in option.choices:
                 known = ", ".join(option.choices)

@@ -33,7 +33,7 @@ class CocoMask:
         return labels if crowd is None else np.where(crowd & (labels == 0), -1, labels)
 
     def digest(self) -> bytes:
-        """Of all that is said of the image."""
+        """Hash what the annotations say of the image."""
         said = (self.image.size, self.image.ids, self.image.shapes, self.image.crowds)
         return hashlib.blake2b(repr(said).encode()).digest()
 

@@ -66,7 +66,7 @@ def _checked_polygon(where: str, polygon: Any, size: tuple[int, int]) -> np.ndar
         )
     if not set(map(type, polygon)) <= {int, float} or not all(map(isfinite, polygon)):
         value = next(value for value in polygon if not is_number(value))
-        raise ValueError(f"has {where} with {shown(value)}, which is no finite number; fix it")
+        raise ValueError(f"has {where} with {shown(value)}, which is not a finite number; fix it")
     if len(polygon) % 2 or len(polygon) < 6:
         raise ValueError(
             f"has {where} of {len(polygon)} numbers; expected an even number, at least 6, which "

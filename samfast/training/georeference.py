@@ -97,7 +97,7 @@ def _affine(page: Page) -> Affine | None:
             raise ValueError(f"its matrix has {len(m)} numbers; expected 16")
         return tuple(float(m[i]) for i in (0, 1, 3, 4, 5, 7))
     scale, ties = page.numbers(SCALE), page.numbers(TIE_POINTS)
-    if not scale or len(ties) != 6:  # many tie points are no affine map
+    if not scale or len(ties) != 6:  # many tie points do not make an affine map
         return None
     if len(scale) < 2:
         raise ValueError(f"its scale has {len(scale)} number; expected 3")

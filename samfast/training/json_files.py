@@ -19,8 +19,8 @@ class _Refused(Exception):
 def read_json(path: Path) -> Any:
     """The content of a JSON file in UTF-8, with or without a mark of its encoding.
 
-    Raises FileNotFoundError for a missing file, and ValueError for one that is no regular file, too
-    large, no JSON, or JSON with NaN, Infinity, a key twice, or numbers beyond 64 bits.
+    Raises FileNotFoundError for a missing file, and ValueError for one that is not a regular file,
+    is too large, is not JSON, or has NaN, Infinity, a key twice, or numbers beyond 64 bits.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")

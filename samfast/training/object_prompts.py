@@ -89,7 +89,7 @@ def _of_point(point: np.ndarray) -> ObjectPrompt:
 
 
 def _spread(given: list[ObjectPrompt], kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Prompts:
-    """Of one image all are objects; several images have one each, or all the same."""
+    """Give one image all prompts as its objects, several images one each or all the same one."""
     if len(sizes) == 1:
         found = {path: given for path in sizes}
     elif len(given) in (1, len(sizes)):

@@ -170,7 +170,7 @@ class PromptedObjects:
         return _Found(len(objects), boxes)
 
     def _there(self, pair: Pair) -> int:
-        """Of how many objects the model's size leaves a pixel."""
+        """Count the objects that keep a pixel at the model's size."""
         resized = ResizedObjects(read_objects(pair.mask), model_side(self.settings))
         return int(resized.there().sum())
 

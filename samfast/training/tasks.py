@@ -348,7 +348,7 @@ def _spec(entry: dict, entries: dict[str, dict]) -> TaskSpec:
         known = DERIVED | OF_OBJECTS
         if derive not in known:
             raise ValueError(
-                f"task {name} has an unknown derive {derive!r}; {_nearest(derive, known)}"
+                f"task {name} has an unknown derive {derive!r}; {_nearest(derive, DERIVED)}"
             )
         entry.setdefault("kind", known[derive])
     if source is not None:

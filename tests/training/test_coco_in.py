@@ -112,7 +112,7 @@ def test_links_and_pipes_are_not_opened(data):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_json_cannot_hold(value):
-    with pytest.raises(ValueError, match="no finite number"):
+    with pytest.raises(ValueError, match="not a finite number"):
         checked_segmentation([[1, 2, 3, 4, 5, value]], (10, 10))
 
 
@@ -166,7 +166,7 @@ REFUSED = [
     (SEGMENTATION, [1, 2, 3, 4, 5, 6], "segmentation part 1; expected a list"),
     (SEGMENTATION, [[1, 2, 3, 4]], "a polygon of 4 numbers"),
     (SEGMENTATION, [[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
-    (SEGMENTATION, [[1, 2, 3, 4, 5, True]], "with True, which is no finite number"),
+    (SEGMENTATION, [[1, 2, 3, 4, 5, True]], "with True, which is not a finite number"),
     (SEGMENTATION, [[1, 2, 3, 4, 5, 1e300]], r"y = 1e\+300, far outside the image, which is 40x30"),
     (SEGMENTATION, [[80.5, 2, 3, 4, 5, 6]], "x = 80.5, far outside"),
     (SEGMENTATION, [[0, 0, 39, 29] * 60_000], "more than 5000000; simplify it"),
