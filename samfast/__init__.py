@@ -32,6 +32,7 @@ _EXPORTS = {
     "report": "samfast.fused.report",
     "save_adapter": "samfast.files.adapter_files",
     "load_adapter": "samfast.files.adapter_files",
+    "load_adapted": "samfast.training.adapted",
     "read_adapter_config": "samfast.files.format",
 }
 _SUBMODULES = (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, ``samfast COMMAND`` or ``python -m samfast COMMAND``.
 
-The commands are finetune, evaluate, predict, warmup, profile and info.
+The commands are finetune, evaluate, predict, merge, warmup, profile and info.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
 and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
@@ -97,6 +97,7 @@ def let_waiting_threads_sleep() -> None:
 def _parsed(argv: list[str], place: Launched = ALONE):
     from samfast.command_line import parse
     from samfast.profiling.settings import ProfileSettings, split_script
+    from samfast.training.merge_settings import MergeSettings
     from samfast.training.settings import (
         EvaluateSettings,
         FinetuneSettings,
@@ -111,6 +112,7 @@ def _parsed(argv: list[str], place: Launched = ALONE):
         "finetune": FinetuneSettings,
         "evaluate": EvaluateSettings,
         "predict": PredictSettings,
+        "merge": MergeSettings,
         "warmup": WarmupSettings,
         "profile": ProfileSettings,
         "info": InfoSettings,
@@ -125,6 +127,7 @@ def _parsed(argv: list[str], place: Launched = ALONE):
 
 def _run(settings, place: Launched, argv: Sequence[str]) -> int:
     from samfast.profiling.settings import ProfileSettings
+    from samfast.training.merge_settings import MergeSettings
     from samfast.training.settings import (
         EvaluateSettings,
         FinetuneSettings,
@@ -152,6 +155,11 @@ def _run(settings, place: Launched, argv: Sequence[str]) -> int:
         result = predict(settings)
         count = sum(len(image.get("tasks", [image])) for image in result["images"])
         closing = f"{count} masks and overlays are in {result['output']}"
+    elif isinstance(settings, MergeSettings):
+        from samfast.training.merge import merge
+
+        result = merge(settings)
+        closing = f"{result['output']} opens with {result['opens']}"
     elif isinstance(settings, WarmupSettings):
         from samfast.training import warmup
 

@@ -14,45 +14,57 @@ Value = TypeVar("Value")
 _SHARED = "shared_image_embedding.positional_embedding"
 _TIED = "prompt_encoder.shared_embedding.positional_embedding"
 _MATRIX = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
-_MLP = r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))"
+_MLPS = (
+    "mask_decoder.output_hypernetworks_mlps.{0}",
+    "mask_decoder.iou_prediction_head",
+)
 
-# How a name begins -> what stands there in segment_anything; the rest of the name is kept.
-_RULES = [
-    (re.compile(pattern + r"(?=\.|$)"), replacement)
-    for pattern, replacement in [
-        (re.escape(_SHARED), _MATRIX),
-        (re.escape(_TIED), _MATRIX),
-        (r"prompt_encoder\.point_embed", "prompt_encoder.point_embeddings"),
-        (r"prompt_encoder\.mask_embed\.conv1", "prompt_encoder.mask_downscaling.0"),
-        (r"prompt_encoder\.mask_embed\.layer_norm1", "prompt_encoder.mask_downscaling.1"),
-        (r"prompt_encoder\.mask_embed\.conv2", "prompt_encoder.mask_downscaling.3"),
-        (r"prompt_encoder\.mask_embed\.layer_norm2", "prompt_encoder.mask_downscaling.4"),
-        (r"prompt_encoder\.mask_embed\.conv3", "prompt_encoder.mask_downscaling.6"),
-        (r"vision_encoder\.patch_embed\.projection", "image_encoder.patch_embed.proj"),
-        (r"vision_encoder\.layers\.(\d+)\.layer_norm([12])", r"image_encoder.blocks.\1.norm\2"),
-        (r"vision_encoder\.layers", "image_encoder.blocks"),
-        (r"vision_encoder\.neck\.conv1", "image_encoder.neck.0"),
-        (r"vision_encoder\.neck\.layer_norm1", "image_encoder.neck.1"),
-        (r"vision_encoder\.neck\.conv2", "image_encoder.neck.2"),
-        (r"vision_encoder\.neck\.layer_norm2", "image_encoder.neck.3"),
-        (r"vision_encoder", "image_encoder"),
-        (
-            r"mask_decoder\.transformer\.layers\.(\d+)\.layer_norm([1-4])",
-            r"mask_decoder.transformer.layers.\1.norm\2",
-        ),
-        (
-            r"mask_decoder\.transformer\.layer_norm_final_attn",
-            "mask_decoder.transformer.norm_final_attn",
-        ),
-        (r"mask_decoder\.upscale_conv1", "mask_decoder.output_upscaling.0"),
-        (r"mask_decoder\.upscale_layer_norm", "mask_decoder.output_upscaling.1"),
-        (r"mask_decoder\.upscale_conv2", "mask_decoder.output_upscaling.3"),
-        # Perceptrons of three layers: proj_in, layers.0 and proj_out are layers 0, 1 and 2.
-        (_MLP + r"\.proj_in", r"\1.layers.0"),
-        (_MLP + r"\.layers\.0", r"\1.layers.1"),
-        (_MLP + r"\.proj_out", r"\1.layers.2"),
-    ]
+# How a name begins in Hugging Face's spelling and in segment_anything's; the rest is the same.
+# The first of a direction's rules counts, and {0} and {1} are numbers.
+_PAIRS = [
+    (_SHARED, _MATRIX),
+    (_TIED, _MATRIX),
+    ("prompt_encoder.point_embed", "prompt_encoder.point_embeddings"),
+    ("prompt_encoder.mask_embed.conv1", "prompt_encoder.mask_downscaling.0"),
+    ("prompt_encoder.mask_embed.layer_norm1", "prompt_encoder.mask_downscaling.1"),
+    ("prompt_encoder.mask_embed.conv2", "prompt_encoder.mask_downscaling.3"),
+    ("prompt_encoder.mask_embed.layer_norm2", "prompt_encoder.mask_downscaling.4"),
+    ("prompt_encoder.mask_embed.conv3", "prompt_encoder.mask_downscaling.6"),
+    ("vision_encoder.patch_embed.projection", "image_encoder.patch_embed.proj"),
+    ("vision_encoder.layers.{0}.layer_norm{1}", "image_encoder.blocks.{0}.norm{1}"),
+    ("vision_encoder.layers", "image_encoder.blocks"),
+    ("vision_encoder.neck.conv1", "image_encoder.neck.0"),
+    ("vision_encoder.neck.layer_norm1", "image_encoder.neck.1"),
+    ("vision_encoder.neck.conv2", "image_encoder.neck.2"),
+    ("vision_encoder.neck.layer_norm2", "image_encoder.neck.3"),
+    ("vision_encoder", "image_encoder"),
+    (
+        "mask_decoder.transformer.layers.{0}.layer_norm{1}",
+        "mask_decoder.transformer.layers.{0}.norm{1}",
+    ),
+    ("mask_decoder.transformer.layer_norm_final_attn", "mask_decoder.transformer.norm_final_attn"),
+    ("mask_decoder.upscale_conv1", "mask_decoder.output_upscaling.0"),
+    ("mask_decoder.upscale_layer_norm", "mask_decoder.output_upscaling.1"),
+    ("mask_decoder.upscale_conv2", "mask_decoder.output_upscaling.3"),
+    *(
+        (f"{mlp}.{theirs}", f"{mlp}.{ours}")
+        for mlp in _MLPS
+        for theirs, ours in (("proj_in", "layers.0"), ("layers.0", "layers.1"))
+    ),
+    *((f"{mlp}.proj_out", f"{mlp}.layers.2") for mlp in _MLPS),
 ]
+
+
+def _rule(before: str, after: str) -> tuple[re.Pattern[str], str]:
+    """What begins a name, and what takes its place; the numbers of both are in one order."""
+    pattern = re.sub(r"\\{\d\\}", r"(\\d+)", re.escape(before))
+    return re.compile(pattern + r"(?=\.|$)"), re.sub(
+        r"\{(\d)\}", lambda found: f"\\g<{int(found[1]) + 1}>", after
+    )
+
+
+_RULES = [_rule(theirs, ours) for theirs, ours in _PAIRS]
+_RULES_BACK = [_rule(ours, theirs) for theirs, ours in _PAIRS]
 
 
 def is_hugging_face(names: Iterable[str]) -> bool:
@@ -64,6 +76,12 @@ def to_segment_anything(state: Mapping[str, Value]) -> dict[str, Value]:
     return {other: state[name] for name, other in spellings(state).items()}
 
 
+def to_hugging_face(state: Mapping[str, Value]) -> dict[str, Value]:
+    """Back again; the matrix of positions has both of its names. A name without a rule stays."""
+    named = {_replaced(name, _RULES_BACK): value for name, value in state.items()}
+    return named | ({_TIED: named[_SHARED]} if _SHARED in named else {})
+
+
 def spellings(names: Collection[str]) -> dict[str, str]:
     """segment_anything's name by Hugging Face's; of one tensor's two names the first alone."""
     return {name: spelled(name) for name in names if name != _TIED or _SHARED not in names}
@@ -71,7 +89,11 @@ def spellings(names: Collection[str]) -> dict[str, str]:
 
 def spelled(name: str) -> str:
     """A name, of a tensor or a module, as segment_anything spells it."""
-    for pattern, replacement in _RULES:
+    return _replaced(name, _RULES)
+
+
+def _replaced(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, replacement in rules:
         if pattern.match(name):
             return pattern.sub(replacement, name, count=1)
     return name

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
+from samfast.training.adapted import load_adapted
 from samfast.training.build import attach_method, build_base
 from samfast.training.demo_data import write_coins
 from samfast.training.evaluate import evaluate, predicted_masks, validation_loader
 from samfast.training.folders import find_split
 from samfast.training.loop import finetune, seed_everything
 from samfast.training.metrics import ForegroundScores
-from samfast.training.predict import load_adapted
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-import samfast
-from samfast.files.format import CONFIG, read_adapter
+from samfast.files.format import read_adapter
 from samfast.files.temporary import remove_dead
-from samfast.models import build_sam
-from samfast.models.architectures import ARCHITECTURES
+from samfast.training.adapted import adapter_folder, load_adapted
 from samfast.training.checks import check_prediction
 from samfast.training.images import SUFFIXES, read_image
 from samfast.training.instances import are_instances
@@ -31,7 +28,7 @@ from samfast.training.predict_maps import predicted_maps
 from samfast.training.prompted_scores import kinds_of
 from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.remembered import remembered
-from samfast.training.run_folder import SETTINGS, check_folder
+from samfast.training.run_folder import check_folder
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import PredictSettings
 from samfast.training.try_out import backend_asked_for
@@ -110,69 +107,6 @@ def find_images(given: Sequence[Path]) -> list[Path]:
         else:
             raise FileNotFoundError(f"{path} does not exist")
     return paths
-
-
-def load_adapted(
-    adapter: Path,
-    checkpoint: Path | None = None,
-    base_dtype: torch.dtype | None = None,
-    fuse: bool = True,
-) -> nn.Module:
-    """The SAM that an adapter folder was trained on, with the adapter, in eval mode, on the CPU;
-    a MultiTaskSam for an adapter of several tasks.
-
-    fuse: whether attention runs fused, as ``finetune`` trains it unless told otherwise
-    adapter may also be a run's folder, or one with ``best/`` in it. Random bases are drawn again
-    from the recorded seed; others need ``checkpoint``, and a wrong one is noticed by its digest.
-    """
-    adapter = adapter_folder(adapter)
-    base = read_adapter(adapter).record["base"]
-    if base.get("name") is None:
-        raise ValueError(f"adapter {adapter} does not say which model it was trained on")
-    if base.get("checkpoint") is not None and checkpoint is None:
-        raise ValueError(
-            f"adapter {adapter} was trained on {base['name']} from {base['checkpoint']}; say where "
-            "that file is with --checkpoint"
-        )
-    if base.get("checkpoint") is None and checkpoint is not None:
-        raise ValueError(
-            f"adapter {adapter} was trained on {base['name']} with random weights, so checkpoint "
-            f"{checkpoint} is not its base"
-        )
-    if checkpoint is None and base.get("seed") is None:
-        raise ValueError(
-            f"adapter {adapter} was trained on {base['name']} with random weights of no known "
-            "seed, which cannot be drawn again"
-        )
-    if base["name"] not in ARCHITECTURES:
-        raise ValueError(
-            f"adapter {adapter} was trained on {base['name']}; known are {', '.join(ARCHITECTURES)}"
-        )
-    sam = build_sam(
-        base["name"],
-        checkpoint=checkpoint,
-        image_size=base.get("image_size"),
-        random_init=checkpoint is None,
-        seed=base.get("seed"),
-    )
-    sam = samfast.load_adapter(sam, adapter, base_dtype=base_dtype).eval()
-    return samfast.fuse(sam) if fuse else sam
-
-
-def adapter_folder(given: Path) -> Path:
-    """The adapter's folder itself, or the best adapter's of a run's folder."""
-    if (given / CONFIG).exists():
-        return given
-    for inside in (given / "best", given / "adapter" / "best"):
-        if inside.is_dir():
-            return inside
-    if (given / "adapter" / "last").is_dir():
-        raise FileNotFoundError(
-            f"run folder {given} has no adapter/best; name {given}/adapter/last"
-        )
-    if (given / SETTINGS).is_file():
-        raise FileNotFoundError(f"run folder {given} has no adapter yet: nothing was saved")
-    return given
 
 
 def _output_names(paths: Sequence[Path]) -> list[str]:

@@ -8,6 +8,7 @@ from samfast.files.placing import write_whole
 from samfast.files.temporary import remove_dead
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
+from samfast.training.adapted import adapter_folder, load_adapted
 from samfast.training.checks import check_prediction
 from samfast.training.goal import Goal
 from samfast.training.instances import Instances, are_instances
@@ -15,7 +16,6 @@ from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.pictures import png_bytes
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.predict import adapter_folder, load_adapted
 from samfast.training.progress import Progress
 from samfast.training.prompted_objects import PromptedObjects
 from samfast.training.remembered import remembered

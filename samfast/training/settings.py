@@ -39,9 +39,9 @@ _BACKEND = "Which kernels run"
 _FUSE = "Run the encoder fused; --no-fuse runs segment_anything's own, to compare"
 _CHUNK = "Objects that the mask decoder takes at a time"
 _THREADS = "CPU threads of torch"
-_CHECKPOINT = "The SAM weights that the adapter was trained on"
-_NOT_RANDOM = "required, except where these were random"
-_ADAPTER = "What finetune wrote: a run's folder, or an adapter's such as runs/NAME/adapter/last"
+CHECKPOINT = "The SAM weights that the adapter was trained on"
+NOT_RANDOM = "required, except where these were random"
+ADAPTER = "What finetune wrote: a run's folder, or an adapter's such as runs/NAME/adapter/last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +372,7 @@ class PredictSettings:
         metavar="IMAGE ...",
         hint="required",
     )
-    adapter: Path = option(..., _ADAPTER)
+    adapter: Path = option(..., ADAPTER)
     output: Path = option(
         Path("predictions"),
         "Folder for NAME_mask.png and NAME_overlay.png (several tasks: NAME_TASK.png and "
@@ -381,7 +381,7 @@ class PredictSettings:
     task: str | None = option(
         None, "Predict only this one of several tasks", metavar="NAME", hint="default: all"
     )
-    checkpoint: Path | None = option(None, _CHECKPOINT, hint=_NOT_RANDOM)
+    checkpoint: Path | None = option(None, CHECKPOINT, hint=NOT_RANDOM)
     bands: str | None = option(
         None,
         "Bands of the image files to show, such as 4,3,2 or 1",
@@ -486,7 +486,7 @@ class PredictSettings:
 class EvaluateSettings:
     """Score a fine-tuned adapter on images with their masks."""
 
-    adapter: Path = option(..., _ADAPTER)
+    adapter: Path = option(..., ADAPTER)
     data: Path = option(
         ...,
         "Folder with images/ and masks/ (the tasks' folders), which are all scored; or with train/ "
@@ -501,7 +501,7 @@ class EvaluateSettings:
     task: str | None = option(
         None, "Score only this one of several tasks", metavar="NAME", hint="default: all"
     )
-    checkpoint: Path | None = option(None, _CHECKPOINT, hint=_NOT_RANDOM)
+    checkpoint: Path | None = option(None, CHECKPOINT, hint=NOT_RANDOM)
     output: Path | None = option(
         None,
         "Folder for an overlay of every image, scores.csv and (of classes) classes.csv",
