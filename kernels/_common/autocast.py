@@ -10,7 +10,7 @@ _KNOWN = frozenset(filter(torch.amp.is_autocast_available, "cpu cuda xpu mps hpu
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype autocast asks for on this device, or None where it is off or unknown."""
+    """The dtype autocast asks for on this device, or None if it is off or unknown."""
     if torch.compiler.is_compiling():
         available = device_type in _KNOWN
     else:
@@ -21,13 +21,13 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str):
-    """A context in which no call casts its arguments behind our back."""
+    """A context in which autocast casts no arguments."""
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def autocast_input(x: torch.Tensor) -> torch.Tensor:
-    """x as a linear layer would take it: in the autocast dtype where autocast is on."""
+    """x as a linear layer would take it: in the autocast dtype if autocast is on."""
     dtype = autocast_dtype(x.device.type)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autograd of a declared operation (see operator.py), on positions that are known beforehand.
 
-A GPU waits for its host here, so a call looks up nothing by name.
+A GPU waits for its host here, so a call looks nothing up by name.
 """
 
 import operator
@@ -33,7 +33,7 @@ def _picker(names, among) -> Callable:
 
 
 def spread(values, lists) -> list:
-    """The tensors of these, those of a list one after another; lists: where there are lists."""
+    """The tensors of these, with those of a list one after another; lists: places of lists."""
     flat, after = [], 0
     for at in lists:
         flat += values[after:at]
@@ -44,7 +44,7 @@ def spread(values, lists) -> list:
 
 
 def _gathered(flat: tuple, lists, lengths) -> list:
-    """What was spread; lengths: of the lists."""
+    """The values before ``spread``; lengths: of the lists."""
     values, start, after = [], 0, 0
     for at, length in zip(lists, lengths, strict=True):
         stop = start + at - after
@@ -57,7 +57,7 @@ def _gathered(flat: tuple, lists, lengths) -> list:
 
 
 def made_only(run):
-    """A backward as its operator returns it: without gradients that are not needed."""
+    """The gradients that a backward's operator returns: only those that are needed."""
 
     def backward(*args):
         made = run(*args)
@@ -67,13 +67,13 @@ def made_only(run):
 
 
 def with_list(cls: type, flat: tuple) -> tuple:
-    """What is returned, or its gradients, with the list at its end a list again."""
+    """Results, or their gradients, with the list at the end made a list again."""
     before = len(cls.returned_names) - 1
     return *flat[:before], list(flat[before:])
 
 
 class Plan:
-    """Where autograd finds what it hands on."""
+    """The positions of the values that autograd hands on."""
 
     def __init__(self, cls: type, spares: bool, chooses: bool):
         self.spares, self.chooses = spares, chooses

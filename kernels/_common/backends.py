@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which code runs an operation: reference, torch, cpu (C++), triton or cuda.
 
-Every operation has a ``supports(backend, ...)`` that answers None or a sentence. ``auto`` takes the
-first backend of the ladder that answers None; a backend asked for by name raises its sentence.
+Every operation has a ``supports(backend, ...)`` that returns None or a sentence. ``auto`` takes the
+first backend of the ladder that returns None. A backend asked for by name raises its sentence.
 The environment variable SAMFAST_BACKEND replaces ``auto``.
 """
 
@@ -26,26 +26,26 @@ OLDEST_CUDA = (8, 0)
 def requested(backend: str) -> str:
     """The backend asked for, with SAMFAST_BACKEND in place of ``auto``; checks the name.
 
-    Every operation asks here. RuntimeError while an exporter records that does not take samfast's
-    operators; the reference backend has none.
+    Every operation calls this. Raises RuntimeError while an exporter records that does not support
+    samfast's operators; the reference backend uses none.
     """
     if backend == "auto":
         backend = os.environ.get(BACKEND, "auto")
     if backend not in NAMES:
-        raise ValueError(f"unknown backend {backend!r}; known are {', '.join(NAMES)}")
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(NAMES)}")
     if backend != "reference" and _recording():
         raise RuntimeError(
-            "torch.jit.trace and torch.onnx.export do not take samfast's operators; call "
-            "samfast.unfuse(model) where blocks are fused and samfast.merge(model) where adapters "
-            "are attached, or use torch.export.export, which takes them"
+            "torch.jit.trace and torch.onnx.export do not support samfast's operators; first call "
+            "samfast.unfuse(model) if its blocks are fused and samfast.merge(model) if it has "
+            "adapters, or use torch.export.export, which supports them"
         )
     return backend
 
 
 def _recording() -> bool:
-    """Whether an exporter records that knows torch's own operators only.
+    """Whether an exporter records that knows only torch's own operators.
 
-    torch.compile and torch.export take samfast's; torch.onnx may be what calls torch.export.
+    torch.compile and torch.export support samfast's; torch.onnx may call torch.export.
     """
     if torch.jit.is_tracing():  # a constant to torch.compile, as is_exporting
         return True
@@ -89,7 +89,7 @@ def _warn_once(sentence: str) -> None:
 
 
 def _package() -> Path:
-    """The folder of samfast itself, where setup.py puts what it builds."""
+    """The folder of samfast, where setup.py puts what it builds."""
     return Path(sys.modules[__name__.partition(".")[0]].__file__).parent
 
 
@@ -103,9 +103,9 @@ def build_record() -> dict:
 
 @functools.cache
 def native_missing() -> str | None:
-    """Load the native extension once; None, or the sentence that says why it is not there.
+    """Load the native extension once; None, or the sentence that says why it is missing.
 
-    Raises ValueError where SAMFAST_CPU_CAPABILITY asks for code that does not run here.
+    Raises ValueError when SAMFAST_CPU_CAPABILITY asks for code that does not run here.
     """
     library = next(iter(sorted(_package().glob("_C*.so"))), None)
     if library is None:
@@ -121,7 +121,7 @@ def native_missing() -> str | None:
 def cpu_capability() -> str | None:
     """The instruction set of the C++ code that runs: default, avx2 or avx512.
 
-    None without the extension. SAMFAST_CPU_CAPABILITY chooses, else the processor decides.
+    None without the extension. SAMFAST_CPU_CAPABILITY chooses, else the processor's best runs.
     """
     return _loaded_capability() if native_missing() is None else None
 
@@ -179,7 +179,7 @@ def cuda_missing(device: torch.device, operator: str) -> str | None:
 def cpu_missing(device: torch.device, dtype: torch.dtype, operator: str) -> str | None:
     """None when the C++ backend takes such a tensor, or the sentence that says why not.
 
-    operator: one of samfast_native's that is needed; an extension built earlier may lack it.
+    operator: the operator of samfast_native that is needed; an older extension may lack it
     """
     if device.type != "cpu":
         return f"x is on {device.type}, but the cpu backend takes CPU tensors"

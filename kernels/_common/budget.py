@@ -3,16 +3,16 @@
 
     error(ours) ≤ 2 · (error(stock) + error(least))    in max-norm and in 2-norm
 
-error(stock) is the stock module's in the same dtype, the largest over ROUNDINGS runs: the first as
-it is, the others with other roundings (reordered.py), half of them on another number of threads.
-error(least) is what arithmetic of this precision makes at best, the largest over as many draws
-(rounded.py): float32's u for sums, or float64's, and up to u of its own dtype of the result.
-One run of the stock module alone would be luck: its errors may all but cancel.
+error(stock) is the stock module's in the same dtype, the largest over ROUNDINGS runs. The first run
+is unchanged; the others have other roundings (reordered.py), half of them on another number of
+threads. One run of the stock module would be luck: its errors may nearly cancel.
+error(least) is the best that arithmetic of this precision can do, the largest over as many draws
+(rounded.py). It has float32's u for sums, or float64's, and up to the result dtype's own u.
 
-Rate of false alarms, where a result is a single number, ours adds in pairs and errors are normal:
-of 20,000,000 draws 2 are above the budget where the stock module makes no error at all, none where
-it makes as large ones. Larger tensors have less. Values of few numbers that are rounded to 16 bits
-on the way have more: their errors are not normal.
+The rate of false alarms holds for a result that is a single number, if ours adds in pairs and
+errors are normal. Of 20,000,000 draws 2 are above the budget if the stock module makes no error at
+all, and none if its errors are as large. Larger tensors have fewer. Values of few numbers that are
+rounded to 16 bits on the way have more, because their errors are not normal.
 """
 
 import functools
@@ -33,14 +33,14 @@ Norms = tuple[float, float]
 
 
 class Budget:
-    """What results may differ by from those of ``exact``.
+    """How far results may be from those of ``exact``.
 
-    stock, exact: functions without arguments, of results in one form: a tensor, a sequence, or a
-        dict by name. ``exact`` computes in float64. Results themselves will do where there is only
-        one way to round them.
-    dtype: what is computed in; autocast's where autocast is on
+    stock, exact: functions without arguments that return results in one form: a tensor, a sequence,
+        or a dict by name. ``exact`` computes in float64. Pass the results themselves if there is
+        only one way to round them.
+    dtype: the dtype of the arithmetic; autocast's if autocast is on
 
-    Functions find torch's generators in the state they have here, at each call.
+    At each call the functions find torch's generators in the state that they have here.
     """
 
     def __init__(

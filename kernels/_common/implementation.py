@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators whose body is Python: registered with torch, and found again by the counters.
 
-A dispatch mode sees such an operator as one call. Looking its body up here lets the counters
-(samfast.counters) run it and see what it launches.
+A dispatch mode sees such an operator as one call. The counters (samfast.counters) look its body up
+here, run it and see what it launches.
 """
 
 import torch

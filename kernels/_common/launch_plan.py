@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of an operator's body, prepared once and made again on other tensors alike.
+"""The calls of an operator's body, prepared once and repeated on other tensors of the same kind.
 
 A plan is a function without branches, written out for one recording: allocations, calls of aten,
-launches, and what is dropped when. Triton's kernels are launched by what Triton compiled, with
-pointers that are filled in, so that no argument is looked at again. ``plan.source`` shows it.
+launches, and when each tensor is dropped. Triton's compiled launchers start the kernels with
+pointers filled in, so that no argument is inspected again. ``plan.source`` shows the text.
 """
 
 import math
@@ -31,9 +31,9 @@ zeroed = False  # whether new memory is torch.empty_strided's, for a stand-in th
 
 
 def empty_strided(device: torch.device) -> Callable:
-    """What makes a tensor of a size, stride and dtype on this device, where it is the current one.
+    """The function that makes a tensor of a size, stride and dtype on this device, the current one.
 
-    What compiled graphs call costs a third of the public function.
+    Compiled graphs call it too; it costs a third of the public function.
     """
     quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
     if quick is not None and not zeroed:
@@ -44,12 +44,12 @@ def empty_strided(device: torch.device) -> Callable:
 class LaunchPlan:
     """A recording's calls as a function of its inputs.
 
-    tensors: the inputs, in their order; of those of the recording, which it does not keep, it takes
-        the alignment to 16 bytes   ranged: with ranges for profilers
+    tensors: the inputs, in their order. It keeps none of the recording's, only their alignment to
+        16 bytes.   ranged: with ranges for profilers
 
-    Returns what the recorded body returned, made anew, or NotImplemented for inputs of another
-    alignment.
-    Raises ValueError where the recording says that it cannot be called again.
+    Returns new tensors like those that the recorded body returned, or NotImplemented for inputs of
+    another alignment.
+    Raises ValueError when the recording says that it cannot be repeated.
     """
 
     _made = 0

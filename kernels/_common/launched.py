@@ -4,7 +4,7 @@
     @triton.jit(launch_metadata=launched(__package__, costs.down_kernel, "x_ptr"))
 
 Triton calls it on the host, only while a profiler such as Proton listens to launches. The machine
-code does not depend on it. FLOP are those of the operation's ``costs.py``, bytes those that
+code does not depend on it. FLOP come from the operation's ``costs.py``; bytes are those that
 ``samfast.counters`` counts.
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The middle map f of y = x Wᵀ + b + s · f(x Aᵀ) Bᵀ.
 
-A map is a small frozen object without tensors. Operators take strings and tensors only, so a map
-travels through them by its key, its class and arguments spelt out, and is made again from that:
-nothing has to have run before, in this process or while a graph was traced.
+A map is a small frozen object without tensors. Operators take only strings and tensors, so a map
+travels through them as its key: its class and arguments spelled out. The operator makes the map
+again from that. Nothing has to run before, in this process or while a graph is traced.
 """
 
 import ast
@@ -19,9 +19,9 @@ from torch import Tensor
 class MiddleMap(Protocol):
     """What the engine needs of a map. h is (tokens, r_in), z is (tokens, r_out).
 
-    geometry: (N, H, W) and whatever else the map needs to see tokens as images; empty when it does
-    not. Tensors in ``saved`` are fresh: neither z, nor an input, nor views of one another.
-    Some maps make rows of z for padding too, which are not tokens; others leave them empty.
+    geometry: (N, H, W) and whatever else the map needs to see tokens as images; empty if it needs
+    nothing. Tensors in ``saved`` are fresh: not z, not an input, and not views of one another.
+    Some maps also make rows of z for padding, which are not tokens; others leave them empty.
     """
 
     zero_preserving: bool  # rows of zeros stay zero, so padding may be skipped

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backwards that have no backward of their own."""
+"""Backwards that cannot be differentiated again."""
 
 import functools
 
@@ -22,11 +22,11 @@ class _Refused(torch.autograd.Function):
 
 
 def once_differentiable(backward):
-    """As torch's decorator, but refusing a second derivative in every case.
+    """As torch's decorator, but refuses a second derivative in every case.
 
-    torch's lets one through as zero where the incoming gradient is a constant, as that of a sum
-    is. Here all that a backward with ``create_graph=True`` gives hangs on what was saved too, and
-    raises when it is differentiated.
+    torch's lets one through as zero if the incoming gradient is a constant, such as that of a sum.
+    Here the results of a backward with ``create_graph=True`` also depend on what was saved, and
+    raise when they are differentiated.
     """
 
     @functools.wraps(backward)

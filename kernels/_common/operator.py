@@ -3,12 +3,12 @@
 
 Defining a subclass of ``Operator`` registers
 
-    samfast::NAME            what users and torch.compile call; autograd hangs on it
-    samfast::NAME_forward    of the same inputs; returns all that is made, kept tensors included
-    samfast::NAME_backward   of gradients, what is kept and inputs; returns gradients
+    samfast::NAME            what users and torch.compile call; it has autograd
+    samfast::NAME_forward    takes the same inputs; returns all results, kept tensors included
+    samfast::NAME_backward   takes gradients, what is kept and inputs; returns gradients
 
-The last two have no autograd of their own. Schemas name all arguments, and the backward gets its
-arguments by name. ``task_core/op.py`` is a short example.
+The last two have no autograd. Schemas name all arguments, and the backward gets its arguments by
+name. ``task_core/op.py`` is a short example.
 """
 
 import torch
@@ -53,7 +53,7 @@ class Arguments:
 
 
 class Operator:
-    """Base of the declarations. A subclass's docstring says what is saved.
+    """Base class of the declarations. A subclass's docstring says what is saved.
 
     name: of the operator, without its namespace
     inputs: schema of the inputs, with ``str backend``
@@ -94,16 +94,16 @@ class Operator:
 
     @staticmethod
     def path(backend: str, **others):
-        """What runs on this backend; others: all other arguments of a forward or backward."""
+        """The path for this backend; others: all other arguments of a forward or backward."""
 
     @staticmethod
     def forward(path, *inputs):
-        """What is made of the inputs, which come in order but for backend."""
+        """The results; the inputs come in order, without backend."""
         raise NotImplementedError
 
     @staticmethod
     def backward(path, *inputs):
-        """Gradients from the backward's inputs but for backend; None where one is not needed."""
+        """Gradients from the backward's inputs without backend; None where one is not needed."""
         raise NotImplementedError
 
     @classmethod
@@ -126,7 +126,7 @@ class Operator:
 
     @classmethod
     def light(cls, path, *inputs):
-        """What users get where nothing is kept for a backward."""
+        """The users' results when nothing is kept for a backward."""
         return cls.returned(cls.forward(path, *inputs))
 
     @staticmethod
@@ -150,8 +150,7 @@ class Operator:
 
     @classmethod
     def call(cls, *args):
-        """What users get, with autograd; by the way of torch's dispatcher where anything may look
-        on."""
+        """The users' results, with autograd; through torch's dispatcher if anything may watch."""
         if cls.planned and not torch.compiler.is_compiling() and is_direct():
             flat = cls.flat(args)
             if PLAIN.issuperset(map(type, flat)):
@@ -160,7 +159,7 @@ class Operator:
 
     @classmethod
     def returned(cls, made):
-        """What users get of what ``forward`` made."""
+        """The part of what ``forward`` made that users get."""
         named = dict(zip(cls.made.names, as_tuple(made), strict=True))
         return as_result([named[name] for name in cls.returned_names])
 
@@ -173,7 +172,7 @@ class Operator:
 
 
 def _register(cls: type[Operator]) -> None:
-    """Define the operators and hang bodies, fakes and autograd on them."""
+    """Define the operators and register their bodies, fakes and autograd."""
     name = f"samfast::{cls.name}"
     outputs = cls.labels or cls.made.result(cls.returned_names)
     cls.bodies = []

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calls of an operator's body run by a launch plan: those like two that were made before.
+"""Which calls of an operator's body run by a launch plan: those of a kind that was seen twice.
 
-Alike is whatever could change a launch: shapes, strides, dtypes, devices, the alignment of every
-pointer, options, which gradients are wanted, and torch's setting of TF32. The second such call is
-recorded. The body runs as it is where a mode, a transformation or a profiler looks on, which then
-sees all operators inside, and under SAMFAST_LAUNCH_PLANS=0. Plans hold no tensors.
+Calls are of one kind if everything is alike that could change a launch: shapes, strides, dtypes,
+devices, the alignment of every pointer, options, which gradients are wanted, and torch's setting of
+TF32. The second such call is recorded. If a mode, a transformation or a profiler watches, the body
+itself runs, so that all operators inside show; also under SAMFAST_LAUNCH_PLANS=0. Plans hold no
+tensors.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ _bodies: list["Planned"] = []
 
 
 def clear() -> None:
-    """Forget all plans, such as after a setting of Triton's was changed."""
+    """Forget all plans, for example after a change of one of Triton's settings."""
     _launches_on.cache_clear()
     for body in _bodies:
         body.known.clear()
@@ -42,7 +43,7 @@ def clear() -> None:
 
 @contextlib.contextmanager
 def switched(on: bool):
-    """Meanwhile calls run by plans, or none does; in all threads."""
+    """Inside this context calls run by plans, or none does; in all threads."""
     global _on
     before, _on = _on, on
     try:
@@ -228,7 +229,7 @@ class Planned:
         return known
 
     def _recorded(self, known: _Known, args: tuple, flat: list):
-        """Call the body and make a plan of what it called."""
+        """Call the body and make a plan of its calls."""
         from samfast.kernels._common.launch_plan import LaunchPlan
         from samfast.kernels._common.recorder import record
 

@@ -20,16 +20,16 @@ _listener = None
 class ranges:
     """Switch ranges on or off, at once and in all threads; in ``with``, until its end.
 
-    A backward shows only where the switch is still on when it runs. Plain autograd, which is what
-    backend "reference" runs, has no ranges. Raises RuntimeError inside a compiled function, where
-    it would come too late.
+    A backward shows only if the switch is still on when it runs. Backend "reference" is plain
+    autograd and has no ranges. Raises RuntimeError inside a compiled function, where it would have
+    no effect.
     """
 
     def __init__(self, on: bool = True):
         if not isinstance(on, bool):
-            raise ValueError(f"ranges takes True or False, got {on!r}")
+            raise ValueError(f"expected ranges(True) or ranges(False), got {on!r}")
         if torch.compiler.is_compiling():
-            raise RuntimeError("call samfast.ranges outside the function that torch.compile takes")
+            raise RuntimeError("samfast.ranges has no effect in compiled code; call it outside")
         global _on
         self._wanted, self._before, _on = on, _on, on
 
@@ -57,7 +57,7 @@ def wanted() -> bool:
 
 @contextlib.contextmanager
 def listening(listener):
-    """Meanwhile ``listener(label)`` gives the context of each stage of this thread."""
+    """Inside this context ``listener(label)`` gives the context of each stage of this thread."""
     global _listener
     thread = threading.get_ident()
 

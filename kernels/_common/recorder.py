@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the body of an operator calls: aten and Triton, on which parts of which tensors.
+"""The calls that the body of an operator makes: aten and Triton, on which parts of which tensors.
 
-A tensor is told by its storage: the root, which is an input or what a call made, and where in it
-the tensor lies. So views are no calls of their own. What cannot be told is refused by a sentence.
+A tensor is identified by its storage: the root, which is an input or a call's result, and its place
+in it. Views are therefore not calls. What cannot be identified is refused with a sentence.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ class Recording:
         return any(not entry[1].expired() for entry in known)
 
     def part(self, t: Tensor) -> Part | None:
-        """Where t lies; refuses where that cannot be told."""
+        """Where t lies; refuses if that cannot be identified."""
         if t.is_neg() or t.is_conj():
             self.refuse("it takes a tensor with a lazy sign")
             return None
@@ -195,7 +195,7 @@ class _Mode(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _launches(recording: Recording):
-    """Note what this thread launches meanwhile."""
+    """Inside this context, note what this thread launches."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 

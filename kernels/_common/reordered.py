@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same mathematics with other roundings: sums in another order, and narrow results by chance.
+"""The same mathematics with other roundings: sums in another order, narrow results at random.
 
 How a library rounds depends on the processor, on threads and on luck. ``Reordered`` draws other
 roundings that it might have made, for any function of tensors and for its backward.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table per operation: which file runs it on a backend, and who stands in where none does."""
+"""One table per operation: which file runs it on a backend, and what stands in if none does."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ _PATHS = {"torch": "torch_path", "cpu": "cpu_path", "triton": "triton_kernels", 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Who runs an operation.
+    """Which file runs an operation on which backend.
 
     operation: its name in sentences   package: where the paths are
     absent: by a backend without code, the sentence that says so
     native: the operator of samfast_native without which an extension is too old
-    function: the public function, which alone has a reference; the operation's name where empty
-    paths: by backend, the file that runs it where that is not the usual one
+    function: the public function, the only one with a reference; the operation's name if empty
+    paths: by backend, the file that runs it if that is not the usual one
     """
 
     operation: str
@@ -33,7 +33,7 @@ class Table:
     paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def missing(self, backend: str, device: torch.device, **dtypes: torch.dtype) -> str | None:
-        """None where the backend takes tensors like these, or why it does not.
+        """None if the backend takes tensors of these dtypes, or why it does not.
 
         dtypes: by name in the sentence; the first is what the C++ code would see. A table does not
         know the limits of CUDA sources and of sizes; an operation's ``supports`` adds them.
@@ -49,9 +49,9 @@ class Table:
         return None if backend == "cuda" else double(**dtypes)
 
     def part(self, backend: str) -> str:
-        """What runs this operation as a part of another one that runs on ``backend``.
+        """The backend of this operation as a part of another one that runs on ``backend``.
 
-        Without C++ code torch stands in, without CUDA code Triton does.
+        Without C++ code torch stands in; without CUDA code Triton does.
         """
         return _STAND_INS[backend] if backend in self.absent else backend
 

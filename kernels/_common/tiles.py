@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile choice: a function of the sizes over data in JSON, no search at run time.
 
-A file holds "default" and, where one was measured, a device's own table under its name:
-stage -> bytes per element -> widest padded rank -> [BLOCK_M, BLOCK_N, num_warps] and, where the
-compiler spills rather than take the registers it may have, their number (maxnreg).
+A file holds "default" and, for a device that was measured, a table under its name: stage -> bytes
+per element -> widest padded rank -> [BLOCK_M, BLOCK_N, num_warps]. A fourth number is the bound on
+registers (maxnreg), given if the compiler would otherwise spill before it takes all it may have.
 """
 
 import functools

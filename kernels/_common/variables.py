@@ -5,9 +5,9 @@ import os
 
 
 def switch(name: str, default: bool, words: str) -> bool:
-    """Whether a variable is 1 rather than 0; the default where it is unset or empty.
+    """Whether a variable is 1 and not 0; the default if it is unset or empty.
 
-    words: what 1 and 0 stand for   Raises ValueError for another value.
+    words: the meaning of 1 and 0   Raises ValueError for another value.
     """
     value = os.environ.get(name) or str(int(default))
     if value not in ("0", "1"):

@@ -10,9 +10,9 @@ from torch import Tensor
 class Windows(NamedTuple):
     """height × width windows, row by row, of images padded with zeros at the bottom and right.
 
-    Pixel (y, x) of a window is a row of an image-order buffer (tokens, C) or, where it lies
-    outside the image, a row of a pad buffer (batch · pads, C) that runs through the padded image
-    line by line. Whole images are windows of the image's own size.
+    Pixel (y, x) of a window is a row of an image-order buffer (tokens, C). Outside the image it is
+    a row of a pad buffer (batch · pads, C), which runs through the padded image line by line. Whole
+    images are windows of the image's own size.
     """
 
     batch: int

@@ -259,7 +259,7 @@ def test_the_switch():
     with pytest.raises(ZeroDivisionError), again:
         1 / 0  # noqa: B018
     assert ranges._on
-    with pytest.raises(ValueError, match="ranges takes True or False, got 1"):
+    with pytest.raises(ValueError, match=r"expected ranges\(True\) or ranges\(False\), got 1"):
         samfast.ranges(1)
 
 

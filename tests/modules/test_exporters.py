@@ -7,7 +7,7 @@ import torch
 import samfast
 
 SENTENCE = (
-    r"do not take samfast's operators; call samfast\.unfuse\(model\) .* samfast\.merge\(model"
+    r"do not support samfast's operators; first call samfast\.unfuse\(model\) .* samfast\.merge\(m"
 )
 IMAGES = torch.linspace(-2, 2, 3 * 64 * 64).view(1, 3, 64, 64)
 FLAGS = "torch.onnx._internal.exporter._flags._is_onnx_exporting"

@@ -306,7 +306,7 @@ def test_blocks_that_change_at_each_forward():
 def test_a_trace_is_refused_as_before():
     module, x = block()
     run(module, x)
-    with pytest.raises(RuntimeError, match="do not take samfast's operators"):
+    with pytest.raises(RuntimeError, match="do not support samfast's operators"):
         torch.jit.trace(module, x)
 
 

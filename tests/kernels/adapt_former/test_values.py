@@ -176,7 +176,7 @@ def test_bad_options():
     for dropout in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"dropout is {dropout}, but must be at least 0"):
             adapt_former(*leaves, dropout=dropout)
-    with pytest.raises(ValueError, match=r"seed must be one int64 element, but is torch.float32"):
+    with pytest.raises(ValueError, match=r"expected seed as one int64 element, got torch.float32"):
         adapt_former(*leaves, dropout=0.5, seed=torch.ones(1, device=DEVICE))
     with pytest.raises(ValueError, match=r"x has shape \(\), but must be \(..., D\)"):
         adapt_former(torch.ones((), device=DEVICE), *leaves[1:])

@@ -37,7 +37,7 @@ def call(**changes):
         ({"seed": torch.zeros(1, device="meta").long()}, "seed is on meta but x is on cpu"),
         ({"x": torch.zeros(3, 0), "weight": torch.zeros(6, 0)}, "but weight takes 0 inputs"),
         ({"dropout": 1.0}, "dropout is 1.0, but must be at least 0 and below 1"),
-        ({"seed": torch.zeros(2)}, r"seed must be one int64 element, but is torch.float32 \(2,\)"),
+        ({"seed": torch.zeros(2)}, r"expected seed as one int64 element, got torch.float32 \(2,\)"),
         ({"slices": ((0, 2), (1, 3))}, "must ascend without overlap within the 6 columns"),
         ({"slices": ((0, 2), (4, 6))}, "together as long as lora_b's 6 rows"),
         ({"slices": ((0, 3), (3, 6)), "lora_a": torch.zeros(3, 8)}, "lora_a has 3 rows"),
@@ -54,7 +54,7 @@ def test_a_named_backend_that_cannot_run_raises_its_sentence():
     wide = dict(x=torch.zeros(3, 8).double(), weight=torch.zeros(6, 8).double(), bias=None)
     with pytest.raises(RuntimeError, match=r"'cpu' cannot run lora_linear: x is torch\.float64"):
         call(**wide, backend="cpu")
-    with pytest.raises(ValueError, match="unknown backend 'metal'; known are auto, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'metal'; choose one of auto, reference"):
         call(backend="metal")
 
 
