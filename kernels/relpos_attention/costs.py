@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention costs by its design: FLOP and bytes of each path, launches of the GPU's.
+"""FLOP and bytes of each path of the attention, and launches of the GPU's, by design.
 
-FLOP are of the products that a path executes. Keys of the padding take part on every path: their
-logits are in the softmax. Queries of the padding are computed on the torch path only. The lanes
-that fill up a vector or a tile are not counted: in C++ up to an eighth of a window.
+FLOP are those of the products that a path executes. Padding tokens are keys on every path: their
+logits are in the softmax. Only the torch path computes queries of the padding. The lanes that fill
+up a vector or a tile are not counted: in C++ up to an eighth of a window.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 from samfast.kernels._common.windows import Windows

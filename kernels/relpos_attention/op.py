@@ -140,7 +140,8 @@ def _of_tables(grads, table_h, table_w):
 def fit_table(table: Tensor, size: int) -> Tensor:
     """A table (any length, head_dim) interpolated to (2 · size − 1, head_dim), as torch does.
 
-    A product with a small matrix: the gradient of ``interpolate`` is added up by atomics on a GPU.
+    It is a product with a small matrix, because ``interpolate`` sums its gradient with atomics on a
+    GPU.
     """
     if table.shape[0] == 2 * size - 1:
         return table
@@ -169,13 +170,15 @@ def relpos_attention(
     out: (B, heads, H, W, head_dim) = softmax(scale · q kᵀ + bias) v over the H · W keys,
         bias[i, j] = q_i · rel_pos_h[h_i − h_j + H − 1] + q_i · rel_pos_w[w_i − w_j + W − 1]
 
-    scale: head_dim ** -0.5 where None; the bias takes the unscaled q.
-    The result has q's dtype (the autocast dtype where autocast is on) and lies as (B, H, W, heads,
-    head_dim); sums are float32 (float64 for float64). On ``cpu`` and ``triton`` no H·W × H·W
-    tensor exists, on ``torch`` blocks of it do.
+    scale: head_dim ** -0.5 if None; the bias takes the unscaled q.
+    The result has q's dtype (the autocast dtype if autocast is on); its memory is ordered (B, H, W,
+    heads, head_dim). Sums are float32 (float64 for float64). Only ``torch`` materialises attention
+    logits, block by block; ``cpu`` and ``triton`` do not.
     Saves q, k, v, out and one number per query and head.
-    Raises ValueError when shapes or dtypes do not fit, RuntimeError when a backend asked for by
+    Raises ValueError when shapes or dtypes do not fit, and RuntimeError when a backend asked for by
     name cannot run.
+
+        out = relpos_attention(q, k, v, rel_pos_h, rel_pos_w)
     """
     if q.dim() != 5 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
@@ -217,13 +220,15 @@ def window_relpos_attention(
     rel_pos_h, rel_pos_w: (2 · height − 1, head_dim), (2 · width − 1, head_dim) of the window
     out: (B, H, W, D): each window attends to itself as in ``relpos_attention``
 
-    An image whose sides are no multiples of the window is padded at the bottom and right. Pads are
-    keys and values, never queries. Their row of qkv is pad_bias + pad_h @ pad_bᵀ:
-    pad_bias: (3 · D,), the bias of the layer that made qkv; zeros where None
+    An image whose sides are not multiples of the window is padded at the bottom and right. Padding
+    tokens are keys and values, never queries. Their row of qkv is pad_bias + pad_h @ pad_bᵀ:
+    pad_bias: (3 · D,), the bias of the layer that made qkv; zeros if None
     pad_h: (B · pads, r), rows of the padding, image by image, line by line   pad_b: (3 · D, r)
 
-    Differentiable in qkv, the tables and pad_*. Dtypes, precision and errors as in
+    Differentiable in qkv, the tables and pad_*. Dtypes, precision and errors are those of
     ``relpos_attention``. Saves qkv, out, one number per query and head, and pad_*.
+
+        out = window_relpos_attention(qkv, 12, 14, rel_pos_h, rel_pos_w)  # qkv (1, 64, 64, 2304)
     """
     named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
     named |= {"pad_bias": pad_bias, "pad_h": pad_h, "pad_b": pad_b}
@@ -260,7 +265,7 @@ def packed(qkv, num_heads, window, named: dict[str, Tensor | None]) -> tuple[Win
         )
     batch, height, width, columns = qkv.shape
     if height == 0 or width == 0:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, a map without tokens")
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, but H and W must be at least 1")
     size, head_dim = _sides(window), columns // 3 // num_heads
     windows = Windows(batch, height, width, *size)
     _check({"qkv": qkv} | named, size, head_dim, qkv.dtype)
@@ -282,7 +287,7 @@ def _sides(window) -> tuple[int, int]:
 def _check(named: dict[str, Tensor | None], size, head_dim: int, dtype: torch.dtype) -> None:
     first, x = next(iter(named.items()))
     if min(size) < 1 or head_dim < 1:
-        raise ValueError(f"{first} has shape {tuple(x.shape)}, a map without tokens")
+        raise ValueError(f"{first} has shape {tuple(x.shape)}, but no side may be 0")
     for name, t in named.items():
         if t is None:
             continue
@@ -305,7 +310,7 @@ def _check_padding(pad_bias, pad_h, pad_b, windows: Windows, columns: int) -> No
         )
     if (pad_h is None) != (pad_b is None):
         given, lacking = ("pad_h", "pad_b") if pad_b is None else ("pad_b", "pad_h")
-        raise ValueError(f"{given} is given without {lacking}")
+        raise ValueError(f"{given} is given without {lacking}; pass both or neither")
     if pad_h is None:
         return
     rows = windows.batch * windows.pads

@@ -5,14 +5,14 @@ import torch
 
 
 def _dense(t, dtype):
-    """Libraries round a product by another route where a factor lies otherwise in memory."""
+    """A dense copy: libraries round a product differently if a factor has another memory layout."""
     return t.to(dtype).contiguous()
 
 
 def padding(pad_bias, pad_h, pad_b, windows, qkv):
     """The padding's k and v, (batch, pads, heads, head_dim); None where there is none to see.
 
-    The rows of pad_h differ, so they are multiplied out; a bias alone is one row, seen everywhere.
+    The rows of pad_h differ, so they are multiplied out. Only a bias is one row, seen everywhere.
     """
     heads, head_dim = qkv.shape[4:]
     if windows.pads == 0 or (pad_bias is None and pad_h is None):

@@ -2,9 +2,9 @@
 """Tiles of the Triton kernels: a function of the sizes over tiles.json, no search at run time.
 
 The file: target -> way the bias enters -> stage -> bytes per element -> widest padded head_dim ->
-[BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. What a target does not name is the default's,
-what "uneven_rows" does not name is that of "rows", what "plain_padded" does not that of "plain"
-(no bias), and what that does not name that of "one_hot".
+[BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. A target without an entry takes the default's.
+A way without one takes another's: "uneven_rows" that of "rows", "plain_padded" that of "plain" (no
+bias), and "plain" that of "one_hot".
 """
 
 import functools
@@ -18,7 +18,7 @@ from samfast.kernels._common.windows import Windows
 TILES = Path(__file__).with_name("tiles.json")
 SMALL = 16  # lines and columns of a window, at most, where the bias enters by one-hot tiles
 NARROW_ROWS = 32  # up to this width, and where there are pads, lines have tiles of their own
-REGISTERS = 255  # of a thread; ptxas alone may stop earlier and spill
+REGISTERS = 255  # of a thread; without a bound ptxas may stop earlier and spill
 ALIGNED = 16  # elements; lines of rel_w start at multiples
 _WAYS = {
     "rows": ("rows",),

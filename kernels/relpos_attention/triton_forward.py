@@ -10,8 +10,8 @@ rows      keys of a tile lie in one line a of the map: the bias is a column of r
 one-hot   keys run through the window: rel_h and rel_w times tiles that are one at the line and at
           the column of each key. The factors are made in place. For windows of at most 16 by 16.
 
-Without a bias (REL = 0) there are no factors. Keys run through the window as with one-hot, and as
-one line where the window is a map that lies so.
+Without a bias (REL = 0) there are no factors. Keys run through the window as with one-hot. If the
+window is a map whose tokens lie as one line, they run as one line.
 
 Derivations, bytes and launches are in this folder's README.
 """

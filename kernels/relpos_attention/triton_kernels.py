@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Relative-position attention in Triton; see torch_path for what forward and backward compute.
 
-One launch for the forward and two for the backward, one more for float32 and two more where
-gradients of the tables are wanted. Windows larger than 16 by 16 take one more each way, for the
-factors of the bias. Without tables (None) there is no bias and none of its memory. Each sum is made
-by one program in one order, or of partials in a fixed order: no atomics, the same bits every time.
+The forward is one launch and the backward two. float32 takes one more, and gradients of the tables
+two more. Windows larger than 16 by 16 take one more each way, for the factors of the bias. Without
+tables (None) there is no bias, and it takes no memory. One program makes each sum in one order, or
+it is made of partials in a fixed order: no atomics, the same bits every time.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def missing(q, windows, tables=True) -> str | None:
     if tables and (short := _tables_missing(q, windows, tokens)) is not None:
         return short
     if tokens + windows.pads > MOST:
-        return f"{tokens} tokens and {windows.pads} pads of an image are more than int32 counts"
+        return f"{tokens} tokens and {windows.pads} pads of an image are more than int32 can count"
     return None
 
 
@@ -62,11 +62,11 @@ def _tables_missing(q, windows, tokens) -> str | None:
     if tokens * max(factor_terms(windows)) > MOST:
         return (
             f"{tokens} tokens in windows of {windows.height}×{windows.width} have more factors of "
-            "the bias than int32 counts"
+            "the bias than int32 can count"
         )
     rows = 2 * max(windows.height, windows.width) - 1
     if rows * q.shape[4] > MOST:
-        return f"a table of {rows} rows of {q.shape[4]} has more elements than int32 counts"
+        return f"a table of {rows} rows of {q.shape[4]} has more elements than int32 can count"
     return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention without a bias costs by its design: FLOP, bytes and launches."""
+"""FLOP, bytes and launches of attention without a bias, by design."""
 
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.lora_linear.costs import Stage

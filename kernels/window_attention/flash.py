@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's own flash attention, forward and backward, on tokens as they lie.
+"""torch's own flash attention, forward and backward, on tokens in their own layout.
 
 On a GPU it serves one window that is the whole map, in 16 bits. On a CPU it serves what the C++
 code does not take. No GPU has run it from here.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOP of the operators for torch's FLOP counter, which does not look into them.
 
-Importing registers the formulas: two products over all pairs of query and key forwards, five
-backwards. Queries are the image's tokens, keys include the padding.
+Importing registers the formulas: two products over all pairs of query and key in the forward, five
+in the backward. Queries are the image's tokens; keys include the padding.
 """
 
 import torch

@@ -116,23 +116,23 @@ def window_attention(
     qkv: (B, H, W, 3 · D), any strides   window: side, or (height, width); (H, W) is one global map
     out: (B, H, W, D) = softmax(scale · q kᵀ) v, over the keys of a token's window
 
-    cos, sin, pairs: q and k are turned first, as ``rope`` turns them in windows of this size
+    cos, sin, pairs: q and k are rotated first, as ``rope`` does in windows of this size
 
-    An image whose sides are no multiples of the window is padded at the bottom and right. Pads are
-    keys and values, never queries. Their row of qkv is pad_bias + pad_h @ pad_bᵀ, whose key is
-    turned by its own place in the window:
-    pad_bias: (3 · D,), the bias of the layer that made qkv; zeros where None
+    An image whose sides are not multiples of the window is padded at the bottom and right. Padding
+    tokens are keys and values, never queries. Their row of qkv is pad_bias + pad_h @ pad_bᵀ, whose
+    key is rotated by its own place in the window:
+    pad_bias: (3 · D,), the bias of the layer that made qkv; zeros if None
     pad_h: (B · pads, r), rows of the padding, image by image, line by line   pad_b: (3 · D, r)
 
-    scale: head_dim ** -0.5 where None.
-    Differentiable in qkv and pad_*. The result has qkv's dtype (the autocast dtype where autocast
-    is on); sums are float32 (float64 for float64). Logits are never all in memory: ``torch`` has
-    blocks of them on a GPU, in windows.
-    Saves qkv, out, one number per query and head, and pad_*: for ViT-B's 64×64 tokens in bfloat16
-    25.4 MB.
+    scale: head_dim ** -0.5 if None
+    Differentiable in qkv and pad_*. The result has qkv's dtype (the autocast dtype if autocast is
+    on). Sums are float32 (float64 for float64). Attention logits are never all in memory: on a GPU
+    ``torch`` materialises them block by block in windows.
+    Saves qkv, out, one number per query and head, and pad_*: 25.4 MB for ViT-B's 64×64 tokens in
+    bfloat16.
     A global map in 16 bits on a GPU runs torch's flash attention. Bits of its gradients repeat
     only under ``torch.use_deterministic_algorithms(True)``.
-    Raises ValueError when shapes or dtypes do not fit, RuntimeError when a backend asked for by
+    Raises ValueError when shapes or dtypes do not fit, and RuntimeError when a backend asked for by
     name cannot run.
 
     >>> qkv = torch.randn(2, 64, 64, 3 * 768)

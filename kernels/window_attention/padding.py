@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The padding's keys under a rotary embedding: rotated here, and their gradient rotated back.
 
-Keys of the image come rotated; those of the padding are made of their sources at each call. The
-padding is a few rows, so that plain aten calls serve.
+Keys of the image arrive rotated. Those of the padding are made from their sources at each call. The
+padding is only a few rows, so plain aten calls are enough.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _turns(turn) -> bool:
     cos, sin = turn
     if (cos is None) != (sin is None):
         given, lacking = ("pad_cos", "pad_sin") if sin is None else ("pad_sin", "pad_cos")
-        raise ValueError(f"{given} is given without {lacking}")
+        raise ValueError(f"{given} is given without {lacking}; pass both or neither")
     return cos is not None
 
 

@@ -59,8 +59,8 @@ def _flash_on_cpu(q: Tensor, windows: Windows) -> bool:
     """Whether torch's code for a CPU runs: in float32 and float64, without padding.
 
     It takes delta from rounded results. Gradients of the padding's sources are sums in which that
-    adds up to more than the error budget allows. In 16 bits it fails where torch was told to use
-    fewer instructions than the processor has (ATEN_CPU_CAPABILITY).
+    error exceeds the error budget. In 16 bits it fails if torch was told to use fewer instructions
+    than the processor has (ATEN_CPU_CAPABILITY).
     """
     wide = q.dtype in (torch.float32, torch.float64)
     return q.device.type == "cpu" and wide and windows.pads == 0

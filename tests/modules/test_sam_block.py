@@ -404,7 +404,7 @@ def test_bad_input_as_in_the_stock_block(change, autocast):
             r"has shape \(2, 42, 96\), but 2 heads need \(B, H, W, 3 · D\)",
         ),
         (lambda x: x[0], r"has shape \(6, 7, 96\), but 2 heads need \(B, H, W, 3 · D\)"),
-        (lambda x: x[:, :0], r"has shape \(2, 0, 7, 96\), a map without tokens"),
+        (lambda x: x[:, :0], r"has shape \(2, 0, 7, 96\), but H and W must be"),
     ],
     ids=["tokens", "one image", "no lines"],
 )

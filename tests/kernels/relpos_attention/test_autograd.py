@@ -76,7 +76,7 @@ BAD_MAPS = {
     "integer": (lambda q, k, v, h, w: (q, k, v, h.int(), w), "rel_pos_h is torch.int32"),
     "no tokens": (
         lambda q, k, v, h, w: (*(t[:, :, :0] for t in (q, k, v)), h, w),
-        "a map without tokens",
+        "no side may be 0",
     ),
 }
 

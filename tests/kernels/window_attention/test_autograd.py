@@ -96,7 +96,7 @@ BAD = {
     "half a factor": ({"pad_b": None}, "pad_h is given without pad_b"),
     "rows": ({"pad_h": torch.zeros(3, 2)}, r"pad_h has shape \(3, 2\), but the padding has 2 rows"),
     "dimensions": ({"qkv": torch.zeros(3, 2, 48)}, r"qkv has shape \(3, 2, 48\)"),
-    "no tokens": ({"qkv": torch.zeros(1, 0, 2, 48)}, "a map without tokens"),
+    "no tokens": ({"qkv": torch.zeros(1, 0, 2, 48)}, "but H and W must be at least 1"),
 }
 
 
