@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the branch costs on a GPU by its design: FLOP, bytes and launches of each stage.
+"""FLOP, bytes and launches of each stage of the branch on a GPU, by design.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 from samfast.kernels.lora_linear import costs as low_rank
@@ -31,10 +31,10 @@ def gradient_kernel(tokens, columns, ranks, **_) -> int:
 def stages(
     tokens: int, width: int, bottleneck: int, itemsize: int, inside: bool = False
 ) -> list[Stage]:
-    """Forward and backward of everything that is trained, x and base wanting gradients too.
+    """Forward and backward with everything trained, and gradients of x and base.
 
-    inside: a fused block, where lin2's bias takes b_up with it, x is made again, and its gradient
-        is added to one that is there
+    inside: a fused block, where lin2's bias includes b_up, x is made again, and its gradient is
+        added to an existing one
     """
     rows = itemsize * tokens * width
     product = low_rank.product(tokens, width, bottleneck)

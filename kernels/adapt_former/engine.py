@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The branch in its two halves: up to z, which this folder has, and from z on, lora_linear's.
+"""The branch in two halves: up to z in this folder, and from z on in lora_linear.
 
-``op`` puts them together beside any base, ``sam_block`` inside its own node.
+``op`` joins them next to any base; ``sam_block`` joins them inside its own node.
 """
 
 import torch
@@ -39,7 +39,7 @@ def supports(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> st
 
 
 def backend_of(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype) -> str:
-    """What runs the half up to z where the call asks for ``backend``."""
+    """The backend that runs the half up to z when the call asks for ``backend``."""
     return TABLE.choose(TABLE.part(backend), x.device, lambda b: supports(b, x, bottleneck, dtype))
 
 
@@ -48,7 +48,7 @@ def path_of(backend: str, x: Tensor, bottleneck: int, dtype: torch.dtype):
 
 
 def up_path_of(backend: str, z: Tensor, up: Tensor):
-    """Who multiplies by ``up`` (D, V)."""
+    """The path that multiplies by ``up`` (D, V)."""
     return engine_path_of(UP_TABLE.part(backend), z, up.t(), up, ())
 
 

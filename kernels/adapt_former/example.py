@@ -24,7 +24,7 @@ def missing(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 def run(backend: str, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
-    """A bottleneck of 16 with dropout beside a 7×7 map of width 96; the tensors of RESULTS."""
+    """A bottleneck of 16 with dropout, on a 7×7 map of width 96; the tensors of RESULTS."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape, divisor=1.0):

@@ -103,20 +103,20 @@ def adapt_former(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """AdaptFormer's branch beside an MLP (Chen et al. 2022), with the LayerNorm of SAM-COBOT.
+    """AdaptFormer's branch next to an MLP (Chen et al. 2022), with the LayerNorm of SAM-COBOT.
 
     x: (..., D)   base: (..., D), what the branch is added to, such as the MLP's result
     norm_weight, norm_bias, up_bias: (D,)   down: (V, D)   down_bias: (V,)   up: (D, V)
     out: (..., D) = base + drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up
 
-    dropout: probability of zeroing an element of the bottleneck (always on when above 0)
-    seed: int64 tensor of one element on x's device; drawn when dropout needs one and none is given
+    dropout: probability of zeroing an element of the bottleneck; applied whenever it is above 0
+    seed: int64 tensor of one element on x's device; drawn if dropout needs one and none is given
 
-    Products run in x's dtype, or the autocast dtype, and the result has base's if that is wider.
-    The other tensors may be of another dtype (they are meant to stay float32); their gradients
-    come in their own. Saves x and the bottleneck z, V numbers a token; no mask.
-    Raises ValueError when shapes, devices or dtypes do not fit, RuntimeError when a backend asked
-    for by name cannot run.
+    Products run in x's dtype, or in the autocast dtype. The result has base's dtype if that is
+    wider. The other tensors may have another dtype and are meant to stay float32; their gradients
+    have their dtype. Saves x and the bottleneck z, V numbers a token; no mask.
+    Raises ValueError when shapes, devices or dtypes do not fit, and RuntimeError when a backend
+    asked for by name cannot run.
     """
     side = (norm_weight, norm_bias, down, down_bias, up, up_bias)
     check_arguments(x, base, side, dropout, seed)
@@ -134,7 +134,7 @@ def adapt_former(
 
 
 def check_arguments(x, base, side, dropout, seed) -> None:
-    """Raise one sentence when the arguments do not chain."""
+    """Raise ValueError when the arguments do not fit together."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., D)")
     if base.shape != x.shape:
@@ -149,7 +149,7 @@ def check_arguments(x, base, side, dropout, seed) -> None:
 
 
 def check_side(width: int, side) -> None:
-    """Raise one sentence when the six tensors of the branch do not fit rows of that width."""
+    """Raise ValueError when the six tensors of the branch do not fit rows of that width."""
     down = side[2]
     if down.dim() != 2 or down.shape[1] != width or down.shape[0] == 0:
         raise ValueError(

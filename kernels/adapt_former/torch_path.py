@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The half of ``adapt_former`` before the up-projection in aten calls, for any device and dtype.
 
-x (tokens, D) of any dtype, z (tokens, V) and its gradient of the products' dtype. What follows z is
-the engine's: out += z upᵀ, and dz = dy up.
+x (tokens, D) has any dtype; z (tokens, V) and its gradient have the products' dtype. The engine
+does the rest: out += z upᵀ, and dz = dy up.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,10 @@ def low_backward(
     onto: Tensor | None, dz: Tensor, z: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
     down: Tensor, eps: float, dropout: float, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, norm_weight, norm_bias, down and down_bias, None where ``needs`` does not
-    want them.
+    """Gradients of x, norm_weight, norm_bias, down and down_bias; None where ``needs`` is False.
 
-    onto: a gradient of x that is there; x's is added to it in place
-    z > 0 tells what dropout and ReLU let through; a NaN passes, as in torch's ReLU.
+    onto: an existing gradient of x, to which this one is added in place
+    z > 0 shows what dropout and ReLU let through; a NaN passes, as in torch's ReLU.
     """
     dh = torch.ops.aten.threshold_backward(dz, z, 0)
     if dropout > 0.0:

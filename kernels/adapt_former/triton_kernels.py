@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The branch up to z as Triton launches: one forward, two or three backward; see torch_path.
 
-A program has a few whole rows and walks their columns twice, as the norms of sam_block do: for mean
-and variance, then for what is made of them. Weight gradients are partials of each program or, where
-these would be many, of chunks of rows in a launch of their own; the last launch adds them up in
+A program has a few whole rows and walks their columns twice, like the norms of sam_block: first for
+mean and variance, then for the results. Weight gradients are partials of each program. If there
+would be many, a separate launch makes partials of chunks of rows. The last launch adds them up in
 order. Derivations, bytes and launches are in this folder's README.
 """
 
