@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOP of the fold on a GPU, where a slice has rows of ``width`` numbers.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 

@@ -28,12 +28,12 @@ def supports(backend: str, c: Tensor, factor: Tensor) -> str | None:
     if c.shape[1] > triton_kernels.MAX_WIDTH:
         return f"rank {c.shape[1]} is above {triton_kernels.MAX_WIDTH}, the widest tile"
     if c.shape[2] ** 2 > 2**31 - 1:
-        return f"P of {c.shape[2]}×{c.shape[2]} slices has more elements than int32 counts"
+        return f"P of {c.shape[2]}×{c.shape[2]} slices has more elements than int32 can count"
     return None
 
 
 def fold_backend(backend: str, c: Tensor, factor: Tensor) -> str:
-    """What folds where the layer's products run on ``backend``."""
+    """The backend of the fold in a layer whose products run on ``backend``."""
     return TABLE.choose(TABLE.part(backend), c.device, lambda b: supports(b, c, factor))
 
 
@@ -81,17 +81,19 @@ def cobot_fold(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """SAM-COBOT's coefficients and hyper-complex heads, folded into factors of low rank.
 
-    Slice m of a model sends its bottleneck h (…, V) on as h K_m, K_m = diag(γ + (C P)[:, m]) W,
-    W the quaternion matrix of its head. Here K_m goes into the factor beside it, for N layers at
-    once, whose n slices each are the N·n ones from ``first`` on.
+    Slice m of a model multiplies its bottleneck h (…, V) by K_m = diag(γ + (C P)[:, m]) W, where W
+    is the quaternion matrix of its head. This folds K_m into the factor next to it, for N layers at
+    once. Each layer has n slices; they are the N·n slices from ``first`` on.
 
     c: (1, V, S)   p: (S, S)   gammas: N of (n·V,)   heads: N of (n, 4, V/4, V/4), the quarters
         r, i, j, k as (inputs, outputs)
-    factors: N of (n·R, V), a slice's B below another's -> B K_mᵀ; or with ``down``, n = 1, N of
+    factors: N of (n·R, V), the slices' B stacked -> B K_mᵀ; or with ``down``, n = 1, N of
         (V, R) -> K_mᵀ A, and biases, N of (V,) -> b K_m
     Returns the folded factors and the folded biases, () without ``down``, in their dtypes; sums
-    are at least float32. Saves nothing but its inputs. Source: SAM-COBOT, CVPR 2024.
-    Raises ValueError when shapes do not chain or slices are outside the relation matrix.
+    are at least float32. Saves only its inputs. Source: SAM-COBOT, CVPR 2024.
+    Raises ValueError when shapes do not fit or slices are outside the relation matrix.
+
+        folded, _ = cobot_fold(c, p, [gamma], [heads], [lora_b])
     """
     _check(c, p, gammas, heads, factors, biases, first, down)
     asked = backends.requested(backend)
@@ -114,7 +116,7 @@ def cobot_fold(
 def _check(c, p, gammas, heads, factors, biases, first, down) -> None:
     if c.dim() != 3 or c.shape[0] != 1 or c.shape[1] % 4 or c.shape[1] == 0:
         raise ValueError(
-            f"c has shape {tuple(c.shape)}, but must be (1, V, S) with a V that four divides"
+            f"c has shape {tuple(c.shape)}, but must be (1, V, S) with V a multiple of 4"
         )
     _, width, slices = c.shape
     if tuple(p.shape) != (slices, slices):
@@ -122,14 +124,16 @@ def _check(c, p, gammas, heads, factors, biases, first, down) -> None:
     counts = {len(gammas), len(heads), len(factors), len(biases) if down else len(gammas)}
     if len(counts) != 1 or not gammas or (biases and not down):
         raise ValueError(
-            f"{len(gammas)} gammas, {len(heads)} heads, {len(factors)} factors and "
-            f"{len(biases)} biases are not of the same layers"
+            "expected one gamma, head and factor for each layer, and a bias only with down=True, "
+            f"got {len(gammas)} gammas, {len(heads)} heads, {len(factors)} factors and "
+            f"{len(biases)} biases"
         )
     own = heads[0].shape[0]
     last = first + own * len(gammas)
     if first < 0 or last > slices:
         raise ValueError(
-            f"slices {first} to {last - 1} are not all inside a relation matrix of {slices}"
+            f"slices {first} to {last - 1} are outside the relation matrix p, which has slices 0 "
+            f"to {slices - 1}"
         )
     rows = factors[0].numel() // width
     shapes = {
@@ -146,9 +150,9 @@ def _check(c, p, gammas, heads, factors, biases, first, down) -> None:
                 raise ValueError(f"a {name} is on {t.device} but c is on {c.device}")
             if t.dtype != tensors[0].dtype:
                 raise ValueError(
-                    f"one {name} is {t.dtype} and another {tensors[0].dtype}; they must be alike"
+                    f"one {name} is {t.dtype} and another {tensors[0].dtype}; cast all to one dtype"
                 )
     if p.device != c.device:
         raise ValueError(f"p is on {p.device} but c is on {c.device}")
     if rows % own or (down and own != 1):
-        raise ValueError(f"a factor has {rows} rows, which are not those of {own} slices")
+        raise ValueError(f"a factor has {rows} rows, which {own} slices cannot share evenly")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fold and its gradient in aten calls over all slices at once, for any device and dtype.
 
-The fold is made in float32 (float64 for float64), its gradients in float64: they add up all rows of
-a factor to a few numbers. Layers come stacked: gammas (N, n·V), heads (N, n, 4, q, q) with q = V/4,
-factors (N, n·R, V), or (N, V, R) with ``down``, biases (N, V) or empty.
+The fold runs in float32 (float64 for float64). Its gradients run in float64, because they add up
+all rows of a factor to a few numbers. Layers come stacked: gammas (N, n·V), heads (N, n, 4, q, q)
+with q = V/4, factors (N, n·R, V), or (N, V, R) with ``down``, biases (N, V) or empty.
 """
 
 import torch

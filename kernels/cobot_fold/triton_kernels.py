@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fold as one Triton launch and its gradient as two; see torch_path for what each computes.
 
-The layers' tensors are gathered before, in one launch of the library. A program has one slice, its
-K in registers. Sums over the rows of a factor stay in one program, sums over slices are made by
-the second launch in their order: no atomics, the same bits every time.
+One launch of the library gathers the layers' tensors first. A program has one slice, with its K in
+registers. Sums over the rows of a factor stay in one program. The second launch sums over slices
+in order. There are no atomics, and the bits are the same every time.
 """
 
 import contextlib

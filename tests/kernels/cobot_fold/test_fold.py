@@ -140,7 +140,7 @@ def test_launches_and_syncs(case):
 
 def test_bad_input():
     c, p, gammas, heads, factors, _ = CASES[0].sources(torch.float32)
-    with pytest.raises(ValueError, match=r"slices 2 to 7 are not all inside a relation matrix of"):
+    with pytest.raises(ValueError, match=r"slices 2 to 7 are outside the relation matrix p"):
         cobot_fold(c, p, gammas, heads, factors, (), 2)
     with pytest.raises(ValueError, match=r"c has shape \(1, 3, 6\), but must be \(1, V, S\)"):
         cobot_fold(c[:, :3], p, gammas, heads, factors)
@@ -160,4 +160,4 @@ def test_what_the_kernels_count_in_int32():
     for slices, fits in ((46340, True), (46341, False)):
         sentence = supports("triton", factor[:1, :, None].expand(1, 8, slices), factor)
         assert (sentence is None) == fits
-    assert sentence == "P of 46341×46341 slices has more elements than int32 counts"
+    assert sentence == "P of 46341×46341 slices has more elements than int32 can count"
