@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What enlarging, shifting and shrinking read along one axis, as small banded matrices.
 
-The shrinking resample reads at most four enlarged positions per output, its phases; the 3×3
-convolution reads one position beside each, its taps; and each of those is a bicubic mean of four
-source values. Everything is a product of matrices that depend on the length and the ratio alone.
+The shrinking resample reads at most four enlarged positions per output, its phases. The 3×3
+convolution reads one position on each side of these, its taps. Each of those is a bicubic mean of
+four source values. Everything is a product of matrices that depend only on the length and ratio.
 """
 
 import functools

@@ -124,9 +124,11 @@ def conv_lora_linear(
     z_pad: (batch · pads, r), third with return_pads: h + E_e(h) on the windows' padding, where x
         and h are zeros; a pad's row of y is b + s · z_pad Bᵀ
 
-    top_k above 1 (a sum weighted by the gate) and formula="paper" (Σ G_i E_i without skip and
-    activation) are computed by the reference path alone.
+    Only the reference path computes top_k above 1 (a sum weighted by the gate) and formula="paper"
+    (Σ G_i E_i without skip and activation).
     Saves x, h, the update's z, one choice and r numbers a sample and 2·r·M numbers.
+    Raises ValueError when shapes or choices do not fit, and RuntimeError when a backend asked for
+    by name cannot run.
     """
     check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, None)
     small = {"expert_weight": expert_weight, "expert_bias": expert_bias, "w_gate": w_gate}
@@ -158,9 +160,9 @@ def conv_lora_linear(
 
 
 def _check_experts(x, rank, small, ratios, windows, top_k, formula) -> int:
-    """Raise one sentence where experts, gate, windows and choices do not fit; returns groups.
+    """Return groups; raise ValueError when experts, gate, windows or choices do not fit.
 
-    small: the tensors but those of the low-rank update, by name
+    small: the tensors by name, except those of the low-rank update
     """
     expert_weight, expert_bias, w_gate, w_noise, noise, expert_index = small.values()
     groups = rank if expert_weight.dim() == 5 and expert_weight.shape[2] == 1 else 1
@@ -176,9 +178,9 @@ def _check_experts(x, rank, small, ratios, windows, top_k, formula) -> int:
             f"w_gate has {w_gate.shape[1]} columns but there are {len(ratios)} experts"
         )
     if not 1 <= top_k <= len(ratios):
-        raise ValueError(f"top_k is {top_k}, but there are {len(ratios)} experts")
+        raise ValueError(f"top_k is {top_k}, but must be 1 to {len(ratios)}, the number of experts")
     if formula not in FORMULAS:
-        raise ValueError(f"formula is {formula!r}; known are {', '.join(FORMULAS)}")
+        raise ValueError(f"formula is {formula!r}; choose one of {', '.join(FORMULAS)}")
     return groups
 
 
@@ -186,7 +188,7 @@ def _literal(
     x, weight, bias, lora_a, lora_b, expert_weight, expert_bias, w_gate, w_noise, scaling, ratios,
     groups, windows, noise, expert_index, coefficient, dropout, seed, top_k, formula,
 ):  # fmt: skip
-    """Everything by autograd; the specification of the layer."""
+    """The specification of the layer, by plain autograd."""
     if expert_index is not None:
         op.check_index(expert_index, len(ratios))
     x = autocast_input(x)

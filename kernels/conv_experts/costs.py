@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Conv-LoRA adds to a LoRA layer by its design: FLOP, bytes and launches of the GPU path.
+"""What Conv-LoRA adds to a LoRA layer by design: FLOP, bytes and launches of the GPU path.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 from samfast.kernels._common.windows import Windows
@@ -29,7 +29,7 @@ def tile_flops(
 
 
 def forward_kernel(index_ptr, height, width, RATIOS, rank, DEPTHWISE, **_) -> int:
-    """Where each expert has as many samples: who has how many is known on the GPU only."""
+    """FLOP if all experts have the same number of samples; only the GPU knows how many each has."""
     return _mean(0, index_ptr, height, width, RATIOS, rank, DEPTHWISE)
 
 

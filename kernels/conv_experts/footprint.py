@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far one NaN or infinity of a map reaches, and how products with zeros are kept from more.
+"""How far one NaN or infinity of a map reaches, and how products with zeros do not spread it.
 
-A banded matrix times a line with a NaN is NaN everywhere, for zero times NaN is. So what is not
-finite is taken out before such products, and what it reaches becomes NaN behind them. Along both
-axes an output reads the sources at most ``reach`` away, and what a source does to the gradients is
-seen at most ``twice`` away: by a source that shares a point with it. Every source within is read.
+Zero times NaN is NaN, so a banded matrix times a line with a NaN is NaN everywhere. Values that are
+not finite are therefore taken out before such products, and what they reach becomes NaN afterwards.
+Along both axes an output reads sources at most ``reach`` away. A source affects gradients at most
+``twice`` away: those of sources that share a point with it. Every source within is read.
 """
 
 import functools
@@ -31,8 +31,10 @@ def twice(ratio: int) -> int:
 
 
 def finite(t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """t with zeros for what is not finite, and where that is; None where it is seen to be nowhere,
-    on a CPU, for a GPU would be waited for."""
+    """t with zeros for what is not finite, and where that is.
+
+    On a CPU the mask is None if everything is finite. On a GPU that check would wait for the GPU.
+    """
     if t.device.type == "cpu" and t.sum().isfinite():
         return t, None
     broken = ~t.isfinite()

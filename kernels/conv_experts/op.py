@@ -105,7 +105,7 @@ def conv_experts(
     groups: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Each sample through one convolution at one scale (Conv-LoRA, Zhong et al. 2024).
+    """Send each sample through one convolution at one scale (Conv-LoRA, Zhong et al. 2024).
 
     h: (N, H, W, r)   weight: (M, r, r / groups, 3, 3)   bias: (M, r)
     expert_index: (N,) int64, the expert of each sample   ratios: M whole numbers of at least 1
@@ -115,9 +115,11 @@ def conv_experts(
     groups: 1, or r for depthwise experts. activation: "gelu" or "none".
     The result has h's dtype; arithmetic is float32 (float64 for float64). The enlarged map never
     exists: only the points that the shrinking reads are computed.
-    Saves h and expert_index. Raises ValueError when shapes, ratios or choices do not fit (choices
-    on a GPU are not read back: a sample with one out of range becomes NaN), RuntimeError when a
-    backend asked for by name cannot run.
+    Saves h and expert_index. Raises ValueError when shapes, ratios or choices do not fit, and
+    RuntimeError when a backend asked for by name cannot run. Choices on a GPU are not read back: a
+    sample whose choice is out of range becomes NaN.
+
+        z = conv_experts(h, weight, bias, expert_index, ratios=range(1, 9))
     """
     check_experts(h.shape[-1] if h.dim() else 0, weight, bias, ratios, groups)
     if h.dim() != 4:
@@ -128,11 +130,11 @@ def conv_experts(
             f"{expert_index.dtype} {tuple(expert_index.shape)}"
         )
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
     check_devices({"h": h, "weight": weight, "bias": bias, "expert_index": expert_index})
     check_dtypes({"h": h})
     if 0 in h.shape[1:3]:
-        raise ValueError(f"h has shape {tuple(h.shape)}, a map without pixels")
+        raise ValueError(f"h has shape {tuple(h.shape)}, but H and W must be at least 1")
     if backends.requested(backend) == "reference":
         check_index(expert_index, len(ratios))
         with without_autocast(h.device.type):
@@ -149,7 +151,7 @@ def conv_experts(
 
 
 def check_experts(rank: int, weight: Tensor, bias: Tensor, ratios, groups: int) -> None:
-    """Raise one sentence when the experts' sizes do not chain."""
+    """Raise ValueError when the experts' sizes do not fit together."""
     if groups not in (1, rank):
         raise ValueError(f"groups is {groups}, but must be 1 or the rank {rank}")
     if weight.dim() != 5 or tuple(weight.shape[1:]) != (rank, rank // max(groups, 1), 3, 3):
@@ -165,7 +167,8 @@ def check_experts(rank: int, weight: Tensor, bias: Tensor, ratios, groups: int) 
         )
     if len(ratios) != experts:
         raise ValueError(
-            f"ratios {tuple(ratios)} are {len(ratios)} but weight has {experts} experts"
+            f"expected {experts} ratios, one for each expert of weight, got {len(ratios)}: "
+            f"{tuple(ratios)}"
         )
     for ratio in ratios:
         if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
@@ -175,7 +178,7 @@ def check_experts(rank: int, weight: Tensor, bias: Tensor, ratios, groups: int) 
 
 
 def check_index(index: Tensor, experts: int) -> None:
-    """Raise ValueError for a choice that is no expert; looks at the values, so on a CPU only."""
+    """Raise ValueError when a choice is not an expert; reads the values, so only on a CPU."""
     if index.numel() == 0 or index.device.type != "cpu":
         return
     values = index.detach().numpy()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one NaN or infinity reaches, see footprint.py. The products of a tile leave it out; where
-there is one, which is rare, its footprint becomes NaN behind them."""
+"""What one NaN or infinity reaches, see footprint.py. The products of a tile leave it out. If there
+is one, which is rare, its footprint becomes NaN afterwards."""
 
 import triton
 import triton.language as tl

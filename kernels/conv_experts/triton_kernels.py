@@ -43,7 +43,7 @@ MAX_EXPERTS = 64  # the ratio is picked by one comparison for each expert
 SOURCE = 16  # sources of a tile along an axis
 NARROW = 16  # a map up to this size is one tile that needs no halo
 TILE, HALO = 8, 4  # else outputs of a tile along an axis, and sources before them (3 are read)
-REGISTERS = {2: 128, 4: 160}  # of a thread at most, by bytes of an element; ptxas alone would spill
+REGISTERS = {2: 128, 4: 160}  # a thread at most, by bytes of an element; ptxas spills without
 DH_COPIES = 4  # gradients of h in scratch, for each element of h, at most
 
 
