@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOP of the gate's products on a GPU; what a function named after a kernel takes is a launch's
-arguments."""
+"""FLOP of the gate's products on a GPU.
+
+A function named after a kernel returns the FLOP of one launch, from its arguments."""
 
 
 def gate(samples: int, rank: int, experts: int, noisy: bool = True) -> int:

@@ -94,10 +94,13 @@ def expert_gate(
         h over its pixels; without noise outside training
     loss: () = coefficient · (CV²(importance) + CV²(load)), CV² = unbiased variance / mean²
 
-    noise: (N, M) standard normal; drawn with ``generator`` when training and None is given.
-    expert_index: a choice made by the caller, returned as it is.
-    All arithmetic is at least float32. The choice has no gradient, the loss has one in training.
-    Saves the loss's gradient, N·r + 2·r·M numbers. Raises ValueError when shapes do not chain.
+    noise: (N, M) standard normal; in training drawn with ``generator`` if None
+    expert_index: a choice made by the caller, returned unchanged
+    All arithmetic is at least float32. The choice has no gradient; the loss has one in training.
+    Saves the loss's gradient, N·r + 2·r·M numbers. Raises ValueError when shapes do not fit, and
+    RuntimeError when a backend asked for by name cannot run.
+
+        expert_index, loss = expert_gate(h, w_gate, w_noise, training=True)
     """
     if h.dim() != 4 or 0 in h.shape[1:]:
         raise ValueError(f"h has shape {tuple(h.shape)}, but must be (N, H, W, rank) with pixels")
@@ -134,7 +137,7 @@ def usable_noise(noise: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def check_gate(samples, rank, w_gate, w_noise, noise, expert_index) -> None:
-    """Raise one sentence when the gate's sizes do not chain."""
+    """Raise ValueError when the gate's sizes do not fit together."""
     for name, t in (("w_gate", w_gate), ("w_noise", w_noise)):
         if t.dim() != 2 or t.shape[0] != rank or t.shape != w_gate.shape or t.shape[1] == 0:
             raise ValueError(

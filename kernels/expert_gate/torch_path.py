@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate in aten calls, for any device: choice, balancing loss and the loss's gradient at once.
 
-The loss is a function of few numbers, so its gradient is made with it and saved in place of
-everything that a later backward would need.
+The loss is a function of few numbers. Its gradient is made with it and saved in place of everything
+that a later backward would need.
 """
 
 import torch

@@ -2,9 +2,9 @@
 """``expert_gate`` as two Triton launches: a pool per sample, then everything else in one program.
 
 The balancing loss couples all samples through sums over them, so one program walks over the samples
-twice: for the choices and the sums, and, once the loss's slope is known, for its gradient. Samples
-and experts are few, up to MAX_TOGETHER samples are one tile, and walking in order makes every sum
-the same each time.
+twice. The first walk makes the choices and the sums, the second the loss's gradient. There are few
+samples and experts; up to MAX_TOGETHER samples are one tile. Walking in order makes every sum the
+same each time.
 """
 
 import contextlib
