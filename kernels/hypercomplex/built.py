@@ -36,7 +36,7 @@ def supports(
     if (wide := double(**named)) is not None:
         return wide
     if (elements := weights.shape[1] * weights.shape[2]) >= MAX_ELEMENTS:
-        return f"weights are of {elements} elements, but the kernels count less than {MAX_ELEMENTS}"
+        return f"weights have {elements} elements, but the kernels take fewer than {MAX_ELEMENTS}"
     if backend == "cuda":
         from samfast.kernels.hypercomplex import cuda_path
 
@@ -159,7 +159,7 @@ def _rows(t):
 
 
 def check_parts(rules: Tensor, weights: Tensor) -> None:
-    """Raise one sentence when rules (m, n, n) do not go with weights (m, P, Q)."""
+    """Raise ValueError when rules (m, n, n) do not fit weights (m, P, Q)."""
     if rules.dim() != 3 or rules.shape[1] != rules.shape[2] or 0 in rules.shape:
         raise ValueError(f"rules has shape {tuple(rules.shape)}, but must be (terms, n, n)")
     if weights.dim() != 3 or 0 in weights.shape or weights.shape[0] != rules.shape[0]:
@@ -170,13 +170,13 @@ def check_parts(rules: Tensor, weights: Tensor) -> None:
 
 
 def check_linear(x, rules, part, bias, base) -> None:
-    """Raise one sentence when x, bias and base do not go with weights whose parts are (P, Q)."""
+    """Raise ValueError when x, bias and base do not fit weights whose parts are (P, Q)."""
     n = rules.shape[1]
     outputs, inputs = n * part[0], n * part[1]
     if x.dim() == 0:
         raise ValueError("x is a single number, but must be (..., features)")
     if x.shape[-1] % n:
-        raise ValueError(f"x has {x.shape[-1]} features, which n = {n} does not divide")
+        raise ValueError(f"x has {x.shape[-1]} features, but must have a multiple of n = {n}")
     if x.shape[-1] != inputs:
         raise ValueError(f"x has shape {tuple(x.shape)} but rules and weights take {inputs} inputs")
     if bias is not None and tuple(bias.shape) != (outputs,):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages cost by their design: FLOP, bytes and launches of the GPU path.
+"""FLOP, bytes and launches of each stage of the GPU path, by design.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 from samfast.kernels.lora_linear.costs import Stage
@@ -77,8 +77,8 @@ def token(
 ) -> tuple[int, int]:
     """Multiply-adds a token of a step with factored weights: by LoRA's products, and built.
 
-    base: None without one, otherwise whether it is trained; one that is frozen needs no gradient
-    of the whole matrix unless the update is part of it. What is once a call is not counted.
+    base: None without one, otherwise whether it is trained. A frozen one needs no gradient of the
+    whole matrix unless the update is part of it. What happens once a call is not counted.
     """
     whole, low = out * features, terms * n * rank * (features + out)
     beside = 0 if base is None else (3 if base else 2) * whole
@@ -90,7 +90,7 @@ def factors(features: int, out: int, n: int, terms: int, rank: int) -> list[Stag
     width = terms * n * rank
     parts = terms * (n * n + rank * (features + out) // n)
     made = _SINGLE * width * (features + out)
-    read = _SINGLE * width * (features // n + 2 * out)  # of dA the blocks on the diagonal alone
+    read = _SINGLE * width * (features // n + 2 * out)  # of dA only the blocks on the diagonal
     return [
         Stage("factors", width * out, _SINGLE * parts + made, 1),
         Stage("their gradients", 4 * width * out, 2 * _SINGLE * parts + read, 1),

@@ -18,8 +18,8 @@ from samfast.kernels.lora_linear.op import lora_linear
 def by_factors(rules: Tensor, left: Tensor, right: Tensor, base: Tensor | None = None) -> bool:
     """Whether two products of rank m · n · k take fewer FLOP a token than one with the matrix.
 
-    It depends on sizes and on which tensors are trained alone, so that any number of tokens, with
-    and without autograd, gets the same products.
+    It depends only on sizes and on which tensors are trained. So any number of tokens gets the same
+    products, with and without autograd.
     """
     (terms, n, _), (_, rows, rank), columns = rules.shape, left.shape, right.shape[1]
     trained = None if base is None else base.requires_grad

@@ -32,14 +32,14 @@ def supports(
     """
     missing = TABLE.missing(backend, device, **{"the factors": dtype})
     if missing is None and backend == "triton" and elements >= MAX_ELEMENTS:
-        return f"a factor has {elements} elements, but the kernels count less than {MAX_ELEMENTS}"
+        return f"a factor has {elements} elements, but the kernels take fewer than {MAX_ELEMENTS}"
     return missing
 
 
 def factors_backend(
     backend: str, device: torch.device, dtype: torch.dtype, elements: int = 0
 ) -> str:
-    """What makes the factors where the layer around them runs on ``backend``."""
+    """The backend of the factors in a layer that runs on ``backend``."""
     return TABLE.choose(TABLE.part(backend), device, lambda b: supports(b, device, dtype, elements))
 
 
@@ -99,11 +99,13 @@ def kronecker_factors(
     """Factors of Σ_i rules_i ⊗ (left_i right_iᵀ), so that plain LoRA runs it.
 
     rules: (m, n, n)   left: (m, P, k)   right: (m, Q, k)
-    lora_a: (m · n · k, n · Q) = the blocks of I_n ⊗ right_iᵀ below each other
-    lora_b: (n · P, m · n · k) = the blocks rules_i ⊗ left_i beside each other
-    lora_b @ lora_a = Σ_i rules_i ⊗ (left_i right_iᵀ), of the widest of the three dtypes
+    lora_a: (m · n · k, n · Q) = the blocks I_n ⊗ right_iᵀ stacked
+    lora_b: (n · P, m · n · k) = the blocks rules_i ⊗ left_i side by side
+    lora_b @ lora_a = Σ_i rules_i ⊗ (left_i right_iᵀ), in the widest of the three dtypes
 
-    Saves its inputs. Raises ValueError when the shapes do not chain.
+    Saves its inputs. Raises ValueError when the shapes do not fit.
+
+        lora_a, lora_b = kronecker_factors(rules, left, right)
     """
     check_factors(rules, left, right)
     if backends.requested(backend) == "reference":
@@ -114,7 +116,7 @@ def kronecker_factors(
 
 
 def check_factors(rules: Tensor, left: Tensor, right: Tensor) -> None:
-    """Raise one sentence when the three do not chain."""
+    """Raise ValueError when the three do not fit together."""
     if rules.dim() != 3 or rules.shape[1] != rules.shape[2] or 0 in rules.shape:
         raise ValueError(f"rules has shape {tuple(rules.shape)}, but must be (terms, n, n)")
     terms = rules.shape[0]

@@ -29,17 +29,19 @@ def hypercomplex_linear(
     base: (n · P, n · Q) or None
     out: (..., n · P) = x (base + scaling · Σ_i rules_i ⊗ weights_i)ᵀ + bias
 
-    m = n is PHM, m = n = 4 with fixed rules a quaternion layer, m = 1 beside a frozen base KronA,
-    ΔW = scaling · (A ⊗ B) with rules A[None] and weights B[None].
+    m = n is PHM. m = n = 4 with fixed rules is a quaternion layer. m = 1 with a frozen base is
+    KronA, ΔW = scaling · (A ⊗ B) with rules A[None] and weights B[None].
     weights as a pair (left (m, P, k), right (m, Q, k)) is weights_i = left_i right_iᵀ (Compacter,
-    Mahabadi et al. 2021). Where that is fewer FLOP a token it runs as two products of rank
-    m · n · k, no matrix is made, and x, their bottleneck and both factors are saved; where not,
+    Mahabadi et al. 2021). If that takes fewer FLOP a token, it runs as two products of rank
+    m · n · k: no matrix is made, and x, their bottleneck and both factors are saved. Otherwise
     weights are made and saved with x.
-    The result has x's dtype, or the autocast dtype; the matrix is summed in float32 (float64 for
+    The result has x's dtype, or the autocast dtype. The matrix is summed in float32 (float64 for
     float64), rounded once to that dtype for the product, and never kept. Rules, weights, base and
-    bias may be of other dtypes than x; their gradients come in their own.
-    Saves x and the parameters. Raises ValueError when shapes or dtypes do not fit, RuntimeError
+    bias may have other dtypes than x; their gradients have their dtype.
+    Saves x and the parameters. Raises ValueError when shapes or dtypes do not fit, and RuntimeError
     when a backend asked for by name cannot run.
+
+        y = hypercomplex_linear(x, rules, weights)
     """
     if isinstance(weights, (tuple, list)):
         left, right = check_pair(weights)
@@ -68,7 +70,8 @@ def kronecker_weight(
 
     rules: (m, n, n)   weights: (m, P, Q), or a pair (left (m, P, k), right (m, Q, k)) for
         weights_i = left_i right_iᵀ
-    Saves rules and weights. Raises ValueError when the shapes do not chain.
+    Saves rules and weights. Raises ValueError when the shapes do not fit, and RuntimeError when a
+    backend asked for by name cannot run.
     """
     if isinstance(weights, (tuple, list)):
         left, right = check_pair(weights)
@@ -86,7 +89,7 @@ def kronecker_weight(
 
 
 def check_pair(weights) -> tuple[Tensor, Tensor]:
-    """Raise one sentence when these are not the two factors of weights."""
+    """Raise ValueError when these are not the two factors of weights."""
     if len(weights) != 2 or not all(isinstance(t, Tensor) for t in weights):
         raise ValueError(
             f"weights is a {type(weights).__name__} of {len(weights)}, but must be a tensor or the "

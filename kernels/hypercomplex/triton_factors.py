@@ -2,8 +2,8 @@
 """``kronecker_factors`` in Triton: one launch each way.
 
 Either launch has programs of several kinds, told apart by their number: for lora_a and for lora_b,
-and for each of the three gradients. Every sum is made by one program in a fixed order. Elements are
-counted in 32 bits, for dividing in 64 is a call; rows are made wide before they meet a stride.
+and for each of the three gradients. One program makes each sum, in a fixed order. Elements are
+counted in 32 bits, because a 64-bit division is a call. Rows are widened before they meet a stride.
 """
 
 import contextlib

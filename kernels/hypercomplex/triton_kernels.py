@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two passes in Triton: H in one launch, and both gradients in two.
 
-H has n · n cells of P × Q positions each. A program has some positions and goes through cells: of
-the weights it then reads each element once, of H and dH too. What it finds for drules it writes
-apart; the second launch adds that up in a fixed order.
+H has n · n cells of P × Q positions each. A program has some positions and goes through cells, so
+it reads each element of the weights, of H and of dH once. It writes its share of drules separately;
+the second launch adds the shares up in a fixed order.
 """
 
 import contextlib

@@ -21,7 +21,7 @@ def call(**changes):
         ({"rules": torch.zeros(0, 4, 4)}, r"rules has shape \(0, 4, 4\), but must be"),
         ({"weights": torch.zeros(3, 3, 2)}, r"\(3, 3, 2\), but rules \(4, 4, 4\) needs \(4, out"),
         ({"weights": torch.zeros(4, 3, 0)}, r"weights has shape \(4, 3, 0\), but rules"),
-        ({"x": torch.zeros(3, 10)}, "x has 10 features, which n = 4 does not divide"),
+        ({"x": torch.zeros(3, 10)}, "x has 10 features, but must have a multiple of n = 4"),
         ({"x": torch.zeros(3, 12)}, r"x has shape \(3, 12\) but rules and weights take 8 inputs"),
         ({"x": torch.tensor(1.0)}, "x is a single number, but must be"),
         ({"bias": torch.zeros(8)}, r"bias has shape \(8,\) but there are 12 outputs"),
