@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages of lora_linear cost by their design: FLOP, bytes and launches of the GPU path.
+"""FLOP, bytes and launches of each stage of lora_linear on a GPU, by design.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def own_launches(stages: list[Stage], *others: str) -> int:
 
 
 def frozen(tokens: int, features: int, out: int, itemsize: int) -> list[Stage]:
-    """Forward and input gradient of the frozen layer alone."""
+    """Forward and input gradient of only the frozen layer."""
     flops = 2 * tokens * features * out
     moved = itemsize * (tokens * features + features * out + tokens * out)
     return [Stage("y = x Wᵀ + b", flops, moved, 1, True), Stage("dx = dy W", flops, moved, 1, True)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """y = x Wᵀ + b + s · f(x Aᵀ) Bᵀ and its gradients, around the library's GEMM.
 
-A path (torch_path, cpu_path, triton_path) gives the four rank-r stages, a middle map gives f.
-Frozen weights of another dtype are cast to x's for the GEMM and never kept.
+A path (torch_path, cpu_path, triton_kernels) has the four rank-r stages; a middle map has f.
+Frozen weights of another dtype are cast to x's dtype for the GEMM. The cast is never kept.
 """
 
 import math
@@ -26,8 +26,8 @@ def chunks_at_a_time(chunks: int, of_one: int) -> int:
 class Sums:
     """Gradients of weights whose partial sums over chunks of rows wait to be added up.
 
-    A launch that adds up something else takes some of them along. One has its values only after
-    that, or after ``finish``. A path that adds up at once leaves this empty.
+    A launch that adds up something else also adds up some of these. A gradient has its values only
+    after that, or after ``finish``. A path that adds up at once leaves this empty.
     """
 
     def __init__(self):

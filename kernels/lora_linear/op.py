@@ -147,14 +147,16 @@ def lora_linear(
     slices: column ranges (start, stop) of equal length L that get the update, such as q and v of a
         packed qkv. lora_b is then (n·L, rank), and lora_a (n·rank, in_features), one factor for
         each slice, or (rank, in_features), shared by all.
-    dropout: probability of zeroing an element of x on its way to lora_a (always on when above 0).
-    seed: int64 tensor of one element on x's device; drawn when dropout needs one and none is given.
+    dropout: probability of zeroing an element of x before lora_a; applied whenever it is above 0.
+    seed: int64 tensor of one element on x's device; drawn if dropout needs one and none is given.
 
-    The result has x's dtype, or the autocast dtype. lora_a and lora_b may be of another dtype than
-    x (they are meant to stay float32); their gradients come in their own dtype.
-    Saves x and h = drop(x) @ lora_a.T, nothing else: no mask, no cast weight.
-    Raises ValueError when shapes or dtypes do not fit, RuntimeError when a backend asked for by
+    The result has x's dtype, or the autocast dtype. lora_a and lora_b may have another dtype than x
+    and are meant to stay float32; their gradients have their dtype.
+    Saves only x and h = drop(x) @ lora_a.T: no mask, no cast weight.
+    Raises ValueError when shapes or dtypes do not fit, and RuntimeError when a backend asked for by
     name cannot run.
+
+        y = lora_linear(x, weight, bias, lora_a, lora_b, scaling=1.0)
     """
     own = check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices)
     if backends.requested(backend) == "reference":
@@ -174,9 +176,9 @@ def lora_linear(
 
 
 def check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices, middle=None) -> bool:
-    """Raise one sentence when the arguments do not chain; True when slices have their own A.
+    """Raise ValueError when the arguments do not fit together; True when slices have their own A.
 
-    middle: (ranks in, ranks out) of a middle map between lora_a and lora_b, which then share it
+    middle: (ranks in, ranks out) of a middle map between lora_a and lora_b, which all slices share
     """
     for name, t in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if t.dim() != 2:
@@ -200,8 +202,8 @@ def check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices, midd
     if middle is not None:
         if (lora_a.shape[0], rank) != tuple(middle):
             raise ValueError(
-                f"lora_a has rank {lora_a.shape[0]} and lora_b has rank {rank}, but the map "
-                f"between them is {' x '.join(map(str, middle))}"
+                f"expected lora_a of rank {middle[0]} and lora_b of rank {middle[1]}, as the map "
+                f"between them has, got ranks {lora_a.shape[0]} and {rank}"
             )
         lora_a = lora_a[:1].expand(rank, -1)
     if slices is None:

@@ -3,7 +3,7 @@
 
 x (tokens, D), lora_a (R, D), h = drop(x) Aᵀ (tokens, R), z (tokens, Z), lora_b (n·L, r),
 y and dy (tokens, O). ``slices`` describes which columns of y the rows of lora_b update.
-Gradients of weights may wait in ``sums`` (engine.Sums); here they never do.
+Gradients of weights may wait in ``sums`` (engine.Sums); on this path they never do.
 """
 
 import torch
@@ -49,7 +49,7 @@ def down_backward_(dx, dh, x, lora_a, dropout, seed, sums=None):
 
 
 def _dropped(x, dropout, seed):
-    """drop(x); the mask is drawn in int64, many times x's size for a moment and then gone."""
+    """drop(x); the mask is drawn in int64, which briefly takes many times x's memory."""
     if dropout == 0.0:
         return x
     return x * keep_mask(seed, *x.shape, dropout) / (1.0 - dropout)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The four rank-r stages of the engine as Triton kernels; see torch_path for what each computes.
 
-Sums over rows are made per chunk of rows (or per block of columns), written as partials and added
-in a fixed order by a second launch: no atomics, the same bits every time. The chunks depend on the
-sizes alone. Where partials would take too much memory both launches repeat, some chunks at a time.
-Derivations, bytes and launches are in this folder's README.
+A first launch sums over rows per chunk of rows (or per block of columns) and writes partials. A
+second launch adds them in a fixed order: no atomics, the same bits every time. The chunks depend
+only on the sizes. If partials would take too much memory, both launches repeat, some chunks at a
+time. Derivations, bytes and launches are in this folder's README.
 """
 
 import contextlib
