@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rotation costs by its design: FLOP, bytes and launches of the GPU path.
+"""FLOP, bytes and launches of the rotation on a GPU, by design.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 from samfast.kernels.lora_linear.costs import Stage

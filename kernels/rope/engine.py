@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotate q and k where they lie. ``op`` does so in a copy, ``sam_block`` inside its own node."""
+"""Rotate q and k in place. ``op`` rotates a copy; ``sam_block`` rotates inside its own node."""
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def supports(backend: str, t: Tensor) -> str | None:
 
 
 def path_of(backend: str, t: Tensor):
-    """What rotates t where the call asks for ``backend``."""
+    """The path that rotates t when the call asks for ``backend``."""
     return TABLE.path(TABLE.part(backend), t.device, lambda b: supports(b, t))
 
 
@@ -47,21 +47,23 @@ def rotate_(
 ) -> None:
     """Rotate t in place: (a, b) becomes (a cos − b sin, b cos + a sin) in every pair.
 
-    t: (B, H, W, n, heads, head_dim), any strides but 1 of the last dimension
+    t: (B, H, W, n, heads, head_dim), any strides, except that the last must be 1
     cos, sin: (height · width, head_dim / 2), any strides, float32 (float64 for float64); token
         (y, x) has row (y % height) · width + x % width
     halves: pairs are features i and i + head_dim / 2, else 2 i and 2 i + 1
     inverse: sin is negated
 
     Arithmetic is float32 (float64 for float64), rounded once to t's dtype. Saves nothing: the
-    backward is the same call with ``inverse`` turned. Raises ValueError when shapes, strides,
-    dtypes or devices do not fit, RuntimeError when a backend asked for by name cannot run.
+    backward is the same call with ``inverse`` flipped. Raises ValueError when shapes, strides,
+    dtypes or devices do not fit, and RuntimeError when a backend asked for by name cannot run.
 
         rotate_("auto", qkv[:, :, :, :2], cos, sin, windows, halves=False, inverse=False)
     """
     check(t, cos, sin, windows)
     if t.stride(-1) != 1:
-        raise ValueError(f"t has stride {t.stride(-1)} in its last dimension, but must have 1")
+        raise ValueError(
+            f"t has stride {t.stride(-1)} in its last dimension, but must have 1; pass a dense t"
+        )
     if 0 in [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1]:
         raise ValueError(
             f"t has strides {t.stride()}, which hold several elements in one place; rotate a copy"
@@ -70,7 +72,7 @@ def rotate_(
 
 
 def check(t: Tensor, cos: Tensor, sin: Tensor, windows: Windows) -> None:
-    """Raise one sentence when the tables are not those of t in these windows."""
+    """Raise ValueError when the tables do not fit t in these windows."""
     size = windows.batch, windows.image_height, windows.image_width
     if t.dim() != 6 or t.shape[:3] != size or t.shape[5] % 2 or t.shape[5] == 0:
         raise ValueError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOP of the operators for torch's FLOP counter, which does not look into them.
 
-Importing registers the formulas: six for each pair that is rotated. torch itself counts no
-arithmetic of this kind, so a stock model's rotation counts nothing.
+Importing registers the formulas: six FLOP for each pair that is rotated. torch does not count such
+arithmetic, so a stock model's rotation counts nothing.
 """
 
 import torch

@@ -69,7 +69,7 @@ def rope(
     parts: int = 2,
     backend: str = "auto",
 ) -> Tensor:
-    """Rotary position embedding of q and k in packed qkv (Su et al. 2021), as SAM 3 has it.
+    """Rotary position embedding of q and k in packed qkv (Su et al. 2021), as in SAM 3.
 
     qkv: (B, H, W, 3 · D), any strides, D = heads · head_dim with an even head_dim
     cos, sin: (height · width, head_dim / 2), any strides, float32 (float64 for float64 qkv), of the
@@ -83,9 +83,9 @@ def rope(
         i + head_dim / 2 of a head (DINOv3)
     parts: 1 rotates q, 2 q and k, 3 all
 
-    The result has qkv's dtype, under autocast too. Arithmetic is float32 (float64 for float64),
-    rounded once. Differentiable in qkv; saves the tables only, 8 bytes for each position and pair.
-    Raises ValueError when shapes, dtypes or devices do not fit or a table requires a gradient,
+    The result has qkv's dtype, also under autocast. Arithmetic is float32 (float64 for float64),
+    rounded once. Differentiable in qkv; saves only the tables, 8 bytes for each position and pair.
+    Raises ValueError when shapes, dtypes or devices do not fit or a table requires a gradient, and
     RuntimeError when a backend asked for by name cannot run.
 
         cos, sin = axial_tables(24, 24, 64)

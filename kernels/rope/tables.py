@@ -66,13 +66,13 @@ def tables_of(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of a model's own tables, (L, head_dim / 2), as views: nothing is copied.
 
-    freqs alone: (L, head_dim / 2) complex64, cos + i sin, as facebookresearch/sam3 keeps them
-    freqs and sin: cos and sin, (L, head_dim), as Hugging Face gives them. Each value is there
+    freqs without sin: (L, head_dim / 2) complex64, cos + i sin, as facebookresearch/sam3 keeps them
+    freqs and sin: cos and sin, (L, head_dim), as Hugging Face gives them. Each value appears
         twice, side by side for "interleaved" (Sam3) and head_dim / 2 apart for "halves" (DINOv3).
     A leading dimension of 1 is dropped.
 
-    check: compare both copies of each value, so that tables of the other kind are refused. It
-        reads them, and a GPU waits; pass False for tables that were checked before.
+    check: compare both copies of each value, so that tables of the other kind are refused. This
+        reads them and synchronises with a GPU; pass False for tables that were checked before.
     Raises ValueError when shapes, dtypes or values are not of either form.
 
         cos, sin = tables_of(attention.freqs_cis)

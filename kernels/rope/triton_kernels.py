@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rotation as one Triton launch, in place or from one tensor to another.
 
-A program has a token and BLOCK_R of its rows, the heads of q and k, which share the token's row of
-the tables. It reads all it writes before it writes. A token's place in its window is index
-arithmetic on the program's number.
+A program has a token and BLOCK_R of its rows. Rows are the heads of q and k; they share the token's
+row of the tables. A program reads everything that it writes before it writes. A token's place in
+its window is index arithmetic on the program's number.
 """
 
 import contextlib
