@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block's attention, of one of KINDS, in both directions.
 
-relpos adds relative positions to the logits; rope turns q and k by their places in the window, in
-qkv's own memory, and turns their gradients back; plain does neither.
+relpos adds relative positions to the logits. rope rotates q and k by their places in the window, in
+qkv's own memory, and rotates their gradients back. plain does neither.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Attention:
         self.rotary_backend = ROPE.part(backend)
 
     def rotate_(self, qkv: Tensor, inverse: bool = False) -> None:
-        """Turn q and k, or their gradients back, where the kind is rope."""
+        """Rotate q and k, or their gradients back, if the kind is rope."""
         if self.plan.kind != "rope":
             return
         with stage("sam_block", "rope"):
@@ -46,7 +46,7 @@ class Attention:
             )  # fmt: skip
 
     def forward(self, qkv: Tensor, pads: Pads) -> tuple[Tensor, Tensor]:
-        """out and lse; q and k are turned already."""
+        """out and lse; q and k are already rotated."""
         with stage("sam_block", "attention"):
             return self._operator("forward")(qkv, *self._options(pads))
 

@@ -3,7 +3,7 @@
 
 x1 = x + proj(attention(qkv(norm1(x))))   y = x1 + lin2(gelu(lin1(norm2(x1)))) + side(norm2(x1))
 
-Where samples drop branches, a factor of each sample stands before what is added to x, and to x1.
+If samples drop branches, each sample has a factor for what is added to x, and to x1.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,8 +63,8 @@ class Block:
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]]]:
         """y, aux of the layers, and what is kept: of the block, and of each layer and the side.
 
-        memory: "fast" keeps [out, lse, x1, qkv, u], u as lin1 leaves it, "balanced" not the last
-            two nor what their layers have kept; "minimal" and None keep nothing
+        memory: "fast" keeps [out, lse, x1, qkv, u], u as lin1 leaves it. "balanced" keeps neither
+            the last two nor what their layers keep. "minimal" and None keep nothing.
         """
         self._leave(self.proj, self.lin2)
         x1, u, lacks, aux, kept, of_layers, z = self._up_to_gelu(memory)
@@ -224,7 +224,7 @@ class Block:
     def _beside(
         self, dupdate: Tensor, *z_and_need
     ) -> Callable[[Tensor | None, Tensor], None] | None:
-        """What the side does with n, and with its gradient where that is needed; None without."""
+        """What the side does with n, and with its gradient if needed; None without a side."""
         if self.side is None:
             return None
         z, need_n2 = z_and_need
@@ -245,11 +245,11 @@ class Block:
         return out.view(len(self.rows), out.shape[3] * out.shape[4])
 
     def _padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What qkv is at the padding of windows: its bias, and the two factors of its update."""
+        """qkv at the padding of windows: its bias, and the two factors of its update."""
         return (None, None, None) if self.windows.pads == 0 else self.qkv.padding(kept)
 
     def _leave(self, *layers: Layer) -> None:
-        """Let the sums behind these layers take their updates, where they can.
+        """Let the sums after these layers add their updates, if they can.
 
         left: each such layer's lora_b, transposed
         """

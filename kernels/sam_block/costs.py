@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the block costs on a GPU by its design: FLOP, bytes and launches of each stage.
+"""FLOP, bytes and launches of each stage of the block on a GPU, by design.
 
-Everything in one dtype, frozen weights, memory "fast", LoRA of one rank on all four layers or none.
-What a branch beside the MLP adds stands by itself.
+Everything is in one dtype, weights are frozen, memory is "fast", and all four layers or none have
+LoRA of one rank. What a branch next to the MLP adds is counted by itself.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ COLUMNS = 128  # of a block in GELU's backward, in 16 bits
 MAX_ALONG = 16  # rank of adapters on both sides of GELU whose backward goes in one pass
 FEW_RANKS = 8  # columns of adapters that multiply-adds take
 MOST_LEFT = 4  # rank of an adapter whose update GELU takes; above it the backward spills
-WIDEST = 1280  # columns up to which a norm's rows stay in registers beside them
+WIDEST = 1280  # columns up to which a norm's rows stay in registers next to them
 MAX_PARTS = 256  # partial sums of A's gradient that a norm's backward writes
 
 
@@ -195,7 +195,7 @@ def stages(windows: Windows, width: int, heads: int, rank: int, itemsize: int) -
 
 
 def side(windows: Windows, width: int, bottleneck: int, itemsize: int) -> list[Stage]:
-    """What adapt_former's branch beside the MLP adds."""
+    """What adapt_former's branch next to the MLP adds."""
     return branch.stages(windows.tokens, width, bottleneck, itemsize, inside=True)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three linear layers on the same rows as one: q, k and v side by side in one buffer.
 
-No weight is copied: each layer's product goes to its columns. Adapters that are alike run as one
-with three times the rank, so that they read the rows, and the buffer's gradient, once.
+No weight is copied: each layer's product goes to its columns. Adapters of one kind run as one with
+three times the rank, so that they read the rows and the buffer's gradient once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -85,7 +85,7 @@ class Joined:
         self, dy: Tensor, daux: Sequence[Tensor | None], dz_pad: Tensor | None,
         kept: list[Tensor], need_rows: bool,
     ) -> list[Tensor | None]:  # fmt: skip
-        """Everything that dy alone gives; returns dh of each adapter where it is needed."""
+        """Everything that follows from dy; returns dh of each adapter if it is needed."""
         for part, layer in zip(self._columns(dy), self.layers, strict=True):
             if layer.needs[1]:
                 with stage("sam_block", self.name):
@@ -149,7 +149,7 @@ class Joined:
         return before, rows
 
     def padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the matrix is at rows of zeros: its bias, and the two factors of its update."""
+        """The matrix at rows of zeros: its bias, and the two factors of its update."""
         bias = None
         if any(layer.bias is not None for layer in self.layers):
             bias = torch.cat([_bias_of(layer) for layer in self.layers])
@@ -227,7 +227,7 @@ class Joined:
 
 
 def _kind(layer: Layer) -> tuple | None:
-    """What adapters that run as one have in common; None for one that must run alone."""
+    """What adapters that run as one have in common; None for one that must run by itself."""
     plan = layer.plan
     if plan.middle != IDENTITY or plan.dropout > 0.0 or plan.starts:
         return None

@@ -110,7 +110,7 @@ class Layer:
     def up(
         self, dy: Tensor, daux, dz_pad, kept: list[Tensor], need_rows: bool, made=None
     ) -> Tensor | None:
-        """Everything that dy (tokens, out_features) alone gives; returns dh where it is needed.
+        """Everything that follows from dy (tokens, out_features); returns dh if it is needed.
 
         made: dz and dB, where the producer of dy has made them
         """
@@ -131,7 +131,7 @@ class Layer:
         return dh
 
     def padding(self, kept: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the result is at rows of zeros: its bias, and the two factors of its update."""
+        """The result at rows of zeros: its bias, and the two factors of its update."""
         if not self.pads_vary:
             return self.bias, None, None
         return self.bias, kept[1], self.plan.scaling * self.lora_b
@@ -154,9 +154,9 @@ class Layer:
     ) -> Tensor | None:
         """The gradient before ``source``, which made this layer's rows; and of weight and lora_a.
 
-        A source has rows(), which makes them again, backward(drows, low, want), as the stages have
-        it, and needs_all: whether drows must hold the adapter's part before.
-        beside: adds to drows, given the rows, what another than this layer has for them
+        A source has rows(), which makes them again; backward(drows, low, want), as in the stages;
+        and needs_all: whether drows must already hold the adapter's part.
+        beside: given the rows, adds to drows the part of whatever else reads them
         """
         with stage("sam_block", self.name):
             drows = torch.mm(dy, self.weight.to(dy.dtype)) if need_rows else None
@@ -203,7 +203,7 @@ class Given:
 
 
 class Normed:
-    """LayerNorm of x, to be made again, once; its gradient goes on beside ``residual``.
+    """LayerNorm of x, to be made again, once; its gradient is added to ``residual``.
 
     name: of its ranges   sums: where lora_a's gradient may wait
     """

@@ -25,15 +25,15 @@ TABLE = Table(
 def supports(backend: str, x: Tensor) -> str | None:
     """None when the backend takes the element-wise stages of this call, or why it does not.
 
-    The products with low rank, the attention and the experts have choices of their own.
+    The products with low rank, the attention and the experts choose their own backends.
     """
     if backend == "reference":
-        return "the block has no reference of its own; its modules run one by one for it"
+        return "the block has no reference implementation; its modules run one by one instead"
     return TABLE.missing(backend, x.device, x=x.dtype)
 
 
 def stages_backend(backend: str, x: Tensor) -> str:
-    """What runs the element-wise stages where the block's parts run on ``backend``."""
+    """The backend of the element-wise stages in a block whose parts run on ``backend``."""
     return TABLE.choose(TABLE.part(backend), x.device, lambda b: supports(b, x))
 
 
@@ -90,18 +90,18 @@ def _block(path, x, tensors, plan, needs=None) -> Block:
 def sam_block(
     x: Tensor, tensors: Sequence[Tensor | None], plan: Plan, backend: str = "auto"
 ) -> tuple[Tensor, list[Tensor]]:
-    """SAM's transformer block on images in image order, forwards and backwards by hand.
+    """SAM's transformer block on images in image order, with a hand-written backward.
 
-    x: (B, H, W, D), of a dtype that products take as it is or plan.dtype names; any strides
+    x: (B, H, W, D), any strides; of a dtype that products take, or plan.dtype names theirs
     tensors: as ``plan`` describes them; tables (2 · side − 1, head_dim), fitted to the window
-    y: (B, H, W, D), in the wider of x's dtype and the products'   aux: of the layers' middle maps,
-        a scalar each, or empty
+    y: (B, H, W, D), in the wider of x's dtype and the products'
+    aux: one scalar for each layer's middle map, or empty
 
     Saves, in elements per token, x, qkv (3 · D), the attention's out, x1 and GELU's input (4 · D),
-    one number per head, and the adapters' pieces of rank r: 10 · D and little more, V more for a
-    side. "balanced" saves x, out and x1, "minimal" x; the rest is computed again, to the same bits.
-    Raises ValueError when tensors are on several devices or an adapter's do not chain, RuntimeError
-    when a backend asked for by name cannot run.
+    one number per head, and the adapters' z: a little more than 10 · D, and V more for a side.
+    "balanced" saves x, out and x1, "minimal" only x. The rest is computed again, to the same bits.
+    Raises ValueError when tensors are on several devices or an adapter's shapes do not fit, and
+    RuntimeError when a backend asked for by name cannot run.
     """
     plan.check_constants(tensors)
     return SamBlock.call(x, list(tensors), plan.key, plan.numbers, backends.requested(backend))

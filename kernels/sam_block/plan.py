@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator has to know of a block beside its tensors, as a string and back.
+"""What an operator must know of a block in addition to its tensors, as a string and back.
 
-Operators take strings and tensors. The tensors come in one list: ``HEAD`` first, then, of each
-layer, weight, bias, lora_a, lora_b, seed and the middle map's parameters, then, where a branch
-stands beside the MLP, ``SIDE``, at last, where samples drop branches, ``DROPS``.
+Operators take strings and tensors. The tensors come in one list: ``HEAD`` first, then for each
+layer weight, bias, lora_a, lora_b, seed and the middle map's parameters. ``SIDE`` follows if there
+is a branch next to the MLP, and ``DROPS`` if samples drop branches.
 """
 
 import ast
@@ -31,7 +31,7 @@ MEMORY = ("fast", "balanced", "minimal")
 
 
 def check_memory(memory: str) -> None:
-    """Raise one sentence for what is no mode."""
+    """Raise ValueError when this is not a memory mode."""
     if memory not in MEMORY:
         raise ValueError(f"memory is {memory!r}; it must be one of {', '.join(MEMORY)}")
 
@@ -59,7 +59,7 @@ class LayerPlan(NamedTuple):
         return self.scaling, self.dropout, self.middle, geometry, self.starts, self.own
 
     def check(self, name: str, shape: tuple[int, int], lora_a: Tensor, lora_b: Tensor) -> None:
-        """Raise one sentence where the factors do not fit a weight of this shape."""
+        """Raise ValueError when the factors do not fit a weight of this shape."""
         outputs, inputs = shape
         count = max(len(self.starts), 1)
         rows, rank = lora_b.shape
@@ -83,7 +83,7 @@ class LayerPlan(NamedTuple):
 
 
 class SidePlan(NamedTuple):
-    """adapt_former's branch beside the MLP: its norm's eps, and its dropout."""
+    """adapt_former's branch next to the MLP: its norm's eps, and its dropout."""
 
     eps: float = 1e-5
     dropout: float = 0.0
@@ -91,10 +91,10 @@ class SidePlan(NamedTuple):
 
 class Plan(NamedTuple):
     """window: side, 0 for the whole map   eps: of the two norms   dtype: of the products, "" for
-    x's   memory: one of MEMORY   attention: backend of the attention alone, "" for the block's
-    side: what stands beside the MLP, None for nothing
+    x's   memory: one of MEMORY   attention: backend of only the attention, "" for the block's
+    side: the branch next to the MLP, or None
     kind: of the attention, one of KINDS   halves: how rope pairs features, see ``kernels.rope``
-    apart: whether q, k and v are layers of their own   drops: whether there are DROPS"""
+    apart: whether q, k and v are separate layers   drops: whether there are DROPS"""
 
     heads: int
     window: int
@@ -151,8 +151,8 @@ class Plan(NamedTuple):
         return head, parts
 
     def check(self, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
-        """Raise one sentence for a tensor on another device, or shapes that do not chain: kernels
-        would read beyond them."""
+        """Raise ValueError for a tensor on another device, or for shapes that do not fit together:
+        kernels would read beyond them."""
         check_memory(self.memory)
         head, parts = self.split(tensors)
         named = [("the block", HEAD, head)]
@@ -165,7 +165,7 @@ class Plan(NamedTuple):
                     raise ValueError(f"{what} of {name} is on {t.device} but x is on {x.device}")
         width, inner = x.shape[3], parts["proj"][0].shape[1]
         if inner % self.heads:
-            raise ValueError(f"proj takes {inner} features, which {self.heads} heads do not divide")
+            raise ValueError(f"proj takes {inner} features, not a multiple of {self.heads} heads")
         shapes = [(width,)] * 4 + self._table_shapes(x, inner // self.heads)
         for what, t, shape in zip(HEAD, head, shapes, strict=True):
             if t is not None or shape is not None:
@@ -185,13 +185,16 @@ class Plan(NamedTuple):
             check_side(width, parts["side"][: len(BRANCH)])
 
     def check_constants(self, tensors: Sequence[Tensor | None]) -> None:
-        """Raise one sentence for a tensor that wants a gradient which the block does not make."""
+        """Raise ValueError when a tensor wants a gradient that the block does not compute."""
         head, parts = self.split(tensors)
         constant = {} if self.kind == "relpos" else dict(zip(HEAD[4:], head[4:], strict=True))
         constant |= dict(zip(DROPS, parts.get("drops", ()), strict=self.drops))
         for what, t in constant.items():
             if t is not None and t.requires_grad:
-                raise ValueError(f"{what} of the block requires a gradient, which it has none of")
+                raise ValueError(
+                    f"{what} of the block requires a gradient, but the block computes none for it; "
+                    f"call {what}.requires_grad_(False)"
+                )
 
     def _table_shapes(self, x: Tensor, head_dim: int) -> list[tuple[int, int] | None]:
         """Tell the shapes of the two tables, None where there is none."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A branch beside the block's MLP, in both directions: adapt_former's, on n = norm2(x1)."""
+"""A branch next to the block's MLP, in both directions: adapt_former's, on n = norm2(x1)."""
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Side:
             engine.add_up_(engine.up_path_of(self.backend, z, self.up), update, z, self.up)
 
     def back_to_z(self, dupdate: Tensor, z: Tensor, need_n: bool) -> Tensor | None:
-        """All that dupdate alone gives; returns dz where it is needed."""
+        """Everything that follows from dupdate; returns dz if it is needed."""
         with stage("sam_block", "side"):
             return self._back_to_z(dupdate, z, need_n)
 

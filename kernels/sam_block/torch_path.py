@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The element-wise stages of the block in aten calls, for any device and dtype.
 
-Rows are (tokens, features). ``dtype`` is what the products beside a stage take. Statistics and
-sums are float32 (float64 for float64), whatever the rows are.
+Rows are (tokens, features). ``dtype`` is that of the products next to a stage. Statistics and sums
+are float32 (float64 for float64), whatever the rows are. Gradients of weights may wait in ``sums``.
 
-lora_a (R, features): where it is given, and a path can make h = rows Aᵀ while it has the rows at
-hand, h comes with them; here it is None, and whoever wants it makes it.
-low = (dh, lora_a, need_a): the gradient of the rows is what came plus dh A, and lora_a's is wanted
-where need_a says so. A path that makes it on its way returns it, other ones the rows.
-up = (z, factor, scaling): what is added is the update and scaling · z factor, factor (R, features)
-the transposed lora_b. Only where ``takes_up`` says so.
+lora_a (R, features): if it is given, and a path can make h = rows Aᵀ while it holds the rows, it
+    returns h with them. This path returns None, and the caller makes h.
+low = (dh, lora_a, need_a): dh A is added to the gradient of the rows. need_a asks for lora_a's. A
+    path that makes that gradient on its way returns it; other paths return the rows.
+up = (z, factor, scaling): the update and scaling · z factor are added; factor (R, features) is the
+    transposed lora_b. Only if ``takes_up`` says so.
 back = (z, lora_b, scaling): of the layer whose result u is, all of which gets its update. A path
-that can makes dz = s · du B and, where z is given, dB = s · duᵀ z beside du, and returns them last.
-Here there is None, and whoever wants them makes them. Gradients of weights may wait in ``sums``.
-lacks = (z, lora_b, scaling): s · z Bᵀ is yet to be added to u. Only where ``left_to_gelu`` says so.
+    that can makes dz = s · du B and, if z is given, dB = s · duᵀ z with du, and returns them last.
+    This path returns None, and the caller makes them.
+lacks = (z, lora_b, scaling): s · z Bᵀ is yet to be added to u. Only if ``left_to_gelu`` says so.
 """
 
 import torch
@@ -30,7 +30,7 @@ Back = tuple[Tensor | None, Tensor, float] | None
 def takes_up(lora_b: Tensor, lora_a: Tensor | None = None) -> bool:
     """Whether a sum takes lora_b's update, before a norm that makes h of lora_a, if any.
 
-    Here a pass of its own costs as much.
+    On this path a separate pass costs as much.
     """
     return False
 

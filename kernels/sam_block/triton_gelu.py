@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact GELU, u Φ(u), of rows with what can be done while they are at hand."""
+"""The exact GELU, u Φ(u), of rows, with the products that read the same rows."""
 
 import triton
 import triton.language as tl

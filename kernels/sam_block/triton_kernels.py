@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The element-wise stages of the block as Triton launches; see torch_path for what each computes.
 
-One launch a stage. Adapters up to MAX_RANK ride along: h = rows Aᵀ, in the backward dh A. Where a
-norm's rows stay in registers, and beside GELU, so does A's gradient; narrow adapters of the layer
-before GELU go back to z there too. An update z Bᵀ rides on the sum that takes it. A second launch
-adds up partials.
+One launch a stage. It also computes h = rows Aᵀ of adapters up to MAX_RANK, and dh A in the
+backward. GELU, and a norm whose rows stay in registers, also make A's gradient. GELU's backward
+takes narrow adapters of the layer before it back to z too. A sum adds an update z Bᵀ itself. A
+second launch adds up partials.
 Derivations, bytes and launches are in this folder's README.
 """
 
@@ -246,21 +246,21 @@ def _taken(before):
 
 
 def _along(dg, ranks, b_ranks):
-    """Whether dz and dB of the layer before are made beside du."""
+    """Whether dz and dB of the layer before are made with du."""
     tokens, columns = dg.shape
     blocks = triton.cdiv(columns, _tile("gelu_backward_low", None, dg)["BLOCK_N"])
     return costs.along(tokens, blocks, ranks, b_ranks, dg.element_size())
 
 
 def _factor(lora_a, dtype):
-    """lora_a where it rides along, or None."""
+    """lora_a if this launch also multiplies by it, or None."""
     if lora_a is None or lora_a.shape[0] > MAX_RANK[dtype.itemsize]:
         return None
     return lora_a.contiguous()
 
 
 def _with(d, low):
-    """d, and low where it rides along; wide updates are added before the launch."""
+    """d, and low if the launch takes it; wide updates are added before the launch."""
     if low is None:
         return d, (None, None, False)
     dh, lora_a, need_a = low
@@ -270,7 +270,7 @@ def _with(d, low):
 
 
 def _tile(stage, lora_a, rows):
-    """Rows that are no multiple of sixteen elements take an address for each element."""
+    """Rows that are not a multiple of sixteen elements take an address for each element."""
     stage = stage if rows.shape[1] % 16 == 0 else "unaligned"
     block = tile(TILES, stage, 1 if lora_a is None else lora_a.shape[0], rows)
     return block | {"num_stages": 2}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LayerNorm of rows with what can be done while they are at hand, forward and backward.
+"""LayerNorm of rows, with the products that read the same rows, forward and backward.
 
 A program has BLOCK_M rows and walks their columns twice, the second time out of a cache. The first
-walk gives mean and variance, of x less the row's first element: so much smaller numbers lose no
-digits where the mean is far from zero.
+walk gives mean and variance, of x less the row's first element. These smaller numbers lose no
+digits when the mean is far from zero.
 """
 
 import triton

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LayerNorm of rows that stay in registers, and sums of rows with an adapter's update.
 
-One walk over a row, whose chunks of BLOCK_N columns are kept. Ranks are few enough for
+A program walks a row once and keeps its chunks of BLOCK_N columns. Ranks are low enough for
 multiply-adds. Rows beyond the last are the last one again, and are not stored. FULL says that
 BLOCK_N divides the columns, so that no load has a mask.
 """
