@@ -67,13 +67,16 @@ def _gathered(cores, factors):
 def task_cores(
     cores: Sequence[Tensor], factors: Sequence[Tensor], *, backend: str = "auto"
 ) -> tuple[Tensor, ...]:
-    """The cores that tasks have in layers (TA-LoRA): M_t = Σ_v U3[t, v] G[:, :, v].
+    """The cores of all tasks in all layers (TA-LoRA): M_t = Σ_v U3[t, v] G[:, :, v].
 
     cores: N of G (R1, R2, R3)   factors: N of U3 (T, R3)
-    Returns N of (P, T, R1, R2), float32 (float64 for float64): M, P times without memory for it.
-    Whoever uses such an M reads M[0] and writes P parts of its gradient, which are added here: so
-    no layer has a launch for that. P is 1 on a CPU and 32 where kernels of a GPU run.
-    Saves nothing but cores and factors themselves. Raises ValueError when the shapes do not fit.
+    Returns N of (P, T, R1, R2), float32 (float64 for float64): M, expanded P times without memory.
+    A user of such an M reads M[0] and writes P parts of its gradient. They are added here, so no
+    layer has a launch for that. P is 1 on a CPU and 32 where kernels of a GPU run.
+    Saves only cores and factors. Raises ValueError when the shapes do not fit, and RuntimeError
+    when a backend asked for by name cannot run.
+
+        m = task_cores([core], [factor_task])[0]
     """
     check_cores(cores, factors)
     asked = backends.requested(backend)
@@ -88,10 +91,11 @@ def task_cores(
 
 
 def check_cores(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """Raise one sentence when the layers' tensors are not alike or do not chain."""
+    """Raise ValueError when the layers' tensors differ in kind or do not fit together."""
     if len(cores) != len(factors) or not cores:
         raise ValueError(
-            f"{len(cores)} cores and {len(factors)} factors are not of the same layers"
+            "expected one core and one task factor for each layer, got "
+            f"{len(cores)} cores and {len(factors)} task factors"
         )
     core, factor = cores[0], factors[0]
     if core.dim() != 3 or 0 in core.shape:
@@ -102,17 +106,17 @@ def check_cores(cores: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
             f"{tuple(core.shape)} needs (tasks, {core.shape[2]})"
         )
     if core.dtype != factor.dtype:
-        raise ValueError(f"cores are {core.dtype} but task factors are {factor.dtype}")
+        raise ValueError(f"cores are {core.dtype} but task factors are {factor.dtype}; cast one")
     for name, tensors in (("core", cores), ("task factor", factors)):
         for t in tensors:
             if t.shape != tensors[0].shape:
                 raise ValueError(
                     f"one {name} has shape {tuple(t.shape)} and another "
-                    f"{tuple(tensors[0].shape)}; they must be alike"
+                    f"{tuple(tensors[0].shape)}; give all layers one shape"
                 )
             if t.dtype != tensors[0].dtype:
                 raise ValueError(
-                    f"one {name} is {t.dtype} and another {tensors[0].dtype}; they must be alike"
+                    f"one {name} is {t.dtype} and another {tensors[0].dtype}; cast all to one dtype"
                 )
             if t.device != core.device:
                 raise ValueError(f"a {name} is on {t.device} but the first core on {core.device}")

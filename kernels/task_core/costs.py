@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages cost by their design: FLOP, bytes and launches of the GPU path.
+"""FLOP, bytes and launches of each stage of the GPU path, by design.
 
-Functions named after a kernel tell the FLOP of one launch of it, from its arguments.
+A function named after a kernel returns the FLOP of one launch, from its arguments.
 """
 
 from samfast.kernels.lora_linear import costs as lora_costs
@@ -58,8 +58,8 @@ def fold_backward_kernel(dm_ptr, parts, depth, **_) -> int:
 def stages(
     tokens: int, features: int, out: int, ranks: tuple[int, int, int], tasks: int, itemsize: int
 ) -> list[Stage]:
-    """Forward and backward of one adapted layer with an operation for its own cores alone. LoRA's
-    part is that of the larger rank."""
+    """Forward and backward of one adapted layer, with the fold of only its own cores. LoRA's part
+    is that of the larger rank."""
     rows, columns, depth = ranks
     return [
         *lora_costs.stages(tokens, features, out, max(rows, columns), itemsize),

@@ -45,7 +45,7 @@ class TaskCoreProduct(Operator):
 
 
 def _check_entries(h: Tensor, m: Tensor, task: Tensor) -> None:
-    """Raise one sentence for rows that entries do not divide, or an unknown task on a CPU."""
+    """Raise ValueError when entries do not divide the rows, or for an unknown task on a CPU."""
     rows, entries = h.shape[0], task.shape[0]
     if rows and (entries == 0 or rows % entries):
         raise ValueError(f"{entries} tasks do not divide the {rows} rows of h")
@@ -56,7 +56,7 @@ def _check_entries(h: Tensor, m: Tensor, task: Tensor) -> None:
 
 
 def check_task(value: int, tasks: int) -> None:
-    """Raise one sentence when there is no such task."""
+    """Raise ValueError when there is no such task."""
     if not 0 <= value < tasks:
         raise ValueError(f"task is {value}, but there are tasks 0 to {tasks - 1}")
 
@@ -69,17 +69,19 @@ def task_core(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """A bottleneck times the core of its task (TA-LoRA, a Tucker decomposition over tasks).
+    """Multiply a bottleneck by the core of its task (TA-LoRA, a Tucker decomposition over tasks).
 
     h: (B, …, R1)   core: G (R1, R2, R3)   factor_task: U3 (T, R3)
-    task: of all of h, or (E,) int64 with E dividing B; row b belongs to entry b · E / B, so T
-        entries are a batch repeated task by task, and B entries a task for each sample
+    task: one task for all of h, or (E,) int64 where E divides B. Row b belongs to entry b · E / B:
+        T entries are a batch repeated task by task, B entries a task for each sample
     out: (B, …, R2) = h M_t with M_t = Σ_v U3[t, v] G[:, :, v]
 
-    The result has h's dtype; M is float32 (float64 for float64), gradients have their tensor's
-    dtype. Saves h and M. Raises ValueError when shapes or tasks do not fit (tasks on a GPU are not
-    read back: rows of one that does not exist become NaN), RuntimeError when a backend asked for
-    by name cannot run.
+    The result has h's dtype; M is float32 (float64 for float64); gradients have their tensor's
+    dtype. Saves h and M. Raises ValueError when shapes or tasks do not fit, and RuntimeError when a
+    backend asked for by name cannot run. Tasks on a GPU are not read back: rows of a task that does
+    not exist become NaN.
+
+        z = task_core(h, core, factor_task, torch.tensor([0, 2]))
     """
     task = _check(h, core, factor_task, task)
     asked = backends.requested(backend)
@@ -96,7 +98,7 @@ def task_core(
 
 
 def _check(h, core, factor_task, task) -> Tensor:
-    """Raise one sentence when arguments do not fit; returns task as a tensor."""
+    """Return task as a tensor; raise ValueError when arguments do not fit."""
     check_cores([core], [factor_task])
     if h.dim() < 2:
         raise ValueError(f"h has shape {tuple(h.shape)}, but must be (B, …, R1)")
@@ -114,5 +116,7 @@ def _check(h, core, factor_task, task) -> Tensor:
     check_devices({"h": h, "task": task})
     batch, entries = h.shape[0], task.shape[0]
     if batch and (entries == 0 or batch % entries):
-        raise ValueError(f"{entries} tasks do not divide a batch of {batch}")
+        raise ValueError(
+            f"expected a number of tasks that divides the batch of {batch}, got {entries}"
+        )
     return task

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which code runs the products with tasks' cores, and the folding of these cores."""
+"""Which code runs the products with tasks' cores, and which folds these cores."""
 
 from torch import Tensor
 

@@ -43,14 +43,16 @@ def task_lora_linear(
     cores: (P, T, R1, R2), as ``task_cores`` gives them   task: (E,) int64, E divides B
     y: (B, …, O)
 
-    Saves x, h = drop(x) U1 and h M. Raises ValueError when shapes do not chain.
+    Saves x, h = drop(x) U1 and h M. Raises ValueError when shapes or tasks do not fit.
     """
     check_arguments(
         x, weight, bias, factor_in.t(), factor_out, dropout, seed, slices, middle=cores.shape[2:]
     )
     rows, entries = x.shape[0] if x.dim() > 1 else 1, task.shape[0]
     if rows % entries:
-        raise ValueError(f"{entries} tasks are set, which do not divide a batch of {rows}")
+        raise ValueError(
+            f"expected a number of tasks that divides the batch of {rows}, got {entries}"
+        )
     asked = backends.requested(backend)
     if asked == "reference":
         return _literal(
@@ -67,7 +69,7 @@ def task_lora_linear(
 def _literal(
     x, weight, bias, factor_in, factor_out, cores, task, scaling, dropout, seed, slices
 ):  # fmt: skip
-    """Everything by autograd; the specification of the layer."""
+    """The specification of the layer, by plain autograd."""
     x = autocast_input(x)
     with without_autocast(x.device.type):
         dtype = x.dtype

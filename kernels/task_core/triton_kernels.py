@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cores and products as Triton kernels, one launch each; see torch_path for what each computes.
 
-Rows go in tiles of one entry, so that a tile has one task. Part p of the gradient of a core adds,
-in order, every P-th tile from tile p on where it is this task's: no atomics, the same bits every
-time. The parts are added, in order too, where the gradients of cores and factors are made.
+A tile has rows of one entry, and so one task. Part p of the gradient of a core adds, in order,
+every P-th tile from tile p on that belongs to the task: no atomics, the same bits every time. The
+kernel that makes the gradients of cores and factors adds the parts, in order too.
 """
 
 import contextlib

@@ -26,8 +26,8 @@ def test_a_task_out_of_range(task, value, backend):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"task": torch.zeros(4, dtype=torch.int64)}, "4 tasks do not divide a batch of 6"),
-        ({"task": torch.zeros(0, dtype=torch.int64)}, "0 tasks do not divide a batch of 6"),
+        ({"task": torch.zeros(4, dtype=torch.int64)}, "tasks that divides the batch of 6, got 4"),
+        ({"task": torch.zeros(0, dtype=torch.int64)}, "tasks that divides the batch of 6, got 0"),
         ({"task": torch.zeros(3)}, r"int64 of shape \(E,\), but is torch.float32 \(3,\)"),
         ({"task": torch.tensor(1)}, r"int64 of shape \(E,\), but is torch.int64 \(\)"),
         ({"task": True}, "task must be a whole number or int64 .* but is True"),
@@ -51,9 +51,9 @@ def test_sentences(changes, sentence):
 
 def test_layers_that_are_not_alike():
     core, factor = torch.zeros(8, 4, 2), torch.zeros(3, 2)
-    with pytest.raises(ValueError, match="2 cores and 1 factors are not of the same layers"):
+    with pytest.raises(ValueError, match="for each layer, got 2 cores and 1 task factors"):
         task_cores([core, core], [factor])
-    with pytest.raises(ValueError, match="0 cores and 0 factors are not of the same layers"):
+    with pytest.raises(ValueError, match="for each layer, got 0 cores and 0 task factors"):
         task_cores([], [])
     with pytest.raises(ValueError, match=r"one core has shape \(8, 5, 2\) and another \(8, 4, 2\)"):
         task_cores([core, torch.zeros(8, 5, 2)], [factor, factor])
