@@ -62,7 +62,7 @@ _precision = getattr(torch._C, "_get_fp32_precision_getter", None)  # of product
 
 
 def _settings() -> tuple:
-    """What launches depend on beside a call's arguments: of torch, and of Triton once it is there.
+    """Settings of torch, and of Triton once it is loaded, that launches depend on.
 
     The getter takes 2 us less than the property.
     """
@@ -128,7 +128,7 @@ def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 class _Known:
     """Calls that were alike: how to tell one quickly, and their plans, one for each alignment.
 
-    others: settings of torch and of Triton, lengths of lists, and the arguments that are no tensors
+    others: settings of torch and of Triton, lengths of lists, and arguments that are not tensors
     """
 
     def __init__(self, flat: list, others: list):

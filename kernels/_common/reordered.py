@@ -267,7 +267,7 @@ def _told_float32(packet, args) -> bool:
 
 
 def _by_whole_factors(args) -> bool:
-    """Whether a resize looks the same from both ends: by whole factors, or by sizes alone."""
+    """Whether a resize looks the same from both ends: by whole factors, or by given sizes."""
     given = [s for a in args[1:] for s in (a if isinstance(a, (list, tuple)) else [a])]
     return all(s.is_integer() for s in given if isinstance(s, float))
 

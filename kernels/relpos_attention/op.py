@@ -81,7 +81,7 @@ class RelPosAttention(Operator):
 
 class WindowRelPosAttention(Operator):
     """Saves qkv (batch, H, W, 3, heads, head_dim), out, one number per query and the sources of
-    the padding, which is made of them at each call."""
+    the padding, which is made from them at each call."""
 
     name = "window_relpos_attention"
     inputs = f"Tensor qkv, Tensor? pad_bias, Tensor? pad_h, Tensor? pad_b, {_TABLES}, {_OPTIONS}"

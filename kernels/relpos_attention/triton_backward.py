@@ -425,7 +425,7 @@ def dkv_kernel(
         valid = b < width
     WANTED: tl.constexpr = (NEED_K == GIVEN_PADS) | (NEED_V == GIVEN_PADS)
     if not WANTED:
-        if (first_line >= lines) | (first_b >= columns):  # pads alone
+        if (first_line >= lines) | (first_b >= columns):  # only padding tokens
             return
     key_y, key_x = top + line, left + b
     inside = keys_inside(key_y, key_x, valid, image_height, image_width, LINE)

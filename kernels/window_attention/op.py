@@ -46,7 +46,7 @@ def supports(backend: str, q: Tensor, windows: Windows) -> str | None:
 
 class WindowAttention(Operator):
     """Saves qkv (batch, H, W, 3, heads, head_dim), out, one number per query and the sources of
-    the padding, which is made of them at each call.
+    the padding, which is made from them at each call.
 
     pad_cos, pad_sin: (pads, head_dim / 2), by which the padding's keys are rotated where given
     halves: pairs are i and i + head_dim / 2, else 2i and 2i + 1

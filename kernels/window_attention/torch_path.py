@@ -67,7 +67,7 @@ def _flash_on_cpu(q: Tensor, windows: Windows) -> bool:
 
 
 def _cut(windows: Windows, t: Tensor, pad: Tensor | None = None) -> Tensor:
-    """(batch, H, W, heads, C) -> (samples, heads, tokens of a window, C); a map as it lies."""
+    """(batch, H, W, heads, C) -> (samples, heads, tokens of a window, C); a map without a copy."""
     if flash.is_global(windows):
         # torch's code for a CPU does not look at the last stride.
         return flash.heads_first(t if t.stride(4) == 1 else t.contiguous())

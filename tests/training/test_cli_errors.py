@@ -114,7 +114,7 @@ def test_target_that_matches_no_layer(refused, shared_data):
         ("--image-size", "100", "image size 100 is not a positive multiple of 16"),
         ("--schedule", "linear", "unknown schedule 'linear'; known are cosine, polynomial"),
         ("--precision", "fp8", "unknown precision 'fp8'; known are auto, bf16, fp16, fp32"),
-        ("--backend", "cudnn", "unknown backend 'cudnn'; choose one of auto"),
+        ("--backend", "cudnn", "unknown backend 'cudnn'; known are auto"),
         ("--backend", "cuda", "backend 'cuda' cannot run lora_linear"),
         ("--foreground", "9", "foreground 9 occurs in no mask"),
         (
