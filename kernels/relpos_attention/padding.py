@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of the padding of windows, made from their sources, and the sources' gradients."""
+"""Keys and values of the padding of windows, from their sources, and the sources' gradients."""
 
 import torch
 
