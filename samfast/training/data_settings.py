@@ -48,6 +48,11 @@ class DataSettings:
         metavar="TEXT",
         hint="default: names are equal",
     )
+    stacks: bool = option(
+        False,
+        "Take each page of a TIFF, and each slice of a .npy array (slices, height, width), as an "
+        "image of its own. The mask has as many slices. Slices of one stack are never split",
+    )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,
         "Mask values that are foreground, or any: all above 0, such as the numbers of instances",
