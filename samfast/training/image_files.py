@@ -134,7 +134,7 @@ def _pages_of(source: Source, pages: list[Page], full: list[int]) -> tuple[int, 
     if not isinstance(source, Slice):
         frames = len(full) if len(full) > 1 else _frames_described(pages[full[0]])
         if frames > 1:
-            advice = "; or give --stacks, which makes each an image" if len(full) > 1 else ""
+            advice = ", or give --stacks, which makes each an image" if len(full) > 1 else ""
             raise _Sentence(_FRAMES.format(source, frames) + advice)
         return full[0], range(len(pages))
     if source.index >= len(full):

@@ -176,7 +176,8 @@ def _pages(path: Path) -> tuple[Source, ...]:
     if (channels := _channels(full[0])) > 1:
         raise ValueError(
             f"{path} holds {channels} channels as pages of their own, which are no slices; save "
-            "one channel as a stack, or each slice with its channels in one page"
+            "one channel as a stack. If they are slices, save them as such (in tifffile with "
+            "metadata={'axes': 'ZYX'})"
         )
     return _slices(path, len(full))
 
