@@ -34,7 +34,8 @@ from samfast.training.tasks import read_tasks
 
 LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
 SLOW = ("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora", "--compare",
-        "--trace profile.json", "--save-every", "--masks instances", "--automatic", "merge")  # fmt: skip
+        "--trace profile.json", "--save-every", "--masks instances", "--automatic",
+        "--stacks", "merge")  # fmt: skip
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
 LONG = [b for b in SHELL if any(map(b.source.count, SLOW))]
