@@ -51,7 +51,8 @@ class DataSettings:
     stacks: bool = option(
         False,
         "Take each page of a TIFF, and each slice of a .npy array (slices, height, width), as an "
-        "image of its own. The mask has as many slices. Slices of one stack are never split",
+        "image of its own, called NAME.tif[0] and so on. Masks have as many slices. Whole stacks "
+        "are split, so that --val-fraction is their share",
     )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,

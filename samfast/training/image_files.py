@@ -132,10 +132,14 @@ def _tiff(source: Source) -> Samples:
 def _pages_of(source: Source, pages: list[Page], full: list[int]) -> tuple[int, range]:
     """The page of an image, and the pages among which its transparency mask may be."""
     if not isinstance(source, Slice):
-        frames = len(full) if len(full) > 1 else _frames_described(pages[full[0]])
-        if frames > 1:
-            advice = ", or give --stacks, which makes each an image" if len(full) > 1 else ""
-            raise _Sentence(_FRAMES.format(source, frames) + advice)
+        if len(full) > 1:
+            advice = ", or give --stacks, which makes each an image"
+            raise _Sentence(_FRAMES.format(source, len(full)) + advice)
+        if (frames := _frames_described(pages[full[0]])) > 1:
+            raise _Sentence(
+                f"{source} holds {frames} frames behind one page, which are not read; save them as "
+                "pages of their own, in BigTIFF"
+            )
         return full[0], range(len(pages))
     if source.index >= len(full):
         raise ValueError(f"it has {len(full)} slices, and {source.index} is not one of them")

@@ -13,10 +13,8 @@ from samfast.files.temporary import remove_dead
 from samfast.training.adapted import adapter_folder, load_adapted
 from samfast.training.checks import check_prediction
 from samfast.training.file_pairs import STACK_SUFFIXES
-from samfast.training.georeference import read_georeference
 from samfast.training.images import SUFFIXES, read_image
 from samfast.training.instances import are_instances
-from samfast.training.object_files import ObjectFiles
 from samfast.training.object_prompts import object_prompts
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.predict_checks import (
@@ -34,8 +32,8 @@ from samfast.training.remembered import remembered
 from samfast.training.run_folder import check_folder
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import PredictSettings
-from samfast.training.stack_files import Name, StackFiles
-from samfast.training.stacks import Slice, Source, file_of, image_slices, of_stacks
+from samfast.training.stack_files import Name
+from samfast.training.stacks import Slice, Source, file_of, image_slices
 from samfast.training.try_out import backend_asked_for
 
 
@@ -67,14 +65,9 @@ def predict(settings: PredictSettings) -> dict:
         refuse_files(settings)
         boxes = boxes_for(settings, kept.prompt, shapes)
     check_kind(settings, kept, adapter.record["base"].get("name"))
-    numbered = are_numbered(settings, kept)
-    placed = numbered or settings.probabilities
-    places = {path: read_georeference(path) for path in paths} if placed else {}
-    stacks, files = StackFiles(of_stacks(paths)), None
-    if numbered:
-        files = ObjectFiles(settings.output, settings.formats, places, stacks)
-    results = Results(settings, specs, places, files, stacks)
-    with stacks, backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype):
+    results = Results(settings, specs, paths, are_numbered(settings, kept))
+    asked = backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype)
+    with results.stacks, asked:
         sam = load_adapted(
             settings.adapter,
             settings.checkpoint,
@@ -96,7 +89,7 @@ def predict(settings: PredictSettings) -> dict:
                 written[-1]["areas"] = areas[1:].tolist()
             if not settings.json:
                 print(f"{path}: {said_of(written[-1])}", flush=True)
-    together = {} if files is None else files.finish()
+    together = {} if results.files is None else results.files.finish()
     if together and not settings.json:
         print(f"all images: {together['coco']}", flush=True)
     return {"output": str(settings.output), "images": written, **together}

@@ -2,41 +2,45 @@
 """The files of a prediction: masks, classes, values or objects of an image, and pictures."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from samfast.files.placing import write_whole
-from samfast.training.georeference import Georeference
+from samfast.training.georeference import read_georeference
 from samfast.training.instances import are_instances, objects_of
 from samfast.training.object_files import ObjectFiles, parts
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
 from samfast.training.probabilities import key_of
 from samfast.training.settings import PredictSettings
 from samfast.training.stack_files import Name, StackFiles, write_pages
-from samfast.training.stacks import Slice, Source
+from samfast.training.stacks import Slice, Source, of_stacks
 from samfast.training.tasks import TaskSpec
 
 
 class Results:
     """Writes what images are predicted into the output folder.
 
-    places: the georeference of each image whose files keep it   files: of numbered objects, None
-    where there are none   stacks: holds the files of stacks until they are whole
+    numbered: whether objects are told apart   files: of these, None where there are none
+    stacks: holds the files of stacks until they are whole; the caller enters it
+    Raises ValueError for a georeference that cannot be read, where files keep it.
     """
 
     def __init__(
         self,
         settings: PredictSettings,
         specs: Sequence[TaskSpec],
-        places: Mapping[Source, Georeference | None],
-        files: ObjectFiles | None,
-        stacks: StackFiles,
+        paths: Sequence[Source],
+        numbered: bool,
     ):
-        self.settings, self.specs, self.places = settings, specs, places
-        self.folder, self.files, self.stacks = settings.output, files, stacks
+        self.settings, self.specs, self.folder = settings, specs, settings.output
+        placed = numbered or settings.probabilities
+        self.places = {path: read_georeference(path) for path in paths} if placed else {}
+        self.stacks, self.files = StackFiles(of_stacks(paths)), None
+        if numbered:
+            self.files = ObjectFiles(self.folder, settings.formats, self.places, self.stacks)
 
     def write(
         self, name: Name, path: Source, image: np.ndarray, maps: dict[str, np.ndarray]

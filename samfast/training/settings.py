@@ -382,7 +382,8 @@ class PredictSettings:
         False,
         "Take each page of a TIFF, and each slice of a .npy array, as an image of its own. Results "
         "of a stack are TIFF files with a page for each slice, tables and pictures one of each "
-        "slice, NAME.tif[0]_overlay.png and so on. Objects are numbered in each slice anew",
+        "slice, from NAME.tif[0]_overlay.png on. Objects are numbered in each slice anew, not "
+        "linked across slices",
     )
     task: str | None = option(
         None, "Predict only this one of several tasks", metavar="NAME", hint="default: all"

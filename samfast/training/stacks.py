@@ -7,6 +7,7 @@ read here, no pixel is decoded. Raises ValueError with one sentence that names t
 
 import json
 import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ def _pages(path: Path) -> tuple[Source, ...]:
             pages = read_pages(file)
         full = [pages[i] for i in full_pages([page.kind for page in pages])]
         sizes = [(page.number(t.WIDTH), page.number(t.HEIGHT)) for page in full]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, struct.error) as error:
         raise ValueError(f"{path} cannot be decoded: {error}") from None
     if len(full) == 1:
         return (path,)

@@ -73,7 +73,8 @@ def test_every_kind_of_masks_trains_and_is_scored(kind, tmp_path, capsys, reques
     assert scores["images"] == 6
     assert sorted({row["image"] for row in scores["per_image"]}) == NAMES
     assert (folder / "scores/scores.csv").read_text().count("v0.tif[2],") >= 1
-    assert {path.stem for path in (folder / "scores").glob("v1*")} >= {"v1.npy[0]", "v1.npy[1]"}
+    shown = [path.stem for path in (folder / "scores").iterdir()]
+    assert all(any(stem.startswith(name) for stem in shown) for name in NAMES)
 
 
 def test_a_stack_gives_stacks_whose_pages_are_those_of_its_slices(binary, capsys, tmp_path):
