@@ -10,6 +10,7 @@ import threading
 import warnings
 import zlib
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,12 @@ def read_samples(path: Source, *, as_image: bool) -> Samples:
 
 def _tiff(source: Source) -> Samples:
     path = file_of(source)
-    with path.open("rb") as file:
-        pages = read_pages(file)
+    if isinstance(source, Slice):
+        about = path.stat()
+        pages = _pages_of_stack(path, about.st_ino, about.st_size, about.st_mtime_ns)
+    else:
+        with path.open("rb") as file:
+            pages = read_pages(file)
     kinds = [page.kind for page in pages]
     full = full_pages(kinds)
     at, around = _pages_of(source, pages, full)
@@ -127,6 +132,13 @@ def _tiff(source: Source) -> Samples:
         lossy=is_lossy(path, page),
         coding=coding_of_page(page),
     )
+
+
+@lru_cache(maxsize=2)  # an image and its mask, whose slices often follow each other
+def _pages_of_stack(path: Path, *_: int) -> list[Page]:
+    """The pages of a file, remembered while the further numbers say that it is the same."""
+    with path.open("rb") as file:
+        return read_pages(file)
 
 
 def _pages_of(source: Source, pages: list[Page], full: list[int]) -> tuple[int, range]:

@@ -109,7 +109,7 @@ class ManyTasks:
         specs: Sequence[TaskSpec] | None = None,
         only_score: bool = False,
     ):
-        """Finds the files; opens none but tasks.yaml.
+        """Finds the files; decodes none.
 
         specs: in place of that file   only_score: nothing is for training
         """

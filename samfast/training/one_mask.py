@@ -59,7 +59,7 @@ class OneMask:
     curves = (("val_dice", "Dice"), ("val_iou", "IoU"))
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
-        """Finds the files; opens none. only_score: nothing is for training."""
+        """Finds the files; decodes none. only_score: nothing is for training."""
         self.settings = settings
         self.foreground = chosen_foreground(settings.foreground, settings.threshold)
         self.ignore = chosen_ignore(settings.ignore, self.foreground)

@@ -118,7 +118,7 @@ class PromptedObjects:
     joins_steps = True
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
-        """Finds the files; opens none. only_score: nothing is for training."""
+        """Finds the files; decodes none. only_score: nothing is for training."""
         self.settings = settings
         self.options = image_options(settings.bands, settings.range)
         self.split = _split(settings, only_score)

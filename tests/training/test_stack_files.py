@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TIFF files that get a page for each slice."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tifffile
@@ -9,8 +11,12 @@ from PIL import Image
 from samfast.training import label_tiff
 from samfast.training.georeference import Georeference, read_georeference
 from samfast.training.images import read_mask
-from samfast.training.stack_files import StackFiles, write_pages
+from samfast.training.predict_files import Results
+from samfast.training.probabilities import key_of
+from samfast.training.settings import PredictSettings
+from samfast.training.stack_files import Name, StackFiles, write_pages
 from samfast.training.stacks import Slice, image_slices
+from samfast.training.tasks import TaskSpec
 
 DTYPES = (np.uint8, np.uint16, np.uint32, np.float32)
 
@@ -69,6 +75,39 @@ def test_each_page_keeps_the_georeference_of_its_slice(tmp_path):
     write_pages(path, np.ones((2, 4, 5), np.float32), places)
     assert read_georeference(path) == places[0]
     assert read_georeference(Slice(path, 1)) == places[1]
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stack", "single"])
+def test_probabilities_keep_the_georeference(tmp_path, stacked):
+    image = np.random.default_rng(0).integers(0, 256, (2, 4, 5)).astype(np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for i, own in enumerate(image[: 1 + stacked]):
+            tags = [(33550, "d", 3, (0.5, 0.5, 0.0), True)]
+            tags += [(33922, "d", 6, (0.0, 0.0, 0.0, 100.0 + i, 200.0, 0.0), True)]
+            file.write(own, extratags=tags, metadata=None)
+    paths = image_slices(tmp_path / "a.tif")
+    settings = PredictSettings(
+        images=(tmp_path,), adapter=tmp_path, output=tmp_path / "out", probabilities=True
+    )
+    settings.output.mkdir()
+    classes = TaskSpec("cells", kind="semantic", channels=3)
+    for specs, ending in (((), ""), ((classes,), "_cells")):
+        task = ending[1:]
+        made = []
+        with (results := Results(settings, specs, paths, False)).stacks:
+            for path in paths:
+                shown = np.zeros((4, 5, 3), np.uint8)
+                maps = {task: np.zeros((4, 5), bool if not specs else np.int64)}
+                maps[key_of(task)] = np.full((3 if specs else 1, 4, 5), 0.25, np.float32)
+                name = Name("a", path.name if stacked else "a")
+                made.append(results.write(name, path, shown, maps))
+        for path, own in zip(paths, made, strict=True):
+            found = Path((own["tasks"][task] if specs else own)["probability"])
+            pages = image_slices(found)
+            assert len(pages) == (3 if specs else len(paths))
+            pages = pages if specs or not stacked else [pages[path.index]]
+            for page in pages:
+                assert read_georeference(page) == read_georeference(path) is not None
 
 
 def test_a_stack_that_is_not_whole_leaves_what_was_there(tmp_path):

@@ -295,6 +295,13 @@ def test_a_file_that_lost_slices_since(tmp_path):
                 read(Slice(path, 5))
 
 
+def test_a_file_that_was_written_anew_since(tmp_path):
+    for count in (2, 4):
+        path, image = tmp_path / "a.tif", volume(count, count)[0]
+        write_stack(path, image)
+        np.testing.assert_array_equal(read_mask(Slice(path, count - 1)), image[-1])
+
+
 def test_fingerprints_are_of_whole_files(folder, tmp_path):
     split = find_split(folder, stacks=True)
     found = of_pairs({"train": split.train, "val": split.val})
