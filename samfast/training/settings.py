@@ -380,10 +380,10 @@ class PredictSettings:
     )
     stacks: bool = option(
         False,
-        "Take each page of a TIFF, and each slice of a .npy array, as an image of its own. Results "
-        "of a stack are TIFF files with a page for each slice, tables and pictures one of each "
-        "slice, from NAME.tif[0]_overlay.png on. Objects are numbered in each slice anew, not "
-        "linked across slices",
+        "Take each page of a TIFF, and each slice of a .npy array, as an image of its own. Write "
+        "masks and labels of a stack as one TIFF with a page for each slice; tables and pictures "
+        "are files of each slice, such as NAME.tif[0]_overlay.png. Objects are numbered in each "
+        "slice anew, not linked across slices",
     )
     task: str | None = option(
         None, "Predict only this one of several tasks", metavar="NAME", hint="default: all"
@@ -479,9 +479,9 @@ class PredictSettings:
     )
     probabilities: bool = option(
         False,
-        "Write NAME_probability.tif, too: float32, the sigmoid of the foreground's logits, or of "
-        "classes (NAME_TASK_probability.tif) a page of each, the softmax. Above 0.5 is what the "
-        "mask holds. Nothing calibrates the values",
+        "Also write NAME_probability.tif: float32, the sigmoid of the foreground's logits. Classes "
+        "get NAME_TASK_probability.tif: the softmax, a page for each class. Values above 0.5 are "
+        "the mask's pixels. They are not calibrated",
     )
     min_size: int = option(0, "Leave out numbered objects of fewer pixels", least=0)
     batch_size: int = option(4, "Images in one forward pass", least=1)
