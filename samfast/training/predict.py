@@ -57,7 +57,8 @@ def predict(settings: PredictSettings) -> dict:
     options, specs = kept.options, kept.specs
     shapes = {path: read_image(path, options).shape[:2] for path in paths}
     if not are_instances(specs):
-        check_files(names, specs, settings.probabilities)
+        called = dict.fromkeys(own for name in names for own in name)
+        check_files(called, specs, settings.probabilities)
     objects, boxes = None, []
     if kept.by_object and not settings.automatic:
         objects = object_prompts(settings, kinds_of(kept.prompt), shapes)

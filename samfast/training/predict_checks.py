@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What prediction refuses: options, prompts and names that do not fit adapter and images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite
 
 import numpy as np
@@ -15,7 +15,6 @@ from samfast.training.points import check_point, parsed_point
 from samfast.training.probabilities import has_probability
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
-from samfast.training.stack_files import Name
 from samfast.training.stacks import Source
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import check_tiles
@@ -154,11 +153,11 @@ def boxes_for(
     return prompts
 
 
-def check_files(names: Sequence[Name], specs: Sequence[TaskSpec], probable: bool) -> None:
+def check_files(names: Iterable[str], specs: Sequence[TaskSpec], probable: bool = False) -> None:
     """Raise ValueError where images and tasks have such names that two files would have one."""
     files: dict[str, str] = {}
     ends = ("", "_overlay", "_probability") if probable else ("", "_overlay")
-    for name in dict.fromkeys(own for pair in names for own in pair):
+    for name in names:
         for spec in specs:
             for file in (f"{name}_{spec.name}{end}" for end in ends):
                 what = f"image {name} and task {spec.name}"
