@@ -48,6 +48,12 @@ class DataSettings:
         metavar="TEXT",
         hint="default: names are equal",
     )
+    stacks: bool = option(
+        False,
+        "Take each page of a TIFF, and each slice of a .npy array (slices, height, width), as an "
+        "image of its own, called NAME.tif[0] and so on. Masks have as many slices. Whole stacks "
+        "are split, so that --val-fraction is their share",
+    )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,
         "Mask values that are foreground, or any: all above 0, such as the numbers of instances",

@@ -157,6 +157,8 @@ def check_of_dataset(settings: FinetuneSettings) -> None:
     for name in ("tasks", "bands", "mask_suffix"):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name} is about files, but a dataset is given; leave it out")
+    if settings.stacks:
+        raise ValueError("stacks is about files, but a dataset is given; leave it out")
 
 
 def read_item(item: Item, seed: int, number: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -38,6 +38,7 @@ from samfast.training.resume import NEWEST, check_same_run, state_for
 from samfast.training.run import Run, Say
 from samfast.training.run_record import run_record
 from samfast.training.settings import FinetuneSettings
+from samfast.training.split_checks import stacks_sentence
 from samfast.training.states import State, read_state
 from samfast.training.stopping import Interrupted, StopAsked, stop_asked
 from samfast.training.try_out import backend_asked_for
@@ -157,7 +158,7 @@ def _finetune(
         f"{settings.model} at {image_size(sam)} pixels, {settings.method}, {trainable:,} trained "
         f"parameters, {str(dtype).removeprefix('torch.')} on {accelerator.device.type}"
     )
-    for sentence in goal.sentences():
+    for sentence in (*stacks_sentence(goal.split), *goal.sentences()):
         say(sentence)
     run = Run(settings, accelerator, sam, dtype, goal, say, callbacks)
     run.origin = {"settings": folder.settings, "facts": facts}

@@ -26,6 +26,7 @@ from samfast.training.scored import Scored, Tick
 from samfast.training.segmenters import TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
+from samfast.training.stacks import file_of
 from samfast.training.stopping import ignore_signals
 from samfast.training.task_data import (
     TaskBatch,
@@ -108,7 +109,7 @@ class ManyTasks:
         specs: Sequence[TaskSpec] | None = None,
         only_score: bool = False,
     ):
-        """Finds the files; opens none but tasks.yaml.
+        """Finds the files; decodes none.
 
         specs: in place of that file   only_score: nothing is for training
         """
@@ -124,6 +125,7 @@ class ManyTasks:
             seed=settings.seed,
             only_score=only_score,
             mask_suffix=settings.mask_suffix,
+            stacks=settings.stacks,
         )
         self._stems = Counter(item.stem for item in self.split.val)
         self._name_columns()
@@ -143,8 +145,9 @@ class ManyTasks:
         files = {}
         for part, items in (("train", self.split.train), ("val", self.split.val)):
             for item in items:  # a derived task has the file that it is derived from
-                targets = dict.fromkeys(item.targets[name] for name in sorted(item.targets))
-                files[f"{part}/{item.image}"] = [item.image, *targets]
+                targets = (file_of(item.targets[name]) for name in sorted(item.targets))
+                image = file_of(item.image)
+                files[f"{part}/{image}"] = [image, *dict.fromkeys(targets)]
         return of_all(files)
 
     def check(self) -> None:

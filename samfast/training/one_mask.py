@@ -22,7 +22,7 @@ from samfast.training.evaluate import (
     scoring,
     validation_loader,
 )
-from samfast.training.fingerprints import of_all
+from samfast.training.fingerprints import of_pairs
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
 from samfast.training.foreground import (
     chosen_foreground,
@@ -59,19 +59,22 @@ class OneMask:
     curves = (("val_dice", "Dice"), ("val_iou", "IoU"))
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
-        """Finds the files; opens none. only_score: nothing is for training."""
+        """Finds the files; decodes none. only_score: nothing is for training."""
         self.settings = settings
         self.foreground = chosen_foreground(settings.foreground, settings.threshold)
         self.ignore = chosen_ignore(settings.ignore, self.foreground)
         self.options = image_options(settings.bands, settings.range)
         if only_score:
-            self.split = Split((), find_scored(settings.data, settings.mask_suffix))
+            self.split = Split(
+                (), find_scored(settings.data, settings.mask_suffix, settings.stacks)
+            )
         else:
             self.split = find_split(
                 settings.data,
                 val_fraction=settings.val_fraction,
                 seed=settings.seed,
                 mask_suffix=settings.mask_suffix,
+                stacks=settings.stacks,
             )
         self.loss_name = settings.loss
         self.tasks = None
@@ -79,10 +82,7 @@ class OneMask:
             self.columns = ("val_dice", "val_iou")
 
     def fingerprints(self) -> dict[str, str]:
-        files = {}
-        for part, pairs in (("train", self.split.train), ("val", self.split.val)):
-            files |= {f"{part}/{pair.stem}": [pair.image, pair.mask] for pair in pairs}
-        return of_all(files)
+        return of_pairs({"train": self.split.train, "val": self.split.val})
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""

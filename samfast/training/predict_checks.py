@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What prediction refuses: options, prompts and names that do not fit adapter and images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import isfinite
-from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +12,10 @@ from samfast.training.boxes import check_box, parsed_box
 from samfast.training.instances import are_instances
 from samfast.training.object_prompts import named_prompts
 from samfast.training.points import check_point, parsed_point
+from samfast.training.probabilities import has_probability
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
+from samfast.training.stacks import Source
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import check_tiles
 
@@ -59,9 +60,26 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
             f"min_size is {settings.min_size}, but objects are numbered as their prompts; leave it "
             "out"
         )
+    _check_probabilities(settings, kept)
     if settings.min_size and not numbered:
         raise ValueError(
             f"min_size is {settings.min_size}, but no objects are numbered; give --instances"
+        )
+
+
+def _check_probabilities(settings: PredictSettings, kept: Remembered) -> None:
+    """Raise ValueError where nothing that is predicted has a probability of each pixel."""
+    if not settings.probabilities:
+        return
+    if settings.automatic or kept.by_object:
+        raise ValueError(
+            "probabilities are those of one mask of an image, but objects are prompted one by one; "
+            "leave out --probabilities"
+        )
+    if kept.specs and not any(map(has_probability, kept.specs)):
+        raise ValueError(
+            f"adapter {settings.adapter} predicts measured values only, which have no "
+            "probabilities; leave out --probabilities"
         )
 
 
@@ -96,7 +114,7 @@ def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | No
 
 
 def boxes_for(
-    settings: PredictSettings, prompt: str, sizes: dict[Path, tuple[int, int]]
+    settings: PredictSettings, prompt: str, sizes: dict[Source, tuple[int, int]]
 ) -> list[np.ndarray]:
     """The box, or the point, of each image; none where the adapter's prompt is none.
 
@@ -135,12 +153,13 @@ def boxes_for(
     return prompts
 
 
-def check_files(names: Sequence[str], specs: Sequence[TaskSpec]) -> None:
+def check_files(names: Iterable[str], specs: Sequence[TaskSpec], probable: bool = False) -> None:
     """Raise ValueError where images and tasks have such names that two files would have one."""
     files: dict[str, str] = {}
+    ends = ("", "_overlay", "_probability") if probable else ("", "_overlay")
     for name in names:
         for spec in specs:
-            for file in (f"{name}_{spec.name}", f"{name}_{spec.name}_overlay"):
+            for file in (f"{name}_{spec.name}{end}" for end in ends):
                 what = f"image {name} and task {spec.name}"
                 if file in files:
                     raise ValueError(

@@ -2,9 +2,9 @@
 """What a model predicts for new photographs, each at its own size."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,7 +12,7 @@ from samfast.models import image_size
 from samfast.training.automatic import GRID, automatic_objects
 from samfast.training.boxes import resized_box
 from samfast.training.data import Collate, Sample, resize_image
-from samfast.training.evaluate import predicted_masks
+from samfast.training.evaluate import full_size, logits_of
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image
 from samfast.training.object_prompts import Prompts
@@ -22,7 +22,8 @@ from samfast.training.progress import Progress
 from samfast.training.prompted_predict import predicted_objects
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
-from samfast.training.task_scores import predicted_tasks
+from samfast.training.stacks import Source
+from samfast.training.task_scores import predicted_tasks, read_off
 from samfast.training.tiles import check_tiles, count_of
 
 
@@ -30,12 +31,13 @@ def predicted_maps(
     settings: PredictSettings,
     model: nn.Module,
     kept: Remembered,
-    shapes: dict[Path, tuple[int, int]],
+    shapes: dict[Source, tuple[int, int]],
     boxes: Sequence[np.ndarray] = (),
     objects: Prompts | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """What each image is predicted at its size, by task; of one mask under ""; or label images of
-    objects under "objects", int32 (H, W).
+    objects under "objects", int32 (H, W). Probabilities, where they are asked for, as ``read_off``
+    names them.
 
     shapes: (height, width) of each image   boxes: one of each, or points, or none
     objects: the prompts of single objects, for a PromptedSegmenter
@@ -71,6 +73,7 @@ def predicted_maps(
                     overlap,
                     settings.batch_size,
                     progress.advance,
+                    settings.probabilities,
                 )
         return
     side = image_size(model.sam)
@@ -80,11 +83,21 @@ def predicted_maps(
         collate_fn=Collate(side, truths=True),
     )
     if kept.specs:
-        for tasks in predicted_tasks(model, loader, kept.specs):
-            yield {spec.name: values for spec, values in tasks}
+        yield from predicted_tasks(model, loader, kept.specs, settings.probabilities)
     else:
-        for mask, _ in predicted_masks(model, loader):
-            yield {"": mask.cpu().numpy()}
+        yield from _predicted_masks(model, loader, settings.probabilities)
+
+
+@torch.no_grad()
+def _predicted_masks(
+    model: nn.Module, loader: DataLoader, probable: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """The mask of each image, at its size, as ``read_off`` names it."""
+    device = next(model.parameters()).device
+    for batch in loader:
+        logits = logits_of(model, batch, device)[0]
+        for one, size, truth in zip(logits, batch.sizes.tolist(), batch.truths, strict=True):
+            yield read_off(None, full_size(one[None], *size, truth.shape), probable)
 
 
 class _Photographs(Dataset):
@@ -92,7 +105,7 @@ class _Photographs(Dataset):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Source],
         side: int,
         boxes: Sequence[np.ndarray],
         options: ImageOptions,

@@ -43,6 +43,7 @@ def score(settings: EvaluateSettings) -> dict:
     as_trained = FinetuneSettings(
         data=settings.data,
         mask_suffix=settings.mask_suffix,
+        stacks=settings.stacks,
         prompt=kept.prompt,
         foreground=kept.foreground,
         threshold=kept.threshold,

@@ -378,6 +378,13 @@ class PredictSettings:
         "Folder for NAME_mask.png and NAME_overlay.png (several tasks: NAME_TASK.png and "
         "NAME_TASK_overlay.png); replaces files of these names",
     )
+    stacks: bool = option(
+        False,
+        "Take each page of a TIFF, and each slice of a .npy array, as an image of its own. Write "
+        "masks and labels of a stack as one TIFF with a page for each slice; tables and pictures "
+        "are files of each slice, such as NAME.tif[0]_overlay.png. Objects are numbered in each "
+        "slice anew, not linked across slices",
+    )
     task: str | None = option(
         None, "Predict only this one of several tasks", metavar="NAME", hint="default: all"
     )
@@ -470,6 +477,12 @@ class PredictSettings:
         "outlines that QuPath and GIS open (geojson), all images in one COCO file (coco)",
         choices=("labels", "csv", "geojson", "coco"),
     )
+    probabilities: bool = option(
+        False,
+        "Also write NAME_probability.tif: float32, the sigmoid of the foreground's logits. Classes "
+        "get NAME_TASK_probability.tif: the softmax, a page for each class. Values above 0.5 are "
+        "the mask's pixels. They are not calibrated",
+    )
     min_size: int = option(0, "Leave out numbered objects of fewer pixels", least=0)
     batch_size: int = option(4, "Images in one forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
@@ -497,6 +510,10 @@ class EvaluateSettings:
         "Masks have their images' names with this after the stem, such as _mask; as in finetune",
         metavar="TEXT",
         hint="default: names are equal",
+    )
+    stacks: bool = option(
+        False,
+        "Score each page of a TIFF, and each slice of a .npy array, by itself; as in finetune",
     )
     task: str | None = option(
         None, "Score only this one of several tasks", metavar="NAME", hint="default: all"
