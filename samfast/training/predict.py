@@ -31,6 +31,7 @@ from samfast.training.remembered import remembered
 from samfast.training.run_folder import check_folder
 from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import PredictSettings
+from samfast.training.tiles import said_of_tiles
 from samfast.training.try_out import backend_asked_for
 
 
@@ -62,6 +63,8 @@ def predict(settings: PredictSettings) -> dict:
         refuse_files(settings)
         boxes = boxes_for(settings, kept.prompt, shapes)
     check_kind(settings, kept, adapter.record["base"].get("name"))
+    if kept.tiles and settings.tile is None and not (settings.automatic or settings.json):
+        print(said_of_tiles(kept.tiles, settings.overlap), flush=True)
     files = None
     if are_numbered(settings, kept):
         files = ObjectFiles(settings.output, settings.formats, paths)

@@ -2,13 +2,12 @@
 """What prediction refuses: options, prompts and names that do not fit adapter and images."""
 
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
 from samfast.models.sam3_folder import NAME as SAM3
-from samfast.training.automatic import GRID
+from samfast.training.automatic import check_grid
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.instances import are_instances
 from samfast.training.object_prompts import named_prompts
@@ -16,7 +15,7 @@ from samfast.training.points import check_point, parsed_point
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
 from samfast.training.tasks import TaskSpec
-from samfast.training.tiles import check_tiles
+from samfast.training.tiles import chosen_tiles
 
 
 def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
@@ -24,16 +23,11 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
 
     base: the name of the model that it was trained on
     """
-    check_tiles(settings.tile, settings.overlap)
-    for name in GRID:
-        value = getattr(settings, name)
-        if value is not None and not settings.automatic:
-            raise ValueError(f"{name} is {value}, but there is no grid; give --automatic")
-        if value is not None and not isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a finite number")
+    chosen_tiles(settings.tile, settings.overlap, kept.tiles)
+    check_grid(settings)
     if settings.automatic:
         _check_automatic(settings, kept, base)
-    if settings.tile is not None and kept.prompt != "none":
+    if settings.tile and kept.prompt != "none":
         raise ValueError(
             f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are of "
             "whole images; leave out --tile"
@@ -83,7 +77,7 @@ def refuse_files(settings: PredictSettings) -> None:
 
 def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
     """Raise ValueError for what a grid of points cannot be combined with."""
-    given = [*(["--tile"] if settings.tile is not None else []), *named_prompts(settings)]
+    given = [*(["--tile"] if settings.tile else []), *named_prompts(settings)]
     for name in given:
         raise ValueError(f"--automatic finds objects by points of its own; leave out {name}")
     if kept.specs:

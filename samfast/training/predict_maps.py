@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.models import image_size
-from samfast.training.automatic import GRID, automatic_objects
+from samfast.training.automatic import automatic_objects, grid_of
 from samfast.training.boxes import resized_box
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import predicted_masks
@@ -23,7 +23,7 @@ from samfast.training.prompted_predict import predicted_objects
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
 from samfast.training.task_scores import predicted_tasks
-from samfast.training.tiles import check_tiles, count_of
+from samfast.training.tiles import chosen_tiles, count_of
 
 
 def predicted_maps(
@@ -43,13 +43,12 @@ def predicted_maps(
     paths = list(shapes)
     if settings.automatic:
         for path in paths:
-            given = {name: getattr(settings, name) for name in GRID}
             found = automatic_objects(
                 model.sam,
                 read_image(path, kept.options),
                 points_per_batch=settings.decoder_chunk or 64,
                 min_size=settings.min_size,
-                **{name: value for name, value in given.items() if value is not None},
+                **grid_of(settings),
             )
             yield {"objects": found}
         return
@@ -58,17 +57,15 @@ def predicted_maps(
         for labels in predicted_objects(model, objects, shapes, side, kept.options, batch):
             yield {"objects": labels}
         return
-    if settings.tile is not None:
-        overlap = check_tiles(settings.tile, settings.overlap)
-        count = sum(count_of(shape, settings.tile, overlap) for shape in shapes.values())
+    if tiles := chosen_tiles(settings.tile, settings.overlap, kept.tiles):
+        count = sum(count_of(shape, *tiles) for shape in shapes.values())
         with Progress("prediction, tiles", count, main=True) as progress:
             for path in paths:
                 yield predicted_by_tiles(
                     model,
                     read_image(path, kept.options),
                     kept.specs,
-                    settings.tile,
-                    overlap,
+                    *tiles,
                     settings.batch_size,
                     progress.advance,
                 )
