@@ -21,6 +21,7 @@ from samfast.training.predict_checks import (
     boxes_for,
     check_files,
     check_kind,
+    places_for,
     refuse_files,
 )
 from samfast.training.predict_files import said_of, write_prediction
@@ -65,6 +66,7 @@ def predict(settings: PredictSettings) -> dict:
     check_kind(settings, kept, adapter.record["base"].get("name"))
     if kept.tiles and settings.tile is None and not (settings.automatic or settings.json):
         print(said_of_tiles(kept.tiles, settings.overlap), flush=True)
+    places = places_for(settings, objects, shapes)
     files = None
     if are_numbered(settings, kept):
         files = ObjectFiles(settings.output, settings.formats, paths)
@@ -79,7 +81,7 @@ def predict(settings: PredictSettings) -> dict:
         model = (TaskSegmenter if specs else kind)(sam, dtype, settings.decoder_chunk).to(device)
         settings.output.mkdir(parents=True, exist_ok=True)
         remove_dead(settings.output)
-        found = predicted_maps(settings, model, kept, shapes, boxes, objects)
+        found = predicted_maps(settings, model, kept, shapes, boxes, objects, places)
         written = []
         for path, name, maps in zip(paths, names, found, strict=True):
             image = read_image(path, options)

@@ -10,8 +10,9 @@ from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.automatic import check_grid
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.instances import are_instances
-from samfast.training.object_prompts import named_prompts
+from samfast.training.object_prompts import Prompts, named_prompts
 from samfast.training.points import check_point, parsed_point
+from samfast.training.prompted_tiles import Places, places_of
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
 from samfast.training.tasks import TaskSpec
@@ -27,7 +28,7 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
     check_grid(settings)
     if settings.automatic:
         _check_automatic(settings, kept, base)
-    if settings.tile and kept.prompt != "none":
+    if settings.tile and kept.prompt != "none" and not kept.by_object:
         raise ValueError(
             f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are of "
             "whole images; leave out --tile"
@@ -87,6 +88,17 @@ def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | No
         )
     if base == SAM3:
         raise ValueError(f"--automatic is segment_anything's, which {SAM3} is not")
+
+
+def places_for(
+    settings: PredictSettings, objects: Prompts | None, sizes: dict[Path, tuple[int, int]]
+) -> dict[Path, Places] | None:
+    """The tiles of single objects' prompts, which overlap by a half unless told; None for none."""
+    tiles = chosen_tiles(settings.tile, settings.overlap)
+    if tiles is None or objects is None:
+        return None
+    tile, overlap = tiles
+    return places_of(objects, sizes, tile, tile // 2 if settings.overlap is None else overlap)
 
 
 def boxes_for(

@@ -20,6 +20,7 @@ from samfast.training.points import resized_point
 from samfast.training.predict_tiles import predicted_by_tiles
 from samfast.training.progress import Progress
 from samfast.training.prompted_predict import predicted_objects
+from samfast.training.prompted_tiles import Places, objects_in_tiles
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
 from samfast.training.task_scores import predicted_tasks
@@ -33,12 +34,13 @@ def predicted_maps(
     shapes: dict[Path, tuple[int, int]],
     boxes: Sequence[np.ndarray] = (),
     objects: Prompts | None = None,
+    places: dict[Path, Places] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """What each image is predicted at its size, by task; of one mask under ""; or label images of
     objects under "objects", int32 (H, W).
 
     shapes: (height, width) of each image   boxes: one of each, or points, or none
-    objects: the prompts of single objects, for a PromptedSegmenter
+    objects: the prompts of single objects, for a PromptedSegmenter   places: their tiles, if any
     """
     paths = list(shapes)
     if settings.automatic:
@@ -54,6 +56,12 @@ def predicted_maps(
         return
     if objects is not None:
         side, batch = image_size(model.sam), settings.batch_size
+        if places is not None:
+            for path in paths:
+                image, own = read_image(path, kept.options), objects[path]
+                labels = objects_in_tiles(model, image, own, places[path], side, batch)
+                yield {"objects": labels}
+            return
         for labels in predicted_objects(model, objects, shapes, side, kept.options, batch):
             yield {"objects": labels}
         return

@@ -68,12 +68,10 @@ def score(settings: EvaluateSettings) -> dict:
     ):
         base = base_dtype("auto", dtype, device)
         sam = load_adapted(settings.adapter, settings.checkpoint, base, fuse=settings.fuse)
-        points = None
-        if settings.automatic:
-            points = with_prompts(sam, partial(base_of, adapter.folder, settings.checkpoint))
+        build_base = partial(base_of, adapter.folder, settings.checkpoint)
+        points = with_prompts(sam, build_base).to(device) if settings.automatic else None
         goal.check()
         model = goal.segmenter(sam, dtype).to(device)
-        points = None if points is None else points.to(device)
         items, side = goal.split.val, image_size(sam)
         loader = goal.validation_loader(items, side, settings.batch_size)
         with Progress("evaluation", len(loader.dataset), main=True) as progress:
