@@ -51,7 +51,7 @@ class Decoded:
             raise ValueError(
                 f"{self.folder.parent} has no room for decoded images, which tiles are cut from: "
                 f"{values.nbytes / _MIB:.1f} MiB are needed and {free / _MIB:.1f} MiB are free; "
-                "make room, or choose another --output"
+                "make room, or choose another place: --output of finetune, TMPDIR of evaluate"
             )
         new = place.with_suffix(f".{secrets.token_hex(4)}")
         with open(new, "wb") as file:
