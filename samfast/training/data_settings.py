@@ -84,6 +84,23 @@ class DataSettings:
         "--range=LOW,HIGH for a negative LOW",
         metavar="{auto,full} | LOW,HIGH",
     )
+    tile: int | None = option(
+        None,
+        "Cut images into tiles of this side, in their pixels, in place of shrinking whole images "
+        "to the model's size; each tile counts as an image; 0 for whole images",
+        least=0,
+        most=65535,
+        hint="default: whole images",
+    )
+    overlap: int | None = option(
+        None,
+        "Pixels that tiles have in common at least",
+        least=0,
+        hint="default: tile / 4",
+    )
+    empty_tiles: bool = option(
+        True, "Train on tiles without foreground or objects, too; only with --tile"
+    )
     val_fraction: float = option(
         0.2, "Share of the images that validates; ignored with train/ and val/"
     )

@@ -157,20 +157,21 @@ def check_pairs(
     foreground: Foreground | Sequence[int] | str = None,
     options: ImageOptions = _AS_TAGGED,
     ignore: Sequence[float] = (),
+    threads: int | None = None,
 ) -> list[CheckedPair]:
     """Decode every file and check sizes and mask values, or raise the first broken rule.
 
     Without ``foreground`` the masks together may hold two values, one of them 0: anything else
     (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Values
     under ``ignore`` are left out. Returns what was found, in the pairs' order. Warns where lossy
-    compression may have moved pixels.
+    compression may have moved pixels. threads: files decoded at a time; None: as the processor has
     """
     rule = chosen_foreground(foreground)
     ignore = chosen_ignore(ignore, rule)
     seen: dict[float, Path] = {}  # mask value -> the first mask that holds it
     found: list[CheckedPair] = []
     check = partial(_check_pair, rule=rule, options=options, ignore=ignore)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for pair, checked in zip(pairs, pool.map(check, pairs), strict=True):
                 found.append(checked)

@@ -6,6 +6,7 @@ One of the two goals, see ``samfast.training.goal``; ``one_mask`` has the other 
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -102,6 +103,7 @@ class ManyTasks:
 
     score = "val_score"
     joins_steps = False
+    decoding_threads: int | None = None  # as many as the processor has
 
     def __init__(
         self,
@@ -153,7 +155,7 @@ class ManyTasks:
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
         items = (*self.split.train, *self.split.val)
-        found = check_items(items, self.specs, self.options)
+        found = check_items(items, self.specs, self.options, self.decoding_threads)
         self.baseline = {spec.name: self._constant(spec) for spec in self.specs}
         count = len(self.split.train)
         self.remarks = [text for spec in self.specs for text in remarks(spec, items, found, count)]
@@ -162,10 +164,7 @@ class ManyTasks:
         """The scores of the best prediction that is the same everywhere: all foreground, the most
         frequent class, the median (of directions the mean)."""
 
-        def truths() -> Iterator[Tensor]:
-            for item in self.split.val:
-                if (path := item.targets.get(spec.name)) is not None:
-                    yield torch.from_numpy(truth_of(spec, read_stored(spec, path)))
+        truths = partial(self.truths, spec)
 
         def counted(truth: Tensor) -> bool:
             return bool((truth.isfinite() if spec.kind == "regression" else truth >= 0).any())
@@ -193,6 +192,12 @@ class ManyTasks:
             scores.update(whole, truth)
         return scores.compute()
 
+    def truths(self, spec: TaskSpec) -> Iterator[Tensor]:
+        """A task's truths of the validation images, whole or in strips."""
+        for item in self.split.val:
+            if (path := item.targets.get(spec.name)) is not None:
+                yield torch.from_numpy(truth_of(spec, read_stored(spec, path)))
+
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
         yield from self.remarks
@@ -210,6 +215,9 @@ class ManyTasks:
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
         return TaskSegmenter(sam, dtype, self.settings.decoder_chunk)
+
+    def views(self, part: str) -> Sequence[Item]:
+        return getattr(self.split, part)
 
     def training_data(self, side: int) -> tuple[Dataset, TaskCollate]:
         settings = self.settings
@@ -240,7 +248,8 @@ class ManyTasks:
         )
 
     def counts(self, indices: Sequence[int]) -> list[int]:
-        targets = [self.split.train[i].targets for i in indices]
+        views = self.views("train")
+        targets = [views[i].targets for i in indices]
         return [sum(spec.name in own for own in targets) for spec in self.specs]
 
     def loss(
@@ -256,10 +265,7 @@ class ManyTasks:
         with scoring(model):
             for batch in loader:
                 logits = task_logits(model, batch, device)
-                for spec in self.specs:  # each image by itself: the same bits in every batch
-                    targets = batch.targets[spec.name].to(device)
-                    for one, target in zip(logits[spec.name], targets, strict=True):
-                        losses[spec.name].update(task_loss(spec, one[None], target[None]))
+                self.add_losses(losses, logits, batch, device)
                 for spec, i, prediction, truth in predictions_of(batch, logits, self.specs):
                     own = scores[spec.name].update(prediction, truth)
                     sums[first + i, spec.name] = own
@@ -280,6 +286,19 @@ class ManyTasks:
         if together is not None:
             row, images = row | together.row(), together.images(images)
         return Scored(row, images, classes)
+
+    def add_losses(
+        self,
+        losses: dict[str, MeanLoss],
+        logits: dict[str, Tensor],
+        batch: TaskBatch,
+        device: torch.device,
+    ) -> None:
+        """The loss of each image by itself, which has the same bits in every batch."""
+        for spec in self.specs:
+            targets = batch.targets[spec.name].to(device)
+            for one, target in zip(logits[spec.name], targets, strict=True):
+                losses[spec.name].update(task_loss(spec, one[None], target[None]))
 
     def together(self, device: torch.device) -> "Together | None":
         """What scores the predictions of all tasks together; None for nothing."""

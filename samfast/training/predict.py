@@ -22,6 +22,7 @@ from samfast.training.predict_checks import (
     boxes_for,
     check_files,
     check_kind,
+    places_for,
     refuse_files,
 )
 from samfast.training.predict_files import Results, said_of
@@ -34,6 +35,7 @@ from samfast.training.segmenters import Segmenter, TaskSegmenter
 from samfast.training.settings import PredictSettings
 from samfast.training.stack_files import Name
 from samfast.training.stacks import Slice, Source, file_of, image_slices
+from samfast.training.tiles import said_of_tiles
 from samfast.training.try_out import backend_asked_for
 
 
@@ -66,6 +68,9 @@ def predict(settings: PredictSettings) -> dict:
         refuse_files(settings)
         boxes = boxes_for(settings, kept.prompt, shapes)
     check_kind(settings, kept, adapter.record["base"].get("name"))
+    if kept.tiles and settings.tile is None and not (settings.automatic or settings.json):
+        print(said_of_tiles(kept.tiles, settings.overlap), flush=True)
+    places = places_for(settings, objects, shapes)
     results = Results(settings, specs, paths, are_numbered(settings, kept))
     asked = backend_asked_for(settings.backend, adapter.method, settings.fuse, device, dtype)
     with results.stacks, asked:
@@ -80,7 +85,7 @@ def predict(settings: PredictSettings) -> dict:
         model = model.to(device).eval()
         settings.output.mkdir(parents=True, exist_ok=True)
         remove_dead(settings.output)
-        found = predicted_maps(settings, model, kept, shapes, boxes, objects)
+        found = predicted_maps(settings, model, kept, shapes, boxes, objects, places)
         written = []
         for path, name, maps in zip(paths, names, found, strict=True):
             image = read_image(path, options)

@@ -2,22 +2,22 @@
 """What prediction refuses: options, prompts and names that do not fit adapter and images."""
 
 from collections.abc import Iterable, Sequence
-from math import isfinite
 
 import numpy as np
 
 from samfast.models.sam3_folder import NAME as SAM3
-from samfast.training.automatic import GRID
+from samfast.training.automatic import check_grid
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.instances import are_instances
-from samfast.training.object_prompts import named_prompts
+from samfast.training.object_prompts import Prompts, named_prompts
 from samfast.training.points import check_point, parsed_point
 from samfast.training.probabilities import has_probability
+from samfast.training.prompted_tiles import Places, places_of
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
 from samfast.training.stacks import Source
 from samfast.training.tasks import TaskSpec
-from samfast.training.tiles import check_tiles
+from samfast.training.tiles import chosen_tiles
 
 
 def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
@@ -25,16 +25,11 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
 
     base: the name of the model that it was trained on
     """
-    check_tiles(settings.tile, settings.overlap)
-    for name in GRID:
-        value = getattr(settings, name)
-        if value is not None and not settings.automatic:
-            raise ValueError(f"{name} is {value}, but there is no grid; give --automatic")
-        if value is not None and not isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a finite number")
+    chosen_tiles(settings.tile, settings.overlap, kept.tiles)
+    check_grid(settings)
     if settings.automatic:
         _check_automatic(settings, kept, base)
-    if settings.tile is not None and kept.prompt != "none":
+    if settings.tile and kept.prompt != "none" and not kept.by_object:
         raise ValueError(
             f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are of "
             "whole images; leave out --tile"
@@ -101,7 +96,7 @@ def refuse_files(settings: PredictSettings) -> None:
 
 def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
     """Raise ValueError for what a grid of points cannot be combined with."""
-    given = [*(["--tile"] if settings.tile is not None else []), *named_prompts(settings)]
+    given = [*(["--tile"] if settings.tile else []), *named_prompts(settings)]
     for name in given:
         raise ValueError(f"--automatic finds objects by points of its own; leave out {name}")
     if kept.specs:
@@ -111,6 +106,17 @@ def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | No
         )
     if base == SAM3:
         raise ValueError(f"--automatic is segment_anything's, which {SAM3} is not")
+
+
+def places_for(
+    settings: PredictSettings, objects: Prompts | None, sizes: dict[Source, tuple[int, int]]
+) -> dict[Source, Places] | None:
+    """The tiles of single objects' prompts, which overlap by a half unless told; None for none."""
+    tiles = chosen_tiles(settings.tile, settings.overlap)
+    if tiles is None or objects is None:
+        return None
+    tile, overlap = tiles
+    return places_of(objects, sizes, tile, tile // 2 if settings.overlap is None else overlap)
 
 
 def boxes_for(

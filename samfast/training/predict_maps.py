@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.models import image_size
-from samfast.training.automatic import GRID, automatic_objects
+from samfast.training.automatic import automatic_objects, grid_of
 from samfast.training.boxes import resized_box
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import full_size, logits_of
@@ -20,11 +20,12 @@ from samfast.training.points import resized_point
 from samfast.training.predict_tiles import predicted_by_tiles
 from samfast.training.progress import Progress
 from samfast.training.prompted_predict import predicted_objects
+from samfast.training.prompted_tiles import Places, objects_in_tiles
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
 from samfast.training.stacks import Source
 from samfast.training.task_scores import predicted_tasks, read_off
-from samfast.training.tiles import check_tiles, count_of
+from samfast.training.tiles import chosen_tiles, count_of
 
 
 def predicted_maps(
@@ -34,43 +35,47 @@ def predicted_maps(
     shapes: dict[Source, tuple[int, int]],
     boxes: Sequence[np.ndarray] = (),
     objects: Prompts | None = None,
+    places: dict[Source, Places] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """What each image is predicted at its size, by task; of one mask under ""; or label images of
     objects under "objects", int32 (H, W). Probabilities, where they are asked for, as ``read_off``
     names them.
 
     shapes: (height, width) of each image   boxes: one of each, or points, or none
-    objects: the prompts of single objects, for a PromptedSegmenter
+    objects: the prompts of single objects, for a PromptedSegmenter   places: their tiles, if any
     """
     paths = list(shapes)
     if settings.automatic:
         for path in paths:
-            given = {name: getattr(settings, name) for name in GRID}
             found = automatic_objects(
                 model.sam,
                 read_image(path, kept.options),
                 points_per_batch=settings.decoder_chunk or 64,
                 min_size=settings.min_size,
-                **{name: value for name, value in given.items() if value is not None},
+                **grid_of(settings),
             )
             yield {"objects": found}
         return
     if objects is not None:
         side, batch = image_size(model.sam), settings.batch_size
+        if places is not None:
+            for path in paths:
+                image, own = read_image(path, kept.options), objects[path]
+                labels = objects_in_tiles(model, image, own, places[path], side, batch)
+                yield {"objects": labels}
+            return
         for labels in predicted_objects(model, objects, shapes, side, kept.options, batch):
             yield {"objects": labels}
         return
-    if settings.tile is not None:
-        overlap = check_tiles(settings.tile, settings.overlap)
-        count = sum(count_of(shape, settings.tile, overlap) for shape in shapes.values())
+    if tiles := chosen_tiles(settings.tile, settings.overlap, kept.tiles):
+        count = sum(count_of(shape, *tiles) for shape in shapes.values())
         with Progress("prediction, tiles", count, main=True) as progress:
             for path in paths:
                 yield predicted_by_tiles(
                     model,
                     read_image(path, kept.options),
                     kept.specs,
-                    settings.tile,
-                    overlap,
+                    *tiles,
                     settings.batch_size,
                     progress.advance,
                     settings.probabilities,

@@ -178,6 +178,10 @@ class PromptedObjects:
         resized = ResizedObjects(read_objects(pair.mask), model_side(self.settings))
         return int(resized.there().sum())
 
+    def labels(self, pair: Pair) -> np.ndarray:
+        """int32 (H, W): the objects of a pair's file, from 1 on."""
+        return read_objects(pair.mask).labels()
+
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
         settings = self.settings
@@ -202,6 +206,9 @@ class PromptedObjects:
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
         return PromptedSegmenter(sam, dtype, self.settings.decoder_chunk)
+
+    def views(self, part: str) -> Sequence[Pair]:
+        return getattr(self.split, part)
 
     def training_data(self, side: int) -> tuple[Dataset, ObjectCollate]:
         settings = self.settings

@@ -433,16 +433,16 @@ class PredictSettings:
     tile: int | None = option(
         None,
         "Side of the tiles in which to predict larger images, in their pixels; each becomes as "
-        "large as the model's images",
-        least=16,
+        "large as the model's images; 0 for whole images",
+        least=0,
         most=65535,
-        hint="default: whole images",
+        hint="default: as in training",
     )
     overlap: int | None = option(
         None,
         "Pixels that tiles have in common at least, where their maps are blended",
         least=0,
-        hint="default: tile / 4",
+        hint="default: as in training, or tile / 4",
     )
     instances: bool = option(
         False,
@@ -519,6 +519,42 @@ class EvaluateSettings:
         None, "Score only this one of several tasks", metavar="NAME", hint="default: all"
     )
     checkpoint: Path | None = option(None, CHECKPOINT, hint=NOT_RANDOM)
+    automatic: bool = option(
+        False,
+        "Score segment_anything's automatic mask generator, too, on whole images; for masks that "
+        "number objects",
+    )
+    points_per_side: int | None = option(
+        None,
+        "Points of the grid along each side; only with --automatic",
+        least=1,
+        most=256,
+        hint="default: 32",
+    )
+    pred_iou_thresh: float | None = option(
+        None,
+        "IoU that the model has to predict of a mask; only with --automatic",
+        hint="default: 0.88",
+    )
+    stability_score_thresh: float | None = option(
+        None,
+        "Stability that a mask has to have when its cut-off moves; only with --automatic",
+        hint="default: 0.95",
+    )
+    tile: int | None = option(
+        None,
+        "Side of the tiles in which to predict larger images, in their pixels; scores are of the "
+        "whole images put together; 0 for whole images",
+        least=0,
+        most=65535,
+        hint="default: as in training",
+    )
+    overlap: int | None = option(
+        None,
+        "Pixels that tiles have in common at least, where their maps are blended",
+        least=0,
+        hint="default: as in training, or tile / 4",
+    )
     output: Path | None = option(
         None,
         "Folder for an overlay of every image, scores.csv and (of classes) classes.csv",

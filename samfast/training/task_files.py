@@ -248,11 +248,14 @@ def is_ignored(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
 
 
 def check_items(
-    items: Sequence[Item], specs: Sequence[TaskSpec], options: ImageOptions = _AS_TAGGED
+    items: Sequence[Item],
+    specs: Sequence[TaskSpec],
+    options: ImageOptions = _AS_TAGGED,
+    threads: int | None = None,
 ) -> list[dict[str, CheckedPair]]:
     """Decode every file and check sizes and values, or raise the first broken rule.
 
-    Returns what each item holds of each task, by its name.
+    Returns what each item holds of each task, by its name. threads: as in ``check_pairs``
     """
     seen: dict[str, dict[float, Path]] = {spec.name: {} for spec in specs}
     found: list[dict[str, CheckedPair]] = []
@@ -267,7 +270,7 @@ def check_items(
             if spec.name in own and own[spec.name].exact == exact:
                 _note(spec, item, own[spec.name], seen[spec.name])
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for item, own in zip(items, pool.map(checked, items), strict=True):
                 found.append(own)
