@@ -102,12 +102,15 @@ carry-gpu:
 	@git describe --always --dirty --abbrev=12 > .gpu/commit
 	@ls .gpu .gpu/wheels
 
-lint: $(VENV)/.dev
+# Of torch it reads the types; nothing is compiled. The link is where an installed samfast has them.
+lint: $(VENV)/.lint
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	@mkdir -p build/types/samfast && ln -sfn ../../../kernels build/types/samfast/kernels
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info samfast/_build.json samfast/_C*.so
+	rm -rf $(VENV) .mypy_cache build dist runs *.egg-info samfast/_build.json samfast/_C*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: the extension is built against it, without build isolation.
@@ -115,6 +118,10 @@ $(VENV)/.base: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "samfast needs Python 3.10 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0 setuptools wheel ninja numpy
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	$(PIP) mypy ruff safetensors
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.base $(BUILT)

@@ -6,6 +6,7 @@ segment_anything, torchvision or transformers.
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,7 @@ _SUBMODULES = (
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         value = getattr(importlib.import_module(_EXPORTS[name]), name)
         globals()[name] = value
@@ -58,5 +59,5 @@ def __getattr__(name):
     raise AttributeError(f"module 'samfast' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

@@ -2,7 +2,11 @@
 """``samfast.backends`` is the module that kernels use, under its public name."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from samfast.kernels._common import backends
+
+if TYPE_CHECKING:
+    from samfast.kernels._common.backends import *  # noqa: F403
 
 sys.modules[__name__] = backends

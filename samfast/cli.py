@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 from samfast.adapters.options import option
 from samfast.training.ending import Ending, is_lost, run_together
@@ -94,7 +95,7 @@ def let_waiting_threads_sleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def _parsed(argv: list[str], place: Launched = ALONE):
+def _parsed(argv: list[str], place: Launched = ALONE) -> Any:
     from samfast.command_line import parse
     from samfast.profiling.settings import ProfileSettings, split_script
     from samfast.training.merge_settings import MergeSettings
@@ -125,7 +126,7 @@ def _parsed(argv: list[str], place: Launched = ALONE):
     return dataclasses.replace(settings, arguments=of_script) if of_script else settings
 
 
-def _run(settings, place: Launched, argv: Sequence[str]) -> int:
+def _run(settings: Any, place: Launched, argv: Sequence[str]) -> int:
     from samfast.profiling.settings import ProfileSettings
     from samfast.training.merge_settings import MergeSettings
     from samfast.training.settings import (
@@ -218,7 +219,7 @@ def _say(sentence: str) -> None:
     print(f"samfast: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
 
 
-def _memory_sentence(error: BaseException, settings) -> str:
+def _memory_sentence(error: BaseException, settings: Any) -> str:
     import torch
 
     from samfast.training.advice import memory_advice

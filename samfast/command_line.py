@@ -121,14 +121,16 @@ def _made(kind: type, asked: bool, given: Mapping[str, Any]) -> type:
     """
     if kind is not FinetuneSettings:
         return _struct(kind.__name__, _shown(options_of(kind), asked))
-    groups = [("config", _annotated(_CONFIG), dataclasses.field(default=None, kw_only=True))]
+    groups: list[Any] = [
+        ("config", _annotated(_CONFIG), dataclasses.field(default=None, kw_only=True))
+    ]
     for name, group in GROUPS.items():
         options = tuple(
             dataclasses.replace(option, default=given.get(option.name, option.default))
             for option in options_of(group)
         )
-        part = Annotated[_struct(name, _shown(options, asked)), tyro.conf.arg(help="")]
-        groups.append((name, part))
+        struct: Any = _struct(name, _shown(options, asked))
+        groups.append((name, Annotated[struct, tyro.conf.arg(help="")]))
     return dataclasses.make_dataclass(kind.__name__, groups, frozen=True)
 
 
@@ -177,7 +179,7 @@ def _annotated(option: Option) -> Any:
     )
     kind = option.type
     if isinstance(kind, UnionType):  # tyro imports typeguard for this form and for None at its end
-        kind = Union[(None, *_kinds(kind))]
+        kind = Union[tuple([None, *_kinds(kind)])]  # noqa: UP007
     if option.positional:
         kind = tyro.conf.Positional[kind]
     if option.repeatable:

@@ -16,7 +16,8 @@ import dataclasses
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,12 +45,15 @@ _SYNCS = (
 )
 
 
+Run: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
 @dataclasses.dataclass
 class Counts:
     """launches and syncs by name; bytes and flops in total; the largest tensor made, in bytes."""
 
-    launches: Counter = dataclasses.field(default_factory=Counter)
-    syncs: Counter = dataclasses.field(default_factory=Counter)
+    launches: Counter[str] = dataclasses.field(default_factory=Counter)
+    syncs: Counter[str] = dataclasses.field(default_factory=Counter)
     bytes: int = 0
     flops: int = 0
     largest: int = 0
@@ -66,7 +70,7 @@ class Counts:
         self.syncs[name.rpartition("::")[2]] += 1
 
     @contextlib.contextmanager
-    def opened(self, operator: str):
+    def opened(self, operator: str) -> Iterator[None]:
         """What is counted meanwhile belongs to the body of this operator."""
         self.inside.append(operator)
         try:
@@ -89,11 +93,14 @@ class _Counting(TorchDispatchMode):
     run: see ``counting``
     """
 
-    def __init__(self, counts: Counts, closed: Collection[str] = (), run: Callable | None = None):
+    def __init__(self, counts: Counts, closed: Collection[str] = (), run: Run | None = None):
         super().__init__()
-        self.counts, self.closed, self.run, self.created = counts, closed, run, []
+        self.counts, self.closed, self.run = counts, closed, run
+        self.created: list[tuple[StorageWeakRef, int]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # what a fake tensor is asked for, such as its device
             return func(*args, **kwargs)
@@ -130,8 +137,8 @@ class _Counting(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting(
-    closed: Collection[str] = (), *, counts: Counts | None = None, run: Callable | None = None
-):
+    closed: Collection[str] = (), *, counts: Counts | None = None, run: Run | None = None
+) -> Iterator[Counts]:
     """Count everything inside; yields the Counts. closed: names of operators that stay one call.
 
     counts: to add to, such as one that also keeps to what a call belongs
@@ -143,7 +150,7 @@ def counting(
         yield counts
 
 
-def count(call: Callable) -> Counts:
+def count(call: Callable[[], Any]) -> Counts:
     """Counts of one call, after one that is not counted (first calls import and cache)."""
     call()
     with counting() as counts:
@@ -165,30 +172,30 @@ class SavedBytes:
 
 
 def saved_bytes(
-    call: Callable, known: Iterable[Tensor], closed: Collection[str] = ()
+    call: Callable[[], Any], known: Iterable[Tensor], closed: Collection[str] = ()
 ) -> SavedBytes:
     """Bytes kept for the backward of ``call()``. known: parameters and inputs, not counted.
 
     closed: as for ``counting``; what such an operator keeps aside shows nowhere.
     Pass x among the known tensors, or not, according to what is asked: it is alive either way.
     """
-    known = {t.untyped_storage()._cdata for t in known}
-    packed = {}
+    own = {t.untyped_storage()._cdata for t in known}
+    packed: dict[int, int] = {}
 
-    def pack(t):
+    def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         packed[storage._cdata] = storage.nbytes()
         return t
 
     counts = Counts()
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    with hooks, _triton_launches(counts), _Counting(counts, closed) as mode:
+    keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with keeping, _triton_launches(counts), _Counting(counts, closed) as mode:
         result = call()
     gc.collect()
     given = {t.untyped_storage()._cdata for t in tree_leaves(result) if isinstance(t, Tensor)}
     alive = {ref.cdata: size for ref, size in mode.created if not ref.expired()}
-    hooks = sum(size for key, size in packed.items() if key not in known)
-    living = sum(size for key, size in alive.items() if key not in known | given)
+    hooks = sum(size for key, size in packed.items() if key not in own)
+    living = sum(size for key, size in alive.items() if key not in own | given)
     return SavedBytes(hooks, living)
 
 
@@ -205,23 +212,25 @@ class Living(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.known = {t.untyped_storage()._cdata for t in known}
-        self.alive: dict[int, tuple[int, weakref.ref]] = {}  # by storage: when it was made
+        self.alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by storage: when it was made
         self.events: list[tuple[int, int]] = []  # (which, bytes), negative where it ends
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and self.device in (None, t.device.type):
                 self._see(t.untyped_storage())
         return out
 
-    def _see(self, storage) -> None:
+    def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self.known or key in self.alive:
             return
         which = len(self.events)
 
-        def ends(_):
+        def ends(_: Any) -> None:
             del self.alive[key]
             self.events.append((which, -size))
 
@@ -255,7 +264,7 @@ def _nbytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
-def _flops(func, name, args, kwargs, out) -> int:
+def _flops(func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     """By torch's own formulas; an in-place product costs what the other one does."""
     packet = func._overloadpacket
     if packet not in flop_registry and name.endswith("_"):
@@ -264,13 +273,13 @@ def _flops(func, name, args, kwargs, out) -> int:
     return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 
 
-def _is_view(func) -> bool:
+def _is_view(func: Any) -> bool:
     """Whether the result shares memory with an argument that is not written."""
     infos = [r.alias_info for r in func._schema.returns]
     return any(info is not None and not info.is_write for info in infos)
 
 
-def _is_sync(func, name, tensors, made) -> bool:
+def _is_sync(func: Any, name: str, tensors: list[Tensor], made: list[Tensor]) -> bool:
     if name in _SYNCS:
         return True
     if name in ("index", "index_put", "index_put_"):
@@ -280,7 +289,7 @@ def _is_sync(func, name, tensors, made) -> bool:
 
 
 @contextlib.contextmanager
-def _triton_launches(counts: Counts):
+def _triton_launches(counts: Counts) -> Iterator[None]:
     """Count Triton launches, compiled or interpreted; what the interpreter does is not counted."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
@@ -290,16 +299,16 @@ def _triton_launches(counts: Counts):
         return
     originals = {InterpretedFunction: InterpretedFunction.run, JITFunction: JITFunction.run}
 
-    def note(kernel, args, named):
+    def note(kernel: Any, args: Any, named: dict[str, Any]) -> None:
         flops = flops_of(kernel, dict(zip(kernel.arg_names, args, strict=False)) | named)
         counts.launch(kernel.fn.__name__, 1, tensor_bytes([*args, *named.values()]), flops)
 
-    def interpreted(self, *args, grid, warmup, **named):
+    def interpreted(self: Any, *args: Any, grid: Any, warmup: Any, **named: Any) -> Any:
         note(self, args, named)
         with _disable_current_modes():
             return originals[InterpretedFunction](self, *args, grid=grid, warmup=warmup, **named)
 
-    def compiled(self, *args, grid, warmup, **named):
+    def compiled(self: Any, *args: Any, grid: Any, warmup: Any, **named: Any) -> Any:
         note(self, args, named)
         return originals[JITFunction](self, *args, grid=grid, warmup=warmup, **named)
 

@@ -5,7 +5,9 @@ import importlib
 import importlib.metadata
 import json as json_format
 import platform
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ def main(check: bool = False, json: bool = False) -> int:
     return 1 if failed else 0
 
 
-def summary(device: torch.device) -> dict:
+def summary(device: torch.device) -> dict[str, Any]:
     """Versions, the build, and for every operation the chosen backend and the sentences."""
     versions = {"samfast": __version__, "python": platform.python_version()}
     versions["torch"] = torch.__version__
@@ -57,7 +59,7 @@ def summary(device: torch.device) -> dict:
     }
 
 
-def self_check(device: torch.device) -> list[dict]:
+def self_check(device: torch.device) -> list[dict[str, Any]]:
     """Every operation, backend and dtype against float64 under the error budget."""
     rows = []
     for name in OPERATIONS:
@@ -68,7 +70,9 @@ def self_check(device: torch.device) -> list[dict]:
             )
             budget = Budget(stock, exact, dtype)
             for backend in backends.NAMES[1:]:
-                row = {"operation": name, "backend": backend, "dtype": str(dtype)[6:]}
+                row: dict[str, Any] = {
+                    "operation": name, "backend": backend, "dtype": str(dtype)[6:]
+                }  # fmt: skip
                 row["skipped"] = _missing(example, backend, device, dtype)
                 row["error"] = None
                 if row["skipped"] is None:
@@ -78,25 +82,25 @@ def self_check(device: torch.device) -> list[dict]:
     return rows
 
 
-def _example(operation):
+def _example(operation: str) -> Any:
     return importlib.import_module(f"samfast.kernels.{operation}.example")
 
 
-def _missing(example, backend, device, dtype):
+def _missing(example: Any, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     interpreted = backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16
     if interpreted and example.missing(backend, device, dtype) is None:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     return example.missing(backend, device, dtype)
 
 
-def _first_problem(names, problems):
+def _first_problem(names: Sequence[str], problems: Mapping[str, str]) -> str | None:
     return next((f"{names[int(place)]}: {text}" for place, text in problems.items()), None)
 
 
-def _choices(operation, device):
+def _choices(operation: str, device: torch.device) -> dict[str, Any]:
     example = _example(operation)
 
-    def supports(backend):
+    def supports(backend: str) -> str | None:
         return example.missing(backend, device, torch.float32)
 
     sentences = {name: supports(name) for name in backends.NAMES[1:]}
@@ -111,14 +115,14 @@ def _choices(operation, device):
     }
 
 
-def _code(capability):
+def _code(capability: str | None) -> str:
     if capability is None:
         return ""
     choices = "|".join(_CODE)
     return f", {_CODE[capability]} code (SAMFAST_CPU_CAPABILITY={choices} chooses)"
 
 
-def _as_text(record):
+def _as_text(record: dict[str, Any]) -> str:
     lines = [f"samfast {record['versions']['samfast']} on {record['device']}"]
     lines += [f"  {name} {version}" for name, version in list(record["versions"].items())[1:]]
     lines.append(f"build: {record['build']} ({record['build_reason']})")

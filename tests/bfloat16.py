@@ -42,6 +42,20 @@ def _refusing(name, original):
     return call
 
 
+def _casting(original):
+    def call(self, source, target, *rest):
+        types = source.dtype.scalar, target.scalar
+        if types == (tl.bfloat16, tl.float32):
+            return TensorHandle(wide(source.data), tl.float32)
+        if types[1] == tl.bfloat16 and (types[0] == tl.float32 or types[0].is_int()):
+            return TensorHandle(narrow(source.data), tl.bfloat16)
+        if tl.bfloat16 in types:
+            raise NotImplementedError(f"a cast of {types[0]} to {types[1]} is not interpreted")
+        return original(self, source, target, *rest)
+
+    return call
+
+
 @contextlib.contextmanager
 def mended():
     """Every interpreted launch inside computes bfloat16 as a GPU does."""
@@ -49,19 +63,6 @@ def mended():
     changed = ("cast_impl", "create_fp_to_fp", "create_dot", "binary_op", "unary_op")
     originals = {name: getattr(builder, name) for name in (*changed, *REFUSED)}
     reduce = reduction.apply
-
-    def cast(kind):
-        def call(self, source, target, *rest):
-            types = source.dtype.scalar, target.scalar
-            if types == (tl.bfloat16, tl.float32):
-                return TensorHandle(wide(source.data), tl.float32)
-            if types[1] == tl.bfloat16 and (types[0] == tl.float32 or types[0].is_int()):
-                return TensorHandle(narrow(source.data), tl.bfloat16)
-            if tl.bfloat16 in types:
-                raise NotImplementedError(f"a cast of {types[0]} to {types[1]} is not interpreted")
-            return originals[kind](self, source, target, *rest)
-
-        return call
 
     def dot(self, a, b, *rest):
         a, b = (TensorHandle(wide(t.data), tl.float32) if _is_narrow(t) else t for t in (a, b))
@@ -84,7 +85,7 @@ def mended():
             raise NotImplementedError("a reduction of bfloat16 is not interpreted; cast to float32")
         return reduce(self, inputs)
 
-    replacements = {kind: cast(kind) for kind in ("cast_impl", "create_fp_to_fp")}
+    replacements = {kind: _casting(originals[kind]) for kind in ("cast_impl", "create_fp_to_fp")}
     replacements |= {"create_dot": dot, "binary_op": binary, "unary_op": unary}
     replacements |= {name: _refusing(name, originals[name]) for name in REFUSED}
     try:

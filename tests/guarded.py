@@ -121,6 +121,15 @@ class Guard:
             raise GuardError(sentence)
 
 
+def _refuse_atomic(self, *args):
+    raise GuardError("a kernel uses an atomic, whose order is not fixed")
+
+
+def _check(self, condition, message):
+    if not np.all(condition.data):
+        raise GuardError(f"int32 overflow or failed assertion: {message}")
+
+
 @contextlib.contextmanager
 def guarded(order: str = "forward", poison: bool = True):
     """Every interpreted launch inside is checked; yields the Guard."""
@@ -163,13 +172,6 @@ def guarded(order: str = "forward", poison: bool = True):
         guard.store(ptrs.data[active], np.dtype(kind).itemsize)
         return masked_store(self, ptrs, value, mask, *rest)
 
-    def refuse_atomic(self, *args):
-        raise GuardError("a kernel uses an atomic, whose order is not fixed")
-
-    def check(self, condition, message):
-        if not np.all(condition.data):
-            raise GuardError(f"int32 overflow or failed assertion: {message}")
-
     def set_grid_idx(self, x, y, z):
         turn[0] = 0 if (x, y, z) == (0, 0, 0) else turn[0] + 1
         self.grid_idx = tuple(int(i) for i in guard.visit(turn[0], self.grid_dim))
@@ -183,9 +185,9 @@ def guarded(order: str = "forward", poison: bool = True):
     replacements = {
         "create_masked_load": load,
         "create_masked_store": store,
-        "create_atomic_rmw": refuse_atomic,
-        "create_atomic_cas": refuse_atomic,
-        "create_assert": check,
+        "create_atomic_rmw": _refuse_atomic,
+        "create_atomic_cas": _refuse_atomic,
+        "create_assert": _check,
         "set_grid_idx": set_grid_idx,
         "_init_args_hst": init_args_hst,
         # CPU tensors are their own host copies; writing them back would touch virtual memory.

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import test_types
 
 from samfast.kernels import operations
 
@@ -61,7 +62,9 @@ def test_wheel_content(pure_wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"samfast"}
     for expected in (
         "samfast/__init__.py",
+        "samfast/__init__.pyi",
         "samfast/_build.json",
+        "samfast/py.typed",
         "samfast/kernels/__init__.py",
         "samfast/kernels/lora_linear/op.py",
         "samfast/kernels/lora_linear/tiles.json",
@@ -75,6 +78,19 @@ def test_a_wheel_finds_the_operations_of_the_checkout(pure_wheel, tmp_path):
     code = "from samfast.kernels import operations; print(*operations('example.py'))"
     found = python(code, tmp_path, PYTHONPATH=str(pure_wheel[1])).split()
     assert found == list(operations("example.py")) and "lora_linear" in found
+
+
+@pytest.mark.slow
+def test_a_users_strict_mypy_sees_the_types(pure_wheel, tmp_path):
+    """Half a minute, most of it for torch."""
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    (tmp_path / "user.py").write_text(test_types.USER)
+    paths = filter(None, (str(pure_wheel[1]), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", "cache", "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert test_types.told(done.stdout) == test_types.expected(), done.stdout
 
 
 @pytest.mark.slow_on_cpu

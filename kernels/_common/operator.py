@@ -11,6 +11,8 @@ The last two have no autograd. Schemas name all arguments, and the backward gets
 name. ``task_core/op.py`` is a short example.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -149,7 +151,7 @@ class Operator:
         return need
 
     @classmethod
-    def call(cls, *args):
+    def call(cls, *args: Any) -> Any:
         """The users' results, with autograd; through torch's dispatcher if anything may watch."""
         if cls.planned and not torch.compiler.is_compiling() and is_direct():
             flat = cls.flat(args)

@@ -5,9 +5,10 @@ Slice m sends h through (c_m + γ_m) ⊙ h, c_m = (C P)[:, m], and then through 
 """
 
 import torch
+from torch import Tensor
 
 
-def quaternion(head):
+def quaternion(head: Tensor) -> Tensor:
     """W (V, V) of y = x W; head (4, V/4, V/4), the quarters r, i, j, k."""
     r, i, j, k = head
     rows = [[r, i, j, k], [-i, r, k, -j], [-j, -k, r, i], [-k, j, -i, r]]

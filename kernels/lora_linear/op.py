@@ -199,6 +199,11 @@ def check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices, midd
     if autocast_dtype(x.device.type) is None and x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} but weight is {weight.dtype}; cast x or use autocast")
     check_dropout(dropout, seed)
+    return _check_ranks(weight, lora_a, lora_b, slices, middle)
+
+
+def _check_ranks(weight, lora_a, lora_b, slices, middle) -> bool:
+    rank = lora_b.shape[1]
     if middle is not None:
         if (lora_a.shape[0], rank) != tuple(middle):
             raise ValueError(

@@ -9,7 +9,7 @@ is a branch next to the MLP, and ``DROPS`` if samples drop branches.
 import ast
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ KINDS = ("relpos", "rope", "plain")  # of the attention; their tables: relative 
 # height and width; cos and sin, one row a position of the window; none
 FACTORS = ("weight", "bias", "lora_a", "lora_b", "seed")
 SIDE = (*BRANCH, "seed")
-MEMORY = ("fast", "balanced", "minimal")
+Memory = Literal["fast", "balanced", "minimal"]
+MEMORY = get_args(Memory)
 
 
 def check_memory(memory: str) -> None:

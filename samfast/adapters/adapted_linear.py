@@ -2,11 +2,14 @@
 """nn.Linear with trainable tensors added, sharing the weight of the layer it replaces."""
 
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from samfast.adapters.adapter import Adapter
+
+Layer = TypeVar("Layer", bound="AdaptedLinear")
 
 
 class AdaptedLinear(Adapter, nn.Linear):
@@ -18,15 +21,13 @@ class AdaptedLinear(Adapter, nn.Linear):
     def add_adapter(self, **shapes: tuple[int, ...]) -> None:
         """Add one uninitialised parameter per name: float32 unless the weight is float64."""
         wide = self.weight.dtype == torch.float64
-        options = {
-            "dtype": torch.float64 if wide else torch.float32,
-            "device": self.weight.device,
-        }
+        dtype, device = torch.float64 if wide else torch.float32, self.weight.device
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
+            fresh = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(fresh))
 
     @classmethod
-    def _from_linear(cls, linear: nn.Linear, **options):
+    def _from_linear(cls: type[Layer], linear: nn.Linear, **options: Any) -> Layer:
         """One of these around the Parameters of ``linear``; no other weight is made."""
         if type(linear) is not nn.Linear:
             raise TypeError(f"expected a plain nn.Linear, got {type(linear).__name__}")

@@ -2,7 +2,7 @@
 """What every adapted module has in common, and how a model remembers what was attached to it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,8 +10,12 @@ from torch import nn
 if TYPE_CHECKING:
     from samfast.adapters.latest_loss import LatestLoss
 
+    _Mixin = nn.Module
+else:
+    _Mixin = object
 
-class Adapter:
+
+class Adapter(_Mixin):
     """Mixin of every module that adds trainable tensors to a module it replaces.
 
     unmergeable: why there is no ``merge``, of a module that has none
@@ -23,7 +27,7 @@ class Adapter:
     token_wise = False
     window_wise = False
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         """A subclass may run another way, so each class says these two for itself."""
         super().__init_subclass__(**options)
         for word in ("token_wise", "window_wise"):
@@ -54,7 +58,7 @@ class Adapter:
         return None
 
     @classmethod
-    def joint_loss(cls, layers: Sequence["Adapter"]) -> torch.Tensor | None:
+    def joint_loss(cls, layers: Sequence[Any]) -> torch.Tensor | None:
         """What all layers of this class in a model add to the loss by their parameters alone."""
         return None
 
@@ -68,7 +72,7 @@ class Adapter:
         return {}
 
 
-def adapters(model: nn.Module) -> dict[str, nn.Module]:
+def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapted module of the model by its full name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
 
@@ -82,7 +86,7 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
     }
 
 
-def adapter_state(adapted: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+def adapter_state(adapted: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
     """What adapters add to the model's state dict, by full name, shared Parameters once."""
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()

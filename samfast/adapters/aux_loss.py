@@ -8,12 +8,15 @@ so autograd runs it before them; it leaves the incoming gradient with the layers
 recomputation sends the gradient on into its own graph.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from samfast.adapters.adapter import Adapter, adapters
 from samfast.adapters.attachment import attachment_within
+from samfast.adapters.latest_loss import LatestLoss
 from samfast.adapters.wrappers import unwrapped
 from samfast.integrations.libraries import call_of_owner
 
@@ -25,13 +28,13 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, anchor, latest):
+    def forward(ctx: Any, anchor: Tensor, latest: list[LatestLoss]) -> Tensor:
         ctx.latest = latest
-        return _sum([term.value for term in latest])
+        return _sum_of(latest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         left = []
         for term in ctx.latest:
             term.gradient = [gradient]
@@ -58,6 +61,10 @@ def _check_all_taken(left: list[list[Tensor]]) -> None:
         )
 
 
+def _sum_of(terms: list[LatestLoss]) -> Tensor:
+    return _sum([term.value for term in terms if term.value is not None])
+
+
 def _sum(values: list[Tensor]) -> Tensor:
     device = values[0].device
     return torch.stack([value.to(device) for value in values]).sum()
@@ -66,8 +73,8 @@ def _sum(values: list[Tensor]) -> Tensor:
 def _joint_loss(model: nn.Module, layers: list[Adapter]) -> Tensor:
     """By the layers' parameters alone; zero for methods that have no such term."""
     kinds = {type(layer): layer for layer in layers}
-    found = [kind.joint_loss([m for m in layers if type(m) is kind]) for kind in kinds]
-    found = [term for term in found if term is not None]
+    every = [kind.joint_loss([m for m in layers if type(m) is kind]) for kind in kinds]
+    found = [term for term in every if term is not None]
     if found:
         return _sum(found)
     parameter = next(model.parameters(), None)
@@ -104,21 +111,22 @@ def aux_loss(model: nn.Module) -> Tensor:
             f"aux_loss belongs to a forward, and this {type(model).__name__} had none yet"
         )
     if not torch.is_grad_enabled():
-        return _sum([term.value for term in terms])
+        return _sum_of(terms)
     blind = [term for term in terms if term.blind]
     repeated, trained = max(term.blind for term in terms), any(term.trained for term in terms)
     for term in blind:
         term.counted = True
     if not trained:
-        return _sum([term.value for term in terms])
+        return _sum_of(terms)
     if repeated > 1:
         raise RuntimeError(
             f"a layer ran {repeated} forwards of training without a graph since aux_loss was last "
             "asked, and a reentrant checkpoint cannot tell them apart; call aux_loss after each "
             "forward, put forwards under no_grad into eval(), or use use_reentrant=False"
         )
-    others = [term.value for term in terms if not term.blind]
+    others = [term.value for term in terms if term.value is not None and not term.blind]
     if blind:
-        anchor = torch.zeros((), device=blind[0].value.device, requires_grad=True)
+        device = next(term.value.device for term in blind if term.value is not None)
+        anchor = torch.zeros((), device=device, requires_grad=True)
         others.append(_Leave.apply(anchor, blind))
     return _sum(others) if len(others) > 1 or not blind else others[0]

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan
 
-_TORCH_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+_TORCH_FUNCTIONS = (
+    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # of a classmethod
+    torch._C._disabled_torch_function_impl,
+)
 _TRACED = ("FunctionalTensor",)  # torch.export's
 
 
@@ -61,7 +65,7 @@ def foreign_tensor(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor) and kind.__name__ not in ("DTensor", *_TRACED)
 
 
-def layer_problem(name: str, layer: nn.Module) -> str | None:
+def layer_problem(name: str, layer: Foreign) -> str | None:
     """Why the layer cannot take part in a fused block, None when it can."""
     if altered(layer):
         return f"{name} has hooks or a forward of its own"
@@ -76,7 +80,7 @@ def layer_problem(name: str, layer: nn.Module) -> str | None:
     return None if problem is None else f"{name} {problem}"
 
 
-def block_layer(layer: nn.Module, x: Tensor, windows: Windows) -> BlockLayer:
+def block_layer(layer: Foreign, x: Tensor, windows: Windows) -> BlockLayer:
     """The share of a layer that has no problem; x as the products take it."""
     if type(layer) is nn.Linear:
         return BlockLayer(layer.weight, layer.bias)

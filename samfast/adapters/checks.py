@@ -2,6 +2,7 @@
 """Checks of options that methods and their layers share; they need no torch."""
 
 import re
+from typing import Any
 
 QKV = ("q", "k", "v")
 MOST = 2**31 - 1  # of whole numbers
@@ -61,7 +62,7 @@ def checked_slices(slices: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in QKV if name in slices)
 
 
-def checked_target(target) -> str | tuple[str, ...]:
+def checked_target(target: Any) -> str | tuple[str, ...]:
     entries = (target,) if isinstance(target, str) else target
     entries = tuple(entries) if isinstance(entries, list) else entries
     if not isinstance(entries, tuple) or not entries:

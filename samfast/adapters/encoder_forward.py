@@ -6,15 +6,24 @@ recomputed by a checkpoint, makes its own.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+if TYPE_CHECKING:
+    from samfast.adapters.adapter import Adapter
+
+    _Mixin = Adapter
+else:
+    _Mixin = nn.Module
+
 Share = tuple[Tensor, ...]
+Layer = TypeVar("Layer", bound="SharingLayer")
 
 
-class SharingLayer(nn.Module):
+class SharingLayer(_Mixin):
     """Mixin of a layer whose share an ``EncoderForward`` makes.
 
     given: the share, None outside the encoder's forward   stamp: of the tensors it was made of. An
@@ -47,7 +56,7 @@ class SharingLayer(nn.Module):
         made_apart = given[0].is_inference() or any(t.requires_grad for t in sources)
         return self.alone() if made_apart else given
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "given": None, "stamp": ()}
 
 
@@ -70,21 +79,21 @@ class _Given(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, count, *tensors):
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Share:
         ctx.save_for_backward(*tensors[count:])
         ctx.others = len(tensors) - count
         ctx.set_materialize_grads(False)
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *grads, *[None] * ctx.others
 
 
-class EncoderForward:
+class EncoderForward(Generic[Layer]):
     """Hooks of one encoder. Copies and pickles go with the model."""
 
-    def __init__(self, layers: Sequence[SharingLayer]):
+    def __init__(self, layers: Sequence[Layer]):
         self.layers = list(layers)
 
     def together(self) -> bool:
@@ -99,12 +108,12 @@ class EncoderForward:
         encoder.register_forward_pre_hook(self.open)
         encoder.register_forward_hook(self.close, always_call=True)
 
-    def open(self, encoder: nn.Module, args) -> None:
+    def open(self, encoder: nn.Module, args: Any) -> None:
         if getattr(encoder, "_is_replica", False) or not self.together():
             return
         for layer, given in zip(self.layers, self.make(), strict=True):
             layer.given, layer.stamp = given, stamp(layer.sources())
 
-    def close(self, encoder: nn.Module, args, result) -> None:
+    def close(self, encoder: nn.Module, args: Any, result: Any) -> None:
         for layer in self.layers:
             layer.given = None

@@ -30,7 +30,7 @@ def base_problem(model: nn.Module, replaced: Collection[str] = ()) -> str | None
         if id(read[name]) not in buffers:
             if not _all_finite(read[name]):
                 return f"{name} contains NaN or infinity"
-        elif _here(read[name]).isnan().any():
+        elif (values := _here(read[name])) is not None and values.isnan().any():
             return f"{name} contains NaN"
     return None
 
@@ -54,7 +54,8 @@ def _suspects(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    return bool(_here(tensor).isfinite().all())
+    values = _here(tensor)
+    return values is None or bool(values.isfinite().all())
 
 
 def _here(tensor: Tensor) -> Tensor | None:

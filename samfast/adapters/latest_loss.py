@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The term of the loss that a layer's latest forward left behind."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,14 +19,14 @@ class LatestLoss:
     gradient: [d loss / d value], for that recomputation, which takes it out of the list
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.value: Tensor | None = None
         self.blind = 0
         self.counted = False
         self.trained = False
         self.gradient: list[Tensor] = []
 
-    def __reduce__(self):  # deepcopy asks it too
+    def __reduce__(self) -> tuple[type["LatestLoss"], tuple[()]]:  # deepcopy asks it too
         return type(self), ()
 
     def keep(self, value: Tensor, y: Tensor, training: bool, trained: bool) -> Tensor:
@@ -59,7 +61,7 @@ class _SendOn(torch.autograd.Function):
     """y, unchanged; its backward also gives ``value`` a gradient that came another way."""
 
     @staticmethod
-    def forward(ctx, y, value, gradient):
+    def forward(ctx: Any, y: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         # Not through save_for_backward: a checkpoint inside a checkpoint counts what is saved, and
         # only one of its two forwards comes by here. The gradient has no graph that could leak.
         ctx.gradient = gradient.to(value.device)
@@ -68,5 +70,5 @@ class _SendOn(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor, None]:
         return dy, ctx.gradient, None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear layer under every mergeable low-rank adapter: shared weight, merging, state dict."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from samfast.adapters.adapted_linear import AdaptedLinear
 from samfast.adapters.block_layer import BlockLayer, dropout_seed
@@ -25,7 +26,19 @@ class LowRankLinear(AdaptedLinear):
     while merged merges again: a merged model and an unmerged one save the same tensors.
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    dropout: float
+    unmerged_weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
         # The weight's own storage while another one with the adapter folded in stands in for it.
         self.register_buffer("unmerged_weight", None, persistent=False)
@@ -100,12 +113,14 @@ class LowRankLinear(AdaptedLinear):
             self.weight.data = self.unmerged_weight
             self.unmerged_weight = None
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.unmerged_weight is not None:
             destination[f"{prefix}weight"] = self.unmerged_weight
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         merged = self.merged
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
@@ -114,7 +129,7 @@ class LowRankLinear(AdaptedLinear):
 
 
 def backend_of(
-    weight: torch.Tensor, factors: Sequence[torch.Tensor], slices: int = 1
+    weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], slices: int = 1
 ) -> dict[str, str]:
     """What runs ``lora_linear`` on these, for an x as autocast would have it."""
     x = autocast_input(weight.detach()[:0])

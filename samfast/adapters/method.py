@@ -16,6 +16,9 @@ from samfast.adapters.options import Option, options_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from samfast.adapters.adapter import Adapter
+    from samfast.adapters.foreign import Foreign
+
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
@@ -50,6 +53,7 @@ class Method:
     lacks: by option of another method, what to say of this one in place of ``lacks_all``
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     name: ClassVar[str]
     target: str | tuple[str, ...]
     recipe: ClassVar[Mapping[str, Any]] = MappingProxyType(
@@ -97,7 +101,7 @@ class Method:
             fields["tasks"] = tasks
         return dataclasses.replace(self, **fields)
 
-    def check_options(self, find_layers: "Callable[[Method], dict[str, nn.Module]]") -> None:
+    def check_options(self, find_layers: "Callable[[Method], Mapping[str, Foreign]]") -> None:
         """Raise ValueError, by the options' names, for layers that the method cannot adapt.
 
         find_layers: the layers of the model that a method would adapt, each checked
@@ -115,21 +119,21 @@ class Method:
         """Inputs of ``smallest_layer``."""
         return max(16, getattr(self, "rank", 1))
 
-    def check(self, layer: "nn.Module") -> None:
+    def check(self, layer: "Foreign") -> None:
         """Raise ValueError when this layer cannot be adapted; changes nothing."""
 
-    def check_model(self, model: "nn.Module", layers: "dict[str, nn.Module]") -> None:
+    def check_model(self, model: "nn.Module", layers: "Mapping[str, Foreign]") -> None:
         """Raise ValueError when these layers of the model cannot be adapted together."""
 
-    def wrap(self, layer: "nn.Module") -> "nn.Module":
+    def wrap(self, layer: "Foreign") -> "Adapter":
         """The adapted module that takes the place of one layer, sharing its Parameters."""
         raise NotImplementedError
 
-    def build(self, layers: "dict[str, nn.Module]") -> "dict[str, nn.Module]":
+    def build(self, layers: "Mapping[str, Foreign]") -> "Mapping[str, Adapter]":
         """The adapted modules of all layers by full name; override it to share tensors."""
         return {name: self.wrap(layer) for name, layer in layers.items()}
 
-    def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+    def attached(self, model: "nn.Module", adapted: "Mapping[str, Adapter]") -> None:
         """What is left to do once the adapted modules are in the model."""
 
     def same_update(self, other: "Method") -> bool:

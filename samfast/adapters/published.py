@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules whose state dict has the names that their method was published with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Published = dict[str, tuple[list[str], tuple[int, ...]]]
+Names = TypeVar("Names", bound="PublishedNames")
 
 
-class PublishedNames(nn.Module):
+if TYPE_CHECKING:
+    from samfast.adapters.adapter import Adapter
+
+    _Mixin = Adapter
+else:
+    _Mixin = nn.Module
+
+
+class PublishedNames(_Mixin):
     """Mixin that translates names, and packs into one Parameter what was published in parts."""
 
     def published(self) -> Published:
@@ -23,7 +33,7 @@ class PublishedNames(nn.Module):
         """Published entries of one element that are no tensors here."""
         return {}
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self: Names, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Names:
         """What is packed is not a map: ``to(memory_format=...)`` leaves its layout as it is."""
 
         def packed(t: Tensor) -> Tensor:
@@ -42,26 +52,37 @@ class PublishedNames(nn.Module):
             if name not in ("weight", "bias"):
                 yield name, value
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        own, published = {}, self.published()
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        own: dict[str, Tensor] = {}
+        published = self.published()
         super()._save_to_state_dict(own, "", keep_vars)
         for name, value in own.items():
-            keys, shape = published.get(name, ([name], None))
+            keys, shape = published.get(name, ([name], ()))
             parts = [value] if len(keys) == 1 else value.reshape(len(keys), *shape)
             for key, part in zip(keys, parts, strict=True):
                 destination[prefix + key] = part
-        for name, value in self.constants().items():
+        for name, constant in self.constants().items():
             like = self.get_parameter(next(iter(published)))
-            destination[prefix + name] = like.new_full((1,), value)
+            destination[prefix + name] = like.new_full((1,), constant)
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         given = {key[len(prefix) :]: v for key, v in state_dict.items() if key.startswith(prefix)}
         published = self.published()
         problem = self.state_problem(given)
-        missing, unexpected, errors = [], [], [] if problem is None else [problem]
-        missing += [name for name in self.constants() if given.pop(name, None) is None]
+        unexpected: list[str] = []
+        errors = [] if problem is None else [problem]
+        missing = [name for name in self.constants() if given.pop(name, None) is None]
         for name in published:
             if given.pop(name, None) is not None:
                 unexpected.append(name)
@@ -86,7 +107,7 @@ class PublishedNames(nn.Module):
             values = [parts[key] for key in keys]
             whole = values[0] if len(keys) == 1 else torch.stack(values)
             given[name] = whole.reshape(present.shape)
-        absent = []
+        absent: list[str] = []
         super()._load_from_state_dict(
             {prefix + name: value for name, value in given.items()},
             prefix,

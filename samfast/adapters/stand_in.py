@@ -3,8 +3,8 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def bare(forward: Callable) -> Callable:
+def bare(forward: Any) -> Any:
     """Without what transformers puts around the forward of each layer, to checkpoint it."""
     while getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTING:
         forward = forward.__wrapped__

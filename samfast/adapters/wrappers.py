@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from samfast.adapters.foreign import Foreign
+
 ENCODER = "image_encoder"  # segment_anything's name
 ENCODER_OF_HF = "vision_encoder"  # Hugging Face's, which models of other kinds use as well
 ATTACHMENT = "samfast_attachment"
@@ -33,17 +35,18 @@ def encoder_name(model: nn.Module) -> str:
 
 def _has(model: nn.Module, path: str) -> bool:
     """Whether the model has a module at the end of this path."""
+    part: nn.Module | None = model
     for name in path.split("."):
-        model = getattr(model, "_modules", {}).get(name)
-    return model is not None
+        part = getattr(part, "_modules", {}).get(name)
+    return part is not None
 
 
-def encoder_of(model: nn.Module) -> nn.Module:
+def encoder_of(model: nn.Module) -> Foreign:
     """The image encoder of SAM in the model; the model itself where there is none."""
     return model.get_submodule(encoder_name(model))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Foreign:
     """The model inside its wrappers; the model itself where none is known or it is not clear."""
     return levels(model)[-1]
 
@@ -52,7 +55,7 @@ def levels(model: nn.Module) -> list[nn.Module]:
     """The model, what it wraps, what that wraps, …; the last one wraps nothing."""
     found = [model]
     while (leaf := _wrapped(found[-1])) is not None:
-        found.append(found[-1]._modules[leaf])
+        found.append(found[-1].get_submodule(leaf))
     return found
 
 
@@ -89,7 +92,7 @@ def _wrapped(model: nn.Module) -> str | None:
     held = _parts_with_sam(model)
     if not held:
         return None
-    inside = {id(parameter) for parameter in model._modules[held[0]].parameters()}
+    inside = {id(parameter) for parameter in model.get_submodule(held[0]).parameters()}
     return held[0] if all(id(p) in inside for p in model.parameters()) else None
 
 

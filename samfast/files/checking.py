@@ -2,11 +2,12 @@
 """Whether an adapter that was read belongs on a model: its layers, tensors, head and base."""
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from samfast.adapters.adapter import adapter_state
+from samfast.adapters.adapter import Adapter, adapter_state
 from samfast.adapters.attachment import Attachment, attachment
 from samfast.adapters.base_digest import digest_of, fingerprints, identity_of
 from samfast.adapters.finite import base_problem
@@ -110,7 +111,7 @@ def check_finite_base(model: nn.Module, adapter: AdapterFile) -> None:
         )
 
 
-def check_tensors(model: nn.Module, adapter: AdapterFile, adapted: dict[str, nn.Module]) -> None:
+def check_tensors(model: nn.Module, adapter: AdapterFile, adapted: Mapping[str, Adapter]) -> None:
     """Every tensor of the file has a place of its shape, and every adapter finds its tensors."""
     wanted, sizes = adapter_state(adapted), _sizes(model, adapter)
     for name in wanted:

@@ -94,7 +94,7 @@ def digest(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -118,12 +118,12 @@ def _parse(
         ours = isinstance(mapping, dict) and "samfast" in mapping
         if ours or "peft_type" not in config:
             raise ValueError(f"{TENSORS} has lost its record, or {CONFIG} belongs to another file")
-        method, layers, tensors = peft_format.read_lora(config, tensors)
+        lora, layers, tensors = peft_format.read_lora(config, tensors)
         _check_finite(tensors)
         base = config.get("base_model_name_or_path")
         check_base({"name": base})
-        record = _record_of_others(method, layers, base)
-        return AdapterFile(folder, record, method, layers, tensors)
+        record = _record_of_others(lora, layers, base)
+        return AdapterFile(folder, record, lora, layers, tensors)
     record = _record(header["samfast"], tensors)
     if any(key.startswith(peft_format.PREFIX) for key in tensors):
         tensors = {peft_format.from_key(key): value for key, value in tensors.items()}

@@ -8,6 +8,7 @@ and lora_B. Modules that are trained whole ("modules_to_save") keep their own na
 import math
 from collections import Counter
 from collections.abc import Collection
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _FACTORS = ("lora_A", "lora_B")
 # PEFT copies a module to train it whole and calls the copy, so it takes none that has no forward.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # Options that change what lora_A and lora_B mean, with the value under which they do not.
-_PLAIN_OPTIONS = {
+_PLAIN_OPTIONS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
     "arrow_config": None,
@@ -78,7 +79,8 @@ def modules_to_save(model: nn.Module, trained: Collection[str]) -> list[str] | N
         if any(inside + p in trained for p, _ in module.named_parameters(recurse=False)):
             return None
         parts = [cover(child, inside + leaf) for leaf, child in module.named_children()]
-        return None if None in parts else [entry for part in parts for entry in part]
+        whole = [part for part in parts if part is not None]
+        return list(chain.from_iterable(whole)) if len(whole) == len(parts) else None
 
     return cover(model, "")
 
@@ -142,7 +144,8 @@ def read_lora(
     layers = sorted({n.rpartition(".")[0] for n in tensors if n.rpartition(".")[2] in _FACTORS})
     if not layers:
         raise ValueError("it holds no lora_A and lora_B")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
     check_rank(rank)
     check_alpha(alpha)
     method = Lora(

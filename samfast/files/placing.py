@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from samfast.files.temporary import locked, remove_dead, temporary_file, temporary_folder
 
@@ -91,7 +91,7 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _finish(file, durable: bool) -> None:
+def _finish(file: IO[bytes], durable: bool) -> None:
     file.flush()
     if durable:
         os.fsync(file.fileno())

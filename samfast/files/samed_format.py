@@ -53,9 +53,10 @@ def read_numbered(
     return Lora(rank=rank, slices=SLICES), layers, tensors
 
 
-def _sorted(path: Path, content: Mapping) -> tuple[Factors, dict[str, Tensor]]:
+def _sorted(path: Path, content: Mapping[Any, Any]) -> tuple[Factors, dict[str, Tensor]]:
     """The factors by number, and what was trained whole by the model's names."""
-    factors, whole = {"a": {}, "b": {}}, {}
+    factors: Factors = {"a": {}, "b": {}}
+    whole: dict[str, Tensor] = {}
     for key, value in content.items():
         if not isinstance(key, str):
             raise ValueError(f"it has a key {key!r}, which is a {type(key).__name__}, not a name")

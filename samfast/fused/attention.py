@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_anything's attention, a copy's too, without its bias tensor and copies of windows."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.adapters.adapter import Adapter
 from samfast.adapters.block_layer import layer_problem
+from samfast.adapters.foreign import Foreign, ForeignModule
 from samfast.adapters.stand_in import altered, kind_of, left_alone
 from samfast.backends import requested, resolve
 from samfast.functional import window_relpos_attention
@@ -19,7 +20,7 @@ from samfast.kernels._common.windows import Windows
 from samfast.kernels.relpos_attention.op import supports
 
 
-class FusedAttention:
+class FusedAttention(ForeignModule):
     """Mixin of a multi-head attention with decomposed relative positions (ViTDet, SAM), fused.
 
     x: (B, H, W, D) -> (B, H, W, D), as the stock module; or, with ``window``, as the stock
@@ -37,15 +38,15 @@ class FusedAttention:
     forward runs.
     """
 
-    backend = "auto"
-    left_alone = False
+    backend: str = "auto"
+    left_alone: bool = False
     _family: ClassVar[Family]
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._family = family_of(cls)
+        cls._family = family_of(cls)  # type: ignore[assignment]  # None for this class itself
 
-    def forward(self, x: Tensor, window: int | None = None, *more, **others) -> Tensor:
+    def forward(self, x: Tensor, window: int | None = None, *more: Any, **others: Any) -> Any:
         """window: side of the windows that attend to themselves; the whole map when None.
 
         more, others: what a stock class that was changed may take; the fused one takes nothing.
@@ -73,11 +74,14 @@ class FusedAttention:
         if self.window_order() is None and objection(self) is None:
             before, after = self._family.parts.projections(self).values()
             qkv, pad_h, pad_b = _project(before, x, window)
-            pads = {"pad_bias": before.bias, "pad_h": pad_h, "pad_b": pad_b}
-            return after(self._attend(qkv, (window, window), **pads))
-        windows = Windows(*x.shape[:3], window, window)
+            y: Tensor = after(
+                self._attend(qkv, (window, window), pad_bias=before.bias, pad_h=pad_h, pad_b=pad_b)
+            )
+            return y
+        batch, height, width = x.shape[:3]
+        windows = Windows(batch, height, width, window, window)
         tokens, _ = windows.paste(self.forward(windows.cut(x)))
-        return tokens.view(*x.shape[:3], tokens.shape[1])
+        return tokens.view(batch, height, width, tokens.shape[1])
 
     def window_order(self) -> str | None:
         """None when windows run in image order, or why they are cut before the projection."""
@@ -112,7 +116,7 @@ class FusedAttention:
             return {"relpos_attention": str(error)}
         return {"relpos_attention": name}
 
-    def _attend(self, qkv: Tensor, window: tuple[int, int], **pads: Tensor | None) -> Tensor:
+    def _attend(self, qkv: Tensor, window: tuple[int, int], **pads: Any) -> Tensor:
         return window_relpos_attention(
             qkv,
             self._family.parts.heads(self),
@@ -137,10 +141,7 @@ class FusedAttention:
         return text if self.backend == "auto" else f"{text}, backend={self.backend}"
 
 
-def _project(
-    layer: nn.Module, x: Tensor, window: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _project(layer: Foreign, x: Tensor, window: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """qkv (B, H, W, 3 · D), and the two factors of its padding in addition to the bias."""
-    if isinstance(layer, Adapter) and layer.window_wise:
-        return layer.forward_windows(x, window)
-    return layer(x), None, None
+    windowed = isinstance(layer, Adapter) and layer.window_wise
+    return layer.forward_windows(x, window) if windowed else (layer(x), None, None)

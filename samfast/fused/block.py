@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformer block of SAM's kind as one operator, whichever library's class it has."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from samfast.adapters.block_layer import block_layer, layer_problem
+from samfast.adapters.foreign import ForeignModule
 from samfast.adapters.stand_in import altered, kind_of, leaving_alone, runs_as
 from samfast.backends import requested, resolve
 from samfast.fused.attention import FusedAttention
@@ -25,7 +27,7 @@ from samfast.kernels.window_attention.op import supports as plain_supports
 __all__ = ["BlockInParts", "FusedBlock", "WholeBlock", "check_memory"]
 
 
-class FusedBlock:
+class FusedBlock(ForeignModule):
     """Mixin of a block that runs as one operator where nothing stands against it.
 
     x: (B, H, W, D) -> (B, H, W, D), token by token whatever the layout of x
@@ -35,12 +37,12 @@ class FusedBlock:
         of the block is. The gradients are the same.
     """
 
-    memory = "fast"
+    memory: str = "fast"
     _family: ClassVar[Family]
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._family = family_of(cls)
+        cls._family = family_of(cls)  # type: ignore[assignment]  # None for the mixins below
 
     def block_problem(self) -> str | None:
         """None when the block runs as one node, or why it does not.
@@ -85,7 +87,7 @@ class FusedBlock:
         if x.dim() != 4 or x.shape[3:] != width or 0 in x.shape[1:3]:
             return False
         side = parts.window(self)
-        if not parts.fits_positions(self, (side, side) if side else tuple(x.shape[1:3])):
+        if not parts.fits_positions(self, (side, side) if side else (x.shape[1], x.shape[2])):
             return False
         autocast = autocast_dtype(x.device.type) is not None
         qkv = next(iter(parts.linears(self).values()))
@@ -94,10 +96,13 @@ class FusedBlock:
     def _fused(self, x: Tensor, remembered: Remembered | None = None) -> Tensor:
         """The node. remembered: takes what was found out here"""
         parts = self._family.parts
-        attn, mlp, side = parts.attention(self), parts.mlp(self), parts.window(self)
-        norms = parts.norms(self).values()
-        sides = (side, side) if side else x.shape[1:3]
-        windows, whole = Windows(*x.shape[:3], *sides), Windows.whole(*x.shape[:3])
+        attn, side = parts.attention(self), parts.window(self)
+        mlp = parts.mlp(self)
+        first, second = parts.norms(self).values()
+        batch, height, width = x.shape[:3]
+        sides = (side, side) if side else (height, width)
+        windows = Windows(batch, height, width, *sides)
+        whole = Windows.whole(batch, height, width)
         like = autocast_input(x[:0])
         *into, proj, lin1, lin2 = parts.linears(self).values()
         layers = [block_layer(layer, like, windows) for layer in into]
@@ -107,7 +112,7 @@ class FusedBlock:
             heads=parts.heads(attn),
             window=side,
             scale=float(parts.scale(attn)),
-            eps=tuple([float(norm.eps) for norm in norms]),
+            eps=(float(first.eps), float(second.eps)),
             dtype="" if like.dtype == x.dtype else str(like.dtype).removeprefix("torch."),
             memory=self.memory,
             attention=self._attention_backend(),
@@ -118,9 +123,13 @@ class FusedBlock:
             apart=len(into) > 1,
             drops=(chance := parts.drop_chance(self)) > 0.0,
         )
-        head = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+        head = [first.weight, first.bias, second.weight, second.bias]
         tables = parts.tables(self, sides)
-        tensors = [*head, *tables, *(t for layer in layers for t in layer.tensors)]
+        tensors: list[Tensor | None] = [
+            *head,
+            *tables,
+            *(t for layer in layers for t in layer.tensors),
+        ]
         tensors += [] if beside is None else beside.tensors
         tensors += _factors(len(x), chance, like) if chance > 0.0 else []
         if remembered is not None:
@@ -137,12 +146,15 @@ class FusedBlock:
         if (known := remembered.latest(self, x)) is None:
             return None
         answers, tensors = known
-        windows = like = None
+        windows: dict[str, Windows] = {}
+        like = x
         if answers.asked:
             like, side = autocast_input(x[:0]), self._family.parts.window(self)
-            whole = Windows.whole(*x.shape[:3])
+            batch, height, width = x.shape[:3]
+            whole = Windows.whole(batch, height, width)
             windows = dict.fromkeys(LAYERS, whole)
-            windows[LAYERS[0]] = Windows(*x.shape[:3], side, side) if side else whole
+            if side:
+                windows[LAYERS[0]] = Windows(batch, height, width, side, side)
         if (found := answers.shares(tensors, like, windows)) is None:
             return None
         y, aux = Operator.call(x, tensors, answers.key, answers.numbers, answers.backend)
@@ -171,7 +183,9 @@ class FusedBlock:
         heads, side = parts.heads(parts.attention(self)), parts.window(self) or 1
         q = x.new_empty(0, side, side, heads, _width(self) // heads)
         windows = Windows.whole(0, side, side)
-        supported = {"window_attention": lambda b: plain_supports(b, q, windows)}
+        supported: dict[str, Callable[[str], str | None]] = {
+            "window_attention": lambda b: plain_supports(b, q, windows)
+        }
         if parts.KIND == "rope":
             supported["rope"] = lambda b: rope_supports(b, q[:, :, :, None])
         found = {}
@@ -189,7 +203,7 @@ class FusedBlock:
 class WholeBlock(FusedBlock):
     """A block that is one operator or runs its own forward, its attention included."""
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts = self._family.parts
         if len(args) != 1 or not parts.IDLE.issuperset(kwargs):
             return super().forward(*args, **kwargs)
@@ -267,12 +281,14 @@ class BlockInParts(FusedBlock):
             attn.left_alone = False
 
     def _attention(self, x: Tensor) -> Tensor:
-        attn, side = self._family.parts.attention(self), self._family.parts.window(self)
+        attn = self._family.parts.attention(self)
+        side = self._family.parts.window(self)
         if side == 0:
             return attn(x)
         if self.window_order() is None:
             return attn(x, window=side)
-        windows = Windows(*x.shape[:3], side, side)
+        batch, height, width = x.shape[:3]
+        windows = Windows(batch, height, width, side, side)
         tokens, _ = windows.paste(attn(windows.cut(x)))
         return tokens.view(x.shape)
 
@@ -286,7 +302,7 @@ class BlockInParts(FusedBlock):
         return attn.window_order()
 
 
-def _width(block: nn.Module) -> int:
+def _width(block: FusedBlock) -> int:
     """The features that the block's norms take."""
     norm = next(iter(block._family.parts.norms(block).values()))
     return norm.normalized_shape[0]

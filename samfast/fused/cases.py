@@ -4,6 +4,9 @@
 The formula is that of ``samfast.kernels.sam_block.reference``.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +14,7 @@ from torch.nn import functional as F
 from samfast.fused.parts import Family, Layout
 from samfast.integrations.probe import deviation, difference, shell
 from samfast.kernels.relpos_attention.op import fit_table
-from samfast.kernels.sam_block.reference import attention, sam_block
+from samfast.kernels.sam_block.reference import Maps, attention, sam_block
 
 BLOCK, ATTENTION, MLP = ROLES = ("block", "attention", "mlp")
 
@@ -27,16 +30,16 @@ def inside(own: type[Layout], role: str) -> tuple[str, ...]:
     return dict(zip(ROLES, (own.IN_BLOCK, own.IN_ATTENTION, own.IN_MLP), strict=True))[role]
 
 
-def below(own: type[Layout], role: str, paths) -> list[str]:
+def below(own: type[Layout], role: str, paths: Iterable[str]) -> list[str]:
     """Names of a part's own children or attributes among paths that start at the block."""
     prefix = {BLOCK: "", ATTENTION: f"{own.IN_BLOCK[1]}.", MLP: f"{own.IN_BLOCK[3]}."}[role]
     found = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
     return [name for name in found if "." not in name]
 
 
-def _found(module: nn.Module, path: str, default):
+def _found(module: nn.Module, path: str, default: Any) -> Any:
     """The attribute at the end of a path of names, or the default where there is none."""
-    value = module
+    value: Any = module
     for name in path.split("."):
         value = getattr(value, name, None)
     return default if value is None else value
@@ -79,32 +82,38 @@ class Case:
             x = x * 10.0 ** (2.25 * self._draw(1, *self.size, 1) - 0.25)
         return deviation(tested.eval(), self.formula, x)
 
-    def formula(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
-        def layer(name):
+    def formula(self, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        def layer(name: str) -> Maps:
             weight, bias = given[f"{name}.weight"], given.get(f"{name}.bias")
             if name in (self.before, self.between):
                 return lambda t: F.layer_norm(t, t.shape[-1:], weight, bias, self.eps)
             return lambda t: F.linear(t, weight, bias)
 
-        tables = self._tables(x, given)
+        table_h, table_w = self._tables(x, given)
         *into, proj = (layer(self.attn + name) for name in self.own.IN_ATTENTION)
         qkv = into[0] if len(into) == 1 else lambda t: torch.cat([part(t) for part in into], -1)
         if not self.block:
-            return attention(x, qkv, proj, *tables, self.heads, self.scale)
-        mlp = (layer(f"{self.mlp}.{name}") for name in self.own.IN_MLP[:2])
-        around = layer(self.before), qkv, proj, layer(self.between), *mlp
-        kind = self.own.KIND, self.own.HALVES
-        return sam_block(x, *around, *tables, self.heads, self.window, self.scale, *kind)
+            return attention(x, qkv, proj, table_h, table_w, self.heads, self.scale)
+        lin1, lin2 = (layer(f"{self.mlp}.{name}") for name in self.own.IN_MLP[:2])
+        return sam_block(
+            x, layer(self.before), qkv, proj, layer(self.between), lin1, lin2, table_h, table_w,
+            self.heads, self.window, self.scale, self.own.KIND, self.own.HALVES,
+        )  # fmt: skip
 
-    def _tables(self, x: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+    def _tables(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
         """What the attention's kind has."""
         zeros = x.new_zeros(1, self.dim // self.heads)
         tables = [given.get(self.attn + name, zeros) for name in self.own.TABLES]
         return [fit_table(t, side) for t, side in zip(tables, self.sides, strict=True)]
 
-    def _shell(self, role: str, kind: type[nn.Module], made, read: dict, tables=()) -> nn.Module:
+    def _shell(
+        self, role: str, kind: type[nn.Module], made: Iterable[nn.Module], read: dict[str, Any],
+        tables: Sequence[nn.Parameter] = (),
+    ) -> nn.Module:  # fmt: skip
         own = self.own
-        idle = {name: nn.Identity() for name in below(own, role, own.IDENTITIES)}
+        idle: dict[str, nn.Module] = {
+            name: nn.Identity() for name in below(own, role, own.IDENTITIES)
+        }
         idle |= {name: nn.Dropout(0.0) for name in below(own, role, own.DROPOUTS)}
         read |= dict.fromkeys(below(own, role, own.CHANCES), 0.0)
         given = {**own.VALUES, **self.flags}
@@ -172,5 +181,5 @@ class RotaryCase(Case):
         self.turns = [t.float() for t in self.own.tables(block, self.sides)]
         return block
 
-    def _tables(self, x: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+    def _tables(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
         return self.turns

@@ -7,7 +7,7 @@ from samfast.adapters.stand_in import runs_as
 from samfast.fused.attention import FusedAttention
 from samfast.fused.block import BlockInParts, WholeBlock
 from samfast.fused.families import family_of, loaded
-from samfast.integrations.swap import derived, swapped
+from samfast.integrations.swap import derived, made_of, swapped
 
 
 def fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
@@ -28,7 +28,7 @@ def fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 def stock_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class that a fused class was made of; None for any other class."""
     if "_samfast_swapped" in vars(kind):
-        return kind._samfast_swapped.stock
+        return made_of(kind).stock
     stock = loaded()
     if stock is None or not issubclass(kind, (BlockInParts, FusedAttention)):
         return None

@@ -5,13 +5,13 @@ A class is found by what it is called and where it was written; whether it compu
 says is ``samfast.fused.proof``'s question.
 """
 
-import functools
 import importlib
 import sys
 from typing import Any
 
 from torch import nn
 
+from samfast.adapters.foreign import cache
 from samfast.fused.parts import Family
 from samfast.integrations import segment_anything
 
@@ -47,7 +47,7 @@ def loaded() -> Family | None:
     return Family(SEGMENT_ANYTHING, *(getattr(encoder, name) for name in _COPIED))
 
 
-@functools.cache
+@cache
 def family_of(kind: type[nn.Module]) -> Family | None:
     """The family that a class of a block or an attention is from, or is derived from."""
     for base in kind.__mro__:
@@ -65,10 +65,11 @@ def family_of(kind: type[nn.Module]) -> Family | None:
 def _copy(kind: type[nn.Module]) -> Family | None:
     """The classes beside one that has the name of one of segment_anything's."""
     beside: dict[str, Any] = getattr(kind.__init__, "__globals__", {})
-    found = [beside.get(name) for name in _COPIED]
+    found: list[Any] = [beside.get(name) for name in _COPIED]
     if kind not in found[:2] or not all(_is_module(other) for other in found):
         return None
-    return Family(kind.__module__.partition(".")[0], *found)
+    attention, block, mlp = found
+    return Family(kind.__module__.partition(".")[0], attention, block, mlp)
 
 
 def _is_module(kind: Any) -> bool:

@@ -2,11 +2,14 @@
 """Fused blocks and attention in a model and out again, in place."""
 
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
+from samfast.adapters.foreign import Foreign, Model
 from samfast.adapters.stand_in import bare, kind_of, whose
-from samfast.fused.block import BlockInParts
+from samfast.fused.block import BlockInParts, FusedBlock
 from samfast.fused.classes import (
     fused_class,
     is_fused,
@@ -19,7 +22,7 @@ from samfast.fused.parts import KEPT, Family
 from samfast.fused.proof import objection
 from samfast.integrations.libraries import fusable
 from samfast.integrations.swap import swap
-from samfast.kernels.sam_block.plan import check_memory
+from samfast.kernels.sam_block.plan import Memory, check_memory
 
 _OPTIONS = ("backend", "left_alone", "memory", KEPT)  # attributes of fused modules
 _INSIDE = "its block is left alone"
@@ -27,7 +30,7 @@ _BY_BLOCK = "its block runs its own forward"
 _ATTENTIONS = {"attn", "attention"}  # what libraries call the attention of a block
 
 
-def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
+def fuse(model: Model, memory: Memory | None = None) -> Model:
     """Let SAM's blocks and others' adapters in ``model`` run fused, in place; returns the model.
 
     Known are the blocks of segment_anything, of copies of it under other names, of transformers'
@@ -75,11 +78,13 @@ def fuse(model: nn.Module, memory: str | None = None) -> nn.Module:
     objections = _objections(asked)
     for name, module in asked.items():
         if name not in objections:
-            module.__class__ = fused_class(type(module))
+            fused: Any = fused_class(type(module))
+            module.__class__ = fused
     if objections:
         warnings.warn(_left_alone(objections, asked), stacklevel=2)
-    for block in fused_blocks(model).values() if memory is not None else ():
-        block.memory = memory
+    if memory is not None:
+        for block in fused_blocks(model).values():
+            block.memory = memory
     return model
 
 
@@ -92,15 +97,17 @@ def _to_fuse(module: nn.Module) -> bool:
 
 def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
     """Why modules of a library's classes are left alone, by name."""
-    found = {name: _taken_name(module) or objection(module) for name, module in asked.items()}
-    found = {name: reason for name, reason in found.items() if reason is not None}
+    every = {name: _taken_name(module) or objection(module) for name, module in asked.items()}
+    found = {name: reason for name, reason in every.items() if reason is not None}
     inside = {id(_attention_in(asked[name])) for name in found if is_block(asked[name])}
     within = {name: _INSIDE for name, module in asked.items() if id(module) in inside}
     return found | within
 
 
 def _attention_in(block: nn.Module) -> nn.Module | None:
-    return block._modules.get(family_of(type(block)).parts.IN_BLOCK[1])
+    family = family_of(type(block))
+    assert family is not None, type(block)
+    return block._modules.get(family.parts.IN_BLOCK[1])
 
 
 def _taken_name(module: nn.Module) -> str | None:
@@ -119,7 +126,7 @@ def _left_alone(objections: dict[str, str], asked: dict[str, nn.Module]) -> str:
     )
 
 
-def unfuse(model: nn.Module) -> nn.Module:
+def unfuse(model: Model) -> Model:
     """Undo ``fuse``, in place: segment_anything's and PEFT's classes again, the same Parameters.
 
     Modules that are not fused stay as they are. Raises ValueError for a model in which nothing is
@@ -144,13 +151,15 @@ def unfuse(model: nn.Module) -> nn.Module:
         if is_fused_block(module) or is_fused_attention(module):
             for option in _OPTIONS:
                 module.__dict__.pop(option, None)
-        module.__class__ = stock_class(type(module))
+        stock: Any = stock_class(type(module))
+        module.__class__ = stock
     return model
 
 
-def fused_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def fused_blocks(model: nn.Module) -> dict[str, FusedBlock]:
     """Every fused block by its full name."""
-    return {name: m for name, m in model.named_modules() if is_fused_block(m)}
+    modules: Iterable[tuple[str, Foreign]] = model.named_modules()
+    return {name: m for name, m in modules if is_fused_block(m)}
 
 
 def block_states(model: nn.Module) -> dict[str, str]:
@@ -169,7 +178,7 @@ def block_states(model: nn.Module) -> dict[str, str]:
     return states
 
 
-def _state(block: nn.Module) -> str:
+def _state(block: Foreign) -> str:
     """How a fused block runs."""
     problem = block.block_problem()
     if problem is None:
@@ -194,9 +203,10 @@ def attention_states(model: nn.Module) -> dict[str, str]:
     return states
 
 
-def _attention_state(attn: nn.Module, around: list[nn.Module]) -> str:
+def _attention_state(attn: nn.Module, around: list[Foreign]) -> str:
     """How an attention runs; around: the blocks that have it."""
     family = family_of(type(attn))
+    assert family is not None, type(attn)
     if family.published:
         fused = [is_fused_block(block) and block.block_problem() is None for block in around]
         return "fused" if fused and all(fused) else f"not fused: {_BY_BLOCK}"
@@ -209,11 +219,11 @@ def _attention_state(attn: nn.Module, around: list[nn.Module]) -> str:
     if around and all(is_fused_block(b) and objection(b) is not None for b in around):
         return f"not fused: {_INSIDE}"
     reasons = [_cut_first(b) for b in around if family.parts.window(b) > 0]
-    reason = next((r for r in reasons if r is not None), None)
-    return "fused" if reason is None else f"fused, windows cut first: {reason}"
+    first = next((r for r in reasons if r is not None), None)
+    return "fused" if first is None else f"fused, windows cut first: {first}"
 
 
-def _cut_first(block: nn.Module) -> str | None:
+def _cut_first(block: Foreign) -> str | None:
     """Why the windows of a block are cut before its attention, None when they are not."""
     if is_fused_block(block):
         return block.window_order()
@@ -227,6 +237,7 @@ def _own(family: Family) -> str:
 def _why_not(module: nn.Module) -> str:
     """Why a block or an attention is not fused."""
     family, kind = family_of(type(module)), type(module).__name__
+    assert family is not None, type(module)
     stock = family.block if isinstance(module, family.block) else family.attention
     original = f"{whose(family.package)} {stock.__name__}"
     if type(module) is not stock and bare(type(module).forward) is bare(stock.forward):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.kernels.relpos_attention.op import fit_table
 
@@ -30,12 +31,15 @@ class Layout:
         state alone, see ``samfast.fused.remembered``
     """
 
-    IN_BLOCK: ClassVar = ("norm1", "attn", "norm2", "mlp")
-    IN_ATTENTION: ClassVar = ("qkv", "proj")
-    IN_MLP: ClassVar = ("lin1", "lin2", "act")
-    TABLES: ClassVar = ("rel_pos_h", "rel_pos_w")  # parameters with relative positions
+    IN_BLOCK: ClassVar[tuple[str, ...]] = ("norm1", "attn", "norm2", "mlp")
+    IN_ATTENTION: ClassVar[tuple[str, ...]] = ("qkv", "proj")
+    IN_MLP: ClassVar[tuple[str, ...]] = ("lin1", "lin2", "act")
+    TABLES: ClassVar[tuple[str, ...]] = (
+        "rel_pos_h",
+        "rel_pos_w",
+    )  # parameters with relative positions
     WINDOW: ClassVar = "window_size"  # of a block, 0 for the whole map
-    OPTIONS: ClassVar = ("num_heads", "scale", "use_rel_pos")  # of an attention
+    OPTIONS: ClassVar[tuple[str, ...]] = ("num_heads", "scale", "use_rel_pos")  # of an attention
     IDENTITIES: ClassVar[tuple[str, ...]] = ()
     DROPOUTS: ClassVar[tuple[str, ...]] = ()
     CHANCES: ClassVar[tuple[str, ...]] = ()
@@ -51,75 +55,75 @@ class Layout:
     WATCHED: ClassVar = True
 
     @classmethod
-    def norms(cls, block: nn.Module) -> dict[str, nn.Module]:
+    def norms(cls, block: Foreign) -> dict[str, Foreign]:
         """The norms before the attention and before the MLP."""
         return {name: getattr(block, name) for name in cls.IN_BLOCK[::2]}
 
     @classmethod
-    def attention(cls, block: nn.Module) -> nn.Module:
+    def attention(cls, block: Foreign) -> Foreign:
         return getattr(block, cls.IN_BLOCK[1])
 
     @classmethod
-    def mlp(cls, block: nn.Module) -> nn.Module:
+    def mlp(cls, block: Foreign) -> Foreign:
         return getattr(block, cls.IN_BLOCK[3])
 
     @classmethod
-    def activation(cls, block: nn.Module) -> nn.Module:
+    def activation(cls, block: Foreign) -> Foreign:
         return getattr(cls.mlp(block), cls.IN_MLP[2])
 
     @classmethod
-    def window(cls, block: nn.Module) -> int:
+    def window(cls, block: Foreign) -> int:
         return getattr(block, cls.WINDOW)
 
     @classmethod
-    def linears(cls, block: nn.Module) -> dict[str, nn.Module]:
+    def linears(cls, block: Foreign) -> dict[str, Foreign]:
         """The linear layers in the order in which they run: qkv or q, k and v, and three more."""
         mlp = cls.mlp(block)
         around = {name: getattr(mlp, name) for name in cls.IN_MLP[:2]}
         return {**cls.projections(cls.attention(block)), **around}
 
     @classmethod
-    def projections(cls, attention: nn.Module) -> dict[str, nn.Module]:
+    def projections(cls, attention: Foreign) -> dict[str, Foreign]:
         """The layers before and after the attention."""
         return {name: getattr(attention, name) for name in cls.IN_ATTENTION}
 
     @classmethod
-    def heads(cls, attention: nn.Module) -> int:
+    def heads(cls, attention: Foreign) -> int:
         return getattr(attention, cls.OPTIONS[0])
 
     @classmethod
-    def scale(cls, attention: nn.Module) -> float:
+    def scale(cls, attention: Foreign) -> float:
         return getattr(attention, cls.OPTIONS[1])
 
     @classmethod
-    def has_tables(cls, attention: nn.Module) -> bool:
+    def has_tables(cls, attention: Foreign) -> bool:
         return getattr(attention, cls.OPTIONS[2])
 
     @classmethod
-    def relative_positions(cls, attention: nn.Module) -> tuple[Tensor, Tensor]:
+    def relative_positions(cls, attention: Foreign) -> tuple[Tensor, Tensor]:
         """Along the height and along the width."""
         height, width = cls.TABLES
         return getattr(attention, height), getattr(attention, width)
 
     @classmethod
-    def tables(cls, block: nn.Module, sides: tuple[int, int]) -> list[Tensor]:
+    def tables(cls, block: Foreign, sides: tuple[int, int]) -> list[Tensor]:
         """The two tables of the attention's kind, for windows of these sides."""
         own = cls.relative_positions(cls.attention(block))
         return [fit_table(table, side) for table, side in zip(own, sides, strict=True)]
 
     @classmethod
-    def positions_problem(cls, block: nn.Module) -> str | None:
+    def positions_problem(cls, block: Foreign) -> str | None:
         """What stands against the positions of the attention."""
         attention = cls.attention(block)
         return None if cls.has_tables(attention) else "attn has no relative positions"
 
     @classmethod
-    def fits_positions(cls, block: nn.Module, sides: tuple[int, int]) -> bool:
+    def fits_positions(cls, block: Foreign, sides: tuple[int, int]) -> bool:
         """Whether the tables are for windows of these sides, or can be made so."""
         return True
 
     @classmethod
-    def drop_chance(cls, block: nn.Module) -> float:
+    def drop_chance(cls, block: Foreign) -> float:
         """How likely a branch of a sample is dropped, as the block is now."""
         part = None if cls.DROP_PATH is None else block.get_submodule(cls.DROP_PATH)
         return (
@@ -127,24 +131,24 @@ class Layout:
         )
 
     @classmethod
-    def activation_problem(cls, act: nn.Module) -> str | None:
+    def activation_problem(cls, act: Foreign) -> str | None:
         """Why it is not the exact GELU."""
         if type(act) is not nn.GELU or act.approximate != "none":
             return f"the activation is {act}, not the exact GELU"
         return None
 
     @classmethod
-    def attention_altered(cls, attention: nn.Module) -> bool:
+    def attention_altered(cls, attention: Foreign) -> bool:
         """Whether calling the attention does more than its class says."""
         return altered(attention)
 
     @classmethod
-    def recording(cls, attention: nn.Module) -> bool:
+    def recording(cls, attention: Foreign) -> bool:
         """Whether the library is to be given the attention's inner results in this forward."""
         return False
 
     @classmethod
-    def option_problem(cls, block: nn.Module) -> str | None:
+    def option_problem(cls, block: Foreign) -> str | None:
         """Which of the parts that a fused block leaves out does something."""
         for path in cls.IDENTITIES:
             part = block.get_submodule(path)
@@ -167,6 +171,14 @@ class Layout:
                 return f"{path} is {found!r}, where a fused block takes {value!r}"
         return None
 
+    @classmethod
+    def example(
+        cls, family: "Family", block: nn.Module, dim: int, heads: int, window: int,
+        size: tuple[int, int], bias: bool, eps: float,
+    ) -> nn.Module:  # fmt: skip
+        """A block of these sizes as its library makes it, where ``cases`` builds none itself."""
+        raise NotImplementedError
+
 
 class Family(NamedTuple):
     """The classes of one library.
@@ -185,7 +197,7 @@ class Family(NamedTuple):
     attentions: tuple[type[nn.Module], ...] = ()
     others: tuple[type[nn.Module], ...] = ()
 
-    def attention_of(self, block: nn.Module) -> type[nn.Module]:
+    def attention_of(self, block: Foreign) -> type[nn.Module]:
         """Which of the classes the block's attention has."""
         found = type(block._modules.get(self.parts.IN_BLOCK[1]))
         return found if found in self.attentions else self.attention

@@ -8,6 +8,8 @@ agree with the formula in ``samfast.kernels.sam_block.reference``.
 
 import inspect
 from collections.abc import Callable
+from types import FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -29,8 +31,8 @@ _NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union
     [Layout.WINDOW],
 )
 _codes: dict[type[nn.Module], PlainCode] = {}
-_methods: dict[type[nn.Module], tuple[dict, tuple, str | None]] = {}
-_verdicts: dict[tuple, str | None] = {}
+_methods: dict[type[nn.Module], tuple[dict[str, FunctionType], tuple[object, ...], str | None]] = {}
+_verdicts: dict[tuple[Any, ...], str | None] = {}
 
 _Parts = dict[str, tuple[str, nn.Module]]  # by name: its role, and what has it
 
@@ -43,7 +45,9 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
     answer it was traced with.
     """
     family = family_of(type(module))
-    parts, codes = _stock_parts(family, module), []
+    assert family is not None, type(module)
+    parts = _stock_parts(family, module)
+    codes: list[tuple[type[nn.Module], object]] = []
     for kind in (*_classes(family, module), *LAYERS):
         code, problem = _code(family, kind)
         if problem is not None:
@@ -79,11 +83,12 @@ def stock_code_watch(module: nn.Module) -> Callable[[], bool]:
     The module's family must be one whose code is read, not a published one.
     """
     family = family_of(type(module))
+    assert family is not None, type(module)
     return unchanged([_codes[kind] for kind in (*_classes(family, module), *LAYERS)])
 
 
 # What torch.compile calls while it traces, rather than trace it.
-objection._dynamo_marked_constant = True
+objection._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
 
 def _read(own: type[Layout], role: str) -> tuple[str, ...]:
@@ -101,7 +106,7 @@ def _code(family: Family, kind: type[nn.Module]) -> tuple[object, str | None]:
     return _codes[kind]()
 
 
-def _published(kind: type[nn.Module]) -> tuple[tuple, str | None]:
+def _published(kind: type[nn.Module]) -> tuple[tuple[object, ...], str | None]:
     """The methods of a library's class, looked at again once one was replaced."""
     known, state, problem = _methods.get(kind, (None, (), None))
     if known is None or any(getattr(kind, n, None) is not m for n, m in known.items()):
@@ -131,20 +136,21 @@ def _stock_parts(family: Family, module: nn.Module) -> _Parts:
     """The module itself and those of its children whose class is the library's, by name."""
     if isinstance(module, family.attention):
         return {"": (ATTENTION, module)}
-    parts, children = {"": (BLOCK, module)}, module._modules
+    children = module._modules
+    parts: _Parts = {"": (BLOCK, module)}
     _, name_of_attn, _, name_of_mlp = family.parts.IN_BLOCK
     attn, mlp = children.get(name_of_attn), children.get(name_of_mlp)
     stock = type(attn) is family.attention or type(attn) in family.attentions
-    if stock or hasattr(attn, "left_alone"):  # as a FusedAttention has
+    if attn is not None and (stock or hasattr(attn, "left_alone")):  # as a FusedAttention has
         parts[name_of_attn] = (ATTENTION, attn)
-    if type(mlp) is family.mlp:
+    if mlp is not None and type(mlp) is family.mlp:
         parts[name_of_mlp] = (MLP, mlp)
     return parts
 
 
 def _has(parts: _Parts, *names: str) -> bool:
     """Whether what these names lead to from the attention is there, and true where it is a flag."""
-    value = next((part for role, part in parts.values() if role == ATTENTION), None)
+    value: object = next((part for role, part in parts.values() if role == ATTENTION), None)
     for name in names:
         value = getattr(value, name, None)
     return value is not None and value is not False

@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_anything's attention without its bias tensor and without copies of windows."""
 
+from typing import TYPE_CHECKING
+
+from torch import nn
+
 from samfast.adapters.stand_in import standing_in
 from samfast.fused.attention import FusedAttention
 from samfast.fused.families import load
 
-Attention = load().attention
+if TYPE_CHECKING:
+
+    class Attention(nn.Module):
+        """segment_anything's."""
+else:
+    Attention = load().attention
 
 
 class RelPosAttention(FusedAttention, Attention):

@@ -10,8 +10,9 @@ Parts whose answers come from elsewhere too are asked each time.
 import operator
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from samfast.adapters.block_layer import BlockLayer, layer_problem
 from samfast.backends import BACKEND, requested
 from samfast.kernels._common.autocast import autocast_dtype
 from samfast.kernels._common.planned import guard
-from samfast.kernels.sam_block.plan import Plan
+from samfast.kernels._common.windows import Windows
+from samfast.kernels.sam_block.plan import LayerPlan, Plan
 
 # Attributes of torch's modules that are looked into, or that no forward reads.
 _HOOKS = operator.itemgetter(
@@ -33,11 +35,12 @@ _OF_TORCH = frozenset(
     "_state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks".split()
 )
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+State = tuple[Any, ...]
 MOST = 4  # kinds of forwards of a block, such as two sizes with and without gradients
 # In a row, after which one in so many is remembered, such as under FSDP, which gives a block other
 # Parameters at each forward.
 MOST_MISSES, SELDOM = 16, 256
-_remembered: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_remembered: weakref.WeakKeyDictionary[nn.Module, "Remembered"] = weakref.WeakKeyDictionary()
 
 
 class Remembered:
@@ -51,11 +54,11 @@ class Remembered:
             found = _remembered[block] = cls()
         return found
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.answers: tuple[Answers, ...] = ()
         self.misses = 0
 
-    def latest(self, block: nn.Module, x: Tensor) -> "tuple[Answers, list] | None":
+    def latest(self, block: nn.Module, x: Tensor) -> "tuple[Answers, list[Tensor | None]] | None":
         """What is known for a forward on x, and the tensors of its node."""
         if torch._C._get_tracing_state() is not None:
             return None  # a tracer is refused by what is asked anew
@@ -68,7 +71,7 @@ class Remembered:
                     return answers, tensors
         return None
 
-    def keep(self, block: nn.Module, x: Tensor, *found) -> None:
+    def keep(self, block: nn.Module, x: Tensor, *found: Any) -> None:
         """Remember a forward, see ``Answers.of``."""
         self.misses += 1
         if self.misses <= MOST_MISSES or self.misses % SELDOM == 0:
@@ -91,7 +94,7 @@ class Answers:
 
     @classmethod
     def of(
-        cls, block: nn.Module, state: tuple, same_code: Callable[[], bool], plan: Plan,
+        cls, block: nn.Module, state: State, same_code: Callable[[], bool], plan: Plan,
         tensors: Sequence[Tensor | None], layers: dict[str, nn.Module],
     ) -> "Answers | None":  # fmt: skip
         """None where the answers may come from what is not watched.
@@ -119,10 +122,15 @@ class Answers:
             return None
         return cls(block, watched, asked, state, same_code, plan, tensors, parts)
 
-    def __init__(self, block, watched, asked, state, same_code, plan, tensors, parts):
+    def __init__(
+        self, block: nn.Module, watched: "Watched", asked: dict[str, nn.Module], state: State,
+        same_code: Callable[[], bool], plan: Plan, tensors: Sequence[Tensor | None],
+        parts: dict[str, Any],
+    ):  # fmt: skip
         self.state, self.same_code, self.watched = state, same_code, watched
         self.key, self.numbers, self.backend = plan.key, plan.numbers, requested("auto")
-        self.asked, start = [], len(plan.split(tensors)[0])
+        self.asked: list[tuple[str, weakref.ref[Any], LayerPlan, int, int]] = []
+        start = len(plan.split(tensors)[0])
         self.tensors = list(tensors)
         for name, of_layer in zip(plan.names, plan.layers, strict=True):
             stop = start + len(parts[name])
@@ -130,7 +138,7 @@ class Answers:
                 self.asked.append((name, weakref.ref(asked[name]), of_layer, start, stop))
                 self.tensors[start:stop] = [None] * (stop - start)
             start = stop
-        at = {id(t): place for t, *place in watched.tensors(block)}
+        at = {id(t): (store, name) for t, store, name in watched.tensors(block)}
         kept = [t for t in self.tensors if t is not None]
         self.places = [(i, *at[id(t)]) for i, t in enumerate(self.tensors) if t is not None]
         self.tensors = [None] * len(self.tensors)
@@ -147,7 +155,7 @@ class Answers:
         return tensors if self.alike(*[tensors[i] for i, *_ in self.places]) else None
 
     def shares(
-        self, tensors: list[Tensor | None], like: Tensor, windows: dict[str, object]
+        self, tensors: list[Tensor | None], like: Tensor, windows: Mapping[str, Windows]
     ) -> dict[str, BlockLayer] | None:
         """What is asked each time, put among the tensors; None where an answer differs.
 
@@ -170,7 +178,7 @@ def _watched(layer: nn.Module) -> bool:
     return getattr(layer, "block_watched", False) and type(layer).__module__.startswith("samfast.")
 
 
-def _state(x: Tensor) -> tuple:
+def _state(x: Tensor) -> State:
     """What else the answers depend on."""
     return (
         x.shape[1:], x.dtype, x.device, os.environ.get(BACKEND), autocast_dtype(x.device.type),
@@ -243,19 +251,19 @@ class Watched:
         return stores
 
 
-def _stores(dicts: Sequence[dict]) -> list[dict[str, Tensor | None]]:
+def _stores(dicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor | None]]:
     return [*[d["_parameters"] for d in dicts], *[d["_buffers"] for d in dicts]]
 
 
-def _is_plain(value) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether it stays as it is while it is the same object."""
     return isinstance(value, _PLAIN) or (type(value) is tuple and all(map(_is_plain, value)))
 
 
-def _weak(value) -> weakref.ref | None:
+def _weak(value: Any) -> weakref.ref[Any] | None:
     return None if value is None else weakref.ref(value)
 
 
-def _alive(refs: Sequence[weakref.ref | None]) -> list:
+def _alive(refs: Sequence[weakref.ref[Any] | None]) -> list[Any]:
     """What is there, None where there was nothing or is nothing any more."""
     return [None if ref is None else ref() for ref in refs]

@@ -10,6 +10,7 @@ from torch import nn
 
 from samfast.adapters.adapter import adapter_parameter_names, adapters
 from samfast.adapters.attachment import attachment_within
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.method import Method
 from samfast.adapters.wrappers import unwrapped
 from samfast.fused.classes import is_fused_attention
@@ -113,9 +114,9 @@ def report(model: nn.Module) -> Report:
     layers = adapters(model)
     others = layers_of_others(model)
     own = adapter_parameter_names(model) | parameters_of_others(others)
-    parts: Counter = Counter()
-    trained: Counter = Counter()
-    frozen: Counter = Counter()
+    parts: Counter[str] = Counter()
+    trained: Counter[torch.dtype] = Counter()
+    frozen: Counter[torch.dtype] = Counter()
     tensors = adapter_count = other = 0
     for name, parameter in model.named_parameters():
         count = parameter.numel()
@@ -159,7 +160,7 @@ def report(model: nn.Module) -> Report:
     )
 
 
-def _choices(layers: list[nn.Module]) -> dict[str, tuple[str, ...]]:
+def _choices(layers: list[Foreign]) -> dict[str, tuple[str, ...]]:
     found: dict[str, set[str]] = {}
     for layer in layers:
         for operation, choice in layer.backends().items():

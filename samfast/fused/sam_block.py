@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """segment_anything's transformer block as one operator."""
 
+from typing import TYPE_CHECKING
+
+from torch import nn
+
 from samfast.adapters.stand_in import standing_in
 from samfast.fused.block import BlockInParts, check_memory
 from samfast.fused.families import load
 from samfast.fused.rel_pos_attention import RelPosAttention
+from samfast.kernels.sam_block.plan import Memory
 
 _family = load()
-Attention, Block, MLPBlock = _family.attention, _family.block, _family.mlp
+if TYPE_CHECKING:
+    from samfast.fused.rel_pos_attention import Attention
+
+    class Block(nn.Module):
+        """segment_anything's."""
+
+    MLPBlock: type[nn.Module]
+else:
+    Attention, Block, MLPBlock = _family.attention, _family.block, _family.mlp
 
 
 class SamBlock(BlockInParts, Block):
@@ -24,7 +37,7 @@ class SamBlock(BlockInParts, Block):
     """
 
     @classmethod
-    def from_block(cls, block: Block, memory: str = "fast") -> "SamBlock":
+    def from_block(cls, block: Block, memory: Memory = "fast") -> "SamBlock":
         """A block with the Parameters, submodules and hooks of ``block``."""
         if type(block) is not Block:
             raise TypeError(f"expected segment_anything's Block, got {type(block).__name__}")

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ def _moved(model: nn.Module) -> nn.Module:
     """Every parameter as after training: no table, bias or factor is zero."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
 
 
@@ -219,11 +219,13 @@ def _run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 class _Calls(TorchDispatchMode):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.count += func._schema.name in _BLOCK
         return func(*args, **(kwargs or {}))
 

@@ -13,10 +13,12 @@ Some classes are copied from program to program, and are known by their bare nam
 """
 
 import importlib
-from types import ModuleType
+from collections.abc import Iterator, Mapping
+from typing import Protocol, cast
 
 from torch import nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, whose
 from samfast.integrations.swap import swapped
 
@@ -33,7 +35,22 @@ COPIED = {  # a class of any package: its file, and the child that is the layer 
 }
 
 
-def library_of(module: nn.Module) -> ModuleType | None:
+class Library(Protocol):
+    """What such a file has."""
+
+    OWNER: str | None
+    CALLS: Mapping[str, str]
+
+    def objection(self, module: nn.Module) -> str | None: ...
+
+    def mixin_of(self, module: nn.Module) -> type: ...
+
+    def kind_of(self, module: nn.Module) -> str: ...
+
+    def parameters(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def library_of(module: nn.Module) -> Library | None:
     """The file that knows a module by its class, None for samfast's, torch's and unknown ones."""
     for base in type(module).__mro__:
         file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
@@ -41,19 +58,26 @@ def library_of(module: nn.Module) -> ModuleType | None:
             copied, child = COPIED[base.__name__]
             file = copied if module._modules.get(child) is not None else None
         if file is not None:
-            return importlib.import_module(f"samfast.integrations.{file}")
+            return cast(Library, importlib.import_module(f"samfast.integrations.{file}"))
     return None
+
+
+def _known(module: nn.Module) -> Library:
+    """The same of a module that a library adapted."""
+    library = library_of(module)
+    assert library is not None, type(module)
+    return library
 
 
 def owner_of(module: nn.Module) -> str:
     """Whose a layer is that another library adapted."""
     package = type(module).__module__.partition(".")[0]
-    return library_of(module).OWNER or ("your program" if package == "__main__" else package)
+    return _known(module).OWNER or ("your program" if package == "__main__" else package)
 
 
 def described(module: nn.Module) -> str:
     """Whose such a layer is and what it is called there."""
-    return f"{whose(owner_of(module))} {library_of(module).kind_of(module)}"
+    return f"{whose(owner_of(module))} {_known(module).kind_of(module)}"
 
 
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
@@ -74,7 +98,7 @@ def parameters_of_others(layers: dict[str, nn.Module]) -> set[str]:
     return {
         f"{layer}.{name}" if layer else name
         for layer, module in layers.items()
-        for name, _ in library_of(module).parameters(module)
+        for name, _ in _known(module).parameters(module)
     }
 
 
@@ -83,8 +107,8 @@ def states_of_others(layers: dict[str, nn.Module]) -> dict[str, str]:
     return {name: _state(module) for name, module in layers.items()}
 
 
-def _state(module: nn.Module) -> str:
-    library = library_of(module)
+def _state(module: Foreign) -> str:
+    library = _known(module)
     what = described(module)
     if swapped(module) is None:
         if "forward" in vars(module):
@@ -103,7 +127,7 @@ def refuse_others(model: nn.Module) -> None:
     for name, module in layers_of_others(model).items():
         raise ValueError(
             f"{name or 'the model'} already has an adapter, {described(module)}; "
-            f"{library_of(module).CALLS['keep']}"
+            f"{_known(module).CALLS['keep']}"
         )
 
 
@@ -113,6 +137,6 @@ def call_of_owner(model: nn.Module, action: str) -> str | None:
     action: "save", "merge" or "loss"
     """
     for module in layers_of_others(model).values():
-        call, kind = library_of(module).CALLS[action], type(model).__name__
+        call, kind = _known(module).CALLS[action], type(model).__name__
         return f"the adapters of this {kind} are {whose(owner_of(module))}; {call}"
     return None

@@ -4,23 +4,25 @@
 Sentences are the rest of one that begins with the module that has the layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samfast.adapters.block_layer import BlockLayer, foreign_tensor
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.functional import lora_linear
 from samfast.kernels._common.autocast import autocast_dtype
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan
 
-_NO_HOOKS = MappingProxyType({})
+_NO_HOOKS: Mapping[int, Callable[..., Any]] = MappingProxyType({})
 
 
-def stamp(module: nn.Module, *numbers: str) -> tuple:
+def stamp(module: nn.Module, *numbers: str) -> tuple[Any, ...]:
     """What tells the module's build from another's: quick to ask, so that it is asked often.
 
     numbers: attributes that the formula depends on
@@ -31,8 +33,8 @@ def stamp(module: nn.Module, *numbers: str) -> tuple:
     return children, tuple(own), tuple(buffers), *[_number(module, name) for name in numbers]
 
 
-def layers_stamp(layers: Mapping[str, nn.Module | None]) -> tuple:
-    found = []
+def layers_stamp(layers: Mapping[str, nn.Module | None]) -> tuple[Any, ...]:
+    found: list[tuple[Any, ...]] = []
     for name, layer in layers.items():
         if type(layer) is nn.Linear:
             found.append((name, weight_of(layer).shape, layer._parameters.get("bias") is None))
@@ -41,13 +43,13 @@ def layers_stamp(layers: Mapping[str, nn.Module | None]) -> tuple:
     return tuple(found)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: Foreign) -> Tensor:
     """Quicker than by attribute, which is where replicas of DataParallel have it."""
     weight = layer._parameters.get("weight")
     return layer.weight if weight is None else weight
 
 
-def _number(module: nn.Module, name: str) -> tuple:
+def _number(module: nn.Module, name: str) -> tuple[Any, ...]:
     value = vars(module).get(name)
     plain = isinstance(value, (bool, int, float))
     return (type(value), value) if plain else (type(value),)

@@ -12,7 +12,7 @@ from torch import nn
 from samfast.integrations.mlp_branch import FusedBranchMlp
 from samfast.integrations.mlp_lora import FusedMlpLora
 from samfast.integrations.packed_qkv import FusedPackedQkv
-from samfast.integrations.wrapper_proof import problem, stock_of
+from samfast.integrations.wrapper_proof import Wrapper, problem, stock_of
 
 OWNER = None
 CALLS = {
@@ -36,7 +36,7 @@ class FusedAttentionLora(FusedPackedQkv):
     reads = ("qkv_proj", "dim", "alpha", *(f"w_{s}_linear_{t}" for s in "ab" for t in "qkv"))
 
 
-_MIXINS = {
+_MIXINS: dict[str, type[Wrapper]] = {
     "AttentionLoRA": FusedAttentionLora,
     "MLPLoRA": FusedMlpLora,
     "AdaptFormer": FusedBranchMlp,
@@ -51,7 +51,7 @@ def objection(module: nn.Module) -> str | None:
     return None if reason is None else f"which {reason}"
 
 
-def mixin_of(module: nn.Module) -> type | None:
+def mixin_of(module: nn.Module) -> type[Wrapper] | None:
     names = (base.__name__ for base in stock_of(module).__mro__)
     return next((_MIXINS[name] for name in names if name in _MIXINS), None)
 

@@ -2,12 +2,13 @@
 """micro-sam's AdaptFormer around the MLP of a block."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.foreign import Foreign, ForeignModule
 from samfast.integrations.linears import (
     held_problem,
     kinds_problem,
@@ -31,7 +32,7 @@ class BranchSizes(NamedTuple):
     dropout: bool
 
 
-class FusedBranchMlp:
+class FusedBranchMlp(ForeignModule):
     """micro-sam's AdaptFormer around an MLP.
 
     x: (..., D) -> (..., D) = mlp(x) + x + α · (drop(act(down(x))) upᵀ + b_up)
@@ -41,8 +42,10 @@ class FusedBranchMlp:
     the branch.
     """
 
-    reads = ("mlp_proj", "down_proj", "non_linear_func", "up_proj", "alpha", "dropout",
-             "dropout_layer")  # fmt: skip
+    reads: ClassVar[tuple[str, ...]] = (
+        *("mlp_proj", "down_proj", "non_linear_func", "up_proj"),
+        *("alpha", "dropout", "dropout_layer"),
+    )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.block_problem() is not None:
@@ -59,19 +62,24 @@ class FusedBranchMlp:
 
     @property
     def lin1(self) -> nn.Module:
-        return self._modules["mlp_proj"].lin1
+        return self._inside().lin1
 
     @property
     def lin2(self) -> nn.Module:
-        return self._modules["mlp_proj"].lin2
+        return self._inside().lin2
 
     @property
     def act(self) -> nn.Module:
-        return self._modules["mlp_proj"].act
+        return self._inside().act
+
+    def _inside(self) -> Foreign:
+        """The MLP."""
+        return self._modules["mlp_proj"]
 
     def block_problem(self) -> str | None:
         """Why the owner's forward runs, None where this class's does."""
-        up, alpha = self._modules["up_proj"], self.alpha
+        up: Foreign = self._modules["up_proj"]
+        alpha = self.alpha
         reason = own_problem(self) or now_problem({"up_proj": up})
         if reason is None and isinstance(alpha, Tensor) and alpha.dtype != up.weight.dtype:
             names = [str(t.dtype).removeprefix("torch.") for t in (alpha, up.weight)]
@@ -82,21 +90,21 @@ class FusedBranchMlp:
         """Why it cannot take part in a fused block."""
         return "mlp adds its input to its result, which a fused block does not"
 
-    def block_side(self, x: Tensor) -> None:
+    def block_side(self, x: Tensor) -> NoReturn:
         raise NotImplementedError(self.side_problem())
 
     def backends(self) -> dict[str, str]:
         return {}
 
     @staticmethod
-    def stamp(module: nn.Module) -> tuple:
+    def stamp(module: Foreign) -> tuple[Any, ...]:
         alpha, inside = module._parameters.get("alpha"), module._modules.get("mlp_proj")
         names = () if inside is None else tuple(inside._modules)
         shape = None if alpha is None else alpha.shape
         return *stamp(module, "alpha", "dropout"), names, shape
 
     @classmethod
-    def structure(cls, module: nn.Module) -> str | None:
+    def structure(cls, module: Foreign) -> str | None:
         dropout = getattr(module, "dropout", None)
         children = ["mlp_proj", "down_proj", "non_linear_func", "up_proj"]
         if dropout is not None or module._modules.get("dropout_layer") is not None:
@@ -115,7 +123,7 @@ class FusedBranchMlp:
         return _alpha_problem(module)
 
     @staticmethod
-    def sizes(module: nn.Module) -> BranchSizes:
+    def sizes(module: Foreign) -> BranchSizes:
         down, up = module._modules["down_proj"], module._modules["up_proj"]
         bottleneck, features = down.weight.shape
         alpha = None if isinstance(module.alpha, Tensor) else float(module.alpha)
@@ -137,14 +145,14 @@ class FusedBranchMlp:
         kind: type[nn.Module], sizes: BranchSizes, generator: torch.Generator
     ) -> nn.Module:
         width, narrow = sizes.features, sizes.bottleneck
-        parts = {
+        parts: dict[str, nn.Module | nn.Parameter] = {
             "mlp_proj": drawn_linear(generator, width, width),
             "down_proj": drawn_linear(generator, width, narrow, sizes.biases[0]),
             "non_linear_func": nn.ReLU(),
             "up_proj": drawn_linear(generator, narrow, width, sizes.biases[1]),
             "dropout_layer": _Marking(),
         }
-        values = {"dropout": 0.5 if sizes.dropout else None}
+        values: dict[str, object] = {"dropout": 0.5 if sizes.dropout else None}
         if sizes.alpha is None:
             parts["alpha"] = nn.Parameter(torch.tensor([0.75]))
         else:
@@ -173,7 +181,7 @@ class _Marking(nn.Module):
         return z * (1.5 + torch.arange(z.shape[-1], dtype=z.dtype).cos())
 
 
-def _alpha_problem(module: nn.Module) -> str | None:
+def _alpha_problem(module: Foreign) -> str | None:
     alpha = getattr(module, "alpha", None)
     if isinstance(alpha, Tensor):
         scalar = alpha.numel() == 1 and alpha.dim() < 2

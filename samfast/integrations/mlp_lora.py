@@ -2,12 +2,13 @@
 """micro-sam's LoRA on both layers of a block's MLP."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.foreign import Foreign, ForeignModule
 from samfast.adapters.low_rank import backend_of
 from samfast.integrations.linears import (
     UpdatedLinear,
@@ -35,7 +36,7 @@ class LoraSizes(NamedTuple):
     biases: tuple[bool, bool]
 
 
-class FusedMlpLora:
+class FusedMlpLora(ForeignModule):
     """An MLP whose layers have LoRA, unscaled, by samfast's operators.
 
     x: (..., D) -> (..., D) = lin2(act(lin1(x))) with x Wᵀ + b + x Aᵀ Bᵀ in place of both layers
@@ -45,7 +46,7 @@ class FusedMlpLora:
     why.
     """
 
-    reads = ("mlp_layer", "activation", "lin1", "lin2", *_PAIR_NAMES)
+    reads: ClassVar[tuple[str, ...]] = ("mlp_layer", "activation", "lin1", "lin2", *_PAIR_NAMES)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.block_problem() is not None or not takes(x, self.lin1.weight):
@@ -61,7 +62,7 @@ class FusedMlpLora:
         return self._layer("lin2")
 
     @property
-    def act(self) -> nn.Module:
+    def act(self) -> Foreign:
         return self._modules["activation"]
 
     def block_problem(self) -> str | None:
@@ -85,17 +86,18 @@ class FusedMlpLora:
         return backend_of(layer.weight, (layer.lora_a, layer.lora_b))
 
     def _layer(self, name: str) -> UpdatedLinear:
-        down, up = (self._modules[part] for part in _PAIRS[name])
-        return UpdatedLinear(self._modules["mlp_layer"]._modules[name], down, up)
+        parts: dict[str, Foreign] = self._modules
+        down, up = (parts[part] for part in _PAIRS[name])
+        return UpdatedLinear(parts["mlp_layer"]._modules[name], down, up)
 
     @staticmethod
-    def stamp(module: nn.Module) -> tuple:
+    def stamp(module: Foreign) -> tuple[Any, ...]:
         inside = module._modules.get("mlp_layer")
         plain = () if inside is None else layers_stamp(inside._modules)
         return *stamp(module), plain
 
     @classmethod
-    def structure(cls, module: nn.Module) -> str | None:
+    def structure(cls, module: Foreign) -> str | None:
         reason = held_problem(module, ("mlp_layer", "activation", *_PAIR_NAMES))
         if reason is None:
             reason = mlp_problem(module._modules["mlp_layer"], "mlp_layer", tuple(_PAIRS))
@@ -114,12 +116,12 @@ class FusedMlpLora:
         return None
 
     @staticmethod
-    def sizes(module: nn.Module) -> LoraSizes:
+    def sizes(module: Foreign) -> LoraSizes:
         layers = _lora_layers(module)
         first, second = layers["lin1"], layers["lin2"]
         return LoraSizes(
             (first.weight.shape[1], first.weight.shape[0], second.weight.shape[0]),
-            tuple([layers[up].weight.shape[1] for _, up in _PAIRS.values()]),
+            (layers["w_b_linear_1"].weight.shape[1], layers["w_b_linear_2"].weight.shape[1]),
             (first.bias is not None, second.bias is not None),
         )
 
@@ -135,7 +137,9 @@ class FusedMlpLora:
     def stand_in(kind: type[nn.Module], sizes: LoraSizes, generator: torch.Generator) -> nn.Module:
         chain = zip(_PAIRS.items(), sizes.features, sizes.features[1:], sizes.ranks, sizes.biases,
                     strict=False)  # fmt: skip
-        plain, updates, act = {}, {}, nn.GELU()
+        plain: dict[str, nn.Module] = {}
+        updates: dict[str, nn.Module] = {}
+        act = nn.GELU()
         for (name, (down, up)), inputs, outputs, rank, bias in chain:
             plain[name] = drawn_linear(generator, inputs, outputs, bias)
             updates[down] = drawn_linear(generator, inputs, rank)
@@ -146,14 +150,14 @@ class FusedMlpLora:
     @staticmethod
     def formula(sizes: LoraSizes) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
         def updated(x: Tensor, given: Mapping[str, Tensor], name: str) -> Tensor:
-            weight, bias = (given.get(f"mlp_layer.{name}.{part}") for part in ("weight", "bias"))
+            weight, bias = given[f"mlp_layer.{name}.weight"], given.get(f"mlp_layer.{name}.bias")
             down, up = (given[f"{part}.weight"] for part in _PAIRS[name])
             return F.linear(x, weight, bias) + F.linear(F.linear(x, down), up)
 
         return lambda x, given: updated(F.gelu(updated(x, given, "lin1")), given, "lin2")
 
 
-def _lora_layers(module: nn.Module) -> dict[str, nn.Module]:
+def _lora_layers(module: Foreign) -> dict[str, nn.Linear]:
     """lin1, lin2 and the four layers of their updates."""
     inside = module._modules["mlp_layer"]._modules
     plain = {name: inside[name] for name in _PAIRS}

@@ -2,13 +2,14 @@
 """A packed qkv layer under a wrapper that adds low-rank updates to its thirds."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.adapters.block_layer import BlockLayer
+from samfast.adapters.foreign import Foreign, ForeignModule
 from samfast.adapters.low_rank import backend_of
 from samfast.functional import lora_linear
 from samfast.integrations.linears import (
@@ -39,7 +40,7 @@ class Sizes(NamedTuple):
     bias: bool
 
 
-class FusedPackedQkv:
+class FusedPackedQkv(ForeignModule):
     """A wrapper around a packed qkv layer, by samfast's operators.
 
     x: (B, H, W, D) -> (B, H, W, 3 · D) = x Wᵀ + b, and scaling · x Aᵀ Bᵀ added to each updated
@@ -53,10 +54,11 @@ class FusedPackedQkv:
     needed: thirds that every such wrapper updates   scale: name of the scaling, "" for none
     """
 
-    base: str
-    pairs: Mapping[str, tuple[str, str]]
-    needed: tuple[str, ...] = ()
-    scale = ""
+    base: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    pairs: ClassVar[Mapping[str, tuple[str, str]]]
+    needed: ClassVar[tuple[str, ...]] = ()
+    scale: ClassVar[str] = ""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or self.block_problem() is not None or not takes(x, self.weight):
@@ -69,15 +71,18 @@ class FusedPackedQkv:
             x, self.weight, self.bias, *self._factors(), self._scaling(), slices=ranges
         )
 
+    def _packed(self) -> Foreign:
+        return self._modules[self.base]
+
     @property
     def weight(self) -> Tensor:
         """The packed layer's."""
-        return weight_of(self._modules[self.base])
+        return weight_of(self._packed())
 
     @property
     def bias(self) -> Tensor | None:
         """The packed layer's."""
-        return self._modules[self.base].bias
+        return self._packed().bias
 
     @property
     def token_wise(self) -> bool:
@@ -111,7 +116,7 @@ class FusedPackedQkv:
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The updates' A below each other, and their B."""
-        children = self._modules
+        children: dict[str, Foreign] = self._modules
         names = [self.pairs[third] for third in _updated(self, type(self))]
         downs = [weight_of(children[down]) for down, _ in names]
         ups = [weight_of(children[up]) for _, up in names]
@@ -123,11 +128,11 @@ class FusedPackedQkv:
         return float(getattr(self, self.scale)) if self.scale else 1.0
 
     @classmethod
-    def stamp(cls, module: nn.Module) -> tuple:
+    def stamp(cls, module: Foreign) -> tuple[Any, ...]:
         return stamp(module, "dim", cls.scale)
 
     @classmethod
-    def structure(cls, module: nn.Module) -> str | None:
+    def structure(cls, module: Foreign) -> str | None:
         thirds = _updated(module, cls)
         names = [name for third in thirds or cls.needed for name in cls.pairs[third]]
         if (reason := held_problem(module, (cls.base, *names))) is not None:
@@ -136,7 +141,8 @@ class FusedPackedQkv:
             return f"has no {cls.pairs[absent[0]][0]}"
         if (reason := kinds_problem(held(module))) is not None:
             return reason
-        base, ranks = module._modules[cls.base], {}
+        base = module._modules[cls.base]
+        ranks: dict[int, str] = {}
         outputs, inputs = base.weight.shape
         if outputs != 3 * inputs:
             return f"is over a layer of {inputs} features that gives {outputs}, not {3 * inputs}"
@@ -150,7 +156,7 @@ class FusedPackedQkv:
         return cls._numbers_problem(module, inputs)
 
     @classmethod
-    def _numbers_problem(cls, module: nn.Module, inputs: int) -> str | None:
+    def _numbers_problem(cls, module: Foreign, inputs: int) -> str | None:
         dim = getattr(module, "dim", inputs)
         if type(dim) is not int or dim != inputs:
             return f"has a dim of {dim!r}, while its layer takes {inputs} features"
@@ -160,7 +166,7 @@ class FusedPackedQkv:
         return None
 
     @classmethod
-    def sizes(cls, module: nn.Module) -> Sizes:
+    def sizes(cls, module: Foreign) -> Sizes:
         thirds, base = _updated(module, cls), module._modules[cls.base]
         ups = [module._modules[cls.pairs[third][1]] for third in thirds]
         rank = ups[0].weight.shape[1] if ups else 0
@@ -178,12 +184,17 @@ class FusedPackedQkv:
     @classmethod
     def stand_in(cls, kind: type[nn.Module], sizes: Sizes, generator: torch.Generator) -> nn.Module:
         width = sizes.inputs
-        layers = {cls.base: drawn_linear(generator, width, 3 * width, sizes.bias)}
+        layers: dict[str, nn.Module] = {
+            cls.base: drawn_linear(generator, width, 3 * width, sizes.bias)
+        }
         for third in sizes.thirds:
             down, up = cls.pairs[third]
             layers[down] = drawn_linear(generator, width, sizes.rank)
             layers[up] = drawn_linear(generator, sizes.rank, width)
-        values = {"dim": width, **({cls.scale: sizes.scaling} if cls.scale else {})}
+        values: dict[str, object] = {
+            "dim": width,
+            **({cls.scale: sizes.scaling} if cls.scale else {}),
+        }
         return shell(kind, values, **layers)
 
     @classmethod
@@ -199,7 +210,7 @@ class FusedPackedQkv:
         return packed
 
 
-def _updated(module: nn.Module, kind: type) -> tuple[str, ...]:
+def _updated(module: Foreign, kind: type["FusedPackedQkv"]) -> tuple[str, ...]:
     """The thirds with an update, or half of one, in the order of the packed layer."""
     children, found = module._modules, []
     for third in THIRDS:

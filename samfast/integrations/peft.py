@@ -9,3 +9,5 @@ from samfast.files.peft_format import (
     read_lora,
     to_key,
 )
+
+__all__ = ["PREFIX", "from_key", "lora_config", "modules_to_save", "read_lora", "to_key"]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from samfast.adapters.checks import check_rank
+from samfast.adapters.foreign import Foreign
 from samfast.integrations.peft_names import layers_of, patterns_of, trained_modules
 from samfast.methods.lora.method import Lora
 
@@ -71,7 +72,7 @@ def check_config(config: Any) -> None:
         )
     if getattr(config, "_custom_modules", None):
         raise ValueError(f"{kind} has custom modules, which samfast.attach does not do; {_BY_PEFT}")
-    if (head := _HEADS.get(_text(config.task_type))) is not None:
+    if (head := _HEADS.get(_text(config.task_type) or "")) is not None:
         raise ValueError(
             f"{kind} has task_type={_text(config.task_type)!r}, for which PEFT trains a {head} "
             "too; leave it out, and name in modules_to_save what is trained"
@@ -110,7 +111,7 @@ def translated(
     return method, layers, train
 
 
-def start(config: Any, adapted: Mapping[str, nn.Module]) -> None:
+def start(config: Any, adapted: Mapping[str, Foreign]) -> None:
     """Fill the factors as init_lora_weights says; they are filled as for True already."""
     for layer in adapted.values():
         if _start(config) == "gaussian":

@@ -2,11 +2,13 @@
 """PEFT's ``lora.Linear``, alone or in a fused block (tested with PEFT 0.15 to 0.21)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samfast.adapters.block_layer import BlockLayer, dropout_seed, foreign_tensor
+from samfast.adapters.foreign import Foreign, ForeignModule
 from samfast.adapters.low_rank import backend_of
 from samfast.adapters.stand_in import altered
 from samfast.adapters.stand_in import kind_of as phrase
@@ -34,7 +36,7 @@ _PARTS = ("lora_A", "lora_B", "lora_dropout")  # of an adapter
 _NARROW = (torch.float16, torch.bfloat16)
 
 
-class FusedLoraLinear:
+class FusedLoraLinear(ForeignModule):
     """PEFT's linear layer with LoRA, by samfast's operators.
 
     x: (..., in_features) -> (..., out_features) = x Wᵀ + b + scaling · drop(x) Aᵀ Bᵀ
@@ -47,7 +49,7 @@ class FusedLoraLinear:
     keeps no mask. In eval, and with a probability of 0, there is no difference.
     """
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = self._active()
         theirs = args or kwargs or not active or not self._takes(x)
         if theirs or self.block_problem() is not None:
@@ -65,7 +67,7 @@ class FusedLoraLinear:
         """Why PEFT's own forward runs, None where the layer can take part in a fused block."""
         if (method := patched(self)) is not None:
             return f"has another {method} than its class had; undo that to fuse it"
-        base = self._modules["base_layer"]
+        base: Foreign = self._modules["base_layer"]
         if type(base) is not nn.Linear:
             return f"is over {phrase(base)}, not a plain nn.Linear"
         if foreign_tensor(base.weight):
@@ -93,15 +95,15 @@ class FusedLoraLinear:
         active = self._active()
         if not active or self.block_problem() is not None:
             return {}
-        weight, _, *factors = self._tensors(active[0])
-        return backend_of(weight, factors)
+        weight, _, lora_a, lora_b = self._tensors(active[0])
+        return backend_of(weight, (lora_a, lora_b))
 
     def _active(self) -> list[str]:
         """The adapters that act now; none makes the layer a plain linear one."""
         if self.disable_adapters or self.merged:
             return []
-        adapters = self._modules["lora_A"]._modules
-        return [name for name in self.active_adapters if name in adapters]
+        factors: Foreign = self._modules["lora_A"]
+        return [name for name in self.active_adapters if name in factors._modules]
 
     def _problem(self, name: str) -> str | None:
         """What is not plain in an adapter."""
@@ -112,7 +114,8 @@ class FusedLoraLinear:
             return f"has a variant of LoRA, {type(variant).__name__}"
         if self.fan_in_fan_out:
             return "has a transposed weight (fan_in_fan_out)"
-        down, up, dropout = (self._modules[part]._modules[name] for part in _PARTS)
+        parts: dict[str, Foreign] = self._modules
+        down, up, dropout = (parts[part]._modules[name] for part in _PARTS)
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return "has factors that are not plain nn.Linear"
         if up.bias is not None or down.bias is not None:
@@ -131,8 +134,9 @@ class FusedLoraLinear:
 
     def _tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """weight, bias, lora_a and lora_b."""
-        base = self._modules["base_layer"]
-        down, up = (self._modules[part]._modules[name] for part in _PARTS[:2])
+        base: Foreign = self._modules["base_layer"]
+        parts: dict[str, Foreign] = self._modules
+        down, up = (parts[part]._modules[name] for part in _PARTS[:2])
         return base.weight, base.bias, down.weight, up.weight
 
     def _dropout(self, name: str) -> float:
@@ -160,7 +164,7 @@ def mixin_of(module: nn.Module) -> type:
     return FusedLoraLinear
 
 
-def kind_of(module: nn.Module) -> str:
+def kind_of(module: Foreign) -> str:
     """Such as lora.Linear: the method and the class."""
     made_of = swapped(module)
     kind = type(module) if made_of is None else made_of.stock
@@ -168,7 +172,7 @@ def kind_of(module: nn.Module) -> str:
     return f"{rest.partition('.')[0]}.{kind.__name__}" if rest and not tuners else kind.__name__
 
 
-def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def parameters(module: Foreign) -> Iterator[tuple[str, nn.Parameter]]:
     """What all its adapters add, active or not."""
     for name, parameter in module.named_parameters():
         if name.partition(".")[0] in module.adapter_layer_names:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from samfast.adapters.foreign import Foreign
+
 Entries = str | Collection[str]
 
 _ALL_LINEAR = "all-linear"
@@ -79,7 +81,7 @@ def patterns_of(config: Any, model: nn.Module, layers: Collection[str]) -> tuple
     """Regular expressions for exactly these layers: short ones, or else their names."""
     target = config.target_modules
     if isinstance(target, str):
-        short = (".*",) if target.lower() == _ALL_LINEAR else (_apart(target),)
+        short: tuple[str, ...] = (".*",) if target.lower() == _ALL_LINEAR else (_apart(target),)
     else:
         short = tuple(rf"(.*\.)?{re.escape(entry)}" for entry in sorted(target))
     linear = [name for name, m in model.named_modules() if name and isinstance(m, nn.Linear)]
@@ -135,7 +137,8 @@ def _every_linear(model: nn.Module) -> set[str]:
         if isinstance(m, nn.Linear) or _has_class(m, "transformers.pytorch_utils", "Conv1D")
     }
     if _has_class(model, "transformers.modeling_utils", "PreTrainedModel"):
-        output = model.get_output_embeddings()
+        transformers_model: Foreign = model
+        output = transformers_model.get_output_embeddings()
         found -= {name for name, m in model.named_modules() if output is not None and m is output}
     return found
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a class is PEFT's ``lora.Linear`` and computes LoRA, whichever its version."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,7 +57,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
     return shell(type(module), values, base_layer=nn.Linear(6, 5), **parts)
 
 
-def _formula(x: Tensor, given: dict[str, Tensor]) -> Tensor:
+def _formula(x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     base = F.linear(x, given["base_layer.weight"], given["base_layer.bias"])
     low = F.linear(x, given[f"lora_A.{_NAME}.weight"])
     return base + _SCALING * F.linear(low, given[f"lora_B.{_NAME}.weight"])

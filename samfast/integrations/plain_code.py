@@ -6,10 +6,11 @@ of it tells. So every name in it is looked up, and everything that it stands for
 """
 
 import dis
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import is_
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -27,6 +28,7 @@ _WRITES = ("STORE_SUBSCR", "STORE_SLICE")
 _MODULES = ("torch", "torch.nn", "torch.nn.functional", "math")
 _NUMBERS = (bool, int, float, str, type(None))
 _ABSENT = object()
+Watched = tuple[Callable[..., Any], Any, str, Any]  # how, where and what was read, and its value
 LARGEST_NUMBER = 5  # segment_anything permutes five dimensions; runs are made on larger maps
 
 
@@ -43,7 +45,7 @@ class PlainCode:
         self.bases = [vars(c) for c in kind.__mro__[: kind.__mro__.index(nn.Module)]]
         self.code = -1
         self.problem: str | None = None
-        self._known: dict[tuple, int] = {}
+        self._known: dict[tuple[Any, ...], int] = {}
 
     def __call__(self) -> tuple[int, str | None]:
         """A number for this state of the code, and what is not plain in it."""
@@ -56,8 +58,10 @@ class PlainCode:
         return [not self.attributes.isdisjoint(names) for names in self.bases]
 
     def _read(self) -> None:
-        self.watched, self.attributes, self.seen = [], set(), set()
-        found: list = []
+        self.watched: list[Watched] = []
+        self.attributes: set[str] = set()
+        self.seen: set[FunctionType] = set()
+        found: list[Any] = []
         try:
             call = self._watch(getattr, self.kind, "__call__")
             if call is not nn.Module.__call__:
@@ -73,15 +77,15 @@ class PlainCode:
             self.problem = str(self._uses(f"{held[0]} of its class"))
         self.code = self._known.setdefault(tuple(found), len(self._known))
 
-    def _watch(self, read, holder, name: str):
+    def _watch(self, read: Callable[..., Any], holder: Any, name: str) -> Any:
         value = read(holder, name, _ABSENT)
         self.watched.append((read, holder, name, value))
         return value
 
-    def _look_up(self, names: dict, name: str):
+    def _look_up(self, names: dict[str, Any], name: str) -> Any:
         return self._watch(dict.get, names, name)
 
-    def _function(self, function, found: list) -> None:
+    def _function(self, function: Any, found: list[Any]) -> None:
         if not isinstance(function, FunctionType):
             raise self._uses(f"a {type(function).__name__} in place of a function")
         if function in self.seen:
@@ -94,11 +98,13 @@ class PlainCode:
             self._numbers(given.values() if isinstance(given, dict) else given, found)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             self._value(name, self._watch(_content, cell, name), found)
-        modules = []
+        modules: list[ModuleType] = []
         for inner in _codes(code):
             self._instructions(function, inner, modules, found)
 
-    def _instructions(self, function, code: CodeType, modules: list, found: list) -> None:
+    def _instructions(
+        self, function: FunctionType, code: CodeType, modules: list[ModuleType], found: list[Any]
+    ) -> None:
         for value in code.co_consts:
             self._small(value)
         for instruction in dis.get_instructions(code):
@@ -115,7 +121,9 @@ class PlainCode:
                 if not kind.startswith(("STORE_FAST", "DELETE_FAST", "STORE_DEREF")):
                     raise self._uses(f"{kind.lower().replace('_', ' ')} {name or ''}".strip())
 
-    def _global(self, function, name: str, modules: list, found: list) -> None:
+    def _global(
+        self, function: FunctionType, name: str, modules: list[ModuleType], found: list[Any]
+    ) -> None:
         value = self._look_up(function.__globals__, name)
         if value is _ABSENT:
             if name not in _BUILTINS:
@@ -125,7 +133,7 @@ class PlainCode:
         else:
             self._value(name, value, found)
 
-    def _asked(self, function, code: CodeType) -> None:
+    def _asked(self, function: FunctionType, code: CodeType) -> None:
         """What hasattr may be asked for: any text in the code but the documentation."""
         for text in code.co_consts:
             if isinstance(text, str) and text != function.__doc__:
@@ -133,7 +141,7 @@ class PlainCode:
                     raise self._uses(f"hasattr, and {text!r}")
                 self.attributes.add(text)
 
-    def _attribute(self, name: str, modules: list, found: list) -> None:
+    def _attribute(self, name: str, modules: list[ModuleType], found: list[Any]) -> None:
         if name not in TENSORS and name not in self.names:
             raise self._uses(name)
         self.attributes.add(name)
@@ -143,7 +151,7 @@ class PlainCode:
                 raise self._uses(f"{module.__name__}.{name}, which was replaced")
             found.append(_Same(value))
 
-    def _value(self, name: str, value, found: list) -> None:
+    def _value(self, name: str, value: Any, found: list[Any]) -> None:
         if _of_torch(value):
             if value.__name__ not in TENSORS:
                 raise self._uses(name)
@@ -155,14 +163,14 @@ class PlainCode:
         else:
             raise self._uses(f"{name}, a {type(value).__name__}")
 
-    def _numbers(self, values, found: list) -> None:
+    def _numbers(self, values: Iterable[Any], found: list[Any]) -> None:
         for value in values:
             if not isinstance(value, _NUMBERS):
                 raise self._uses(f"a {type(value).__name__}")
             self._small(value)
             found.append((type(value), repr(value)))
 
-    def _small(self, value) -> None:
+    def _small(self, value: Any) -> None:
         """A larger number may stand for a size from which on the code does something else."""
         if isinstance(value, (int, float)) and abs(value) > LARGEST_NUMBER:
             raise self._uses(f"the number {value}")
@@ -176,10 +184,10 @@ def unchanged(codes: Sequence[PlainCode]) -> Callable[[], bool]:
 
     A block asks at each forward, so the loops are Python's own.
     """
-    by_read: dict = {}
+    by_read: dict[Callable[..., Any], list[Any]] = {}
     for read, *entry in (entry for code in codes for entry in code.watched):
         by_read.setdefault(read, []).append(entry)
-    columns = [(read, *zip(*entries, strict=True)) for read, entries in by_read.items()]
+    columns: list[Any] = [(read, *zip(*entries, strict=True)) for read, entries in by_read.items()]
     on_class = [(code.attributes.isdisjoint, names) for code in codes for names in code.bases]
     before = [disjoint(names) for disjoint, names in on_class]
 
@@ -199,17 +207,17 @@ class _NotPlain(Exception):
 class _Same:
     """Equal to another that holds the very same object."""
 
-    def __init__(self, value):
+    def __init__(self, value: Any):
         self.value = value
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.value is other.value
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return id(self.value)
 
 
-def _of_torch(value) -> bool:
+def _of_torch(value: Any) -> bool:
     """Whether it is a function that torch defines, in Python or in C++."""
     if isinstance(value, FunctionType):
         name = value.__globals__.get("__name__", "")
@@ -218,7 +226,7 @@ def _of_torch(value) -> bool:
     return name.partition(".")[0] == "torch"
 
 
-def _codes(code: CodeType):
+def _codes(code: CodeType) -> Iterator[CodeType]:
     """A function's code and that of the functions inside it."""
     yield code
     for inner in code.co_consts:
@@ -226,7 +234,7 @@ def _codes(code: CodeType):
             yield from _codes(inner)
 
 
-def _content(cell, name: str, default):
+def _content(cell: CellType, name: str, default: object) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # it is empty

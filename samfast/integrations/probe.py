@@ -20,7 +20,9 @@ Tensors = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
 
-def shell(kind: type[nn.Module], values: Mapping[str, object], **parts) -> nn.Module:
+def shell(
+    kind: type[nn.Module], values: Mapping[str, object], **parts: nn.Module | nn.Parameter
+) -> nn.Module:
     """A module of a class, made without its __init__: attributes, children and parameters given."""
     module = kind.__new__(kind)
     nn.Module.__init__(module)
@@ -78,7 +80,7 @@ def deviation(
     return f"its forward gives another output ({100 * off:.2g} % off) at this size, under no_grad"
 
 
-def _difference(module, x, dy, exact) -> str | None:
+def _difference(module: nn.Module, x: Tensor, dy: Tensor, exact: Tensors) -> str | None:
     own = dict(module.named_parameters())
     leaves = {"x": x.detach().requires_grad_(), **own}
     try:
@@ -128,7 +130,7 @@ def _leaves(y: Tensor) -> set[int]:
     return found
 
 
-def _described(y) -> str:
+def _described(y: object) -> str:
     return f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
 
 
@@ -142,7 +144,7 @@ def apart(function: Callable[[], Result]) -> Result:
         return thread.submit(_undisturbed, function).result()
 
 
-def _undisturbed(function):
+def _undisturbed(function: Callable[[], Result]) -> Result:
     dtype, mkldnn = torch.get_default_dtype(), torch._C._get_mkldnn_enabled()
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), _no_global_hooks():

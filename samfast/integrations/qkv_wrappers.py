@@ -5,6 +5,7 @@ Other programs have other classes of that name. Those are left alone.
 """
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from torch import nn
 
@@ -35,7 +36,14 @@ class FusedLoraQkv(FusedPackedQkv):
     base = "qkv"
     pairs = {"q": ("linear_a_q", "linear_b_q"), "v": ("linear_a_v", "linear_b_v")}  # noqa: RUF012
     needed = ("q", "v")
-    reads = ("qkv", "linear_a_q", "linear_b_q", "linear_a_v", "linear_b_v", "dim")
+    reads: ClassVar[tuple[str, ...]] = (
+        "qkv",
+        "linear_a_q",
+        "linear_b_q",
+        "linear_a_v",
+        "linear_b_v",
+        "dim",
+    )
 
 
 def objection(module: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.fused.parts import Family, Layout
 
@@ -21,7 +22,7 @@ class RotaryBlock(Layout):
     WATCHED: ClassVar = False
     KIND: ClassVar = "rope"
     IN_MLP: ClassVar = ("fc1", "fc2", "act")
-    TABLES: ClassVar = ()
+    TABLES: ClassVar[tuple[str, ...]] = ()
     OPTIONS: ClassVar = ("num_heads", "scale", "use_rope")
     IDENTITIES: ClassVar = ("ls1", "ls2", "mlp.norm")
     DROPOUTS: ClassVar = ("dropout", "mlp.drop1", "mlp.drop2")
@@ -31,12 +32,12 @@ class RotaryBlock(Layout):
     DROP_PATH: ClassVar = "drop_path"
 
     @classmethod
-    def scale(cls, attention: nn.Module) -> float:
+    def scale(cls, attention: Foreign) -> float:
         """The forward leaves torch's own scale, whatever the attention holds."""
         return (attention.qkv.out_features // (3 * attention.num_heads)) ** -0.5
 
     @classmethod
-    def positions_problem(cls, block: nn.Module) -> str | None:
+    def positions_problem(cls, block: Foreign) -> str | None:
         attention = block.attn
         if not attention.use_rope or attention.use_rel_pos or attention.cls_token:
             options = (f"{n}={getattr(attention, n)}" for n in ("use_rope", *cls._flags()))
@@ -50,16 +51,16 @@ class RotaryBlock(Layout):
         return [path.rpartition(".")[2] for path in cls.FLAGS]
 
     @classmethod
-    def tables(cls, block: nn.Module, sides: tuple[int, int]) -> list[Tensor]:
+    def tables(cls, block: Foreign, sides: tuple[int, int]) -> list[Tensor]:
         """Views of the buffer's real and imaginary parts."""
         return list(torch.view_as_real(block.attn.freqs_cis).unbind(-1))
 
     @classmethod
-    def fits_positions(cls, block: nn.Module, sides: tuple[int, int]) -> bool:
+    def fits_positions(cls, block: Foreign, sides: tuple[int, int]) -> bool:
         return len(block.attn.freqs_cis) == sides[0] * sides[1]
 
     @classmethod
-    def option_problem(cls, block: nn.Module) -> str | None:
+    def option_problem(cls, block: Foreign) -> str | None:
         drop = block.drop_path
         known = type(drop) is nn.Identity or (
             type(drop).__name__ == "DropPath" and type(drop).__module__.startswith("timm.")
@@ -70,7 +71,7 @@ class RotaryBlock(Layout):
 
     @classmethod
     def example(
-        cls, family: Family, block: nn.Module, dim: int, heads: int, window: int,
+        cls, family: Family, block: Foreign, dim: int, heads: int, window: int,
         size: tuple[int, int], bias: bool, eps: float,
     ) -> nn.Module:  # fmt: skip
         """A block of these sizes as sam3 makes it; its MLP, which may take no gradients, is not

@@ -10,7 +10,9 @@ import importlib
 import importlib.machinery
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any, NoReturn
 
 from samfast.integrations.torchvision import declare_missing_schemas, installed
 
@@ -40,7 +42,7 @@ def load() -> ModuleType:
 
 
 @contextlib.contextmanager
-def _placeholders():
+def _placeholders() -> Iterator[None]:
     """Modules in torchvision's place while segment_anything is imported, and no longer."""
     before = {name: sys.modules[name] for name in _BORROWED if name in sys.modules}
     for name, functions in _BORROWED.items():
@@ -58,8 +60,8 @@ def _placeholders():
         sys.modules.update(before)
 
 
-def _refusal(function: str):
-    def refuse(*args, **kwargs):
+def _refusal(function: str) -> Callable[..., NoReturn]:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise ImportError(
             f"segment_anything's call of {function} needs torchvision, which is not installed: "
             "pip install torchvision"

@@ -6,24 +6,25 @@ stay with it, and so does whatever an optimizer or its owner's code holds of it.
 """
 
 import copyreg
-import functools
 import types
 from collections.abc import Iterator
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from samfast.adapters.foreign import cache
 
 
 class Swapped(NamedTuple):
     """What a class was made of.  methods: the stock class's own and inherited, when it was made"""
 
     stock: type[nn.Module]
-    mixin: type
+    mixin: Any
     methods: dict[str, FunctionType]
 
 
-@functools.cache
+@cache
 def derived(stock: type[nn.Module], mixin: type) -> type[nn.Module]:
     """The class that runs as ``mixin`` says and otherwise as ``stock``; one for each pair."""
     names = {
@@ -46,9 +47,15 @@ def swapped(module: nn.Module) -> Swapped | None:
     return getattr(type(module), "_samfast_swapped", None)
 
 
+def made_of(kind: Any) -> Swapped:
+    """What a class of ``derived`` was made of, or the class of a wrapper around one."""
+    made_of: Swapped = kind._samfast_swapped
+    return made_of
+
+
 def patched(module: nn.Module) -> str | None:
     """A method that the stock class of a swapped module, or the module, has another of since."""
-    stock, _, methods = type(module)._samfast_swapped
+    stock, _, methods = made_of(type(module))
     for name, method in methods.items():
         if getattr(stock, name, None) is not method:
             return name
@@ -56,7 +63,7 @@ def patched(module: nn.Module) -> str | None:
 
 
 # What torch.compile calls while it traces, rather than trace it.
-patched._dynamo_marked_constant = True
+patched._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, FunctionType]:
@@ -81,9 +88,10 @@ def foreign_method(kind: type[nn.Module]) -> str | None:
 
 def _wrapped(function: FunctionType) -> Iterator[FunctionType]:
     """A function and what it says that it wraps."""
-    while isinstance(function, FunctionType):
-        yield function
-        function = getattr(function, "__wrapped__", None)
+    inner: Any = function
+    while isinstance(inner, FunctionType):
+        yield inner
+        inner = getattr(inner, "__wrapped__", None)
 
 
 def own_method(module: nn.Module, methods: dict[str, FunctionType]) -> str | None:
@@ -100,18 +108,21 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def swap_back(module: nn.Module) -> None:
-    module.__class__ = type(module)._samfast_swapped.stock
+    module.__class__ = made_of(type(module)).stock
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple:
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """As the stock class pickles, but that the class is made anew where it is loaded."""
-    stock, mixin, _ = type(self)._samfast_swapped
-    make, arguments, *rest = super(mixin, self).__reduce_ex__(max(protocol, 2))
-    if is_swapped(self) and make is copyreg.__newobj__ and arguments[0] is type(self):
+    stock, mixin, _ = made_of(type(self))
+    above: Any = super(mixin, self)
+    make, arguments, *rest = above.__reduce_ex__(max(protocol, 2))
+    new = copyreg.__newobj__  # type: ignore[attr-defined]  # what pickle and copy look for
+    if is_swapped(self) and make is new and arguments[0] is type(self):
         make, arguments = _new, (stock, mixin, *arguments[1:])
     return make, arguments, *rest
 
 
-def _new(stock: type[nn.Module], mixin: type, *arguments):
-    kind = derived(stock, mixin)
-    return kind.__new__(kind, *arguments)
+def _new(stock: type[nn.Module], mixin: type, *arguments: Any) -> nn.Module:
+    kind: Any = derived(stock, mixin)
+    made: nn.Module = kind.__new__(kind, *arguments)
+    return made

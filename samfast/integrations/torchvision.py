@@ -75,7 +75,8 @@ def operators_problem() -> str | None:
 def _load_operators() -> bool:
     """Loads torchvision's operator library, as its own import does; False where that fails."""
     suffixes = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
-    for folder in importlib.util.find_spec("torchvision").submodule_search_locations or ():
+    found = importlib.util.find_spec("torchvision")
+    for folder in (found and found.submodule_search_locations) or ():
         finder = importlib.machinery.FileFinder(folder, suffixes)
         for spec in filter(None, map(finder.find_spec, _LIBRARIES)):
             try:

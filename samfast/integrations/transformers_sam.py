@@ -2,12 +2,13 @@
 """The vision layers of Hugging Face's SamModel and SamHQModel (tested with transformers 5.23)."""
 
 import sys
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered
 from samfast.fused.parts import Family, Layout
 
@@ -24,7 +25,7 @@ class VisionLayer(Layout):
     CHANCES: ClassVar = ("attn.dropout",)
 
     @classmethod
-    def activation_problem(cls, act: nn.Module) -> str | None:
+    def activation_problem(cls, act: Foreign) -> str | None:
         """transformers' GELUActivation holds the function that it calls."""
         kind = type(act)
         if kind.__module__ != _GELU or kind.__qualname__ != "GELUActivation":
@@ -34,19 +35,22 @@ class VisionLayer(Layout):
         return None if as_written and act.act is F.gelu else f"the activation is a changed {act}"
 
     @classmethod
-    def attention_altered(cls, attention: nn.Module) -> bool:
+    def attention_altered(cls, attention: Foreign) -> bool:
         """transformers' hooks that record outputs count while attentions are recorded."""
         hooks = attention._forward_hooks
         if not hooks or not all(_records(hook) for hook in hooks.values()):
             return altered(attention)
         if torch.compiler.is_compiling():
             return True  # a graph may be called for either
-        others = attention._forward_pre_hooks, attention._backward_hooks
-        others = *others, attention._backward_pre_hooks
+        others = (
+            attention._forward_pre_hooks,
+            attention._backward_hooks,
+            attention._backward_pre_hooks,
+        )
         return cls.recording(attention) or any(others) or "forward" in vars(attention)
 
     @classmethod
-    def recording(cls, attention: nn.Module) -> bool:
+    def recording(cls, attention: Foreign) -> bool:
         """Whether a forward is on that returns attentions."""
         if not attention._forward_hooks or torch.compiler.is_compiling():
             return False
@@ -54,7 +58,7 @@ class VisionLayer(Layout):
         return hooks is not None and "attentions" in (hooks._active_collector.get() or ())
 
 
-def _records(hook) -> bool:
+def _records(hook: Any) -> bool:
     """Whether a hook is one with which transformers records outputs."""
     return getattr(hook, "__module__", "") == _HOOKS
 

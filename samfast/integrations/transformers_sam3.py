@@ -7,11 +7,12 @@ Sam3Model, Sam3TrackerModel and Sam3VisionModel have the same ones.
 import copy
 import operator
 import sys
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.fused.parts import KEPT, Family
 from samfast.integrations.transformers_sam import VisionLayer
@@ -28,7 +29,7 @@ class RotaryLayer(VisionLayer):
     IN_BLOCK: ClassVar = ("layer_norm1", "attention", "layer_norm2", "mlp")
     IN_ATTENTION: ClassVar = ("q_proj", "k_proj", "v_proj", "o_proj")
     IN_MLP: ClassVar = ("fc1", "fc2", "activation_fn")
-    TABLES: ClassVar = ()
+    TABLES: ClassVar[tuple[str, ...]] = ()
     OPTIONS: ClassVar = ("num_attention_heads", "scaling", "is_causal")
     DROPOUTS: ClassVar = ("dropout", "mlp.dropout")
     CHANCES: ClassVar = ("attention.attention_dropout",)
@@ -36,7 +37,7 @@ class RotaryLayer(VisionLayer):
     BUFFERS: ClassVar = ("position_ids",)
 
     @classmethod
-    def positions_problem(cls, block: nn.Module) -> str | None:
+    def positions_problem(cls, block: Foreign) -> str | None:
         attention, rotary = block.attention, block.rotary_emb
         if attention.is_causal:
             return "its attention is causal"
@@ -48,7 +49,7 @@ class RotaryLayer(VisionLayer):
         return None
 
     @classmethod
-    def tables(cls, block: nn.Module, sides: tuple[int, int]) -> list[Tensor]:
+    def tables(cls, block: Foreign, sides: tuple[int, int]) -> list[Tensor]:
         """cos and sin, made once for each state of what they come from."""
         rotary = block.rotary_emb
         sources = block.position_ids, rotary.inv_freq
@@ -56,22 +57,23 @@ class RotaryLayer(VisionLayer):
             return _tables(block)
         numbers = *(t._version for t in sources), rotary.attention_scaling
         numbers = *numbers, block.layer_norm1.weight.device
-        kept = vars(block).get(KEPT)
+        own: dict[str, Any] = block.__dict__
+        kept = own.get(KEPT)
         if kept is not None and kept[1] == numbers and all(map(operator.is_, kept[0], sources)):
             return kept[2]
         with torch.inference_mode(False):  # a backward may want them later
             made = _tables(block)
         if all(type(t) is Tensor for t in made):  # and no stand-ins while something traces
-            vars(block)[KEPT] = (sources, numbers, made)
+            own[KEPT] = (sources, numbers, made)
         return made
 
     @classmethod
-    def fits_positions(cls, block: nn.Module, sides: tuple[int, int]) -> bool:
+    def fits_positions(cls, block: Foreign, sides: tuple[int, int]) -> bool:
         return len(block.position_ids) == sides[0] * sides[1]
 
     @classmethod
     def example(
-        cls, family: Family, block: nn.Module, dim: int, heads: int, window: int,
+        cls, family: Family, block: Foreign, dim: int, heads: int, window: int,
         size: tuple[int, int], bias: bool, eps: float,
     ) -> nn.Module:  # fmt: skip
         """A layer of these sizes as transformers makes it, whose MLP is no wider than the layer."""
@@ -88,7 +90,7 @@ class RotaryLayer(VisionLayer):
         return family.block(config, window_size=window)
 
 
-def _tables(block: nn.Module) -> list[Tensor]:
+def _tables(block: Foreign) -> list[Tensor]:
     """Every value once, where transformers holds it for both features of a pair."""
     twice = block.rotary_emb(block.layer_norm1.weight, block.position_ids)
     return [t.reshape(-1, t.shape[-1])[:, ::2].contiguous() for t in twice]

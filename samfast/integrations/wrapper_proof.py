@@ -16,27 +16,61 @@ wrapper's mixin says what is to be compared, by class methods:
 Sentences are the rest of one that begins with the module: "has a child norm1, ...".
 """
 
-import functools
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign, cache
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import apart, deviation, difference
 from samfast.integrations.swap import swapped
 
 _LINEAR = PlainCode(nn.Linear, frozenset(("weight", "bias")))
-_verdicts: dict[tuple, str | None] = {}
 
 
-def problem(module: nn.Module, mixin: type) -> str | None:
+class Wrapper(Protocol):
+    """What a wrapper's mixin says of itself."""
+
+    reads: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def stamp(cls, module: Foreign) -> tuple[Any, ...]: ...
+
+    @classmethod
+    def structure(cls, module: Foreign) -> str | None: ...
+
+    @classmethod
+    def sizes(cls, module: Foreign) -> Any: ...
+
+    @classmethod
+    def stand_in(
+        cls, kind: type[nn.Module], sizes: Any, generator: torch.Generator
+    ) -> nn.Module: ...
+
+    @classmethod
+    def formula(cls, sizes: Any) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]: ...
+
+    @classmethod
+    def small(cls, sizes: Any) -> Any: ...
+
+    @classmethod
+    def width(cls, sizes: Any) -> int: ...
+
+
+_verdicts: dict[tuple[Any, ...], str | None] = {}
+
+
+def problem(module: nn.Module, mixin: type[Wrapper]) -> str | None:
     """What is not as the mixin has it in a module, of the class found or swapped already.
 
     Answers from memory while the class's code and the module's build stay as they are, and
     otherwise runs a probe on a CPU.
     """
-    kind, codes = stock_of(module), []
+    kind = stock_of(module)
+    codes: list[int | str] = []
     for plain in (_plain(kind, mixin), _LINEAR):
         code, unclear = plain()
         codes.append(code if unclear is None else unclear)
@@ -46,7 +80,9 @@ def problem(module: nn.Module, mixin: type) -> str | None:
     return _verdicts[key]
 
 
-def _judgement(module: nn.Module, kind: type[nn.Module], mixin: type, codes: list) -> str | None:
+def _judgement(
+    module: nn.Module, kind: type[nn.Module], mixin: type[Wrapper], codes: list[int | str]
+) -> str | None:
     reason = mixin.structure(module) or _signature_problem(kind)
     if reason is not None:
         return reason
@@ -59,11 +95,13 @@ def _judgement(module: nn.Module, kind: type[nn.Module], mixin: type, codes: lis
 
 def own_problem(module: nn.Module) -> str | None:
     """The same of a module that is swapped already."""
-    return problem(module, swapped(module).mixin)
+    made_of = swapped(module)
+    assert made_of is not None, type(module)
+    return problem(module, made_of.mixin)
 
 
 # What torch.compile calls while it traces, rather than trace it.
-own_problem._dynamo_marked_constant = True
+own_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
 
 def stock_of(module: nn.Module) -> type[nn.Module]:
@@ -72,8 +110,8 @@ def stock_of(module: nn.Module) -> type[nn.Module]:
     return type(module) if made_of is None else made_of.stock
 
 
-@functools.cache
-def _plain(kind: type[nn.Module], mixin: type) -> PlainCode:
+@cache
+def _plain(kind: type[nn.Module], mixin: type[Wrapper]) -> PlainCode:
     return PlainCode(kind, frozenset(mixin.reads), writes=True)
 
 
@@ -83,7 +121,7 @@ def _signature_problem(kind: type[nn.Module]) -> str | None:
     return None if taken == "(self, x)" else f"has a forward that takes {taken}, not (self, x)"
 
 
-def _probed(kind: type[nn.Module], mixin: type, sizes) -> str | None:
+def _probed(kind: type[nn.Module], mixin: type[Wrapper], sizes: Any) -> str | None:
     """A small module in both modes with all gradients, then one of the same sizes, on maps."""
     generator = torch.Generator("cpu").manual_seed(0)
     small = mixin.small(sizes)

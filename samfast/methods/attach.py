@@ -2,8 +2,8 @@
 """Attaching a method to a model, and what users then do with all adapters at once."""
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from samfast.adapters.adapter import Adapter, adapters
 from samfast.adapters.attachment import Attachment, attachment, remember
 from samfast.adapters.base_digest import fingerprint
 from samfast.adapters.finite import base_problem
+from samfast.adapters.foreign import Model
 from samfast.adapters.method import Method
 from samfast.adapters.wrappers import (
     ENCODER_OF_HF,
@@ -38,12 +39,12 @@ _ONLY_SEGMENT_ANYTHING = (
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     method: Method | Any,
     *,
     train: tuple[str, ...] | str | None = None,
     base_dtype: torch.dtype | None = None,
-) -> nn.Module:
+) -> Model:
     """Freeze a model, put adapters on its target layers, and un-freeze what ``train`` names.
 
     Works in place and returns the model. Inside a wrapper of one SAM (torch.compile's, Lightning's,
@@ -162,7 +163,7 @@ def _no_match(
     target: str, candidates: dict[str, nn.Module], scope: str, kind: type[nn.Module]
 ) -> str:
     what = "linear layer" if kind is nn.Linear else kind.__name__
-    examples = {}
+    examples: dict[str, str] = {}
     for name in candidates:
         if name.startswith(scope) or not target.isidentifier():
             examples.setdefault(name.rpartition(".")[2], name)
@@ -199,13 +200,13 @@ def find_trained(model: nn.Module, train: tuple[str, ...] | str, prefix: str = "
 
 
 def attach_to(
-    model: nn.Module,
+    model: Model,
     method: Method,
     layers: dict[str, nn.Module],
-    adapted: dict[str, nn.Module],
+    adapted: Mapping[str, Adapter],
     trained: set[str],
     base_dtype: torch.dtype | None,
-) -> nn.Module:
+) -> Model:
     """``attach`` once everything is found, checked and built: put ``adapted`` over ``layers``."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for parameter in parameters.values():
@@ -213,7 +214,7 @@ def attach_to(
         parameter.grad = None
     for name in trained:
         parameters[name].requires_grad_(True)
-    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+    unfrozen = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     fingerprints = {} if base_dtype is None else _cast_frozen(model, base_dtype)
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -226,7 +227,7 @@ def attach_to(
             parent, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module)
     method.attached(model, adapted)
-    remember(model, Attachment(method, tuple(layers), trained, base_dtype, fingerprints))
+    remember(model, Attachment(method, tuple(layers), unfrozen, base_dtype, fingerprints))
     return model
 
 
@@ -266,7 +267,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     *,
     relation_lr: float | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Groups for an optimizer: weight decay on matrices and convolutions, none on vectors.
 
     Biases, norms and other one-dimensional parameters get no decay, as users expect; adapters
@@ -308,7 +309,7 @@ def _is_rate(value: float) -> bool:
     return number and 0 <= value < float("inf")
 
 
-def merge(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
+def merge(model: Model, *, task: int | str | None = None) -> Model:
     """Fold every adapter into its layer's weight, in place: from then on no adapter costs time.
 
     The model predicts only; ``unmerge`` puts back the weights, bit for bit. state_dict and
@@ -318,7 +319,7 @@ def merge(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
     task: of an adapter for several tasks, the one whose update is folded; None is the one that is
         set. Raises ValueError when several are set, or the adapter has no tasks.
     """
-    layers = _mergeable(model)
+    layers = _mergeable(model).values()
     if task is not None:
         numbers_of(model, task)  # before anything is changed
         unmerge(model)
@@ -328,22 +329,43 @@ def merge(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
     return model
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: Model) -> Model:
     """Undo ``merge``; layers that are not merged stay as they are."""
-    for layer in _mergeable(model):
+    for layer in _mergeable(model).values():
         layer.unmerge()
     return model
 
 
-def _mergeable(model: nn.Module) -> list[Adapter]:
+class Mergeable(Protocol):
+    """What ``merge`` and ``unmerge`` ask of an adapter."""
+
+    weight: torch.Tensor
+
+    @property
+    def merged(self) -> bool: ...
+
+    def merge(self) -> None: ...
+
+    def unmerge(self) -> None: ...
+
+    def adapter_state(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
+def _has_merge(layer: Adapter) -> TypeGuard[Mergeable]:
+    return hasattr(layer, "merge")
+
+
+def _mergeable(model: nn.Module) -> dict[str, Mergeable]:
     found = adapters(unwrapped(model))
     if not found:
         nothing = f"this {type(unwrapped(model)).__name__} has no adapter{unclear(model)}"
         raise ValueError(call_of_owner(unwrapped(model), "merge") or nothing)
+    layers: dict[str, Mergeable] = {}
     for name, layer in found.items():
-        if not hasattr(layer, "merge"):
+        if not _has_merge(layer):
             raise ValueError(f"{name} is a {type(layer).__name__}, {layer.unmergeable}")
-    return list(found.values())
+        layers[name] = layer
+    return layers
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -354,14 +376,14 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     model = unwrapped(model)
     layers = _mergeable(model)
-    was_merged = [layer.merged for layer in layers]
+    was_merged = [layer.merged for layer in layers.values()]
     state = model.state_dict()
-    for name, layer in adapters(model).items():
+    for name, layer in layers.items():
         for added, _ in layer.adapter_state():
             state.pop(f"{name}.{added}" if name else added)
         layer.merge()
         state[f"{name}.weight" if name else "weight"] = layer.weight.detach()
-    for layer, merged in zip(layers, was_merged, strict=True):
+    for layer, merged in zip(layers.values(), was_merged, strict=True):
         if not merged:
             layer.unmerge()
     return stock_state_dict(model, state)

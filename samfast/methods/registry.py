@@ -18,7 +18,7 @@ class DecoderOnly(Method):
     """No adapter at all: what ``attach`` is told to train is all that is trained."""
 
     name: ClassVar[str] = "decoder"
-    target: ClassVar[tuple[str, ...]] = ()
+    target: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc]  # no option here
     lacks_all = "has no adapters"
 
     def summary(self) -> str:

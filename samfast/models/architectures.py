@@ -4,6 +4,7 @@
 import difflib
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 PATCH = 16
 MOST_PIXELS = 2**15  # of a side, whose positions take gigabytes already
@@ -37,14 +38,14 @@ def architecture(name: str) -> Architecture:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
 
-    def nearness(known):
+    def nearness(known: str) -> float:
         return difflib.SequenceMatcher(None, str(name).lower(), known).ratio()
 
     known = ", ".join(sorted(ARCHITECTURES, key=nearness, reverse=True))
     raise ValueError(f"unknown model {name!r}; the models are {known}")
 
 
-def check_image_size(size) -> int:
+def check_image_size(size: Any) -> int:
     """`size` as an int; ValueError unless it is a positive multiple of the patch, 16."""
     try:
         number = operator.index(size)

@@ -3,11 +3,13 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.integrations import segment_anything
 from samfast.models.architectures import (
     CHANNELS,
@@ -26,12 +28,12 @@ INIT_STD = 0.02
 
 def build_sam(
     name: str,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     random_init: bool = False,
     seed: int | None = None,
     device: str = "cpu",
-):
+) -> nn.Module:
     """segment_anything's Sam `name` ("vit_tiny", "vit_b", "vit_l", "vit_h"), on the CPU; or "sam3",
     Hugging Face's Sam3TrackerModel, whose checkpoint is its folder and whose image size is the
     folder's or a multiple of 336.
@@ -64,7 +66,7 @@ def build_sam(
         )
     if name == SAM3:
         seed = seed if checkpoint is None else None
-        sam = build_sam3(checkpoint, image_size, seed, device)
+        sam: Foreign = build_sam3(checkpoint, image_size, seed, device)
         size = sam.vision_encoder.backbone.config.image_size
     elif checkpoint is None:
         with torch.device(device), _generator(seed):
@@ -81,12 +83,14 @@ def build_sam(
         "checkpoint": None if checkpoint is None else os.path.basename(os.path.abspath(checkpoint)),
         "seed": seed,
     }
-    return sam.eval()
+    built: nn.Module = sam.eval()
+    return built
 
 
 def image_size(sam: nn.Module) -> int:
     """The side in pixels of the square that `sam` sees."""
-    return sam_within(sam, ("image_encoder",)).image_encoder.img_size
+    size: int = sam_within(sam, ("image_encoder",)).image_encoder.img_size
+    return size
 
 
 def pixel_mean(sam: nn.Module) -> torch.Tensor:
@@ -94,7 +98,7 @@ def pixel_mean(sam: nn.Module) -> torch.Tensor:
     return sam_within(sam, ()).pixel_mean
 
 
-def _construct(sizes: Architecture, size: int):
+def _construct(sizes: Architecture, size: int) -> Foreign:
     """Sam as segment_anything's own builders make it, at any size."""
     modeling = segment_anything.load().modeling
     grid = size // PATCH
@@ -134,7 +138,7 @@ def _construct(sizes: Architecture, size: int):
 
 
 @contextlib.contextmanager
-def _generator(seed: int | None):
+def _generator(seed: int | None) -> Iterator[None]:
     """The CPU generator at `seed`, put back afterwards; as it is when seed is None."""
     if seed is None:
         yield
@@ -144,7 +148,7 @@ def _generator(seed: int | None):
             yield
 
 
-def _randomise(encoder: nn.Module) -> None:
+def _randomise(encoder: Foreign) -> None:
     """The usual start of a vision transformer: linear weights and positions N(0, 0.02²), no biases.
 
     With segment_anything's zeros for the positions, the tokens of a random encoder would know no

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.adapters.finite import not_finite
+from samfast.adapters.foreign import Foreign
 from samfast.models import hf_names
 from samfast.models.architectures import ARCHITECTURES
 from samfast.models.state_search import find_sam, shown
@@ -46,7 +47,7 @@ _DAMAGE = (
 )
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by segment_anything's names, on the CPU, as they were stored.
 
     A SAM is found in dicts of dicts and behind a prefix. Of several it is the one under "model",
@@ -59,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     return state
 
 
-def _warn(path, notes: list[str]) -> None:
+def _warn(path: str | os.PathLike[str], notes: list[str]) -> None:
     if notes:
         warnings.warn(f"checkpoint {path}: {'; '.join(notes)}", stacklevel=3)
 
@@ -80,7 +81,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     return state, notes
 
 
-def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike) -> None:
+def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike[str]) -> None:
     """Gives `sam`, built as model `name` on any device (meta too), the weights in `path`.
 
     sam's tensors are replaced by copies on the CPU in the dtype they had. Positions stored for
@@ -132,7 +133,7 @@ def read_file(path: Path) -> Any:
         raise ValueError(f"checkpoint {path} is damaged or not a PyTorch checkpoint") from error
 
 
-def _read_folder(folder: Path) -> dict:
+def _read_folder(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "config.json", "a folder of a Hugging Face SamModel")
     if config.get("model_type") != "sam":
         raise ValueError(
@@ -148,11 +149,11 @@ def _read_folder(folder: Path) -> dict:
     raise FileNotFoundError(f"checkpoint folder {folder} has neither {' nor '.join(_WEIGHTS)}")
 
 
-def _read_shards(index: Path) -> dict:
+def _read_shards(index: Path) -> dict[str, Any]:
     files = _read_json(index, "a sharded checkpoint").get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} has no weight_map from names to files")
-    state = {}
+    state: dict[str, Any] = {}
     for file in sorted(set(files.values())):
         shard = index.parent / file
         if Path(file).name != file:
@@ -169,7 +170,7 @@ def _read_shards(index: Path) -> dict:
     return state
 
 
-def _read_json(path: Path, owner: str) -> dict:
+def _read_json(path: Path, owner: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, but {owner} has it")
     try:
@@ -181,7 +182,7 @@ def _read_json(path: Path, owner: str) -> dict:
     return content
 
 
-def _sam_state(content, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _sam_state(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The SAM's tensors by its own names, checked, and clauses about what else the file holds."""
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not tensors by name")
@@ -192,7 +193,7 @@ def _sam_state(content, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if found is None:
         keys = [str(key) for key in content]
         raise ValueError(f"checkpoint {path} holds no SAM image encoder, its keys are {some(keys)}")
-    state = {}
+    state: dict[str, Any] = {}
     for key, name in found.names.items():
         tensor = found.values[key]
         if not isinstance(tensor, Tensor):
@@ -225,9 +226,14 @@ def _encoder_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return patches.shape[0], len(blocks)
 
 
-def _check_encoder(state, wanted, name: str, path) -> None:
+def _check_encoder(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    name: str,
+    path: str | os.PathLike[str],
+) -> None:
     found, needed = _encoder_size(state), _encoder_size(wanted)
-    if found is None:
+    if found is None or needed is None:
         raise ValueError(
             f"checkpoint {path} holds no SAM image encoder, its tensors are {some(list(state))}"
         )
@@ -242,7 +248,12 @@ def _check_encoder(state, wanted, name: str, path) -> None:
         )
 
 
-def _check_tensors(state, wanted, name: str, path) -> None:
+def _check_tensors(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    name: str,
+    path: str | os.PathLike[str],
+) -> None:
     differences = []
     missing = [key for key in wanted if key not in state]
     if missing:
@@ -266,7 +277,7 @@ def some(items: list[str], limit: int = 3) -> str:
     return (", ".join(items[:limit]) or "none") + more
 
 
-def _resize_positions(state: dict[str, Tensor], sam: nn.Module) -> None:
+def _resize_positions(state: dict[str, Tensor], sam: Foreign) -> None:
     """Interpolates the positions in `state` to sam's image size, in place.
 
     The positional embedding [1, n, n, width] bilinearly and the relative positions [2 n - 1,

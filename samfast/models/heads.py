@@ -11,10 +11,12 @@ The decoder carries what a head took away from it, so copies and pickles do too.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign, Model
 from samfast.adapters.wrappers import unclear, unwrapped
 from samfast.models.hugging_face import is_high_quality
 
@@ -45,11 +47,11 @@ def head_of(model: nn.Module) -> str:
     """The name of the model's head; "sam" for any model that no head was given to."""
     model = unwrapped(model)
     if hasattr(model, "samfast_head"):
-        return model.samfast_head
+        return str(model.samfast_head)
     return "sam" if _taken(model) is None else "binary"
 
 
-def binary_head(sam: nn.Module) -> nn.Module:
+def binary_head(sam: Model) -> Model:
     """Leave the mask decoder one mask token, SAM's token 0, and its hypernetwork. In place.
 
     For one class without prompts. ``segment`` then gives what a ``MaskDecoder`` of one mask gives
@@ -68,7 +70,7 @@ def binary_head(sam: nn.Module) -> nn.Module:
             f"a binary head would leave out the high-quality mask of this {type(sam).__name__}; "
             "train its mask_decoder as it is"
         )
-    decoder = getattr(unwrapped(sam), "mask_decoder", None)
+    decoder: Foreign = getattr(unwrapped(sam), "mask_decoder", None)
     parts = ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
     if not all(isinstance(getattr(decoder, part, None), nn.Module) for part in parts):
         raise ValueError(f"this {type(sam).__name__} has no mask decoder of SAM{unclear(sam)}")
@@ -82,7 +84,7 @@ def binary_head(sam: nn.Module) -> nn.Module:
     return sam
 
 
-def restore_head(sam: nn.Module) -> nn.Module:
+def restore_head(sam: Model) -> Model:
     """Undo ``binary_head``, in place: token 0 and hypernetwork 0 as they are now, the others as
     they were. A model without a binary head stays as it is.
 
@@ -92,7 +94,7 @@ def restore_head(sam: nn.Module) -> nn.Module:
     taken = _taken(sam)
     if taken is None:
         return sam
-    decoder = unwrapped(sam).mask_decoder
+    decoder: Foreign = unwrapped(sam).mask_decoder
     _refuse_copies(decoder, "restore_head")
     weight = decoder.mask_tokens.weight
     tokens = torch.cat([weight.detach(), taken.tokens.to(weight)])
@@ -166,7 +168,7 @@ def _taken(model: nn.Module) -> _Taken | None:
     return getattr(getattr(unwrapped(model), "mask_decoder", None), _ATTRIBUTE, None)
 
 
-def _refuse_copies(decoder: nn.Module, action: str) -> None:
+def _refuse_copies(decoder: Foreign, action: str) -> None:
     """Raise ValueError where PEFT keeps copies of the decoder, which a change would not reach."""
     if "modules_to_save" in decoder._modules:
         raise ValueError(
@@ -175,15 +177,16 @@ def _refuse_copies(decoder: nn.Module, action: str) -> None:
         )
 
 
-def _set_tokens(decoder: nn.Module, weight: Tensor, trained: bool) -> None:
+def _set_tokens(decoder: Foreign, weight: Tensor, trained: bool) -> None:
     """Give the decoder these mask tokens [masks, 256] and the counts that go with them."""
-    tokens = nn.Embedding(*weight.shape, _weight=weight)
+    masks, width = weight.shape
+    tokens = nn.Embedding(masks, width, _weight=weight)
     decoder.mask_tokens = tokens.train(decoder.mask_tokens.training).requires_grad_(trained)
     decoder.num_mask_tokens = len(weight)
     decoder.num_multimask_outputs = len(weight) - 1
 
 
-def _refuse_multimask(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+def _refuse_multimask(decoder: Foreign, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before ``MaskDecoder.forward``, which would return no mask at all."""
     if kwargs.get("multimask_output", len(args) > 4 and args[4]):
         raise ValueError("this mask decoder has one mask (a binary head): multimask_output=False")

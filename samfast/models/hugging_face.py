@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.models.objects import of_each_object
 
 SAM = "transformers.models.sam.modeling_sam.SamModel"
@@ -46,7 +47,7 @@ class HuggingFaceSam:
     Raises ValueError where the configurations of the parts have different image sizes.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Foreign):
         high_quality = is_high_quality(model)
         encoder, prompts = model.vision_encoder, model.prompt_encoder
         if prompts.input_image_size != encoder.image_size:
@@ -55,10 +56,10 @@ class HuggingFaceSam:
                 f"{encoder.image_size} and its prompt encoder {prompts.input_image_size}; set "
                 "image_size in both configurations"
             )
-        self.image_encoder = _EncoderHQ(encoder) if high_quality else _Encoder(encoder)
+        self.image_encoder: _Encoder = _EncoderHQ(encoder) if high_quality else _Encoder(encoder)
         self.prompt_encoder = _PromptEncoder(prompts)
         decoder = model.mask_decoder
-        self.mask_decoder = _DecoderHQ(decoder) if high_quality else _Decoder(decoder)
+        self.mask_decoder: _Decoder = _DecoderHQ(decoder) if high_quality else _Decoder(decoder)
         self.pe_layer = Positions(model.shared_image_embedding)
         weight = encoder.patch_embed.projection.weight
         self.pixel_mean = of_channels(PIXEL_MEAN, weight)
@@ -68,19 +69,20 @@ class HuggingFaceSam:
 def of_channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     """[3, 1, 1] of float32's values on a device, where filling does not wait as copying does."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    options = {"dtype": torch.float32, "device": like.device}
-    return torch.cat([torch.full((1, 1, 1), value, **options) for value in values]).to(dtype)
+    device = like.device
+    parts = [torch.full((1, 1, 1), v, dtype=torch.float32, device=device) for v in values]
+    return torch.cat(parts).to(dtype)
 
 
 class Positions:
     """The Fourier features of prompts and cells, by segment_anything's name."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Foreign):
         self.positional_encoding_gaussian_matrix = layer.positional_embedding
 
 
 class _Patches:
-    def __init__(self, patches: nn.Module):
+    def __init__(self, patches: Foreign):
         self.proj = patches.projection
 
 
@@ -89,7 +91,7 @@ class _Encoder:
 
     more_channels = 0
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Foreign):
         self.encoder = encoder
         self.img_size = encoder.image_size
         self.patch_embed = _Patches(encoder.patch_embed)
@@ -101,7 +103,7 @@ class _Encoder:
 class _EncoderHQ(_Encoder):
     """Behind the embeddings' 256 channels those of the first global block's output."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Foreign):
         super().__init__(encoder)
         if all(layer.window_size > 0 for layer in encoder.layers):
             raise ValueError("this SamHQModel has no global block, whose output its decoder reads")
@@ -114,7 +116,7 @@ class _EncoderHQ(_Encoder):
 
 
 class _PromptEncoder:
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Foreign):
         self.pe_layer = Positions(encoder.shared_embedding)
         self.input_image_size = (encoder.input_image_size, encoder.input_image_size)
         self.point_embeddings = encoder.point_embed
@@ -125,7 +127,7 @@ class _PromptEncoder:
 class _Decoder:
     """Its transformer takes and gives an axis of prompts, which here is always of one."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: Foreign):
         self.decoder = decoder
         self.iou_token, self.mask_tokens = decoder.iou_token, decoder.mask_tokens
         self.output_hypernetworks_mlps = decoder.output_hypernetworks_mlps
@@ -133,7 +135,9 @@ class _Decoder:
     def modules(self) -> Iterator[nn.Module]:
         return self.decoder.modules()
 
-    def transformer(self, source: Tensor, positions: Tensor, tokens: Tensor):
+    def transformer(
+        self, source: Tensor, positions: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         tokens, source = self.decoder.transformer(
             point_embeddings=tokens[:, None],
             image_embeddings=source,

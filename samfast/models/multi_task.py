@@ -5,7 +5,7 @@ SAM's prompt encoder is gone. A task of N channels runs its decoder as if N empt
 given for each image, told apart by a no-mask embedding each, and mask token 0 gives the channels.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from samfast.adapters.adapter import adapters
 from samfast.adapters.attachment import attachment
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.wrappers import unwrapped
 from samfast.models.heads import MULTI_TASK, TRAINED_DECODER, head_of
 from samfast.models.segment import (
@@ -28,6 +29,7 @@ from samfast.models.segment import (
 
 KINDS = ("binary", "semantic", "regression")
 TaskName = str | int
+Chosen = dict[int, list[int] | None]  # by the number of a task its images, None for all
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Task:
     kind: str = "binary"
     channels: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(
                 f"task name {self.name!r} is no name of letters, digits and underscores"
@@ -88,24 +90,23 @@ class MultiTaskSam(nn.Module):
 
     def __init__(self, sam: nn.Module, tasks: Iterable[Task]):
         super().__init__()
-        tasks, sam = tuple(tasks), unwrapped(sam)
-        _check(sam, tasks)
-        self.tasks = tasks
-        self.image_encoder = sam.image_encoder
-        self.pe_layer = deepcopy(sam.prompt_encoder.pe_layer)
-        row = sam.prompt_encoder.no_mask_embed.weight.detach()  # [1, 256]
+        self.tasks, model = tuple(tasks), unwrapped(sam)
+        _check(model, self.tasks)
+        self.image_encoder: Foreign = model.image_encoder
+        self.pe_layer = deepcopy(model.prompt_encoder.pe_layer)
+        row = model.prompt_encoder.no_mask_embed.weight.detach()  # [1, 256]
         self.no_mask_embeds = nn.ParameterDict(
-            {task.name: nn.Parameter(row.repeat(task.channels, 1)) for task in tasks}
+            {task.name: nn.Parameter(row.repeat(task.channels, 1)) for task in self.tasks}
         )
         self.mask_decoders = nn.ModuleDict(
-            {task.name: deepcopy(sam.mask_decoder) for task in tasks}
+            {task.name: deepcopy(model.mask_decoder) for task in self.tasks}
         )
-        self.register_buffer("pixel_mean", sam.pixel_mean.clone(), persistent=False)
-        self.register_buffer("pixel_std", sam.pixel_std.clone(), persistent=False)
-        base = getattr(sam, "samfast_base", None)
+        self.register_buffer("pixel_mean", model.pixel_mean.clone(), persistent=False)
+        self.register_buffer("pixel_std", model.pixel_std.clone(), persistent=False)
+        base = getattr(model, "samfast_base", None)
         if base is not None:
             self.samfast_base = base
-        self.train(sam.training)
+        self.train(model.training)
 
     samfast_head = MULTI_TASK
 
@@ -162,21 +163,21 @@ class MultiTaskSam(nn.Module):
         chosen, form = self._chosen(task, count)
         embeddings = self.encode_for(images, chosen)
         logits = {
-            i: self._decode(i, own, tuple(images.shape[2:]), decoder_chunk)
+            i: self._decode(i, own, (images.shape[2], images.shape[3]), decoder_chunk)
             for i, own in embeddings.items()
         }
         if form == "one":
             return next(iter(logits.values()))
         if form == "each":
-            rows = [None] * count
+            found: dict[int, Tensor] = {}
             for i, own in logits.items():
-                for image, row in zip(chosen[i], own, strict=True):
-                    rows[image] = row
+                found.update(zip(chosen[i] or (), own, strict=True))
+            rows = [found[image] for image in range(count)]
             alike = len({self.tasks[i].channels for i in logits}) == 1
             return torch.stack(rows) if alike else rows
         return {self.tasks[i].name: own for i, own in logits.items()}
 
-    def _chosen(self, task, count: int) -> tuple[dict[int, list[int] | None], str]:
+    def _chosen(self, task: Any, count: int) -> tuple[Chosen, str]:
         """By the number of a task its images, None for all of them; and the form of the result."""
         if task is None:
             return dict.fromkeys(range(len(self.tasks))), "dict"
@@ -185,25 +186,26 @@ class MultiTaskSam(nn.Module):
         if isinstance(task, Tensor):
             task = task.tolist()
         if isinstance(task, Mapping):
-            chosen = {self.index_of(name): list(images) for name, images in task.items()}
-            for i, images in chosen.items():
+            asked = {self.index_of(name): list(images) for name, images in task.items()}
+            for i, images in asked.items():
                 for image in images:
                     if not 0 <= image < count:
                         raise ValueError(
                             f"task {self.tasks[i].name} asks for image {image} of {count}"
                         )
             whole = list(range(count))
-            return {i: None if own == whole else own for i, own in chosen.items()}, "dict"
+            return {i: None if own == whole else own for i, own in asked.items()}, "dict"
         if isinstance(task, str) or not isinstance(task, Sequence):
             return {self.index_of(task): None}, "one"
         if len(task) != count or count == 0:
             raise ValueError(f"there are {len(task)} tasks for {count} images")
-        chosen = {}
+        each: Chosen = {}
         for image, own in enumerate(task):
-            chosen.setdefault(self.index_of(own), []).append(image)
-        return chosen, "each"
+            i = self.index_of(own)
+            each[i] = [*(each.get(i) or ()), image]
+        return each, "each"
 
-    def encode_for(self, images: Tensor, chosen: dict[int, list[int] | None]) -> dict[int, Tensor]:
+    def encode_for(self, images: Tensor, chosen: Chosen) -> dict[int, Tensor]:
         """Image embeddings [images, 256, n, n] of each task's images."""
         block = _first_dependent_block(self.image_encoder)
         if block is None:
@@ -245,6 +247,7 @@ class MultiTaskSam(nn.Module):
             samfast.set_task(self, task, repeated=True)
             return
         # What was set before is not looked at: a graph would hold for that alone.
+        layer: Foreign
         for layer in adapters(self).values():
             if getattr(layer, "depends_on_task", False):
                 layer.choose(tuple(numbers))
@@ -270,7 +273,7 @@ class MultiTaskSam(nn.Module):
         masks = decode_objects(
             self.mask_decoders[task.name],
             embeddings,
-            encode_grid(self.pe_layer, embeddings.shape[2:]),
+            encode_grid(self.pe_layer, (embeddings.shape[2], embeddings.shape[3])),
             dense.new_empty((objects, 0, dense.shape[1])),
             dense,
             task.channels,
@@ -312,8 +315,9 @@ def _check(sam: nn.Module, tasks: tuple[Task, ...]) -> None:
         raise ValueError("the model has adapters; attach them to the MultiTaskSam instead")
 
 
-def _first_dependent_block(encoder: nn.Module) -> nn.Module | None:
+def _first_dependent_block(encoder: Foreign) -> nn.Module | None:
     """The first block with a module whose result depends on the task, None where none does."""
+    block: nn.Module
     for block in encoder.blocks:
         if any(getattr(module, "depends_on_task", False) for module in block.modules()):
             return block
@@ -321,7 +325,7 @@ def _first_dependent_block(encoder: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def _before(block: nn.Module, change) -> Iterator[None]:
+def _before(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """A block's input is changed on its way in."""
     handle = block.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from samfast.adapters.foreign import Foreign
 from samfast.models.objects import of_counted_objects
 from samfast.models.segment import (
     encode_grid,
@@ -54,13 +55,14 @@ def decode_each(
     masks: logits [M, 4n, 4n] of the round before, through which gradients flow; None: no mask
     chunk: the decoder takes at most so many objects at a time, see ``segment``; None: all
     """
-    tokens = _tokens(sam.prompt_encoder, first, clicks)
+    model: Foreign = sam
+    tokens = _tokens(model.prompt_encoder, first, clicks)
     total = len(tokens)
     size = total if chunk is None else chunk
-    positions = encode_grid(grid_layer(sam), tuple(embeddings.shape[2:]))
-    run = partial(_some, sam, positions)
+    positions = encode_grid(grid_layer(model), (embeddings.shape[2], embeddings.shape[3]))
+    run = partial(_some, model, positions)
     if size < total and torch.is_grad_enabled():
-        draws = any(may_draw(module) for module in sam.mask_decoder.modules())
+        draws = any(may_draw(module) for module in model.mask_decoder.modules())
         run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=draws)
     places = [*range(0, total, max(1, size)), total]
     found = []
@@ -82,7 +84,7 @@ def _within(counts: Sequence[int], begin: int, end: int) -> list[int]:
 
 
 def _some(
-    sam: nn.Module,
+    sam: Foreign,
     positions: Tensor,
     embeddings: Tensor,
     counts: Sequence[int],
@@ -103,7 +105,7 @@ def _some(
     return masks_of_sources(decoder, source, positions, tokens)
 
 
-def _tokens(encoder: nn.Module, first: FirstPrompts, clicks: Tensor | None) -> Tensor:
+def _tokens(encoder: Foreign, first: FirstPrompts, clicks: Tensor | None) -> Tensor:
     """Prompt tokens [M, P + 2, 256], in segment_anything's order.
 
     Of a box the clicks, then its corners; of a point this one, the clicks, then a padding point.

@@ -54,7 +54,7 @@ def padded_boxes(boxes: Boxes | None, count: int) -> tuple[Tensor | None, list[i
 
     None in the second place where they were one tensor already.
     """
-    if not isinstance(boxes, (list, tuple)):
+    if boxes is None or isinstance(boxes, Tensor):
         return boxes, None
     if not boxes:
         return None, []

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from samfast.adapters.foreign import Foreign
 from samfast.adapters.wrappers import encoder_name, levels, unclear, unwrapped
 from samfast.models.hugging_face import HuggingFaceSam, is_hugging_face
 from samfast.models.sam3 import TrackerSam, is_tracker, unread_maps
@@ -40,15 +41,13 @@ def _never_read(name: str) -> bool:
     )
 
 
-def sam_within(
-    model: nn.Module, parts: tuple[str, ...] = SAM_PARTS
-) -> nn.Module | HuggingFaceSam | TrackerSam:
+def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> Foreign:
     """The SAM inside a wrapper, or the model itself; TypeError for what has not these parts.
 
     Hugging Face's comes with segment_anything's names for its parts. RuntimeError where it is
     DistributedDataParallel whose gradients would not be averaged.
     """
-    sam = model if encoder_name(model) else _looked_for(model)
+    sam: Foreign = model if encoder_name(model) else _looked_for(model)
     if is_hugging_face(sam):
         return HuggingFaceSam(sam)
     if is_tracker(sam):

@@ -8,10 +8,13 @@ Its mask is that of the first mask token, with boxes and points alike, as the mo
 in training. In eval mode the model's own forward may choose another of its four masks.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.foreign import Foreign
 from samfast.models.hugging_face import Positions, is_a, of_channels
 from samfast.models.objects import of_each_object
 
@@ -32,7 +35,7 @@ def is_tracker(model: nn.Module) -> bool:
     return is_a(model, TRACKER)
 
 
-def unread_maps(model: nn.Module) -> list[str]:
+def unread_maps(model: Foreign) -> list[str]:
     """How the names of parameters begin that make maps which the tracker leaves out."""
     count = len(model.vision_encoder.neck.fpn_layers)
     if count == 3:
@@ -44,7 +47,7 @@ def unread_maps(model: nn.Module) -> list[str]:
 class TrackerSam:
     """A Sam3TrackerModel as ``segment`` sees it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Foreign):
         encoder, decoder = model.vision_encoder, model.mask_decoder
         size = encoder.backbone.config.image_size
         if isinstance(size, (list, tuple)):
@@ -66,7 +69,7 @@ class TrackerSam:
 
 
 class _Patches:
-    def __init__(self, embeddings: nn.Module):
+    def __init__(self, embeddings: Foreign):
         self.proj = embeddings.patch_embeddings.projection
 
 
@@ -77,7 +80,7 @@ class _Encoder:
     more: channels of the two maps
     """
 
-    def __init__(self, model: nn.Module, size: int):
+    def __init__(self, model: Foreign, size: int):
         self.model, self.img_size = model, size
         self.patch_embed = _Patches(model.vision_encoder.backbone.embeddings)
         decoder = model.mask_decoder
@@ -101,7 +104,7 @@ class _PromptEncoder:
 
     pads_always = True
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Foreign):
         self.pe_layer = Positions(encoder.shared_embedding)
         self.input_image_size = (encoder.input_image_size, encoder.input_image_size)
         self.point_embeddings = encoder.point_embed.weight.split(1)
@@ -112,11 +115,11 @@ class _PromptEncoder:
 class _Decoder:
     """Adds the two finer maps to the ones that it upscales."""
 
-    def __init__(self, decoder: nn.Module, more: tuple[int, int]):
+    def __init__(self, decoder: Foreign, more: tuple[int, int]):
         self.decoder, self.more = decoder, more
         self.mask_tokens = decoder.mask_tokens
 
-    def modules(self):
+    def modules(self) -> Iterator[nn.Module]:
         return self.decoder.modules()
 
     def predict(

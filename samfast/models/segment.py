@@ -8,23 +8,47 @@ The numbers are those of segment_anything's loop over images with ``multimask_ou
 
 from collections.abc import Sequence
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from samfast.adapters.foreign import Foreign
 from samfast.models.objects import of_each_object
-from samfast.models.prompts import Points, check_prompts, padded_boxes
+from samfast.models.prompts import Boxes, Points, check_prompts, padded_boxes
 from samfast.models.reading import check_all_read, sam_within
 
 _DRAW_NOTHING = ("torch", "segment_anything", "transformers")  # but for dropout
 
 
+@overload
 def segment(
     sam: nn.Module,
     images: Tensor,
-    boxes: Tensor | Sequence[Tensor] | None = None,
+    boxes: Tensor | None = None,
+    points: Points | None = None,
+    *,
+    decoder_chunk: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def segment(
+    sam: nn.Module,
+    images: Tensor,
+    boxes: Sequence[Tensor],
+    points: Points | None = None,
+    *,
+    decoder_chunk: int | None = None,
+) -> list[Tensor]: ...
+
+
+def segment(
+    sam: nn.Module,
+    images: Tensor,
+    boxes: Boxes | None = None,
     points: Points | None = None,
     *,
     decoder_chunk: int | None = None,
@@ -53,11 +77,11 @@ def segment(
     RuntimeError in DistributedDataParallel's forward when parameters are trained that are not read.
     """
     check_all_read(sam)
-    sam = sam_within(sam)
-    size = _check_images(sam, images)
+    model = sam_within(sam)
+    size = _check_images(model, images)
     check_prompts(images, boxes, points)  # before the work of the encoder
     check_decoder_chunk(decoder_chunk)
-    return decode(sam, encode(sam, images), size, boxes, points, decoder_chunk=decoder_chunk)
+    return decode(model, encode(model, images), size, boxes, points, decoder_chunk=decoder_chunk)
 
 
 def encode(sam: nn.Module, images: Tensor) -> Tensor:
@@ -67,24 +91,48 @@ def encode(sam: nn.Module, images: Tensor) -> Tensor:
     encoder's patch embedding. Of a SamHQModel [B, 256 + D, n, n]: its decoder also reads what the
     encoder's first global block gives, of D channels.
     """
-    sam = sam_within(sam, ("image_encoder",))
-    height, width = _check_images(sam, images)
-    mean, std = sam.pixel_mean, sam.pixel_std
+    model = sam_within(sam, ("image_encoder",))
+    height, width = _check_images(model, images)
+    mean, std = model.pixel_mean, model.pixel_std
     dtype = torch.promote_types(mean.dtype, torch.float32)
     pixels = (images.to(dtype) - mean.to(dtype)) / std.to(dtype)
-    size = sam.image_encoder.img_size
+    size = model.image_encoder.img_size
     pixels = F.pad(pixels, (0, size - width, 0, size - height))
-    pixels = pixels.to(sam.image_encoder.patch_embed.proj.weight.dtype).contiguous()
+    pixels = pixels.to(model.image_encoder.patch_embed.proj.weight.dtype).contiguous()
     if len(pixels) == 0:  # segment_anything's windows refuse an empty batch
-        return pixels.new_zeros((0, *_embedding_shape(sam)))
-    return sam.image_encoder(pixels)
+        return pixels.new_zeros((0, *_embedding_shape(model)))
+    return model.image_encoder(pixels)
+
+
+@overload
+def decode(
+    sam: nn.Module,
+    embeddings: Tensor,
+    size: tuple[int, int],
+    boxes: Tensor | None = None,
+    points: Points | None = None,
+    *,
+    decoder_chunk: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def decode(
+    sam: nn.Module,
+    embeddings: Tensor,
+    size: tuple[int, int],
+    boxes: Sequence[Tensor],
+    points: Points | None = None,
+    *,
+    decoder_chunk: int | None = None,
+) -> list[Tensor]: ...
 
 
 def decode(
     sam: nn.Module,
     embeddings: Tensor,
     size: tuple[int, int],
-    boxes: Tensor | Sequence[Tensor] | None = None,
+    boxes: Boxes | None = None,
     points: Points | None = None,
     *,
     decoder_chunk: int | None = None,
@@ -93,29 +141,29 @@ def decode(
 
     Prompts, chunks and result as in segment.
     """
-    sam = sam_within(sam)
+    model = sam_within(sam)
     shape = tuple(embeddings.shape)
-    if len(shape) != 4 or shape[1:] != _embedding_shape(sam):
-        wanted = ", ".join(map(str, _embedding_shape(sam)))
+    if len(shape) != 4 or shape[1:] != _embedding_shape(model):
+        wanted = ", ".join(map(str, _embedding_shape(model)))
         raise ValueError(f"image embeddings have shape {shape}, not (batch, {wanted})")
-    _check_size(sam, size)
+    _check_size(model, size)
     count = check_prompts(embeddings, boxes, points)
     check_decoder_chunk(decoder_chunk)
-    boxes, counts = padded_boxes(boxes, count)
-    encoder = sam.prompt_encoder
-    tokens = _prompt_tokens(encoder, shape[0] * count, boxes, points)
-    positions = encode_grid(grid_layer(sam), shape[2:])
+    padded, counts = padded_boxes(boxes, count)
+    encoder = model.prompt_encoder
+    tokens = _prompt_tokens(encoder, shape[0] * count, padded, points)
+    positions = encode_grid(grid_layer(model), (shape[2], shape[3]))
     dense = encoder.no_mask_embed.weight
     masks = decode_objects(
-        sam.mask_decoder, embeddings, positions, tokens, dense, count, decoder_chunk
+        model.mask_decoder, embeddings, positions, tokens, dense, count, decoder_chunk
     )
-    masks = upscale(masks, size, sam.image_encoder.img_size)
+    masks = upscale(masks, size, model.image_encoder.img_size)
     masks = masks.view(shape[0], count, *size)
     return masks if counts is None else [m[:n] for m, n in zip(masks, counts, strict=True)]
 
 
 def decode_objects(
-    decoder: nn.Module,
+    decoder: Foreign,
     embeddings: Tensor,
     positions: Tensor,
     prompts: Tensor,
@@ -145,7 +193,7 @@ def check_decoder_chunk(chunk: int | None) -> None:
         raise ValueError(f"decoder_chunk is {chunk}; it must be at least 1")
 
 
-def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
+def _embedding_shape(sam: Foreign) -> tuple[int, int, int]:
     encoder = sam.image_encoder
     patches = encoder.patch_embed.proj
     patches = getattr(patches, "base_layer", patches)  # of PEFT's layer around it
@@ -155,25 +203,26 @@ def _embedding_shape(sam: nn.Module) -> tuple[int, int, int]:
     return (channels + getattr(encoder, "more_channels", 0), side, side)
 
 
-def grid_layer(sam: nn.Module) -> nn.Module:
+def grid_layer(sam: Foreign) -> Foreign:
     """The positional encoding of the embedding's cells."""
     return getattr(sam, "pe_layer", None) or sam.prompt_encoder.pe_layer
 
 
-def _check_images(sam: nn.Module, images: Tensor) -> tuple[int, int]:
+def _check_images(sam: Foreign, images: Tensor) -> tuple[int, int]:
     """Height and width of `images` after checking them."""
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"images have shape {shape}, not (batch, 3, height, width)")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images are {images.dtype}, not uint8 or floating point")
-    _check_size(sam, shape[2:])
+    size = shape[2], shape[3]
+    _check_size(sam, size)
     if images.device != sam.pixel_mean.device:
         raise ValueError(f"images are on {images.device}, the model on {sam.pixel_mean.device}")
-    return shape[2:]
+    return size
 
 
-def _check_size(sam: nn.Module, size: tuple[int, int]) -> None:
+def _check_size(sam: Foreign, size: tuple[int, int]) -> None:
     limit = sam.image_encoder.img_size
     if not all(0 < side <= limit for side in size):
         raise ValueError(
@@ -181,7 +230,7 @@ def _check_size(sam: nn.Module, size: tuple[int, int]) -> None:
         )
 
 
-def _encode_positions(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _encode_positions(layer: Foreign, x: Tensor, y: Tensor) -> Tensor:
     """Random Fourier features [..., 256] of x and y [...], fractions of the side.
 
     In float32 at least, also under autocast: a bfloat16 product of the coordinates would misplace
@@ -194,11 +243,11 @@ def _encode_positions(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def _position_dtype(layer: nn.Module) -> torch.dtype:
+def _position_dtype(layer: Foreign) -> torch.dtype:
     return torch.promote_types(layer.positional_encoding_gaussian_matrix.dtype, torch.float32)
 
 
-def encode_pixels(encoder: nn.Module, coords: Tensor) -> Tensor:
+def encode_pixels(encoder: Foreign, coords: Tensor) -> Tensor:
     """Features [..., 256] of the centres of pixels x, y [..., 2]."""
     layer = encoder.pe_layer
     x, y = (coords.to(_position_dtype(layer)) + 0.5).unbind(-1)
@@ -206,22 +255,22 @@ def encode_pixels(encoder: nn.Module, coords: Tensor) -> Tensor:
     return _encode_positions(layer, x / width, y / height)
 
 
-def encode_grid(layer: nn.Module, size: tuple[int, int]) -> Tensor:
+def encode_grid(layer: Foreign, size: tuple[int, int]) -> Tensor:
     """Features [1, 256, n, n] of the centres of the embedding's cells, size = (n, n).
 
     layer: the prompt encoder's positional encoding
     """
     height, width = size
     device = layer.positional_encoding_gaussian_matrix.device
-    options = {"device": device, "dtype": _position_dtype(layer)}
-    y = (torch.arange(height, **options) + 0.5) / height
-    x = (torch.arange(width, **options) + 0.5) / width
+    dtype = _position_dtype(layer)
+    y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
     y, x = torch.meshgrid(y, x, indexing="ij")
     return _encode_positions(layer, x, y).permute(2, 0, 1)[None]
 
 
 def _prompt_tokens(
-    encoder: nn.Module, total: int, boxes: Tensor | None, points: Points | None
+    encoder: Foreign, total: int, boxes: Tensor | None, points: Points | None
 ) -> Tensor:
     """Prompt tokens [B*N, T, 256]: the points, a padding point if there is no box, two corners.
 
@@ -252,7 +301,7 @@ def _prompt_tokens(
 
 
 def _in_chunks(
-    decoder: nn.Module,
+    decoder: Foreign,
     embeddings: Tensor,
     positions: Tensor,
     prompts: Tensor,
@@ -285,7 +334,7 @@ def may_draw(module: nn.Module) -> bool:
 
 
 def _predict_masks(
-    decoder: nn.Module,
+    decoder: Foreign,
     embeddings: Tensor,
     positions: Tensor,
     prompts: Tensor,
@@ -310,7 +359,7 @@ def _predict_masks(
 
 
 def masks_of_sources(
-    decoder: nn.Module, source: Tensor, positions: Tensor, prompts: Tensor
+    decoder: Foreign, source: Tensor, positions: Tensor, prompts: Tensor
 ) -> Tensor:
     """Logits [M, 4n, 4n] of the first mask token of segment_anything's decoder.
 

@@ -33,7 +33,7 @@ class Found:
     copies: list[str] = field(default_factory=list)
 
 
-def find_sam(content: Mapping) -> Found | None:
+def find_sam(content: Mapping[Any, Any]) -> Found | None:
     """The one SAM in a checkpoint, None where there is none.
 
     Of several it is the one under a usual key ("model", "state_dict", "model_state_dict"), with
@@ -54,13 +54,14 @@ def find_sam(content: Mapping) -> Found | None:
         )
     copies = [one for one in full if one is not chosen[0]]
     left = _left(content, chosen[0], [id(one.values) for one in copies])
-    places = [one.place for one in copies]
-    return Found(chosen[0].place, chosen[0].names, chosen[0].values, left, places)
+    others = [one.place for one in copies]
+    return Found(chosen[0].place, chosen[0].names, chosen[0].values, left, others)
 
 
-def _states(content: Mapping) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+def _states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Every dict inside the dicts but optimizers', with the keys that lead there; a dict once."""
-    seen, waiting = set(), [((), content)]
+    seen: set[int] = set()
+    waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     while waiting:
         path, state = waiting.pop(0)
         if id(state) in seen or "param_groups" in state:
@@ -72,7 +73,7 @@ def _states(content: Mapping) -> Iterator[tuple[tuple[str, ...], Mapping]]:
             waiting += [((*path, k), v) for k, v in inner if isinstance(v, Mapping)]
 
 
-def _sams(path: tuple[str, ...], state: Mapping) -> list[Found]:
+def _sams(path: tuple[str, ...], state: Mapping[Any, Any]) -> list[Found]:
     """By the prefix in front of "image_encoder." in the names of one dict."""
     named = (k for k, v in state.items() if isinstance(k, str) and not isinstance(v, Mapping))
     plain = {key: _without_wrapping(key) for key in named}
@@ -105,7 +106,7 @@ def _completeness(found: Found) -> int:
     return 2 * len(parts & {"mask_decoder", "prompt_encoder"}) + 1 + encoder
 
 
-def _left(content: Mapping, chosen: Found, others: list[int]) -> list[str]:
+def _left(content: Mapping[Any, Any], chosen: Found, others: list[int]) -> list[str]:
     """Tensors next to the SAM's, and other dicts that hold tensors by name."""
     left, skipped = [], set()
     for path, state in _states(content):

@@ -6,6 +6,7 @@ Pickled models name them too. Each passes on what moved to another file.
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from samfast.methods.cobot.layer import CobotQkvLora
 from samfast.methods.conv_lora.layer import ConvLoraLinear
@@ -14,6 +15,12 @@ from samfast.methods.kronecker.phm_layer import PHMLinear, QuaternionLinear
 from samfast.methods.lora.layer import LoraLinear
 from samfast.methods.lora.qkv_layer import QkvLora
 from samfast.methods.ta_lora.layer import TaskLoraLinear
+
+if TYPE_CHECKING:
+    from samfast.fused.rel_pos_attention import RelPosAttention
+    from samfast.fused.sam_block import SamBlock
+    from samfast.methods.adapt_former.cobot_layer import CobotAdaptFormerMlp
+    from samfast.methods.adapt_former.layer import AdaptFormerMlp
 
 # They inherit segment_anything's classes, which are loaded when one of them is first asked for.
 _INHERITING = {
@@ -38,7 +45,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _INHERITING:
         value = getattr(importlib.import_module(_INHERITING[name]), name)
         globals()[name] = value
@@ -48,5 +55,5 @@ def __getattr__(name):
     raise AttributeError(f"module 'samfast.modules' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

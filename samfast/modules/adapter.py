@@ -3,3 +3,5 @@
 
 from samfast.adapters.adapter import Adapter, adapter_parameter_names, adapters
 from samfast.adapters.attachment import Attachment, attachment, remember
+
+__all__ = ["Adapter", "Attachment", "adapter_parameter_names", "adapters", "attachment", "remember"]

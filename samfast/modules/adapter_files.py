@@ -11,3 +11,16 @@ from samfast.files.format import (
     read_adapter_config,
 )
 from samfast.models.heads import HEADS, MULTI_TASK
+
+__all__ = [
+    "CONFIG",
+    "HEADS",
+    "MULTI_TASK",
+    "TENSORS",
+    "VERSION",
+    "AdapterFile",
+    "load_adapter",
+    "read_adapter",
+    "read_adapter_config",
+    "save_adapter",
+]

@@ -11,3 +11,14 @@ from samfast.files.checking import (
     level_of,
 )
 from samfast.models.heads import HEADS
+
+__all__ = [
+    "HEADS",
+    "check_base_of",
+    "check_same",
+    "check_tensors",
+    "find_layers_of",
+    "head_for",
+    "image_size_of",
+    "level_of",
+]

@@ -16,3 +16,19 @@ from samfast.methods.attach import (
     trainable_parameters,
     unmerge,
 )
+
+__all__ = [
+    "BASE_DTYPES",
+    "ENCODER",
+    "attach",
+    "attach_to",
+    "check_attachable",
+    "check_layer",
+    "find_layers",
+    "find_trained",
+    "merge",
+    "merged_state_dict",
+    "parameter_groups",
+    "trainable_parameters",
+    "unmerge",
+]

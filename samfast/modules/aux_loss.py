@@ -3,3 +3,5 @@
 
 from samfast.adapters.aux_loss import aux_loss
 from samfast.adapters.latest_loss import LatestLoss, recomputing
+
+__all__ = ["LatestLoss", "aux_loss", "recomputing"]

@@ -10,3 +10,13 @@ from samfast.methods.cobot.layer import (
     fold,
     relation,
 )
+
+__all__ = [
+    "QUARTERS",
+    "CobotForward",
+    "CobotLayer",
+    "CobotQkvLora",
+    "check_width",
+    "fold",
+    "relation",
+]

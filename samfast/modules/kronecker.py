@@ -3,3 +3,5 @@
 
 from samfast.methods.kronecker.checks import check_divides, check_n
 from samfast.methods.kronecker.layer import KroneckerLinear, reset_rules
+
+__all__ = ["KroneckerLinear", "check_divides", "check_n", "reset_rules"]

@@ -9,3 +9,12 @@ from samfast.adapters.checks import (
     check_rank,
 )
 from samfast.adapters.low_rank import LowRankLinear
+
+__all__ = [
+    "LowRankLinear",
+    "check_alpha",
+    "check_bottleneck",
+    "check_dropout",
+    "check_linear_rank",
+    "check_rank",
+]

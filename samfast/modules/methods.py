@@ -10,3 +10,17 @@ from samfast.methods.kronecker.method import Kronecker
 from samfast.methods.lora.method import Lora
 from samfast.methods.registry import METHODS, DecoderOnly, method_from_config
 from samfast.methods.ta_lora.method import TaLora
+
+__all__ = [
+    "METHODS",
+    "QKV",
+    "AdaptFormer",
+    "CobotLora",
+    "ConvLora",
+    "DecoderOnly",
+    "Kronecker",
+    "Lora",
+    "Method",
+    "TaLora",
+    "method_from_config",
+]

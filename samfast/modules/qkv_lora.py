@@ -3,3 +3,5 @@
 
 from samfast.adapters.checks import QKV, checked_slices
 from samfast.methods.lora.qkv_layer import QkvLora
+
+__all__ = ["QKV", "QkvLora", "checked_slices"]

@@ -11,3 +11,13 @@ from samfast.methods.lora.qkv_layer import QkvLora
 from samfast.methods.ta_lora.layer import TaskLoraLinear
 
 TOKEN_WISE = (nn.Linear, LoraLinear, QkvLora, CobotQkvLora, KroneckerLinear, TaskLoraLinear)
+
+__all__ = [
+    "TOKEN_WISE",
+    "CobotQkvLora",
+    "KroneckerLinear",
+    "LoraLinear",
+    "QkvLora",
+    "RelPosAttention",
+    "TaskLoraLinear",
+]

@@ -10,3 +10,16 @@ from samfast.methods.ta_lora.checks import (
 )
 from samfast.methods.ta_lora.layer import TaskForward, TaskLoraLinear, orthogonal_penalty
 from samfast.methods.ta_lora.tasks import numbers_of, set_task
+
+__all__ = [
+    "QKV",
+    "TaskForward",
+    "TaskLoraLinear",
+    "check_orthogonality",
+    "check_ranks",
+    "check_scaling",
+    "check_tasks",
+    "numbers_of",
+    "orthogonal_penalty",
+    "set_task",
+]

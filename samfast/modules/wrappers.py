@@ -10,3 +10,13 @@ from samfast.adapters.wrappers import (
     unclear,
     unwrapped,
 )
+
+__all__ = [
+    "ATTACHMENT",
+    "ENCODER",
+    "levels",
+    "prefix_of",
+    "refuse_new_parameters",
+    "unclear",
+    "unwrapped",
+]

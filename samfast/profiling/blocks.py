@@ -9,11 +9,13 @@ import bisect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.nn.modules import module as hooks_of_torch
+from torch.utils.hooks import RemovableHandle
 
 from samfast.fused.fuse import block_states
 
@@ -83,13 +85,15 @@ class Blocks:
         self.roots: dict[int, nn.Module] = {}
         self.shapes: Shapes = {}
         self._names: dict[int, str] = {}
-        self._stack: list[tuple] = []  # (module's id, name, range, sequence number) of those inside
+        self._stack: list[
+            tuple[int, str, Any, int]
+        ] = []  # (module's id, name, range, sequence number) of those inside
         self._depth = 0
         self.device: torch.device | None = None  # of the last model that was called
         self.dtype: torch.dtype | None = None  # of its products
         self._starts: list[int] = []
         self._spans: list[tuple[int, str]] = []  # end, name
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
         self._quiet = warnings.catch_warnings()
         if model is not None:
             self._take(model)
@@ -103,7 +107,7 @@ class Blocks:
         ]
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         for hook in self._hooks:
             hook.remove()
         self._stack.clear()
@@ -137,20 +141,21 @@ class Blocks:
         """Where it runs, and in which dtype."""
         first = next((p for p in module.parameters() if p.is_floating_point()), None)
         if first is not None or self.device is None:
-            self.device = torch.device("cpu") if first is None else first.device
-            lower = torch.is_autocast_enabled(self.device.type)
+            device = self.device = torch.device("cpu") if first is None else first.device
+            lower = torch.is_autocast_enabled(device.type)
             own = torch.float32 if first is None else first.dtype
-            self.dtype = torch.get_autocast_dtype(self.device.type) if lower else own
+            self.dtype = torch.get_autocast_dtype(device.type) if lower else own
 
-    def _before(self, module: nn.Module, inputs) -> None:
+    def _before(self, module: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling():
             return
         if self._depth == 0:
             if id(module) not in self._names and id(module) not in self.roots:
                 self._take(module)
             self._look(module)
-        elif torch.is_autocast_enabled(self.device.type) and self.dtype == torch.float32:
-            self.dtype = torch.get_autocast_dtype(self.device.type)
+        elif self.dtype == torch.float32 and self.device is not None:
+            if torch.is_autocast_enabled(self.device.type):
+                self.dtype = torch.get_autocast_dtype(self.device.type)
         self._depth += 1
         sizes = tuple([t.shape for t in inputs if isinstance(t, Tensor)])
         self.shapes.setdefault(id(module), Counter())[sizes] += 1
@@ -160,7 +165,7 @@ class Blocks:
             entered.__enter__()
             self._stack.append((id(module), name, entered, torch.autograd._get_sequence_nr()))
 
-    def _after(self, module: nn.Module, _inputs, _output) -> None:
+    def _after(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         self._depth = max(0, self._depth - 1)

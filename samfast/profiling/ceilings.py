@@ -9,7 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -119,7 +119,7 @@ def _read() -> tuple[dict, str | None]:
     return {key: row for key, row in rows if _is_right(row)}, None
 
 
-def _is_right(row) -> bool:
+def _is_right(row: Any) -> bool:
     if not isinstance(row, dict) or set(row) != {*_RATES, *_WORDS}:
         return False
     rates = (row[name] for name in _RATES)

@@ -89,6 +89,7 @@ def _is_drawn(settings: ProfileSettings) -> bool:
 
 def _of_script(settings: ProfileSettings) -> tuple[dict[str, Any], Recorder]:
     steps = plan(settings.skip, settings.steps)
+    assert settings.script is not None
     recorder = run_script(settings.script, settings.arguments, steps, settings.json)
     words = " ".join((str(settings.script), *settings.arguments))
     known = {"what": f"{len(recorder.seconds)} steps of {words}"}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.integrations.torchvision import declare_missing_schemas, installed
 from samfast.methods.registry import VARIANTS
 from samfast.models import binary_head, unused_by_segment
@@ -23,11 +24,11 @@ from samfast.profiling.settings import ProfileSettings
 from samfast.profiling.workload import (
     Workload,
     build,
-    build_base,
     device_of,
     dtype_of,
     training_settings,
 )
+from samfast.training.build import build_base
 from samfast.training.precision import base_dtype
 from samfast.training.recipe import method_of
 
@@ -114,7 +115,7 @@ def _others(settings: ProfileSettings) -> Iterator[tuple[str, Callable[[], Workl
 def _segment_anything(settings: ProfileSettings) -> tuple[nn.Module, nn.Module]:
     """The model, and its image encoder."""
     training = training_settings(settings, fuse=False)
-    sam = build_base(training)
+    sam: Foreign = build_base(training)
     if VARIANTS[training.method].binary_head:
         binary_head(sam)
     return sam, sam.image_encoder
@@ -145,7 +146,9 @@ def _hugging_face(settings: ProfileSettings) -> tuple[nn.Module, nn.Module]:
     return sam, sam.vision_encoder
 
 
-def _with_peft(settings: ProfileSettings, make: Callable) -> Workload:
+def _with_peft(
+    settings: ProfileSettings, make: Callable[[ProfileSettings], tuple[nn.Module, nn.Module]]
+) -> Workload:
     declare_missing_schemas()
     import peft
 
@@ -157,7 +160,7 @@ def _with_peft(settings: ProfileSettings, make: Callable) -> Workload:
     sam.requires_grad_(False)
     if (base := base_dtype(training.base_dtype, dtype, device)) is not None:
         encoder.to(base)
-    lora = method_of(training)
+    lora: Any = method_of(training)  # with a rank, an alpha and a target
     target = [lora.target] if isinstance(lora.target, str) else list(lora.target)
     alpha = lora.rank if lora.alpha is None else lora.alpha
     config = peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=target)

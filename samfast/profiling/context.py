@@ -3,6 +3,7 @@
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class profile:
             _active.append(self)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self._recorder is None:
             return
         _active.remove(self)
@@ -88,29 +89,33 @@ class profile:
 
         return table(self.as_dict()) if self._rank == 0 else self._elsewhere()
 
-    def trace(self, path: str | os.PathLike) -> None:
+    def trace(self, path: str | os.PathLike[str]) -> None:
         """Write the events for chrome://tracing or Perfetto."""
-        self._write(path, lambda: trace_bytes(self._recorder.profiler))
+        self._write(path, lambda: trace_bytes(self._recorded().profiler))
 
-    def plot(self, path: str | os.PathLike) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the operations under their ceilings, and the memory over a step, as PNG."""
         from samfast.profiling.plot import plot_png
 
         self._write(path, lambda: plot_png(self.as_dict()))
 
-    def html(self, path: str | os.PathLike) -> None:
+    def html(self, path: str | os.PathLike[str]) -> None:
         """Write one page with the tables and drawings."""
         from samfast.profiling.page import page
 
         self._write(path, lambda: page(self.as_dict()).encode())
 
-    def _write(self, path: str | os.PathLike, made) -> None:
+    def _write(self, path: str | os.PathLike[str], made: Callable[[], bytes]) -> None:
         from samfast.files.placing import write_whole
 
         if self._rank == 0:
             self.as_dict()
             check_output(Path(path))
             write_whole(Path(path), made())
+
+    def _recorded(self) -> Recorder:
+        assert self._recorder is not None
+        return self._recorder
 
     def _elsewhere(self) -> str:
         return f"rank {self._rank} did not profile; rank 0 did"

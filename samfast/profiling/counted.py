@@ -9,10 +9,11 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samfast.counters import Counts, Living, counting
@@ -53,9 +54,9 @@ class Owned(Counts):
         super().__init__()
         self.blocks = blocks
         self.calls: list[Call] = []
-        self.entered: Counter = Counter()
+        self.entered: Counter[str] = Counter()
 
-    def opened(self, operator):
+    def opened(self, operator: str) -> Any:
         self.enter(operator)
         return super().opened(operator)
 
@@ -65,17 +66,17 @@ class Owned(Counts):
         if not self.inside or operation(self.inside[-1]) != name:
             self.entered[name] += 1
 
-    def launch(self, name, times, size, flops):
+    def launch(self, name: str, times: int, size: int, flops: int) -> None:
         super().launch(name, times, size, flops)
         if name.startswith(OWN):  # an operator that is counted as one call
             self.enter(name)
         self._add(name, times, size, flops, 0)
 
-    def sync(self, name):
+    def sync(self, name: str) -> None:
         super().sync(name)
         self._add(name, 0, 0, 0, 1)
 
-    def _add(self, name, times, size, flops, syncs):
+    def _add(self, name: str, times: int, size: int, flops: int, syncs: int) -> None:
         inside = operation(self.inside[-1]) if self.inside else None
         name = name if "::" in name else f"triton::{name}"
         node = torch._C._current_autograd_node()
@@ -98,21 +99,23 @@ class Storages(Living):
         # By when it was made, where it is not temporary; below 0 what was there before.
         self.category: dict[int, str] = {}
         self.names: set[str] = set()  # of all calls, views too
-        self._before: dict[int, weakref.ref] = {}
+        self._before: dict[int, weakref.ref[Any]] = {}
         self._others = 0
         self._last: int | None = None  # of the events, once the step is over
         for category, tensors in base.items():
             for t in tensors:
                 self._was_there(t.untyped_storage(), category)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.names.add(func._schema.name)
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor):
                 self._was_there(t.untyped_storage(), TEMPORARY)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def _was_there(self, storage, category: str) -> None:
+    def _was_there(self, storage: torch.UntypedStorage, category: str) -> None:
         key = storage._cdata
         if key in self.alive or key in self.known:
             return
@@ -122,7 +125,7 @@ class Storages(Living):
         self.base[category] += size
         self.known.add(key)
 
-        def ends(_):
+        def ends(_: Any) -> None:
             self.known.discard(key)
             self.events.append((which, -size))
 
@@ -162,10 +165,10 @@ class CountedStep:
         self.blocks = blocks
         self.counts = Owned(blocks)
         self.storages = Storages(known)
-        self.kept: dict[int, list] = {}  # by when it was made: row, block, size
+        self.kept: dict[int, list[Any]] = {}  # by when it was made: row, block, size
         self._hooks = SavedHooks(self._save, self._read)
         self._stack = contextlib.ExitStack()
-        self._top = None
+        self._top: TorchDispatchMode | None = None
 
     def __enter__(self) -> "CountedStep":
         with contextlib.ExitStack() as stack:
@@ -178,7 +181,7 @@ class CountedStep:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
         self.storages.end()
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from samfast.files.temporary import temporary_file
 
@@ -40,7 +41,7 @@ def check_output(path: Path) -> None:
         raise ValueError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
-def trace_bytes(profiler) -> bytes:
+def trace_bytes(profiler: Any) -> bytes:
     """The events as chrome://tracing and Perfetto read them."""
     with tempfile.TemporaryDirectory() as folder:
         place = os.path.join(folder, "trace.json")

@@ -9,8 +9,8 @@ then one is counted, which is slow, and the others run under torch.profiler.
 import itertools
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class _Compared(NamedTuple):
     differs: str | None
 
 
+Number = TypeVar("Number", int, float)
+
+
 class Recorder:
     """Enter it around steps.
 
@@ -64,7 +67,7 @@ class Recorder:
         self.plan, self.enough = plan, enough
         self.blocks = Blocks(model)
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
-        self.counted: CountedStep | None = None
+        self._counted: CountedStep | None = None
         self.profiler: torch.profiler.profile | None = None
         self.step = 0  # how many are through
         self.plain: list[float] = []  # seconds
@@ -98,7 +101,7 @@ class Recorder:
             raise
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         for hook in self._hooks:
             hook.remove()
         self.blocks.__exit__(kind, error, trace)
@@ -111,6 +114,12 @@ class Recorder:
             self.counted.__exit__(kind, error, trace)
         self._kind = DONE
         self._stop_profiler()
+
+    @property
+    def counted(self) -> CountedStep:
+        """The step that was counted, or is; there is one once the recorder was entered."""
+        assert self._counted is not None
+        return self._counted
 
     @property
     def is_counting(self) -> bool:
@@ -126,7 +135,7 @@ class Recorder:
         """Return the wall time of each timed step."""
         return [b - a for a, b in itertools.pairwise(self.marks(self._clock))]
 
-    def marks(self, found: list) -> list:
+    def marks(self, found: list[Number]) -> list[Number]:
         """Where steps begin and end, from all marks. One step alone lasts to the end; of several
         the one that was counted is left out, and first ones that compiled."""
         if self.both:
@@ -190,7 +199,7 @@ class Recorder:
         """Tell whether the step is the last of its kind, which waits for the GPU."""
         return self.plan[0] == BOTH or self.plan[self.step + 1 : self.step + 2] != [self._kind]
 
-    def _before_step(self, optimizer, args, kwargs) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.optimizers.setdefault(id(optimizer), optimizer)
         if any(map(callable, (*args[1:], *kwargs.values()))):
             self._say(_CLOSURE)
@@ -199,12 +208,14 @@ class Recorder:
         if self._kind in (COUNT, BOTH):
             self.counted.gradients(self._parameters())
 
-    def _after_step(self, optimizer, args, kwargs) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._kind in (COUNT, BOTH):
             state = _state_of(self.optimizers.values())
             self.counted.storages.mark(state, STATE)
         times = self._times[id(optimizer)] = self._times.get(id(optimizer), 0) + 1
-        if times > self._times.get(self._first, 0):  # one that goes on, where the first has ended
+        if (
+            self._first is None or times > self._times[self._first]
+        ):  # one that goes on, where the first has ended
             self._first = id(optimizer)
         if id(optimizer) != self._first or self._kind == DONE:
             if self._kind == DONE:
@@ -228,8 +239,8 @@ class Recorder:
             STATE: _state_of(self.optimizers.values()),
             GRADIENTS: [p.grad for p in parameters if p.grad is not None],
         }
-        self.counted = CountedStep(self.blocks, known)
-        self.counted.__enter__()
+        self._counted = CountedStep(self.blocks, known)
+        self._counted.__enter__()
         self._counting = True
 
     def _start_profiler(self) -> None:
@@ -254,7 +265,7 @@ class Recorder:
             self._clock.append(time.perf_counter())
 
     def _stop_profiler(self) -> None:
-        if self._profiling:
+        if self._profiling and self.profiler is not None:
             self._profiling = False
             self.profiler.stop()
             if self.cuda:
@@ -275,6 +286,6 @@ def _compilations() -> int:
     return 0 if dynamo is None else sum(map(len, dynamo.compilation_time_metrics.values()))
 
 
-def _state_of(optimizers) -> list[Tensor]:
+def _state_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
     states = (s for o in optimizers for s in o.state.values())
     return [t for state in states for t in state.values() if isinstance(t, Tensor)]

@@ -39,18 +39,18 @@ class Noted(NamedTuple):
 
 
 class _Notes(Counts):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.made: list[Noted] = []
 
-    def opened(self, operator):
+    def opened(self, operator: str) -> Any:
         self.made.append(Noted(tuple(self.inside), operator, 0, 0, 0, opens=True))
         return super().opened(operator)
 
-    def launch(self, name, times, size, flops):
+    def launch(self, name: str, times: int, size: int, flops: int) -> None:
         self.made.append(Noted(tuple(self.inside), name, times, size, flops))
 
-    def sync(self, name):
+    def sync(self, name: str) -> None:
         self.made.append(Noted(tuple(self.inside), name, 0, 0, 0, True))
 
 
@@ -64,11 +64,11 @@ class Replay:
         self.counts = counts
         self._known: dict[Any, list[Noted]] = {}
 
-    def __call__(self, func, args, kwargs):
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = [argument.name for argument in func._schema.arguments]
         at = names.index("backend") if "backend" in names else None
         backend = "torch" if at is None or at >= len(args) else backends.requested(args[at])
-        if backend not in ("auto", "cpu") or not _on_cpu(args):
+        if at is None or backend not in ("auto", "cpu") or not _on_cpu(args):
             return NotImplemented
         out = func(*args, **kwargs)
         key = (func._schema.name, *_signature(args, kwargs))
@@ -93,7 +93,7 @@ class Replay:
             del self.counts.inside[len(self.counts.inside) - len(note.inside) :]
 
 
-def _noted(func, args, kwargs) -> list[Noted]:
+def _noted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Noted]:
     """What the operator's body calls on torch's path; no mode of the step at hand sees it."""
     notes = _Notes()
     with _disable_current_modes(), torch_path(), counting(ATTENTION, counts=notes):
@@ -101,11 +101,11 @@ def _noted(func, args, kwargs) -> list[Noted]:
     return notes.made
 
 
-def _on_cpu(args) -> bool:
+def _on_cpu(args: tuple[Any, ...]) -> bool:
     return all(t.is_cpu for t in tree_flatten(args)[0] if isinstance(t, Tensor))
 
 
-def _signature(args, kwargs) -> tuple:
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     leaves, spec = tree_flatten((args, kwargs))
     known = [
         (t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else (type(t), t) for t in leaves

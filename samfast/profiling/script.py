@@ -6,8 +6,9 @@ import contextlib
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from samfast.profiling.recorder import TIME, Recorder
 
@@ -75,7 +76,7 @@ def _is_through(recorder: Recorder) -> bool:
 
 
 @contextlib.contextmanager
-def _on_stderr():
+def _on_stderr() -> Iterator[None]:
     """What is printed goes to stderr, also by other programs that the script starts."""
     sys.stdout.flush()
     kept = os.dup(1)
@@ -133,19 +134,20 @@ def _check_steps(path: Path, recorder: Recorder) -> None:
 
 
 @contextlib.contextmanager
-def _as_main(path: Path, arguments: Sequence[str]):
+def _as_main(path: Path, arguments: Sequence[str]) -> Iterator[None]:
     """sys.argv and sys.path as the script expects them."""
     argv, path_of_imports = sys.argv, list(sys.path)
-    leave, own = os._exit, os.getpid()
+    leave: Any = os._exit
+    own = os.getpid()
 
-    def leave_kindly(code: int = 0) -> None:
+    def leave_kindly(code: int = 0) -> NoReturn:
         if os.getpid() != own:
             leave(code)
         raise _Left(code)
 
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, os.fspath(path.resolve().parent))
-    os._exit = leave_kindly
+    os._exit = leave_kindly  # type: ignore[assignment]  # its argument has another name
     try:
         yield
     finally:

@@ -37,7 +37,7 @@ def result(
     ceilings: Ceilings,
     known: dict[str, Any] | None = None,
     again: Callable[[Ceilings], Ceilings] = lambda ceilings: ceilings,
-) -> dict:
+) -> dict[str, Any]:
     """All that is known of the steps, as JSON has it; times in ms, sizes in bytes.
 
     known: what the caller knows, such as settings and ``model_flop``
@@ -147,7 +147,7 @@ def _operations(
             **cost,
         }
         # What a library does in one call on a CPU is one launch there.
-        launched = cost if times.on_device else cost | {"launches": row["calls"]}
+        launched = cost if times.on_device else cost | {"launches": round(made[name] / steps)}
         same = made[name] == seen[name] * steps
         rows.append(row | _bound(launched, sum(each) / steps / 1e9 if same else 0, ceilings))
     return sorted(rows, key=lambda row: (-row["share"], row["name"]))
@@ -181,7 +181,7 @@ def _within(piece: Piece, apart: set[tuple[str | None, str]]) -> Piece:
 def _timed_calls(pieces: Iterable[Piece]) -> list[tuple[Owner, str]]:
     """(owner, row), once for each call of all steps."""
     # Each thread numbers its calls itself; beside a GPU another thread makes the backward.
-    found = {}
+    found: dict[tuple[Any, ...], tuple[Owner, str]] = {}
     for piece in pieces:
         o = piece.owner
         if o.row is not None and o.called:
@@ -203,7 +203,7 @@ def _bound(cost: dict[str, int], seconds: float, ceilings: Ceilings | None) -> d
     }
 
 
-def _phases(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> list[dict]:
+def _phases(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> list[dict[str, Any]]:
     costs = _costs(calls, lambda call: call.phase)
     costs[FORWARD]["saved_bytes"] = sum(kept.size for kept in counted.saved())
     rows = _groups(times, costs, lambda owner: owner.phase)
@@ -211,11 +211,11 @@ def _phases(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> lis
     return sorted(rows, key=lambda row: order[row["name"]])
 
 
-def _blocks(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> list[dict]:
+def _blocks(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> list[dict[str, Any]]:
     """In the order in which they first ran, what belongs to none last."""
 
     def block(owner: Owner | Call) -> str:
-        return owner.block or _NO_BLOCK.get(owner.phase, REST)
+        return owner.block or _NO_BLOCK.get(owner.phase or "", REST)
 
     costs = _costs(calls, block)
     for kept in counted.saved():
@@ -228,7 +228,9 @@ def _blocks(times: Timeline, calls: Sequence[Call], counted: CountedStep) -> lis
     return sorted(rows, key=lambda r: (last.get(r["name"], 0), order.get(r["name"], len(order))))
 
 
-def _groups(times: Timeline, costs: dict[str, dict], key) -> list[dict[str, Any]]:
+def _groups(
+    times: Timeline, costs: dict[str, dict[str, int]], key: Callable[[Owner], Any]
+) -> list[dict[str, Any]]:
     steps, wall = len(times.walls), sum(times.walls)
     spent = _by_step(times.pieces, steps, key)
     rows = []
@@ -245,17 +247,19 @@ def _groups(times: Timeline, costs: dict[str, dict], key) -> list[dict[str, Any]
     return rows
 
 
-def _by_step(pieces: Iterable[Piece], steps: int, key) -> dict[str, list[int]]:
+def _by_step(
+    pieces: Iterable[Piece], steps: int, key: Callable[[Owner], Any]
+) -> dict[str, list[int]]:
     """ns of each step, by what ``key`` makes of an owner."""
-    spent: dict[str, list[int]] = defaultdict(lambda: [0] * steps)
+    spent: dict[Any, list[int]] = defaultdict(lambda: [0] * steps)
     for piece in pieces:
         spent[key(piece.owner)][piece.step] += piece.end - piece.start
     return dict(spent)
 
 
-def _costs(calls: Iterable[Call], key) -> dict[str, dict[str, int]]:
+def _costs(calls: Iterable[Call], key: Callable[[Call], Any]) -> dict[Any, dict[str, int]]:
     names = ("flop", "bytes", "launches", "syncs", "saved_bytes")
-    costs: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(names, 0))
+    costs: dict[Any, dict[str, int]] = defaultdict(lambda: dict.fromkeys(names, 0))
     for call in calls:
         cost = costs[key(call)]
         cost["flop"] += call.flops

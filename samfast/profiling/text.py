@@ -100,8 +100,10 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(rows) <= ROWS + 1:
         return list(rows)
     others = rows[ROWS:]
-    sums = ("calls", "ms", "least_ms", "most_ms", "share", "flop", "bytes")
-    sums += ("launches", "syncs", "saved_bytes")
+    sums = (
+        *("calls", "ms", "least_ms", "most_ms", "share", "flop", "bytes"),
+        *("launches", "syncs", "saved_bytes"),
+    )
     row = {name: sum(other[name] for other in others) for name in sums}
     none = dict.fromkeys(("tflop_per_s", "gb_per_s", "ceiling", "reached"))
     return [*rows[:ROWS], {"name": f"{len(others)} others", **row, **none}]

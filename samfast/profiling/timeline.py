@@ -9,7 +9,7 @@ step is the host gap: no operator runs, or the GPU has nothing to do.
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,7 +83,7 @@ class Timeline(NamedTuple):
     on_device: bool
 
 
-def events_of(profiler) -> list[Event]:
+def events_of(profiler: Any) -> list[Event]:
     """What a torch.profiler.profile recorded."""
     found = []
     for e in profiler.profiler.kineto_results.events():
@@ -124,9 +124,9 @@ def timeline(
     cut: list[tuple[int, int, Owner]] = []
     for thread in {e.thread for e in host}:
         own = [e for e in host if e.thread == thread]
-        pieces = _of_thread(own, of_sequence, leaves, owners)
+        of_thread = _of_thread(own, of_sequence, leaves, owners)
         if thread == main:
-            cut = pieces
+            cut = of_thread
     on_device = any(marks[0] <= e.start < marks[-1] for e in kernels)
     if on_device:
         cut = _of_device(kernels, owners)

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class Workload:
         dtype: torch.dtype,
         own_adapters: bool = True,
     ):
+        assert training.lr is not None and training.loss is not None  # the recipe fills them in
+        self.loss_name = training.loss
         self.own_adapters = own_adapters
         self.training, self.device, self.dtype = training, device, dtype
         self.model = Segmenter(sam, dtype).to(device).train()
@@ -63,7 +66,7 @@ class Workload:
         """The loss of the batch, and what the adapters add to it."""
         images, masks, sizes = self.batch
         logits, valid = self.model(images, sizes)
-        loss = LOSSES[self.training.loss](logits, masks, valid)
+        loss = LOSSES[self.loss_name](logits, masks, valid)
         return loss + samfast.aux_loss(self.model.sam) if self.own_adapters else loss
 
     def step(self) -> None:
@@ -170,6 +173,7 @@ def model_flop(settings: ProfileSettings) -> int:
         random_init=not own,
         device="meta",
     )
+    assert training.loss is not None  # the recipe fills it in
     count, side = settings.batch, image_size(sam)
     with torch_path(), FakeTensorMode():
         for module in sam.modules():
@@ -187,7 +191,7 @@ def model_flop(settings: ProfileSettings) -> int:
     return counts.flops
 
 
-def _stand_in(own: dict[str, Tensor | None], device: torch.device) -> None:
+def _stand_in(own: dict[str, Any], device: torch.device) -> None:
     """Put tensors that say they are on ``device`` in place of those on meta."""
     for name, t in own.items():
         if t is not None:

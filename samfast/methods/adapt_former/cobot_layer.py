@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from samfast.kernels.cobot_fold.reference import quaternion
@@ -40,8 +41,8 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
         dropout: float = 0.1,
         shared: Sequence[nn.Parameter] | None = None,
         index: int = 0,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         check_width("bottleneck", bottleneck)
         _check_index(index)
@@ -72,7 +73,8 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
             self.reset_coefficients()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.share()
+        weight, bias = self.share()
+        return weight, bias
 
     def between(self, h: Tensor) -> Tensor:
         coefficients = (self.FacT_c[0] @ self.FacT_p)[:, self.first] + self.gamma

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,27 @@ from samfast.kernels._common.autocast import autocast_input
 from samfast.kernels.adapt_former.engine import backend_of
 from samfast.kernels.sam_block.plan import SidePlan
 
-MLPBlock = segment_anything.load().modeling.common.MLPBlock
-_PARTS = {"adapter_layer_norm_before": nn.LayerNorm, "down_proj": nn.Linear, "up_proj": nn.Linear}
+if TYPE_CHECKING:
+
+    class MLPBlock(nn.Module):
+        """segment_anything's: lin2(act(lin1(x)))."""
+
+        lin1: nn.Linear
+        lin2: nn.Linear
+        act: nn.Module
+
+        def __init__(self, embedding_dim: int, mlp_dim: int, act: type[nn.Module] = nn.GELU): ...
+        def forward(self, x: Tensor) -> Tensor: ...
+
+else:
+    MLPBlock = segment_anything.load().modeling.common.MLPBlock
+_PARTS: dict[str, type[nn.Module]] = {
+    "adapter_layer_norm_before": nn.LayerNorm,
+    "down_proj": nn.Linear,
+    "up_proj": nn.Linear,
+}
+
+Branched = TypeVar("Branched", bound="AdaptFormerMlp")
 
 
 @dataclass(frozen=True)
@@ -53,8 +73,8 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         act: type[nn.Module] = nn.GELU,
         bottleneck: int = 16,
         dropout: float = 0.1,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         check_bottleneck(bottleneck)
         check_dropout(dropout)
@@ -64,8 +84,8 @@ class AdaptFormerMlp(Adapter, MLPBlock):
 
     @classmethod
     def from_mlp(
-        cls, mlp: MLPBlock, bottleneck: int = 16, dropout: float = 0.1
-    ) -> "AdaptFormerMlp":
+        cls: type[Branched], mlp: MLPBlock, bottleneck: int = 16, dropout: float = 0.1
+    ) -> Branched:
         """The bottleneck beside ``mlp``, whose lin1, lin2 and act it takes over."""
         if type(mlp) is not MLPBlock:
             raise TypeError(f"expected segment_anything's MLPBlock, got {type(mlp).__name__}")
@@ -86,11 +106,11 @@ class AdaptFormerMlp(Adapter, MLPBlock):
     def _add_adapter(self, bottleneck: int, dropout: float) -> None:
         weight, width = self.lin1.weight, self.lin1.in_features
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        options = {"device": weight.device, "dtype": wide}
+        device = weight.device
         self.bottleneck, self.dropout = bottleneck, dropout
-        self.adapter_layer_norm_before = nn.LayerNorm(width, **options)
-        self.down_proj = nn.Linear(width, bottleneck, **options)
-        self.up_proj = nn.Linear(bottleneck, width, **options)
+        self.adapter_layer_norm_before = nn.LayerNorm(width, device=device, dtype=wide)
+        self.down_proj = nn.Linear(width, bottleneck, device=device, dtype=wide)
+        self.up_proj = nn.Linear(bottleneck, width, device=device, dtype=wide)
         for part in _PARTS:
             getattr(self, part).train(self.training)
         self.reset_adapter()

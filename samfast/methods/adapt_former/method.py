@@ -2,7 +2,8 @@
 """AdaptFormer and its options."""
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from samfast.adapters.checks import check_bottleneck, check_dropout, check_flag, checked_target
 from samfast.adapters.method import Method, Relation
@@ -12,6 +13,10 @@ from samfast.methods.cobot.method import COBOT
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from samfast.adapters.adapter import Adapter
+    from samfast.adapters.foreign import Foreign
+    from samfast.methods.cobot.layer import CobotLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,7 @@ class AdaptFormer(Method):
         "mlp", "MLPs of the encoder that get a branch: mlp, or a regular expression"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_bottleneck(self.bottleneck)
         check_dropout(self.dropout)
         check_flag("cobot", self.cobot)
@@ -42,7 +47,7 @@ class AdaptFormer(Method):
         object.__setattr__(self, "target", checked_target(self.target))
 
     @property
-    def replaces(self) -> "type[nn.Module]":
+    def replaces(self) -> "type[nn.Module]":  # type: ignore[override]  # read only in both
         """segment_anything's MLPBlock, which is imported when it is first asked for."""
         from samfast.methods.adapt_former.layer import MLPBlock
 
@@ -68,12 +73,12 @@ class AdaptFormer(Method):
             return False
         return (self.bottleneck, self.cobot) == (other.bottleneck, other.cobot)
 
-    def check(self, layer: "nn.Module") -> None:
+    def check(self, layer: "Foreign") -> None:
         from samfast.methods.adapt_former.layer import AdaptFormerMlp
 
         AdaptFormerMlp.check_mlp(layer)
 
-    def build(self, layers: "dict[str, nn.Module]") -> "dict[str, nn.Module]":
+    def build(self, layers: "Mapping[str, Foreign]") -> "Mapping[str, Adapter]":
         """With ``cobot``, in the order of the model, which numbers the layers that share."""
         options = self.bottleneck, self.dropout
         if not self.cobot:
@@ -90,9 +95,11 @@ class AdaptFormer(Method):
             for index, (name, layer) in enumerate(layers.items())
         }
 
-    def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+    def attached(self, model: "nn.Module", adapted: "Mapping[str, Adapter]") -> None:
         if self.cobot:
             from samfast.adapters.wrappers import encoder_of
             from samfast.methods.cobot.layer import CobotForward
 
-            CobotForward(list(adapted.values())).install(encoder_of(model))
+            CobotForward(cast("list[CobotLayer]", list(adapted.values()))).install(
+                encoder_of(model)
+            )

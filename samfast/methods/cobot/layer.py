@@ -8,6 +8,7 @@ keeps nothing; a layer that is called alone, or recomputed by a checkpoint, fold
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ def relation(width: int, slices: int, weight: Tensor) -> tuple[nn.Parameter, nn.
     On the device of a weight that they work beside, float64 beside float64 and float32 otherwise.
     """
     wide = weight.dtype == torch.float64
-    options = {"device": weight.device, "dtype": torch.float64 if wide else torch.float32}
-    c, p = torch.ones(1, width, slices, **options), torch.eye(slices, **options)
+    device, dtype = weight.device, torch.float64 if wide else torch.float32
+    c = torch.ones(1, width, slices, device=device, dtype=dtype)
+    p = torch.eye(slices, device=device, dtype=dtype)
     return nn.Parameter(c), nn.Parameter(p)
 
 
@@ -50,7 +52,6 @@ class CobotLayer(SharingLayer, PublishedNames):
     ) -> None:
         """Register the tensors; ``shared`` None makes a relation of this layer alone."""
         like = self.get_parameter(self.FOLDED[0])
-        options = {"device": like.device, "dtype": like.dtype}
         if shared is None:
             shared = relation(width, first + own, like)
         slices = shared[1].shape[0]
@@ -65,9 +66,9 @@ class CobotLayer(SharingLayer, PublishedNames):
             )
         self.first, self.own = first, own
         self.FacT_c, self.FacT_p = shared
-        self.gamma = nn.Parameter(torch.empty(own * width, **options))
+        self.gamma = nn.Parameter(like.new_empty(own * width))
         quarter = width // 4
-        self.heads = nn.Parameter(torch.empty(own, 4, quarter, quarter, **options))
+        self.heads = nn.Parameter(like.new_empty(own, 4, quarter, quarter))
 
     def reset_coefficients(self) -> None:
         nn.init.ones_(self.gamma)
@@ -114,7 +115,7 @@ def fold(layers: Sequence[CobotLayer]) -> list[tuple[Tensor, ...]]:
     return list(zip(folded, shifts, strict=True)) if lead.down else [(f,) for f in folded]
 
 
-class CobotForward(EncoderForward):
+class CobotForward(EncoderForward[CobotLayer]):
     """Folds for all layers of one encoder while it runs."""
 
     def make(self) -> list[tuple[Tensor, ...]]:
@@ -138,7 +139,7 @@ class CobotForward(EncoderForward):
         super().install(encoder)
         encoder.register_load_state_dict_post_hook(self.tie)
 
-    def tie(self, encoder: nn.Module, incompatible) -> None:
+    def tie(self, encoder: nn.Module, incompatible: Any) -> None:
         """After ``load_state_dict(assign=True)``, which gives each layer a relation of its own."""
         lead = self.layers[0]
         for name in ("FacT_c", "FacT_p"):
@@ -186,8 +187,8 @@ class CobotQkvLora(CobotLayer, QkvLora):
         index: int = 0,
         zero_start: bool = False,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         self.check_sizes(in_features, out_features, rank)
         if isinstance(index, bool) or not isinstance(index, int) or index < 0:
@@ -203,7 +204,7 @@ class CobotQkvLora(CobotLayer, QkvLora):
         QkvLora.check_sizes(in_features, out_features, rank)
 
     @classmethod
-    def from_linear(
+    def from_linear(  # type: ignore[override]  # its options are its own
         cls,
         linear: nn.Linear,
         rank: int = 4,

@@ -2,8 +2,9 @@
 """SAM-COBOT on LoRA and its options."""
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from samfast.adapters.checks import check_flag, checked_target
 from samfast.adapters.method import Method, Relation
@@ -12,6 +13,10 @@ from samfast.methods.cobot.checks import check_width
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from samfast.adapters.adapter import Adapter
+    from samfast.adapters.foreign import Foreign
+    from samfast.methods.cobot.layer import CobotLayer
 
 
 # One of the authors' scripts trains them at 100 times the other rate.
@@ -36,7 +41,7 @@ class CobotLora(Method):
     )
     target: str | tuple[str, ...] = "qkv"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_width("rank", self.rank)
         check_flag("zero_start", self.zero_start)
         object.__setattr__(self, "target", checked_target(self.target))
@@ -58,7 +63,7 @@ class CobotLora(Method):
             )
         CobotQkvLora.check_sizes(layer.in_features, layer.out_features, self.rank)
 
-    def build(self, layers: "dict[str, nn.Module]") -> "dict[str, nn.Module]":
+    def build(self, layers: "Mapping[str, Foreign]") -> "Mapping[str, Adapter]":
         """In the order of the model, which numbers the slices: q and v of each layer."""
         from samfast.methods.cobot.layer import CobotQkvLora, relation
 
@@ -69,8 +74,8 @@ class CobotLora(Method):
             for index, (name, layer) in enumerate(layers.items())
         }
 
-    def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+    def attached(self, model: "nn.Module", adapted: "Mapping[str, Adapter]") -> None:
         from samfast.adapters.wrappers import encoder_of
         from samfast.methods.cobot.layer import CobotForward
 
-        CobotForward(list(adapted.values())).install(encoder_of(model))
+        CobotForward(cast("list[CobotLayer]", list(adapted.values()))).install(encoder_of(model))

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,12 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
     """
 
     window_wise = True
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    expert_weight: nn.Parameter
+    expert_bias: nn.Parameter
+    w_gate: nn.Parameter
+    w_noise: nn.Parameter
 
     def __init__(
         self,
@@ -88,13 +95,13 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         top_k: int = 1,
         formula: str = "code",
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         self.check_sizes(in_features, out_features, rank)
         check_alpha(alpha)
         check_experts(experts)
-        ratios = checked_ratios(ratios, experts)
+        checked = checked_ratios(ratios, experts)
         check_depthwise(depthwise)
         check_dropout(dropout)
         check_choice(top_k, experts, formula)
@@ -102,7 +109,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         self.rank = rank
         self.alpha = rank if alpha is None else alpha
         self.experts = experts
-        self.ratios = ratios
+        self.ratios = checked
         self.depthwise = depthwise
         self.dropout = dropout
         self.top_k = top_k
@@ -159,6 +166,30 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         for zeros in (self.expert_bias, self.w_gate, self.w_noise):
             nn.init.zeros_(zeros)
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        expert_index: Tensor | None = None,
+        return_aux: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        size: tuple[int, int] | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        expert_index: Tensor | None = None,
+        return_aux: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
     def forward(
         self,
         x: Tensor,
@@ -199,7 +230,8 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         A row of y for the padding is bias + pad_h pad_bᵀ, pad_h (B · pads, rank) image by image,
         line by line, pad_b (out_features, rank).
         """
-        windows = Windows(*x.shape[:3], window, window)
+        images, height, width = x.shape[:3]
+        windows = Windows(images, height, width, window, window)
         noise = None
         if self.training:
             noise = draw_noise(x, windows.samples, self.experts, None)
@@ -215,12 +247,12 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
         """Its share in a fused block; x as the block's products take it."""
         dropout = float(self.dropout) if self.training else 0.0
-        params = [self.expert_weight, self.expert_bias, self.w_gate, self.w_noise]
-        groups = self.rank if self.depthwise else 1
-        check_kernels(self.lora_A.shape[0], *params[:2], self.ratios, groups)
+        params: list[Tensor] = [self.expert_weight, self.expert_bias, self.w_gate, self.w_noise]
+        rank, groups = self.lora_A.shape[0], self.rank if self.depthwise else 1
+        check_kernels(rank, self.expert_weight, self.expert_bias, self.ratios, groups)
         noise = draw_noise(x, windows.samples, self.experts, None) if self.training else None
-        check_gate(windows.samples, self.lora_A.shape[0], *params[2:], noise, None)
-        if self.training:
+        check_gate(windows.samples, rank, self.w_gate, self.w_noise, noise, None)
+        if noise is not None:
             params.append(noise)
         plan = LayerPlan(
             adapted=True,
@@ -238,7 +270,9 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         trained = (self.lora_A, self.w_gate, self.w_noise)
         return self._latest.keep(aux, y, self.training, any(p.requires_grad for p in trained))
 
-    def _run(self, x, windows: Windows, noise, expert_index) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(
+        self, x: Tensor, windows: Windows, noise: Tensor | None, expert_index: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """y, z_pad and the balancing loss, which is kept for ``samfast.aux_loss``."""
         if torch.jit.is_tracing():
             raise RuntimeError(
@@ -312,7 +346,9 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         return None
 
     def published(self) -> Published:
-        names = {name: ([key], self.get_parameter(name).shape) for name, key in _RENAMED.items()}
+        names: Published = {
+            name: ([key], self.get_parameter(name).shape) for name, key in _RENAMED.items()
+        }
         for name, leaf in _PACKED.items():
             keys = [f"lora_moe_experts.{i}.0.{leaf}" for i in range(self.experts)]
             names[name] = keys, self.get_parameter(name).shape[1:]

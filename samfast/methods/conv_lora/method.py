@@ -13,6 +13,8 @@ from samfast.methods.conv_lora.checks import check_choice, check_depthwise, chec
 if TYPE_CHECKING:
     from torch import nn
 
+    from samfast.adapters.adapter import Adapter
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvLora(Method):
@@ -42,7 +44,7 @@ class ConvLora(Method):
     top_k: int = 1
     formula: str = "code"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_rank(self.rank)
         check_alpha(self.alpha)
         check_experts(self.experts)
@@ -65,7 +67,7 @@ class ConvLora(Method):
 
         ConvLoraLinear.check_sizes(layer.in_features, layer.out_features, self.rank)
 
-    def wrap(self, layer: "nn.Linear") -> "nn.Module":
+    def wrap(self, layer: "nn.Linear") -> "Adapter":
         from samfast.methods.conv_lora.layer import ConvLoraLinear
 
         return ConvLoraLinear.from_linear(

@@ -28,6 +28,9 @@ class KroneckerLinear(LowRankLinear):
     """
 
     token_wise = True
+    kron_rules: nn.Parameter
+    kron_left: nn.Parameter
+    kron_right: nn.Parameter
 
     def __init__(
         self,
@@ -38,8 +41,8 @@ class KroneckerLinear(LowRankLinear):
         alpha: float | None = None,
         dropout: float = 0.0,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         self.check_sizes(in_features, out_features, n, rank)
         check_alpha(alpha)
@@ -100,8 +103,8 @@ class KroneckerLinear(LowRankLinear):
 
     def delta_weight(self) -> Tensor:
         wide = torch.promote_types(self.kron_rules.dtype, torch.float32)
-        rules, *pair = (t.to(wide) for t in (self.kron_rules, self.kron_left, self.kron_right))
-        return kronecker_weight(rules, pair, scaling=self.scaling)
+        pair = self.kron_left.to(wide), self.kron_right.to(wide)
+        return kronecker_weight(self.kron_rules.to(wide), pair, scaling=self.scaling)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -2,7 +2,7 @@
 """Kronecker products on linear layers and their options."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from samfast.adapters.checks import check_alpha, check_dropout, check_rank, checked_target
@@ -12,6 +12,9 @@ from samfast.methods.kronecker.checks import check_n
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from samfast.adapters.adapter import Adapter
+    from samfast.adapters.foreign import Foreign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,14 @@ class Kronecker(Method):
     dropout: float = dropout_option(0.0)
     target: str | tuple[str, ...] = target_option(("qkv", "proj"))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_n(self.n)
         check_rank(self.rank)
         check_alpha(self.alpha)
         check_dropout(self.dropout)
         object.__setattr__(self, "target", checked_target(self.target))
 
-    def check_options(self, find_layers: Callable[[Method], "dict[str, nn.Module]"]) -> None:
+    def check_options(self, find_layers: "Callable[[Method], Mapping[str, Foreign]]") -> None:
         for name, layer in find_layers(dataclasses.replace(self, n=1)).items():
             for size, what in ((layer.in_features, "inputs"), (layer.out_features, "outputs")):
                 if size % self.n:
@@ -65,7 +68,7 @@ class Kronecker(Method):
 
         KroneckerLinear.check_sizes(layer.in_features, layer.out_features, self.n, self.rank)
 
-    def wrap(self, layer: "nn.Linear") -> "nn.Module":
+    def wrap(self, layer: "nn.Linear") -> "Adapter":
         from samfast.methods.kronecker.layer import KroneckerLinear
 
         return KroneckerLinear.from_linear(layer, self.n, self.rank, self.alpha, self.dropout)

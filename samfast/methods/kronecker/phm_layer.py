@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers whose weight is a sum of Kronecker products, in place of nn.Linear."""
 
+import functools
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from samfast.methods.kronecker.checks import check_divides
 from samfast.methods.kronecker.layer import reset_rules
 
 Weights = Tensor | tuple[Tensor, Tensor]
+Layer = TypeVar("Layer", bound="_SumOfProducts")
 _kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # Hamilton's rules, by where they are
 
 
@@ -101,7 +105,7 @@ class _SumOfProducts(nn.Module):
         )
 
     @classmethod
-    def _from_linear(cls, linear: nn.Linear, *options):
+    def _from_linear(cls: type[Layer], linear: nn.Linear, *options: Any) -> Layer:
         if type(linear) is not nn.Linear:
             raise TypeError(f"expected a plain nn.Linear, got {type(linear).__name__}")
         module = cls(
@@ -143,10 +147,19 @@ class QuaternionLinear(_SumOfProducts):
     Raises ValueError where four does not divide both sizes.
     """
 
+    r_weight: nn.Parameter
+    i_weight: nn.Parameter
+    j_weight: nn.Parameter
+    k_weight: nn.Parameter
     PARTS = ("r_weight", "i_weight", "j_weight", "k_weight")
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         for size, what in ((in_features, "inputs"), (out_features, "outputs")):
             whole_number = isinstance(size, int) and not isinstance(size, bool)
@@ -157,12 +170,11 @@ class QuaternionLinear(_SumOfProducts):
                 )
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        options = {"device": device, "dtype": dtype}
         for name in self.PARTS:
-            part = torch.empty(in_features // 4, out_features // 4, **options)
+            part = torch.empty(in_features // 4, out_features // 4, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(part))
-        bias = nn.Parameter(torch.empty(out_features, **options)) if bias else None
-        self.register_parameter("bias", bias)
+        own = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if own is None else nn.Parameter(own))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -208,8 +220,8 @@ class PHMLinear(_SumOfProducts):
         n: int,
         rank: int | None = None,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         check_divides(n, in_features, out_features)
         rows, columns = out_features // n, in_features // n
@@ -223,15 +235,14 @@ class PHMLinear(_SumOfProducts):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.n, self.rank = n, rank
-        options = {"device": device, "dtype": dtype}
-        self.rules = nn.Parameter(torch.empty(n, n, n, **options))
+        empty = functools.partial(torch.empty, device=device, dtype=dtype)
+        self.rules = nn.Parameter(empty(n, n, n))
         if rank is None:
-            self.weights = nn.Parameter(torch.empty(n, rows, columns, **options))
+            self.weights = nn.Parameter(empty(n, rows, columns))
         else:
-            self.left = nn.Parameter(torch.empty(n, rows, rank, **options))
-            self.right = nn.Parameter(torch.empty(n, columns, rank, **options))
-        bias = nn.Parameter(torch.empty(out_features, **options)) if bias else None
-        self.register_parameter("bias", bias)
+            self.left = nn.Parameter(empty(n, rows, rank))
+            self.right = nn.Parameter(empty(n, columns, rank))
+        self.register_parameter("bias", nn.Parameter(empty(out_features)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -32,8 +32,8 @@ class LoraLinear(LowRankLinear):
         alpha: float | None = None,
         dropout: float = 0.0,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         self.check_sizes(in_features, out_features, rank)
         check_alpha(alpha)

@@ -18,6 +18,7 @@ from samfast.adapters.options import alpha_option, dropout_option, option, targe
 if TYPE_CHECKING:
     from torch import nn
 
+    from samfast.adapters.adapter import Adapter
     from samfast.methods.lora.layer import LoraLinear
     from samfast.methods.lora.qkv_layer import QkvLora
 
@@ -49,7 +50,7 @@ class Lora(Method):
         hint="default: all of qkv at once",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_rank(self.rank)
         check_alpha(self.alpha)
         check_dropout(self.dropout)
@@ -71,9 +72,14 @@ class Lora(Method):
     def check(self, layer: "nn.Linear") -> None:
         self._kind().check_sizes(layer.in_features, layer.out_features, self.rank)
 
-    def wrap(self, layer: "nn.Linear") -> "nn.Module":
-        option = self.alpha if self.slices is None else self.slices
-        return self._kind().from_linear(layer, self.rank, option, self.dropout)
+    def wrap(self, layer: "nn.Linear") -> "Adapter":
+        if self.slices is None:
+            from samfast.methods.lora.layer import LoraLinear
+
+            return LoraLinear.from_linear(layer, self.rank, self.alpha, self.dropout)
+        from samfast.methods.lora.qkv_layer import QkvLora
+
+        return QkvLora.from_linear(layer, self.rank, self.slices, self.dropout)
 
     def _kind(self) -> "type[LoraLinear | QkvLora]":
         if self.slices is None:

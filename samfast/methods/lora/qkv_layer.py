@@ -33,8 +33,8 @@ class QkvLora(LowRankLinear):
         slices: tuple[str, ...] = ("q", "v"),
         dropout: float = 0.0,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         self.check_sizes(in_features, out_features, rank)
         slices = checked_slices(slices)

@@ -2,7 +2,8 @@
 """TA-LoRA: one low-rank update of a layer for each of several tasks, from one Tucker tensor."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from samfast.adapters.low_rank import LowRankLinear
 from samfast.backends import requested
 from samfast.functional import task_cores
 from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.kernels.task_core.middle_map import middle_key
 from samfast.kernels.task_core.op import core_backend
@@ -45,6 +47,12 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
     """
 
     token_wise = True
+    td_G: nn.Parameter
+    td_U1: nn.Parameter
+    td_U2: nn.Parameter
+    td_U3: nn.Parameter
+    chosen: tuple[int, ...]
+    entries: Tensor
 
     def __init__(
         self,
@@ -57,15 +65,16 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         enabled: tuple[str, ...] = QKV,
         orthogonality: float = 0.0,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
     ):
         self.check_sizes(in_features, out_features, tasks, ranks, enabled)
         check_scaling(scaling)
         check_dropout(dropout)
         check_orthogonality(orthogonality)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.tasks, self.ranks = tasks, tuple(ranks)
+        self.tasks = tasks
+        self.ranks: Ranks = (ranks[0], ranks[1], ranks[2])
         self.scaling, self.dropout, self.orthogonality = scaling, dropout, orthogonality
         self.enabled = checked_slices(enabled)
         length = out_features // 3
@@ -86,13 +95,17 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
             td_U3=(tasks, depth),
         )
         self.choose((0,))
-        self.ran: tuple = ()  # tasks of forwards since a backward last ran them again, two at most
+        self.ran: tuple[
+            tuple[tuple[int, ...], Tensor], ...
+        ] = ()  # tasks of forwards since a backward last ran them again, two at most
         self.again = False  # such a backward has begun
         self.repeated = False  # see set_task
         self.reset_adapter()
 
     @staticmethod
-    def check_sizes(in_features, out_features, tasks, ranks, enabled) -> None:
+    def check_sizes(
+        in_features: int, out_features: int, tasks: int, ranks: Ranks, enabled: tuple[str, ...]
+    ) -> None:
         check_tasks(tasks)
         check_ranks(ranks)
         if checked_slices(enabled) != QKV and out_features % 3:
@@ -187,7 +200,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
     def sources(self) -> list[Tensor]:
         return [self.td_G, self.td_U3]
 
-    def alone(self) -> tuple[Tensor]:
+    def alone(self) -> tuple[Tensor, ...]:
         """The cores M (P, T, R1, R2) of all tasks, see ``task_cores``."""
         return task_cores([self.td_G], [self.td_U3])
 
@@ -214,12 +227,12 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
 
     def forward_adapted(self, x: Tensor) -> Tensor:
         return task_lora_linear(
-            x, self.weight, self.bias, self.td_U1, self.td_U2, *self.share(),
+            x, self.weight, self.bias, self.td_U1, self.td_U2, self.share()[0],
             self.tasks_now(x.shape[0] if x.dim() > 1 else 1),
             self.scaling, dropout=self.dropout if self.training else 0.0, slices=self.ranges,
         )  # fmt: skip
 
-    def block_layer(self, x, windows) -> BlockLayer:
+    def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
         share = super().block_layer(x, windows)
         if self.merged:
             return share
@@ -244,14 +257,14 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         """The orthogonality penalty: over layers the mean of λ times each layer's."""
         if not any(layer.orthogonality for layer in layers):
             return None
-        alike: dict[tuple, list[TaskLoraLinear]] = {}
+        alike: dict[tuple[Any, ...], list[TaskLoraLinear]] = {}
         for layer in layers:
             shapes = layer.td_U1.shape, layer.td_U2.shape, layer.td_G.shape
             alike.setdefault((shapes, layer.td_G.device), []).append(layer)
         terms = [orthogonal_penalty(group).to(layers[0].td_G.device) for group in alike.values()]
         return torch.stack(terms).sum() / len(layers)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TaskLoraLinear":
         module = super()._apply(fn, recurse)
         if self.entries.device != self.weight.device:
             self.choose(self.chosen)
@@ -289,10 +302,10 @@ def orthogonal_penalty(layers: Sequence[TaskLoraLinear]) -> Tensor:
     return torch.stack([row * weight for row, weight in zip(each, weights, strict=True)]).sum()
 
 
-class TaskForward(EncoderForward):
+class TaskForward(EncoderForward[TaskLoraLinear]):
     """Makes the cores of all layers of one encoder while it runs."""
 
-    def make(self) -> list[tuple[Tensor]]:
+    def make(self) -> list[tuple[Tensor, ...]]:
         cores, factors = zip(*(layer.sources() for layer in self.layers), strict=True)
         return [(m,) for m in task_cores(cores, factors)]
 
@@ -304,7 +317,7 @@ class TaskForward(EncoderForward):
         ]
         return not any(layer.merged for layer in self.layers) and len(set(like)) == 1
 
-    def open(self, encoder: nn.Module, args) -> None:
+    def open(self, encoder: nn.Module, args: Any) -> None:
         lead, images = self.layers[0], args[0].shape[0] if args else 0
         if images % len(lead.chosen) and not lead.repeated and not lead.merged:
             raise ValueError(

@@ -2,8 +2,9 @@
 """TA-LoRA and its options."""
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from samfast.adapters.checks import QKV, check_dropout, checked_slices, checked_target
 from samfast.adapters.method import Method, Relation
@@ -18,6 +19,10 @@ from samfast.methods.ta_lora.checks import (
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from samfast.adapters.adapter import Adapter
+    from samfast.adapters.foreign import Foreign
+    from samfast.methods.ta_lora.layer import TaskLoraLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class TaLora(Method):
     )
     target: str | tuple[str, ...] = "qkv"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.tasks, (tuple, list)):
             check_names(self.tasks)
             object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -90,7 +95,7 @@ class TaLora(Method):
         mine, theirs = ((m.count, m.names, m.ranks, m.scaling, m.enabled) for m in (self, other))
         return mine == theirs
 
-    def check_model(self, model: "nn.Module", layers: "dict[str, nn.Module]") -> None:
+    def check_model(self, model: "nn.Module", layers: "Mapping[str, Foreign]") -> None:
         """The tasks are those of a MultiTaskSam, and the layers in the encoder."""
         known = getattr(model, "tasks", None)
         if known is None:
@@ -112,7 +117,7 @@ class TaLora(Method):
         sizes = layer.in_features, layer.out_features
         TaskLoraLinear.check_sizes(*sizes, self.count, self.ranks, self.enabled)
 
-    def wrap(self, layer: "nn.Linear") -> "nn.Module":
+    def wrap(self, layer: "nn.Linear") -> "Adapter":
         from samfast.methods.ta_lora.layer import TaskLoraLinear
 
         return TaskLoraLinear.from_linear(
@@ -120,8 +125,8 @@ class TaLora(Method):
             self.orthogonality,
         )  # fmt: skip
 
-    def attached(self, model: "nn.Module", adapted: "dict[str, nn.Module]") -> None:
+    def attached(self, model: "nn.Module", adapted: "Mapping[str, Adapter]") -> None:
         from samfast.adapters.wrappers import encoder_of
         from samfast.methods.ta_lora.layer import TaskForward
 
-        TaskForward(list(adapted.values())).install(encoder_of(model))
+        TaskForward(cast("list[TaskLoraLinear]", list(adapted.values()))).install(encoder_of(model))

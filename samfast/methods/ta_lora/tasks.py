@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from samfast.adapters.adapter import adapters
 from samfast.adapters.attachment import attachment_within
+from samfast.adapters.foreign import Model
 from samfast.adapters.wrappers import unwrapped
 from samfast.kernels.task_core.op import check_task
 from samfast.methods.ta_lora.layer import TaskLoraLinear, entries_of
 
 
-def set_task(model: nn.Module, task: int | str | Tensor, *, repeated: bool = False) -> nn.Module:
+def set_task(model: Model, task: int | str | Tensor, *, repeated: bool = False) -> Model:
     """Say which tasks the TA-LoRA layers of a model work for from now on, in place.
 
     task: the number or name of one task for the whole batch; "all", for a batch that is repeated
