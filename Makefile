@@ -121,7 +121,7 @@ $(VENV)/.base: constraints.txt
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
-	$(PIP) mypy ruff safetensors
+	$(PIP) mypy ruff
 	@touch $@
 
 $(VENV)/.train: $(VENV)/.base $(BUILT)

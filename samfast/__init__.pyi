@@ -32,5 +32,6 @@ from samfast.methods.registry import DecoderOnly as DecoderOnly
 from samfast.methods.ta_lora.method import TaLora as TaLora
 from samfast.methods.ta_lora.tasks import set_task as set_task
 from samfast.profiling.context import profile as profile
+from samfast.training.adapted import load_adapted as load_adapted
 
 __version__: str
