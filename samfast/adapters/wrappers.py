@@ -55,7 +55,8 @@ def levels(model: nn.Module) -> list[nn.Module]:
     """The model, what it wraps, what that wraps, …; the last one wraps nothing."""
     found = [model]
     while (leaf := _wrapped(found[-1])) is not None:
-        found.append(found[-1].get_submodule(leaf))
+        inner: Foreign = found[-1]._modules[leaf]
+        found.append(inner)
     return found
 
 
@@ -92,7 +93,8 @@ def _wrapped(model: nn.Module) -> str | None:
     held = _parts_with_sam(model)
     if not held:
         return None
-    inside = {id(parameter) for parameter in model.get_submodule(held[0]).parameters()}
+    own: Foreign = model._modules[held[0]]
+    inside = {id(parameter) for parameter in own.parameters()}
     return held[0] if all(id(p) in inside for p in model.parameters()) else None
 
 

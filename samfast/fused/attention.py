@@ -46,7 +46,7 @@ class FusedAttention(ForeignModule):
         super().__init_subclass__(**options)
         cls._family = family_of(cls)  # type: ignore[assignment]  # None for this class itself
 
-    def forward(self, x: Tensor, window: int | None = None, *more: Any, **others: Any) -> Any:
+    def forward(self, x: Tensor, window: int | None = None, *more: Any, **others: Any) -> Tensor:
         """window: side of the windows that attend to themselves; the whole map when None.
 
         more, others: what a stock class that was changed may take; the fused one takes nothing.
@@ -74,10 +74,9 @@ class FusedAttention(ForeignModule):
         if self.window_order() is None and objection(self) is None:
             before, after = self._family.parts.projections(self).values()
             qkv, pad_h, pad_b = _project(before, x, window)
-            y: Tensor = after(
+            return after(
                 self._attend(qkv, (window, window), pad_bias=before.bias, pad_h=pad_h, pad_b=pad_b)
             )
-            return y
         batch, height, width = x.shape[:3]
         windows = Windows(batch, height, width, window, window)
         tokens, _ = windows.paste(self.forward(windows.cut(x)))

@@ -203,7 +203,7 @@ class FusedBlock(ForeignModule):
 class WholeBlock(FusedBlock):
     """A block that is one operator or runs its own forward, its attention included."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         parts = self._family.parts
         if len(args) != 1 or not parts.IDLE.issuperset(kwargs):
             return super().forward(*args, **kwargs)
