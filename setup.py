@@ -114,9 +114,6 @@ operations = {f"samfast.kernels.{name}": f"kernels/{name}" for name in sorted(fo
 setuptools.setup(
     packages=[*setuptools.find_packages(include=["samfast", "samfast.*"]), *operations],
     package_dir={"": ".", **operations},
-    package_data={
-        "samfast": ["_build.json", "*.pyi", "py.typed"],
-        **{name: ["*.json"] for name in operations},
-    },
+    package_data={"samfast": ["_build.json"], **{name: ["*.json"] for name in operations}},
     **(native_build(kind, builder) if builder else {}),
 )
