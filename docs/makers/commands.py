@@ -9,6 +9,7 @@ from samfast.cli import InfoSettings
 from samfast.command_line import _hint, _metavar
 from samfast.methods.registry import VARIANTS
 from samfast.profiling.settings import ProfileSettings
+from samfast.training.merge_settings import MergeSettings
 from samfast.training.settings import (
     GROUPS,
     EvaluateSettings,
@@ -22,6 +23,7 @@ COMMANDS = {
     "finetune": FinetuneSettings,
     "evaluate": EvaluateSettings,
     "predict": PredictSettings,
+    "merge": MergeSettings,
     "warmup": WarmupSettings,
     "profile": ProfileSettings,
     "info": InfoSettings,
