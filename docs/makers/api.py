@@ -65,4 +65,5 @@ def names(name: str) -> list[tuple[str, str]]:
 
 
 def _entry(target: str, heading: str) -> str:
-    return f"::: {target}\n    options:\n      heading: {heading}\n      toc_label: {heading}\n"
+    label = heading.rpartition(".")[2]
+    return f"::: {target}\n    options:\n      heading: {heading}\n      toc_label: {label}\n"
