@@ -31,7 +31,7 @@ class Code(HTMLParser):
 
     def __post_init__(self):
         super().__init__()
-        self.languages: list[str] = []  # of the open elements div, "" where one is no block
+        self.languages: list[str] = []  # of the open elements div, "" where one has none
         self.inside, self.text, self.body = "", "", False
 
     def handle_starttag(self, tag, attrs):
@@ -40,8 +40,8 @@ class Code(HTMLParser):
             self.body = True
         elif tag == "div":
             named = [c.removeprefix("language-") for c in classes if c.startswith("language-")]
-            shown = named and "doc-signature" not in classes
-            self.languages.append(named[0] if shown else "")
+            signature = "doc-signature" in classes
+            self.languages.append("signature" if signature else named[0] if named else "")
         elif tag == "code" and self.body:
             self.inside, self.text = self.language() or "inline", ""
 
@@ -51,7 +51,8 @@ class Code(HTMLParser):
         elif tag == "div" and self.languages:
             self.languages.pop()
         elif tag == "code" and self.inside:
-            self.found.append((self.inside, self.text))
+            if self.text.strip():
+                self.found.append((self.inside, self.text))
             self.inside = ""
 
     def handle_data(self, data):

@@ -6,6 +6,7 @@ an ellipsis.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ OTHERS = {  # files whose sentences are errors of their own, or of no report
 SILENT = {"extra_repr", "__str__", "_state_rows", "_unread", "_dtypes", "described", "signature"}
 
 
+@functools.cache
 def sentences() -> dict[str, str]:
     """Where each sentence stands, by the sentence; later places of the same one are left out."""
     found: dict[str, str] = {}

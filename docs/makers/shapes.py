@@ -3,18 +3,7 @@
 
 import re
 
-import griffe
-
 SHAPES = re.compile(r"[a-z_]\w*(?:, \w+)*(?: \([^)]*\))?: ")  # how a line of shapes begins
-
-
-class Shapes(griffe.Extension):
-    """Rewrites every docstring for mkdocstrings."""
-
-    def on_object(self, *, obj, **_):
-        """Called for each object once it is read."""
-        if obj.docstring:
-            obj.docstring.value = markdown(obj.docstring.value)
 
 
 def markdown(text: str) -> str:
