@@ -57,18 +57,22 @@ class Layout:
 
     @classmethod
     def attention(cls, block: nn.Module) -> nn.Module:
+        """The attention of a block."""
         return getattr(block, cls.IN_BLOCK[1])
 
     @classmethod
     def mlp(cls, block: nn.Module) -> nn.Module:
+        """The MLP of a block."""
         return getattr(block, cls.IN_BLOCK[3])
 
     @classmethod
     def activation(cls, block: nn.Module) -> nn.Module:
+        """The activation in the MLP of a block."""
         return getattr(cls.mlp(block), cls.IN_MLP[2])
 
     @classmethod
     def window(cls, block: nn.Module) -> int:
+        """The side of a block's windows; 0 for the whole map."""
         return getattr(block, cls.WINDOW)
 
     @classmethod
@@ -85,14 +89,17 @@ class Layout:
 
     @classmethod
     def heads(cls, attention: nn.Module) -> int:
+        """The number of heads of an attention."""
         return getattr(attention, cls.OPTIONS[0])
 
     @classmethod
     def scale(cls, attention: nn.Module) -> float:
+        """What an attention multiplies its logits by."""
         return getattr(attention, cls.OPTIONS[1])
 
     @classmethod
     def has_tables(cls, attention: nn.Module) -> bool:
+        """Whether an attention has relative positions."""
         return getattr(attention, cls.OPTIONS[2])
 
     @classmethod

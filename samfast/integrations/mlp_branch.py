@@ -45,6 +45,7 @@ class FusedBranchMlp:
              "dropout_layer")  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D), fused where nothing stands against it."""
         if self.block_problem() is not None:
             return super().forward(x)
         base = self.mlp_proj(x)
@@ -59,14 +60,17 @@ class FusedBranchMlp:
 
     @property
     def lin1(self) -> nn.Module:
+        """The first layer of the MLP inside."""
         return self._modules["mlp_proj"].lin1
 
     @property
     def lin2(self) -> nn.Module:
+        """The second layer of the MLP inside."""
         return self._modules["mlp_proj"].lin2
 
     @property
     def act(self) -> nn.Module:
+        """The activation of the MLP inside."""
         return self._modules["mlp_proj"].act
 
     def block_problem(self) -> str | None:
@@ -83,9 +87,11 @@ class FusedBranchMlp:
         return "mlp adds its input to its result, which a fused block does not"
 
     def block_side(self, x: Tensor) -> None:
+        """The branch's part in a fused block."""
         raise NotImplementedError(self.side_problem())
 
     def backends(self) -> dict[str, str]:
+        """Which backend would run the branch here, by operation."""
         return {}
 
     @staticmethod

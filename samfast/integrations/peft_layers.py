@@ -48,6 +48,7 @@ class FusedLoraLinear:
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x: (..., in_features) -> (..., out_features), by PEFT's own forward if not fused."""
         active = self._active()
         theirs = args or kwargs or not active or not self._takes(x)
         if theirs or self.block_problem() is not None:
@@ -157,6 +158,7 @@ def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str
 
 
 def mixin_of(module: nn.Module) -> type:
+    """The mixin for a layer of PEFT's."""
     return FusedLoraLinear
 
 

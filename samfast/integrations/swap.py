@@ -100,6 +100,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def swap_back(module: nn.Module) -> None:
+    """Give the module its stock class again."""
     module.__class__ = type(module)._samfast_swapped.stock
 
 

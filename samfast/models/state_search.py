@@ -122,4 +122,5 @@ def _left(content: Mapping, chosen: Found, others: list[int]) -> list[str]:
 
 
 def shown(place: str) -> str:
+    """A prefix as a sentence names it."""
     return repr(place) if place else "one without a prefix"
