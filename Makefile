@@ -104,7 +104,7 @@ carry-gpu:
 
 # The site, in build/site: strict, and without a network. Its pages open from the folder, too.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html"
 
 # Whatever a reader can copy from the built pages runs, in a clean folder.

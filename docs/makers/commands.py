@@ -30,7 +30,8 @@ COMMANDS = {
 }
 ABOUT = """# Command line
 
-`samfast COMMAND` or `python -m samfast COMMAND`. This page is made of the code, as `--help` is.
+`samfast` takes the name of a command, then its options. This page is made of the code, as
+`--help` is.
 
 Wrong options, files or memory end in one sentence and exit code 2. A bug ends in its traceback and
 exit code 1. `SAMFAST_TRACEBACK=1` shows where a sentence arose.
