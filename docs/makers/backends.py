@@ -53,6 +53,9 @@ def table(device: torch.device, ladder: tuple[str, ...]) -> str:
         f"| operation | {' | '.join(f'`{b}`' for b in ladder)} |",
         "|---" * (len(ladder) + 1) + "|",
     ]
+    for path in ("cpu_path", "cuda_path"):  # so that none keeps what is patched below
+        for name in operations(f"{path}.py"):
+            importlib.import_module(f"samfast.kernels.{name}.{path}")
     with everything_built(), FakeTensorMode():
         for name in operations("example.py"):
             missing = importlib.import_module(f"samfast.kernels.{name}.example").missing
