@@ -105,6 +105,12 @@ def write_stand_ins(folder: Path) -> None:
         pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
 
+    for kind in ("images", "masks"):
+        (folder / "volumes" / kind).mkdir(parents=True)
+        for i in range(2):
+            pages = [Image.fromarray(np.eye(48, 64, j, np.uint8) * 255) for j in range(i + 1, 4)]
+            path = folder / "volumes" / kind / f"{i}.tif"
+            pages[0].save(path, save_all=True, append_images=pages[1:])
     for name, value in FOLDERS.items():
         for kind in ("images", "masks"):
             (folder / name / kind).mkdir(parents=True)

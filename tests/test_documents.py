@@ -36,6 +36,7 @@ LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
 SLOW = (
     *("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora", "--compare"),
     *("--trace profile.json", "--save-every", "--masks instances", "--automatic", "merge"),
+    "--stacks",
 )
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()

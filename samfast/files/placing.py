@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from samfast.files.temporary import locked, remove_dead, temporary_file, temporary_folder
 
@@ -42,8 +43,18 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
 
     durable: wait for the disk, so that a power cut changes nothing either
     """
-    with named(path), temporary_file(path) as (file, place):
+    with whole_file(path, durable=durable) as (file, _):
         file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[tuple[BinaryIO, Path]]:
+    """``write_whole`` of what the block writes: the open file, and where it is until the end.
+
+    An error in the block leaves what was there before.
+    """
+    with named(path), temporary_file(path) as (file, place):
+        yield file, place
         _finish(file, durable)
         os.replace(place, path)
         if durable:

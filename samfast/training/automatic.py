@@ -3,6 +3,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,22 @@ from torch import Tensor, nn
 from samfast.training.object_numbers import kept_objects
 
 GRID = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")  # options of prediction
+
+
+def check_grid(settings: Any) -> None:
+    """Raise ValueError for options of the grid that are no numbers, or without --automatic."""
+    for name in GRID:
+        value = getattr(settings, name)
+        if value is not None and not settings.automatic:
+            raise ValueError(f"{name} is {value}, but there is no grid; give --automatic")
+        if value is not None and not isfinite(value):
+            raise ValueError(f"{name} is {value}; it must be a finite number")
+
+
+def grid_of(settings: Any) -> dict[str, float]:
+    """The options of the grid that are given."""
+    given = {name: getattr(settings, name) for name in GRID}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def automatic_objects(

@@ -22,6 +22,7 @@ from samfast.training.settings import (
     PredictSettings,
 )
 from samfast.training.sides import model_side
+from samfast.training.tiles import chosen_tiles
 
 Settings = FinetuneSettings | PredictSettings | EvaluateSettings
 
@@ -45,6 +46,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     if settings.fit is not None:
         card_bytes(settings.fit)
     check_masks(settings)
+    _check_tiles(settings)
     _check_tasks(settings)
     check_suffix(settings.mask_suffix)
     check_for_model(settings)
@@ -120,6 +122,18 @@ def _check_limits(settings: Settings) -> None:
             continue
         if not (isfinite(value) and value >= option.least):
             raise ValueError(f"{option.name} is {value}; it must be at least {option.least}")
+
+
+def _check_tiles(settings: FinetuneSettings) -> None:
+    """Raise ValueError for tiles that cannot be, and what goes with tiles only, or not at all."""
+    tiles = chosen_tiles(settings.tile, settings.overlap)
+    if tiles is None and not settings.empty_tiles:
+        raise ValueError("empty_tiles is off, but there are no tiles; give --tile")
+    if tiles is not None and settings.prompt != "none":
+        raise ValueError(
+            f"tile is {settings.tile}, but prompt is {settings.prompt}, and prompts are of whole "
+            "images; leave out one"
+        )
 
 
 def _check_tasks(settings: FinetuneSettings) -> None:

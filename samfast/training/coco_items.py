@@ -66,6 +66,15 @@ def check_no_suffix(mask_suffix: str | None) -> None:
         )
 
 
+def check_no_stacks(stacks: bool) -> None:
+    """ValueError for stacks of images, whose slices no annotation names."""
+    if stacks:
+        raise ValueError(
+            "stacks is on, but annotations in COCO's format name files, not slices; leave out "
+            "--stacks, or save masks as stacks of label images"
+        )
+
+
 def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:
     """(image, its objects) of "train" and "val", or of "" where the folder is not split.
 

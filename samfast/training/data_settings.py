@@ -48,6 +48,12 @@ class DataSettings:
         metavar="TEXT",
         hint="default: names are equal",
     )
+    stacks: bool = option(
+        False,
+        "Take each page of a TIFF, and each slice of a .npy array (slices, height, width), as an "
+        "image of its own, called NAME.tif[0] and so on. Masks have as many slices. Whole stacks "
+        "are split, so that --val-fraction is their share",
+    )
     foreground: tuple[int | Literal["any"], ...] | None = option(
         None,
         "Mask values that are foreground, or any: all above 0, such as the numbers of instances",
@@ -77,6 +83,23 @@ class DataSettings:
         "percentile of each image (auto), the number type's limits (full), or these; write "
         "--range=LOW,HIGH for a negative LOW",
         metavar="{auto,full} | LOW,HIGH",
+    )
+    tile: int | None = option(
+        None,
+        "Cut images into tiles of this side, in their pixels, in place of shrinking whole images "
+        "to the model's size; each tile counts as an image; 0 for whole images",
+        least=0,
+        most=65535,
+        hint="default: whole images",
+    )
+    overlap: int | None = option(
+        None,
+        "Pixels that tiles have in common at least",
+        least=0,
+        hint="default: tile / 4",
+    )
+    empty_tiles: bool = option(
+        True, "Train on tiles without foreground or objects, too; only with --tile"
     )
     val_fraction: float = option(
         0.2, "Share of the images that validates; ignored with train/ and val/"

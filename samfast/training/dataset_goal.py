@@ -154,9 +154,15 @@ def check_of_dataset(settings: FinetuneSettings) -> None:
         raise ValueError("a dataset has no name for the output folder; give it with output")
     if (masks := masks_of(settings)) != "binary":
         raise ValueError(f"masks is {masks}, but a dataset is given, whose masks are binary")
+    if settings.tile:
+        raise ValueError(
+            f"tile is {settings.tile}, but a dataset is given; cut images into tiles there"
+        )
     for name in ("tasks", "bands", "mask_suffix"):
         if getattr(settings, name) is not None:
             raise ValueError(f"{name} is about files, but a dataset is given; leave it out")
+    if settings.stacks:
+        raise ValueError("stacks is about files, but a dataset is given; leave it out")
 
 
 def read_item(item: Item, seed: int, number: int = 0) -> tuple[np.ndarray, np.ndarray]:

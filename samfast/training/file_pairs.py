@@ -1,40 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images and their masks by the names of their files; none is opened.
+"""Images and their masks by the names of their files, of which only stacks are opened.
 
 Each broken rule is one ValueError or FileNotFoundError, a sentence with the file.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from samfast.training.image_files import MASK_ONLY, SUFFIXES
+from samfast.training.stacks import Source, check_as_many, image_slices, mask_slices
 
 _DESKTOP_FILES = ("thumbs.db", "desktop.ini")
 MASK_SUFFIXES = (*SUFFIXES, *MASK_ONLY)
+STACK_SUFFIXES = (*SUFFIXES, ".npy")  # of images, with --stacks
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One image file and its mask file."""
+    """One image and its mask: files, or slices of files."""
 
     stem: str
-    image: Path
-    mask: Path
+    image: Source
+    mask: Source
 
 
-def find_pairs(folder: Path, mask_suffix: str | None = None) -> tuple[Pair, ...]:
+def find_pairs(
+    folder: Path, mask_suffix: str | None = None, stacks: bool = False
+) -> tuple[Pair, ...]:
     """Match ``images/`` and ``masks/`` of a folder by stem, sorted; every file must match.
 
     mask_suffix: what masks have after their images' stem. They lie in ``masks/``; where there is
         none beside the images, which are in ``images/`` or, where there is none, in the folder
+    stacks: images may be .npy arrays, too; ``slice_pairs`` takes stacks apart
     """
+    suffixes = STACK_SUFFIXES if stacks else SUFFIXES
     if mask_suffix is not None:
-        return _suffixed(folder, mask_suffix)
-    images = files_by_stem(folder, "images")
+        return _suffixed(folder, mask_suffix, suffixes)
+    images = files_by_stem(folder, "images", suffixes)
     masks = files_by_stem(folder, "masks", MASK_SUFFIXES)
     if not images:
-        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(suffixes)})")
     for stem, path in images.items():
         if stem not in masks:
             raise ValueError(f"image {path} has no mask of the same stem in {folder / 'masks'}")
@@ -44,19 +50,33 @@ def find_pairs(folder: Path, mask_suffix: str | None = None) -> tuple[Pair, ...]
     return tuple(Pair(stem, images[stem], masks[stem]) for stem in sorted(images))
 
 
-def _suffixed(folder: Path, suffix: str) -> tuple[Pair, ...]:
+def slice_pairs(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+    """Each slice of a stack as a pair of its own, with that slice of the mask; others as they are.
+
+    Only headers are read. ValueError where image and mask differ in their numbers of slices.
+    """
+    found = []
+    for pair in pairs:
+        images, masks = image_slices(pair.image), mask_slices(pair.mask)
+        check_as_many(pair.image, pair.mask, len(images), len(masks))
+        found += [Pair(own.stem, own, mask) for own, mask in zip(images, masks, strict=True)]
+    return tuple(found)
+
+
+def _suffixed(folder: Path, suffix: str, suffixes: Sequence[str]) -> tuple[Pair, ...]:
     """``find_pairs`` of masks that are called as their images with a suffix."""
     own = (folder / "masks").is_dir()
     at = "images" if own or (folder / "images").is_dir() else "."
     if own:
-        images, masks = files_by_stem(folder, at), files_by_stem(folder, "masks", MASK_SUFFIXES)
+        images = files_by_stem(folder, at, suffixes)
+        masks = files_by_stem(folder, "masks", MASK_SUFFIXES)
     else:
         images, masks = _parted(files_by_stem(folder, at, MASK_SUFFIXES), suffix)
         for path in images.values():
-            _check_ending(path, SUFFIXES)
+            _check_ending(path, suffixes)
     if not images:
         but = f", only files whose stems end in {suffix}" if masks else ""
-        raise ValueError(f"{folder / at} holds no image ({', '.join(SUFFIXES)}){but}")
+        raise ValueError(f"{folder / at} holds no image ({', '.join(suffixes)}){but}")
     where = folder / ("masks" if own else at)
     return tuple(_matched(images, masks, suffix, where))
 
@@ -84,7 +104,9 @@ def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -
 
 def _check_ending(path: Path, suffixes: Sequence[str]) -> None:
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere")
+        array = path.suffix.lower() == ".npy"
+        more = ", or give --stacks, with which images may be arrays" if array else ""
+        raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere{more}")
 
 
 def _parted(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], dict[str, Path]]:

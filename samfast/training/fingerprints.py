@@ -2,11 +2,14 @@
 """Digests of the images and masks that a run trains on, so that a changed one is noticed."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from samfast.training.file_pairs import Pair
+from samfast.training.stacks import file_of
 
 _PIECE = 2**20  # bytes read at a time
 _DIGITS = 16
@@ -32,6 +35,17 @@ def of_arrays(*arrays: np.ndarray) -> str:
         found.update(f"{array.dtype} {array.shape} ".encode())
         found.update(np.ascontiguousarray(array))
     return found.hexdigest()[:_DIGITS]
+
+
+def of_pairs(parts: Mapping[str, Sequence[Pair]]) -> dict[str, str]:
+    """``of_all`` of the pairs of each part, by part and stem; a stack counts once, as a file."""
+    return of_all(
+        {
+            f"{part}/{file_of(pair.image).stem}": [file_of(pair.image), file_of(pair.mask)]
+            for part, pairs in parts.items()
+            for pair in pairs
+        }
+    )
 
 
 def of_all(files: dict[str, list[Path]]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from samfast.training.file_pairs import Pair, files_by_stem, find_pairs
+from samfast.training.file_pairs import Pair, files_by_stem, find_pairs, slice_pairs
 from samfast.training.foreground import (
     Above,
     Foreground,
@@ -75,28 +75,36 @@ def find_split(
     val_fraction: float = 0.2,
     seed: int = 0,
     mask_suffix: str | None = None,
+    stacks: bool = False,
 ) -> Split:
-    """Find the pairs of a data folder by their names, and split them; no file is opened.
+    """Find the pairs of a data folder by their names, and split them; no image is decoded.
 
     folder holds ``images/`` and ``masks/``, split here at random by ``seed`` (the same for equal
     stems, at least one pair on each side); or ``train/`` and ``val/``, each with both.
-    mask_suffix: as in ``find_pairs``
+    mask_suffix: as in ``find_pairs``   stacks: take each slice of a stack as an image; stacks are
+    split, so that the slices of one are on one side
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
     if not given_parts(folder):
-        return split_pairs(find_pairs(folder, mask_suffix), val_fraction, seed)
-    train, val = (find_pairs(folder / part, mask_suffix) for part in ("train", "val"))
-    return Split(train, val)
+        split = split_pairs(find_pairs(folder, mask_suffix, stacks), val_fraction, seed, stacks)
+    else:
+        parts = (find_pairs(folder / part, mask_suffix, stacks) for part in ("train", "val"))
+        split = Split(*parts)
+    return Split(slice_pairs(split.train), slice_pairs(split.val)) if stacks else split
 
 
-def find_scored(folder: Path | str, mask_suffix: str | None = None) -> tuple[Pair, ...]:
+def find_scored(
+    folder: Path | str, mask_suffix: str | None = None, stacks: bool = False
+) -> tuple[Pair, ...]:
     """The pairs of a folder that a score is of: all, or those in val/ where it is split."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
-    return find_pairs(folder / "val" if given_parts(folder) else folder, mask_suffix)
+    place = folder / "val" if given_parts(folder) else folder
+    pairs = find_pairs(place, mask_suffix, stacks)
+    return slice_pairs(pairs) if stacks else pairs
 
 
 def given_parts(folder: Path) -> tuple[str, ...]:
@@ -149,20 +157,21 @@ def check_pairs(
     foreground: Foreground | Sequence[int] | str = None,
     options: ImageOptions = _AS_TAGGED,
     ignore: Sequence[float] = (),
+    threads: int | None = None,
 ) -> list[CheckedPair]:
     """Decode every file and check sizes and mask values, or raise the first broken rule.
 
     Without ``foreground`` the masks together may hold two values, one of them 0: anything else
     (three classes, 1 and 2, 255 in one mask and 1 in another) has no obvious foreground. Values
     under ``ignore`` are left out. Returns what was found, in the pairs' order. Warns where lossy
-    compression may have moved pixels.
+    compression may have moved pixels. threads: files decoded at a time; None: as the processor has
     """
     rule = chosen_foreground(foreground)
     ignore = chosen_ignore(ignore, rule)
     seen: dict[float, Path] = {}  # mask value -> the first mask that holds it
     found: list[CheckedPair] = []
     check = partial(_check_pair, rule=rule, options=options, ignore=ignore)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for pair, checked in zip(pairs, pool.map(check, pairs), strict=True):
                 found.append(checked)
@@ -307,13 +316,19 @@ def listed(values: Sequence[float]) -> str:
     return shown + (", …" if len(values) > _SHOWN_VALUES else "")
 
 
-def split_pairs(pairs: Sequence[Pair], val_fraction: float, seed: int) -> Split:
-    """Split at random by ``seed``: round(n · val_fraction) pairs validate, at least one each."""
+def split_pairs(
+    pairs: Sequence[Pair], val_fraction: float, seed: int, stacks: bool = False
+) -> Split:
+    """Split at random by ``seed``: round(n · val_fraction) pairs validate, at least one each.
+
+    stacks: a pair may be of stacks, which the sentence about too few says
+    """
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
     if len(pairs) < 2:
         raise ValueError(
             f"{pairs[0].image.parent} holds 1 image; training and validation need at least 2"
+            + ("; the slices of one stack do not fall on both sides, so cut it in two" * stacks)
         )
     count = min(max(1, round(len(pairs) * val_fraction)), len(pairs) - 1)
     order = np.random.default_rng(seed).permutation(len(pairs))

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
-from pathlib import Path
 
+from samfast.training.stacks import Source, file_of, index_of, source_of
 from samfast.training.tiff_pages import ORIENTATION, SIGNATURES, Page, read_pages
-from samfast.training.tiff_tags import PAGE_MASK, REDUCED
+from samfast.training.tiff_tags import full_pages
 
 SCALE, TIE_POINTS, MATRIX, KEYS, DOUBLES, TEXTS = 33550, 33922, 34264, 34735, 34736, 34737
 TAGS = (SCALE, TIE_POINTS, MATRIX, KEYS, DOUBLES, TEXTS)
@@ -32,23 +32,25 @@ class Georeference:
     tags: dict[int, tuple | bytes] = field(default_factory=dict)
 
 
-def read_georeference(path: Path | str) -> Georeference | None:
-    """The georeference of a TIFF file; None of a file that has none.
+def read_georeference(path: Source | str) -> Georeference | None:
+    """The georeference of a TIFF file, or of a slice of it; None where there is none.
 
     Raises ValueError with one sentence where its tags are damaged, or where its orientation turns
     the image, so that the tags are not about what is seen.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+    path = source_of(path)
+    file_path = file_of(path)
+    if not file_path.exists():
+        raise FileNotFoundError(f"{file_path} does not exist")
     try:
-        if not path.is_file():
+        if not file_path.is_file():
             raise ValueError("it is not a regular file")
-        with path.open("rb") as file:
+        with file_path.open("rb") as file:
             if file.read(4) not in SIGNATURES:
                 return None
             pages = read_pages(file, also=TAGS)
-        page = next((p for p in pages if not p.kind & (REDUCED | PAGE_MASK)), pages[0])
+        full = full_pages([page.kind for page in pages])
+        page = pages[full[index_of(path) or 0]]
         if not any(tag in page.tags for tag in (SCALE, TIE_POINTS, MATRIX, KEYS)):
             return None
         if page.number(ORIENTATION, 1) != 1:

@@ -54,14 +54,18 @@ class Goal(Protocol):
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
         """The model that is trained: padded images in, logits out, under autocast of ``dtype``."""
 
+    def views(self, part: str) -> Sequence[Any]:
+        """What the model sees of the "train" or "val" files, each with a ``stem``: the files, or
+        their tiles."""
+
     def training_data(self, side: int) -> tuple[Dataset, Any]:
-        """The training images at ``side`` pixels, and the function that makes batches of them.
+        """The training views at ``side`` pixels, and the function that makes batches of them.
 
         The dataset is asked for (index, pass) keys, see ``EpochSampler``; a batch has ``images``.
         """
 
     def steady(self) -> int:
-        """How many training images are the same in every pass."""
+        """How many training views are the same in every pass."""
 
     def validation_loader(
         self, items: Sequence[Any], side: int, batch_size: int, workers: int = 0
@@ -69,7 +73,7 @@ class Goal(Protocol):
         """Batches of files of the split in their order, with the truth at its own size."""
 
     def counts(self, indices: Sequence[int]) -> Sequence[int]:
-        """Over how many of these training images each mean in the loss is."""
+        """Over how many of these training views each mean in the loss is."""
 
     def loss(self, model: nn.Module, batch: Any, weights: Sequence[float] | None = None) -> Tensor:
         """The loss of one batch; model: what ``segmenter`` made, wrapped or not.

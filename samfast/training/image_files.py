@@ -10,6 +10,7 @@ import threading
 import warnings
 import zlib
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from samfast.training import tiff_pages as t
 from samfast.training.jpeg_blocks import Coding, coding_of
 from samfast.training.orientation import upright
 from samfast.training.scaling import Samples
+from samfast.training.stacks import Slice, Source, array_samples, file_of
 from samfast.training.tiff_pages import Page, read_pages
 from samfast.training.tiff_samples import coding_of_page, is_lossy, sample_type, stored_samples
 from samfast.training.tiff_tags import (
@@ -66,24 +68,29 @@ class _Sentence(Exception):
     """Carries a finished sentence past the handlers for damaged files."""
 
 
-def read_samples(path: Path, *, as_image: bool) -> Samples:
-    """What a file stores. as_image: palettes and transparency of other files than TIFF become
-    colours and alpha; else a palette's indices are the values."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if not path.is_file():  # a pipe or a device would block or never end
-        raise ValueError(f"{path} is not a regular file")
+def read_samples(path: Source, *, as_image: bool) -> Samples:
+    """What a file, or one slice of it, stores. as_image: palettes and transparency of other files
+    than TIFF become colours and alpha; else a palette's indices are the values."""
+    file = file_of(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist")
+    if not file.is_file():  # a pipe or a device would block or never end
+        raise ValueError(f"{file} is not a regular file")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, which would fill truncated images with "
             "grey; leave it at False"
         )
+    if as_image and file.suffix.lower() == ".npy":
+        if not isinstance(path, Slice):
+            raise ValueError(f"image {path} is an array, which is read with --stacks only")
+        return array_samples(path)
     try:
-        with path.open("rb") as file:
-            is_tiff = file.read(4) in t.SIGNATURES
+        with file.open("rb") as opened:
+            is_tiff = opened.read(4) in t.SIGNATURES
         if is_tiff:
             return _tiff(path)
-        return _other(path, as_image)
+        return _other(file, as_image)
     except _Sentence as error:
         raise ValueError(str(error)) from None
     except UnidentifiedImageError:
@@ -93,25 +100,28 @@ def read_samples(path: Path, *, as_image: bool) -> Samples:
         raise ValueError(f"{path} cannot be decoded: {_one_line(error)}") from None
 
 
-def _tiff(path: Path) -> Samples:
-    with path.open("rb") as file:
-        pages = read_pages(file)
+def _tiff(source: Source) -> Samples:
+    path = file_of(source)
+    if isinstance(source, Slice):
+        about = path.stat()
+        pages = _pages_of_stack(path, about.st_ino, about.st_size, about.st_mtime_ns)
+    else:
+        with path.open("rb") as file:
+            pages = read_pages(file)
     kinds = [page.kind for page in pages]
     full = full_pages(kinds)
-    page = pages[full[0]]
-    frames = max(len(full), _frames_described(page))
-    if frames > 1:
-        raise _Sentence(_FRAMES.format(path, frames))
+    at, around = _pages_of(source, pages, full)
+    page = pages[at]
     size = page.number(t.HEIGHT), page.number(t.WIDTH)
-    tags = _tags_of(path, page)
-    _check_pixels(path, size[0] * size[1] * max(1, tags.samples // 16))
-    values = stored_samples(path, pages, full[0], tags.no_data)
+    tags = _tags_of(source, page)
+    _check_pixels(source, size[0] * size[1] * max(1, tags.samples // 16))
+    values = stored_samples(path, pages, at, tags.no_data)
     if values.shape[2] != tags.samples:
         raise ValueError(f"it holds {values.shape[2]} samples; expected {tags.samples}")
     hidden = None
-    for i, other in enumerate(pages):
-        own = other.number(t.HEIGHT), other.number(t.WIDTH)
-        if i != full[0] and kinds[i] & PAGE_MASK and not kinds[i] & REDUCED and own == size:
+    for i in around:
+        own = pages[i].number(t.HEIGHT), pages[i].number(t.WIDTH)
+        if i != at and kinds[i] & PAGE_MASK and not kinds[i] & REDUCED and own == size:
             hidden = (stored_samples(path, pages, i, None) == 0).all(2)
     turn = page.number(t.ORIENTATION, 1)
     return Samples(
@@ -124,7 +134,32 @@ def _tiff(path: Path) -> Samples:
     )
 
 
-def _tags_of(path: Path, page: Page) -> Tags:
+@lru_cache(maxsize=2)  # an image and its mask, whose slices often follow each other
+def _pages_of_stack(path: Path, *_: int) -> list[Page]:
+    """The pages of a file, remembered while the further numbers say that it is the same."""
+    with path.open("rb") as file:
+        return read_pages(file)
+
+
+def _pages_of(source: Source, pages: list[Page], full: list[int]) -> tuple[int, range]:
+    """The page of an image, and the pages among which its transparency mask may be."""
+    if not isinstance(source, Slice):
+        if len(full) > 1:
+            advice = ", or give --stacks, which makes each an image"
+            raise _Sentence(_FRAMES.format(source, len(full)) + advice)
+        if (frames := _frames_described(pages[full[0]])) > 1:
+            raise _Sentence(
+                f"{source} holds {frames} frames behind one page, which are not read; save them as "
+                "pages of their own, in BigTIFF"
+            )
+        return full[0], range(len(pages))
+    if source.index >= len(full):
+        raise ValueError(f"it has {len(full)} slices, and {source.index} is not one of them")
+    after = full[source.index + 1 :]
+    return full[source.index], range(full[source.index], after[0] if after else len(pages))
+
+
+def _tags_of(path: Source, page: Page) -> Tags:
     samples, bits, kind = sample_type(page)
     photometric = page.number(t.PHOTOMETRIC) if t.PHOTOMETRIC in page.tags else None
     if photometric == YCBCR:  # decoders give its colours, or its luma only
@@ -289,7 +324,7 @@ def _is_vp8l(path: Path) -> bool:
     return False
 
 
-def _check_pixels(path: Path, pixels: int) -> None:
+def _check_pixels(path: Source, pixels: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise _Sentence(_BOMB.format(path, limit))

@@ -6,7 +6,6 @@ names the file. Images come back as uint8 RGB, upright; masks as their stored va
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from samfast.training.jpeg_blocks import Coding
 from samfast.training.lossy import find_levels, named
 from samfast.training.npy_files import read_mask_array, read_numbers
 from samfast.training.scaling import Samples, picture
+from samfast.training.stacks import Source, file_of, index_of, source_of
 from samfast.training.tiff_tags import mask_bands, without_data
 
 __all__ = [
@@ -50,7 +50,7 @@ class StoredMask(NamedTuple):
     blurred: tuple[int, ...] = ()
 
 
-def read_image(path: Path, options: ImageOptions = _AS_TAGGED) -> np.ndarray:
+def read_image(path: Source, options: ImageOptions = _AS_TAGGED) -> np.ndarray:
     """A photograph as RGB: uint8 (H, W, 3).
 
     Grey, palette and CMYK become RGB; transparency is laid over white; the orientation is applied;
@@ -62,10 +62,10 @@ def read_image(path: Path, options: ImageOptions = _AS_TAGGED) -> np.ndarray:
 
 
 def load_image(
-    path: Path, options: ImageOptions = _AS_TAGGED
+    path: Source, options: ImageOptions = _AS_TAGGED
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """``read_image``, and the stored values (H, W, 1 or 3) where the file's were scaled to it."""
-    path = Path(path)
+    path = source_of(path)
     samples = read_samples(path, as_image=True)
     try:
         return picture(samples, options)
@@ -74,7 +74,7 @@ def load_image(
 
 
 def read_mask(
-    path: Path, foreground: Foreground = None, also: tuple[float, ...] = ()
+    path: Source, foreground: Foreground = None, also: tuple[float, ...] = ()
 ) -> np.ndarray:
     """The values a mask file stores: (H, W), an integer or float type.
 
@@ -89,7 +89,7 @@ def read_mask(
 
 
 def load_mask(
-    path: Path,
+    path: Source,
     foreground: Foreground = None,
     *,
     also: tuple[float, ...] = (),
@@ -100,9 +100,9 @@ def load_mask(
     also: values besides the foreground's that mean something
     labels: every value is a class of its own, which no lossy file can hold
     """
-    path = Path(path)
+    path = source_of(path)
     if path.suffix.lower() == ".npy":
-        return StoredMask(read_mask_array(path))
+        return StoredMask(read_mask_array(file_of(path), index_of(path)))
     samples = read_samples(path, as_image=False)
     if samples.lossy and samples.tags.bits == 8 and samples.values.shape[2] > 1:
         samples = _grey(path, samples)
@@ -121,7 +121,7 @@ def load_mask(
 
 
 def _found_again(
-    path: Path,
+    path: Source,
     grey: np.ndarray,
     coding: Coding | None,
     foreground: Foreground,
@@ -149,7 +149,7 @@ def _found_again(
     )
 
 
-def _grey(path: Path, samples: Samples) -> Samples:
+def _grey(path: Source, samples: Samples) -> Samples:
     """Lossy RGB as one channel; ValueError for colours."""
     bands = list(mask_bands(samples.tags))
     colour = np.ascontiguousarray(samples.values[..., bands])
@@ -162,20 +162,20 @@ def _grey(path: Path, samples: Samples) -> Samples:
     return replace(samples, values=values)
 
 
-def _coloured(path: Path) -> str:
+def _coloured(path: Source) -> str:
     return f"mask {path} is a colour image whose channels differ; save it with one channel"
 
 
-def read_values(path: Path, channels: int) -> np.ndarray:
+def read_values(path: Source, channels: int) -> np.ndarray:
     """Measured values of each pixel: float32 (H, W, channels); NaN says that there is none.
 
     Images of any number of bits, with the values they store (NaN where GDAL_NODATA or a
     transparency mask says that there is none), and .npy files of numbers, (H, W) for one channel or
     (H, W, channels).
     """
-    path = Path(path)
+    path = source_of(path)
     if path.suffix.lower() == ".npy":
-        values = read_numbers(path)
+        values = read_numbers(file_of(path), index_of(path), 2 if channels == 1 else 3)
     else:
         samples = read_samples(path, as_image=False)
         values = samples.values
@@ -198,7 +198,7 @@ def read_values(path: Path, channels: int) -> np.ndarray:
     return values
 
 
-def one_channel(path: Path, samples: Samples) -> np.ndarray:
+def one_channel(path: Source, samples: Samples) -> np.ndarray:
     """(H, W), when the colour channels agree and all others are constant."""
     try:
         bands = mask_bands(samples.tags)

@@ -4,7 +4,7 @@
 Scored by the objects that a watershed makes of the maps, see ``watershed`` and ``object_scores``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ class Instances(ManyTasks):
         super().check()
         self.counts_of_objects = {}
         for part in ("train", "val"):
-            counts = [len(_ids(item)) for item in getattr(self.split, part)]
+            items = getattr(self.split, part)
+            counts = [int(self.labels(item).max(initial=0)) for item in items]
             self.counts_of_objects[part] = counts
             if counts and not any(counts):
                 what = {"train": "training", "val": "validation"}[part]
@@ -80,7 +81,11 @@ class Instances(ManyTasks):
         return row
 
     def together(self, device: torch.device) -> "_Objects":
-        return _Objects(device)
+        return _Objects(device, self.labels)
+
+    def labels(self, item: Item) -> np.ndarray:
+        """int32 (H, W): the objects of an item's file, numbered from 1 on."""
+        return numbered(read_stored(INSTANCES[0], next(iter(item.targets.values()))))[0]
 
     def epoch_text(self, row: dict) -> str:
         own = {"AP50": row[self.score], "PQ": row["val_pq"]}
@@ -114,7 +119,7 @@ class Instances(ManyTasks):
             if len(maps) < len(self.specs):
                 continue
             item, objects = items[number], objects_of(found.pop(number))
-            truth = _labels(item)
+            truth = self.labels(item)
             image = read_image(item.image, self.options)
             scores = listed(object_scores(*matched(objects, truth)))
             drawn = image, objects_over(image, truth), objects_over(image, objects)
@@ -124,7 +129,8 @@ class Instances(ManyTasks):
 class _Objects:
     """Objects against those of the files, as their maps come in."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, labels: Callable[[Item], np.ndarray]):
+        self._labels = labels
         self._scores = ObjectScores(device)
         self._maps: dict[int, dict[str, np.ndarray]] = {}
         self._images: list[dict] = []
@@ -133,7 +139,7 @@ class _Objects:
         maps = self._maps.setdefault(id(item), {})
         maps[spec.derive] = prediction.cpu().numpy()
         if len(maps) == len(OF_OBJECTS):
-            counts = matched(objects_of(self._maps.pop(id(item))), _labels(item))
+            counts = matched(objects_of(self._maps.pop(id(item))), self._labels(item))
             self._scores.update(counts)
             found, added, missed, _ = counts
             own = {"found": found, "added": added, "missed": missed, **object_scores(*counts)}
@@ -144,14 +150,3 @@ class _Objects:
 
     def images(self, rows: list[dict]) -> list[dict]:
         return [*self._images, *rows]
-
-
-def _labels(item: Item) -> np.ndarray:
-    """int32 (H, W): the objects of an item's file, numbered from 1 on."""
-    spec = INSTANCES[0]
-    return numbered(read_stored(spec, next(iter(item.targets.values()))))[0]
-
-
-def _ids(item: Item) -> np.ndarray:
-    labels = _labels(item)
-    return np.unique(labels[labels > 0])

@@ -4,27 +4,26 @@
 Raises ValueError (FileNotFoundError for a missing file) with one sentence that names the file.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from samfast.training.image_files import read_samples
 from samfast.training.images import one_channel
 from samfast.training.npy_files import read_mask_array
+from samfast.training.stacks import Source, file_of, index_of, source_of
 from samfast.training.tiff_tags import without_data
 
 _ADVICE = "save labels as integers with one channel, in PNG, TIFF or .npy"
 
 
-def read_labels(path: Path | str) -> np.ndarray:
-    """The labels that a file stores: integers (H, W), 0 for the background.
+def read_labels(path: Source | str) -> np.ndarray:
+    """The labels that a file, or one slice of it, stores: integers (H, W), 0 for the background.
 
     PNG and TIFF of any number of bits, signed or unsigned, and .npy. Palette files give their
     indices. What a TIFF's GDAL_NODATA or transparency mask takes out is background.
     """
-    path = Path(path)
+    path = source_of(path)
     if path.suffix.lower() == ".npy":
-        return read_mask_array(path)
+        return read_mask_array(file_of(path), index_of(path))
     samples = read_samples(path, as_image=False)
     if samples.lossy:
         raise ValueError(f"{path} is compressed with loss, which does not keep labels; {_ADVICE}")

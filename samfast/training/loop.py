@@ -3,8 +3,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,17 @@ from samfast.training.augment import check_augment
 from samfast.training.build import attach_method, build_base
 from samfast.training.callbacks import Callback, check_callbacks
 from samfast.training.checks import check_settings
-from samfast.training.chosen_tasks import has_prompted_objects, masks_of, specs_of
+from samfast.training.chosen_tasks import masks_of, specs_of
 from samfast.training.coco_items import check_no_annotations
 from samfast.training.dataset_goal import DatasetGoal
+from samfast.training.decoded import decoded_files
 from samfast.training.dry_run import dry_run
 from samfast.training.goal import Goal
+from samfast.training.goals import goal_of
 from samfast.training.graphs import check_graph
-from samfast.training.instances import Instances, are_instances
-from samfast.training.many_tasks import ManyTasks
-from samfast.training.one_mask import OneMask
 from samfast.training.pictures import curves_png
 from samfast.training.plan import memory_of, planned
 from samfast.training.precision import autocast_dtype, base_dtype
-from samfast.training.prompted_objects import PromptedObjects
 from samfast.training.ranks import check_accumulation, check_kind, own_random_numbers, start
 from samfast.training.recipe import method_of, with_recipe
 from samfast.training.records import RunFolder, output_folder
@@ -38,8 +36,10 @@ from samfast.training.resume import NEWEST, check_same_run, state_for
 from samfast.training.run import Run, Say
 from samfast.training.run_record import run_record
 from samfast.training.settings import FinetuneSettings
+from samfast.training.split_checks import stacks_sentence
 from samfast.training.states import State, read_state
 from samfast.training.stopping import Interrupted, StopAsked, stop_asked
+from samfast.training.tiled_goal import Tiled
 from samfast.training.try_out import backend_asked_for
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def finetune(
                     settings.backend, method, settings.fuse, accelerator.device, dtype
                 ),
                 _run_folder(settings, goal, output, accelerator, command) as folder,
+                _decoded_for(goal, accelerator, output),
             ):
                 return _finetune(settings, goal, folder, accelerator, dtype, callbacks, asked)
         finally:
@@ -106,14 +107,20 @@ def finetune(
 
 def _goal(settings: FinetuneSettings) -> Goal:
     """What the settings learn from a folder; finds its files."""
-    if has_prompted_objects(settings):
-        return PromptedObjects(settings)
     if masks_of(settings) != "instances" and settings.tasks is None:
         check_no_annotations(settings.data, settings.mask_suffix)
-    specs = specs_of(settings)
-    if specs is None:
-        return OneMask(settings)
-    return (Instances if are_instances(specs) else ManyTasks)(settings, specs)
+    return goal_of(settings, specs_of(settings))
+
+
+@contextmanager
+def _decoded_for(goal: Goal, accelerator: "Accelerator", output: Path) -> Iterator[None]:
+    """Decoded images next to the results, where a goal cuts tiles from them."""
+    if not isinstance(goal, Tiled):
+        yield
+        return
+    place = accelerator.num_processes, accelerator.is_main_process
+    with decoded_files(output, *place) as goal.decoded:
+        yield
 
 
 def _planned(settings: FinetuneSettings, accelerator: "Accelerator") -> FinetuneSettings:
@@ -157,7 +164,7 @@ def _finetune(
         f"{settings.model} at {image_size(sam)} pixels, {settings.method}, {trainable:,} trained "
         f"parameters, {str(dtype).removeprefix('torch.')} on {accelerator.device.type}"
     )
-    for sentence in goal.sentences():
+    for sentence in (*stacks_sentence(goal.split), *goal.sentences()):
         say(sentence)
     run = Run(settings, accelerator, sam, dtype, goal, say, callbacks)
     run.origin = {"settings": folder.settings, "facts": facts}

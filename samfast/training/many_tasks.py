@@ -6,6 +6,7 @@ One of the two goals, see ``samfast.training.goal``; ``one_mask`` has the other 
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ from samfast.training.scored import Scored, Tick
 from samfast.training.segmenters import TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
+from samfast.training.stacks import file_of
 from samfast.training.stopping import ignore_signals
 from samfast.training.task_data import (
     TaskBatch,
@@ -101,6 +103,7 @@ class ManyTasks:
 
     score = "val_score"
     joins_steps = False
+    decoding_threads: int | None = None  # as many as the processor has
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class ManyTasks:
         specs: Sequence[TaskSpec] | None = None,
         only_score: bool = False,
     ):
-        """Finds the files; opens none but tasks.yaml.
+        """Finds the files; decodes none.
 
         specs: in place of that file   only_score: nothing is for training
         """
@@ -124,6 +127,7 @@ class ManyTasks:
             seed=settings.seed,
             only_score=only_score,
             mask_suffix=settings.mask_suffix,
+            stacks=settings.stacks,
         )
         self._stems = Counter(item.stem for item in self.split.val)
         self._name_columns()
@@ -143,14 +147,15 @@ class ManyTasks:
         files = {}
         for part, items in (("train", self.split.train), ("val", self.split.val)):
             for item in items:  # a derived task has the file that it is derived from
-                targets = dict.fromkeys(item.targets[name] for name in sorted(item.targets))
-                files[f"{part}/{item.image}"] = [item.image, *targets]
+                targets = (file_of(item.targets[name]) for name in sorted(item.targets))
+                image = file_of(item.image)
+                files[f"{part}/{image}"] = [image, *dict.fromkeys(targets)]
         return of_all(files)
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
         items = (*self.split.train, *self.split.val)
-        found = check_items(items, self.specs, self.options)
+        found = check_items(items, self.specs, self.options, self.decoding_threads)
         self.baseline = {spec.name: self._constant(spec) for spec in self.specs}
         count = len(self.split.train)
         self.remarks = [text for spec in self.specs for text in remarks(spec, items, found, count)]
@@ -159,10 +164,7 @@ class ManyTasks:
         """The scores of the best prediction that is the same everywhere: all foreground, the most
         frequent class, the median (of directions the mean)."""
 
-        def truths() -> Iterator[Tensor]:
-            for item in self.split.val:
-                if (path := item.targets.get(spec.name)) is not None:
-                    yield torch.from_numpy(truth_of(spec, read_stored(spec, path)))
+        truths = partial(self.truths, spec)
 
         def counted(truth: Tensor) -> bool:
             return bool((truth.isfinite() if spec.kind == "regression" else truth >= 0).any())
@@ -190,6 +192,12 @@ class ManyTasks:
             scores.update(whole, truth)
         return scores.compute()
 
+    def truths(self, spec: TaskSpec) -> Iterator[Tensor]:
+        """A task's truths of the validation images, whole or in strips."""
+        for item in self.split.val:
+            if (path := item.targets.get(spec.name)) is not None:
+                yield torch.from_numpy(truth_of(spec, read_stored(spec, path)))
+
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
         yield from self.remarks
@@ -207,6 +215,9 @@ class ManyTasks:
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
         return TaskSegmenter(sam, dtype, self.settings.decoder_chunk)
+
+    def views(self, part: str) -> Sequence[Item]:
+        return getattr(self.split, part)
 
     def training_data(self, side: int) -> tuple[Dataset, TaskCollate]:
         settings = self.settings
@@ -237,7 +248,8 @@ class ManyTasks:
         )
 
     def counts(self, indices: Sequence[int]) -> list[int]:
-        targets = [self.split.train[i].targets for i in indices]
+        views = self.views("train")
+        targets = [views[i].targets for i in indices]
         return [sum(spec.name in own for own in targets) for spec in self.specs]
 
     def loss(
@@ -253,10 +265,7 @@ class ManyTasks:
         with scoring(model):
             for batch in loader:
                 logits = task_logits(model, batch, device)
-                for spec in self.specs:  # each image by itself: the same bits in every batch
-                    targets = batch.targets[spec.name].to(device)
-                    for one, target in zip(logits[spec.name], targets, strict=True):
-                        losses[spec.name].update(task_loss(spec, one[None], target[None]))
+                self.add_losses(losses, logits, batch, device)
                 for spec, i, prediction, truth in predictions_of(batch, logits, self.specs):
                     own = scores[spec.name].update(prediction, truth)
                     sums[first + i, spec.name] = own
@@ -277,6 +286,19 @@ class ManyTasks:
         if together is not None:
             row, images = row | together.row(), together.images(images)
         return Scored(row, images, classes)
+
+    def add_losses(
+        self,
+        losses: dict[str, MeanLoss],
+        logits: dict[str, Tensor],
+        batch: TaskBatch,
+        device: torch.device,
+    ) -> None:
+        """The loss of each image by itself, which has the same bits in every batch."""
+        for spec in self.specs:
+            targets = batch.targets[spec.name].to(device)
+            for one, target in zip(logits[spec.name], targets, strict=True):
+                losses[spec.name].update(task_loss(spec, one[None], target[None]))
 
     def together(self, device: torch.device) -> "Together | None":
         """What scores the predictions of all tasks together; None for nothing."""

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of predicted objects: label image, table, outlines, COCO's JSON, and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from samfast.files.placing import write_whole
-from samfast.training.georeference import Georeference, read_georeference
+from samfast.training.georeference import Georeference
 from samfast.training.object_numbers import kept_objects
 from samfast.training.objects import Objects
-from samfast.training.objects_out import ImageObjects, coco_json, csv_text, geojson, write_labels
+from samfast.training.objects_out import (
+    ImageObjects,
+    coco_json,
+    csv_text,
+    geojson,
+    label_values,
+    write_labels,
+)
 from samfast.training.pictures import objects_over, png_bytes
 from samfast.training.rle import compressed, counts_of_runs
+from samfast.training.stack_files import Name, StackFiles
+from samfast.training.stacks import Slice, Source
 
 COCO = "coco.json"
 _LARGEST = 4096  # longest side of a picture
@@ -37,24 +46,31 @@ class ObjectFiles:
     """Writes the objects of images into a folder, in the formats that are asked for.
 
     formats: of "labels", "csv", "geojson", "coco"   Raises ValueError, before anything is written,
-    for an image whose georeference cannot be read or, with "geojson", has no affine map.
+    for an image whose georeference, one of ``places``, has no affine map for "geojson".
+
+    stacks: holds the label images of stacks until they are whole
     """
 
-    def __init__(self, folder: Path, formats: Sequence[str], paths: Sequence[Path]):
+    def __init__(
+        self,
+        folder: Path,
+        formats: Sequence[str],
+        places: Mapping[Source, Georeference | None],
+        stacks: StackFiles,
+    ):
         self.folder, self.formats = folder, formats
         self._found: list[ImageObjects] = []
-        self._places: dict[Path, Georeference | None] = {}
-        for path in paths:
-            place = read_georeference(path)
+        self._places, self._stacks = places, stacks
+        for path, place in places.items():
             if "geojson" in formats and place is not None and place.affine is None:
                 raise ValueError(
                     f"the georeference of {path} has no affine map from pixels to coordinates; "
                     "leave geojson out of --formats, or warp the image first"
                 )
-            self._places[path] = place
 
-    def write(self, name: str, path: Path, image: np.ndarray, labels: np.ndarray) -> dict:
+    def write(self, name: Name, path: Source, image: np.ndarray, labels: np.ndarray) -> dict:
         """NAME_labels.tif, NAME_objects.csv and .geojson, as asked for, and NAME_overlay.png.
+        Of a stack, the label image has a page of each slice.
 
         image: uint8 (H, W, 3)   labels: int32 (H, W), from 1 on, 0 for no object. The picture is at
         most 4096 pixels wide and high. Returns the files by what they are.
@@ -62,19 +78,23 @@ class ObjectFiles:
         objects, place = Objects.from_labels(labels), self._places[path]
         made = {"image": str(path)}
         if "labels" in self.formats:
-            made["labels"] = str(self.folder / f"{name}_labels.tif")
-            write_labels(made["labels"], labels, place)
+            made["labels"] = str(self.folder / f"{name.file}_labels.tif")
+            if isinstance(path, Slice):
+                pages = label_values(made["labels"], labels)
+                self._stacks.add(Path(made["labels"]), path, pages, place)
+            else:
+                write_labels(made["labels"], labels, place)
         if "csv" in self.formats:
-            made["csv"] = str(self.folder / f"{name}_objects.csv")
+            made["csv"] = str(self.folder / f"{name.image}_objects.csv")
             table = csv_text(objects, ids=objects.ids)
             write_whole(Path(made["csv"]), table.encode(), durable=False)
         if "geojson" in self.formats:
-            made["geojson"] = str(self.folder / f"{name}_objects.geojson")
+            made["geojson"] = str(self.folder / f"{name.image}_objects.geojson")
             text = geojson(objects, georeference=place, ids=objects.ids)
             write_whole(Path(made["geojson"]), text.encode(), durable=False)
         if "coco" in self.formats:
             self._found.append(ImageObjects(path.name, _small(objects)))
-        made["overlay"] = str(self.folder / f"{name}_overlay.png")
+        made["overlay"] = str(self.folder / f"{name.image}_overlay.png")
         step = -(-max(labels.shape) // _LARGEST)
         overlay = objects_over(image[::step, ::step], labels[::step, ::step])
         write_whole(Path(made["overlay"]), png_bytes(overlay), durable=False)

@@ -47,7 +47,20 @@ def write_labels(
     georeference: of the image, to be kept. Raises ValueError where labels are no integers from 0 to
     2**32 - 1.
     """
-    path, labels = Path(path), np.asarray(labels)
+    values = label_values(path, labels)
+    try:
+        data = tiff_bytes(values, georeference)
+    except ValueError as error:
+        raise ValueError(f"label image {path} {error}; cut the image into parts") from None
+    write_whole(Path(path), data, durable=False)
+
+
+def label_values(path: Path | str, labels: np.ndarray) -> np.ndarray:
+    """Labels (H, W) as uint16, or as uint32 where one is above 65,535; errors as ``write_labels``.
+
+    path: of the file that is about to hold them
+    """
+    labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.ndim != 2 or 0 in labels.shape:
         raise ValueError(
             f"labels for {path} are {labels.dtype} of shape {labels.shape}; expected integers "
@@ -57,12 +70,7 @@ def write_labels(
     if low < 0 or high >= 2**32:
         wrong = low if low < 0 else high
         raise ValueError(f"labels for {path} hold {wrong}; expected integers from 0 to {2**32 - 1}")
-    dtype = np.uint16 if high < 2**16 else np.uint32
-    try:
-        data = tiff_bytes(np.ascontiguousarray(labels, dtype), georeference)
-    except ValueError as error:
-        raise ValueError(f"label image {path} {error}; cut the image into parts") from None
-    write_whole(path, data, durable=False)
+    return np.ascontiguousarray(labels, np.uint16 if high < 2**16 else np.uint32)
 
 
 def coco_json(entries: Iterable[ImageObjects], categories: Sequence[str] | None = None) -> str:

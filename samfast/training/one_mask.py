@@ -22,7 +22,7 @@ from samfast.training.evaluate import (
     scoring,
     validation_loader,
 )
-from samfast.training.fingerprints import of_all
+from samfast.training.fingerprints import of_pairs
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
 from samfast.training.foreground import (
     chosen_foreground,
@@ -32,8 +32,10 @@ from samfast.training.foreground import (
 )
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image, read_mask
+from samfast.training.label_files import read_labels
 from samfast.training.losses import LOSSES
 from samfast.training.metrics import ForegroundScores, MeanLoss, all_foreground_scores
+from samfast.training.object_numbers import numbered
 from samfast.training.panels import titled
 from samfast.training.scored import Scored, Tick, foreground_scores, foreground_sums
 from samfast.training.segmenters import Segmenter
@@ -55,23 +57,27 @@ class OneMask:
 
     score = "val_dice"
     joins_steps = False
+    decoding_threads: int | None = None  # as many as the processor has
     columns = ("val_loss", "val_dice", "val_iou")
     curves = (("val_dice", "Dice"), ("val_iou", "IoU"))
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
-        """Finds the files; opens none. only_score: nothing is for training."""
+        """Finds the files; decodes none. only_score: nothing is for training."""
         self.settings = settings
         self.foreground = chosen_foreground(settings.foreground, settings.threshold)
         self.ignore = chosen_ignore(settings.ignore, self.foreground)
         self.options = image_options(settings.bands, settings.range)
         if only_score:
-            self.split = Split((), find_scored(settings.data, settings.mask_suffix))
+            self.split = Split(
+                (), find_scored(settings.data, settings.mask_suffix, settings.stacks)
+            )
         else:
             self.split = find_split(
                 settings.data,
                 val_fraction=settings.val_fraction,
                 seed=settings.seed,
                 mask_suffix=settings.mask_suffix,
+                stacks=settings.stacks,
             )
         self.loss_name = settings.loss
         self.tasks = None
@@ -79,15 +85,13 @@ class OneMask:
             self.columns = ("val_dice", "val_iou")
 
     def fingerprints(self) -> dict[str, str]:
-        files = {}
-        for part, pairs in (("train", self.split.train), ("val", self.split.val)):
-            files |= {f"{part}/{pair.stem}": [pair.image, pair.mask] for pair in pairs}
-        return of_all(files)
+        return of_pairs({"train": self.split.train, "val": self.split.val})
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
         split, rule = self.split, self.foreground
-        found = check_pairs((*split.train, *split.val), rule, self.options, self.ignore)
+        pairs = (*split.train, *split.val)
+        found = check_pairs(pairs, rule, self.options, self.ignore, self.decoding_threads)
         count = len(split.train)
         train, val = found[:count], found[count:]
         for what, part in (("training", train), ("validation", val)):
@@ -96,10 +100,15 @@ class OneMask:
         missing = missing_values([p.values for p in train], [p.values for p in val], named)
         self.remarks = [
             *missing_sentence(missing, "foreground value"),
-            *few_levels_sentence((*split.train, *split.val), found),
+            *few_levels_sentence(pairs, found),
         ]
-        stored = (read_mask(pair.mask, rule, self.ignore) for pair in split.val)
+        stored = self.stored_masks()
         self.baseline = baseline_of(counted_mask(values, rule, self.ignore) for values in stored)
+
+    def stored_masks(self) -> Iterator[np.ndarray]:
+        """The values of the validation masks, (H, W), whole or in strips."""
+        for pair in self.split.val:
+            yield read_mask(pair.mask, self.foreground, self.ignore)
 
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
@@ -122,6 +131,9 @@ class OneMask:
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
         return Segmenter(sam, dtype, self.settings.decoder_chunk)
+
+    def views(self, part: str) -> Sequence[Pair]:
+        return getattr(self.split, part)
 
     def training_data(self, side: int) -> tuple[Dataset, Collate]:
         settings = self.settings
@@ -235,6 +247,10 @@ class OneMask:
     def baseline_line(self) -> tuple[float, str]:
         """A line in the curves: its height and its name."""
         return self.baseline["dice"], "Dice of all foreground"
+
+    def labels(self, pair: Pair) -> np.ndarray:
+        """int32 (H, W): the objects of a mask whose foreground is any number, from 1 on."""
+        return numbered(read_labels(pair.mask))[0]
 
     def image_of(self, pair: Pair) -> np.ndarray:
         """uint8 (H, W, 3)"""

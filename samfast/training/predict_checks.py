@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What prediction refuses: options, prompts and names that do not fit adapter and images."""
 
-from collections.abc import Sequence
-from math import isfinite
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from samfast.models.sam3_folder import NAME as SAM3
-from samfast.training.automatic import GRID
+from samfast.training.automatic import check_grid
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.instances import are_instances
-from samfast.training.object_prompts import named_prompts
+from samfast.training.object_prompts import Prompts, named_prompts
 from samfast.training.points import check_point, parsed_point
+from samfast.training.probabilities import has_probability
+from samfast.training.prompted_tiles import Places, places_of
 from samfast.training.remembered import Remembered
 from samfast.training.settings import PredictSettings
+from samfast.training.stacks import Source
 from samfast.training.tasks import TaskSpec
-from samfast.training.tiles import check_tiles
+from samfast.training.tiles import chosen_tiles
 
 
 def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
@@ -24,16 +25,11 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
 
     base: the name of the model that it was trained on
     """
-    check_tiles(settings.tile, settings.overlap)
-    for name in GRID:
-        value = getattr(settings, name)
-        if value is not None and not settings.automatic:
-            raise ValueError(f"{name} is {value}, but there is no grid; give --automatic")
-        if value is not None and not isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a finite number")
+    chosen_tiles(settings.tile, settings.overlap, kept.tiles)
+    check_grid(settings)
     if settings.automatic:
         _check_automatic(settings, kept, base)
-    if settings.tile is not None and kept.prompt != "none":
+    if settings.tile and kept.prompt != "none" and not kept.by_object:
         raise ValueError(
             f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are of "
             "whole images; leave out --tile"
@@ -59,9 +55,26 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
             f"min_size is {settings.min_size}, but objects are numbered as their prompts; leave it "
             "out"
         )
+    _check_probabilities(settings, kept)
     if settings.min_size and not numbered:
         raise ValueError(
             f"min_size is {settings.min_size}, but no objects are numbered; give --instances"
+        )
+
+
+def _check_probabilities(settings: PredictSettings, kept: Remembered) -> None:
+    """Raise ValueError where nothing that is predicted has a probability of each pixel."""
+    if not settings.probabilities:
+        return
+    if settings.automatic or kept.by_object:
+        raise ValueError(
+            "probabilities are those of one mask of an image, but objects are prompted one by one; "
+            "leave out --probabilities"
+        )
+    if kept.specs and not any(map(has_probability, kept.specs)):
+        raise ValueError(
+            f"adapter {settings.adapter} predicts measured values only, which have no "
+            "probabilities; leave out --probabilities"
         )
 
 
@@ -83,7 +96,7 @@ def refuse_files(settings: PredictSettings) -> None:
 
 def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
     """Raise ValueError for what a grid of points cannot be combined with."""
-    given = [*(["--tile"] if settings.tile is not None else []), *named_prompts(settings)]
+    given = [*(["--tile"] if settings.tile else []), *named_prompts(settings)]
     for name in given:
         raise ValueError(f"--automatic finds objects by points of its own; leave out {name}")
     if kept.specs:
@@ -95,8 +108,19 @@ def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | No
         raise ValueError(f"--automatic is segment_anything's, which {SAM3} is not")
 
 
+def places_for(
+    settings: PredictSettings, objects: Prompts | None, sizes: dict[Source, tuple[int, int]]
+) -> dict[Source, Places] | None:
+    """The tiles of single objects' prompts, which overlap by a half unless told; None for none."""
+    tiles = chosen_tiles(settings.tile, settings.overlap)
+    if tiles is None or objects is None:
+        return None
+    tile, overlap = tiles
+    return places_of(objects, sizes, tile, tile // 2 if settings.overlap is None else overlap)
+
+
 def boxes_for(
-    settings: PredictSettings, prompt: str, sizes: dict[Path, tuple[int, int]]
+    settings: PredictSettings, prompt: str, sizes: dict[Source, tuple[int, int]]
 ) -> list[np.ndarray]:
     """The box, or the point, of each image; none where the adapter's prompt is none.
 
@@ -135,12 +159,13 @@ def boxes_for(
     return prompts
 
 
-def check_files(names: Sequence[str], specs: Sequence[TaskSpec]) -> None:
+def check_files(names: Iterable[str], specs: Sequence[TaskSpec], probable: bool = False) -> None:
     """Raise ValueError where images and tasks have such names that two files would have one."""
     files: dict[str, str] = {}
+    ends = ("", "_overlay", "_probability") if probable else ("", "_overlay")
     for name in names:
         for spec in specs:
-            for file in (f"{name}_{spec.name}", f"{name}_{spec.name}_overlay"):
+            for file in (f"{name}_{spec.name}{end}" for end in ends):
                 what = f"image {name} and task {spec.name}"
                 if file in files:
                     raise ValueError(

@@ -9,35 +9,125 @@ import numpy as np
 from PIL import Image
 
 from samfast.files.placing import write_whole
+from samfast.training.georeference import read_georeference
 from samfast.training.instances import are_instances, objects_of
 from samfast.training.object_files import ObjectFiles, parts
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
+from samfast.training.probabilities import key_of
 from samfast.training.settings import PredictSettings
+from samfast.training.stack_files import Name, StackFiles, write_pages
+from samfast.training.stacks import Slice, Source, of_stacks
 from samfast.training.tasks import TaskSpec
 
 
-def write_prediction(
-    settings: PredictSettings,
-    name: str,
-    path: Path,
-    image: np.ndarray,
-    maps: dict[str, np.ndarray],
-    specs: Sequence[TaskSpec],
-    files: ObjectFiles | None,
-) -> dict:
-    """Write what one image is predicted; returns the files' names and what they hold."""
-    folder = settings.output
-    if "objects" in maps:
-        return files.write(name, path, image, maps["objects"])
-    if specs and are_instances(specs):
-        by_map = {spec.derive: maps[spec.name] for spec in specs}
-        return files.write(name, path, image, objects_of(by_map, settings.min_size))
-    if specs:
-        return _write_tasks(folder, name, path, image, [(s, maps[s.name]) for s in specs])
-    made = _write(folder, name, path, image, maps[""])
-    if settings.instances:
-        return made | files.write(name, path, image, parts(maps[""], settings.min_size))
-    return made
+class Results:
+    """Writes what images are predicted into the output folder.
+
+    numbered: whether objects are told apart   files: of these, None where there are none
+    stacks: holds the files of stacks until they are whole; the caller enters it
+    Raises ValueError for a georeference that cannot be read, where files keep it.
+    """
+
+    def __init__(
+        self,
+        settings: PredictSettings,
+        specs: Sequence[TaskSpec],
+        paths: Sequence[Source],
+        numbered: bool,
+    ):
+        self.settings, self.specs, self.folder = settings, specs, settings.output
+        placed = numbered or settings.probabilities
+        self.places = {path: read_georeference(path) for path in paths} if placed else {}
+        self.stacks, self.files = StackFiles(of_stacks(paths)), None
+        if numbered:
+            self.files = ObjectFiles(self.folder, settings.formats, self.places, self.stacks)
+
+    def write(
+        self, name: Name, path: Source, image: np.ndarray, maps: dict[str, np.ndarray]
+    ) -> dict:
+        """Write what one image is predicted; returns the files' names and what they hold."""
+        if "objects" in maps:
+            return self.files.write(name, path, image, maps["objects"])
+        if self.specs and are_instances(self.specs):
+            by_map = {spec.derive: maps[spec.name] for spec in self.specs}
+            objects = objects_of(by_map, self.settings.min_size)
+            made = self.files.write(name, path, image, objects)
+            foreground = next(spec.name for spec in self.specs if spec.derive == "foreground")
+            return made | self._probability(name, path, maps, foreground, "")
+        if self.specs:
+            return self._tasks(name, path, image, maps)
+        made = self._mask(name, path, image, maps[""])
+        made |= self._probability(name, path, maps, "", "")
+        if self.settings.instances:
+            objects = parts(maps[""], self.settings.min_size)
+            return made | self.files.write(name, path, image, objects)
+        return made
+
+    def _mask(self, name: Name, path: Source, image: np.ndarray, mask: np.ndarray) -> dict:
+        mask_path = self._pixels(name, path, "_mask", mask.astype(np.uint8) * 255)
+        overlay_path = self.folder / f"{name.image}_overlay.png"
+        overlay = tinted(image, mask, PREDICTION_COLOUR)
+        write_whole(overlay_path, png_bytes(overlay), durable=False)
+        return {
+            "image": str(path),
+            "mask": str(mask_path),
+            "overlay": str(overlay_path),
+            "foreground": float(mask.mean()),
+        }
+
+    def _tasks(
+        self, name: Name, path: Source, image: np.ndarray, maps: dict[str, np.ndarray]
+    ) -> dict:
+        """A file of each task with its classes or values, and a picture of it."""
+        tasks = {}
+        for spec in self.specs:
+            values = maps[spec.name]
+            mask_path = self._task(name, path, spec, values)
+            overlay_path = self.folder / f"{name.image}_{spec.name}_overlay.png"
+            write_whole(overlay_path, png_bytes(task_picture(spec)(image, values)), durable=False)
+            tasks[spec.name] = {"mask": str(mask_path), "overlay": str(overlay_path)}
+            tasks[spec.name] |= self._probability(name, path, maps, spec.name, f"_{spec.name}")
+        return {"image": str(path), "tasks": tasks}
+
+    def _task(self, name: Name, path: Source, spec: TaskSpec, values: np.ndarray) -> Path:
+        """Write a task's prediction; returns the file."""
+        if spec.kind == "binary":
+            return self._pixels(name, path, f"_{spec.name}", values.astype(np.uint8) * 255)
+        if spec.kind == "semantic":
+            dtype = np.uint8 if spec.channels <= 256 else np.uint16
+            return self._pixels(name, path, f"_{spec.name}", values.astype(dtype))
+        if spec.channels == 1 and isinstance(path, Slice):
+            return self._pixels(name, path, f"_{spec.name}", values[0].astype(np.float32))
+        suffix, data = _values_file(values.astype(np.float32))
+        mask_path = self.folder / f"{name.image}_{spec.name}{suffix}"
+        write_whole(mask_path, data, durable=False)
+        return mask_path
+
+    def _pixels(self, name: Name, path: Source, what: str, values: np.ndarray) -> Path:
+        """Write a value of each pixel: a PNG, or the page of a slice. Returns the file."""
+        if isinstance(path, Slice):
+            file = self.folder / f"{name.file}{what}.tif"
+            self.stacks.add(file, path, values)
+            return file
+        file = self.folder / f"{name.image}{what}.png"
+        write_whole(file, png_bytes(values), durable=False)
+        return file
+
+    def _probability(
+        self, name: Name, path: Source, maps: dict[str, np.ndarray], task: str, what: str
+    ) -> dict:
+        """Write a task's probabilities where there are some; returns the file by what it is."""
+        values = maps.get(key_of(task))
+        if values is None:
+            return {}
+        place = self.places[path]
+        if len(values) == 1 and isinstance(path, Slice):
+            file = self.folder / f"{name.file}{what}_probability.tif"
+            self.stacks.add(file, path, values[0], place)
+        else:
+            file = self.folder / f"{name.image}{what}_probability.tif"
+            write_pages(file, values, [place] * len(values))
+        return {"probability": str(file)}
 
 
 def said_of(made: dict) -> str:
@@ -50,48 +140,11 @@ def said_of(made: dict) -> str:
     return f"{made['foreground']:.1%} foreground, {made['mask']}"
 
 
-def _write(folder: Path, name: str, path: Path, image: np.ndarray, mask: np.ndarray) -> dict:
-    mask_path, overlay_path = folder / f"{name}_mask.png", folder / f"{name}_overlay.png"
-    overlay = tinted(image, mask, PREDICTION_COLOUR)
-    write_whole(mask_path, png_bytes(mask.astype(np.uint8) * 255), durable=False)
-    write_whole(overlay_path, png_bytes(overlay), durable=False)
-    return {
-        "image": str(path),
-        "mask": str(mask_path),
-        "overlay": str(overlay_path),
-        "foreground": float(mask.mean()),
-    }
-
-
-def _write_tasks(
-    folder: Path,
-    name: str,
-    path: Path,
-    image: np.ndarray,
-    maps: list[tuple[TaskSpec, np.ndarray]],
-) -> dict:
-    """A file of each task with its classes or values, and a picture of it."""
-    tasks = {}
-    for spec, values in maps:
-        suffix, data = _file_of(spec, values)
-        mask_path = folder / f"{name}_{spec.name}{suffix}"
-        overlay_path = folder / f"{name}_{spec.name}_overlay.png"
-        write_whole(mask_path, data, durable=False)
-        write_whole(overlay_path, png_bytes(task_picture(spec)(image, values)), durable=False)
-        tasks[spec.name] = {"mask": str(mask_path), "overlay": str(overlay_path)}
-    return {"image": str(path), "tasks": tasks}
-
-
-def _file_of(spec: TaskSpec, values: np.ndarray) -> tuple[str, bytes]:
-    """Suffix and content of the file that holds a task's prediction."""
-    if spec.kind == "binary":
-        return ".png", png_bytes(values.astype(np.uint8) * 255)
-    if spec.kind == "semantic":
-        dtype = np.uint8 if spec.channels <= 256 else np.uint16
-        return ".png", png_bytes(values.astype(dtype))
+def _values_file(values: np.ndarray) -> tuple[str, bytes]:
+    """Suffix and content of a file of float32 (channels, H, W)."""
     buffer = io.BytesIO()
-    if spec.channels == 1:
-        Image.fromarray(values[0].astype(np.float32)).save(buffer, format="TIFF")
+    if len(values) == 1:
+        Image.fromarray(values[0]).save(buffer, format="TIFF")
         return ".tif", buffer.getvalue()
-    np.save(buffer, values.astype(np.float32).transpose(1, 2, 0), allow_pickle=False)
+    np.save(buffer, values.transpose(1, 2, 0), allow_pickle=False)
     return ".npy", buffer.getvalue()

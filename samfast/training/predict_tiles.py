@@ -10,7 +10,7 @@ from torch import nn
 from samfast.models import image_size
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import full_size
-from samfast.training.task_scores import predicted
+from samfast.training.task_scores import read_off
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import Tile, blended
 
@@ -24,11 +24,13 @@ def predicted_by_tiles(
     overlap: int,
     batch_size: int = 4,
     tick: Callable[[int], object] | None = None,
+    probable: bool = False,
 ) -> dict[str, np.ndarray]:
     """What ``predicted`` says of each task by name, at the image's size; without specs the mask of
     the one there is, bool (H, W), under "".
 
     image: uint8 (H, W, 3)   tile, overlap: in pixels of the image   tick: told the tiles of a batch
+    probable: add the probabilities of each task that has some, under ``key_of`` its name
 
     A tile becomes as large as the model's images; its logits are resized back and blended, see
     ``tiles``. Memory beside the result is that of one line of tiles.
@@ -59,9 +61,7 @@ def predicted_by_tiles(
     strips: dict[str, list[np.ndarray]] = {}
     for maps in blended(image.shape[:2], tile, overlap, maps_of):
         strip = torch.from_numpy(maps)
-        if not specs:
-            strips.setdefault("", []).append((strip[0] > 0).numpy())
-            continue
-        for spec, own in zip(specs, strip.split(channels), strict=True):
-            strips.setdefault(spec.name, []).append(predicted(spec, own).numpy())
+        for spec, own in zip(specs or [None], strip.split(channels or [1]), strict=True):
+            for name, values in read_off(spec, own, probable).items():
+                strips.setdefault(name, []).append(values)
     return {name: np.concatenate(parts, axis=-2) for name, parts in strips.items()}

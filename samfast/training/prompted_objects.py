@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from samfast.training.coco_items import check_no_suffix, coco_parts, is_coco
-from samfast.training.fingerprints import of_all
+from samfast.training.coco_items import check_no_stacks, check_no_suffix, coco_parts, is_coco
+from samfast.training.fingerprints import of_pairs
 from samfast.training.folders import (
     Pair,
     Split,
@@ -87,9 +87,16 @@ def _split(settings: FinetuneSettings, only_score: bool) -> Split:
     suffix, fraction, seed = settings.mask_suffix, settings.val_fraction, settings.seed
     if not is_coco(settings.data):
         if only_score:
-            return Split((), find_scored(settings.data, suffix))
-        return find_split(settings.data, val_fraction=fraction, seed=seed, mask_suffix=suffix)
+            return Split((), find_scored(settings.data, suffix, settings.stacks))
+        return find_split(
+            settings.data,
+            val_fraction=fraction,
+            seed=seed,
+            mask_suffix=suffix,
+            stacks=settings.stacks,
+        )
     check_no_suffix(suffix)
+    check_no_stacks(settings.stacks)
     parts = {
         name: tuple(Pair(image.stem, image, mask) for image, mask in own)
         for name, own in coco_parts(settings.data).items()
@@ -111,7 +118,7 @@ class PromptedObjects:
     joins_steps = True
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
-        """Finds the files; opens none. only_score: nothing is for training."""
+        """Finds the files; decodes none. only_score: nothing is for training."""
         self.settings = settings
         self.options = image_options(settings.bands, settings.range)
         self.split = _split(settings, only_score)
@@ -128,10 +135,7 @@ class PromptedObjects:
         self.curves = tuple(names.items())
 
     def fingerprints(self) -> dict[str, str]:
-        files = {}
-        for part, pairs in (("train", self.split.train), ("val", self.split.val)):
-            files |= {f"{part}/{pair.stem}": [pair.image, pair.mask] for pair in pairs}
-        return of_all(files)
+        return of_pairs({"train": self.split.train, "val": self.split.val})
 
     def check(self) -> None:
         """Decode every file and check it, or raise the first broken rule."""
@@ -174,6 +178,10 @@ class PromptedObjects:
         resized = ResizedObjects(read_objects(pair.mask), model_side(self.settings))
         return int(resized.there().sum())
 
+    def labels(self, pair: Pair) -> np.ndarray:
+        """int32 (H, W): the objects of a pair's file, from 1 on."""
+        return read_objects(pair.mask).labels()
+
     def sentences(self) -> Iterator[str]:
         """What a run says before it begins."""
         settings = self.settings
@@ -198,6 +206,9 @@ class PromptedObjects:
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
         return PromptedSegmenter(sam, dtype, self.settings.decoder_chunk)
+
+    def views(self, part: str) -> Sequence[Pair]:
+        return getattr(self.split, part)
 
     def training_data(self, side: int) -> tuple[Dataset, ObjectCollate]:
         settings = self.settings

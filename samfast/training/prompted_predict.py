@@ -57,18 +57,22 @@ def predicted_objects(
             embeddings = model.embeddings(batch.images.to(device), batch.sizes.to(device))
             for embedding in embeddings.split(1):
                 path = next(images)
-                yield _labels(model, embedding, prompts[path], shapes[path], side)
+                found = LabelMap(shapes[path])
+                masks = object_masks(model, embedding, prompts[path], shapes[path], side)
+                for number, mask in enumerate(masks, start=1):
+                    found.add(mask, number)
+                yield found.labels
 
 
-def _labels(
+def object_masks(
     model: PromptedSegmenter,
     embedding: torch.Tensor,
     prompts: Sequence[ObjectPrompt],
     shape: tuple[int, int],
     side: int,
-) -> np.ndarray:
-    """embedding: (1, 256, n, n)   shape: (H, W) of the image"""
-    found, size = LabelMap(shape), model_size(*shape, side)
+) -> Iterator[np.ndarray]:
+    """bool (H, W) of each prompt. embedding: (1, 256, n, n)   shape: (H, W) of the image"""
+    size = model_size(*shape, side)
     step = model.decoder_chunk or AT_ONCE
     for begin in range(0, len(prompts), step):
         some = prompts[begin : begin + step]
@@ -76,9 +80,8 @@ def _labels(
         first = first_prompts(list(given), [p.box is not None for p in some], embedding.device)
         more = _padded(clicks).to(embedding.device)
         (one,) = model.rounds(embedding, [len(some)], first, given=more)
-        for i, logits in enumerate(one.logits, begin + 1):
-            found.add(full_size_mask(logits, *size, shape).cpu().numpy(), i)
-    return found.labels
+        for logits in one.logits:
+            yield full_size_mask(logits, *size, shape).cpu().numpy()
 
 
 def _resized(

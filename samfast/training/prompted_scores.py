@@ -18,6 +18,7 @@ from samfast.training.objects import Objects
 from samfast.training.prompted_data import ObjectBatch, ResizedObjects, exact_prompt
 from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.scored import Tick
+from samfast.training.tiles import Tile
 
 AT_ONCE = 8  # objects, where decoder_chunk says nothing
 OneLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -184,12 +185,17 @@ class LabelMap:
         self.labels = np.zeros(shape, np.int32)
         self._areas = np.full(shape, np.iinfo(np.int64).max)
 
-    def add(self, mask: np.ndarray, number: int) -> int:
-        """Put a mask, bool (H, W), on the map, below an equally large one; returns its area."""
+    def add(self, mask: np.ndarray, number: int, tile: Tile | None = None) -> int:
+        """Put a mask, bool (H, W), on the map, below an equally large one; returns its area.
+
+        tile: where the mask lies on the map; None for a mask of the whole map
+        """
+        where = np.s_[:] if tile is None else np.s_[tile.top : tile.bottom, tile.left : tile.right]
+        labels, areas = self.labels[where], self._areas[where]
         area = int(mask.sum())
-        place = mask & (area < self._areas)
-        self.labels[place] = number
-        self._areas[place] = area
+        place = mask & (area < areas)
+        labels[place] = number
+        areas[place] = area
         return area
 
 

@@ -11,6 +11,7 @@ from samfast.training.image_options import ImageOptions, remembered_options
 from samfast.training.losses import LOSSES
 from samfast.training.settings import PROMPTS
 from samfast.training.tasks import TaskSpec, chosen_specs
+from samfast.training.tiles import chosen_tiles
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Remembered:
     foreground, threshold, ignore: as the command line gives them
     specs: the tasks, () for one mask   loss: of one mask; None where the adapter does not know
     by_object: whether each object has a prompt of its own   rounds: predictions for each of these
+    tiles: (tile, overlap) in pixels, into which images were cut; None for whole images
     """
 
     prompt: str
@@ -31,6 +33,7 @@ class Remembered:
     ignore: tuple[float, ...] | None = None
     by_object: bool = False
     rounds: int = 1
+    tiles: tuple[int, int] | None = None
 
 
 def remembered(
@@ -48,6 +51,7 @@ def remembered(
         foreground, threshold = _foreground(extra.get("foreground"), extra.get("threshold"))
         ignore = _ignore(extra.get("ignore"), chosen_foreground(foreground, threshold))
         options = remembered_options(extra, bands, range)
+        tiles = _tiles(extra.get("tile"), extra.get("overlap"))
     except ValueError as error:
         raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
     loss = extra.get("loss")  # which other programs may use for a number
@@ -64,7 +68,7 @@ def remembered(
             "number from 1"
         )
     return Remembered(
-        prompt, options, foreground, threshold, specs, loss, ignore, by_object, rounds
+        prompt, options, foreground, threshold, specs, loss, ignore, by_object, rounds, tiles
     )
 
 
@@ -93,6 +97,14 @@ def _foreground(
     given = None if foreground is None else tuple(foreground)
     chosen_foreground(given, threshold)
     return given, threshold
+
+
+def _tiles(tile: Any, overlap: Any) -> tuple[int, int] | None:
+    for name, value in (("tile", tile), ("overlap", overlap)):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if value is not None and not whole:
+            raise ValueError(f"its {name} is {value!r}, not a whole number of pixels")
+    return chosen_tiles(tile, overlap)
 
 
 def _ignore(given: Any, rule: Foreground) -> tuple[float, ...] | None:

@@ -95,7 +95,7 @@ class Run:
         )
         self.plain_model = goal.segmenter(sam, dtype)
         self.model, self.optimizer = accelerator.prepare(self.plain_model, optimizer)
-        keep_embeddings(self.plain_model, settings, goal.steady(), len(goal.split.val), say)
+        keep_embeddings(self.plain_model, settings, goal.steady(), len(goal.views("val")), say)
         self.graph = graphed(sam, settings, say)
         self.loader = own_loader(loader, accelerator.device)
         steps = settings.epochs * math.ceil(len(self.batches) / settings.accumulate)
@@ -389,7 +389,7 @@ class Run:
         try:
             yield
         except NotFinite as error:
-            train = self.goal.split.train
+            train = self.goal.views("train")
             names = dict.fromkeys(train[i].stem for i in self.batches.images(error.batch))
             raise FloatingPointError(
                 f"{error}; the images were {', '.join(names)}; {self._saved_at}; a smaller --lr "

@@ -378,6 +378,13 @@ class PredictSettings:
         "Folder for NAME_mask.png and NAME_overlay.png (several tasks: NAME_TASK.png and "
         "NAME_TASK_overlay.png); replaces files of these names",
     )
+    stacks: bool = option(
+        False,
+        "Take each page of a TIFF, and each slice of a .npy array, as an image of its own. Write "
+        "masks and labels of a stack as one TIFF with a page for each slice; tables and pictures "
+        "are files of each slice, such as NAME.tif[0]_overlay.png. Objects are numbered in each "
+        "slice anew, not linked across slices",
+    )
     task: str | None = option(
         None, "Predict only this one of several tasks", metavar="NAME", hint="default: all"
     )
@@ -426,16 +433,16 @@ class PredictSettings:
     tile: int | None = option(
         None,
         "Side of the tiles in which to predict larger images, in their pixels; each becomes as "
-        "large as the model's images",
-        least=16,
+        "large as the model's images; 0 for whole images",
+        least=0,
         most=65535,
-        hint="default: whole images",
+        hint="default: as in training",
     )
     overlap: int | None = option(
         None,
         "Pixels that tiles have in common at least, where their maps are blended",
         least=0,
-        hint="default: tile / 4",
+        hint="default: as in training, or tile / 4",
     )
     instances: bool = option(
         False,
@@ -470,6 +477,12 @@ class PredictSettings:
         "outlines that QuPath and GIS open (geojson), all images in one COCO file (coco)",
         choices=("labels", "csv", "geojson", "coco"),
     )
+    probabilities: bool = option(
+        False,
+        "Also write NAME_probability.tif: float32, the sigmoid of the foreground's logits. Classes "
+        "get NAME_TASK_probability.tif: the softmax, a page for each class. Values above 0.5 are "
+        "the mask's pixels. They are not calibrated",
+    )
     min_size: int = option(0, "Leave out numbered objects of fewer pixels", least=0)
     batch_size: int = option(4, "Images in one forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
@@ -498,10 +511,50 @@ class EvaluateSettings:
         metavar="TEXT",
         hint="default: names are equal",
     )
+    stacks: bool = option(
+        False,
+        "Score each page of a TIFF, and each slice of a .npy array, by itself; as in finetune",
+    )
     task: str | None = option(
         None, "Score only this one of several tasks", metavar="NAME", hint="default: all"
     )
     checkpoint: Path | None = option(None, CHECKPOINT, hint=NOT_RANDOM)
+    automatic: bool = option(
+        False,
+        "Score segment_anything's automatic mask generator, too, on whole images; for masks that "
+        "number objects",
+    )
+    points_per_side: int | None = option(
+        None,
+        "Points of the grid along each side; only with --automatic",
+        least=1,
+        most=256,
+        hint="default: 32",
+    )
+    pred_iou_thresh: float | None = option(
+        None,
+        "IoU that the model has to predict of a mask; only with --automatic",
+        hint="default: 0.88",
+    )
+    stability_score_thresh: float | None = option(
+        None,
+        "Stability that a mask has to have when its cut-off moves; only with --automatic",
+        hint="default: 0.95",
+    )
+    tile: int | None = option(
+        None,
+        "Side of the tiles in which to predict larger images, in their pixels; scores are of the "
+        "whole images put together; 0 for whole images",
+        least=0,
+        most=65535,
+        hint="default: as in training",
+    )
+    overlap: int | None = option(
+        None,
+        "Pixels that tiles have in common at least, where their maps are blended",
+        least=0,
+        hint="default: as in training, or tile / 4",
+    )
     output: Path | None = option(
         None,
         "Folder for an overlay of every image, scores.csv and (of classes) classes.csv",

@@ -2,9 +2,11 @@
 """What a run's two parts hold of what is scored, and sentences about what they lack."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from samfast.training.folders import CheckedPair, Pair, listed
 from samfast.training.foreground import Above, Foreground
+from samfast.training.stacks import of_stacks
 
 
 def has_foreground(values: Iterable[float], rule: Foreground) -> bool:
@@ -53,6 +55,16 @@ def missing_sentence(values: Sequence[float], what: str) -> Iterator[str]:
             "in no validation mask, so that no score is about "
             + ("it" if len(values) == 1 else "them")
         )
+
+
+def stacks_sentence(split: Any) -> Iterator[str]:
+    """How many stacks the images of a split are slices of; nothing where they are none.
+
+    split: with train and val, of what has an ``image``
+    """
+    train, val = (len(of_stacks(own.image for own in part)) for part in (split.train, split.val))
+    if train or val:
+        yield f"images are slices of stacks: {train} for training and {val} for validation"
 
 
 def few_levels_sentence(pairs: Sequence[Pair], found: Sequence[CheckedPair]) -> Iterator[str]:

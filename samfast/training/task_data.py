@@ -164,7 +164,7 @@ class TaskDataset(Dataset):
         index, number = key if isinstance(key, tuple) else (key, 0)
         item = self.items[index]
         axes = flipped_axes(self.seed, number, index) if self.flips else []
-        image = read_image(item.image, self.options)
+        image = self.read_image(item)
         for axis in axes:
             image = np.flip(image, axis)
         change = change_of(self.augment, self.seed, number, index)
@@ -175,7 +175,7 @@ class TaskDataset(Dataset):
             if spec.name in item.targets:
                 file = item.targets[spec.name], spec.labels or spec.kind == "binary"
                 if file not in files:
-                    files[file] = read_stored(spec, file[0])
+                    files[file] = self.read_stored(item, spec)
                 if spec.of_objects:  # made anew of objects as large as the model sees them
                     self._add_maps(files, file, axes, change)
                     targets[spec.name] = of_objects(spec, files[file, "target"])
@@ -187,6 +187,14 @@ class TaskDataset(Dataset):
         if change is not None:
             image = change.coloured(image)
         return TaskSample(image, targets, truths)
+
+    def read_image(self, item: Item) -> np.ndarray:
+        """uint8 (H, W, 3) of an item, before flips."""
+        return read_image(item.image, self.options)
+
+    def read_stored(self, item: Item, spec: TaskSpec) -> np.ndarray:
+        """What the file of a task stores, see ``task_files.read_stored``."""
+        return read_stored(spec, item.targets[spec.name])
 
     def _add_maps(self, files: dict, file: Any, axes: Iterable[int], change: Change | None) -> None:
         """The maps of a file of objects, once for all tasks."""

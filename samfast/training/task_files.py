@@ -13,8 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from samfast.training.coco_items import CocoMask, check_no_suffix, coco_parts, is_coco
-from samfast.training.file_pairs import MASK_SUFFIXES
+from samfast.training.coco_items import (
+    CocoMask,
+    check_no_stacks,
+    check_no_suffix,
+    coco_parts,
+    is_coco,
+)
+from samfast.training.file_pairs import MASK_SUFFIXES, STACK_SUFFIXES
 from samfast.training.folders import (
     CheckedPair,
     Pair,
@@ -42,6 +48,7 @@ from samfast.training.split_checks import (
     missing_sentence,
     missing_values,
 )
+from samfast.training.stacks import Source, check_as_many, image_slices, mask_slices
 from samfast.training.tasks import UNLABELLED, TaskSpec
 
 _ADVICE = (
@@ -54,11 +61,11 @@ VALUE_SUFFIXES = (*SUFFIXES, ".npy")
 
 @dataclass(frozen=True)
 class Item:
-    """One image file and the files with the truth of its tasks, by their names."""
+    """One image and the files with the truth of its tasks, by their names; or slices of files."""
 
     stem: str
-    image: Path
-    targets: dict[str, Path | CocoMask] = field(hash=False)
+    image: Source
+    targets: dict[str, Source | CocoMask] = field(hash=False)
 
 
 def find_items(
@@ -69,25 +76,44 @@ def find_items(
     seed: int = 0,
     only_score: bool = False,
     mask_suffix: str | None = None,
+    stacks: bool = False,
 ) -> Split:
-    """Find the images of all tasks and split them; no file is opened.
+    """Find the images of all tasks and split them; no image is decoded.
 
     What lies in train/ and val/ is split already. The rest is split by ``seed``, images that have
     the same tasks together, so that each task has its share; with ``only_score`` all the rest
     validates and nothing is for training. Raises ValueError or FileNotFoundError for an image
     without truth, truth without an image, and a task that has no image to train or none to
     validate. mask_suffix: as in ``find_pairs``, of tasks that share one folder of masks
+    stacks: take each slice of a stack as an image; stacks are split, not their slices
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
+    split = _find_files(folder, specs, val_fraction, seed, only_score, mask_suffix, stacks)
+    if not stacks:
+        return split
+    return Split(_slice_items(split.train, specs), _slice_items(split.val, specs))
+
+
+def _find_files(
+    folder: Path,
+    specs: Sequence[TaskSpec],
+    val_fraction: float,
+    seed: int,
+    only_score: bool,
+    mask_suffix: str | None,
+    stacks: bool,
+) -> Split:
+    """``find_items``, of files whose stacks are whole."""
     parts: dict[str, dict[Path, Item]] = {"train": {}, "val": {}, "": {}}
     if all(spec.of_objects for spec in specs) and is_coco(folder):
         check_no_suffix(mask_suffix)
+        check_no_stacks(stacks)
         for part, masks in coco_parts(folder).items():
             for image, mask in masks:
                 parts[part][image] = _item(image, specs, mask)
-        return _split(parts, val_fraction, seed, only_score)
+        return _split(parts, val_fraction, seed, only_score, stacks)
     if mask_suffix is not None:
         for spec in specs:
             if spec.folder != "masks":
@@ -96,15 +122,15 @@ def find_items(
                     f"{spec.folder}; leave it out"
                 )
         for part in given_parts(folder) or ("",):
-            for pair in find_pairs(folder / part, mask_suffix):
+            for pair in find_pairs(folder / part, mask_suffix, stacks):
                 parts[part][pair.image] = _item(pair.image, specs, pair.mask)
-        return _split(parts, val_fraction, seed, only_score)
+        return _split(parts, val_fraction, seed, only_score, stacks)
     shared: set[tuple[str, Path]] = set()
     for spec in specs:
         root, own = _root(folder, spec)
         for part in given_parts(root) or ("",):
             place = root / part
-            images = files_by_stem(place, "images")
+            images = files_by_stem(place, "images", STACK_SUFFIXES if stacks else SUFFIXES)
             shared |= set() if own else {(part, path) for path in images.values()}
             suffixes = (
                 VALUE_SUFFIXES if spec.kind == "regression" and not spec.labels else MASK_SUFFIXES
@@ -129,7 +155,7 @@ def find_items(
     for part, path in sorted(shared):
         if path not in parts[part] and not only_score:
             raise ValueError(f"image {path} has no mask of the same stem in any task's folder")
-    split = _split(parts, val_fraction, seed, only_score)
+    split = _split(parts, val_fraction, seed, only_score, stacks)
     for spec in specs:
         for name, items in (("train", split.train), ("validate", split.val)):
             if only_score and name == "train":
@@ -137,6 +163,27 @@ def find_items(
             if not any(spec.name in item.targets for item in items):
                 raise ValueError(f"task {spec.name} has no image to {name} in {folder}")
     return split
+
+
+def _slice_items(items: Sequence[Item], specs: Sequence[TaskSpec]) -> tuple[Item, ...]:
+    """``slice_pairs`` of items, all of whose files have as many slices."""
+    channels = {
+        spec.name: spec.channels if spec.kind == "regression" and not spec.labels else 1
+        for spec in specs
+    }
+    found = []
+    for item in items:
+        images = image_slices(item.image)
+        own: list[dict] = [{} for _ in images]
+        for name, path in item.targets.items():
+            masks = mask_slices(path, channels[name])
+            check_as_many(item.image, path, len(images), len(masks))
+            for targets, mask in zip(own, masks, strict=True):
+                targets[name] = mask
+        found += [
+            Item(image.stem, image, targets) for image, targets in zip(images, own, strict=True)
+        ]
+    return tuple(found)
 
 
 def _item(image: Path, specs: Sequence[TaskSpec], mask: Path | CocoMask) -> Item:
@@ -155,7 +202,11 @@ def _root(folder: Path, spec: TaskSpec) -> tuple[Path, bool]:
 
 
 def _split(
-    parts: dict[str, dict[Path, Item]], val_fraction: float, seed: int, only_score: bool
+    parts: dict[str, dict[Path, Item]],
+    val_fraction: float,
+    seed: int,
+    only_score: bool,
+    stacks: bool,
 ) -> Split:
     def ordered(name: str) -> tuple[Item, ...]:
         return tuple(parts[name][path] for path in sorted(parts[name]))
@@ -170,12 +221,12 @@ def _split(
         if len(items) == 1 and len(alike) > 1:
             train += tuple(items)
             continue
-        own = split_pairs(items, val_fraction, seed)
+        own = split_pairs(items, val_fraction, seed, stacks)
         train, val = train + own.train, val + own.val
     return Split(train, val)
 
 
-def read_stored(spec: TaskSpec, path: Path) -> np.ndarray:
+def read_stored(spec: TaskSpec, path: Source | CocoMask) -> np.ndarray:
     """What a task's file stores: (H, W), of regression float32 (H, W, channels); of annotations
     the objects, -1 where nothing counts."""
     if isinstance(path, CocoMask):
@@ -187,7 +238,7 @@ def read_stored(spec: TaskSpec, path: Path) -> np.ndarray:
     return _load(spec, path).values
 
 
-def _load(spec: TaskSpec, path: Path) -> StoredMask:
+def _load(spec: TaskSpec, path: Source) -> StoredMask:
     return load_mask(path, spec.rule, also=spec.ignore, labels=spec.labels)
 
 
@@ -197,11 +248,14 @@ def is_ignored(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
 
 
 def check_items(
-    items: Sequence[Item], specs: Sequence[TaskSpec], options: ImageOptions = _AS_TAGGED
+    items: Sequence[Item],
+    specs: Sequence[TaskSpec],
+    options: ImageOptions = _AS_TAGGED,
+    threads: int | None = None,
 ) -> list[dict[str, CheckedPair]]:
     """Decode every file and check sizes and values, or raise the first broken rule.
 
-    Returns what each item holds of each task, by its name.
+    Returns what each item holds of each task, by its name. threads: as in ``check_pairs``
     """
     seen: dict[str, dict[float, Path]] = {spec.name: {} for spec in specs}
     found: list[dict[str, CheckedPair]] = []
@@ -216,7 +270,7 @@ def check_items(
             if spec.name in own and own[spec.name].exact == exact:
                 _note(spec, item, own[spec.name], seen[spec.name])
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for item, own in zip(items, pool.map(checked, items), strict=True):
                 found.append(own)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from samfast.training.evaluate import full_size
 from samfast.training.metrics import ClassScores, ForegroundScores, ValueScores
+from samfast.training.probabilities import has_probability, key_of, probabilities
 from samfast.training.scored import (
     class_scores,
     class_sums,
@@ -34,6 +35,19 @@ def predicted(spec: TaskSpec, maps: Tensor) -> Tensor:
     if spec.loss == "cosine":  # of any length, but scale and offset are those of unit length
         maps = F.normalize(maps, dim=0)
     return spec.stored_units(maps)
+
+
+def read_off(spec: TaskSpec | None, maps: Tensor, probable: bool) -> dict[str, np.ndarray]:
+    """What logits (C, H, W) of a task predict, by its name; of the one mask, None, under "".
+
+    probable: add the probabilities of a task that has some, under ``key_of`` its name
+    """
+    name = "" if spec is None else spec.name
+    values = maps[0] > 0 if spec is None else predicted(spec, maps)
+    found = {name: values.cpu().numpy()}
+    if probable and has_probability(spec):
+        found[key_of(name)] = probabilities(maps).cpu().numpy()
+    return found
 
 
 @torch.no_grad()
@@ -74,17 +88,20 @@ def predictions_of(
 
 @torch.no_grad()
 def predicted_tasks(
-    model: nn.Module, loader: DataLoader, specs: Sequence[TaskSpec]
-) -> Iterator[list[tuple[TaskSpec, np.ndarray]]]:
-    """What each image of a loader of ``data.Batch`` is predicted for these tasks, at its size."""
+    model: nn.Module, loader: DataLoader, specs: Sequence[TaskSpec], probable: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
+    """What each image of a loader of ``data.Batch`` is predicted for these tasks, at its size, as
+    ``read_off`` names it."""
     device = next(model.parameters()).device
     for batch in loader:
         rows = {spec.name: list(range(len(batch.images))) for spec in specs}
         logits = model(batch.images.to(device), batch.sizes.to(device), rows)
         for i, (size, truth) in enumerate(zip(batch.sizes.tolist(), batch.truths, strict=True)):
-            maps = [full_size(logits[spec.name][i], *size, truth.shape) for spec in specs]
-            values = [predicted(spec, own) for spec, own in zip(specs, maps, strict=True)]
-            yield [(s, v.cpu().numpy()) for s, v in zip(specs, values, strict=True)]
+            found: dict[str, np.ndarray] = {}
+            for spec in specs:
+                maps = full_size(logits[spec.name][i], *size, truth.shape)
+                found |= read_off(spec, maps, probable)
+            yield found
 
 
 def score_names(spec: TaskSpec) -> tuple[str, ...]:

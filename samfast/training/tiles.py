@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+LEAST = 16  # pixels of a tile's side
+
 
 class Tile(NamedTuple):
     """Pixels top to bottom - 1 and left to right - 1 of an image."""
@@ -19,6 +21,10 @@ class Tile(NamedTuple):
     left: int
     bottom: int
     right: int
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """A copy of these pixels of (H, W, ...)."""
+        return np.array(values[self.top : self.bottom, self.left : self.right])
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -80,14 +86,36 @@ def count_of(size: tuple[int, int], tile: int, overlap: int) -> int:
     return len(starts(size[0], tile, overlap)) * len(starts(size[1], tile, overlap))
 
 
-def check_tiles(tile: int | None, overlap: int | None) -> int:
-    """The overlap in pixels, a quarter of the tile if not given; ValueError for no overlap that
-    tiles of this size can have."""
-    if tile is None:
+def tiles_of(size: tuple[int, int], tile: int, overlap: int) -> list[Tile]:
+    """All tiles of an image of (height, width), line by line."""
+    high, wide = min(tile, size[0]), min(tile, size[1])
+    tops, lefts = (starts(length, tile, overlap) for length in size)
+    return [Tile(top, left, top + high, left + wide) for top in tops for left in lefts]
+
+
+def chosen_tiles(
+    tile: int | None, overlap: int | None, kept: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """(tile, overlap) in pixels; None for whole images, which a tile of 0 says.
+
+    kept: those of the training, where ``tile`` is None   overlap: a quarter of the tile if None
+    Raises ValueError for no tiles, or an overlap that tiles of this size cannot have.
+    """
+    if tile is None and kept is not None:
+        tile, overlap = kept[0], kept[1] if overlap is None else overlap
+    if not tile:
         if overlap is not None:
             raise ValueError(f"overlap is {overlap}, but there are no tiles; give --tile")
-        return 0
-    chosen = tile // 4 if overlap is None else overlap
-    if 2 * chosen > tile:
-        raise ValueError(f"overlap is {chosen}; of tiles of {tile} it is at most {tile // 2}")
-    return chosen
+        return None
+    if tile < LEAST:
+        raise ValueError(f"tile is {tile}; it must be at least {LEAST}, or 0 for whole images")
+    overlap = tile // 4 if overlap is None else overlap
+    if 2 * overlap > tile:
+        raise ValueError(f"overlap is {overlap}; of tiles of {tile} it is at most {tile // 2}")
+    return tile, overlap
+
+
+def said_of_tiles(kept: tuple[int, int], overlap: int | None) -> str:
+    """What evaluation and prediction say of the training's tiles, which they take."""
+    tile, own = chosen_tiles(None, overlap, kept)
+    return f"tiles of {tile} pixels, {own} in common, as in training; --tile 0 takes whole images"

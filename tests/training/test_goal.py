@@ -10,13 +10,17 @@ from samfast.training.goal import Goal
 from samfast.training.many_tasks import ManyTasks
 from samfast.training.one_mask import OneMask
 from samfast.training.prompted_objects import PromptedObjects
+from samfast.training.tiled_mask import TiledMask
+from samfast.training.tiled_tasks import TiledInstances, TiledTasks
+
+GOALS = [OneMask, ManyTasks, DatasetGoal, PromptedObjects, TiledMask, TiledTasks, TiledInstances]
 
 
-@pytest.mark.parametrize("goal", [OneMask, ManyTasks, DatasetGoal, PromptedObjects])
+@pytest.mark.parametrize("goal", GOALS)
 def test_a_goal_has_every_method(goal):
     asked = {name: member for name, member in vars(Goal).items() if inspect.isfunction(member)}
     asked = {name: member for name, member in asked.items() if not name.startswith("_")}
-    assert len(asked) == 17
+    assert len(asked) == 18
     for name, member in asked.items():
         wanted, found = (inspect.signature(f).parameters for f in (member, getattr(goal, name)))
         assert len(found) == len(wanted), name

@@ -159,6 +159,17 @@ def test_objects_train_as_in_one_process(tmp_path):
 
 @needs_fork
 @pytest.mark.slow
+def test_tiles_train_as_in_one_process(tmp_path):
+    """Both ranks cut tiles from the same decoded files, and share the images that are scored."""
+    data = fill_folder(tmp_path / "data", 4)
+    options = ["--tile", 40, "--overlap", 4, "--val-fraction", 0.5]
+    same_as_one_process(tmp_path, ["--data", data, *TINY, *STILL, *options])
+    assert scored_images(tmp_path / "two") == scored_images(tmp_path / "one")
+    assert not list((tmp_path / "two").glob(".decoded*"))
+
+
+@needs_fork
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "ta-lora"])
 def test_tasks_train_as_in_one_process(tmp_path, method):
     """Some images lack a task, so each task has an uneven share of its own."""
@@ -182,7 +193,7 @@ def test_tasks_train_as_in_one_process(tmp_path, method):
 
 def scored_images(output) -> set[tuple[str, str]]:
     with (output / "scores.csv").open() as file:
-        return {(row["image"], row["task"]) for row in csv.DictReader(file)}
+        return {(row["image"], row.get("task")) for row in csv.DictReader(file)}
 
 
 def in_parts(patch):

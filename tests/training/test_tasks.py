@@ -481,6 +481,10 @@ def test_files_of_one_name_are_refused():
         check_files(["x"], (road, overlay))
     with pytest.raises(ValueError, match="would both write a file called x_road_mask;"):
         check_files(["x", "x_road"], (TaskSpec("mask"), TaskSpec("road_mask")))
+    maps = (road, TaskSpec("road_probability", kind="regression"))
+    check_files(["x"], maps)
+    with pytest.raises(ValueError, match="would both write a file called x_road_probability;"):
+        check_files(["x"], maps, probable=True)
 
 
 def test_a_task_whose_validation_masks_are_empty(data):

@@ -12,7 +12,7 @@ from PIL import Image
 from samfast import cli
 from samfast.training.predict_tiles import predicted_by_tiles
 from samfast.training.tasks import TaskSpec
-from samfast.training.tiles import blended, check_tiles, count_of, ramps, starts
+from samfast.training.tiles import blended, chosen_tiles, count_of, ramps, starts
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_tiles_of_a_model_are_the_image(specs, batch_size):
 
 
 def test_overlaps_that_cannot_be():
-    assert check_tiles(None, None) == 0 and check_tiles(100, None) == 25
+    assert chosen_tiles(None, None) is None and chosen_tiles(100, None) == (100, 25)
     for given in ((None, 4), (64, 33)):
         with pytest.raises(ValueError, match="overlap is"):
-            check_tiles(*given)
+            chosen_tiles(*given)
 
 
 @pytest.fixture(scope="module")
