@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is never imported is not compiled to bytecode: a minute of the first run.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 BUILT := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
-CHECKED := samfast kernels benchmarks tests setup.py
+CHECKED := samfast kernels benchmarks tests docs setup.py
 
 # Test files run side by side in that many processes, which share the cores between them.
 WORKERS ?= 2
@@ -30,7 +30,7 @@ BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) se
 GPU_WORKERS ?= 12
 
 .PHONY: demo test test-slow test-elsewhere test-gpu smoke-gpu sanitize-gpu bench bench-gpu carry-gpu first-gpu \
-  lint clean
+  docs docs-check lint clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
@@ -102,6 +102,15 @@ carry-gpu:
 	@git describe --always --dirty --abbrev=12 > .gpu/commit
 	@ls .gpu .gpu/wheels
 
+# The site, in build/site: strict, and without a network. Its pages open from the folder, too.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
+
+# Whatever a reader can copy from the built pages runs, in a clean folder.
+docs-check: $(VENV)/.dev docs
+	$(BIN)/python docs/check_pages.py build/site
+
 # Of torch it reads the types; nothing is compiled. The link is where an installed samfast has them.
 lint: $(VENV)/.lint
 	$(BIN)/ruff check $(CHECKED)
@@ -126,6 +135,10 @@ $(VENV)/.lint: $(VENV)/.base
 
 $(VENV)/.train: $(VENV)/.base $(BUILT)
 	$(PIP) --no-build-isolation -e ".[train]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base $(BUILT)
+	$(PIP) --no-build-isolation -e ".[docs]"
 	@touch $@
 
 # What constraints.txt lists is what ".[dev]" needs; it arrives while the extension is built.

@@ -80,10 +80,12 @@ class Counts:
 
     @property
     def total_launches(self) -> int:
+        """The number of launches of all operators together."""
         return self.launches.total()
 
     @property
     def total_syncs(self) -> int:
+        """How often the host waited for the device."""
         return self.syncs.total()
 
 

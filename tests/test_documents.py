@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from documents import DOCUMENTS, ROOT, blocks, is_tasks, use_small_vit_b, write_stand_ins
+from documents import DOCUMENTS, PLACE, ROOT, blocks, is_tasks, use_small_vit_b, write_stand_ins
 from packaging.requirements import Requirement
 from project_file import project
 
@@ -41,6 +41,11 @@ SLOW = (
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
 LONG = [b for b in SHELL if any(map(b.source.count, SLOW))]
+SLOW_PYTHON = ("docs/profiling.md", "docs/extend/operation.md")
+PYTHON: dict[str, list[str]] = {}  # by the name of a run: the documents whose Python runs there
+for found in sorted({b.document for b in ALL if b.language == "python"}, key=DOCUMENTS.index):
+    alone = found == "README.md" or found in SLOW_PYTHON
+    PYTHON.setdefault(found if alone else "pages", []).append(found)
 PARTS = "forward backward norm1 qkv attention proj norm2 lin1 gelu lin2 side add".split()
 SHOWN = [f"samfast/sam_block/{part}" for part in PARTS]
 KERNELS = {  # by operation
@@ -80,25 +85,28 @@ def reader(stand_ins, monkeypatch) -> Path:
 
 def test_no_block_goes_unseen():
     for document in DOCUMENTS:
-        text = (ROOT / document).read_text()
+        text = (PLACE / document).read_text(encoding="utf-8")
         own = [block for block in ALL if block.document == document]
-        assert text.count("```") == 2 * sum(block.language != "inline" for block in own)
+        assert text.count("```") == 2 * sum(block.language != "inline" for block in own), document
     assert {block.language for block in ALL} == {"python", "sh", "yaml", "inline"}
-    assert {b.document for b in ALL if b.language == "python"} == set(DOCUMENTS)
 
 
 @pytest.mark.parametrize(
-    "document",
-    ["README.md", *(pytest.param(name, marks=pytest.mark.slow) for name in DOCUMENTS[1:])],
+    "documents",
+    [
+        pytest.param(documents, id=name, marks=[pytest.mark.slow] if name in SLOW_PYTHON else [])
+        for name, documents in PYTHON.items()
+    ],
 )
-def test_python(document, reader):
-    """In a process of its own, where nothing has mended torchvision before the first block."""
-    command = [sys.executable, str(ROOT / "tests" / "documents.py"), document]
+def test_python(documents, reader):
+    """In a process of its own, where nothing has mended torchvision before README's first block."""
+    command = [sys.executable, str(ROOT / "tests" / "documents.py"), *documents]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
-    assert ran == [f"ran {b}" for b in ALL if (b.language, b.document) == ("python", document)]
+    wanted = [b for d in documents for b in ALL if (b.language, b.document) == ("python", d)]
+    assert ran == [f"ran {b}" for b in wanted]
 
 
 YAML = [block for block in ALL if block.language == "yaml"]

@@ -117,6 +117,13 @@ def adapt_former(
     have their dtype. Saves x and the bottleneck z, V numbers a token; no mask.
     Raises ValueError when shapes, devices or dtypes do not fit, and RuntimeError when a backend
     asked for by name cannot run.
+
+    >>> import torch
+    >>> from samfast.functional import adapt_former
+    >>> x, ones, zeros = torch.randn(2, 64), torch.ones(64), torch.zeros(64)
+    >>> down, up = torch.randn(8, 64), torch.zeros(64, 8)
+    >>> adapt_former(x, x, ones, zeros, down, torch.zeros(8), up, zeros).shape
+    torch.Size([2, 64])
     """
     side = (norm_weight, norm_bias, down, down_bias, up, up_bias)
     check_arguments(x, base, side, dropout, seed)

@@ -94,6 +94,13 @@ def cobot_fold(
     Raises ValueError when shapes do not fit or slices are outside the relation matrix.
 
         folded, _ = cobot_fold(c, p, [gamma], [heads], [lora_b])
+
+    >>> import torch
+    >>> from samfast.functional import cobot_fold
+    >>> gammas, heads, b = [torch.ones(8)], [torch.randn(2, 4, 1, 1)], [torch.randn(2 * 16, 4)]
+    >>> folded, _ = cobot_fold(torch.ones(1, 4, 4), torch.eye(4), gammas, heads, b)
+    >>> folded[0].shape
+    torch.Size([32, 4])
     """
     _check(c, p, gammas, heads, factors, biases, first, down)
     asked = backends.requested(backend)

@@ -129,6 +129,19 @@ def conv_lora_linear(
     Saves x, h, the update's z, one choice and r numbers a sample and 2·r·M numbers.
     Raises ValueError when shapes or choices do not fit, and RuntimeError when a backend asked for
     by name cannot run.
+
+    >>> import torch
+    >>> from samfast.functional import conv_lora_linear
+    >>> from samfast.kernels._common.windows import Windows
+    >>> x, weight = torch.randn(1, 9, 11, 16), torch.randn(48, 16)
+    >>> a, b, gate = torch.randn(3, 16), torch.zeros(48, 3), torch.zeros(3, 2)
+    >>> experts, bias = torch.randn(2, 3, 3, 3, 3), torch.zeros(2, 3)
+    >>> windows = Windows(1, 9, 11, 7, 7)
+    >>> y, loss = conv_lora_linear(
+    ...     x, weight, None, a, b, experts, bias, gate, gate, 1.0, (1, 2), windows=windows
+    ... )
+    >>> y.shape
+    torch.Size([1, 9, 11, 48])
     """
     check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, None)
     small = {"expert_weight": expert_weight, "expert_bias": expert_bias, "w_gate": w_gate}

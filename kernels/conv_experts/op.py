@@ -120,6 +120,12 @@ def conv_experts(
     sample whose choice is out of range becomes NaN.
 
         z = conv_experts(h, weight, bias, expert_index, ratios=range(1, 9))
+
+    >>> import torch
+    >>> from samfast.functional import conv_experts
+    >>> h, weight, bias = torch.randn(2, 14, 14, 3), torch.randn(8, 3, 3, 3, 3), torch.zeros(8, 3)
+    >>> conv_experts(h, weight, bias, torch.tensor([0, 5]), range(1, 9)).shape
+    torch.Size([2, 14, 14, 3])
     """
     check_experts(h.shape[-1] if h.dim() else 0, weight, bias, ratios, groups)
     if h.dim() != 4:

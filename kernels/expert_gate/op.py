@@ -101,6 +101,13 @@ def expert_gate(
     RuntimeError when a backend asked for by name cannot run.
 
         expert_index, loss = expert_gate(h, w_gate, w_noise, training=True)
+
+    >>> import torch
+    >>> from samfast.functional import expert_gate
+    >>> h, w_gate, w_noise = torch.randn(25, 14, 14, 3), torch.zeros(3, 8), torch.zeros(3, 8)
+    >>> chosen, loss = expert_gate(h, w_gate, w_noise, training=True)
+    >>> chosen.shape, loss.shape
+    (torch.Size([25]), torch.Size([]))
     """
     if h.dim() != 4 or 0 in h.shape[1:]:
         raise ValueError(f"h has shape {tuple(h.shape)}, but must be (N, H, W, rank) with pixels")

@@ -106,6 +106,13 @@ def kronecker_factors(
     Saves its inputs. Raises ValueError when the shapes do not fit.
 
         lora_a, lora_b = kronecker_factors(rules, left, right)
+
+    >>> import torch
+    >>> from samfast.functional import kronecker_factors
+    >>> rules, left, right = torch.randn(4, 4, 4), torch.randn(4, 3, 1), torch.randn(4, 2, 1)
+    >>> lora_a, lora_b = kronecker_factors(rules, left, right)
+    >>> lora_a.shape, lora_b.shape
+    (torch.Size([16, 8]), torch.Size([12, 16]))
     """
     check_factors(rules, left, right)
     if backends.requested(backend) == "reference":

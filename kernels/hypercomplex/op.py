@@ -42,6 +42,12 @@ def hypercomplex_linear(
     when a backend asked for by name cannot run.
 
         y = hypercomplex_linear(x, rules, weights)
+
+    >>> import torch
+    >>> from samfast.functional import hypercomplex_linear
+    >>> x, rules, weights = torch.randn(2, 8), torch.randn(4, 4, 4), torch.randn(4, 3, 2)
+    >>> hypercomplex_linear(x, rules, weights).shape
+    torch.Size([2, 12])
     """
     if isinstance(weights, (tuple, list)):
         left, right = check_pair(weights)
@@ -72,6 +78,11 @@ def kronecker_weight(
         weights_i = left_i right_iᵀ
     Saves rules and weights. Raises ValueError when the shapes do not fit, and RuntimeError when a
     backend asked for by name cannot run.
+
+    >>> import torch
+    >>> from samfast.functional import kronecker_weight
+    >>> kronecker_weight(torch.randn(4, 4, 4), torch.randn(4, 3, 2)).shape
+    torch.Size([12, 8])
     """
     if isinstance(weights, (tuple, list)):
         left, right = check_pair(weights)

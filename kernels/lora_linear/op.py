@@ -157,6 +157,12 @@ def lora_linear(
     name cannot run.
 
         y = lora_linear(x, weight, bias, lora_a, lora_b, scaling=1.0)
+
+    >>> import torch
+    >>> from samfast.functional import lora_linear
+    >>> x, weight, lora_a = torch.randn(2, 64), torch.randn(192, 64), torch.randn(4, 64)
+    >>> lora_linear(x, weight, None, lora_a, torch.zeros(192, 4), 1.0).shape
+    torch.Size([2, 192])
     """
     own = check_arguments(x, weight, bias, lora_a, lora_b, dropout, seed, slices)
     if backends.requested(backend) == "reference":

@@ -179,6 +179,12 @@ def relpos_attention(
     name cannot run.
 
         out = relpos_attention(q, k, v, rel_pos_h, rel_pos_w)
+
+    >>> import torch
+    >>> from samfast.functional import relpos_attention
+    >>> q, k, v = torch.randn(3, 1, 2, 7, 7, 16)
+    >>> relpos_attention(q, k, v, torch.zeros(13, 16), torch.zeros(13, 16)).shape
+    torch.Size([1, 2, 7, 7, 16])
     """
     if q.dim() != 5 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
@@ -229,6 +235,12 @@ def window_relpos_attention(
     ``relpos_attention``. Saves qkv, out, one number per query and head, and pad_*.
 
         out = window_relpos_attention(qkv, 12, 14, rel_pos_h, rel_pos_w)  # qkv (1, 64, 64, 2304)
+
+    >>> import torch
+    >>> from samfast.functional import window_relpos_attention
+    >>> qkv, table = torch.randn(1, 9, 11, 3 * 32), torch.zeros(13, 16)
+    >>> window_relpos_attention(qkv, 2, 7, table, table).shape
+    torch.Size([1, 9, 11, 32])
     """
     named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
     named |= {"pad_bias": pad_bias, "pad_h": pad_h, "pad_b": pad_b}

@@ -88,8 +88,11 @@ def rope(
     Raises ValueError when shapes, dtypes or devices do not fit or a table requires a gradient, and
     RuntimeError when a backend asked for by name cannot run.
 
-        cos, sin = axial_tables(24, 24, 64)
-        out = rope(qkv, cos, sin, heads=16, window=24)  # qkv (1, 72, 72, 3072)
+    >>> import torch
+    >>> from samfast.functional import axial_tables, rope
+    >>> cos, sin = axial_tables(24, 24, 64)
+    >>> rope(torch.randn(1, 48, 48, 3 * 128), cos, sin, heads=2, window=24).shape
+    torch.Size([1, 48, 48, 384])
     """
     parts_of = _unpacked(qkv, heads)
     windows = Windows(*qkv.shape[:3], *_sides(window, qkv))

@@ -36,7 +36,10 @@ def axial_tables(
     Raises ValueError when a size is below 1, head_dim is not a multiple of 4, theta is not
     a finite number above 0 or order is unknown.
 
-        cos, sin = axial_tables(24, 24, 64)
+    >>> from samfast.functional import axial_tables
+    >>> cos, sin = axial_tables(24, 24, 64)
+    >>> cos.shape
+    torch.Size([576, 32])
     """
     for name, size in (("height", height), ("width", width), ("head_dim", head_dim)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -75,7 +78,12 @@ def tables_of(
         reads them and synchronises with a GPU; pass False for tables that were checked before.
     Raises ValueError when shapes, dtypes or values are not of either form.
 
-        cos, sin = tables_of(attention.freqs_cis)
+    >>> import torch
+    >>> from samfast.functional import tables_of
+    >>> freqs = torch.polar(torch.ones(9, 8), torch.rand(9, 8))
+    >>> cos, sin = tables_of(freqs)
+    >>> cos.shape
+    torch.Size([9, 8])
     """
     if pairs not in PAIRS:
         raise ValueError(f"pairs is {pairs!r}; it must be one of {', '.join(PAIRS)}")

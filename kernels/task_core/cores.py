@@ -77,6 +77,12 @@ def task_cores(
     when a backend asked for by name cannot run.
 
         m = task_cores([core], [factor_task])[0]
+
+    >>> import torch
+    >>> from samfast.functional import task_cores
+    >>> made = task_cores([torch.randn(8, 6, 4)], [torch.randn(3, 4)], backend="reference")
+    >>> made[0].shape
+    torch.Size([1, 3, 8, 6])
     """
     check_cores(cores, factors)
     asked = backends.requested(backend)

@@ -82,6 +82,12 @@ def task_core(
     not exist become NaN.
 
         z = task_core(h, core, factor_task, torch.tensor([0, 2]))
+
+    >>> import torch
+    >>> from samfast.functional import task_core
+    >>> h, core, factor_task = torch.randn(2, 5, 8), torch.randn(8, 6, 4), torch.randn(3, 4)
+    >>> task_core(h, core, factor_task, 1).shape
+    torch.Size([2, 5, 6])
     """
     task = _check(h, core, factor_task, task)
     asked = backends.requested(backend)

@@ -135,6 +135,8 @@ def window_attention(
     Raises ValueError when shapes or dtypes do not fit, and RuntimeError when a backend asked for by
     name cannot run.
 
+    >>> import torch
+    >>> from samfast.functional import window_attention
     >>> qkv = torch.randn(2, 64, 64, 3 * 768)
     >>> window_attention(qkv, 12, 14).shape
     torch.Size([2, 64, 64, 768])

@@ -56,4 +56,5 @@ class AdaptedLinear(Adapter, nn.Linear):
             self.reset_adapter()
 
     def reset_adapter(self) -> None:
+        """Draw the adapter's parameters as those of a new layer."""
         raise NotImplementedError

@@ -31,6 +31,7 @@ class Attachment:
 
 
 def attachment(model: nn.Module) -> Attachment | None:
+    """What ``attach`` left on this very module; None where it left nothing."""
     return getattr(model, ATTACHMENT, None)
 
 
@@ -41,4 +42,5 @@ def attachment_within(model: nn.Module) -> Attachment | None:
 
 
 def remember(model: nn.Module, record: Attachment) -> None:
+    """Leave a record of what was attached on the model."""
     setattr(model, ATTACHMENT, record)

@@ -42,6 +42,7 @@ class BlockLayer:
 
     @property
     def tensors(self) -> list[Tensor | None]:
+        """The layer's tensors in the order in which a fused block takes them."""
         return [self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params]
 
 

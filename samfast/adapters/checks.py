@@ -9,6 +9,7 @@ MOST = 2**31 - 1  # of whole numbers
 
 
 def check_whole(name: str, value: int) -> None:
+    """Raise ValueError unless the value is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
     if value > MOST:
@@ -16,19 +17,23 @@ def check_whole(name: str, value: int) -> None:
 
 
 def check_flag(name: str, value: bool) -> None:
+    """Raise ValueError unless the value is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
 def check_rank(rank: int) -> None:
+    """Raise ValueError unless the rank is a whole number of at least 1."""
     check_whole("rank", rank)
 
 
 def check_bottleneck(bottleneck: int) -> None:
+    """Raise ValueError unless the bottleneck is a whole number of at least 1."""
     check_whole("bottleneck", bottleneck)
 
 
 def check_linear_rank(in_features: int, out_features: int, rank: int) -> None:
+    """Raise ValueError where the rank does not suit a layer of these sizes."""
     check_rank(rank)
     if rank > min(in_features, out_features):
         raise ValueError(
@@ -38,11 +43,13 @@ def check_linear_rank(in_features: int, out_features: int, rank: int) -> None:
 
 
 def check_dropout(dropout: float) -> None:
+    """Raise ValueError unless the dropout is a probability below 1."""
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}; it must be at least 0 and below 1")
 
 
 def check_alpha(alpha: float | None) -> None:
+    """Raise ValueError unless alpha is None or a finite number above 0."""
     if alpha is None:
         return
     number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
@@ -63,6 +70,7 @@ def checked_slices(slices: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def checked_target(target: Any) -> str | tuple[str, ...]:
+    """The target, a list as a tuple; ValueError where it names no layer."""
     entries = (target,) if isinstance(target, str) else target
     entries = tuple(entries) if isinstance(entries, list) else entries
     if not isinstance(entries, tuple) or not entries:

@@ -105,15 +105,18 @@ class EncoderForward(Generic[Layer]):
         raise NotImplementedError
 
     def install(self, encoder: nn.Module) -> None:
+        """Hook ``open`` and ``close`` to the encoder's forward."""
         encoder.register_forward_pre_hook(self.open)
         encoder.register_forward_hook(self.close, always_call=True)
 
     def open(self, encoder: nn.Module, args: Any) -> None:
+        """Before the encoder's forward: give each layer its share."""
         if getattr(encoder, "_is_replica", False) or not self.together():
             return
         for layer, given in zip(self.layers, self.make(), strict=True):
             layer.given, layer.stamp = given, stamp(layer.sources())
 
     def close(self, encoder: nn.Module, args: Any, result: Any) -> None:
+        """After the encoder's forward, also a failed one: take the shares back."""
         for layer in self.layers:
             layer.given = None

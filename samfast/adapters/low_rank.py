@@ -48,6 +48,7 @@ class LowRankLinear(AdaptedLinear):
         raise NotImplementedError
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """The result with the update. x: (..., in_features) -> (..., out_features)"""
         raise NotImplementedError
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,6 +79,7 @@ def options_of(owner: Any) -> tuple[Option, ...]:
 
 
 def target_option(default: str | tuple[str, ...], layers: str = "") -> Any:
+    """The option ``--target``. layers: its help, where the usual one does not fit"""
     return option(
         default,
         layers
@@ -92,6 +93,7 @@ def target_option(default: str | tuple[str, ...], layers: str = "") -> Any:
 
 
 def alpha_option(default: float | None) -> Any:
+    """The option ``--alpha``."""
     return option(
         default,
         "Scale the update by alpha / rank",
@@ -102,4 +104,5 @@ def alpha_option(default: float | None) -> Any:
 
 
 def dropout_option(default: float) -> Any:
+    """The option ``--dropout``."""
     return option(default, "Dropout on the adapter's input, in training")

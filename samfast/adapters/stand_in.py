@@ -80,4 +80,5 @@ def leaving_alone(module: nn.Module) -> Iterator[None]:
 
 
 def left_alone(module: nn.Module) -> bool:
+    """Whether the module runs inside ``leaving_alone`` right now."""
     return not torch.compiler.is_compiling() and id(module) in _left_alone.modules

@@ -82,6 +82,7 @@ def head_for(model: nn.Module, adapter: AdapterFile) -> str:
 
 
 def check_same(attached: Attachment, adapter: AdapterFile) -> None:
+    """Raise ValueError where the adapter has another method or other layers than the model."""
     if not attached.method.same_update(adapter.method):
         raise ValueError(
             f"adapter {adapter.folder} is {adapter.method!r}, but the model has {attached.method!r}"
@@ -96,6 +97,7 @@ def check_same(attached: Attachment, adapter: AdapterFile) -> None:
 
 
 def check_same_dtype(attached: Attachment, base_dtype: torch.dtype | None) -> None:
+    """Raise ValueError where the model was attached with another base dtype."""
     if base_dtype not in (None, attached.base_dtype):
         raise ValueError(
             f"base_dtype is {dtype_name(base_dtype)}, but the model was attached with "
@@ -104,6 +106,7 @@ def check_same_dtype(attached: Attachment, base_dtype: torch.dtype | None) -> No
 
 
 def check_finite_base(model: nn.Module, adapter: AdapterFile) -> None:
+    """Raise ValueError where the base has NaN or infinity."""
     if (problem := base_problem(model, adapter.tensors.keys())) is not None:
         raise ValueError(
             f"adapter {adapter.folder} expects a base of finite numbers, but the model's "

@@ -85,6 +85,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """A dtype as files name it."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 

@@ -204,6 +204,7 @@ class WholeBlock(FusedBlock):
     """A block that is one operator or runs its own forward, its attention included."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (B, H, W, D) -> (B, H, W, D), by the stock forward where it cannot be one node."""
         parts = self._family.parts
         if len(args) != 1 or not parts.IDLE.issuperset(kwargs):
             return super().forward(*args, **kwargs)
@@ -235,6 +236,7 @@ class BlockInParts(FusedBlock):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, H, W, D) -> (B, H, W, D); in parts where it cannot be one node."""
         remembered = None
         if not torch.compiler.is_compiling() and self._family.parts.WATCHED:
             remembered = Remembered.of(self)

@@ -72,10 +72,12 @@ class Case:
         self.generator = torch.Generator("cpu").manual_seed(0)
 
     def problem(self) -> str | None:
+        """How result or gradients differ from the formula's; None where they do not."""
         tested = self._block() if self.block else self._attention()
         return difference(tested, self.formula, self._draw(3, *self.size, self.dim))
 
     def deviation(self) -> str | None:
+        """How the result differs from the formula's without gradients; None where it does not."""
         tested = self._block() if self.block else self._attention()
         x = self._draw(1, *self.size, self.dim)
         if self.block:  # tokens of every size, from 0.003 to 100
@@ -83,6 +85,8 @@ class Case:
         return deviation(tested.eval(), self.formula, x)
 
     def formula(self, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """The block or attention as samfast computes it. given: its parameters by name"""
+
         def layer(name: str) -> Maps:
             weight, bias = given[f"{name}.weight"], given.get(f"{name}.bias")
             if name in (self.before, self.between):

@@ -42,6 +42,7 @@ def is_fused_block(module: nn.Module) -> bool:
 
 
 def is_fused_attention(module: nn.Module) -> bool:
+    """Whether its class is a fused attention's, or one that a wrapper made of it."""
     return runs_as(module, FusedAttention)
 
 

@@ -83,5 +83,6 @@ def is_block(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
+    """Whether its class is a library's attention, what a fusion made of it, or derived from one."""
     family = family_of(type(module))
     return family is not None and isinstance(module, family.attention)

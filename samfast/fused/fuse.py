@@ -65,6 +65,12 @@ def fuse(model: Model, memory: Memory | None = None) -> Model:
         they are; another mode is theirs too, so fusing twice changes the mode or nothing.
 
     Raises ValueError when there is nothing to fuse, or memory is none of the three.
+
+    >>> import samfast
+    >>> from samfast.models import build_sam
+    >>> sam = samfast.fuse(build_sam("vit_tiny"), memory="balanced")
+    >>> set(samfast.report(sam).blocks.values())
+    {'fused'}
     """
     if memory is not None:
         check_memory(memory)

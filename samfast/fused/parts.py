@@ -61,18 +61,22 @@ class Layout:
 
     @classmethod
     def attention(cls, block: Foreign) -> Foreign:
+        """The attention of a block."""
         return getattr(block, cls.IN_BLOCK[1])
 
     @classmethod
     def mlp(cls, block: Foreign) -> Foreign:
+        """The MLP of a block."""
         return getattr(block, cls.IN_BLOCK[3])
 
     @classmethod
     def activation(cls, block: Foreign) -> Foreign:
+        """The activation in the MLP of a block."""
         return getattr(cls.mlp(block), cls.IN_MLP[2])
 
     @classmethod
     def window(cls, block: Foreign) -> int:
+        """The side of a block's windows; 0 for the whole map."""
         return getattr(block, cls.WINDOW)
 
     @classmethod
@@ -89,14 +93,17 @@ class Layout:
 
     @classmethod
     def heads(cls, attention: Foreign) -> int:
+        """The number of heads of an attention."""
         return getattr(attention, cls.OPTIONS[0])
 
     @classmethod
     def scale(cls, attention: Foreign) -> float:
+        """What an attention multiplies its logits by."""
         return getattr(attention, cls.OPTIONS[1])
 
     @classmethod
     def has_tables(cls, attention: Foreign) -> bool:
+        """Whether an attention has relative positions."""
         return getattr(attention, cls.OPTIONS[2])
 
     @classmethod

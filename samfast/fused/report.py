@@ -73,6 +73,7 @@ class Report:
 
     @property
     def trained_parameters(self) -> int:
+        """The number of elements that require a gradient."""
         return sum(self.trained_by_part.values())
 
     def __str__(self) -> str:
@@ -109,7 +110,14 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Count what is trained, frozen and adapted, and say what is fused; works on any model."""
+    """Count what is trained, frozen and adapted, and say what is fused; works on any model.
+
+    >>> import samfast
+    >>> from samfast.models import build_sam
+    >>> found = samfast.report(build_sam("vit_tiny"))
+    >>> sorted(set(found.blocks.values()))
+    ["not fused: still segment_anything's own"]
+    """
     model = unwrapped(model)
     layers = adapters(model)
     others = layers_of_others(model)

@@ -71,6 +71,7 @@ class Row(NamedTuple):
 
     @property
     def right(self) -> bool:
+        """Whether every block ran fused, within the budget, under the same names."""
         return self.calls == _DEPTH and self.error <= 1.0 and self.same_keys
 
     def __str__(self) -> str:
@@ -243,6 +244,7 @@ def _saved(model: nn.Module) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Check each library that is installed and print a row for it; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m samfast.integrations.check",
         description="Say of each library that is installed what samfast.fuse makes of it.",

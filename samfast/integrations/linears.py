@@ -34,6 +34,7 @@ def stamp(module: nn.Module, *numbers: str) -> tuple[Any, ...]:
 
 
 def layers_stamp(layers: Mapping[str, nn.Module | None]) -> tuple[Any, ...]:
+    """What tells the builds of layers apart: name, shape and bias, or the class."""
     found: list[tuple[Any, ...]] = []
     for name, layer in layers.items():
         if type(layer) is nn.Linear:
@@ -156,8 +157,10 @@ class UpdatedLinear:
         return lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, 1.0)
 
     def block_problem(self) -> None:
+        """None: what stands against the layer is said by its wrapper."""
         return None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
+        """The layer's part in a fused block."""
         tensors = self.weight, self.bias, self.lora_a, self.lora_b
         return BlockLayer(*tensors, LayerPlan(adapted=True))

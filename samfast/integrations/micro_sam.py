@@ -44,6 +44,7 @@ _MIXINS: dict[str, type[Wrapper]] = {
 
 
 def objection(module: nn.Module) -> str | None:
+    """Why a module of a name of micro-sam's is not fused; None where it is."""
     mixin = mixin_of(module)
     if mixin is None:
         return "which samfast does not know"
@@ -52,11 +53,13 @@ def objection(module: nn.Module) -> str | None:
 
 
 def mixin_of(module: nn.Module) -> type[Wrapper] | None:
+    """The mixin for a module of micro-sam's; None where there is none."""
     names = (base.__name__ for base in stock_of(module).__mro__)
     return next((_MIXINS[name] for name in names if name in _MIXINS), None)
 
 
 def kind_of(module: nn.Module) -> str:
+    """What sentences call the module."""
     return stock_of(module).__name__
 
 

@@ -48,6 +48,7 @@ class FusedBranchMlp(ForeignModule):
     )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D), fused where nothing stands against it."""
         if self.block_problem() is not None:
             return super().forward(x)
         base = self.mlp_proj(x)
@@ -66,10 +67,12 @@ class FusedBranchMlp(ForeignModule):
 
     @property
     def lin2(self) -> nn.Module:
+        """The second layer of the MLP inside."""
         return self._inside().lin2
 
     @property
     def act(self) -> nn.Module:
+        """The activation of the MLP inside."""
         return self._inside().act
 
     def _inside(self) -> Foreign:
@@ -91,9 +94,11 @@ class FusedBranchMlp(ForeignModule):
         return "mlp adds its input to its result, which a fused block does not"
 
     def block_side(self, x: Tensor) -> NoReturn:
+        """The branch's part in a fused block."""
         raise NotImplementedError(self.side_problem())
 
     def backends(self) -> dict[str, str]:
+        """Which backend would run the branch here, by operation."""
         return {}
 
     @staticmethod

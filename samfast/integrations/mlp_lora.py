@@ -49,20 +49,24 @@ class FusedMlpLora(ForeignModule):
     reads: ClassVar[tuple[str, ...]] = ("mlp_layer", "activation", "lin1", "lin2", *_PAIR_NAMES)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D), fused where nothing stands against it."""
         if self.block_problem() is not None or not takes(x, self.lin1.weight):
             return super().forward(x)
         return self.lin2(self.act(self.lin1(x)))
 
     @property
     def lin1(self) -> UpdatedLinear:
+        """The first layer with its update."""
         return self._layer("lin1")
 
     @property
     def lin2(self) -> UpdatedLinear:
+        """The second layer with its update."""
         return self._layer("lin2")
 
     @property
     def act(self) -> Foreign:
+        """The activation of the MLP inside."""
         return self._modules["activation"]
 
     def block_problem(self) -> str | None:

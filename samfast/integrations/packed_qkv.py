@@ -61,6 +61,7 @@ class FusedPackedQkv(ForeignModule):
     scale: ClassVar[str] = ""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., 3 · D), fused where nothing stands against it."""
         if x.dim() != 4 or self.block_problem() is not None or not takes(x, self.weight):
             return super().forward(x)
         if not self._starts():

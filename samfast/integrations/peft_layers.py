@@ -50,6 +50,7 @@ class FusedLoraLinear(ForeignModule):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., in_features) -> (..., out_features), by PEFT's own forward if not fused."""
         active = self._active()
         theirs = args or kwargs or not active or not self._takes(x)
         if theirs or self.block_problem() is not None:
@@ -161,6 +162,7 @@ def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str
 
 
 def mixin_of(module: nn.Module) -> type:
+    """The mixin for a layer of PEFT's."""
     return FusedLoraLinear
 
 

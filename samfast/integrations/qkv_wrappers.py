@@ -47,15 +47,18 @@ class FusedLoraQkv(FusedPackedQkv):
 
 
 def objection(module: nn.Module) -> str | None:
+    """Why a wrapper of qkv is not fused; None where it is."""
     reason = problem(module, FusedLoraQkv)
     return None if reason is None else f"which {reason}"
 
 
 def mixin_of(module: nn.Module) -> type:
+    """The mixin for a wrapper of qkv."""
     return FusedLoraQkv
 
 
 def kind_of(module: nn.Module) -> str:
+    """What sentences call the module."""
     return stock_of(module).__name__
 
 

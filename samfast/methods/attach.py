@@ -68,6 +68,12 @@ def attach(
     Raises ValueError (TypeError for arguments of a wrong kind) with one sentence, before anything
     is changed; also for a parameter with NaN or infinity, a persistent buffer with NaN, and a layer
     that another library adapted.
+
+    >>> import samfast
+    >>> from samfast.models import build_sam
+    >>> sam = samfast.attach(build_sam("vit_tiny"), samfast.Lora(rank=4), train=())
+    >>> samfast.report(sam).trained_parameters
+    18432
     """
     config = method if peft_config.is_config(method) else None
     if config is not None:
@@ -99,6 +105,7 @@ def attach(
 
 
 def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
+    """Raise TypeError or ValueError where nothing can be attached to the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, not a torch.nn.Module")
     if base_dtype is not None and base_dtype not in BASE_DTYPES:

@@ -273,6 +273,7 @@ def _check_tensors(
 
 
 def some(items: list[str], limit: int = 3) -> str:
+    """The first of the items and how many more there are, for a sentence."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return (", ".join(items[:limit]) or "none") + more
 

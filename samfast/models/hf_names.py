@@ -68,6 +68,7 @@ _RULES_BACK = [_rule(ours, theirs) for theirs, ours in _PAIRS]
 
 
 def is_hugging_face(names: Iterable[str]) -> bool:
+    """Whether the tensors' names are those of a Hugging Face model."""
     return any(name.startswith("vision_encoder.") for name in names)
 
 

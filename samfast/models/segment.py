@@ -75,6 +75,12 @@ def segment(
     exchanged corners are looked for on the CPU only, for reading them elsewhere would wait for the
     device. Raises ValueError, or TypeError for a dtype or a model, when an input does not fit, and
     RuntimeError in DistributedDataParallel's forward when parameters are trained that are not read.
+
+    >>> import torch
+    >>> from samfast.models import build_sam, segment
+    >>> images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    >>> segment(build_sam("vit_tiny", image_size=64), images).shape
+    torch.Size([2, 1, 64, 64])
     """
     check_all_read(sam)
     model = sam_within(sam)

@@ -123,4 +123,5 @@ def _left(content: Mapping[Any, Any], chosen: Found, others: list[int]) -> list[
 
 
 def shown(place: str) -> str:
+    """A prefix as a sentence names it."""
     return repr(place) if place else "one without a prefix"

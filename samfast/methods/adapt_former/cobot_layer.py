@@ -68,6 +68,7 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
         return module
 
     def reset_adapter(self) -> None:
+        """Draw the adapter's parameters as those of a new layer."""
         super().reset_adapter()
         if "gamma" in self._parameters:  # the layer below calls this before they exist
             self.reset_coefficients()

@@ -116,6 +116,7 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
+        """Draw the adapter's parameters as those of a new layer."""
         self.adapter_layer_norm_before.reset_parameters()
         nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
         for zeros in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
@@ -126,6 +127,7 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         return self.down_proj.weight, self.down_proj.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., D), the MLP and its branch."""
         base = super().forward(x)
         if self.side_problem() is not None:
             return base + self._in_parts(x).to(base.dtype)

@@ -71,6 +71,7 @@ class CobotLayer(SharingLayer, PublishedNames):
         self.heads = nn.Parameter(like.new_empty(own, 4, quarter, quarter))
 
     def reset_coefficients(self) -> None:
+        """Set gamma to ones, and draw the heads as published."""
         nn.init.ones_(self.gamma)
         nn.init.zeros_(self.heads[:, 0])
         nn.init.uniform_(self.heads[:, 1:])
@@ -87,9 +88,11 @@ class CobotLayer(SharingLayer, PublishedNames):
         return fold([self])[0]
 
     def relation_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that may have a learning rate of their own."""
         yield from (self.FacT_c, self.FacT_p, self.gamma, self.heads)
 
     def adapter_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what files hold, by the published names."""
         return self.published_state()
 
     def published(self) -> Published:
@@ -97,6 +100,7 @@ class CobotLayer(SharingLayer, PublishedNames):
         return {"heads": (heads, self.heads.shape[2:])}
 
     def fold_backends(self) -> dict[str, str]:
+        """Which backend would fold here, by operation."""
         factor = attrgetter(self.FOLDED[0])(self)
         try:
             return {"cobot_fold": fold_backend(requested("auto"), self.FacT_c, factor)}
@@ -136,6 +140,7 @@ class CobotForward(EncoderForward[CobotLayer]):
         )
 
     def install(self, encoder: nn.Module) -> None:
+        """Hook the fold to the encoder's forward."""
         super().install(encoder)
         encoder.register_load_state_dict_post_hook(self.tie)
 
@@ -200,6 +205,7 @@ class CobotQkvLora(CobotLayer, QkvLora):
 
     @staticmethod
     def check_sizes(in_features: int, out_features: int, rank: int) -> None:
+        """Raise ValueError where layers of these sizes cannot have this update."""
         check_width("rank", rank)
         QkvLora.check_sizes(in_features, out_features, rank)
 
@@ -222,6 +228,7 @@ class CobotQkvLora(CobotLayer, QkvLora):
         return module
 
     def reset_adapter(self) -> None:
+        """Draw the adapter's parameters as those of a new layer."""
         for whole in (self.lora_A, self.lora_B):
             for part in whole.chunk(2):
                 nn.init.xavier_normal_(part)

@@ -8,16 +8,19 @@ MOST_EXPERTS = 64  # the last one enlarges a map 64 times, which the kernels tak
 
 
 def check_experts(experts: int) -> None:
+    """Raise ValueError unless the number of experts is a whole number of at least 1."""
     check_whole("experts", experts)
     if experts > MOST_EXPERTS:
         raise ValueError(f"experts is {experts}; it must be at most {MOST_EXPERTS}")
 
 
 def check_depthwise(depthwise: bool) -> None:
+    """Raise ValueError unless depthwise is True or False."""
     check_flag("depthwise", depthwise)
 
 
 def check_choice(top_k: int, experts: int, formula: str) -> None:
+    """Raise ValueError where top_k or the formula is none that there is."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise ValueError(
             f"top_k is {top_k!r}; it must be a whole number from 1 to {experts}, the number of "

@@ -156,9 +156,11 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
 
     @property
     def scaling(self) -> float:
+        """What the update is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
     def reset_adapter(self) -> None:
+        """Draw the adapter's parameters as those of a new layer."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         for kernel in self.expert_weight:

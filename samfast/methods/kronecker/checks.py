@@ -5,6 +5,7 @@ from samfast.adapters.checks import check_whole
 
 
 def check_n(n: int) -> None:
+    """Raise ValueError unless n is a whole number of at least 1."""
     check_whole("n", n)
 
 

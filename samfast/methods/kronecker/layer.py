@@ -61,6 +61,7 @@ class KroneckerLinear(LowRankLinear):
 
     @staticmethod
     def check_sizes(in_features: int, out_features: int, n: int, rank: int) -> None:
+        """Raise ValueError where layers of these sizes cannot have this update."""
         check_divides(n, in_features, out_features)
         check_rank(rank)
         if rank > min(in_features, out_features) // n:
@@ -84,9 +85,11 @@ class KroneckerLinear(LowRankLinear):
 
     @property
     def scaling(self) -> float:
+        """What the update is multiplied by."""
         return self.alpha / self.rank
 
     def reset_adapter(self) -> None:
+        """Draw the adapter's parameters as those of a new layer."""
         reset_rules(self.kron_rules)
         # As the rows of LoRA's A, of which a part sees in_features / n inputs.
         bound = self.kron_right.shape[1] ** -0.5
@@ -107,6 +110,7 @@ class KroneckerLinear(LowRankLinear):
         return kronecker_weight(self.kron_rules.to(wide), pair, scaling=self.scaling)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
+        """The result with the update. x: (..., in_features) -> (..., out_features)"""
         dropout = self.dropout if self.training else 0.0
         return lora_linear(
             x, self.weight, self.bias, *self.factors(), self.scaling, dropout=dropout

@@ -178,6 +178,7 @@ class QuaternionLinear(_SumOfProducts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
         nn.init.zeros_(self.r_weight)
         for name in self.PARTS[1:]:
             nn.init.uniform_(self.get_parameter(name))
@@ -246,6 +247,7 @@ class PHMLinear(_SumOfProducts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
         reset_rules(self.rules)
         bound = self.in_features**-0.5
         nn.init.uniform_(self.weights if self.rank is None else self.right, -bound, bound)

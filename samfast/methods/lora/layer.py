@@ -56,9 +56,11 @@ class LoraLinear(LowRankLinear):
 
     @property
     def scaling(self) -> float:
+        """What the update is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
     def reset_adapter(self) -> None:
+        """Draw lora_A anew and set lora_B to zeros."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -67,6 +69,7 @@ class LoraLinear(LowRankLinear):
         return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """The result with the update. x: (..., in_features) -> (..., out_features)"""
         dropout = self.dropout if self.training else 0.0
         return lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout=dropout

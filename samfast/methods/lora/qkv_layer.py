@@ -50,6 +50,7 @@ class QkvLora(LowRankLinear):
 
     @staticmethod
     def check_sizes(in_features: int, out_features: int, rank: int) -> None:
+        """Raise ValueError where layers of these sizes cannot have this update."""
         check_rank(rank)
         if out_features % 3:
             raise ValueError(
@@ -74,6 +75,7 @@ class QkvLora(LowRankLinear):
         return cls._from_linear(linear, rank=rank, slices=slices, dropout=dropout)
 
     def reset_adapter(self) -> None:
+        """Draw the A factors anew and set the B factors to zeros."""
         # The bound depends on the number of inputs alone, so one call fills every slice's A.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -90,6 +92,7 @@ class QkvLora(LowRankLinear):
         return delta
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """The result with the update. x: (..., in_features) -> (..., out_features)"""
         dropout = self.dropout if self.training else 0.0
         return lora_linear(
             x,

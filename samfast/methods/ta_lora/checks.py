@@ -10,10 +10,12 @@ MOST_ELEMENTS = 2**28  # of the core, whose sides are the ranks
 
 
 def check_tasks(tasks: int) -> None:
+    """Raise ValueError unless the number of tasks is a whole number of at least 1."""
     check_whole("tasks", tasks)
 
 
 def check_ranks(ranks: Ranks) -> None:
+    """Raise ValueError unless there are three ranks, whole numbers of at least 1."""
     whole = isinstance(ranks, (tuple, list)) and len(ranks) == 3
     if not whole or any(type(rank) is not int or rank < 1 for rank in ranks):
         raise ValueError(f"ranks is {ranks!r}; it must be three whole numbers of at least 1")
@@ -22,12 +24,14 @@ def check_ranks(ranks: Ranks) -> None:
 
 
 def check_scaling(scaling: float) -> None:
+    """Raise ValueError unless the scaling is a finite number above 0."""
     number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
     if not number or not 0 < scaling < float("inf"):
         raise ValueError(f"scaling is {scaling!r}; it must be a finite number above 0")
 
 
 def check_orthogonality(orthogonality: float) -> None:
+    """Raise ValueError unless the penalty's weight is a finite number of at least 0."""
     number = isinstance(orthogonality, (int, float)) and not isinstance(orthogonality, bool)
     if not number or not 0 <= orthogonality < float("inf"):
         raise ValueError(
@@ -36,6 +40,7 @@ def check_orthogonality(orthogonality: float) -> None:
 
 
 def check_names(names: tuple[str, ...]) -> None:
+    """Raise ValueError where there are no names of tasks, or one is empty or given twice."""
     for name in names:
         if not isinstance(name, str) or not name or name == "all":
             raise ValueError(f"tasks has {name!r}, which is no name of a task")

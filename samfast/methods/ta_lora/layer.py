@@ -106,6 +106,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
     def check_sizes(
         in_features: int, out_features: int, tasks: int, ranks: Ranks, enabled: tuple[str, ...]
     ) -> None:
+        """Raise ValueError where layers of these sizes cannot have this update."""
         check_tasks(tasks)
         check_ranks(ranks)
         if checked_slices(enabled) != QKV and out_features % 3:
@@ -178,6 +179,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         return entries if entries.device == self.weight.device else entries.to(self.weight.device)
 
     def reset_adapter(self) -> None:
+        """Draw the factors anew and set the core to zeros."""
         nn.init.zeros_(self.td_G)
         for factor in (self.td_U1, self.td_U2, self.td_U3):
             nn.init.normal_(factor)
@@ -226,6 +228,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         return delta
 
     def forward_adapted(self, x: Tensor) -> Tensor:
+        """The result with the update. x: (..., in_features) -> (..., out_features)"""
         return task_lora_linear(
             x, self.weight, self.bias, self.td_U1, self.td_U2, self.share()[0],
             self.tasks_now(x.shape[0] if x.dim() > 1 else 1),
@@ -318,6 +321,7 @@ class TaskForward(EncoderForward[TaskLoraLinear]):
         return not any(layer.merged for layer in self.layers) and len(set(like)) == 1
 
     def open(self, encoder: nn.Module, args: Any) -> None:
+        """Before the encoder's forward: ValueError where the tasks do not divide the batch."""
         lead, images = self.layers[0], args[0].shape[0] if args else 0
         if images % len(lead.chosen) and not lead.repeated and not lead.merged:
             raise ValueError(

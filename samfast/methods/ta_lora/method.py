@@ -87,6 +87,7 @@ class TaLora(Method):
 
     @property
     def count(self) -> int:
+        """The number of tasks."""
         return len(self.tasks) if isinstance(self.tasks, tuple) else self.tasks
 
     def same_update(self, other: Method) -> bool:
