@@ -26,9 +26,9 @@ def on_config(config):
     shutil.rmtree(target, ignore_errors=True)
     for folder, place in ((ROOT / "samfast", target), (ROOT / "kernels", target / "kernels")):
         for path in folder.rglob("*.py"):
-            link = place / path.relative_to(folder)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
+            copy = place / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)  # of a link, submodules would be sought where it leads
     for folder in (target, *(path for path in target.rglob("*") if path.is_dir())):
         if not (folder / "__init__.py").exists():
             (folder / "__init__.py").touch()
