@@ -94,6 +94,7 @@ def predicted(sam, pixels):
     return mask[0], logits[0]
 
 
+@pytest.mark.slow_on_cpu(but=["lora"])
 @pytest.mark.parametrize("name", MERGED)
 def test_a_plain_sam_predicts_what_samfast_predicts(name, base, photo, tmp_path, capsys):
     folder = adapter(base, MERGED[name], tmp_path / "adapter")
@@ -160,6 +161,7 @@ def sam_model(folder):
     return model.eval(), transformers.SamProcessor.from_pretrained(folder)
 
 
+@pytest.mark.slow_on_cpu("binary_head")
 @pytest.mark.parametrize("head", [None, binary_head])
 def test_a_hugging_face_folder_predicts_the_same(head, base, photo, tmp_path, capsys):
     folder = adapter(base, samfast.Lora(), tmp_path / "adapter", head=head)
