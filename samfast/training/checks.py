@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from samfast.adapters.options import options_of
+from samfast.files.model_card import check_license
 from samfast.methods.registry import VARIANTS
 from samfast.models.architectures import architecture
 from samfast.training.card import card_bytes
@@ -49,6 +50,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     _check_tiles(settings)
     _check_tasks(settings)
     check_suffix(settings.mask_suffix)
+    check_license(settings.license)
     check_for_model(settings)
     if settings.schedule is not None:
         check_schedule(settings.schedule)

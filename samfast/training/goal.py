@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.models import Task
-from samfast.training.scored import Scored, Tick
+from samfast.training.scored import DataFacts, Scored, Tick
 
 
 class Split(Protocol):
@@ -111,6 +111,9 @@ class Goal(Protocol):
 
     def summary(self, best: Mapping[str, Any]) -> dict[str, Any]:
         """The scores as ``summary.json`` has them."""
+
+    def facts(self) -> DataFacts:
+        """What the model card says about the data and a baseline, after ``check``."""
 
     def remembered(self) -> dict[str, Any]:
         """What the adapter's folder keeps for evaluation and prediction."""

@@ -18,6 +18,7 @@ from samfast.training.object_numbers import numbered
 from samfast.training.object_scores import ObjectScores, matched, object_scores
 from samfast.training.panels import titled
 from samfast.training.pictures import objects_over
+from samfast.training.scored import DataFacts
 from samfast.training.task_files import Item, read_stored
 from samfast.training.task_scores import listed, predictions
 from samfast.training.tasks import OF_OBJECTS, TaskSpec
@@ -103,6 +104,10 @@ class Instances(ManyTasks):
 
     def summary(self, best: dict) -> dict:
         return {**super().summary(best), "val_pq": best["val_pq"]}
+
+    def facts(self) -> DataFacts:
+        train, val = (sum(self.counts_of_objects[part]) for part in ("train", "val"))
+        return super().facts()._replace(objects=(train, val))
 
     def remembered(self) -> dict:
         return {**super().remembered(), "masks": "instances"}

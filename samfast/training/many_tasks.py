@@ -23,7 +23,7 @@ from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, class_loss, direction_loss, value_loss
 from samfast.training.metrics import MeanLoss
 from samfast.training.panels import titled
-from samfast.training.scored import Scored, Tick
+from samfast.training.scored import DataFacts, Scored, Tick
 from samfast.training.segmenters import TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
@@ -347,6 +347,14 @@ class ManyTasks:
             "tasks": {spec.name: self._of_row(spec.name, best) for spec in self.specs},
             "best_constant": self.baseline,
         }
+
+    def facts(self) -> DataFacts:
+        named = {
+            f"val_{task}_{name}": value
+            for task, own in self.baseline.items()
+            for name, value in own.items()
+        }
+        return DataFacts(baseline="best constant", baselines=named)
 
     def remembered(self) -> dict:
         """What the adapter's folder keeps for evaluation and prediction."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import samfast
 from samfast.adapters.adapter import adapters
 from samfast.files.format import AdapterFile, read_adapter
+from samfast.files.model_card import CARD, check_license
 from samfast.files.placing import write_together
 from samfast.files.temporary import temporary_file, temporary_folder
 from samfast.methods.ta_lora.layer import TaskLoraLinear
@@ -21,6 +22,7 @@ from samfast.models.architectures import ARCHITECTURES
 from samfast.models.hf_folder import hugging_face_files
 from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.adapted import adapter_folder, base_of
+from samfast.training.merge_card import merged_card
 from samfast.training.merge_settings import MergeSettings
 from samfast.training.remembered import remembered
 
@@ -40,6 +42,12 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
     output = settings.output
     as_folder = output.suffix.lower() not in (*TORCH, SAFETENSORS)
     _check_output(output, as_folder)
+    check_license(settings.license)
+    if settings.license is not None and not as_folder:
+        raise ValueError(
+            f"license is {settings.license}, but {output} is a file without a model card; leave "
+            "out --license, or name a folder"
+        )
     folder = adapter_folder(settings.adapter)
     adapter = read_adapter(folder)
     name = adapter.record["base"].get("name")
@@ -55,10 +63,18 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
         state = _plain_state(model, folder)
     else:
         state = _state_of_task(model, folder, prompts, *channel)
+    text = merged_card(
+        adapter,
+        settings.checkpoint,
+        settings.license,
+        channel,
+        "Sam3TrackerModel" if name == SAM3 else "SamModel",
+    )
     if name == SAM3:
-        _write_sam3(model, state, output, settings.checkpoint)
+        _write_sam3(model, state, output, settings.checkpoint, text)
     elif as_folder:
-        write_together(output, hugging_face_files(state, ARCHITECTURES[name], size))
+        files = hugging_face_files(state, ARCHITECTURES[name], size)
+        write_together(output, {CARD: text, **files})
     else:
         _write_file(state, output)
     return {
@@ -173,7 +189,11 @@ def _write_file(state: Mapping[str, Tensor], output: Path) -> None:
 
 
 def _write_sam3(
-    model: nn.Module, state: Mapping[str, Tensor], output: Path, checkpoint: Path | None
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    output: Path,
+    checkpoint: Path | None,
+    text: bytes,
 ) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(output) as place:
@@ -181,6 +201,7 @@ def _write_sam3(
         for name in _COPIED:
             if checkpoint is not None and (checkpoint / name).is_file():
                 (place / name).write_bytes((checkpoint / name).read_bytes())
+        (place / CARD).write_bytes(text)
         os.replace(place, output)
 
 

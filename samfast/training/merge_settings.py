@@ -35,4 +35,9 @@ class MergeSettings:
         least=0,
         hint="required for classes",
     )
+    license: str | None = option(
+        None,
+        "License in the folder's model card (README.md), as the Hugging Face Hub calls it",
+        hint="default: that of the adapter's card",
+    )
     json: bool = option(False, "Print what was written as JSON on stdout")

@@ -37,7 +37,7 @@ from samfast.training.losses import LOSSES
 from samfast.training.metrics import ForegroundScores, MeanLoss, all_foreground_scores
 from samfast.training.object_numbers import numbered
 from samfast.training.panels import titled
-from samfast.training.scored import Scored, Tick, foreground_scores, foreground_sums
+from samfast.training.scored import DataFacts, Scored, Tick, foreground_scores, foreground_sums
 from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import (
@@ -232,6 +232,10 @@ class OneMask:
             "all_foreground_dice": self.baseline["dice"],
             "all_foreground_iou": self.baseline["iou"],
         }
+
+    def facts(self) -> DataFacts:
+        named = {f"val_{name}": value for name, value in self.baseline.items()}
+        return DataFacts(baseline="all foreground", baselines=named)
 
     def remembered(self) -> dict:
         """What the adapter's folder keeps for prediction."""

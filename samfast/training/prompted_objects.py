@@ -40,7 +40,7 @@ from samfast.training.prompted_data import (
 )
 from samfast.training.prompted_scores import kinds_of, predicted_labels, score_objects
 from samfast.training.prompted_segmenter import PromptedSegmenter
-from samfast.training.scored import Scored, Tick
+from samfast.training.scored import DataFacts, Scored, Tick
 from samfast.training.settings import FinetuneSettings
 from samfast.training.sides import model_side
 from samfast.training.stopping import ignore_signals
@@ -284,6 +284,10 @@ class PromptedObjects:
             "objects": self.objects[1],
             "filled_box_miou": self.filled_boxes,
         }
+
+    def facts(self) -> DataFacts:
+        boxes = {"val_miou_box": self.filled_boxes} if "box" in self.kinds else {}
+        return DataFacts(self.objects, "filled box of each object", boxes)
 
     def remembered(self) -> dict[str, Any]:
         """What the adapter's folder keeps for evaluation and prediction."""

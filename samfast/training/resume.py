@@ -19,7 +19,7 @@ from samfast.training.settings import FinetuneSettings
 from samfast.training.states import State, later_states, newest_state, read_state
 
 NEWEST = "newest"
-_OF_NO_EFFECT = {  # on what is trained
+OF_NO_EFFECT = {  # on what is trained
     "output",
     "overwrite",
     "overlays",
@@ -29,6 +29,7 @@ _OF_NO_EFFECT = {  # on what is trained
     "save_every",
     "keep",
     "threads",
+    "license",
     "workers",
     # What settings.json records with them; ``facts`` has those of them that matter.
     "versions",
@@ -123,7 +124,7 @@ def check_same_run(state: State, settings: Mapping[str, Any], facts: Mapping[str
     changes = []
     for name, now in _as_json(settings).items():
         old = before.get(name, defaults.get(name))
-        if name in _OF_NO_EFFECT or old == now:
+        if name in OF_NO_EFFECT or old == now:
             continue
         if name in ("train", "val"):
             raise ValueError(f"resume {state.folder}: {_files(name, old or [], now)}")

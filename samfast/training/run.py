@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 import samfast
 from samfast.adapters.finite import not_finite
 from samfast.adapters.trained import trained_state
+from samfast.files.adapter_files import adapter_files
 from samfast.files.format import read_adapter
+from samfast.files.placing import write_together
 from samfast.models import image_size
 from samfast.training.callbacks import Callback
 from samfast.training.data import EpochSampler
@@ -28,6 +30,7 @@ from samfast.training.joined import JoinedBatches, own_loader
 from samfast.training.launched import Launched
 from samfast.training.progress import Progress, peak_memory_mib, time_left
 from samfast.training.records import RunFolder
+from samfast.training.run_card import files_with_card
 from samfast.training.run_state import record_of, restore
 from samfast.training.schedules import Schedule, check_schedule
 from samfast.training.scored import Scored
@@ -339,7 +342,13 @@ class Run:
 
     def save(self, folder, row: dict) -> None:
         scores = {name: row[name] for name in ("epoch", *self.goal.columns)}
-        samfast.save_adapter(self.sam, folder, **scores, **self.goal.remembered())
+        files = adapter_files(self.sam, folder, **scores, **self.goal.remembered())
+        trained = sum(parameter.numel() for parameter in self.parameters)
+        classes = self.scored.classes if row is self.best else ()
+        files = files_with_card(
+            self.settings, self.goal, row, files, trained=trained, classes=classes
+        )
+        write_together(folder, files)
 
     def draw_overlays(self, folder: RunFolder) -> None:
         """image | truth | prediction of a few validation images, spread over the set."""

@@ -20,23 +20,23 @@ def run_record(device: torch.device, processes: int, command: Sequence[str] | No
     command: the words of the command line after the program's name; None from Python
     """
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "device": {"type": device.type, "name": _device_name(device)},
         "command": None if command is None else list(command),
         "processes": processes,
     }
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """By package; None for one without a version on record."""
-    versions = {"samfast": samfast.__version__, "python": platform.python_version()}
-    versions["torch"] = torch.__version__
+    found = {"samfast": samfast.__version__, "python": platform.python_version()}
+    found["torch"] = torch.__version__
     for name in _PACKAGES:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+            found[name] = None
+    return found
 
 
 def _device_name(device: torch.device) -> str:

@@ -5,7 +5,8 @@ The sums of an image stay on its device, so that only the end of a pass waits fo
 without a pixel to count is None.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,18 @@ class Scored(NamedTuple):
     row: dict[str, float]
     images: list[dict[str, Any]]
     classes: Sequence[dict[str, Any]] = ()
+
+
+class DataFacts(NamedTuple):
+    """What a model card says about data and scores.
+
+    objects: of the training and of the validation images; None where masks number none
+    baseline: what the baseline is   baselines: its scores by column
+    """
+
+    objects: tuple[int, int] | None = None
+    baseline: str = ""
+    baselines: Mapping[str, float] = MappingProxyType({})
 
 
 def foreground_sums(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -284,6 +284,12 @@ class OutputSettings:
         hint="default: after each epoch only",
     )
     keep: int = option(1, "States to keep; 0 saves none, so that nothing can be resumed", least=0)
+    license: str | None = option(
+        None,
+        "License of the adapter in its model card (README.md), as the Hugging Face Hub calls it, "
+        "such as apache-2.0",
+        hint="default: unknown",
+    )
     overlays: int = option(4, "Validation images to draw next to truth and prediction", least=0)
     dry_run: bool = option(
         False,
@@ -313,7 +319,7 @@ class FinetuneSettings(
     each with both. With --mask-suffix, masks may lie beside their images. Masks hold 0 and one
     other value, which is foreground; other masks need foreground values or a threshold. The output
     folder gets adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/,
-    tensorboard/ and settings.json.
+    tensorboard/ and settings.json. Each adapter has a README.md for the Hugging Face Hub.
     """
 
 
