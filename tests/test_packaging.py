@@ -13,6 +13,7 @@ import pytest
 import test_types
 
 from samfast.kernels import operations
+from tests.source_trees import copied_sources, leaked_paths, run_setup
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("triton", "transformers", "torchvision", "segment_anything", "peft", "accelerate")
@@ -28,14 +29,7 @@ def python(code, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory):
-    """A copy of the sources, so that building leaves this checkout alone."""
-    tree = tmp_path_factory.mktemp("source")
-    for name in ("samfast", "kernels", "csrc"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
-        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    return tree
+    return copied_sources(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +42,6 @@ def pure_wheel(source_tree, tmp_path_factory):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(out / "site")
     return wheel, out / "site"
-
-
-def run_setup(tree, build, *arguments, **environment):
-    environment = {**os.environ, "SAMFAST_BUILD": build, **environment}
-    command = [sys.executable, "setup.py", *arguments]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
 
 
 def test_wheel_content(pure_wheel):
@@ -72,6 +60,17 @@ def test_wheel_content(pure_wheel):
     ):
         assert expected in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_no_file_of_a_wheel_names_a_folder_of_the_build(pure_wheel, source_tree):
+    assert leaked_paths(pure_wheel[0], source_tree) == []
+
+
+def test_max_jobs_that_is_not_a_number_is_one_sentence(source_tree):
+    for value in ("x", "0", "-2", "1.5", ""):
+        done = run_setup(source_tree, "none", "--version", MAX_JOBS=value)
+        sentence = f"expected MAX_JOBS to be a whole number of at least 1, got {value!r}"
+        assert (done.returncode, done.stderr.strip()) == (1, sentence)
 
 
 def test_a_wheel_finds_the_operations_of_the_checkout(pure_wheel, tmp_path):
