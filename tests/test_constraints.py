@@ -12,6 +12,8 @@ from packaging.utils import canonicalize_name
 from project_file import project
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+HASHED = Path(__file__).parents[1] / "requirements-dev.txt"
+OF_PYTORCH = {"torch", "torchvision", "triton"}  # whose builds the user chooses
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 BUILD = ("setuptools", "wheel")  # the extension's, which torch.utils.cpp_extension reads as well
 CUDA = re.compile(r"(nvidia|cuda)-")  # torch's own choice, of a torch that is built for CUDA
@@ -105,3 +107,18 @@ def test_no_pin_is_left_over():
     if absent:
         pytest.skip(f"not installed here: {', '.join(absent)}")
     assert sorted(set(pins()) - set(found)) == []
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_file_with_hashes_has_the_same_pins(python):
+    text = re.sub(r"^#.*\n", "", HASHED.read_text(), flags=re.MULTILINE).replace("\\\n", "")
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    found = {}
+    for line in text.splitlines():
+        asked, *hashes = line.split(" --hash=")
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", h.strip()) for h in hashes), line
+        pin = Requirement(asked.strip())
+        if pin.marker is None or pin.marker.evaluate(environment):
+            found[canonicalize_name(pin.name)] = str(pin.specifier)
+    expected = {name: str(p.specifier) for name, p in pins(python).items()}
+    assert found == {name: pin for name, pin in expected.items() if name not in OF_PYTORCH}
