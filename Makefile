@@ -30,7 +30,7 @@ BUILD_HERE = TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$(ARCH)} $(PYTHON) se
 GPU_WORKERS ?= 12
 
 .PHONY: demo test test-slow test-elsewhere test-gpu smoke-gpu sanitize-gpu bench bench-gpu carry-gpu first-gpu \
-  docs docs-check lint clean
+  docs docs-check lint hashes clean
 
 demo: $(VENV)/.train
 	$(BIN)/python -m samfast.training.demo --output runs/demo
@@ -117,6 +117,16 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check $(CHECKED)
 	@mkdir -p build/types/samfast && ln -sfn ../../../kernels build/types/samfast/kernels
 	$(BIN)/mypy
+
+# Needs uv. The marker is that of [tool.uv] in pyproject.toml; what has one version goes without.
+hashes:
+	mkdir -p build
+	uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-deps --no-header \
+	  --no-annotate $(foreach own,torch torchvision triton,--no-emit-package $(own)) constraints.txt \
+	  --output-file build/pins.txt > /dev/null
+	sed -i "s/ ; python_full_version < '3.11' or python_full_version >= '3.11.5' / /" build/pins.txt
+	grep '^#' requirements-dev.txt | cat - build/pins.txt > build/requirements.txt
+	mv build/requirements.txt requirements-dev.txt
 
 clean:
 	rm -rf $(VENV) .mypy_cache build dist runs *.egg-info samfast/_build.json samfast/_C*.so
