@@ -2,6 +2,7 @@
 """What gets installed, what `import samfast` loads, and what SAMFAST_BUILD decides."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -252,3 +253,20 @@ def test_auto_without_a_compiler_builds_pure_python_and_says_so(source_tree):
     done = run_setup(source_tree, "auto", "build_py", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
     assert '"build": "none"' in record.read_text() and "no-such-compiler" in record.read_text()
+
+
+@pytest.mark.slow_on_cpu
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_the_record_of_a_build_has_versions_and_no_path(source_tree, tmp_path):
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    nvcc.chmod(0o755)
+    for variables, expected in (
+        ({"CUDA_HOME": str(tmp_path)}, "nvcc 12.8, torch is "),
+        ({"CXX": str(tmp_path / "g++")}, "there is no C++ compiler 'g++' on PATH"),
+    ):
+        done = run_setup(source_tree, "auto", "build_py", **variables)
+        assert done.returncode == 0, done.stderr
+        reason = json.loads((source_tree / "samfast" / "_build.json").read_text())["reason"]
+        assert expected in reason and "/" not in reason

@@ -54,14 +54,14 @@ def test_the_source_distribution_has_all_that_a_build_reads(sdist):
 
 
 class Environment:
-    """A virtual environment that finds this one's packages, but not this samfast.
+    """A virtual environment that finds this one's packages, pip too, but not this samfast.
 
     compilers: whether its programs find a compiler
     """
 
     def __init__(self, folder: Path, compilers: bool):
         self.folder = folder
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
         place = sysconfig.get_path("purelib", vars={"base": str(folder)})
         # A line here adds the folder without its own .pth files, such as an editable samfast's.
         (Path(place) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -84,7 +84,7 @@ class Environment:
         offline = ("--no-index", "--no-deps")
         self.run(*pip, "wheel", *offline, "--no-build-isolation", "-w", out, sdist)
         (wheel,) = out.glob("*.whl")
-        self.run(*pip, "install", *offline, wheel)
+        self.run(*pip, "install", *offline, "--ignore-installed", wheel)  # others has one, too
         return wheel
 
     def works(self) -> str:
