@@ -18,7 +18,7 @@ from samfast.files.temporary import temporary_folder
 from samfast.models import encode, image_size
 from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.adapted import adapter_folder, base_of
-from samfast.training.export_settings import ExportSettings
+from samfast.training.export_settings import NEWEST, OLDEST, ExportSettings
 from samfast.training.remembered import remembered
 
 
@@ -31,6 +31,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     """
     if (missing := onnx_files.missing_packages()) is not None:
         raise ImportError(missing)
+    if not OLDEST <= settings.opset <= NEWEST:
+        raise ValueError(f"expected --opset {OLDEST} to {NEWEST}, got {settings.opset}")
     output = settings.output
     if output.suffix:
         raise ValueError(f"expected --output to be a folder without a suffix, got {output}")

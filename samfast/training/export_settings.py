@@ -7,6 +7,8 @@ from pathlib import Path
 from samfast.adapters.options import option
 from samfast.training.settings import ADAPTER, CHECKPOINT, NOT_RANDOM
 
+OLDEST, NEWEST = 18, 23  # of the opsets that torch.onnx writes
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
@@ -22,5 +24,5 @@ class ExportSettings:
     task: str | None = option(
         None, "Task whose decoder is written", metavar="NAME", hint="every task"
     )
-    opset: int = option(18, "Version of ONNX's operators in the files, at least 18", least=18)
+    opset: int = option(18, f"Version of ONNX's operators in the files, {OLDEST} to {NEWEST}")
     json: bool = option(False, "Print what was written as JSON on stdout")

@@ -11,6 +11,7 @@ import torch
 import samfast
 from samfast import cli
 from samfast.export import onnx_check, onnx_files
+from samfast.export.parts import PromptDecoder
 from samfast.methods.conv_lora.dense import DenseConvLora
 from samfast.models import (
     MultiTaskSam,
@@ -28,11 +29,12 @@ needs_onnx = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 
 SIZE = 64
 SMALL = architectures.Architecture(48, 2, 3, (1,), window=3, image_size=SIZE)
+SMALLEST = architectures.Architecture(48, 1, 3, (), window=3, image_size=SIZE)
 TASKS = (Task("kinds", "semantic", 3), Task("cells", "binary"), Task("depth", "regression"))
 NAMES = tuple(task.name for task in TASKS)
 ALLOWED = 1e-3  # of a logit, whatever computes it in float32
 METHODS = {
-    "conv-lora": samfast.ConvLora(experts=3),
+    "conv-lora": samfast.ConvLora(experts=3, target=("qkv", "proj", "lin1")),
     "lora": samfast.Lora(target=("qkv", "proj", "lin1", "lin2")),
     "cobot-lora": samfast.CobotLora(),
     "kronecker": samfast.Kronecker(),
@@ -106,7 +108,40 @@ def routes_differ(model, images):
 
 
 @needs_onnx
-@pytest.mark.slow_on_cpu(but=["conv-lora"])
+@torch.no_grad()
+def test_an_encoder_takes_a_batch_of_different_experts(tmp_path, monkeypatch):
+    monkeypatch.setitem(architectures.ARCHITECTURES, "vit_tiny", SMALLEST)
+    base = build_sam("vit_tiny", image_size=SIZE, seed=3)
+    folder = adapter(base, samfast.ConvLora(experts=2), tmp_path / "adapter")
+    model, images, path = samfast.load_adapted(folder), pictures(), tmp_path / "encoder.onnx"
+    assert routes_differ(model, images)
+    onnx_files.write_encoder(samfast.export_form(model), path, 18)
+    for some in (images, images[:1], images[1:], images.repeat(2, 1, 1, 1)):
+        assert_near(run(path, images=some)[0], encode(model, some))
+
+
+@pytest.mark.parametrize("head", [None, binary_head])
+@torch.no_grad()
+def test_a_decoder_takes_prompts_as_segment_does(head, base):
+    """In torch: what is exported."""
+    model = head(base) if head else base
+    decoder, images = PromptDecoder(samfast.export_form(model)), pictures()
+    for prompts, coords, labels in prompts_of(2):
+        given = onnx_files.prompt_inputs(SIZE, encode(model, images), coords, labels)
+        assert_near(decoder(**given)[0], segment(model, images, **prompts))
+
+
+@torch.no_grad()
+def test_a_decoder_is_segment_anything_s_own(base):
+    """With so many points that SamOnnxModel takes the first mask token too."""
+    decoder = PromptDecoder(samfast.export_form(base))
+    for own, theirs, size in own_and_theirs(base, lambda given: decoder(**given)):
+        assert_near(own, theirs)
+        assert own.dim() != 4 or own.shape[2:] in (size, (16, 16))
+
+
+@needs_onnx
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("name", METHODS)
 @torch.no_grad()
 def test_onnxruntime_gives_torch_s_masks(name, base, tmp_path, capsys):
@@ -125,7 +160,7 @@ def test_onnxruntime_gives_torch_s_masks(name, base, tmp_path, capsys):
 
     model = samfast.load_adapted(folder)
     images = pictures()
-    assert routes_differ(model, images) == (name == "conv-lora")
+    assert routes_differ(model, images) == isinstance(METHODS[name], samfast.ConvLora)
     for some in (images, images[:1]):
         (embeddings,) = run(files / "encoder.onnx", images=some)
         assert_near(embeddings, encode(model, some))
@@ -149,32 +184,34 @@ def prompts_of(batch):
     return found
 
 
+def own_and_theirs(model, run_own):
+    """Outputs of a decoder and of SamOnnxModel, and the photo's size."""
+    from segment_anything.utils.onnx import SamOnnxModel
+
+    stock = SamOnnxModel(model, return_single_mask=True)
+    generator = torch.Generator().manual_seed(8)
+    coords = SIZE * torch.rand(1, 5, 2, generator=generator)
+    embeddings = torch.randn(1, 256, 4, 4, generator=generator)
+    for labels, size, has in (
+        ([1.0, 0.0, 2.0, 3.0, -1.0], (37, 90), 0.0),
+        ([1.0, 1.0, 0.0, 0.0, -1.0], (150, 41), 1.0),
+    ):
+        given = onnx_files.prompt_inputs(SIZE, embeddings, coords, torch.tensor([labels]), size)
+        given["mask_input"] = torch.randn(1, 1, 16, 16, generator=generator)
+        given["has_mask_input"] = torch.tensor([has])
+        for own, theirs in zip(run_own(given), stock(**given), strict=True):
+            yield own, theirs, size
+
+
 @needs_onnx
 @pytest.mark.slow_on_cpu
 @torch.no_grad()
-def test_a_decoder_is_that_of_segment_anything_s_own_export(base, tmp_path):
-    """Beside SamOnnxModel, with enough points that it takes the first mask token as well."""
-    from segment_anything.utils.onnx import SamOnnxModel
-
+def test_a_file_gives_what_segment_anything_s_own_decoder_gives(base, tmp_path):
     folder = adapter(base, samfast.DecoderOnly(), tmp_path / "adapter")
     assert export(folder, tmp_path / "onnx") == 0
-    model = samfast.load_adapted(folder, fuse=False)
-    stock = SamOnnxModel(model, return_single_mask=True)
-    generator = torch.Generator().manual_seed(8)
-    given = onnx_files.prompt_inputs(
-        SIZE,
-        torch.randn(1, 256, 4, 4, generator=generator),
-        SIZE * torch.rand(1, 5, 2, generator=generator),
-        torch.tensor([[1.0, 0.0, 2.0, 3.0, -1.0]]),
-        (37, 90),
-    )
-    for has in (0.0, 1.0):
-        given["mask_input"] = torch.randn(1, 1, 16, 16, generator=generator)
-        given["has_mask_input"] = torch.tensor([has])
-        got = run(tmp_path / "onnx" / "decoder.onnx", **given)
-        for own, theirs in zip(got, stock(**given), strict=True):
-            assert_near(own, theirs)
-        assert got[0].shape == (1, 1, 37, 90)
+    model, path = samfast.load_adapted(folder, fuse=False), tmp_path / "onnx" / "decoder.onnx"
+    for own, theirs, _ in own_and_theirs(model, lambda given: run(path, **given)):
+        assert_near(own, theirs)
 
 
 @needs_onnx
@@ -228,7 +265,7 @@ def test_a_head_of_one_mask_and_a_newer_opset(base, tmp_path):
         ({}, ["m", "--task", "cells"], "no tasks; leave out --task"),
         ({"tasks": TASKS}, ["m", "--task", "birds"], "birds"),
         ({}, ["m", "--checkpoint", "other.pth"], "other.pth is not its base"),
-        ({}, ["m", "--opset", "99"], "opset 99"),
+        ({}, ["m", "--opset", "17"], "expected --opset 18 to 23, got 17"),
     ],
 )
 def test_what_cannot_be_written_is_one_sentence(options, words, says, base, tmp_path, capsys):

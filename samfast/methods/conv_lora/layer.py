@@ -280,7 +280,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace and torch.onnx.export would keep the experts that the example "
-                "chose; use torch.export.export, which takes Conv-LoRA"
+                "chose; give them samfast.export_form(model), where all experts run"
             )
         y, aux, z_pad = conv_lora_linear(
             x,

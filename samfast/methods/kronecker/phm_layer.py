@@ -21,7 +21,7 @@ from samfast.methods.kronecker.checks import check_divides
 from samfast.methods.kronecker.layer import reset_rules
 
 Weights = Tensor | tuple[Tensor, Tensor]
-Layer = TypeVar("Layer", bound="_SumOfProducts")
+Layer = TypeVar("Layer", bound="SumOfProducts")
 _kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # Hamilton's rules, by where they are
 
 
