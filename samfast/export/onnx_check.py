@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,14 @@ from samfast.models.segment import upscale
 ALLOWED = 1e-3
 
 
-def session_of(path: Path):
+def session_of(path: Path) -> Any:
     """The file in onnxruntime, on the CPU."""
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-def run_session(session, given: Mapping[str, Tensor]) -> list[Tensor]:
+def run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
     arrays = {name: tensor.numpy() for name, tensor in given.items()}
     return [torch.from_numpy(array) for array in session.run(None, arrays)]
 

@@ -21,7 +21,10 @@ from samfast.models.segment import (
 class ImageEncoder(nn.Module):
     """images [batch, 3, S, S], RGB 0..255 padded with the pixel mean -> [batch, 256, S/16, S/16]"""
 
-    def __init__(self, sam: nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, sam: nn.Module) -> None:
         super().__init__()
         self.image_encoder = sam.image_encoder
         self.register_buffer("mean", sam.pixel_mean.clone())
@@ -34,7 +37,9 @@ class ImageEncoder(nn.Module):
 class _Decoder(nn.Module):
     """What decoders have in common. side: of images, cells: of embeddings"""
 
-    def __init__(self, sam: nn.Module):
+    positions: Tensor
+
+    def __init__(self, sam: nn.Module) -> None:
         super().__init__()
         self.side = sam.image_encoder.img_size
         self.cells = self.side // sam.image_encoder.patch_embed.proj.stride[0]
@@ -45,7 +50,9 @@ class _Decoder(nn.Module):
 class TaskDecoder(_Decoder):
     """embeddings [batch, 256, S/16, S/16] -> logits [batch, channels, S, S] of a task's channels"""
 
-    def __init__(self, model: MultiTaskSam, task: str):
+    dense: Tensor
+
+    def __init__(self, model: MultiTaskSam, task: str) -> None:
         super().__init__(model)
         self.mask_decoder = model.mask_decoders[task]
         self.register_buffer("dense", model.no_mask_embeds[task].detach().clone())
@@ -76,7 +83,9 @@ class PromptDecoder(_Decoder):
     The mask is that of the first mask token, which ``finetune`` trains, whatever the prompts.
     """
 
-    def __init__(self, sam: nn.Module):
+    upscaling: Tensor
+
+    def __init__(self, sam: nn.Module) -> None:
         super().__init__(sam)
         self.mask_decoder = sam.mask_decoder
         self.prompt_encoder = sam.prompt_encoder

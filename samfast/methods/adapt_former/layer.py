@@ -59,7 +59,15 @@ class PlainAdaptFormer(nn.Module):
     x: (..., D) -> (..., D) = lin2(act(lin1(x))) + up(ReLU(down(norm(x))))
     """
 
-    def __init__(self, lin1, lin2, act, norm, down, up):
+    def __init__(
+        self,
+        lin1: nn.Linear,
+        lin2: nn.Linear,
+        act: nn.Module,
+        norm: nn.LayerNorm,
+        down: nn.Linear,
+        up: nn.Linear,
+    ) -> None:
         super().__init__()
         self.lin1, self.lin2, self.act = lin1, lin2, act
         self.norm, self.down, self.up = norm, down, up

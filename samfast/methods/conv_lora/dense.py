@@ -19,6 +19,12 @@ class DenseConvLora(nn.Module):
     x: (N, H, W, in_features), or (N, H·W, in_features) -> (…, out_features)
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    expert_weight: nn.Parameter
+    expert_bias: nn.Parameter
+    w_gate: nn.Parameter
+
     def __init__(
         self,
         base: nn.Linear,
@@ -32,7 +38,7 @@ class DenseConvLora(nn.Module):
         ratios: tuple[int, ...],
         top_k: int,
         formula: str,
-    ):
+    ) -> None:
         super().__init__()
         self.base = base
         tensors = {"lora_A": lora_A, "lora_B": lora_B, "w_gate": w_gate}
