@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from samfast.export.onnx_files import prompt_inputs
-from samfast.models import MultiTaskSam, decode
+from samfast.models import decode
 from samfast.models.segment import upscale
 
 # Of the largest value that torch gives, and at least of 1: thousands of float32 roundings.
@@ -38,7 +38,7 @@ def check_encoder(path: Path, images: Tensor, embeddings: Tensor) -> float:
     )
 
 
-def check_task_decoder(path: Path, model: MultiTaskSam, task: str, embeddings: Tensor) -> float:
+def check_task_decoder(path: Path, model: Any, task: str, embeddings: Tensor) -> float:
     session, side = session_of(path), model.image_encoder.img_size
     differences = []
     for some in (embeddings, embeddings[:1]):
@@ -48,17 +48,18 @@ def check_task_decoder(path: Path, model: MultiTaskSam, task: str, embeddings: T
     return max(differences)
 
 
-def check_prompt_decoder(path: Path, model: nn.Module, embeddings: Tensor) -> float:
+def check_prompt_decoder(path: Path, model: Any, embeddings: Tensor) -> float:
     """The same without a prompt, with points and with boxes, and for a photo that is no square."""
     session, side = session_of(path), model.image_encoder.img_size
     photo = (side // 2 + 5, side + 3)
     kept = round(photo[0] * side / photo[1])
     differences = []
     for some in (embeddings, embeddings[:1]):
-        for prompt, *tokens in _prompts(side, len(some)):
+        for prompt, points, labels in _prompts(side, len(some)):
+            tokens = (some, points, labels)
             expected = decode(model, some, (side, side), **prompt)
-            masks, _, low_res = run_session(session, prompt_inputs(side, some, *tokens))
-            smaller = run_session(session, prompt_inputs(side, some, *tokens, photo))[0]
+            masks, _, low_res = run_session(session, prompt_inputs(side, *tokens))
+            smaller = run_session(session, prompt_inputs(side, *tokens, photo))[0]
             resized = F.interpolate(expected[:, :, :kept], photo, mode="bilinear")
             low_res = upscale(low_res[:, 0], (side, side), side)[:, None]
             pairs = (masks, expected), (low_res, expected), (smaller, resized)

@@ -4,13 +4,13 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samfast.export.parts import ImageEncoder, PromptDecoder, TaskDecoder
 from samfast.integrations.torchvision import installed
-from samfast.models import MultiTaskSam
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ENCODER_INPUTS, ENCODER_OUTPUTS = ("images",), ("image_embeddings",)
@@ -32,7 +32,7 @@ def missing_packages() -> str | None:
     )
 
 
-def write_encoder(form: nn.Module, path: Path, opset: int) -> None:
+def write_encoder(form: Any, path: Path, opset: int) -> None:
     """form: an export form of a Sam or MultiTaskSam"""
     part = ImageEncoder(form)
     side = form.image_encoder.img_size
@@ -41,7 +41,7 @@ def write_encoder(form: nn.Module, path: Path, opset: int) -> None:
     _write(part, (images,), ({0: batch},), ENCODER_INPUTS, ENCODER_OUTPUTS, path, opset)
 
 
-def write_prompt_decoder(form: nn.Module, path: Path, opset: int) -> None:
+def write_prompt_decoder(form: Any, path: Path, opset: int) -> None:
     part = PromptDecoder(form)
     batch, points = torch.export.Dim("batch"), torch.export.Dim("num_points")
     prompted = {0: batch, 1: points}
@@ -52,7 +52,7 @@ def write_prompt_decoder(form: nn.Module, path: Path, opset: int) -> None:
     _write(part, example, shapes, PROMPT_INPUTS, PROMPT_OUTPUTS, path, opset)
 
 
-def write_task_decoder(form: MultiTaskSam, task: str, path: Path, opset: int) -> None:
+def write_task_decoder(form: Any, task: str, path: Path, opset: int) -> None:
     part = TaskDecoder(form, task)
     embeddings = torch.zeros(2, part.dense.shape[1], part.cells, part.cells)
     shapes = ({0: torch.export.Dim("batch")},)
@@ -92,7 +92,7 @@ def _write(
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of its code and of axes that share a name
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             part.eval(), example, dynamo=True, opset_version=opset, input_names=list(inputs),
             output_names=list(outputs), dynamic_shapes=shapes, verbose=False,
         )  # fmt: skip

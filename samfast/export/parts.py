@@ -4,6 +4,8 @@
 Each is made of an ``export_form`` in float32 or float64.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +23,11 @@ from samfast.models.segment import (
 class ImageEncoder(nn.Module):
     """images [batch, 3, S, S], RGB 0..255 padded with the pixel mean -> [batch, 256, S/16, S/16]"""
 
+    image_encoder: Any
     mean: Tensor
     std: Tensor
 
-    def __init__(self, sam: nn.Module) -> None:
+    def __init__(self, sam: Any) -> None:
         super().__init__()
         self.image_encoder = sam.image_encoder
         self.register_buffer("mean", sam.pixel_mean.clone())
@@ -38,8 +41,10 @@ class _Decoder(nn.Module):
     """What decoders have in common. side: of images, cells: of embeddings"""
 
     positions: Tensor
+    side: int
+    cells: int
 
-    def __init__(self, sam: nn.Module) -> None:
+    def __init__(self, sam: Any) -> None:
         super().__init__()
         self.side = sam.image_encoder.img_size
         self.cells = self.side // sam.image_encoder.patch_embed.proj.stride[0]
@@ -83,13 +88,15 @@ class PromptDecoder(_Decoder):
     The mask is that of the first mask token, which ``finetune`` trains, whatever the prompts.
     """
 
+    mask_decoder: Any
+    prompt_encoder: Any
     upscaling: Tensor
 
-    def __init__(self, sam: nn.Module) -> None:
+    def __init__(self, sam: Any) -> None:
         super().__init__(sam)
         self.mask_decoder = sam.mask_decoder
         self.prompt_encoder = sam.prompt_encoder
-        weights = bilinear(4 * self.cells, self.side, None, self.positions.dtype)
+        weights = bilinear(4 * self.cells, self.side, self.positions.device, self.positions.dtype)
         self.register_buffer("upscaling", weights)  # [S, 4n]
 
     def forward(
@@ -125,14 +132,14 @@ class PromptDecoder(_Decoder):
         """Upscaled to S x S, without what was padded, resized to the photo: two products."""
         size = size.to(masks.dtype)
         kept = torch.floor(size * (self.side / size.max()) + 0.5)  # of the S x S image
-        height, width = (n.item() for n in size.to(torch.int64).unbind())
-        rows, columns = self._weights(height, kept[0]), self._weights(width, kept[1])
+        sides: list[Any] = [n.item() for n in size.to(torch.int64).unbind()]
+        rows, columns = self._weights(sides[0], kept[0]), self._weights(sides[1], kept[1])
         return rows @ masks @ columns.t()
 
     def _weights(self, count: int, kept: Tensor) -> Tensor:
         """[count, 4n]: what each of `count` lines takes of the low-resolution mask."""
         torch._check(count > 0)
-        like = {"dtype": self.upscaling.dtype, "device": self.upscaling.device}
+        like: dict[str, Any] = {"dtype": self.upscaling.dtype, "device": self.upscaling.device}
         at = (torch.arange(count, **like) + 0.5) * (kept / count) - 0.5
         at = torch.minimum(at.clamp(min=0), kept - 1)
         distance = at[:, None] - torch.arange(self.side, **like)

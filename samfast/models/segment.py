@@ -8,7 +8,7 @@ The numbers are those of segment_anything's loop over images with ``multimask_ou
 
 from collections.abc import Sequence
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -376,7 +376,7 @@ def masks_of_sources(
 
 
 def tokens_and_masks(
-    decoder: nn.Module, source: Tensor, positions: Tensor, prompts: Tensor
+    decoder: Any, source: Tensor, positions: Tensor, prompts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The decoder's tokens [M, 1 + masks + T, 256], that of the quality first, and the logits of
     ``masks_of_sources``.
