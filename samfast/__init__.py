@@ -24,6 +24,7 @@ _EXPORTS = {
     "merged_state_dict": "samfast.methods.attach",
     "trainable_parameters": "samfast.methods.attach",
     "parameter_groups": "samfast.methods.attach",
+    "export_form": "samfast.export.form",
     "set_task": "samfast.methods.ta_lora.tasks",
     "fuse": "samfast.fused.fuse",
     "unfuse": "samfast.fused.fuse",

@@ -10,6 +10,7 @@ from samfast import modules as modules
 from samfast import profiling as profiling
 from samfast import training as training
 from samfast.adapters.aux_loss import aux_loss as aux_loss
+from samfast.export.form import export_form as export_form
 from samfast.files.adapter_files import load_adapter as load_adapter
 from samfast.files.adapter_files import save_adapter as save_adapter
 from samfast.files.format import read_adapter_config as read_adapter_config

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, ``samfast COMMAND`` or ``python -m samfast COMMAND``.
 
-The commands are finetune, evaluate, predict, merge, warmup, profile and info.
+The commands are finetune, evaluate, predict, merge, export, warmup, profile and info.
 
 What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
 and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
@@ -98,6 +98,7 @@ def let_waiting_threads_sleep() -> None:
 def _parsed(argv: list[str], place: Launched = ALONE) -> Any:
     from samfast.command_line import parse
     from samfast.profiling.settings import ProfileSettings, split_script
+    from samfast.training.export_settings import ExportSettings
     from samfast.training.merge_settings import MergeSettings
     from samfast.training.settings import (
         EvaluateSettings,
@@ -114,6 +115,7 @@ def _parsed(argv: list[str], place: Launched = ALONE) -> Any:
         "evaluate": EvaluateSettings,
         "predict": PredictSettings,
         "merge": MergeSettings,
+        "export": ExportSettings,
         "warmup": WarmupSettings,
         "profile": ProfileSettings,
         "info": InfoSettings,
@@ -128,6 +130,7 @@ def _parsed(argv: list[str], place: Launched = ALONE) -> Any:
 
 def _run(settings: Any, place: Launched, argv: Sequence[str]) -> int:
     from samfast.profiling.settings import ProfileSettings
+    from samfast.training.export_settings import ExportSettings
     from samfast.training.merge_settings import MergeSettings
     from samfast.training.settings import (
         EvaluateSettings,
@@ -161,6 +164,14 @@ def _run(settings: Any, place: Launched, argv: Sequence[str]) -> int:
 
         result = merge(settings)
         closing = f"{result['output']} opens with {result['opens']}"
+    elif isinstance(settings, ExportSettings):
+        from samfast.training.export import export
+
+        result = export(settings)
+        closing = (
+            f"{result['output']} has {', '.join(result['files'])}; onnxruntime and torch differ by "
+            f"at most {result['difference']:.1e}"
+        )
     elif isinstance(settings, WarmupSettings):
         from samfast.training import warmup
 

@@ -37,6 +37,7 @@ SLOW = (
     *("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora", "--compare"),
     *("--trace profile.json", "--save-every", "--masks instances", "--automatic", "merge"),
     "--stacks",
+    "samfast export",
 )
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()

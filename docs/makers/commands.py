@@ -9,6 +9,7 @@ from samfast.cli import InfoSettings
 from samfast.command_line import _hint, _metavar
 from samfast.methods.registry import VARIANTS
 from samfast.profiling.settings import ProfileSettings
+from samfast.training.export_settings import ExportSettings
 from samfast.training.merge_settings import MergeSettings
 from samfast.training.settings import (
     GROUPS,
@@ -24,6 +25,7 @@ COMMANDS = {
     "evaluate": EvaluateSettings,
     "predict": PredictSettings,
     "merge": MergeSettings,
+    "export": ExportSettings,
     "warmup": WarmupSettings,
     "profile": ProfileSettings,
     "info": InfoSettings,

@@ -35,9 +35,8 @@ def requested(backend: str) -> str:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(NAMES)}")
     if backend != "reference" and _recording():
         raise RuntimeError(
-            "torch.jit.trace and torch.onnx.export do not support samfast's operators; first call "
-            "samfast.unfuse(model) if its blocks are fused and samfast.merge(model) if it has "
-            "adapters, or use torch.export.export, which supports them"
+            "torch.jit.trace and torch.onnx.export do not support samfast's operators; give them "
+            "samfast.export_form(model), which has none, or use torch.export.export"
         )
     return backend
 

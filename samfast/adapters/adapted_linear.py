@@ -12,6 +12,15 @@ from samfast.adapters.adapter import Adapter
 Layer = TypeVar("Layer", bound="AdaptedLinear")
 
 
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A frozen nn.Linear of these tensors."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer.eval()
+
+
 class AdaptedLinear(Adapter, nn.Linear):
     """A linear layer that an adapter works beside.
 

@@ -37,6 +37,13 @@ class Adapter(_Mixin):
         """(name inside this module, parameter) of the tensors that the adapter adds."""
         raise NotImplementedError
 
+    def plain(self) -> nn.Module:
+        """A module of torch's own operators that computes the same in evaluation, for export.
+
+        Raises ValueError with the rest of a sentence that begins with the layer.
+        """
+        raise ValueError(f"is a {type(self).__name__}, for which there is no export form")
+
     def adapter_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name in this module's state dict, tensor) of all that the adapter adds there."""
         return self.adapter_parameters()

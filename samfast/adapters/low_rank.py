@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from samfast.adapters.adapted_linear import AdaptedLinear
+from samfast.adapters.adapted_linear import AdaptedLinear, plain_linear
 from samfast.adapters.block_layer import BlockLayer, dropout_seed
 from samfast.backends import requested, resolve
 from samfast.kernels._common.autocast import autocast_input, without_autocast
@@ -102,11 +102,21 @@ class LowRankLinear(AdaptedLinear):
         Autocast has no say in it: a merged weight is the same whatever is on around the call.
         """
         kept = self.weight.data if self.unmerged_weight is None else self.unmerged_weight
-        wide = torch.promote_types(kept.dtype, torch.float32)
-        with without_autocast(kept.device.type):
-            merged = (kept.to(wide) + self.delta_weight().to(wide)).to(kept.dtype)
+        merged = self._folded(kept)
         self.unmerged_weight = kept
         self.weight.data = merged
+
+    def _folded(self, weight: torch.Tensor) -> torch.Tensor:
+        """A new tensor: the weight with the present adapter added."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        with without_autocast(weight.device.type):
+            return (weight.to(wide) + self.delta_weight().to(wide)).to(weight.dtype)
+
+    @torch.no_grad()
+    def plain(self) -> nn.Linear:
+        """nn.Linear with the adapter in its weight."""
+        weight = self.weight.data if self.merged else self._folded(self.weight.data)
+        return plain_linear(weight, self.bias)
 
     def unmerge(self) -> None:
         """Put the weight's own storage back, bit for bit. Does nothing when it is not merged."""

@@ -80,6 +80,14 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
             sync(folder)
 
 
+def refuse_existing(output: Path, *, folder: bool) -> None:
+    """Raise ValueError where something is there. folder: it becomes a folder, and an empty one may
+    be there."""
+    empty = folder and output.is_dir() and not any(output.iterdir())
+    if os.path.lexists(output) and not empty:
+        raise ValueError(f"output {output} exists; name another file or folder, or remove it")
+
+
 def sync(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened

@@ -239,6 +239,10 @@ class MultiTaskSam(nn.Module):
                 embeddings = encode(self, images)
         return dict(zip(chosen, embeddings.split(sizes), strict=True))
 
+    def decode_task(self, embeddings: Tensor, task: TaskName, size: tuple[int, int]) -> Tensor:
+        """Logits [B, channels, *size] of a task from ``encode_for``'s embeddings of its images."""
+        return self._decode(self.index_of(task), embeddings, size, None)
+
     def _set_tasks(self, task: int | str | Tensor, numbers: list[int]) -> None:
         """task: as samfast.set_task takes it   numbers: the same as its layers keep it"""
         if not torch.compiler.is_compiling():

@@ -8,7 +8,7 @@ The numbers are those of segment_anything's loop over images with ``multimask_ou
 
 from collections.abc import Sequence
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -372,17 +372,28 @@ def masks_of_sources(
     source: [M, 256, n, n], embeddings and dense prompts of each object, in the decoder's dtype
     positions: [1, 256, n, n]   prompts: [M, T, 256]
     """
+    return tokens_and_masks(decoder, source, positions, prompts)[1]
+
+
+def tokens_and_masks(
+    decoder: Any, source: Tensor, positions: Tensor, prompts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The decoder's tokens [M, 1 + masks + T, 256], that of the quality first, and the logits of
+    ``masks_of_sources``.
+
+    torch.export takes it with any M: a tensor's len would fix it to the example's.
+    """
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]
-    tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(source.dtype)], dim=1)
+    tokens = torch.cat([own.expand(prompts.shape[0], -1, -1), prompts.to(source.dtype)], dim=1)
     size = source.shape[2:]
-    positions = positions.to(source.dtype).expand(len(source), -1, -1, -1)
+    positions = positions.to(source.dtype).expand(source.shape[0], -1, -1, -1)
 
     tokens, source = decoder.transformer(source, positions, tokens)
     source = source.transpose(1, 2).unflatten(2, size)  # [M, 256, n, n]
     features = decoder.output_upscaling(source)  # [M, 32, 4n, 4n]
     weights = decoder.output_hypernetworks_mlps[0](tokens[:, 1])  # [M, 32]
     masks = weights[:, None] @ features.flatten(2)
-    return masks.view(len(masks), *features.shape[2:])
+    return tokens, masks.view(masks.shape[0], *features.shape[2:])
 
 
 def upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
@@ -391,13 +402,13 @@ def upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
     Two matrix products: unlike interpolate's, their backward adds in a fixed order on a GPU.
     """
     dtype = torch.promote_types(masks.dtype, torch.float32)
-    rows = _bilinear(masks.shape[1], full, masks.device, dtype)[: size[0]]
-    columns = _bilinear(masks.shape[2], full, masks.device, dtype)[: size[1]]
+    rows = bilinear(masks.shape[1], full, masks.device, dtype)[: size[0]]
+    columns = bilinear(masks.shape[2], full, masks.device, dtype)[: size[1]]
     with torch.autocast(masks.device.type, enabled=False):
         return rows @ masks.to(dtype) @ columns.t()
 
 
-def _bilinear(source: int, target: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def bilinear(source: int, target: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Weights [target, source] of linear interpolation between pixel centres, clamped at edges."""
     centres = (torch.arange(target, device=device, dtype=dtype) + 0.5) * (source / target) - 0.5
     distance = centres.clamp(0, source - 1)[:, None] - torch.arange(source, device=device)

@@ -14,7 +14,7 @@ import samfast
 from samfast.adapters.adapter import adapters
 from samfast.files.format import AdapterFile, read_adapter
 from samfast.files.model_card import CARD, check_license
-from samfast.files.placing import write_together
+from samfast.files.placing import refuse_existing, write_together
 from samfast.files.temporary import temporary_file, temporary_folder
 from samfast.methods.ta_lora.layer import TaskLoraLinear
 from samfast.models import MultiTaskSam, head_of, image_size, stock_state_dict
@@ -93,10 +93,7 @@ def _check_output(output: Path, as_folder: bool) -> None:
         raise ValueError(
             f"expected --output to end in {known}, or to be a folder without a suffix, got {output}"
         )
-    if os.path.lexists(output) and not (
-        as_folder and output.is_dir() and not any(output.iterdir())
-    ):
-        raise ValueError(f"output {output} exists; name another file or folder, or remove it")
+    refuse_existing(output, folder=as_folder)
 
 
 def _chosen(settings: MergeSettings, adapter: AdapterFile) -> tuple[str, int] | None:

@@ -6,9 +6,7 @@ import torch
 
 import samfast
 
-SENTENCE = (
-    r"do not support samfast's operators; first call samfast\.unfuse\(model\) .* samfast\.merge\(m"
-)
+SENTENCE = r"do not support samfast's operators; give them samfast\.export_form\(model\)"
 IMAGES = torch.linspace(-2, 2, 3 * 64 * 64).view(1, 3, 64, 64)
 FLAGS = "torch.onnx._internal.exporter._flags._is_onnx_exporting"
 
@@ -50,6 +48,8 @@ def test_fused_and_attached_models_say_what_to_call(sam, export, tmp_path, monke
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_the_sentence_says_works(sam, move):
     samfast.fuse(move(samfast.attach(sam, samfast.Lora(rank=2))))
+    form = samfast.export_form(sam)
+    assert_same(trace(form), form)
     assert_same(trace(samfast.merge(samfast.unfuse(sam))), sam)
 
 
@@ -76,7 +76,7 @@ def test_methods_trace_on_the_reference_backend(sam, move, method, monkeypatch):
 def test_the_choice_of_experts_is_not_recorded(sam, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
     samfast.attach(sam, samfast.ConvLora(rank=2, experts=2))
-    with pytest.raises(RuntimeError, match=r"would keep the experts .* use torch\.export\.export"):
+    with pytest.raises(RuntimeError, match=r"would keep the experts .*samfast\.export_form"):
         trace(sam)
 
 

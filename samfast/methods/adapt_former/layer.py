@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.adapted_linear import plain_linear
 from samfast.adapters.adapter import Adapter
 from samfast.adapters.block_layer import dropout_seed
 from samfast.adapters.checks import check_bottleneck, check_dropout
@@ -50,6 +51,31 @@ class BlockSide:
 
     plan: SidePlan
     tensors: list[Tensor | None]
+
+
+class PlainAdaptFormer(nn.Module):
+    """``AdaptFormerMlp`` in evaluation, without samfast's operators, for export.
+
+    x: (..., D) -> (..., D) = lin2(act(lin1(x))) + up(ReLU(down(norm(x))))
+    """
+
+    def __init__(
+        self,
+        lin1: nn.Linear,
+        lin2: nn.Linear,
+        act: nn.Module,
+        norm: nn.LayerNorm,
+        down: nn.Linear,
+        up: nn.Linear,
+    ) -> None:
+        super().__init__()
+        self.lin1, self.lin2, self.act = lin1, lin2, act
+        self.norm, self.down, self.up = norm, down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.lin2(self.act(self.lin1(x)))
+        branch = self.up(F.relu(self.down(self.norm(x.to(self.norm.weight.dtype)))))
+        return base + branch.to(base.dtype)
 
 
 class AdaptFormerMlp(Adapter, MLPBlock):
@@ -165,6 +191,15 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         tensors = [norm.weight, norm.bias, *self.factors(), up.weight, up.bias]
         seed = dropout_seed(dropout, x)
         return BlockSide(SidePlan(float(norm.eps), dropout), [*tensors, seed])
+
+    @torch.no_grad()
+    def plain(self) -> PlainAdaptFormer:
+        if (problem := self.side_problem()) is not None:
+            raise ValueError(f"has a branch whose {problem}, which an export form would leave out")
+        down = plain_linear(*self.factors())
+        up = plain_linear(self.up_proj.weight, self.up_proj.bias)
+        parts = (self.lin1, self.lin2, self.act, self.adapter_layer_norm_before, down, up)
+        return PlainAdaptFormer(*parts)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.named_parameters():

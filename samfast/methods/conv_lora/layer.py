@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from samfast.adapters.adapted_linear import AdaptedLinear
+from samfast.adapters.adapted_linear import AdaptedLinear, plain_linear
 from samfast.adapters.block_layer import BlockLayer, dropout_seed
 from samfast.adapters.checks import check_alpha, check_dropout, check_linear_rank
 from samfast.adapters.latest_loss import LatestLoss, recomputing
@@ -30,6 +30,7 @@ from samfast.kernels.expert_gate.op import supports as gate_supports
 from samfast.kernels.lora_linear.op import supports as lora_supports
 from samfast.kernels.sam_block.plan import LayerPlan
 from samfast.methods.conv_lora.checks import check_choice, check_depthwise, check_experts
+from samfast.methods.conv_lora.dense import DenseConvLora, windows_of
 
 _GATE = "lora_moe_gating."
 _CONSTANTS = {f"{_GATE}mean": 0.0, f"{_GATE}std": 1.0}  # of the gate's noise
@@ -216,7 +217,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
                 "a checkpoint runs this forward again, but its generator has moved on; draw the "
                 "noise before and give it as noise="
             )
-        windows = self._windows(x, size)
+        windows = windows_of(x, size)
         if self.training and noise is None:
             noise = draw_noise(x, windows.samples, self.experts, generator)
         elif noise is not None and not self.training:
@@ -279,7 +280,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace and torch.onnx.export would keep the experts that the example "
-                "chose; use torch.export.export, which takes Conv-LoRA"
+                "chose; give them samfast.export_form(model), where all experts run"
             )
         y, aux, z_pad = conv_lora_linear(
             x,
@@ -303,30 +304,12 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         )
         return self._keep(aux, y), z_pad, aux
 
-    def _windows(self, x: Tensor, size: tuple[int, int] | None) -> Windows:
-        shape = tuple(x.shape)
-        if x.dim() in (3, 4) and 0 in shape[1:-1]:
-            raise ValueError(f"x has shape {shape}, maps without pixels")
-        if size is not None and (len(size) != 2 or not all(type(n) is int for n in size)):
-            raise ValueError(f"size is {size!r}; it must be two whole numbers, (H, W)")
-        if x.dim() == 4:
-            if size is not None and tuple(size) != shape[1:3]:
-                raise ValueError(f"x has shape {shape}, whose maps are not {tuple(size)}")
-            return Windows.whole(*shape[:3])
-        if x.dim() != 3:
-            raise ValueError(f"x has shape {shape}, but must be (N, H, W, D) or (N, L, D)")
-        length = shape[1]
-        if size is None:
-            side = int(length**0.5 + 0.5)  # not isqrt, which torch.compile cannot trace
-            if side * side != length:
-                raise ValueError(
-                    f"x has shape {shape}, and {length} tokens are not a square map; give its size"
-                )
-            return Windows.whole(shape[0], side, side)
-        height, width = size
-        if height < 1 or width < 1 or height * width != length:
-            raise ValueError(f"x has {length} tokens, which are no map of {height} × {width}")
-        return Windows.whole(shape[0], height, width)
+    def plain(self) -> DenseConvLora:
+        tensors = (self.lora_A, self.lora_B, self.expert_weight, self.expert_bias, self.w_gate)
+        return DenseConvLora(
+            plain_linear(self.weight, self.bias), *tensors, scaling=self.scaling,
+            ratios=self.ratios, top_k=self.top_k, formula=self.formula,
+        )  # fmt: skip
 
     def latest_loss(self) -> LatestLoss:
         return self._latest

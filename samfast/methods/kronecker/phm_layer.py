@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from samfast.adapters.adapted_linear import plain_linear
 from samfast.adapters.checks import check_rank
 from samfast.backends import requested, resolve
 from samfast.functional import hypercomplex_linear, kronecker_weight
@@ -20,7 +21,7 @@ from samfast.methods.kronecker.checks import check_divides
 from samfast.methods.kronecker.layer import reset_rules
 
 Weights = Tensor | tuple[Tensor, Tensor]
-Layer = TypeVar("Layer", bound="_SumOfProducts")
+Layer = TypeVar("Layer", bound="SumOfProducts")
 _kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # Hamilton's rules, by where they are
 
 
@@ -53,7 +54,7 @@ def _made_rules(like: Tensor) -> Tensor:
     return torch.where(here, 1 - 2 * minus.to(like.dtype), 0.0)
 
 
-class _SumOfProducts(nn.Module):
+class SumOfProducts(nn.Module):
     """A linear layer of Σ_i rules_i ⊗ weights_i; a subclass says in ``parts`` of which."""
 
     in_features: int
@@ -72,6 +73,11 @@ class _SumOfProducts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return hypercomplex_linear(x, *self.parts(), self.bias)
+
+    @torch.no_grad()
+    def plain(self) -> nn.Linear:
+        """nn.Linear of the matrix as it is now, for export."""
+        return plain_linear(self.weight, self.bias)
 
     def reset_bias(self) -> None:
         if self.bias is not None:
@@ -136,7 +142,7 @@ def _cells(weight: Tensor, n: int) -> Tensor:
     return weight.detach().to(wide).view(n, rows, n, columns).transpose(1, 2)
 
 
-class QuaternionLinear(_SumOfProducts):
+class QuaternionLinear(SumOfProducts):
     """Linear layer over the quaternions (Parcollet et al. 2019), with a quarter of the weights.
 
     x: (..., in_features) -> (..., out_features) = x W + b, features in four quarters r, i, j, k and
@@ -201,7 +207,7 @@ class QuaternionLinear(_SumOfProducts):
         return hamilton_rules(weights), weights
 
 
-class PHMLinear(_SumOfProducts):
+class PHMLinear(SumOfProducts):
     """Linear layer of n Kronecker products (PHM, Zhang et al. 2021), with 1/n of the weights.
 
     x: (..., in_features) -> (..., out_features) = x (Σ_i rules_i ⊗ weights_i)ᵀ + bias
