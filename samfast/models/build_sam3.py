@@ -20,8 +20,8 @@ def build_sam3(
     the meta device only its configuration is read.
 
     image_size: None is the folder's. Raises ImportError without transformers, and ValueError or
-    FileNotFoundError with one sentence for what is no folder of a SAM 3 with a tracker, for weights
-    that are missing in it, and for a size that the windows do not divide.
+    FileNotFoundError with one sentence for what is not a folder of a SAM 3 with a tracker, for
+    weights that are missing in it, and for a size that the windows do not divide.
     """
     transformers = _transformers()
     config = transformers.Sam3TrackerConfig() if checkpoint is None else _config(checkpoint)
