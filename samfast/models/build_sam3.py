@@ -96,7 +96,7 @@ def _resize(config: Any, size: int) -> None:
             f"{vit.window_size} patches of {vit.patch_size} pixels"
         )
     if size > MOST_PIXELS:
-        raise ValueError(f"image size {size} is above {MOST_PIXELS}, the largest there is")
+        raise ValueError(f"image size {size} is above {MOST_PIXELS}, the largest supported size")
     if size == _square(config):
         return
     vit.image_size = config.prompt_encoder_config.image_size = size

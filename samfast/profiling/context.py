@@ -42,7 +42,7 @@ class profile:
         self, model: nn.Module | None = None, *, steps: int = 10, fresh_ceilings: bool = False
     ):
         if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+            raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps is {steps!r}; it must be a whole number of at least 1")
         self._model, self._fresh = model, fresh_ceilings

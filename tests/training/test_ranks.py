@@ -414,7 +414,7 @@ def test_one_killed_rank_ends_the_other(tmp_path, killed):
         for process in both:
             process.kill()
     assert left.returncode == 2
-    assert err.count("samfast: the other process ended, so this one cannot go on") == 1
+    assert err.count("samfast: the other process ended, so this one cannot continue") == 1
     assert (tmp_path / "out" / "adapter" / "last").is_dir()
 
 

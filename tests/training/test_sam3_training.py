@@ -329,7 +329,7 @@ OPTIONS = {
     "adaptformer": (("--method", "adaptformer"), "for sam3 use one of lora, conv-lora, kronecker"),
     "ta-lora": (("--method", "ta-lora"), "method ta-lora is for several tasks"),
     "tasks": (("--tasks", "tasks.yaml"), "sam3 learns one mask per image; leave out --tasks"),
-    "random": (("--random-init",), "sam3 is either random or from checkpoint .*, not both"),
+    "random": (("--random-init",), "sam3 cannot be random and from checkpoint .*; give only one"),
     "target": (("--target", "nosuch"), "target 'nosuch' matches no layer in vision_encoder"),
 }
 
@@ -343,7 +343,7 @@ def test_options_that_do_not_fit(folder, shared_data, refused, name):
 
 def test_nothing_named(shared_data, refused):
     words = ("finetune", "--data", shared_data, "--model", "sam3")
-    refused(*words, pattern="sam3 needs a checkpoint .* or random weights must be asked for")
+    refused(*words, pattern="sam3 needs a checkpoint .* or random weights")
 
 
 def profiled(capsys, *more):

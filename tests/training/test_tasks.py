@@ -99,7 +99,7 @@ def test_a_file_of_every_kind(tmp_path):
         ),
         (("{name: a, derive: boundary, foreground: 1}",), "foreground, which only binary masks"),
         (("[a, b]",), "task 1 has no name"),
-        (("{name: 'a: b'}",), "'a: b' is no name of letters"),
+        (("{name: 'a: b'}",), "'a: b' must consist of letters"),
     ],
 )
 def test_bad_entries(tmp_path, entries, sentence):

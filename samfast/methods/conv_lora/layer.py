@@ -220,7 +220,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         if self.training and noise is None:
             noise = draw_noise(x, windows.samples, self.experts, generator)
         elif noise is not None and not self.training:
-            raise ValueError("noise is given, but the gate draws none outside training")
+            raise ValueError("noise is given, but the gate uses noise only in training")
         y, _, aux = self._run(x, windows, noise, expert_index)
         return (y, aux) if return_aux else y
 
@@ -243,7 +243,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
     def block_problem(self) -> str | None:
         """Why this layer cannot take part in a fused block, None when it can."""
         if self.top_k > 1 or self.formula != "code":
-            return f"has top_k={self.top_k} and formula={self.formula!r}, for the reference alone"
+            return f"has top_k={self.top_k} and formula={self.formula!r}, for the reference only"
         return None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
@@ -320,12 +320,15 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
             side = int(length**0.5 + 0.5)  # not isqrt, which torch.compile cannot trace
             if side * side != length:
                 raise ValueError(
-                    f"x has shape {shape}, and {length} tokens are not a square map; give its size"
+                    f"expected a square map, got {length} tokens (x has shape {shape}); pass "
+                    "size=(height, width)"
                 )
             return Windows.whole(shape[0], side, side)
         height, width = size
         if height < 1 or width < 1 or height * width != length:
-            raise ValueError(f"x has {length} tokens, which are no map of {height} × {width}")
+            raise ValueError(
+                f"x has {length} tokens, which do not fill a map of {height} × {width}"
+            )
         return Windows.whole(shape[0], height, width)
 
     def latest_loss(self) -> LatestLoss:
@@ -363,7 +366,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         if self.top_k > 1 or self.formula != "code":
             if asked in ("auto", "reference"):
                 return dict.fromkeys(operations, "reference")
-            only = f"top_k={self.top_k} with formula={self.formula!r} runs on the reference alone"
+            only = f"top_k={self.top_k} with formula={self.formula!r} runs on the reference only"
             return dict.fromkeys(operations, only)
         x = autocast_input(self.weight.detach()[:0])
         h = x.new_empty(0, self.rank)
