@@ -228,5 +228,5 @@ def _json_rows(path: Path, text: str, kind: str) -> Iterator[tuple[str, str, lis
         for number, row in enumerate(rows, 1):
             where = f"{path} image {name!r} row {number}"
             if not isinstance(row, list) or not all(isinstance(v, int | float) for v in row):
-                raise ValueError(f"{where} holds {str(row)[:60]}, not numbers [{form}]")
+                raise ValueError(f"{where} holds {str(row)[:60]}; expected numbers [{form}]")
             yield where, name, row
