@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaptFormer's branch beside a frozen MLP, which is the baseline."""
+"""AdaptFormer's branch with a frozen MLP, compared with the frozen MLP."""
 
 from collections.abc import Iterator
 

@@ -25,7 +25,7 @@ def block_workloads(
     model, batch, rank, device, dtype, compiled=False, image_size=1024
 ) -> Iterator[Workload]:
     """A windowed and a global block under each kind of adapter; ratios are to our frozen block.
-    Beside Conv-LoRA stands LoRA of its rank, alone."""
+    Conv-LoRA is also compared with LoRA of its rank."""
     side = image_size // 16
     for window in (WINDOW, 0):
         for adapters in ADAPTERS:

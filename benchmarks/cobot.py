@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM-COBOT beside what it extends: LoRA on q and v, and AdaptFormer."""
+"""SAM-COBOT compared with what it extends: LoRA on q and v, and AdaptFormer."""
 
 from collections.abc import Iterator
 

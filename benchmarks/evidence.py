@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of a GPU's results rests on: the commit, the compiler, its green test, its verdict."""
+"""Evidence for a row of GPU results: the commit, the compiler, its green test, its verdict."""
 
 import hashlib
 import importlib.metadata

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first minutes on a GPU, in two calls of a machine without a network.
+"""The first minutes on a GPU: two calls on a machine without a network.
 
 python -m benchmarks.first_gpu call1              480 s: build, smoke tests, quick benchmarks
 python -m benchmarks.first_gpu call2              300 s: what failed, backends, whole encoders
 python -m benchmarks.first_gpu call1 --rehearse   every step that needs no GPU, smaller, on this CPU
 
-A step that fails or hangs costs its own time only. Its end is in the log before the next begins.
+A step that fails or hangs uses up only its own time. Its end is in the log before the next begins.
 Results go to --out, by default $OUT. `make carry-gpu` fills .gpu, which travels with the tree.
 """
 
@@ -188,10 +188,16 @@ def _pack(cache: Path, names: set[str], path: Path) -> None:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="the first minutes on a GPU")
     parser.add_argument("call", choices=sorted(STEPS))
-    parser.add_argument("--rehearse", action="store_true", help="what needs no GPU, on this CPU")
-    parser.add_argument("--slower", type=float, default=1.0, help="a factor for all limits (1)")
-    parser.add_argument("--seconds", type=float, help="for all steps (call1 480, call2 300)")
-    parser.add_argument("--out", type=Path, help="where results go ($OUT, else a new folder)")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run the steps that need no GPU, on this CPU"
+    )
+    parser.add_argument(
+        "--slower", type=float, default=1.0, help="multiply all time limits by this (1)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="time limit for all steps (call1 480, call2 300)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for results ($OUT, or a new folder)")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps only")
     options = parser.parse_args(arguments)
     steps, names = STEPS[options.call], [step.name for step in STEPS[options.call]]

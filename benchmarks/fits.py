@@ -124,8 +124,9 @@ def readme_table(text: str) -> str:
 def main() -> int:
     options = parsed(Settings)
     if torch.cuda.is_available():
-        raise SystemExit("a GPU is here, of which other numbers are counted; hide it: "
-                         "CUDA_VISIBLE_DEVICES= python -m benchmarks.fits")  # fmt: skip
+        raise SystemExit(
+            "a GPU would change the counts; hide it: CUDA_VISIBLE_DEVICES= python -m "
+            "benchmarks.fits")  # fmt: skip
     if options.model is not None and options.readme:
         raise SystemExit("--readme writes all rows; leave out --model")
     if options.model not in (None, *MODELS):
@@ -137,7 +138,7 @@ def main() -> int:
         before, begin, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)
         if not begin or not end:
-            raise SystemExit(f"{README} lacks the lines {BEGIN.strip()} and {END.strip()}")
+            raise SystemExit(f"{README} does not have the lines {BEGIN.strip()} and {END.strip()}")
         README.write_text(f"{before}{begin}\n{made}\n{end}{after}", "utf-8")
     return 0
 

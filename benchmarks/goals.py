@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a results file of a GPU says of the goals, one line for each.
+"""Compare a GPU's results file with the goals, one line each.
 
 python -m benchmarks.goals benchmarks/results/<gpu>.csv
 """
@@ -118,7 +118,7 @@ def main(arguments=None) -> int:
     parser.add_argument("results", type=Path)
     options = parser.parse_args(arguments)
     if not options.results.is_file():
-        raise SystemExit(f"{options.results} is no file")
+        raise SystemExit(f"{options.results} is not a file")
     with options.results.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     print("\n".join(table(rows)))

@@ -61,8 +61,10 @@ def run(jobs, common, seconds: float, program: str = "benchmarks.run") -> dict[s
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="run every benchmark on this GPU")
-    parser.add_argument("--minutes", type=float, help="for everything (9; with --quick 1.67)")
-    parser.add_argument("--quick", action="store_true", help="only attention and blocks")
+    parser.add_argument(
+        "--minutes", type=float, help="time limit for all benchmarks (9; with --quick 1.67)"
+    )
+    parser.add_argument("--quick", action="store_true", help="run only attention and blocks")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu needs a CUDA device, and torch sees none")

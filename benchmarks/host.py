@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a block costs its host, forward and backward: ours beside segment_anything's with PEFT.
+"""Host cost of a block, forward and backward: ours and segment_anything's with PEFT.
 
 A GPU is stood in for, as in ``benchmarks.stand_in``, and launches cost nothing. The block is so
 small that aten calls cost little but their way through torch. Python calls are those of functions
@@ -164,8 +164,10 @@ def costs(
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=200, help="of which the least counts [200]")
-    parser.add_argument("--place", choices=PLACES, nargs=1, help="of the attention [both]")
+    parser.add_argument(
+        "--repeats", type=int, default=200, help="repeats; the fastest counts [200]"
+    )
+    parser.add_argument("--place", choices=PLACES, nargs=1, help="place of the attention [both]")
     parser.add_argument("--of", choices=("eager", *METHODS), nargs="+", help="[all]")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of Kronecker products: a trainable layer beside nn.Linear, an adapter beside LoRA."""
+"""Sums of Kronecker products: a trainable layer compared with nn.Linear, an adapter compared with
+LoRA."""
 
 from collections.abc import Iterator
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CUDA asks of a launch, and what compiled code asks of its arguments."""
+"""Rules of CUDA for a launch, and of compiled code for its arguments."""
 
 import torch
 

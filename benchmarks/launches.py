@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton launch that must compile cleanly, with the sizes it is really made at.
+"""Every Triton launch that must compile cleanly, at its real sizes.
 
 They are found in ``kernels/<operation>/launches.py``. Its function ``launches(quick)`` yields
 

@@ -50,7 +50,7 @@ def calls(device: str, small: bool):
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="time native sources beside Triton's")
     parser.add_argument("--device", choices=sorted(BACKENDS), default="cuda", help="(cuda)")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to try it")
+    parser.add_argument("--small", action="store_true", help="use tiny sizes, for a trial run")
     parser.add_argument("--repeats", type=int, default=30, help="(30)")
     options = parser.parse_args(arguments)
     if options.device == "cuda":

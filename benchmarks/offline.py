@@ -231,11 +231,15 @@ def parsed(arguments=None) -> argparse.Namespace:
     """The command line; ends with a sentence where it is wrong."""
     parser = argparse.ArgumentParser(description="compile every kernel for GPUs that are not here")
     parser.add_argument("--archs", "--arch", nargs="+", type=int, choices=sorted(SHARED_LIMITS))
-    parser.add_argument("--quick", action="store_true", help="the usual configurations")
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument(
+        "--quick", action="store_true", help="compile only the usual configurations"
+    )
+    parser.add_argument(
+        "--only", default="", help="compile only configurations whose name contains this"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--launches", default="benchmarks.launches", help="the module of launches")
-    parser.add_argument("--cuda", nargs="*", type=Path, help="CUDA sources; all of csrc/cuda")
+    parser.add_argument("--launches", default="benchmarks.launches", help="module of the launches")
+    parser.add_argument("--cuda", nargs="*", type=Path, help="CUDA sources (all of csrc/cuda)")
     parser.add_argument(
         "--fill",
         type=Path,

@@ -79,7 +79,9 @@ def _ratio(stock: list[tuple], fused: list[tuple], which: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.others", description=__doc__)
-    parser.add_argument("--size", type=int, nargs="+", default=[512], help="sides of the images")
+    parser.add_argument(
+        "--size", type=int, nargs="+", default=[512], help="sides of the images [512]"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     declare_missing_schemas()

@@ -72,7 +72,7 @@ def _only(operation, made):
         workload.providers = {name: workload.providers[name] for name in kept}
         workload.stock = tuple(name for name in workload.stock if name in kept)
         if not workload.stock:
-            raise ValueError(f"{workload.name} has no peer whose errors make its budget")
+            raise ValueError(f"{workload.name} has no peer whose errors set its budget")
     return dataclasses.replace(made[0], verified=made[-1])
 
 
@@ -112,13 +112,18 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="time blocks and attention of SAM in little time")
     add = parser.add_argument
     add("--op", choices=sorted(PEERS), default="block", help="what to time (block)")
-    add("--model", choices=sorted(ENCODERS), default="vit_b", help="whose sizes (vit_b)")
+    add(
+        "--model",
+        choices=sorted(ENCODERS),
+        default="vit_b",
+        help="model whose sizes to use (vit_b)",
+    )
     add("--batches", type=int, nargs="+", default=[1, 4], help="images (1 4)")
-    add("--device", choices=("cpu", "cuda"), default="cuda", help="where (cuda)")
+    add("--device", choices=("cpu", "cuda"), default="cuda", help="device (cuda)")
     add("--dtype", choices=sorted(run.DTYPES), default="bfloat16", help="(bfloat16)")
     add("--side", type=int, default=SIDE, help="tokens along a side of the map (64)")
-    add("--repeats", type=int, default=9, help="of each call (9)")
-    add("--csv", type=Path, default=RESULTS, help="rows are appended here (build/quick.csv)")
+    add("--repeats", type=int, default=9, help="repeats of each call (9)")
+    add("--csv", type=Path, default=RESULTS, help="append rows to this file (build/quick.csv)")
     add("--smoke", type=Path, default=smoke.RESULTS, help="junit xml of the smoke tests")
     add("--goals", type=Path, metavar="CSV", help="only print what these rows say of the goals")
     options = parser.parse_args(arguments)

@@ -87,7 +87,7 @@ def measure(data: dict, name: str, value: float, device: str, date: str) -> dict
     _positive(name, value)
     kind, _, of = name.partition(".")
     if kind == "memory" and of not in device.split():
-        raise ValueError(f"{name} is the rate of another GPU than {device}; measure memory there")
+        raise ValueError(f"{name} is not a rate of {device}; measure memory there")
     datetime.date.fromisoformat(date)
     rate = data["rates"][name]
     row = {"value": value, "device": device, "date": date}
@@ -116,7 +116,7 @@ class Rates:
 
     def __getitem__(self, name: str) -> float:
         if name not in self.data["rates"]:
-            raise ValueError(f"the file of rates lacks {name}; add it as the others are")
+            raise ValueError(f"the file of rates does not have {name}; add it like the others")
         row = self._measured(name)
         return row["value"] if row else self.data["rates"][name]["assumed"]
 

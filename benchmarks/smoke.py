@@ -61,9 +61,11 @@ def run(results: Path, seconds: float, tests=(TESTS,)) -> int:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="run the first tests for a GPU")
     parser.add_argument("--look", action="store_true", help="only say whether there is a GPU")
-    parser.add_argument("--seconds", type=float, default=150, help="for all of them (150)")
+    parser.add_argument("--seconds", type=float, default=150, help="time limit for all tests (150)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="junit xml (build/smoke.xml)")
-    parser.add_argument("--failed", type=Path, metavar="XML", help="only what failed there")
+    parser.add_argument(
+        "--failed", type=Path, metavar="XML", help="run only the tests that failed there"
+    )
     options = parser.parse_args(arguments)
     tests = [TESTS]
     if options.failed is not None:

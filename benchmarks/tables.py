@@ -30,7 +30,7 @@ class Rows:
     def __init__(self, folder: Path, name: str):
         self.path = folder / name
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is not there; record it (see benchmarks/)")
+            raise FileNotFoundError(f"{self.path} does not exist; record it (see benchmarks/)")
         with self.path.open(newline="", encoding="utf-8") as file:
             self.rows = list(csv.DictReader(file))
 
@@ -186,7 +186,9 @@ def filled(text: str, folder: Path = RESULTS) -> str:
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="write README's measured tables from the results")
-    parser.add_argument("--check", action="store_true", help="only compare; 1 where they differ")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare; exit with 1 if they differ"
+    )
     options = parser.parse_args(arguments)
     text = README.read_text(encoding="utf-8")
     try:

@@ -38,7 +38,7 @@ def verify(workload: Workload, dtype: torch.dtype) -> dict[str, str]:
             continue
         budgets.append(Budget(partial(workload.run, name), workload.exact, dtype))
     if not budgets:
-        raise RuntimeError(f"nobody's errors make the budget of {workload.name}: {found}")
+        raise RuntimeError(f"no peer's errors set the budget of {workload.name}: {found}")
     for name, provider in workload.providers.items():
         if name in found:
             continue

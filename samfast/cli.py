@@ -78,7 +78,7 @@ def _ending(argv: list[str], place: Launched) -> Ending:
             return _lost(error, place)
         if "DataLoader worker" in str(error):
             why = str(error).partition("\n")[0].rstrip(". ")
-            return _stop(error, f"a process that loads images ended ({why}); try fewer --workers")
+            return _stop(error, f"a process that loads images ended ({why}); use fewer --workers")
         if not _out_of_memory(error):
             return _bug(error)
         return _stop(error, _memory_sentence(error, settings))
@@ -222,7 +222,7 @@ def _tracker() -> str:
 
 def _lost(error: RuntimeError, place: Launched) -> Ending:
     others = "the other process" if place.processes == 2 else f"one of {place.processes} processes"
-    sentence = f"{others} ended, so this one cannot go on; results of earlier epochs are kept"
+    sentence = f"{others} ended, so this one cannot continue; results of earlier epochs are kept"
     return _stop(error, sentence)._replace(lost=True)
 
 

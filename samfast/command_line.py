@@ -25,8 +25,8 @@ _MARGIN = 30  # columns that a box and its flags take before and after a help te
 _TWO_BOXES = 130  # columns of a terminal in which tyro puts boxes side by side
 _FLAG = 24  # columns of a method's option before its help
 _CONFIG = Option(  # of the command line only: it is no setting, but a file of them
-    help="YAML or JSON file with options: a mapping of their names to values, or a run's "
-    "settings.json. What the command line names wins; paths are relative to the working directory",
+    help="YAML or JSON file of options: a mapping of names to values, or a run's settings.json. "
+    "The command line overrides it; paths are relative to the working directory",
     name="config",
     type=Path | None,
     hint="default: none",

@@ -171,7 +171,7 @@ def test_who_cannot_be_counted_or_judged_costs_no_other():
     assert rows[0]["note"] == "no saved_mib: NotImplementedError: not under a mode"
     assert rows[0]["p50_ms"] > 0 and "saved_mib" not in rows[0] and "saved_mib" in rows[2]
     workload.stock = ("bad",)
-    with pytest.raises(RuntimeError, match=r"nobody's errors make the budget of w: .*no kernel"):
+    with pytest.raises(RuntimeError, match=r"no peer's errors set the budget of w: .*no kernel"):
         verify(workload, torch.float32)
 
 

@@ -149,7 +149,7 @@ def test_a_measured_rate_replaces_the_assumed_one(data):
         ("launch.gap", 0.0, "2030-01-02", "expected a positive number for launch.gap, got 0.0"),
         ("launch.gap", float("nan"), "2030-01-02", "for launch.gap, got nan"),
         ("launch.gap", 1.0, "yesterday", "Invalid isoformat string: 'yesterday'"),
-        ("memory.H100", 3.0, "2030-01-02", "memory.H100 is the rate of another GPU than NVIDIA"),
+        ("memory.H100", 3.0, "2030-01-02", "memory.H100 is not a rate of NVIDIA"),
     ],
 )
 def test_what_is_no_measurement_is_refused(data, name, value, date, sentence):

@@ -67,7 +67,7 @@ def test_what_is_missing_is_a_sentence(results):
         with pytest.raises(ValueError, match=f"expected a number in .*, got '{wrong}'"):
             tables.filled(TEXT, results)
     (results / "saved_bytes.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"saved_bytes\.csv is not there; record it"):
+    with pytest.raises(FileNotFoundError, match=r"saved_bytes\.csv does not exist; record it"):
         tables.filled(TEXT, results)
 
 

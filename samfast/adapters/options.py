@@ -82,9 +82,7 @@ def target_option(default: str | tuple[str, ...], layers: str = "") -> Any:
     """The option ``--target``. layers: its help, where the usual one does not fit"""
     return option(
         default,
-        layers
-        or "Layers of the encoder that get an adapter: qkv, proj, lin1, lin2, or a regular "
-        "expression",
+        layers or "Encoder layers to adapt: qkv, proj, lin1, lin2, or a regular expression",
         type=tuple[str, ...],
         metavar="LAYER ...",
         as_option=lambda target: (target,) if isinstance(target, str) else target,
@@ -105,4 +103,4 @@ def alpha_option(default: float | None) -> Any:
 
 def dropout_option(default: float) -> Any:
     """The option ``--dropout``."""
-    return option(default, "Dropout on the adapter's input, in training")
+    return option(default, "Dropout on the adapter's input during training")

@@ -60,7 +60,7 @@ def find_layers_of(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Modul
                     f"samfast only nn.{kind}; load it with PEFT's PeftModel.from_pretrained, then "
                     "call samfast.fuse"
                 )
-            found = "nothing of that name" if layer is None else f"a {type(layer).__name__}"
+            found = "nothing with that name" if layer is None else f"a {type(layer).__name__}"
             raise ValueError(
                 f"adapter {adapter.folder} belongs on a {kind} {name}, but the model has {found}"
             )
@@ -110,7 +110,7 @@ def check_finite_base(model: nn.Module, adapter: AdapterFile) -> None:
     if (problem := base_problem(model, adapter.tensors.keys())) is not None:
         raise ValueError(
             f"adapter {adapter.folder} expects a base of finite numbers, but the model's "
-            f"{problem}; load its weights anew"
+            f"{problem}; load its weights again"
         )
 
 
@@ -129,7 +129,7 @@ def check_tensors(model: nn.Module, adapter: AdapterFile, adapted: Mapping[str, 
     for name, tensor in adapter.tensors.items():
         if name not in places:
             raise ValueError(
-                f"adapter {adapter.folder} has a tensor {name}, which the model has not"
+                f"adapter {adapter.folder} has a tensor {name}, which the model does not have"
             )
         if tensor.shape != places[name].shape:
             raise ValueError(

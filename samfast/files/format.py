@@ -62,7 +62,7 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     for name in (CONFIG, TENSORS):
         if not (folder / name).exists():
             pickled = name == TENSORS and (folder / "adapter_model.bin").exists()
-            hint = "; adapter_model.bin is a pickle, which samfast does not read" if pickled else ""
+            hint = "; adapter_model.bin is a pickle, which samfast cannot read" if pickled else ""
             raise FileNotFoundError(f"adapter folder {folder} has no {name}{hint}")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is not a regular file")

@@ -136,7 +136,7 @@ def read_lora(
     for option, plain in _PLAIN_OPTIONS.items():
         value = config.get(option, plain)
         if value != plain and (value or plain):
-            raise ValueError(f"its option {option} is {value!r}, which samfast does not read")
+            raise ValueError(f"its option {option} is {value!r}, which samfast cannot read")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise ValueError(f"its init_lora_weights is {start!r}, which changes the base weights")

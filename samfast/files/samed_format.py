@@ -39,8 +39,8 @@ def read_numbered(
     """
     if not isinstance(content, Mapping) or "w_a_000" not in content:
         raise ValueError(
-            "it has no w_a_000, so it is not of SAMed or Sam_LoRA; an adapter of samfast or PEFT "
-            "is given by its folder"
+            "it has no w_a_000, so SAMed or Sam_LoRA did not write it; for an adapter of samfast "
+            "or PEFT, pass its folder"
         )
     factors, tensors = _sorted(path, content)
     count, rank = _checked(factors)
@@ -90,7 +90,7 @@ def _checked(factors: Factors) -> tuple[int, int]:
         if sorted(numbered) != list(numbers):
             absent = sorted(set(numbers) ^ set(numbered))[0]
             raise ValueError(
-                f"it has {len(downs)} w_a and {len(ups)} w_b, which make no pairs of q and v; "
+                f"it has {len(downs)} w_a and {len(ups)} w_b, which do not pair up as q and v; "
                 f"look at w_{letter}_{absent:03d}"
             )
     rank, width = downs[0].shape if downs[0].dim() == 2 else (0, 0)
@@ -123,8 +123,8 @@ def check_numbered(
         held = any(name.startswith(f"{part}.") for name in given)
         if held and absent:
             raise ValueError(
-                f"adapter {path} has a part of {part} only; {absent[0]} and {len(absent) - 1} more "
-                "tensors are missing"
+                f"adapter {path} has only a part of {part}; {absent[0]} and {len(absent) - 1} "
+                "more tensors are missing"
             )
     theirs, mine = tensors.get(_TOKENS), state.get(_TOKENS)
     if theirs is not None and mine is not None and len(theirs) != len(mine):

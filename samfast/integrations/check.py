@@ -247,9 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Check each library that is installed and print a row for it; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m samfast.integrations.check",
-        description="Say of each library that is installed what samfast.fuse makes of it.",
+        description="Check what samfast.fuse does with each installed library.",
     )
-    parser.add_argument("--only", help="rows whose name has this in it", default="")
+    parser.add_argument("--only", help="check only rows whose name contains this", default="")
     only = parser.parse_args(arguments).only
     declare_missing_schemas()
     wrong = 0

@@ -41,7 +41,7 @@ class RotaryBlock(Layout):
         attention = block.attn
         if not attention.use_rope or attention.use_rel_pos or attention.cls_token:
             options = (f"{n}={getattr(attention, n)}" for n in ("use_rope", *cls._flags()))
-            return f"its attention has {', '.join(options)}, where a fused one has rope alone"
+            return f"its attention has {', '.join(options)}, where a fused one has only rope"
         if not attention.freqs_cis.is_complex():
             return f"freqs_cis is {attention.freqs_cis.dtype}, a cast lost its imaginary part"
         return None

@@ -96,7 +96,9 @@ def attach(
     method.check_model(inner, layers)
     trained = find_trained(inner, train, prefix)
     if (problem := base_problem(inner)) is not None:
-        raise ValueError(f"expected a base of finite numbers, but {problem}; load its weights anew")
+        raise ValueError(
+            f"expected a base of finite numbers, but {problem}; load its weights again"
+        )
     adapted = method.build(layers)
     if config is not None:
         peft_config.start(config, adapted)
@@ -200,7 +202,7 @@ def find_trained(model: nn.Module, train: tuple[str, ...] | str, prefix: str = "
             parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise ValueError(
                 f"train names {entry!r}, which has no parameters in this model; its parts are "
-                f"{parts}; train=() trains the adapters alone"
+                f"{parts}; train=() trains only the adapters"
             )
         trained.update(matched)
     return trained

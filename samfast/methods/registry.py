@@ -22,7 +22,7 @@ class DecoderOnly(Method):
     lacks_all = "has no adapters"
 
     def summary(self) -> str:
-        return "no adapters; only the mask decoder is trained"
+        return "no adapters; train only the mask decoder"
 
     def smallest_layer(self) -> None:
         return None

@@ -54,5 +54,5 @@ def check_image_size(size: Any) -> int:
     if number <= 0 or number % PATCH:
         raise ValueError(f"image size {size!r} is not a positive multiple of {PATCH}")
     if number > MOST_PIXELS:
-        raise ValueError(f"image size {number} is above {MOST_PIXELS}, the largest there is")
+        raise ValueError(f"image size {number} is above {MOST_PIXELS}, the largest supported size")
     return number

@@ -53,11 +53,11 @@ def build_sam(
     if name != SAM3:
         size = check_image_size(sizes.image_size if image_size is None else image_size)
     if checkpoint is not None and random_init:
-        raise ValueError(f"{name} is either random or from checkpoint {checkpoint}, not both")
+        raise ValueError(f"{name} cannot be random and from checkpoint {checkpoint}; give only one")
     if checkpoint is None and not random_init and name != "vit_tiny":
         raise ValueError(
-            f"{name} needs a checkpoint (checkpoint=, --checkpoint), "
-            "or random weights must be asked for (random_init=True, --random-init)"
+            f"{name} needs a checkpoint (checkpoint=, --checkpoint), or random weights "
+            "(random_init=True, --random-init)"
         )
     stored = checkpoint is not None and name != SAM3
     if device not in ("cpu", "meta") or (device == "meta" and stored):

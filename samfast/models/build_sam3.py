@@ -20,8 +20,8 @@ def build_sam3(
     the meta device only its configuration is read.
 
     image_size: None is the folder's. Raises ImportError without transformers, and ValueError or
-    FileNotFoundError with one sentence for what is no folder of a SAM 3 with a tracker, for weights
-    that are missing in it, and for a size that the windows do not divide.
+    FileNotFoundError with one sentence for what is not a folder of a SAM 3 with a tracker, for
+    weights that are missing in it, and for a size that the windows do not divide.
     """
     transformers = _transformers()
     config = transformers.Sam3TrackerConfig() if checkpoint is None else _config(checkpoint)
@@ -96,7 +96,7 @@ def _resize(config: Any, size: int) -> None:
             f"{vit.window_size} patches of {vit.patch_size} pixels"
         )
     if size > MOST_PIXELS:
-        raise ValueError(f"image size {size} is above {MOST_PIXELS}, the largest there is")
+        raise ValueError(f"image size {size} is above {MOST_PIXELS}, the largest supported size")
     if size == _square(config):
         return
     vit.image_size = config.prompt_encoder_config.image_size = size

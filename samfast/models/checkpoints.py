@@ -96,8 +96,8 @@ def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike[str]) -> 
     _check_tensors(state, wanted, name, path)
     if unknown := [key for key in state if key not in wanted]:
         notes.append(
-            f"{some(unknown)} are left out, for {name} has nothing of that name, and may compute "
-            "something else than the model that was saved"
+            f"{some(unknown)} are left out, for {name} has nothing with that name, and may "
+            "compute something else than the model that was saved"
         )
     copies = {
         key: state[key].to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -116,7 +116,7 @@ def read_file(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise ValueError(
-                f"checkpoint {path} is not a whole safetensors file: {error}"
+                f"checkpoint {path} is not a complete safetensors file: {error}"
             ) from None
     try:
         # Only PyTorch's zip format can be mapped; the older one is read into memory.
@@ -127,8 +127,8 @@ def read_file(path: Path) -> Any:
         unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if unsafe:
             raise ValueError(
-                f"checkpoint {path} names {unsafe[1]!r}, which no tensor needs, and samfast runs "
-                "no code of files; whoever trusts it can save its state dict alone"
+                f"checkpoint {path} names {unsafe[1]!r}, which tensors do not need, and samfast "
+                "runs no code from files; if you trust the file, save only its state dict"
             ) from None
         raise ValueError(f"checkpoint {path} is damaged or not a PyTorch checkpoint") from error
 
@@ -213,7 +213,7 @@ def _sam_state(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
         copies = " and ".join(map(shown, found.copies))
         notes.append(f"the weights are {shown(found.place)}, not {copies}")
     if found.left:
-        notes.append(f"{some(found.left)} are left out, for they are not the SAM's")
+        notes.append(f"{some(found.left)} are left out, since they do not belong to the SAM")
     return state, notes
 
 

@@ -49,11 +49,11 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(
-                f"task name {self.name!r} is no name of letters, digits and underscores"
+                f"task name {self.name!r} must consist of letters, digits and underscores"
             )
         taken = (nn.ModuleDict(), nn.ParameterDict())
         if any(hasattr(known, self.name) for known in taken) or self.name == "all":
-            raise ValueError(f"task name {self.name!r} means something else; choose another")
+            raise ValueError(f"task name {self.name!r} is reserved; choose another")
         if self.kind not in KINDS:
             raise ValueError(
                 f"task {self.name} has kind {self.kind!r}; known are {', '.join(KINDS)}"
@@ -182,7 +182,7 @@ class MultiTaskSam(nn.Module):
         if task is None:
             return dict.fromkeys(range(len(self.tasks))), "dict"
         if isinstance(task, Mapping) and not task:
-            raise ValueError("no task is asked for; name at least one")
+            raise ValueError("expected at least one task, got none")
         if isinstance(task, Tensor):
             task = task.tolist()
         if isinstance(task, Mapping):
@@ -310,10 +310,10 @@ def _check(sam: nn.Module, tasks: tuple[Task, ...]) -> None:
             raise ValueError(f"two tasks are called {name}")
     parts = ("image_encoder", "prompt_encoder", "mask_decoder")
     if not all(isinstance(getattr(sam, part, None), nn.Module) for part in parts):
-        raise ValueError(f"this {type(sam).__name__} is no Sam of segment_anything")
+        raise ValueError(f"expected segment_anything's Sam, got {type(sam).__name__}")
     if head_of(sam) != "sam":
         raise ValueError(
-            f"the model has head {head_of(sam)!r}; samfast.models.restore_head takes it back"
+            f"the model has head {head_of(sam)!r}; samfast.models.restore_head undoes it"
         )
     if adapters(sam) or attachment(sam) is not None:
         raise ValueError("the model has adapters; attach them to the MultiTaskSam instead")

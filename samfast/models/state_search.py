@@ -50,7 +50,7 @@ def find_sam(content: Mapping[Any, Any]) -> Found | None:
     if len(chosen) > 1:
         places = " and ".join(shown(one.place) for one in full)
         raise ValueError(
-            f"holds {len(full)} SAMs, {places}; save the state dict of one of them alone"
+            f"holds {len(full)} SAMs, {places}; save the state dict of only one of them"
         )
     copies = [one for one in full if one is not chosen[0]]
     left = _left(content, chosen[0], [id(one.values) for one in copies])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time and the memory of a training step go: ``samfast profile``, ``samfast.profile``.
+"""Find where a training step spends time and memory: ``samfast profile``, ``samfast.profile``.
 
 recorder    decides which step is warmed up, counted and timed; torch.profiler takes the times
 counted     what a step launches, moves, computes and keeps, by samfast.counters

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which block of the model runs, by hooks that torch calls for all modules.
+"""Track which block of the model runs, by hooks that torch calls for all modules.
 
-Such hooks leave fused blocks fused. A block is a transformer block, or a part beside the blocks,
-such as the neck. Its backward is known by the sequence numbers of the nodes its forward made.
+Such hooks leave fused blocks fused. A block is a transformer block, or another part, such as the
+neck. Its backward is known by the sequence numbers of the nodes its forward made.
 """
 
 import bisect

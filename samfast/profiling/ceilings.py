@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do at most, measured once for each machine and torch and kept with a date.
+"""Ceilings of this machine, measured once per machine and torch version and saved with a date.
 
 The file is ceilings.json in SAMFAST_CACHE, else in samfast/ of XDG_CACHE_HOME, else of ~/.cache.
 """
@@ -42,7 +42,7 @@ class Ceilings(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where measured ceilings are kept."""
+    """Folder of the measured ceilings."""
     if own := os.environ.get("SAMFAST_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -112,7 +112,10 @@ def _read() -> tuple[dict, str | None]:
     except FileNotFoundError:
         return {}, None
     except OSError as error:
-        return {}, f"the ceilings in {path} cannot be read ({error.strerror}); measured anew"
+        return (
+            {},
+            f"the ceilings in {path} cannot be read ({error.strerror}); they were measured again",
+        )
     except ValueError:
         return {}, None  # written anew
     rows = found.items() if isinstance(found, dict) else ()
@@ -136,5 +139,5 @@ def _write(rows: dict) -> str | None:
         write_whole(path, json.dumps(rows, indent=1).encode(), durable=False)
     except OSError as error:
         why = getattr(error, "strerror", None) or error
-        return f"the ceilings were measured anew; {path} cannot be written ({why})"
+        return f"the ceilings were measured again, but {path} cannot be written ({why})"
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``samfast profile``: what it refuses, what it runs, and the files it writes at the end."""
+"""``samfast profile``: checks, run and output files."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,17 +33,17 @@ _OF_MODEL = (
 
 
 def run_profile(settings: ProfileSettings) -> dict[str, Any]:
-    """Profile what the settings say; the result that ``--json`` prints.
+    """Profile as the settings say; return the result that ``--json`` prints.
 
-    ValueError or FileNotFoundError, with one sentence and before anything is written, for settings,
-    files and scripts that are wrong.
+    Raises ValueError or FileNotFoundError for wrong settings, files and scripts, before anything is
+    written.
     """
     check_options(settings)
     _check_script_options(settings)
     if settings.compare and settings.model == SAM3:
         raise ValueError(
-            f"--compare builds others' models of segment_anything's sizes, which {SAM3} has not; "
-            "leave it out, or take vit_b"
+            f"--compare needs segment_anything's sizes, which {SAM3} does not have; leave it out, "
+            "or use vit_b"
         )
     check_outputs(
         (settings.trace, settings.plot, settings.html), _is_drawn(settings), settings.script
@@ -68,7 +68,7 @@ def _from_here(settings: ProfileSettings) -> ProfileSettings:
 
 
 def _check_script_options(settings: ProfileSettings) -> None:
-    """ValueError for options of a model beside a script."""
+    """Raise ValueError for options of a model if a script is given."""
     if settings.script is None:
         return
     if settings.compare:
@@ -78,8 +78,8 @@ def _check_script_options(settings: ProfileSettings) -> None:
         if option.name in _OF_MODEL and value != option.default:
             flag = f"--{option.name.replace('_', '-')}"
             raise ValueError(
-                f"{option.name} is {value}, but the script decides that itself; leave out {flag}, "
-                "or --script"
+                f"{option.name} is {value}, but the script sets that itself; leave out {flag}, or "
+                "--script"
             )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step by samfast and by others, in turns: ``samfast profile --compare``.
+"""Time a step by samfast and by others, in turns: ``samfast profile --compare``.
 
 Every model has the same sizes, loss, optimizer and data, a trained mask decoder run by samfast, and
 LoRA on the same layers of its encoder. Others' adapters are PEFT's.

@@ -20,16 +20,16 @@ _active: list["profile"] = []
 class profile:
     """Profile training steps: ``with samfast.profile(model) as p: step()``.
 
-    model: whose blocks get rows; without it those of every model that is called inside
-    steps: how many are timed at most; what runs afterwards is not recorded
-    fresh_ceilings: measure anew what the machine can do
+    model: its blocks get rows; without it, those of every model called inside
+    steps: largest number of timed steps; later ones are not recorded
+    fresh_ceilings: measure the machine's ceilings again
 
-    A step ends where an optimizer steps, the first one that does where there are several. The first
-    step is counted, which is slow, and the following ones are timed. One step alone is counted and
-    timed at once; its times then include the counting, and the table says so. Under
-    DistributedDataParallel only rank 0 profiles, others only run.
+    A step ends when an optimizer steps; with several optimizers, when the first one does. The first
+    step is counted, which is slow, and the following ones are timed. A single step is counted and
+    timed at once: its times include the counting, and the table says so. Under
+    DistributedDataParallel, only rank 0 profiles.
 
-    Raises RuntimeError for a profile inside a profile, and where results are asked for too early.
+    Raises RuntimeError for a profile inside a profile, and for results before the block ends.
 
     Example:
         with samfast.profile(model) as p:
@@ -42,7 +42,7 @@ class profile:
         self, model: nn.Module | None = None, *, steps: int = 10, fresh_ceilings: bool = False
     ):
         if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model is {type(model).__name__}, not a torch.nn.Module")
+            raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps is {steps!r}; it must be a whole number of at least 1")
         self._model, self._fresh = model, fresh_ceilings
@@ -53,7 +53,9 @@ class profile:
 
     def __enter__(self) -> "profile":
         if _active:
-            raise RuntimeError("a samfast.profile runs already; leave it before the next begins")
+            raise RuntimeError(
+                "another samfast.profile is active; leave it before you enter the next one"
+            )
         if self._recorder is not None:
             raise RuntimeError("this samfast.profile was used before; make another one")
         self._rank = rank()
@@ -72,29 +74,33 @@ class profile:
             self._recorder.timed = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """All that is known, as JSON has it; {} on ranks above 0."""
+        """Return all results as JSON values; {} on ranks above 0."""
         if self._rank:
             return {}
         if self._recorder is None or self in _active or not self._recorder.timed:
-            raise RuntimeError("there is no result before the with block has ended without errors")
+            raise RuntimeError(
+                "there is no result yet; leave the with block without an error first"
+            )
         if not self._recorder.counted.counts.launches:
-            raise RuntimeError("nothing ran inside the with block, so there is nothing to show")
+            raise RuntimeError(
+                "nothing ran inside the with block; run at least one training step there"
+            )
         if self._result is None:
             self._result = result_of(self._recorder, self._fresh)
         return self._result
 
     def table(self) -> str:
-        """The tables as text; on ranks above 0 a sentence."""
+        """Return the tables as text; on ranks above 0, a sentence."""
         from samfast.profiling.text import table
 
         return table(self.as_dict()) if self._rank == 0 else self._elsewhere()
 
     def trace(self, path: str | os.PathLike[str]) -> None:
-        """Write the events for chrome://tracing or Perfetto."""
+        """Write a trace for chrome://tracing or Perfetto."""
         self._write(path, lambda: trace_bytes(self._recorded().profiler))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the operations under their ceilings, and the memory over a step, as PNG."""
+        """Draw operations against their ceilings, and memory over a step, as PNG."""
         from samfast.profiling.plot import plot_png
 
         self._write(path, lambda: plot_png(self.as_dict()))

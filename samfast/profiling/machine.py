@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine a number belongs to: its name, and the rates that bound every operation."""
+"""The machine of a measurement: its name, and the rates that bound every operation."""
 
 import math
 import platform

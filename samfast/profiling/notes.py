@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What readers of a profile should know, in sentences: its notes, and the largest loss."""
+"""Notes on a profile in sentences, and its largest loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,8 +34,8 @@ def notes_of(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> li
         notes.append(_about_unknown(unknown))
     if recorder.both:
         notes.append(
-            "one step was timed and counted at once, so its times include the counting; let two "
-            "steps or more run inside for times without it"
+            "one step was timed and counted at once, so its times include the counting; run at "
+            "least two steps for times without it"
         )
     if any(r["name"] == COMPILED and r["calls"] for r in rows):
         notes.append(
@@ -45,8 +45,8 @@ def notes_of(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> li
         )
     if recorder.compiled:
         notes.append(
-            "torch.compile compiled during the timed steps, so their times include that; let more "
-            "steps of the same shapes run"
+            "torch.compile compiled during the timed steps, so their times include that; run more "
+            "steps with the same shapes"
         )
     elif recorder.left_out:
         notes.append(
@@ -55,8 +55,8 @@ def notes_of(recorder: Recorder, ceilings: Ceilings, rows: Sequence[dict]) -> li
         )
     if hidden := sorted(recorder.counted.hidden):
         notes.append(
-            f"hooks of the program's own keep what is saved for the backward as {_listed(hidden)}, "
-            "whose bytes are not counted"
+            f"the program's own hooks save tensors for backward as {_listed(hidden)}, whose bytes "
+            "are not counted"
         )
     notes += recorder.remarks
     if ceilings.remark:
@@ -77,10 +77,10 @@ def _about_above(rows: Sequence[dict]) -> str:
     )
     if len(some) < len(rows):
         each += f", and {len(rows) - len(some)} shorter ones"
-    why = "the operation does less than is counted (a fast algorithm, or data from a cache)"
+    why = "the operation does less work than counted (a fast algorithm, or cached data)"
     return (
-        f"above their ceilings are {each}: either {why}, or the machine was busy each time the "
-        "ceilings were measured; --fresh-ceilings measures them anew"
+        f"above their ceilings are {each}: either {why}, or the machine was busy when the "
+        "ceilings were measured; --fresh-ceilings measures them again"
     )
 
 

@@ -12,16 +12,16 @@ from samfast.files.temporary import temporary_file
 
 
 def check_outputs(paths: Iterable[Path | None], drawn: bool, script: Path | None = None) -> None:
-    """ValueError for a file that could not be written, is named twice, or is the script.
+    """Raise ValueError for a file that cannot be written, is given twice, or is the script.
 
-    drawn: whether one of them has drawings, which matplotlib makes
+    drawn: True if one of them has drawings, which need matplotlib
     """
     seen: set[Path] = set()
     for path in filter(None, paths):
         if script is not None and path.resolve() == script.resolve():
-            raise ValueError(f"{path} is the script that is profiled; name another file")
+            raise ValueError(f"{path} is the profiled script; give another file")
         if path.resolve() in seen:
-            raise ValueError(f"{path} is named for two outputs; give each its own file")
+            raise ValueError(f"{path} is given for two outputs; give each its own file")
         seen.add(path.resolve())
         check_output(path)
     if drawn and importlib.util.find_spec("matplotlib") is None:
@@ -29,12 +29,12 @@ def check_outputs(paths: Iterable[Path | None], drawn: bool, script: Path | None
 
 
 def check_output(path: Path) -> None:
-    """ValueError for a file that cannot be written; leaves nothing behind."""
+    """Raise ValueError for a file that cannot be written; leave nothing behind."""
     try:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file to write")
         if not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written, for there is no folder {path.parent}")
+            raise ValueError(f"{path} cannot be written: the folder {path.parent} does not exist")
         with temporary_file(path):
             pass
     except OSError as error:

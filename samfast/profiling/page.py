@@ -32,7 +32,7 @@ img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 
 
 def page(result: dict[str, Any]) -> str:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     operations = [[row["name"], *text.cells(row)] for row in text.shown(result["operations"])]
     parts = [
         f"<h1>{escape(text.head(result))}</h1>",

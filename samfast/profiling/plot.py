@@ -18,7 +18,7 @@ _NAMED = 8  # points with names
 
 
 def plot_png(result: dict[str, Any]) -> bytes:
-    """Both drawings, one above the other."""
+    """Draw both, one above the other."""
     figure = _figure((8, 9))
     above, below = figure.subplots(2, 1)
     _roofline(above, result)

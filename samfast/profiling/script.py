@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own training program, run unchanged until enough of its steps were seen."""
+"""Run a user's training program unchanged until enough of its steps are recorded."""
 
 import builtins
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from samfast.profiling.recorder import TIME, Recorder
 
-_ADVICE = "a step ends at the step of a torch.optim optimizer"
+_ADVICE = "a step ends when a torch.optim optimizer steps"
 
 
 class _Enough(BaseException):
@@ -20,11 +20,11 @@ class _Enough(BaseException):
 
 
 def run_script(path: Path, arguments: Sequence[str], plan: list[str], quiet: bool) -> Recorder:
-    """Run the script as ``python path arguments…`` does; what was recorded of its steps.
+    """Run the script as ``python path arguments…`` does; return what was recorded of its steps.
 
     plan: what happens in each step   quiet: what the script prints goes to stderr
-    FileNotFoundError or ValueError, with one sentence, for a script that cannot be read, fails, or
-    ends before a step was timed.
+    Raises FileNotFoundError or ValueError for a script that cannot be read, fails, or ends
+    before a step is timed.
     """
     _check_source(path)
 
@@ -116,17 +116,15 @@ def _check_steps(path: Path, recorder: Recorder) -> None:
         return
     if recorder.held and not timed:
         raise ValueError(
-            f"the script {path} cannot be profiled: its steps end inside a torch dispatch mode of "
-            "its own, in which nothing can be counted"
+            f"the script {path} cannot be profiled: its steps end inside its own torch dispatch "
+            "mode, where nothing can be counted"
         )
     if timed:
         recorder.remarks.append(f"the script ended after {timed} of {wanted} timed steps")
         return
     steps, skipped = recorder.step, len(recorder.plan) - wanted
     if steps == 0 and not recorder.optimizers:
-        raise ValueError(
-            f"the script {path} ended without a step, so there is nothing to profile; {_ADVICE}"
-        )
+        raise ValueError(f"the script {path} ended without a step; {_ADVICE}")
     raise ValueError(
         f"the script {path} ended after {steps} steps, but the first {skipped} are "
         "skipped; let it run longer, or use a smaller --skip"

@@ -23,56 +23,58 @@ class ProfileSettings:
 
     model: str | None = option(
         None,
-        "Image encoder, with random weights unless --checkpoint names others",
+        "Image encoder, with random weights unless --checkpoint is given",
         metavar=f"{{{','.join(MODELS)}}}",
         hint="default: vit_tiny",
     )
     checkpoint: Path | None = option(
         None,
-        "Weights of the model as for finetune; for sam3 its folder also says the sizes",
+        "Weights of the model, as for finetune; for sam3, its folder also gives the sizes",
         hint="default: random weights",
     )
-    method: str = option("lora", "What is trained in addition to the mask decoder", choices=METHODS)
+    method: str = option("lora", "Train this in addition to the mask decoder", choices=METHODS)
     image_size: int | None = option(
-        None, "Side of the images", hint="default: 1024, for vit_tiny 256, for sam3 the folder's"
+        None,
+        "Side of the images in pixels",
+        hint="default: 1024; vit_tiny: 256; sam3: as in its folder",
     )
-    batch: int = option(2, "Images in one step", least=1)
+    batch: int = option(2, "Images per step", least=1)
     memory: str | None = option(
         None,
-        "What the fused encoder keeps for the backward",
+        "What the fused encoder saves for backward; as in finetune",
         choices=MEMORY,
         hint="default: fast",
     )
-    device: str = option("auto", "Where it runs (auto: a GPU if there is one)", choices=DEVICES)
+    device: str = option("auto", "Device to run on (auto: a GPU if there is one)", choices=DEVICES)
     dtype: str = option(
         "auto",
-        "Dtype of the products (auto: float32 on a CPU; on a GPU bfloat16, or float16 where that "
-        "is missing)",
+        "Dtype of matrix products (auto: float32 on a CPU, bfloat16 on a GPU, float16 on a GPU "
+        "without bfloat16)",
         choices=DTYPES,
     )
-    backend: str = option("auto", "Which kernels run", choices=BACKENDS)
+    backend: str = option("auto", "Kernels to run", choices=BACKENDS)
     script: Path | None = option(
         None,
-        "Profile this training program instead of a model; its arguments follow",
+        "Profile this training program instead of a model; put its arguments after it",
         metavar="FILE [ARGUMENT ...]",
         hint="default: none",
     )
-    steps: int = option(5, "Steps that are timed", least=1)
-    skip: int = option(3, "Steps before them, of which the last is counted", least=2)
+    steps: int = option(5, "Number of steps to time", least=1)
+    skip: int = option(3, "Number of steps to run before; the last one is counted", least=2)
     compare: bool = option(
         False,
-        "Also time the model unfused, with PEFT, and Hugging Face's with PEFT, in turns; not with "
-        "--script",
+        "Also time the unfused model, segment_anything with PEFT and Hugging Face with PEFT, in "
+        "turns; not with --script",
     )
     fresh_ceilings: bool = option(
-        False, "Measure what this machine can do anew, in place of the values kept"
+        False, "Measure this machine's ceilings again instead of using saved values"
     )
-    json: bool = option(False, "Print JSON on stdout")
+    json: bool = option(False, "Print JSON to stdout")
     trace: Path | None = option(
-        None, "Write the events for chrome://tracing or Perfetto (JSON)", hint="default: none"
+        None, "Write a trace for chrome://tracing or Perfetto (JSON)", hint="default: none"
     )
     plot: Path | None = option(
-        None, "Draw the operations under their ceilings, and memory (PNG)", hint="default: none"
+        None, "Draw operations against their ceilings, and memory (PNG)", hint="default: none"
     )
     html: Path | None = option(
         None, "Write one page with tables and drawings", hint="default: none"

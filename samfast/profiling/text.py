@@ -30,7 +30,7 @@ def totals(result: dict[str, Any]) -> list[str]:
     lines = [f"step {step}, median of {steps['timed']}, under the profiler"]
     if steps["plain_ms"] is not None:
         more = steps["profiler_overhead"]
-        costs = f"so it costs {more:+.0%}" if more > 0 else "so it costs less than steps differ"
+        costs = f"so it costs {more:+.0%}" if more > 0 else "so it costs less than steps vary"
         lines[0] += f"; without it {steps['plain_ms']:.2f} ms, {costs}"
     flop = f"{sums['flop'] / 1e9:.3f} GFLOP executed"
     if sums["model_flop"] is not None:

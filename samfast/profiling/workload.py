@@ -100,8 +100,8 @@ def training_settings(settings: ProfileSettings, fuse: bool = True) -> FinetuneS
     """What ``samfast finetune`` would be told; ValueError for what it cannot build."""
     if VARIANTS[settings.method].needs_tasks:
         raise ValueError(
-            f"method {settings.method} is for several tasks, which samfast profile does not build; "
-            "profile the program that trains them with --script"
+            f"method {settings.method} is for several tasks, which samfast profile cannot build; "
+            "profile your training program with --script"
         )
     training = with_recipe(
         FinetuneSettings(

@@ -21,24 +21,24 @@ def load_adapted(
     fuse: bool = True,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """The SAM that an adapter was trained on, with the adapter, in eval mode.
+    """Load the SAM that an adapter was trained on, with the adapter, in eval mode.
 
-    adapter: a run's folder, or an adapter's such as runs/NAME/adapter/best
-    checkpoint: the SAM weights that it was trained on, of which a digest is compared; None where
-        they were random, which are drawn again from the recorded seed
-    base_dtype: what the frozen weights are cast to; None keeps float32
-    fuse: whether the encoder runs fused, as ``finetune`` trains it unless told otherwise
-    device: where the model is put
+    adapter: the folder of a run, or of an adapter such as runs/NAME/adapter/best
+    checkpoint: the SAM weights that it was trained on (checked by their digest); None if they were
+        random: they are drawn again from the recorded seed
+    base_dtype: dtype of the frozen weights; None keeps float32
+    fuse: run the fused encoder, as ``finetune`` does by default
+    device: device of the model
 
-    segment_anything's SamPredictor and SamAutomaticMaskGenerator take the model as it is, as
-    ``samfast.models.segment`` does. finetune trains mask token 0: ask for it with
-    ``multimask_output=False``. An adapter of several tasks gives a ``MultiTaskSam``, one on SAM 3
-    Hugging Face's Sam3TrackerModel.
+    The model works with segment_anything's SamPredictor and SamAutomaticMaskGenerator, and with
+    ``samfast.models.segment``. finetune trains mask token 0, so pass ``multimask_output=False``. An
+    adapter with several tasks returns a ``MultiTaskSam``; one on SAM 3 returns Hugging Face's
+    Sam3TrackerModel.
 
         predictor = SamPredictor(samfast.load_adapted("runs/cells", "sam_vit_b_01ec64.pth"))
 
-    Raises ValueError or FileNotFoundError with one sentence for a folder without an adapter, one
-    that does not record its base, and a checkpoint that is missing or another.
+    Raises ValueError or FileNotFoundError if the folder has no adapter or does not record its base,
+    or if the checkpoint is missing or is not the right one.
     """
     folder = adapter_folder(Path(adapter))
     sam = samfast.load_adapter(base_of(folder, checkpoint), folder, base_dtype=base_dtype).eval()
@@ -46,14 +46,14 @@ def load_adapted(
 
 
 def base_of(adapter: Path, checkpoint: str | os.PathLike | None = None) -> nn.Module:
-    """The SAM that an adapter was trained on, without the adapter; see ``load_adapted``."""
+    """Load the SAM that an adapter was trained on, without the adapter; see ``load_adapted``."""
     base = read_adapter(adapter).record["base"]
     if base.get("name") is None:
         raise ValueError(f"adapter {adapter} does not say which model it was trained on")
     if base.get("checkpoint") is not None and checkpoint is None:
         raise ValueError(
-            f"adapter {adapter} was trained on {base['name']} from {base['checkpoint']}; say where "
-            "that file is with --checkpoint"
+            f"adapter {adapter} was trained on {base['name']} from {base['checkpoint']}; pass "
+            "that file with --checkpoint"
         )
     if base.get("checkpoint") is None and checkpoint is not None:
         raise ValueError(
@@ -62,8 +62,8 @@ def base_of(adapter: Path, checkpoint: str | os.PathLike | None = None) -> nn.Mo
         )
     if checkpoint is None and base.get("seed") is None:
         raise ValueError(
-            f"adapter {adapter} was trained on {base['name']} with random weights of no known "
-            "seed, which cannot be drawn again"
+            f"adapter {adapter} was trained on {base['name']} with random weights of an unknown "
+            "seed, so they cannot be drawn again"
         )
     if base["name"] not in ARCHITECTURES:
         raise ValueError(
@@ -79,7 +79,7 @@ def base_of(adapter: Path, checkpoint: str | os.PathLike | None = None) -> nn.Mo
 
 
 def adapter_folder(given: Path) -> Path:
-    """The adapter's folder itself, or the best adapter's of a run's folder."""
+    """Return the folder of the adapter; for a run's folder, that of its best adapter."""
     if (given / CONFIG).exists():
         return given
     for inside in (given / "best", given / "adapter" / "best"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to try when memory runs out: the options that a command has and does not use yet.
+"""What to try when memory runs out: options of the command that are not used yet.
 
 Importing this loads no torch.
 """
@@ -17,9 +17,9 @@ from samfast.training.settings import (
 
 
 def memory_advice(settings: Any, main_memory: bool) -> str:
-    """Options that need less memory than the settings, as a sentence goes on.
+    """Name options that need less memory than the settings, as the end of a sentence.
 
-    settings: of any command, or None   main_memory: whether that ran out, not a GPU's
+    settings: of any command, or None   main_memory: True if main memory ran out, not GPU memory
     """
     if isinstance(settings, FinetuneSettings):
         found = _of_training(settings, main_memory)
@@ -32,7 +32,7 @@ def memory_advice(settings: Any, main_memory: bool) -> str:
     else:
         found = []
     if not found:
-        return "no option needs less; it takes a device with more memory"
+        return "no option needs less; use a device with more memory"
     *most, last = found
     return f"try {', '.join(most)} or {last}" if most else f"try {last}"
 

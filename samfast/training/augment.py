@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random changes of training images: geometry, which masks follow, and colours.
 
-All numbers are functions of (seed, pass, index), as those of flips are. Pictures are Pillow's, in
-which torchvision computes with whole numbers or on one thread: who loads an image changes no bit.
+All random numbers are functions of (seed, pass, index), as for flips. Images are Pillow's, so
+torchvision gives the same bits in every loader process.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _NOISE_STREAM = 6
 
 @dataclass(frozen=True)
 class Amounts:
-    """The most that an image is changed by.
+    """Largest changes of an image.
 
     brightness, contrast, saturation: factors are 1 - amount to 1 + amount
     turn: degrees to either side   scale: 1 / scale to scale   shift: share of each side
@@ -57,7 +57,7 @@ AMOUNTS = {
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one image in one pass; units as in ``Amounts``.
+    """Changes of one image in one pass; units as in ``Amounts``.
 
     shift: to the right and down   noise_key: seeds the noise
     """
@@ -75,14 +75,14 @@ class Change:
 
     @property
     def moves(self) -> bool:
-        """Whether pixels move, so that masks change too."""
+        """True if pixels move, so that masks change too."""
         return (self.turn, self.scale, self.shift) != (0.0, 1.0, (0.0, 0.0))
 
     def moved(self, values: np.ndarray, fill: int | bool = 0) -> np.ndarray:
-        """The image or mask turned, scaled and shifted in its own size.
+        """Turn, scale and shift an image or mask; its size stays.
 
         values: uint8 (H, W, 3), bilinear; or bool, uint8 or int32 (H, W), nearest neighbour
-        fill: what comes in from outside
+        fill: value of pixels from outside
         """
         if not self.moves:
             return values
@@ -103,7 +103,7 @@ class Change:
         return np.asarray(moved).view(values.dtype)
 
     def coloured(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (h, w, 3) -> the same with other brightness, contrast and colours, blur, noise."""
+        """uint8 (h, w, 3) -> with other brightness, contrast, colours, blur and noise."""
         transforms, picture = _transforms(), Image.fromarray(image)
         picture = transforms.adjust_brightness(picture, self.brightness)
         picture = transforms.adjust_contrast(picture, self.contrast)
@@ -121,7 +121,7 @@ class Change:
 
 
 def change_of(kind: str, seed: int, number: int, index: int) -> Change | None:
-    """What happens to image ``index`` in pass ``number``; None for kind "none"."""
+    """Draw the changes of image ``index`` in pass ``number``; None for kind "none"."""
     if kind == "none":
         return None
     most = AMOUNTS[kind]
@@ -142,7 +142,7 @@ def change_of(kind: str, seed: int, number: int, index: int) -> Change | None:
 
 
 def check_augment(kind: str) -> None:
-    """Raise ImportError where ``kind`` needs torchvision and it is not installed."""
+    """Raise ImportError if ``kind`` needs torchvision and it is not installed."""
     if kind != "none" and not installed("torchvision"):
         raise ImportError(
             f"augment {kind} needs torchvision, which is not installed: "

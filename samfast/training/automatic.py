@@ -16,7 +16,7 @@ GRID = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")  # optio
 
 
 def check_grid(settings: Any) -> None:
-    """Raise ValueError for options of the grid that are no numbers, or without --automatic."""
+    """Raise ValueError for grid options that are not numbers or lack --automatic."""
     for name in GRID:
         value = getattr(settings, name)
         if value is not None and not settings.automatic:
@@ -26,7 +26,7 @@ def check_grid(settings: Any) -> None:
 
 
 def grid_of(settings: Any) -> dict[str, float]:
-    """The options of the grid that are given."""
+    """Return the grid options that are given."""
     given = {name: getattr(settings, name) for name in GRID}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -41,11 +41,11 @@ def automatic_objects(
     points_per_batch: int = 64,
     min_size: int = 0,
 ) -> np.ndarray:
-    """int32 (H, W): objects from 1 on, 0 for none; where masks overlap, the smaller is on top.
+    """int32 (H, W): number objects from 1; where masks overlap, the smaller is on top.
 
     sam: segment_anything's Sam, with or without adapters   image: uint8 (H, W, 3)
-    The thresholds are those of ``SamAutomaticMaskGenerator``, whose own scores judge the masks. Of
-    each point it takes the mask of the decoder's first token, for training teaches no other.
+    The thresholds and scores are those of ``SamAutomaticMaskGenerator``. Each point gives the mask
+    of the decoder's first token, which is the only one that training changes.
     """
     from segment_anything import SamAutomaticMaskGenerator
     from segment_anything.utils.amg import rle_to_mask
@@ -61,7 +61,7 @@ def automatic_objects(
     of_three = generator.predictor.predict_torch
 
     def of_one(*arguments, multimask_output, **options):
-        """The mask of one token, which fine-tuning trains, in place of those of three others."""
+        """Return only the mask of the token that fine-tuning trains, not the three others."""
         return of_three(*arguments, multimask_output=False, **options)
 
     generator.predictor.predict_torch = of_one
@@ -75,7 +75,7 @@ def automatic_objects(
 
 @contextmanager
 def suppression_in_torch() -> Iterator[None]:
-    """The generator with ``batched_nms`` where torchvision has no operator for it."""
+    """Let the generator use ``batched_nms`` if torchvision has no operator for it."""
     import segment_anything.automatic_mask_generator as module
 
     given = module.batched_nms
@@ -90,10 +90,10 @@ def suppression_in_torch() -> Iterator[None]:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the boxes that no better one of their category covers, the best first.
+    """Return the indices of boxes that no better box of their category covers, best first.
 
     boxes: (N, 4), x0, y0, x1, y1   scores, idxs: (N,)   as torchvision.ops.batched_nms
-    A box is covered by one that is kept and whose IoU with it is above the threshold.
+    A kept box covers those whose IoU with it is above the threshold.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, idxs = boxes[order].float(), idxs[order]

@@ -56,39 +56,39 @@ class Found(NamedTuple):
 def check_automatic(
     settings: EvaluateSettings, kept: Remembered, rule: Any, base: str | None
 ) -> None:
-    """Raise ValueError where there are no objects to score, or no points that prompt the model.
+    """Raise ValueError if there are no objects to score, or if points cannot prompt the model.
 
     rule: what is foreground   base: the name of the model
     """
     if not settings.automatic:
         return
     if base == SAM3:
-        raise ValueError(f"--automatic is segment_anything's, which {SAM3} is not")
+        raise ValueError(f"--automatic needs a segment_anything model, got {SAM3}; leave it out")
     labelled = isinstance(rule, Above) and rule.any
     if kept.specs and not are_instances(kept.specs):
         raise ValueError(
-            f"adapter {settings.adapter} was trained on other tasks than objects, or --task names "
-            "one; leave out --automatic, or train with --masks instances"
+            f"adapter {settings.adapter} was not trained on objects, or --task names another "
+            "task; leave out --automatic, or train with --masks instances"
         )
     if not (kept.specs or kept.by_object or labelled):
         raise ValueError(
-            f"adapter {settings.adapter} was trained on masks that need not tell objects apart; "
+            f"adapter {settings.adapter} was trained on masks that may not tell objects apart; "
             "leave out --automatic, or train with --masks instances or --foreground any"
         )
 
 
 def with_prompts(sam: nn.Module, base_of: Callable[[], nn.Module]) -> nn.Module:
-    """A model that points can prompt, for the generator.
+    """Return a model that points can prompt, for the generator.
 
-    Of several tasks, that is the adapted encoder with the prompt encoder and mask decoder of
-    the model that was adapted, which ``base_of`` builds: decoders of tasks know no points.
-    Raises ValueError where the encoder depends on the task.
+    With several tasks, combine the adapted encoder with the original prompt encoder and mask
+    decoder (see ``base_of``), because task decoders take no points. Raises ValueError if the
+    encoder depends on the task.
     """
     if not isinstance(sam, MultiTaskSam):
         return sam
     if any(getattr(layer, "depends_on_task", False) for layer in adapters(sam).values()):
         raise ValueError(
-            "the adapter's encoder depends on the task, and --automatic has none; leave it out"
+            "the adapter's encoder needs a task, and --automatic has none; leave out --automatic"
         )
     base = base_of()
     base.image_encoder = sam.image_encoder

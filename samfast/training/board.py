@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores for TensorBoard, in a file that only ever holds whole records.
 
-TensorBoard's own writer has a thread, which prints a traceback of its own when the disk is full and
-may tell nobody else.
+TensorBoard's own writer uses a thread; when the disk is full, it prints a traceback and may not
+report the error.
 """
 
 import errno

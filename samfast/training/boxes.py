@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Box prompts: one box per image, around all its foreground.
 
-A box is (x0, y0, x1, y1), float64, in pixels: the centres of the first and the last pixel in it are
-its corners, as SAM's prompt encoder has it. Where a mask holds several objects, the box is around
-all of them, for a mask of foreground and background does not say what an object is.
+A box is (x0, y0, x1, y1), float64, in pixels. Its corners are the centres of its first and last
+pixel, as in SAM's prompt encoder. If a mask holds several objects, the box is around all of them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import numpy as np
 
 
 def foreground_box(mask: np.ndarray) -> np.ndarray:
-    """bool (H, W) -> the box of its True pixels; of the whole image where there is none."""
+    """bool (H, W) -> the box of its True pixels; of the whole image if there are none."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     if not len(rows):
         height, width = mask.shape
@@ -29,7 +28,7 @@ def resized_box(box: np.ndarray, before: Sequence[int], after: Sequence[int]) ->
 def jittered_box(
     box: np.ndarray, most: float, size: Sequence[int], rng: np.random.Generator
 ) -> np.ndarray:
-    """Each side moved by up to ``most`` pixels, uniformly, and not beyond the image.
+    """Move each side by up to ``most`` pixels, uniformly, and not beyond the image.
 
     size: (height, width)   A small box whose sides pass one another stays a box, and no side is
     further than ``most`` from where it was in that case either.
@@ -41,19 +40,16 @@ def jittered_box(
 
 
 def parsed_box(text: str) -> np.ndarray:
-    """The box that the text ``x0,y0,x1,y1`` names; ValueError where it names none."""
+    """Parse a box ``x0,y0,x1,y1``; raise ValueError for other text."""
     try:
         box = np.array([float(number) for number in text.split(",")])
     except ValueError:
         box = np.empty(0)
     if box.shape != (4,) or not np.isfinite(box).all():
-        raise ValueError(f"box is {text!r}, not four numbers x0,y0,x1,y1 such as 10,20,110,90")
+        raise ValueError(f"box is {text!r}; expected four numbers x0,y0,x1,y1 such as 10,20,110,90")
     x0, y0, x1, y1 = box
     if x0 > x1 or y0 > y1:
-        raise ValueError(
-            f"box is {text!r}, whose second corner lies left of or above the first; "
-            "it must be x0,y0,x1,y1 with x0 <= x1 and y0 <= y1"
-        )
+        raise ValueError(f"box is {text!r}; expected x0,y0,x1,y1 with x0 <= x1 and y0 <= y1")
     return box
 
 

@@ -16,7 +16,7 @@ from samfast.training.settings import MEMORY, FinetuneSettings
 
 
 def build_base(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) -> nn.Module:
-    """The SAM the settings name, on the CPU; of several tasks a MultiTaskSam."""
+    """Build the SAM of the settings on the CPU; a MultiTaskSam for several tasks."""
     sam = build_sam(
         settings.model,
         checkpoint=settings.checkpoint,
@@ -28,7 +28,7 @@ def build_base(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) 
 
 
 def for_tasks(sam: nn.Module, tasks: Sequence[Task] | None) -> nn.Module:
-    """The sam itself where no tasks are named."""
+    """Return a MultiTaskSam for tasks, or the sam itself without tasks."""
     return sam if tasks is None else MultiTaskSam(sam, tasks)
 
 

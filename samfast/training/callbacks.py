@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program of one's own may do while ``finetune`` trains."""
+"""Callbacks: a program's own code, called while ``finetune`` trains."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class Callback:
-    """Functions that ``finetune`` calls, in every process; each does nothing unless overridden.
+    """Base class for callbacks of ``finetune``; override any of its methods.
 
-    run is a ``samfast.training.run.Run``. They may read all of it: ``run.sam``, ``run.model``,
-    ``run.optimizer``, ``run.step``, ``run.rows``, ``run.best``. What they change or draw from
-    random generators changes the training. ``run.stop(reason)`` ends it after the epoch at hand,
-    with all results.
+    Every process calls them. run is a ``samfast.training.run.Run``; read ``run.sam``,
+    ``run.model``, ``run.optimizer``, ``run.step``, ``run.rows`` and ``run.best``. Changing them, or
+    drawing from the random generators, changes training. ``run.stop(reason)`` ends training after
+    this epoch, with all results.
 
     Example:
         class Log(Callback):
@@ -23,27 +23,27 @@ class Callback:
     """
 
     def on_begin(self, run: Any) -> None:
-        """Before the first step; a resumed run is where it goes on from."""
+        """Called before the first step; a resumed run is already at its state."""
 
     def on_step(self, run: Any, loss: Tensor) -> None:
-        """After each optimizer step. loss: of its last batch, on the device, without graph"""
+        """Called after each optimizer step. loss: of its last batch, on the device, detached"""
 
     def on_epoch(self, run: Any, row: dict[str, Any]) -> None:
-        """After an epoch was validated and saved. row: its line of ``metrics.csv``"""
+        """Called after an epoch is validated and saved. row: its line of ``metrics.csv``"""
 
     def on_end(self, run: Any, summary: dict[str, Any]) -> None:
-        """At the end of a run that was not interrupted. summary: what ``finetune`` returns"""
+        """Called when a run ends without interruption. summary: what ``finetune`` returns"""
 
 
 def check_callbacks(callbacks: Any) -> None:
-    """Raise ValueError for what is not a sequence of callbacks."""
+    """Raise ValueError unless this is a sequence of callbacks."""
     if isinstance(callbacks, Callback):
-        raise ValueError(f"callbacks is one {type(callbacks).__name__}; give a list of them")
+        raise ValueError(f"expected a list of callbacks, got a {type(callbacks).__name__}")
     for own in callbacks:
         missing = [name for name in vars(Callback) if name.startswith("on_")]
         missing = [name for name in missing if not callable(getattr(own, name, None))]
         if missing:
             raise ValueError(
-                f"callbacks has a {type(own).__name__} without {missing[0]}; make it a "
+                f"callbacks has a {type(own).__name__} without {missing[0]}; inherit "
                 "samfast.training.callbacks.Callback"
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a GPU as an option spells it, and how much of it tensors may take.
+"""The memory of a GPU as an option, and how much of it tensors may use.
 
 Importing this loads no torch.
 """
@@ -13,7 +13,8 @@ _MOST = 2**50
 
 
 def card_bytes(text: str) -> int | None:
-    """Bytes that 12GB or 16GiB means; None for auto, ValueError for what is neither."""
+    """Parse a size such as 12GB or 16GiB into bytes; None for auto. Raises ValueError for other
+    text."""
     if text == "auto":
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())

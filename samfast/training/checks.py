@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What no data or model can make right about settings: ValueErrors before anything is read."""
+"""Check settings before anything is read."""
 
 from math import isfinite
 from pathlib import Path
@@ -29,7 +29,7 @@ Settings = FinetuneSettings | PredictSettings | EvaluateSettings
 
 
 def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
-    """Raise ValueError for an option that no data or model can make right."""
+    """Raise ValueError for options that are wrong whatever the data and the model are."""
     _check_paths(settings)
     architecture(settings.model)
     _check_choices(settings)
@@ -55,12 +55,15 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     if settings.schedule is not None:
         check_schedule(settings.schedule)
     if settings.resume is not None and settings.overwrite:
-        raise ValueError("--resume goes on with what --overwrite would replace; leave out one")
+        raise ValueError(
+            "--resume continues the run that --overwrite would replace; leave out one of them"
+        )
     if settings.resume is not None and not settings.keep:
-        raise ValueError("keep is 0, but a run that is resumed has states; give --keep 1 or more")
+        raise ValueError("keep is 0, but --resume needs saved states; give --keep 1 or more")
     if settings.save_every is not None and not settings.keep:
         raise ValueError(
-            f"save_every is {settings.save_every}, but keep is 0, which saves no states"
+            f"save_every is {settings.save_every}, but keep is 0, which saves no state; give "
+            "--keep 1 or more"
         )
     chosen_ignore(settings.ignore, chosen_foreground(settings.foreground, settings.threshold))
     image_options(settings.bands, settings.range)
@@ -77,7 +80,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
         if rate is not None and not (rate > 0 and isfinite(rate)):
             raise ValueError(f"{name} is {rate}; it must be above 0")
     if not 0.0 < settings.val_fraction < 1.0:
-        raise ValueError(f"val_fraction is {settings.val_fraction}; it must lie between 0 and 1")
+        raise ValueError(f"val_fraction is {settings.val_fraction}; it must be between 0 and 1")
 
 
 def check_prediction(settings: PredictSettings | EvaluateSettings) -> None:
@@ -88,7 +91,7 @@ def check_prediction(settings: PredictSettings | EvaluateSettings) -> None:
 
 
 def check_options(settings: Any) -> None:
-    """Raise ValueError for a path, a choice or a number that no option of its kind can have."""
+    """Raise ValueError for a path, choice or number that is out of range for its option."""
     _check_paths(settings)
     _check_choices(settings)
     _check_limits(settings)
@@ -127,19 +130,20 @@ def _check_limits(settings: Settings) -> None:
 
 
 def _check_tiles(settings: FinetuneSettings) -> None:
-    """Raise ValueError for tiles that cannot be, and what goes with tiles only, or not at all."""
+    """Raise ValueError for impossible tiles and for options that do not fit with or without
+    tiles."""
     tiles = chosen_tiles(settings.tile, settings.overlap)
     if tiles is None and not settings.empty_tiles:
         raise ValueError("empty_tiles is off, but there are no tiles; give --tile")
     if tiles is not None and settings.prompt != "none":
         raise ValueError(
-            f"tile is {settings.tile}, but prompt is {settings.prompt}, and prompts are of whole "
-            "images; leave out one"
+            f"tile is {settings.tile}, but prompt is {settings.prompt}, and prompts need whole "
+            "images; leave out one of them"
         )
 
 
 def _check_tasks(settings: FinetuneSettings) -> None:
-    """Raise ValueError for what goes with several tasks only, or not at all."""
+    """Raise ValueError for options that do not fit with or without several tasks."""
     if settings.tasks is None:
         if not has_tasks(settings) and VARIANTS[settings.method].needs_tasks:
             raise ValueError(
@@ -147,16 +151,18 @@ def _check_tasks(settings: FinetuneSettings) -> None:
             )
         return
     if settings.prompt != "none":
-        raise ValueError(f"prompt is {settings.prompt}, but several tasks have no prompts")
+        raise ValueError(
+            f"prompt is {settings.prompt}, but several tasks take no prompts; leave out --prompt"
+        )
     if settings.mask_suffix is not None:
         raise ValueError(
-            f"mask_suffix is {settings.mask_suffix}, but masks of several tasks have their images' "
-            "names; leave it out"
+            f"mask_suffix is {settings.mask_suffix}, but with several tasks each mask has its "
+            "image's name; leave it out"
         )
     for name in ("loss", "foreground", "threshold", "ignore"):
         if getattr(settings, name) is not None:
             raise ValueError(
-                f"{name} is an option of one mask; with several tasks it is a key of each task in "
+                f"{name} is an option for one mask; with several tasks, set it for each task in "
                 f"{settings.tasks}"
             )
 

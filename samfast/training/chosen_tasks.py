@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks that settings name: by a file, as classes, or as objects that no prompt points at."""
+"""The tasks of the settings: from a file, as classes, or as objects without prompts."""
 
 from samfast.training.settings import FinetuneSettings
 from samfast.training.tasks import TaskSpec, read_tasks
@@ -13,27 +13,27 @@ INSTANCES = (
 
 
 def masks_of(settings: FinetuneSettings) -> str:
-    """What a mask holds: "binary", "classes" or "instances"; --classes alone says classes."""
+    """What a mask holds: "binary", "classes" or "instances"; --classes implies classes."""
     if settings.masks is not None:
         return settings.masks
     return "binary" if settings.classes is None else CLASSES
 
 
 def has_tasks(settings: FinetuneSettings) -> bool:
-    """Whether several decoders are trained; opens no file."""
+    """True if several decoders are trained; opens no file."""
     masks = masks_of(settings)
     unprompted = masks == "instances" and settings.prompt == "none"
     return settings.tasks is not None or masks == CLASSES or unprompted
 
 
 def has_prompted_objects(settings: FinetuneSettings) -> bool:
-    """Whether single objects are learned, each by a prompt of its own; opens no file."""
+    """True if single objects are learned, each from its own prompt; opens no file."""
     masks = masks_of(settings)
     return settings.tasks is None and masks == "instances" and settings.prompt != "none"
 
 
 def specs_of(settings: FinetuneSettings) -> tuple[TaskSpec, ...] | None:
-    """The tasks, None where there is one mask or one object at a time; reads the file of tasks."""
+    """Return the tasks, or None for one mask or one object at a time; reads the tasks file."""
     if not has_tasks(settings):
         return None
     if settings.tasks is not None:
@@ -45,50 +45,55 @@ def specs_of(settings: FinetuneSettings) -> tuple[TaskSpec, ...] | None:
 
 
 def check_masks(settings: FinetuneSettings) -> None:
-    """Raise ValueError for options of other kinds of masks."""
+    """Raise ValueError for options that belong to other kinds of masks."""
     masks, classes = masks_of(settings), settings.classes
     if settings.tasks is not None:
         for name in ("masks", "classes"):
             if getattr(settings, name) is not None:
                 raise ValueError(
-                    f"{name} is {getattr(settings, name)}, but --tasks says what masks hold; leave "
-                    "one out"
+                    f"{name} is {getattr(settings, name)}, but --tasks says what masks hold; "
+                    "leave out one of them"
                 )
         return
     if masks == CLASSES and classes is None:
-        raise ValueError("masks is classes, but not how many; give it with --classes N")
+        raise ValueError("masks is classes, but their number is missing; give --classes N")
     if masks != CLASSES and classes is not None:
         raise ValueError(f"classes is {classes}, but masks is {masks}; give --masks classes")
     if masks == CLASSES and settings.prompt != "none":
-        raise ValueError(f"prompt is {settings.prompt}, but classes have no prompts")
+        raise ValueError(
+            f"prompt is {settings.prompt}, but classes take no prompts; leave out --prompt"
+        )
     _check_prompts(settings, masks)
     if masks == "binary":
         return
     if has_prompted_objects(settings) and settings.augment == "strong":
         raise ValueError(
-            "augment is strong, which moves objects out of images, but a step counts its objects "
-            "beforehand; take --augment light"
+            "augment is strong, which may move prompted objects out of images; use --augment light"
         )
     for name in ("foreground", "threshold", *(["ignore"] if masks == "instances" else [])):
         if getattr(settings, name) is not None:
-            raise ValueError(f"{name} is an option of binary masks, but masks is {masks}")
+            raise ValueError(
+                f"{name} is an option for binary masks, but masks is {masks}; leave it out"
+            )
     if has_tasks(settings) and settings.loss is not None:
-        raise ValueError(f"loss is {settings.loss}, an option of one mask, but masks is {masks}")
+        raise ValueError(
+            f"loss is {settings.loss}, an option for one mask, but masks is {masks}; leave it out"
+        )
 
 
 def _check_prompts(settings: FinetuneSettings, masks: str) -> None:
-    """Raise ValueError for options of objects that have prompts of their own."""
+    """Raise ValueError for options of prompted objects if there are none."""
     if has_prompted_objects(settings):
         return
     if settings.prompt == "mixed":
         raise ValueError(
-            f"prompt is mixed, which is for single objects, but masks is {masks}; give --masks "
+            f"prompt is mixed, which is for prompted objects, but masks is {masks}; give --masks "
             "instances, or --prompt box or point"
         )
     for name in ("prompt_rounds", "objects"):
         if getattr(settings, name) is not None:
             raise ValueError(
-                f"{name} is {getattr(settings, name)}, which is for single objects that have "
-                f"prompts, but masks is {masks} and prompt {settings.prompt}; give --masks "
-                "instances and --prompt box, point or mixed"
+                f"{name} is {getattr(settings, name)}, which is for prompted objects, but masks "
+                f"is {masks} and prompt {settings.prompt}; give --masks instances and --prompt "
+                "box, point or mixed"
             )

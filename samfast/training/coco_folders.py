@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a data set in COCO's format has its files: JSON, folders of images, single images."""
+"""Find the files of a COCO data set: JSON, folders of images, single images."""
 
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -12,20 +12,21 @@ _INSTANCES = re.compile(r"instances_(?P<name>(?P<part>.+?)(\d{4})?)\.json")
 
 
 def find_coco(folder: Path | str) -> dict[str, Path]:
-    """The JSON file of each part of a data folder: "train", "val", "test", or "all" of one file.
+    """Find the JSON file of each part of a data folder: "train", "val", "test", or "all" for one
+    file.
 
     Three layouts: ``train/``, ``valid/`` or ``val/``, ``test/``, each with
     ``_annotations.coco.json`` (Roboflow); ``annotations/instances_PART.json`` (COCO); one JSON file
-    beside ``images/``. Raises ValueError where two fit, FileNotFoundError where none does.
+    beside ``images/``. Raises ValueError if two layouts fit, FileNotFoundError if none does.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
+        raise FileNotFoundError(f"data folder {folder} does not exist or is not a folder")
     layouts = [found for found in (_roboflow(folder), _instances(folder), _single(folder)) if found]
     if not layouts:
         raise FileNotFoundError(
-            f"{folder} holds no annotations in COCO's format; expected train/{ROBOFLOW}, "
-            "annotations/instances_train.json, or one JSON file beside images/"
+            f"{folder} has no annotations in COCO's format; expected train/{ROBOFLOW}, "
+            "annotations/instances_train.json, or one JSON file next to images/"
         )
     if len(layouts) > 1:
         first, second = (next(iter(layout.values())) for layout in layouts[:2])
@@ -36,7 +37,7 @@ def find_coco(folder: Path | str) -> dict[str, Path]:
 
 
 def images_folder(annotations: Path | str) -> Path:
-    """The folder of the images that a JSON file found by ``find_coco`` is about."""
+    """Return the folder of the images of a JSON file found by ``find_coco``."""
     path = Path(annotations)
     if path.name == ROBOFLOW:
         return path.parent
@@ -53,7 +54,7 @@ def _existing(path: Path, places: list[Path]) -> Path:
         if place.is_dir():
             return place
     raise FileNotFoundError(
-        f"the images of {path} are in none of {', '.join(map(str, places))}; put them there"
+        f"expected the images of {path} in {' or '.join(map(str, places))}, found no such folder"
     )
 
 
@@ -97,20 +98,20 @@ def _single(folder: Path) -> dict[str, Path]:
     files = [path for path in sorted(folder.glob("*.json")) if path.name != ROBOFLOW]
     if len(files) > 1:
         raise ValueError(
-            f"{folder} holds {len(files)} JSON files beside images/, {files[0].name} and "
+            f"{folder} holds {len(files)} JSON files next to images/, {files[0].name} and "
             f"{files[1].name} among them; keep the one with the annotations"
         )
     return {"all": files[0]} if files else {}
 
 
 def image_file(folder: Path, name: str) -> Path:
-    """The file of an image that a JSON file names, which must lie in the folder.
+    """Return the file of an image that a JSON file names; it must be inside the folder.
 
     Nothing is opened. Raises ValueError, a phrase that follows the image's name, or
     FileNotFoundError.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"has the file_name {shown(name)}; expected a text such as 12.jpg")
+        raise ValueError(f"has the file_name {shown(name)}; expected text such as 12.jpg")
     windows = PureWindowsPath(name)
     plain = "\\" not in name and not any(c < " " or "\ud800" <= c <= "\udfff" for c in name)
     outside = ".." in PurePosixPath(name).parts or name.startswith("/")

@@ -32,7 +32,7 @@ _ADVICE = "export the annotations again"
 
 @dataclass(frozen=True)
 class CocoImage:
-    """An image, and the objects that annotations say are in it.
+    """An image with the objects of its annotations.
 
     name: its file_name   size: (height, width)   ids: of the annotations of objects, without crowds
     categories: the name of each one's category
@@ -47,15 +47,15 @@ class CocoImage:
     crowds: tuple[Segmentation, ...] = ()
 
     def objects(self) -> Objects:
-        """The objects in the annotations' order; those of no pixel are left out.
+        """Return the objects in the annotations' order, without those that have no pixels.
 
         Object i has the category ``categories[objects.ids[i]]``.
         """
         return Objects.from_rles(self.size, [rle_of(shape, self.size) for shape in self.shapes])
 
     def crowd(self) -> np.ndarray | None:
-        """Which pixels belong to crowds (iscrowd), which count nowhere: bool (H, W), None if none
-        does."""
+        """Return the pixels of crowds (iscrowd), which are ignored: bool (H, W), or None without
+        crowds."""
         if not self.crowds:
             return None
         rles = [rle_of(shape, self.size) for shape in self.crowds]
@@ -63,15 +63,15 @@ class CocoImage:
 
 
 def read_coco(annotations: Path | str, images: Path | str) -> list[CocoImage]:
-    """The images that a JSON file in COCO's format lists, in its order, with their objects.
+    """Read the images of a COCO JSON file, in its order, with their objects.
 
-    images: the folder of the files. Every image is decoded once, and must have the size that the
-    JSON file says. Raises ImportError where pycocotools is needed and missing.
+    images: the folder of the files. Every image is decoded once and must have the size given in the
+    JSON file. Raises ImportError if pycocotools is needed but not installed.
     """
     path, folder = Path(annotations), Path(images)
     content = read_json(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder of images {folder} does not exist or is no folder")
+        raise FileNotFoundError(f"folder of images {folder} does not exist or is not a folder")
     if not isinstance(content, dict):
         raise ValueError(
             f"{path} holds {shown(content)}; expected an object with images, annotations and "
@@ -122,12 +122,12 @@ def _images(path: Path, content: dict[str, Any], folder: Path) -> dict[int, _Ima
             other = owners.setdefault(file.resolve(), own)
             if other != own:
                 raise ValueError(
-                    f"has the file_name {shown(record['file_name'])}, which image {other} has too; "
-                    "make them one"
+                    f"has the file_name {shown(record['file_name'])}, which image {other} also "
+                    "has; merge them"
                 )
         found[own] = record["file_name"], file, size
     if not found:
-        raise ValueError(f"{path} lists no image; {_ADVICE}")
+        raise ValueError(f"{path} lists no images; {_ADVICE}")
     return found
 
 
@@ -138,7 +138,7 @@ def _categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
         name = record.get("name")
         if not isinstance(name, str) or not name.strip():
             raise ValueError(
-                f"{path}, category {own} has the name {shown(name)}; expected a text such as cell"
+                f"{path}, category {own} has the name {shown(name)}; expected text such as cell"
             )
         names[own] = name
     return names
@@ -165,7 +165,7 @@ def _annotations(
 
 
 def _check_extras(record: dict[str, Any]) -> None:
-    """What is not used must make sense still: an annotation that is damaged is refused whole."""
+    """Check unused keys too: refuse an annotation if any part of it is damaged."""
     box, area = record.get("bbox", [0, 0, 0, 0]), record.get("area", 0)
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         raise ValueError(f"has the bbox {shown(box)}; expected four numbers x, y, width, height")
@@ -180,7 +180,7 @@ def _known(record: dict[str, Any], key: str, what: str, known: dict[int, Any]) -
     value = record[key]
     if not is_whole(value) or value not in known:
         raise ValueError(
-            f"has the {key} {shown(value)}, which is none of the {len(known)} {what}; {_ADVICE}"
+            f"has the {key} {shown(value)}, which is not one of the {len(known)} {what}; {_ADVICE}"
         )
     return value
 
@@ -204,7 +204,9 @@ def _records(
         if not is_whole(own):
             raise ValueError(f"{where} has the id {shown(own)}; expected an integer; {_ADVICE}")
         if own in seen:
-            raise ValueError(f"{path} has two {key} of id {own}; give each {what} an id of its own")
+            raise ValueError(
+                f"{path} has two {key} with the id {own}; give each {what} an id of its own"
+            )
         seen.add(own)
         yield own, record
 
@@ -233,7 +235,7 @@ def _stored_size(file: Path) -> Sequence[int]:
 
 @contextmanager
 def _about(what: str) -> Iterator[None]:
-    """Put what it is about before the phrases of errors."""
+    """Prefix error phrases with their subject."""
     try:
         yield
     except FileNotFoundError as error:

@@ -13,7 +13,7 @@ from samfast.training.coco_in import CocoImage, read_coco
 
 @dataclass(frozen=True, eq=False)
 class CocoMask:
-    """What annotations say of one image, in the place of a mask file."""
+    """The annotations of one image, used like a mask file."""
 
     annotations: Path
     image: CocoImage = field(repr=False)
@@ -33,13 +33,13 @@ class CocoMask:
         return labels if crowd is None else np.where(crowd & (labels == 0), -1, labels)
 
     def digest(self) -> bytes:
-        """Hash what the annotations say of the image."""
+        """Hash the annotations of the image."""
         said = (self.image.size, self.image.ids, self.image.shapes, self.image.crowds)
         return hashlib.blake2b(repr(said).encode()).digest()
 
 
 def is_coco(folder: Path) -> bool:
-    """Whether a data folder has annotations in place of folders of masks."""
+    """True if a data folder has annotations instead of mask folders."""
     if any((folder / part / "masks").is_dir() for part in ("", "train", "val")):
         return False
     try:
@@ -49,7 +49,7 @@ def is_coco(folder: Path) -> bool:
 
 
 def check_no_annotations(folder: Path, mask_suffix: str | None) -> None:
-    """ValueError for annotations where masks are wanted that are no objects."""
+    """Raise ValueError for annotations if the masks must not be objects."""
     if mask_suffix is None and folder.is_dir() and is_coco(folder):
         raise ValueError(
             f"{folder} has annotations in COCO's format and no masks/; train on their objects with "
@@ -58,7 +58,7 @@ def check_no_annotations(folder: Path, mask_suffix: str | None) -> None:
 
 
 def check_no_suffix(mask_suffix: str | None) -> None:
-    """ValueError for a suffix of mask files, where annotations name the images."""
+    """Raise ValueError for a mask suffix, since annotations name the images."""
     if mask_suffix is not None:
         raise ValueError(
             f"mask_suffix is {mask_suffix}, but annotations in COCO's format name their images; "
@@ -67,7 +67,7 @@ def check_no_suffix(mask_suffix: str | None) -> None:
 
 
 def check_no_stacks(stacks: bool) -> None:
-    """ValueError for stacks of images, whose slices no annotation names."""
+    """Raise ValueError for stacks, since annotations do not name slices."""
     if stacks:
         raise ValueError(
             "stacks is on, but annotations in COCO's format name files, not slices; leave out "
@@ -78,8 +78,8 @@ def check_no_stacks(stacks: bool) -> None:
 def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:
     """(image, its objects) of "train" and "val", or of "" where the folder is not split.
 
-    What is for tests only is left out where there is more. ValueError for training images without
-    validation images, or the other way round, and for an image that is named twice.
+    Test images are left out if there are others. Raises ValueError for training images without
+    validation images, or the reverse, and for an image listed twice.
     """
     found = find_coco(folder)
     if "test" in found and len(found) > 1:
@@ -97,7 +97,7 @@ def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:
             other = known.setdefault(image.path.stem, image.path)
             if other is not image.path:
                 raise ValueError(
-                    f"{path} lists two images of the stem {image.path.stem}, {other} and "
+                    f"{path} lists two images with the stem {image.path.stem}, {other} and "
                     f"{image.path}; rename or leave out one"
                 )
     return made

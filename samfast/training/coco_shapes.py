@@ -18,7 +18,7 @@ MOST_BORDER = 5_000_000  # pixels that one outline may be long; its memory grows
 
 
 def mask_library() -> ModuleType:
-    """pycocotools.mask; ImportError with one sentence where it is not installed."""
+    """pycocotools.mask; raises ImportError if it is not installed."""
     try:
         from pycocotools import mask
     except ImportError:
@@ -29,7 +29,7 @@ def mask_library() -> ModuleType:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
+    """True for a finite number; False for True and False."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
@@ -43,8 +43,8 @@ def checked_segmentation(segmentation: Any, size: tuple[int, int]) -> Segmentati
         return {"size": list(size), "counts": segmentation["counts"]}
     if segmentation in (None, []):
         raise ValueError(
-            "has no segmentation; a box alone is no outline: export polygons or RLE, or remove the "
-            "annotation"
+            "has no segmentation, and a box is not an outline; export polygons or RLE, or remove "
+            "the annotation"
         )
     if not isinstance(segmentation, list):
         raise ValueError(
@@ -69,8 +69,8 @@ def _checked_polygon(where: str, polygon: Any, size: tuple[int, int]) -> np.ndar
         raise ValueError(f"has {where} with {shown(value)}, which is not a finite number; fix it")
     if len(polygon) % 2 or len(polygon) < 6:
         raise ValueError(
-            f"has {where} of {len(polygon)} numbers; expected an even number, at least 6, which "
-            "are three points"
+            f"has {where} of {len(polygon)} numbers; expected an even number of at least 6 (three "
+            "points)"
         )
     points = np.array(polygon, np.float64)
     height, width = size
@@ -78,8 +78,8 @@ def _checked_polygon(where: str, polygon: Any, size: tuple[int, int]) -> np.ndar
         far = values.min() if values.min() < -side else values.max()
         if not -side <= far <= 2 * side:
             raise ValueError(
-                f"has {where} with {name} = {far:g}, far outside the image, which is "
-                f"{width}x{height}; annotate this image's own size, in pixels"
+                f"has {where} with {name} = {far:g}, far outside the image of {width}x{height}; "
+                "annotate this image's own size, in pixels"
             )
     closed = np.append(points, points[:2]).reshape(-1, 2)
     border = np.hypot(*np.diff(closed, axis=0).T).sum()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning's options from a YAML or JSON file, read as if they stood on the command line.
+"""Read fine-tuning options from a YAML or JSON file, as if given on the command line.
 
     data: photos/kvasir
     method: conv-lora
@@ -49,11 +49,11 @@ class _Entry(NamedTuple):
 
 
 def settings_from_file(path: Path | str) -> dict[str, Any]:
-    """The options that a file gives, by name, as ``FinetuneSettings`` takes them.
+    """Read the options in a file, by name, as ``FinetuneSettings`` takes them.
 
-    Options that are null or not named are absent. The file is YAML or JSON: a mapping of options
-    to values, or a run's settings.json, of which its folder and what recipes fill in are left out.
-    Raises ValueError or FileNotFoundError, one sentence.
+    Options that are null or missing are absent. The file is YAML or JSON: a mapping of options to
+    values, or a run's settings.json, without its output folder and recipe defaults. Raises
+    ValueError or FileNotFoundError, one sentence.
     """
     path = Path(path)
     entries = _entries(path)
@@ -134,7 +134,7 @@ def _converted(option: Option, entry: _Entry, path: Path) -> Any:
     values = entry.value if several and isinstance(entry.value, list) else [entry.value]
     if not values:
         raise ValueError(
-            f"{_place(path, entry)} has an empty list for {option.name}; name at least one value, "
+            f"{_place(path, entry)} has an empty list for {option.name}; give at least one value, "
             "or leave it out"
         )
     made = tuple(_one(option, value, kinds, entry, path) for value in values)

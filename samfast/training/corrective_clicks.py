@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clicks that correct a mask: on what it misses, label 1, or on what it has too much, label 0.
+"""Clicks that correct a mask: label 1 on missed pixels, label 0 on false ones.
 
-A click is x, y, label, in pixels. Where nothing is wrong its label is -1: it is no point.
+A click is x, y, label, in pixels. If nothing is wrong, its label is -1 (not a point).
 """
 
 import numpy as np
@@ -14,11 +14,11 @@ _NO_CLICK = (0.0, 0.0, -1.0)
 
 
 def random_clicks(predicted: Tensor, truth: Tensor, valid: Tensor, draws: Tensor) -> Tensor:
-    """float32 (M, 3), of each object any of its wrong pixels, all alike likely.
+    """float32 (M, 3), a random wrong pixel of each object, with equal probability.
 
     predicted, truth, valid: bool (M, S, S)   draws: float64 (M,), which one, from 0 to below 1
-    The wrong pixels are counted line by line, so equal draws give equal clicks. Nothing waits for
-    the device.
+    The wrong pixels are counted line by line, so equal draws give equal clicks.
+    Does not wait for the device.
     """
     wrong = (predicted != truth) & valid
     rows = wrong.sum(2).cumsum(1)  # (M, S), the wrong pixels up to the end of each line
@@ -34,7 +34,7 @@ def random_clicks(predicted: Tensor, truth: Tensor, valid: Tensor, draws: Tensor
 
 
 def deepest_click(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """float64 (3,), the deepest point of what is missed or of what is too much, the larger of both.
+    """float64 (3,), the innermost point of the missed or the false pixels, whichever are more.
 
     predicted, truth: bool (H, W)
     """

@@ -2,7 +2,7 @@
 """Pairs of files as batches for SAM: resizing, flips, boxes, padding.
 
 SAM's geometry: the longest side becomes the model's image size (bilinear for images, nearest for
-masks), the rest of the square, right and below, is padding that no loss and no metric sees.
+masks), the rest of the square (right and bottom) is padding, which loss and metrics ignore.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def flipped_axes(seed: int, number: int, index: int) -> list[int]:
-    """Which of the axes 0 and 1 of image ``index`` are mirrored in pass ``number``."""
+    """Return which of the axes 0 and 1 of image ``index`` to flip in pass ``number``."""
     rng = np.random.default_rng((seed, number, index))
     return np.flatnonzero(rng.random(2) < 0.5).tolist()
 
@@ -116,7 +116,7 @@ class PairDataset(Dataset):
     ``augment`` changes them further, see ``change_of``; boxes and points are those of the changed
     mask, of which pixels from outside count nowhere.
 
-    Pixels of the values under ``ignore`` are no foreground and count nowhere.
+    Pixels with values in ``ignore`` are not foreground and are ignored.
 
     With ``prompt`` "box", samples carry the box of their foreground (of the whole image where there
     is none), taken at the file's own size. In training its sides move by up to ``box_jitter``
@@ -155,7 +155,7 @@ class PairDataset(Dataset):
 
     @property
     def changes(self) -> bool:
-        """Whether an image may differ from one pass to the next."""
+        """True if an image may differ from one pass to the next."""
         return self.flips or self.augment != "none"
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One binary mask per image from a dataset of the user's own, in place of a folder.
+"""One binary mask per image from the user's dataset instead of a folder.
 
-Random numbers that the dataset draws are seeded for each image and pass. So they are the same for
-any number of loader processes, and after a run was resumed.
+The dataset's random numbers are seeded for each image and pass. So they do not depend on the number
+of loader processes or on resuming.
 """
 
 import random
@@ -147,13 +147,13 @@ class ItemDataset(PairDataset):
 
 
 def check_of_dataset(settings: FinetuneSettings) -> None:
-    """Raise ValueError for settings that are about files."""
+    """Raise ValueError for settings that need files."""
     if settings.data is not None:
-        raise ValueError(f"data is {settings.data}, but a dataset is given; leave out one")
+        raise ValueError(f"data is {settings.data}, but a dataset is given; leave out one of them")
     if settings.output is None and settings.resume in (None, "newest"):
-        raise ValueError("a dataset has no name for the output folder; give it with output")
+        raise ValueError("a dataset does not name the output folder; set output")
     if (masks := masks_of(settings)) != "binary":
-        raise ValueError(f"masks is {masks}, but a dataset is given, whose masks are binary")
+        raise ValueError(f"masks is {masks}, but a dataset has binary masks; leave out masks")
     if settings.tile:
         raise ValueError(
             f"tile is {settings.tile}, but a dataset is given; cut images into tiles there"
@@ -176,7 +176,7 @@ def read_item(item: Item, seed: int, number: int = 0) -> tuple[np.ndarray, np.nd
         image, mask = _parts(found)
         image, values = _image(image), _mask(mask)
         if image.size == 0:
-            raise ValueError("its image has no pixel")
+            raise ValueError("its image has no pixels")
         if image.shape[:2] != values.shape:
             sizes = " and ".join(f"{a.shape[0]}x{a.shape[1]}" for a in (image, values))
             raise ValueError(f"image and mask are {sizes} (height x width)")
@@ -268,7 +268,7 @@ def _mask(given: Any) -> np.ndarray:
 
 
 def _check_values(item: Item, found: list[CheckedPair], rule: Foreground) -> None:
-    """Without a rule, masks together hold 0 and one other value."""
+    """Without a rule, all masks together must hold 0 and one other value."""
     values = sorted({value for own in found for value in own.values if value})
     if rule is None and (len(values) > 1 or min(values, default=0) < 0):
         raise ValueError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoded images and masks on disk, of which tiles are read without decoding a file again.
+"""Decoded images and masks on disk, so that tiles are read without decoding files again.
 
-Each array is a .npy file that is mapped, so that a tile takes the memory of its own lines. What is
-missing is made when it is asked for: processes that share the folder need not agree on who does.
+Each array is a memory-mapped .npy file, so a tile uses only the memory of its own rows. A missing
+file is made on demand, by any process that shares the folder.
 """
 
 import os
@@ -35,10 +35,10 @@ class Decoded:
         self._recent: OrderedDict[str, None] = OrderedDict()
 
     def array(self, of: Source, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array that belongs to a file, mapped and read-only.
+        """Return the array of a file, memory-mapped and read-only.
 
-        make: called where it is missing
-        Raises ValueError where the disk has no room.
+        make: called if it is missing
+        Raises ValueError if the disk is full.
         """
         self._use(str(of))
         place = self.folder / f"{_digest(str(of))}-{_digest(name)}.npy"
@@ -50,7 +50,7 @@ class Decoded:
         free = shutil.disk_usage(self.folder).free
         if values.nbytes > free:
             raise ValueError(
-                f"{self.folder.parent} has no room for decoded images, which tiles are cut from: "
+                f"{self.folder.parent} has no room for the decoded images of tiles: "
                 f"{values.nbytes / _MIB:.1f} MiB are needed and {free / _MIB:.1f} MiB are free; "
                 "make room, or choose another place: --output of finetune, TMPDIR of evaluate"
             )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny SAM learns to find coins: ``python -m samfast.training.demo [--output runs/demo]``.
+"""Demonstration: a tiny SAM learns to find coins. ``python -m samfast.training.demo [--output
+runs/demo]``.
 
-Prints validation Dice untrained, with the mask decoder trained alone, and with LoRA adapters.
+Prints validation Dice untrained, with only the mask decoder trained, and with LoRA adapters.
 """
 
 import argparse

@@ -35,7 +35,7 @@ def run(output: Path, seed: int = 0) -> bool:
     began = time.perf_counter()
     declare_missing_schemas()
     data = write_coins(output / "data")
-    print(f"photographs of coins with their truth are in {data}")
+    print(f"photographs of coins and their masks are in {data}")
     lora = FinetuneSettings(data=data, output=output, overwrite=True, seed=seed, **TRAINING, **LORA)
     alone = {
         "method": "decoder",
@@ -60,7 +60,7 @@ def run(output: Path, seed: int = 0) -> bool:
     print("\nvalidation Dice")
     print(f"  everything foreground      {lora_result['all_foreground_dice']:.4f}")
     print(f"  untrained                  {untrained:.4f}")
-    print(f"  mask decoder alone         {decoder_result['val_dice']:.4f}{_cost(decoder_result)}")
+    print(f"  only the mask decoder      {decoder_result['val_dice']:.4f}{_cost(decoder_result)}")
     print(f"  LoRA and mask decoder      {dice:.4f}{_cost(lora_result)}")
     _look_inside(adapted, start_model, loader)
     print(f"\nadapter, metrics.csv, curves.png and overlays are in {output}")

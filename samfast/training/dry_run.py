@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one training step would take, counted on tensors without memory.
+"""What one training step needs, counted on tensors without memory.
 
 The model of the settings is built, and one forward and backward run, on torch's fake tensors: meta
 tensors that know which device they stand for, so that autocast casts as it will. A batch is
@@ -51,11 +51,11 @@ __all__ = ["KERNELS", "dry_run", "text"]
 
 
 def dry_run(settings: FinetuneSettings) -> dict:
-    """The settings that matter, and what a step takes: counts of bytes, parameters and FLOP.
+    """Return the settings that matter and what a step needs: bytes, parameters and FLOP.
 
-    FLOP are of one batch; ``accumulate`` of these make an optimizer step. With ``fit`` the device
-    is a GPU, whether there is one or not, and the settings are those of the plan. Raises ValueError
-    for settings that are wrong, as ``finetune`` does, but opens no file but that of the tasks.
+    FLOP are for one batch; an optimizer step has ``accumulate`` batches. With ``fit``, the device
+    is a GPU even if there is none, and the settings are those of the plan. Raises ValueError for
+    wrong settings, as ``finetune`` does. Opens only the tasks file.
     """
     check_settings(settings)
     settings = with_recipe(settings)
@@ -121,7 +121,7 @@ def text(result: dict) -> str:
     """``dry_run``'s result for readers."""
     chunk, peak = result["decoder_chunk"], result["peak_bytes"]
     encoder = f"fused, memory {result['memory']}" if result["fuse"] else "not fused"
-    accumulated = f", {result['accumulate']} of them a step" if result["accumulate"] > 1 else ""
+    accumulated = f", {result['accumulate']} batches per step" if result["accumulate"] > 1 else ""
     number = result["objects_per_image"]
     objects = f"{number} object{'s' if number > 1 else ''} per image"
     objects += "" if result["prompt"] == "none" else f" and {_prompt(result['prompt'], number)}"

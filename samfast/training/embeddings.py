@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen encoder's embeddings, computed once for each image and kept in main memory."""
+"""Embeddings of a frozen encoder, computed once per image and kept in main memory."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def keep_embeddings(
     val: int,
     say: Callable[[str], None],
 ) -> None:
-    """Let the model keep embeddings where they never change and there is room, and say so.
+    """Let the model keep embeddings that never change if they fit into memory, and say so.
 
     steady: how many training images are the same in every pass   val: how many images validate
     That is with a frozen encoder. With several tasks the encoder's norms are trained, so nothing
@@ -61,16 +61,16 @@ def keep_embeddings(
     what = f"{count} embeddings" if count > 1 else "1 embedding"
     if free is not None and size > free / _SHARE:
         say(
-            f"computes {what} anew each time: to keep them would take {_readable(size)}, more than "
-            f"half of the {_readable(free)} of main memory that are free"
+            f"recomputes {what} each time: they would take {_readable(size)}, more than half of "
+            f"the free main memory ({_readable(free)})"
         )
         return
     model.kept = KeptEmbeddings()
-    say(f"keeps {what}, {_readable(size)} in main memory; --no-cache computes them anew each time")
+    say(f"keeps {what}, {_readable(size)} in main memory; --no-cache recomputes them each time")
 
 
 def keeps_embeddings(sam: nn.Module, settings: FinetuneSettings) -> bool:
-    """Whether a run keeps embeddings where there is room: its encoder is frozen."""
+    """True if a run may keep embeddings: its encoder is frozen."""
     if is_tracker(sam):  # its decoder has a part in them
         return False
     frozen = not any(p.requires_grad for p in sam.image_encoder.parameters())
@@ -78,7 +78,7 @@ def keeps_embeddings(sam: nn.Module, settings: FinetuneSettings) -> bool:
 
 
 def keeps_training_images(sam: nn.Module, settings: FinetuneSettings) -> bool:
-    """Whether those of training images are kept too, which flips and --augment change."""
+    """True if embeddings of training images are kept too; flips and --augment change them."""
     return keeps_embeddings(sam, settings) and not settings.changes_images
 
 
@@ -95,7 +95,7 @@ def embedding_bytes(model: Segmenter) -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that this process may still take; None where the system tells none."""
+    """Return the bytes of main memory that this process may still use; None if unknown."""
     found = [size for size in (_of_machine(), _of_container()) if size is not None]
     return min(found, default=None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command ends in several processes: one sentence in all, and one exit code for all.
+"""End a command in several processes: one error sentence and one exit code for all.
 
 Each process leaves word of its end, and the first one prints for all. Where that one is gone, the
 others print for themselves. A process that failed leaves the group, so that no other waits for it.
@@ -36,7 +36,7 @@ class Ending(NamedTuple):
 
 
 def run_together(place: Launched, command: Callable[[], Ending], say: Say) -> int:
-    """Run this process's part of a command; returns the exit code that all of them have.
+    """Run this process's part of a command; return the exit code that all processes share.
 
     An error that is not of the user's making keeps its traceback, and ends the others with 1.
     """

@@ -43,7 +43,7 @@ def validation_loader(
     options: ImageOptions = _AS_TAGGED,
     ignore: Sequence[float] = (),
 ) -> DataLoader:
-    """Batches in the pairs' order, without flips, with the truths at their own size.
+    """Load batches in the pairs' order, without flips, with the truth at its own size.
 
     With ``prompt`` "box", with the boxes of the truths, none of them moved; with "point", with the
     deepest point of each.
@@ -66,7 +66,7 @@ def validation_loader(
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients; afterwards in the mode it was in."""
+    """Put the model in eval mode without gradients; restore its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -78,7 +78,8 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def predicted_masks(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """(prediction, truth) of every image, bool (H, W), on the model's device; in eval mode."""
+    """Yield (prediction, truth) of every image, bool (H, W), on the model's device; in eval
+    mode."""
     for predicted, truth, _ in judged_masks(model, loader):
         yield predicted, truth
 

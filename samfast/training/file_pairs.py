@@ -30,9 +30,9 @@ def find_pairs(
 ) -> tuple[Pair, ...]:
     """Match ``images/`` and ``masks/`` of a folder by stem, sorted; every file must match.
 
-    mask_suffix: what masks have after their images' stem. They lie in ``masks/``; where there is
-        none beside the images, which are in ``images/`` or, where there is none, in the folder
-    stacks: images may be .npy arrays, too; ``slice_pairs`` takes stacks apart
+    mask_suffix: text after the image's stem in mask names. Masks are in ``masks/`` or, if there is
+        none, next to the images, which are in ``images/`` or, if there is none, in the folder
+    stacks: images may be .npy arrays, too; ``slice_pairs`` splits stacks
     """
     suffixes = STACK_SUFFIXES if stacks else SUFFIXES
     if mask_suffix is not None:
@@ -40,20 +40,20 @@ def find_pairs(
     images = files_by_stem(folder, "images", suffixes)
     masks = files_by_stem(folder, "masks", MASK_SUFFIXES)
     if not images:
-        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(suffixes)})")
+        raise ValueError(f"{folder / 'images'} has no images ({', '.join(suffixes)})")
     for stem, path in images.items():
         if stem not in masks:
-            raise ValueError(f"image {path} has no mask of the same stem in {folder / 'masks'}")
+            raise ValueError(f"image {path} has no mask with the same stem in {folder / 'masks'}")
     for stem, path in masks.items():
         if stem not in images:
-            raise ValueError(f"mask {path} has no image of the same stem in {folder / 'images'}")
+            raise ValueError(f"mask {path} has no image with the same stem in {folder / 'images'}")
     return tuple(Pair(stem, images[stem], masks[stem]) for stem in sorted(images))
 
 
 def slice_pairs(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
-    """Each slice of a stack as a pair of its own, with that slice of the mask; others as they are.
+    """Split stacks into a pair for each slice; leave other pairs as they are.
 
-    Only headers are read. ValueError where image and mask differ in their numbers of slices.
+    Only headers are read. Raises ValueError if image and mask have different numbers of slices.
     """
     found = []
     for pair in pairs:
@@ -76,7 +76,7 @@ def _suffixed(folder: Path, suffix: str, suffixes: Sequence[str]) -> tuple[Pair,
             _check_ending(path, suffixes)
     if not images:
         but = f", only files whose stems end in {suffix}" if masks else ""
-        raise ValueError(f"{folder / at} holds no image ({', '.join(suffixes)}){but}")
+        raise ValueError(f"{folder / at} has no images ({', '.join(suffixes)}){but}")
     where = folder / ("masks" if own else at)
     return tuple(_matched(images, masks, suffix, where))
 
@@ -91,12 +91,12 @@ def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -
         if path.name.startswith(".") or path.name.lower() in _DESKTOP_FILES:
             continue
         if path.is_dir():
-            raise ValueError(f"{subfolder} holds a folder, {path.name}/; put the files directly")
+            raise ValueError(f"{subfolder} contains the folder {path.name}/; move its files up")
         _check_ending(path, suffixes)
         if path.stem in files:
             raise ValueError(
-                f"{subfolder} holds two files of the stem {path.stem}: "
-                f"{files[path.stem].name} and {path.name}"
+                f"{subfolder} holds two files with the stem {path.stem}: {files[path.stem].name} "
+                f"and {path.name}"
             )
         files[path.stem] = path
     return files
@@ -105,8 +105,8 @@ def files_by_stem(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -
 def _check_ending(path: Path, suffixes: Sequence[str]) -> None:
     if path.suffix.lower() not in suffixes:
         array = path.suffix.lower() == ".npy"
-        more = ", or give --stacks, with which images may be arrays" if array else ""
-        raise ValueError(f"{path} is none of {', '.join(suffixes)}; move it elsewhere{more}")
+        more = ", or give --stacks to read arrays as images" if array else ""
+        raise ValueError(f"{path} is not a {', '.join(suffixes)} file; move it elsewhere{more}")
 
 
 def _parted(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -118,8 +118,8 @@ def _parted(files: Mapping[str, Path], suffix: str) -> tuple[dict[str, Path], di
     for stem, path in masks.items():
         if (other := masks.get(stem.removesuffix(suffix))) is not None:
             raise ValueError(
-                f"{path} is ambiguous: its image would be {other.name}, which ends in {suffix} and "
-                "is a mask itself; rename one of them"
+                f"{path} is ambiguous: its image {other.name} also ends in {suffix}, as masks do; "
+                "rename one of them"
             )
     return {stem: path for stem, path in files.items() if stem not in masks}, masks
 
@@ -133,12 +133,14 @@ def _matched(
     """
     for stem, path in images.items():
         if stem + suffix not in masks:
-            raise ValueError(f"image {path} has no mask of the stem {stem}{suffix} in {where}")
+            raise ValueError(f"image {path} has no mask with the stem {stem}{suffix} in {where}")
     for name, path in masks.items():
         if not name.endswith(suffix):
-            raise ValueError(f"mask {path} has no {suffix} at the end of its stem")
+            raise ValueError(f"mask {path} does not end in {suffix} before its file type")
         if name.removesuffix(suffix) not in images:
-            raise ValueError(f"mask {path} has no image of the stem {name.removesuffix(suffix)!r}")
+            raise ValueError(
+                f"mask {path} has no image with the stem {name.removesuffix(suffix)!r}"
+            )
     for stem in sorted(images):
         yield Pair(stem, images[stem], masks[stem + suffix])
 
@@ -149,9 +151,9 @@ def check_suffix(suffix: str | None) -> None:
         return
     if not suffix or any(sign in suffix for sign in "/\\\0"):
         raise ValueError(
-            f"mask_suffix is {suffix!r}; expected a text that follows a file's stem, such as _mask"
+            f"mask_suffix is {suffix!r}; expected the text after a file's stem, such as _mask"
         )
     if suffix.lower().endswith(MASK_SUFFIXES):
         raise ValueError(
-            f"mask_suffix is {suffix}; leave out the file's ending: _mask stands for photo_mask.png"
+            f"mask_suffix is {suffix}; leave out the file type: _mask stands for photo_mask.png"
         )

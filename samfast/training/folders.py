@@ -51,8 +51,8 @@ __all__ = [
 
 ADVICE = (
     "say what is foreground: --foreground any (every value above 0), --threshold T (every value "
-    "above T) or --foreground VALUES (these only); --ignore VALUES names those that count nowhere; "
-    "or what else masks hold: --masks classes --classes N, or --masks instances"
+    "above T) or --foreground VALUES (only these). --ignore VALUES excludes values. For other "
+    "masks, use --masks classes --classes N, or --masks instances"
 )
 _AS_TAGGED = ImageOptions()
 _SHOWN_VALUES = 5
@@ -86,7 +86,7 @@ def find_split(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
+        raise FileNotFoundError(f"data folder {folder} does not exist or is not a folder")
     if not given_parts(folder):
         split = split_pairs(find_pairs(folder, mask_suffix, stacks), val_fraction, seed, stacks)
     else:
@@ -101,7 +101,7 @@ def find_scored(
     """The pairs of a folder that a score is of: all, or those in val/ where it is split."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
+        raise FileNotFoundError(f"data folder {folder} does not exist or is not a folder")
     place = folder / "val" if given_parts(folder) else folder
     pairs = find_pairs(place, mask_suffix, stacks)
     return slice_pairs(pairs) if stacks else pairs
@@ -186,7 +186,7 @@ def check_pairs(
     where = pairs[0].mask.parent
     if not seen:
         raise ValueError(
-            f"no mask in {where} has a pixel that counts: all values are under ignore, "
+            f"no mask in {where} has a pixel that counts; ignore covers all values: "
             f"{listed(ignore)}"
         )
     if rule is None or isinstance(rule, Above):
@@ -198,7 +198,7 @@ def check_pairs(
             )
     elif not set(rule) & set(seen):
         raise ValueError(
-            f"foreground {listed(rule)} occurs in no mask in {where}, which hold "
+            f"foreground {listed(rule)} occurs in no mask in {where}; they hold "
             f"{listed(sorted(seen))}"
         )
     return found
@@ -212,8 +212,8 @@ def _check_pair(
     check_sizes(pair, image, mask.values)
     if ignore and mask.lossy and isinstance(rule, Above) and not rule.any:
         raise ValueError(
-            f"mask {pair.mask} is compressed with loss, which does not keep the values under "
-            "ignore; save it as PNG"
+            f"mask {pair.mask} uses lossy compression, which changes the values to ignore; save "
+            "it as PNG"
         )
     few = None
     if stored is not None and options.range == "auto":
@@ -240,11 +240,15 @@ def warn_of_blurred(masks: Sequence[Path], found: Sequence[CheckedPair]) -> None
     if blurred:
         mask, (low, high) = blurred[0]
         constant = sum(own.lossy and len(own.values) == 1 for own in found)
-        gone = f"; {constant} more hold one value and may have lost an object" if constant else ""
+        gone = (
+            f"; {constant} masks hold only one value and may have lost an object"
+            if constant
+            else ""
+        )
         warnings.warn(
-            f"{len(blurred)} of {len(found)} masks are compressed with so much loss that pixels "
-            f"may have taken the other value (values {low} and {high} in {mask}){gone}; save "
-            "masks as PNG",
+            f"{len(blurred)} of {len(found)} masks are compressed so strongly that some pixels "
+            f"may have the wrong value (values {low} and {high} in {mask}){gone}; save masks as "
+            "PNG",
             stacklevel=3,
         )
 
@@ -295,19 +299,19 @@ def check_binary(
     foreground. advice: what the sentence ends with."""
     if len(values) > 2:
         raise ValueError(
-            f"mask {pair.mask} holds {len(values)} values ({listed(values)}) where two are "
-            f"expected; {advice}"
+            f"mask {pair.mask} holds {len(values)} values ({listed(values)}); expected two; "
+            f"{advice}"
         )
     if len(seen) > 2:
         other = next(path for value, path in seen.items() if value not in values)
         raise ValueError(
-            f"masks disagree: {other} and {pair.mask} together hold the values "
+            f"masks {other} and {pair.mask} together hold more than two values: "
             f"{listed(sorted(seen))}; {advice}"
         )
     if len(seen) == 2 and 0 not in seen:
         raise ValueError(
-            f"mask {pair.mask}: the values so far are {listed(sorted(seen))}, none of them the "
-            f"background 0; {advice}"
+            f"mask {pair.mask}: the values up to this file are {listed(sorted(seen))}, without 0 "
+            f"for the background; {advice}"
         )
 
 
@@ -324,11 +328,11 @@ def split_pairs(
     stacks: a pair may be of stacks, which the sentence about too few says
     """
     if not 0.0 < val_fraction < 1.0:
-        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1")
+        raise ValueError(f"val_fraction is {val_fraction}; it must be between 0 and 1")
     if len(pairs) < 2:
         raise ValueError(
             f"{pairs[0].image.parent} holds 1 image; training and validation need at least 2"
-            + ("; the slices of one stack do not fall on both sides, so cut it in two" * stacks)
+            + ("; one stack is never divided between them, so cut it in two" * stacks)
         )
     count = min(max(1, round(len(pairs) * val_fraction)), len(pairs) - 1)
     order = np.random.default_rng(seed).permutation(len(pairs))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which values of a mask are foreground: the rule, its texts, and the masks it makes."""
+"""Which mask values are foreground: the rule, its texts, and the resulting masks."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def chosen_foreground(given: Any = None, threshold: float | None = None) -> Fore
     if threshold is not None:
         if given is not None:
             raise ValueError(
-                f"threshold is {threshold:g} and foreground is given too; leave one of them out"
+                f"threshold is {threshold:g}, but foreground is given too; leave out one of them"
             )
         if not isfinite(threshold):
             raise ValueError(f"threshold is {threshold}; expected a finite number")
@@ -45,16 +45,16 @@ def chosen_foreground(given: Any = None, threshold: float | None = None) -> Fore
         return given
     values = (given,) if isinstance(given, str) else tuple(given)
     if not values:
-        raise ValueError("foreground is empty; name at least one mask value, or any")
+        raise ValueError("foreground is empty; give at least one mask value, or any")
     if ANY not in values:
         return values
     if len(values) > 1:
-        raise ValueError(f"foreground is {', '.join(map(str, values))}; any stands alone")
+        raise ValueError(f"foreground is {', '.join(map(str, values))}; any must be the only value")
     return Above(0.0, any=True)
 
 
 def chosen_ignore(given: Iterable[float] | None, rule: Foreground = None) -> tuple[float, ...]:
-    """The mask values that count nowhere; () for None.
+    """Return the mask values to ignore; () for None.
 
     Raises ValueError for one that is not finite, or that ``rule`` names as foreground.
     """
@@ -64,7 +64,7 @@ def chosen_ignore(given: Iterable[float] | None, rule: Foreground = None) -> tup
             raise ValueError(f"ignore has {value}; expected finite mask values")
         if isinstance(rule, tuple) and value in rule:
             raise ValueError(
-                f"foreground and ignore both have {value:g}; leave it out of one of them"
+                f"foreground and ignore both hold {value:g}; remove it from one of them"
             )
     return values
 

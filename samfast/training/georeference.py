@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where on the earth an image lies, as the tags of its GeoTIFF say."""
+"""The position of an image on earth, from the tags of its GeoTIFF."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Affine = tuple[float, float, float, float, float, float]
 @dataclass(frozen=True)
 class Georeference:
     """affine: (a, b, c, d, e, f) of X = a·x + b·y + c, Y = d·x + e·y + f, where x, y are in pixels
-    from the outer corner of the first pixel; None where the tags say no such thing
+    from the outer corner of the first pixel; None if the tags do not say
     epsg: the coordinate system's number, None where it has none
     tags: by number, as they are stored: texts as bytes, else integers or floats
     """
@@ -33,10 +33,10 @@ class Georeference:
 
 
 def read_georeference(path: Source | str) -> Georeference | None:
-    """The georeference of a TIFF file, or of a slice of it; None where there is none.
+    """Read the georeference of a TIFF file or of a slice of it; None if there is none.
 
-    Raises ValueError with one sentence where its tags are damaged, or where its orientation turns
-    the image, so that the tags are not about what is seen.
+    Raises ValueError if its tags are damaged, or if its orientation turns the image, so that the
+    tags do not fit the upright image.
     """
     path = source_of(path)
     file_path = file_of(path)
@@ -54,16 +54,16 @@ def read_georeference(path: Source | str) -> Georeference | None:
         if not any(tag in page.tags for tag in (SCALE, TIE_POINTS, MATRIX, KEYS)):
             return None
         if page.number(ORIENTATION, 1) != 1:
-            raise ValueError("its Orientation turns the image; save it upright")
+            raise ValueError("its Orientation tag turns the image; save it upright")
         return _read(page)
     except (ValueError, OSError) as error:
-        raise ValueError(f"the georeference of {path} is not read: {error}") from None
+        raise ValueError(f"the georeference of {path} cannot be read: {error}") from None
 
 
 def _read(page: Page) -> Georeference:
     for tag in TAGS:
         if isinstance(page.tags.get(tag, b"" if tag == TEXTS else ()), bytes) != (tag == TEXTS):
-            raise ValueError(f"its tag {tag} has another type than GeoTIFF's")
+            raise ValueError(f"its tag {tag} does not have GeoTIFF's type")
     keys = _keys(page.numbers(KEYS)) if KEYS in page.tags else {}
     affine = _affine(page)
     if affine is not None:
@@ -79,9 +79,9 @@ def _read(page: Page) -> Georeference:
 def _keys(numbers: tuple[int, ...]) -> dict[int, int]:
     """The keys whose value is in the directory itself."""
     if len(numbers) < 4 or len(numbers) < 4 + 4 * numbers[3]:
-        raise ValueError("its directory of keys is cut")
+        raise ValueError("its directory of keys is truncated")
     if any(not isinstance(number, int) or number >= 2**16 for number in numbers):
-        raise ValueError("its directory of keys holds other numbers than 16 bits hold")
+        raise ValueError("its directory of keys holds numbers that do not fit 16 bits")
     entries = (numbers[4 * i : 4 * i + 4] for i in range(1, 1 + numbers[3]))
     return {key: value for key, place, _, value in entries if place == 0}
 
@@ -89,7 +89,7 @@ def _keys(numbers: tuple[int, ...]) -> dict[int, int]:
 def _check_affine(affine: Affine) -> None:
     a, b, _, d, e, _ = affine
     if not all(map(isfinite, affine)) or a * e == b * d:
-        raise ValueError(f"its pixels lie on no plane: the affine map is {affine}")
+        raise ValueError(f"its affine map is singular: {affine}")
 
 
 def _affine(page: Page) -> Affine | None:

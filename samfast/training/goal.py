@@ -55,8 +55,8 @@ class Goal(Protocol):
         """The model that is trained: padded images in, logits out, under autocast of ``dtype``."""
 
     def views(self, part: str) -> Sequence[Any]:
-        """What the model sees of the "train" or "val" files, each with a ``stem``: the files, or
-        their tiles."""
+        """Return what the model sees of the "train" or "val" files, each with a ``stem``: the
+        files, or their tiles."""
 
     def training_data(self, side: int) -> tuple[Dataset, Any]:
         """The training views at ``side`` pixels, and the function that makes batches of them.
@@ -98,13 +98,13 @@ class Goal(Protocol):
         """(file name without suffix, titled image | truth | prediction) for files."""
 
     def sentences(self) -> Iterator[str]:
-        """What a run says before it begins."""
+        """Sentences that a run prints before it begins."""
 
     def epoch_text(self, row: Mapping[str, Any]) -> str:
         """The scores of an epoch as part of a line."""
 
     def closing(self, best: Mapping[str, Any]) -> str:
-        """What a run says at its end; best: the row of the best epoch."""
+        """Sentence that a run prints at its end; best: the row of the best epoch."""
 
     def table(self, row: Mapping[str, Any]) -> str:
         """The scores as text, next to those of the best constant prediction."""

@@ -18,17 +18,18 @@ OPTIONS: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False, "fullgra
 
 
 def check_graph(settings: FinetuneSettings, device: torch.device, processes: int) -> None:
-    """Raise ValueError where ``graph`` is on and no graph can be had."""
+    """Raise ValueError if ``graph`` is on and no graph can be had."""
     if settings.graph != "on":
         return
     if device.type != "cuda":
         raise ValueError(
-            f"graph is on, which needs a CUDA device, but this run is on {device.type}; leave out "
+            f"graph is on, which needs a CUDA device, but the device is {device.type}; leave out "
             "--graph"
         )
     if processes > 1:
         raise ValueError(
-            f"graph is on, which is for one process, but there are {processes}; leave out --graph"
+            f"graph is on, which works in one process only, but there are {processes}; leave out "
+            "--graph"
         )
 
 
@@ -43,7 +44,7 @@ def graphed(
         return None
     encoder = sam.vision_encoder if is_tracker(sam) else sam.image_encoder
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
-        say("graph is on, but nothing in the encoder is trained: it runs without CUDA graphs")
+        say("graph is on, but the encoder is frozen, so it runs without CUDA graphs")
         return None
     say("the encoder trains in CUDA graphs (never run on a GPU); the first step compiles it")
     return GraphedEncoder(encoder, settings.batch_size, settings.accumulate > 1, say)
@@ -112,8 +113,8 @@ class GraphedEncoder:
         if _skips() > before and not self.left_out:
             self.left_out = True
             self.say(
-                "the encoder runs compiled, but torch left out CUDA graphs; TORCH_LOGS=cudagraphs "
-                "in the environment lets it say why"
+                "the encoder runs compiled, but torch used no CUDA graphs; set "
+                "TORCH_LOGS=cudagraphs to see why"
             )
 
     def _other(self, images: Tensor) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One image file to the samples it stores, upright, and what its tags say of them.
+"""Read the samples of an image file, upright, with the meaning that its tags give them.
 
 Raises ValueError (FileNotFoundError for a missing file) with one sentence that names the file.
 """
@@ -56,10 +56,10 @@ _DAMAGE = (
     Image.DecompressionBombError,
 )
 _BOMB = (
-    "{} has more than {} pixels, which Pillow takes for a decompression bomb; cut it into smaller "
+    "{} has more than {} pixels, Pillow's limit against decompression bombs; cut it into smaller "
     "images"
 )
-_FRAMES = "{} holds {} frames; save the one you mean alone"
+_FRAMES = "{} holds {} frames; save the one you mean to a file of its own"
 _TRANSPARENT = ("LA", "PA", "La", "RGBA", "RGBa")
 _HEADER_LOCK = threading.Lock()  # warning filters belong to the process, not to a thread
 
@@ -83,7 +83,7 @@ def read_samples(path: Source, *, as_image: bool) -> Samples:
         )
     if as_image and file.suffix.lower() == ".npy":
         if not isinstance(path, Slice):
-            raise ValueError(f"image {path} is an array, which is read with --stacks only")
+            raise ValueError(f"image {path} is an array; give --stacks to read arrays")
         return array_samples(path)
     try:
         with file.open("rb") as opened:
@@ -95,7 +95,7 @@ def read_samples(path: Source, *, as_image: bool) -> Samples:
         raise ValueError(str(error)) from None
     except UnidentifiedImageError:
         formats = ", ".join((*_formats(path, as_image), "TIFF"))
-        raise ValueError(f"{path} cannot be decoded: it is no {formats} file") from None
+        raise ValueError(f"{path} cannot be decoded: it is not a {formats} file") from None
     except _DAMAGE as error:
         raise ValueError(f"{path} cannot be decoded: {_one_line(error)}") from None
 
@@ -145,12 +145,12 @@ def _pages_of(source: Source, pages: list[Page], full: list[int]) -> tuple[int, 
     """The page of an image, and the pages among which its transparency mask may be."""
     if not isinstance(source, Slice):
         if len(full) > 1:
-            advice = ", or give --stacks, which makes each an image"
+            advice = ", or give --stacks, which reads each as an image"
             raise _Sentence(_FRAMES.format(source, len(full)) + advice)
         if (frames := _frames_described(pages[full[0]])) > 1:
             raise _Sentence(
-                f"{source} holds {frames} frames behind one page, which are not read; save them as "
-                "pages of their own, in BigTIFF"
+                f"{source} holds {frames} frames behind one page, which are not read; save each "
+                "as a page, in BigTIFF"
             )
         return full[0], range(len(pages))
     if source.index >= len(full):
@@ -165,7 +165,7 @@ def _tags_of(path: Source, page: Page) -> Tags:
     if photometric == YCBCR:  # decoders give its colours, or its luma only
         photometric = RGB if samples > 1 else BLACK_IS_ZERO
         if page.number(t.COMPRESSION, 1) not in (6, 7):
-            raise _Sentence(f"{path} holds YCbCr without JPEG, which is not read; save it as RGB")
+            raise _Sentence(f"{path} holds YCbCr without JPEG compression; save it as RGB")
     try:
         no_data = no_data_number(page.text(t.NO_DATA))
     except ValueError as error:

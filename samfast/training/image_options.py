@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How image files are read where the command line says more than the files."""
+"""Options of the command line for reading image files."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -44,7 +44,7 @@ def remembered_options(
     kept = (bands or record.get("bands"), range or record.get("range"))
     for value in kept:
         if not isinstance(value, str | None):
-            raise ValueError(f"the adapter's image options hold {value!r}, which is not a text")
+            raise ValueError(f"the adapter's image options hold {value!r}; expected text")
     return image_options(*kept)
 
 

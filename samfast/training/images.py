@@ -51,7 +51,7 @@ class StoredMask(NamedTuple):
 
 
 def read_image(path: Source, options: ImageOptions = _AS_TAGGED) -> np.ndarray:
-    """A photograph as RGB: uint8 (H, W, 3).
+    """Read an image as RGB: uint8 (H, W, 3).
 
     Grey, palette and CMYK become RGB; transparency is laid over white; the orientation is applied;
     pixels without data are black. Files with more than 8 bits a channel (16-bit, 32-bit integer,
@@ -76,7 +76,7 @@ def load_image(
 def read_mask(
     path: Source, foreground: Foreground = None, also: tuple[float, ...] = ()
 ) -> np.ndarray:
-    """The values a mask file stores: (H, W), an integer or float type.
+    """Read the values of a mask file: (H, W), an integer or float type.
 
     Palette files give their indices (GIF without colours its greys), 1-bit files and bools 0 and
     1, RGB files their common channel. JPEG and lossy WebP do not keep exact values: of two values,
@@ -114,8 +114,7 @@ def load_mask(
         return StoredMask(values)
     if labels:
         raise ValueError(
-            f"mask {path} is compressed with loss, which does not keep class numbers; save it as "
-            "PNG"
+            f"mask {path} uses lossy compression, which changes class numbers; save it as PNG"
         )
     return _found_again(path, values, samples.coding, foreground, also)
 
@@ -138,7 +137,7 @@ def _found_again(
     if count == 0 or (count > 2 and not above and foreground is not None):
         held = f"its {count} values blend" if count else "its values cannot be told apart"
         advice = "save it as PNG, or give --threshold T (every value above T)"
-        raise ValueError(f"mask {path} is compressed with loss, so that {held}; {advice}")
+        raise ValueError(f"mask {path} lost values to compression: {held}; {advice}")
     wanted = () if above or foreground is None else foreground
     levels = named(levels, (*wanted, *also))
     return StoredMask(

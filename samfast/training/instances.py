@@ -59,8 +59,8 @@ class Instances(ManyTasks):
             if counts and not any(counts):
                 what = {"train": "training", "val": "validation"}[part]
                 raise ValueError(
-                    f"none of the {what} masks has an object: a value above 0; add one that has, "
-                    "or choose another --seed or --val-fraction"
+                    f"none of the {what} masks has an object (a value above 0); add one, or "
+                    "choose another --seed or --val-fraction"
                 )
 
     def sentences(self) -> Iterator[str]:
@@ -72,8 +72,8 @@ class Instances(ManyTasks):
         )
         if max(*counts["train"], *counts["val"], 0) == 1:
             yield (
-                "no mask holds more than one object; if its values say foreground or not, train "
-                "with --masks binary"
+                "no mask holds more than one object; if they hold foreground and background, "
+                "train with --masks binary"
             )
 
     def _row(self, scores, losses) -> dict[str, float]:

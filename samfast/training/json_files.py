@@ -34,12 +34,12 @@ def read_json(path: Path) -> Any:
     except _Refused as refused:
         raise ValueError(f"{path} {refused}") from None
     except RecursionError:
-        raise ValueError(f"{path} is JSON that is nested too deep; {_ADVICE}") from None
+        raise ValueError(f"{path} nests JSON too deeply; {_ADVICE}") from None
     except MemoryError:
         raise ValueError(f"{path} does not fit into memory; split it") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path} is no JSON: {error.msg} in {place}; {_ADVICE}") from None
+        raise ValueError(f"{path} is not JSON: {error.msg} in {place}; {_ADVICE}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
@@ -48,7 +48,7 @@ def _text(data: bytes) -> str:
     if not data.strip():
         raise _Refused(f"is empty; {_ADVICE}")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
-        raise _Refused("is in UTF-16 or UTF-32, or no text; save it in UTF-8")
+        raise _Refused("is in UTF-16 or UTF-32, or is not text; save it in UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -75,7 +75,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise _Refused(f"holds {name}, which JSON has not; {_ADVICE}")
+    raise _Refused(f"holds {name}, which JSON does not have; {_ADVICE}")
 
 
 def _integer(digits: str) -> int:

@@ -116,7 +116,7 @@ def compile_forms(forms: Sequence[Form], target: Any, done: Callable[[Form, bool
             done(waiting[ended], ended.result())
     except BrokenExecutor:
         raise OSError(
-            "a process that compiles kernels was killed; free main memory and run it again, what "
+            "a process that compiles kernels was killed; free main memory and run it again; what "
             "was compiled is kept"
         ) from None
     finally:

@@ -16,7 +16,7 @@ _ADVICE = "save labels as integers with one channel, in PNG, TIFF or .npy"
 
 
 def read_labels(path: Source | str) -> np.ndarray:
-    """The labels that a file, or one slice of it, stores: integers (H, W), 0 for the background.
+    """Read the labels of a file or of one slice of it: integers (H, W), 0 for the background.
 
     PNG and TIFF of any number of bits, signed or unsigned, and .npy. Palette files give their
     indices. What a TIFF's GDAL_NODATA or transparency mask takes out is background.
@@ -26,7 +26,7 @@ def read_labels(path: Source | str) -> np.ndarray:
         return read_mask_array(file_of(path), index_of(path))
     samples = read_samples(path, as_image=False)
     if samples.lossy:
-        raise ValueError(f"{path} is compressed with loss, which does not keep labels; {_ADVICE}")
+        raise ValueError(f"{path} uses lossy compression, which changes labels; {_ADVICE}")
     if samples.tags.kind == "f":
         raise ValueError(f"{path} holds floats of {samples.tags.bits} bits; {_ADVICE}")
     values = one_channel(path, samples)

@@ -48,15 +48,15 @@ def launched() -> Launched:
     rank = _number("RANK")
     if processes is None and rank is None and _left_alone_by_accelerate():
         raise ValueError(
-            "accelerate launch started one process of several, as it does for --cpu and for one "
-            f"GPU; use ACCELERATE_USE_CPU=1 {_TORCHRUN}, or ask it for --num_processes 1"
+            "accelerate launch started only one of several processes, as it does with --cpu or "
+            f"one GPU; use ACCELERATE_USE_CPU=1 {_TORCHRUN}, or ask it for --num_processes 1"
         )
     if processes is None or processes <= 1:
         return ALONE
     if rank is None:
         raise ValueError(
-            f"WORLD_SIZE is {processes}, but RANK is not set, so this may be the only process; "
-            f"start all with {_TORCHRUN}, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {processes}, but RANK is not set; start all processes with "
+            f"{_TORCHRUN}, or unset WORLD_SIZE"
         )
     if not 0 <= rank < processes:
         raise ValueError(f"RANK is {rank}; it must be from 0 to {processes - 1}")

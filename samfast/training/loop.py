@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning on a data folder, from checks to saved adapters; runs on accelerate."""
+"""Fine-tune on a data folder, from checks to saved adapters, with accelerate."""
 
 import dataclasses
 import sys
@@ -53,18 +53,17 @@ def finetune(
     callbacks: Sequence[Callback] = (),
     command: Sequence[str] | None = None,
 ) -> dict:
-    """Fine-tune a SAM as the settings say; returns the summary that ``summary.json`` holds.
+    """Fine-tune a SAM; return the content of ``summary.json``.
 
-    dataset: in place of ``data``, of (image, mask) items, see ``DatasetGoal``
-    callbacks: called while it trains, see ``Callback``
-    command: the words of the command line, for settings.json
+    dataset: (image, mask) items, instead of ``data``; see ``DatasetGoal``
+    callbacks: called during training; see ``Callback``
+    command: the command line, for settings.json
 
-    Everything that can be wrong with the settings, the data and the model is found before
-    training begins and before anything is written: ValueError or FileNotFoundError with one
-    sentence. A loss that is not finite ends in FloatingPointError and keeps the last good state.
-    SIGINT, SIGTERM and SIGHUP end it after a step, with a state saved, in ``Interrupted``, a
-    KeyboardInterrupt; ``resume`` goes on from there and gives what it would have given.
-    With ``dry_run``, nothing of this happens: the result is that of samfast.training.dry_run.
+    Settings, data and model are checked before anything is written; ValueError or FileNotFoundError
+    says what is wrong in one sentence. A loss that is not finite raises FloatingPointError and
+    keeps the last good state. SIGINT, SIGTERM and SIGHUP save a state after the current step and
+    raise ``Interrupted``, a KeyboardInterrupt. ``resume`` continues from there, with the same
+    results. With ``dry_run``, return the result of samfast.training.dry_run and do not train.
 
     Example:
         settings = FinetuneSettings(data=Path("cells"), checkpoint=Path("sam_vit_b.pth"))
@@ -106,7 +105,7 @@ def finetune(
 
 
 def _goal(settings: FinetuneSettings) -> Goal:
-    """What the settings learn from a folder; finds its files."""
+    """Return the goal of the settings for a folder; finds its files."""
     if masks_of(settings) != "instances" and settings.tasks is None:
         check_no_annotations(settings.data, settings.mask_suffix)
     return goal_of(settings, specs_of(settings))
@@ -269,7 +268,8 @@ def _accelerator(settings: FinetuneSettings) -> tuple["Accelerator", torch.dtype
 
     if is_initialized():
         raise RuntimeError(
-            "accelerate is already initialised in this process; finetune starts its own"
+            "accelerate is already initialised in this process; call finetune before anything "
+            "else uses it"
         )
     dtype = autocast_dtype(settings.precision, start().device)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}

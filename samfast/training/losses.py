@@ -2,9 +2,9 @@
 """The training losses of binary segmentation, by the names that ``--loss`` takes.
 
 All take logits (B, H, W), masks (B, H, W) of 0 and 1 and valid (B, H, W) bool (None: everywhere),
-and return the mean over the images, each as if it had been cut out of its padding: logits outside
-``valid`` get exactly zero gradient, whatever they hold. They compute in fp32 (fp64 for fp64
-logits) and raise ValueError when the shapes differ.
+and return the mean over the images, as if each had been cut out of its padding. Logits outside
+``valid`` get exactly zero gradient, even NaN. They compute in fp32 (fp64 for fp64 logits) and raise
+ValueError if the shapes differ.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def bce_dice_loss(
     dice_weight: float = 1.0,
     smooth: float = 1.0,
 ) -> Tensor:
-    """Binary cross-entropy plus soft Dice, of each image by itself.
+    """Binary cross-entropy plus soft Dice, per image.
 
     With v = valid, t = masks, p = sigmoid(logits) and sums over one image's pixels:
 
@@ -76,9 +76,9 @@ def balanced_bce_loss(logits: Tensor, masks: Tensor, valid: Tensor | None = None
 
         loss = mean_B[ Σ v·((1 − π)·t + π·(1 − t))·bce(logits, t) / Σ v ]
 
-    Both classes have the same total weight, π·(1 − π). In an image of one class alone that is 0,
-    and so are its loss and its gradient: it teaches nothing, exactly as an image nearly without
-    foreground teaches nearly nothing. The other losses punish false foreground there.
+    Both classes have the same total weight, π·(1 − π). In an image with only one class it is 0, and
+    so are its loss and gradient: such an image teaches nothing. The other losses punish false
+    foreground there.
     """
     logits, target, valid = _prepared(logits, masks, valid)
     count = _image_sum(valid).clamp(min=1)

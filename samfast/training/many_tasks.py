@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning for several tasks at once: their data, losses, scores and pictures.
 
-One of the two goals, see ``samfast.training.goal``; ``one_mask`` has the other one.
+A goal, see ``samfast.training.goal``.
 """
 
 from collections import Counter
@@ -111,7 +111,7 @@ class ManyTasks:
         specs: Sequence[TaskSpec] | None = None,
         only_score: bool = False,
     ):
-        """Finds the files; decodes none.
+        """Find the files without decoding them.
 
         specs: in place of that file   only_score: nothing is for training
         """
@@ -171,7 +171,7 @@ class ManyTasks:
 
         if not any(map(counted, truths())):
             raise ValueError(
-                f"task {spec.name} cannot be scored: no pixel of its validation masks counts"
+                f"task {spec.name} cannot be scored: every pixel of its validation masks is ignored"
             )
 
         if spec.kind == "binary":
@@ -199,7 +199,7 @@ class ManyTasks:
                 yield torch.from_numpy(truth_of(spec, read_stored(spec, path)))
 
     def sentences(self) -> Iterator[str]:
-        """What a run says before it begins."""
+        """Sentences that a run prints before it begins."""
         yield from self.remarks
         for spec in self.specs:
             counts = [
@@ -207,10 +207,10 @@ class ManyTasks:
                 for items in (self.split.train, self.split.val)
             ]
             yield (
-                f"task {spec.name}: {spec.kind}, {spec.channels} channel"
-                f"{'s' if spec.channels > 1 else ''}, loss {spec.loss} times {spec.weight:g}, "
-                f"{counts[0]} training and {counts[1]} validation images; the best constant "
-                f"scores {listed(self.baseline[spec.name])}"
+                f"task {spec.name}: {spec.kind}, {spec.channels} "
+                f"channel{'s' if spec.channels > 1 else ''}, loss {spec.loss} times "
+                f"{spec.weight:g}, {counts[0]} training and {counts[1]} validation images; the "
+                f"best constant prediction scores {listed(self.baseline[spec.name])}"
             )
 
     def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -332,7 +332,7 @@ class ManyTasks:
         return f"{self.table(best)}\n{score}"
 
     def table(self, row: dict) -> str:
-        """A line for each task, with what the best constant scores."""
+        """A line for each task, with what the best constant prediction scores."""
         width = max(len(spec.name) for spec in self.specs)
         return "\n".join(
             f"{spec.name:<{width}}  {listed(self._of_row(spec.name, row))}  (best constant "

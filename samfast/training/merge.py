@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``samfast merge``: a fine-tuned model as the plain checkpoint that other SAM tools open."""
+"""``samfast merge``: write a fine-tuned model as a plain checkpoint for other SAM tools."""
 
 import os
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _QUALITY = "mask_decoder.iou_prediction_head.layers.2."
 
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
-    """Write the model of an adapter as a plain SAM; returns what was written and how it opens.
+    """Write the model of an adapter as a plain SAM; return what was written and how to open it.
 
     Everything is checked before the first byte is written, and nothing is replaced.
     """
@@ -109,12 +109,12 @@ def _chosen(settings: MergeSettings, adapter: AdapterFile) -> tuple[str, int] | 
         names = ", ".join(spec.name for spec in specs)
         raise ValueError(
             f"adapter {adapter.folder} has the tasks {names}, but a plain SAM has one decoder; "
-            "choose one with --task, and merge each into a file of its own"
+            "choose a task with --task, and merge each into its own file"
         )
     task = specs[0].task
     if task.kind == "regression":
         raise ValueError(
-            f"task {task.name} predicts values, not masks, which other SAM tools would cut at 0; "
+            f"task {task.name} predicts values, but other SAM tools would threshold them at 0; "
             f"{_OUT}"
         )
     if settings.class_index is None and task.channels == 1:
@@ -122,8 +122,8 @@ def _chosen(settings: MergeSettings, adapter: AdapterFile) -> tuple[str, int] | 
     if settings.class_index is None or not 0 <= settings.class_index < task.channels:
         got = "none" if settings.class_index is None else settings.class_index
         raise ValueError(
-            f"task {task.name} has a mask for each of {task.channels} classes, but a plain SAM has "
-            f"one; expected --class-index 0 to {task.channels - 1}, got {got}"
+            f"task {task.name} has a mask for each of {task.channels} classes, but a plain SAM "
+            f"has one mask; expected --class-index 0 to {task.channels - 1}, got {got}"
         )
     return task.name, settings.class_index
 
@@ -134,8 +134,8 @@ def _check_head(adapter: AdapterFile, name: str, as_folder: bool, output: Path) 
     if adapter.record.get("head") == "binary" and not as_folder:
         raise ValueError(
             f"adapter {adapter.folder} has a decoder of one mask token, but a {output.suffix} for "
-            "segment_anything has four; write a Hugging Face folder (an --output without suffix), "
-            f"whose configuration says so; or {_OUT}"
+            "segment_anything has four; write a Hugging Face folder (an --output without "
+            f"suffix), or {_OUT}"
         )
 
 

@@ -10,28 +10,28 @@ from samfast.training.settings import ADAPTER, CHECKPOINT, NOT_RANDOM
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """Write a fine-tuned model as a plain SAM that other tools open.
+    """Write a fine-tuned model as a plain SAM that other tools can open.
 
-    Adds the update to the weights, so that no adapter is left: LoRA, SAM-COBOT on LoRA, TA-LoRA,
-    Kronecker and decoders. Conv-LoRA and AdaptFormer depend on their input and cannot be merged.
+    This adds the updates to the weights. It works for LoRA, SAM-COBOT on LoRA, TA-LoRA, Kronecker
+    and decoders. Conv-LoRA and AdaptFormer depend on their input, so they cannot be merged.
     """
 
     adapter: Path = option(..., ADAPTER)
     output: Path = option(
         ...,
-        "New file for segment_anything (.pth, .safetensors), or, without a suffix, new folder for "
-        "Hugging Face's SamModel",
+        "Write a new file for segment_anything (.pth, .safetensors) or, without a suffix, a new "
+        "folder for Hugging Face's SamModel",
     )
     checkpoint: Path | None = option(None, CHECKPOINT, hint=NOT_RANDOM)
     task: str | None = option(
         None,
-        "Task whose decoder is written",
+        "Write this task's decoder",
         metavar="NAME",
         hint="required with several tasks",
     )
     class_index: int | None = option(
         None,
-        "Class whose mask is written, counted from 0",
+        "Write this class's mask, counted from 0",
         least=0,
         hint="required for classes",
     )
@@ -40,4 +40,4 @@ class MergeSettings:
         "License in the folder's model card (README.md), as the Hugging Face Hub calls it",
         hint="default: that of the adapter's card",
     )
-    json: bool = option(False, "Print what was written as JSON on stdout")
+    json: bool = option(False, "Print what was written as JSON to stdout")

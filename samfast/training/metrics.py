@@ -30,7 +30,7 @@ class ForegroundScores:
         """Add one image or a batch; both bool of equal shape."""
         if predicted.shape != truth.shape:
             raise ValueError(
-                f"prediction and truth have the shapes {tuple(predicted.shape)} and "
+                f"prediction and truth differ in shape: {tuple(predicted.shape)} and "
                 f"{tuple(truth.shape)}"
             )
         if not predicted.numel():  # which torchmetrics does not take

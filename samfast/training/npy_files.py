@@ -25,7 +25,7 @@ def read_numbers(path: Path, index: int | None = None, axes: int = 2) -> np.ndar
     """
     values = _array(path) if index is None else read_array(path, index, axes)
     if values.dtype.kind not in "iuf":
-        raise ValueError(f"{path} holds no array of numbers")
+        raise ValueError(f"{path} does not hold an array of numbers")
     return values
 
 
@@ -118,7 +118,7 @@ def _check_header(file: BinaryIO, size: int, axes: int | None = None) -> tuple[i
     shape, dtype = _header(file)
     count = math.prod(shape)
     if axes is not None and len(shape) not in (axes, axes + 1):
-        raise ValueError(f"its shape is {shape}, where slices have {axes} axes")
+        raise ValueError(f"its shape is {shape}; expected slices of {axes} axes")
     one = shape if axes is None or len(shape) == axes else shape[1:]
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and math.prod(one[:2]) > limit:

@@ -32,6 +32,6 @@ def check_numbers(path: Path, values: np.ndarray) -> None:
     """ValueError where a mask holds what cannot be the number of an object."""
     if (values < 0).any():
         raise ValueError(
-            f"mask {path} holds the value {values.min()}, but with instances a mask holds "
-            "the number of an object in each of its pixels, 0 for none"
+            f"mask {path} holds the value {values.min()}, but --masks instances expects object "
+            "numbers from 0 on (0 for background)"
         )

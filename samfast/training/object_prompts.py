@@ -97,8 +97,8 @@ def _spread(given: list[ObjectPrompt], kind: str, sizes: Mapping[Path, tuple[int
         found = {path: [one] for path, one in zip(sizes, own, strict=True)}
     else:
         raise ValueError(
-            f"there are {len(given)} {_MANY[kind]} for {len(sizes)} images; give one for all, one "
-            f"each, or a file of them with --{_MANY[kind]}"
+            f"got {len(given)} {_MANY[kind]} for {len(sizes)} images; give one for all, or one "
+            f"for each, or a file of them with --{_MANY[kind]}"
         )
     for path, prompts in found.items():
         for prompt in prompts:
@@ -107,7 +107,7 @@ def _spread(given: list[ObjectPrompt], kind: str, sizes: Mapping[Path, tuple[int
 
 
 def _check(prompt: ObjectPrompt, size: tuple[int, int], name: str) -> None:
-    """Raise ValueError where a prompt is not inside its image of this (height, width)."""
+    """Raise ValueError if a prompt is not inside its image of this (height, width)."""
     if prompt.box is not None:
         check_box(prompt.box, size, name)
     for point in prompt.points:
@@ -121,8 +121,8 @@ def _of_file(path: Path, kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Pr
     for where, name, numbers in _rows(path, kind):
         image = named.get(name)
         if image is None:
-            known = "two images have this name" if name in named else "no such image is named"
-            raise ValueError(f"{where} is of image {name!r}, but {known}")
+            known = "two images have that name" if name in named else "that image is not predicted"
+            raise ValueError(f"{where} names the image {name!r}, but {known}")
         values = _numbers(where, kind, numbers)
         try:
             one = _of_box(values) if kind == "box" else _of_point(values[:3])
@@ -143,8 +143,8 @@ def _of_file(path: Path, kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Pr
                 if not own.points[:, 2].any():
                     x, y, _ = own.points[0]
                     raise ValueError(
-                        f"the object of point {x:g},{y:g} of image {image} has no point of label "
-                        "1, which is on it; give it one"
+                        f"the object of point {x:g},{y:g} of image {image} has no point with "
+                        "label 1 (on the object); add one"
                     )
     return found
 
@@ -167,11 +167,12 @@ def _numbers(where: str, kind: str, given: list[Any]) -> np.ndarray:
         wrong, values = True, np.empty(0)
     if wrong or len(values) not in _WIDTHS[kind] or not np.isfinite(values).all():
         shown = ",".join(map(str, given))[:60]
-        raise ValueError(f"{where} holds {shown!r}, not numbers {form}")
+        raise ValueError(f"{where} holds {shown!r}; expected numbers {form}")
     if kind == "box":
         if values[0] > values[2] or values[1] > values[3]:
             raise ValueError(
-                f"{where} holds a box whose second corner lies left of or above the first"
+                f"{where} holds a box whose second corner is left of or above the first; expected "
+                "x0 <= x1 and y0 <= y1"
             )
         return values
     values = np.append(values, 1.0) if len(values) == 2 else values
@@ -188,7 +189,7 @@ def _rows(path: Path, kind: str) -> Iterator[tuple[str, str, list[Any]]]:
         raise ValueError(f"{path} is not a regular file")
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".json"):
-        raise ValueError(f"{path} is neither .csv nor .json; prompts are read from these")
+        raise ValueError(f"{path} is neither a .csv nor a .json file; expected one of these")
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
@@ -209,7 +210,7 @@ def _csv_rows(path: Path, text: str, kind: str) -> Iterator[tuple[str, str, list
                 )
             yield f"{path} line {reader.line_num}", cells[0], cells[1:]
     except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num} is no CSV: {error}") from None
+        raise ValueError(f"{path} line {reader.line_num} is not CSV: {error}") from None
 
 
 def _json_rows(path: Path, text: str, kind: str) -> Iterator[tuple[str, str, list[Any]]]:
@@ -217,15 +218,15 @@ def _json_rows(path: Path, text: str, kind: str) -> Iterator[tuple[str, str, lis
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is no JSON: {reason}") from None
+        raise ValueError(f"{path} is not JSON: {reason}") from None
     form = FORMS[kind].removeprefix("image,")
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no mapping of images, such as {{image: [[{form}], …]}}")
+        raise ValueError(f"{path} is not a mapping of images, such as {{image: [[{form}], …]}}")
     for name, rows in found.items():
         if not isinstance(rows, list):
             raise ValueError(f"{path} has no list of [{form}] for image {name!r}")
         for number, row in enumerate(rows, 1):
             where = f"{path} image {name!r} row {number}"
             if not isinstance(row, list) or not all(isinstance(v, int | float) for v in row):
-                raise ValueError(f"{where} holds {str(row)[:60]}, not numbers [{form}]")
+                raise ValueError(f"{where} holds {str(row)[:60]}; expected numbers [{form}]")
             yield where, name, row

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objects of one image: masks that are made when asked for, boxes and areas at once."""
+"""The objects of one image: boxes and areas, and masks on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Objects:
 
     boxes: float64 (N, 4), x0, y0, x1, y1: the centres of the first and the last pixel
     areas: int64 (N,), pixels   ids: (N,), which label, or which RLE of the list, each object was
-    empty: how many objects were given that have no pixel, and are left out
+    empty: number of given objects without pixels, which are left out
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Objects:
 
     @staticmethod
     def from_labels(labels: np.ndarray) -> Objects:
-        """One object for each value of an integer array (H, W) but 0; ids ascend.
+        """Make one object for each nonzero value of an integer array (H, W); ids ascend.
 
         Raises ValueError for another shape or type, and for negative values.
         """
@@ -44,9 +44,9 @@ class Objects:
 
     @staticmethod
     def from_rles(size: Sequence[int], rles: Sequence[dict[str, Any]]) -> Objects:
-        """One object for each RLE {"size": [H, W], "counts": list or text}, as COCO has them.
+        """Make one object for each RLE {"size": [H, W], "counts": list or text}, as in COCO.
 
-        Raises ValueError where one is not an RLE of an image of this size.
+        Raises ValueError if one is not an RLE of an image of this size.
         """
         size = check_size(tuple(size))
         runs = []
@@ -88,7 +88,7 @@ class Objects:
     def labels(self) -> np.ndarray:
         """int32 (H, W): 0 is background, object i is i + 1.
 
-        Where objects overlap the smaller one is on top, and of equal ones the first.
+        Where objects overlap, the smaller one is on top; of equal ones, the first.
         """
         raise NotImplementedError
 
@@ -174,13 +174,13 @@ def _checked_labels(labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.ndim != 2 or 0 in labels.shape:
         raise ValueError(
-            f"labels are {labels.dtype} of shape {labels.shape}; expected integers (H, W), 0 for "
-            "the background"
+            f"labels are {labels.dtype} of shape {labels.shape}; expected integers of shape (H, "
+            "W), 0 for the background"
         )
     if labels.min() < 0:
         raise ValueError(
-            f"labels hold {labels.min()}; they must not be negative: 0 is the background, and "
-            "every other value an object"
+            f"labels hold {labels.min()}; expected 0 for the background and a positive value for "
+            "each object"
         )
     return labels
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects as files of other programs: label TIFF, COCO's JSON, GeoJSON, CSV.
+"""Write objects for other programs: label TIFF, COCO JSON, GeoJSON, CSV.
 
-Every function checks all that it is given before it writes, and raises ValueError with one
-sentence.
+Every function checks its arguments before it writes, and raises ValueError.
 """
 
 import csv
@@ -42,9 +41,9 @@ class ImageObjects(NamedTuple):
 def write_labels(
     path: Path | str, labels: np.ndarray, georeference: Georeference | None = None
 ) -> None:
-    """Labels (H, W) as a TIFF file of uint16, or of uint32 where a label is above 65,535.
+    """Write labels (H, W) as a TIFF file of uint16, or uint32 if a label is above 65,535.
 
-    georeference: of the image, to be kept. Raises ValueError where labels are no integers from 0 to
+    georeference: of the image, to be kept. Raises ValueError unless labels are integers from 0 to
     2**32 - 1.
     """
     values = label_values(path, labels)
@@ -63,8 +62,8 @@ def label_values(path: Path | str, labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.ndim != 2 or 0 in labels.shape:
         raise ValueError(
-            f"labels for {path} are {labels.dtype} of shape {labels.shape}; expected integers "
-            "(H, W)"
+            f"labels for {path} are {labels.dtype} of shape {labels.shape}; expected integers of "
+            "shape (H, W)"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= 2**32:
@@ -74,11 +73,11 @@ def label_values(path: Path | str, labels: np.ndarray) -> np.ndarray:
 
 
 def coco_json(entries: Iterable[ImageObjects], categories: Sequence[str] | None = None) -> str:
-    """Images, annotations and categories as the text of a JSON file in COCO's format.
+    """Return images, annotations and categories as the text of a COCO JSON file.
 
-    categories: all names of classes, which get the ids 1, 2, ... in this order; those that occur,
-    sorted, if not given. Each annotation has its mask as compressed RLE, its box x, y, width,
-    height, its area, and its score where there are scores.
+    categories: all class names, with the ids 1, 2, ... in this order (default: those that occur,
+    sorted). Each annotation has its mask as compressed RLE, its box x, y, width, height, its area,
+    and its score if there are scores.
     """
     entries = list(entries)
     names = set()
@@ -93,7 +92,7 @@ def coco_json(entries: Iterable[ImageObjects], categories: Sequence[str] | None 
         wrong = sorted(used - set(known))
         raise ValueError(
             f"categories are {known}; "
-            + (f"{wrong[0]} is missing" if wrong else "each may be named once")
+            + (f"{wrong[0]} is missing" if wrong else "name each only once")
         )
     ids = {name: i for i, name in enumerate(known, 1)}
     images, annotations = [], []
@@ -139,12 +138,13 @@ def geojson(
     georeference: Georeference | None = None,
     ids: Sequence[int] | None = None,
 ) -> str:
-    """Objects as the text of a GeoJSON file: a feature of each, as QuPath opens them.
+    """Return objects as the text of a GeoJSON file with one feature each, for QuPath.
 
-    Outlines run along the corners of pixels, so that their area is the number of pixels; an object
-    of several parts is a MultiPolygon. kind: what QuPath makes of them, "annotation" or "detection"
-    georeference: coordinates are in its units, and in pixels without one   ids: numbers to be their
-    names
+    Outlines follow pixel corners, so that their area is the number of pixels. An object with
+    several parts is a MultiPolygon.
+    kind: the type in QuPath, "annotation" or "detection"
+    georeference: gives the units of coordinates; without it they are pixels
+    ids: numbers used as names
     """
     _check(objects, scores, classes, "the image")
     if kind not in KINDS:
@@ -206,7 +206,7 @@ def csv_text(
     classes: Sequence[str] | None = None,
     ids: Sequence[int] | None = None,
 ) -> str:
-    """A table of objects: a line of names, and one of each object.
+    """Return a CSV table of objects: a header line and one line per object.
 
     id: that of ``ids``, 1 to N if not given   area: pixels
     x0, y0, x1, y1: its box, and centroid_x, centroid_y its centre of mass, in pixels, where the
@@ -235,7 +235,7 @@ def _check(
     classes: Sequence[str] | None,
     what: str,
 ) -> None:
-    """Raise ValueError where scores or classes are not one of each object, or are none."""
+    """Raise ValueError if scores or classes are not one of each object, or are none."""
     for name, given in (("scores", scores), ("classes", classes)):
         if given is not None and len(given) != len(objects):
             raise ValueError(f"{what} has {len(objects)} objects but {len(given)} {name}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning for one binary mask per image: its data, loss, scores and pictures.
 
-One of the two goals, see ``samfast.training.goal``; ``many_tasks`` has the other one.
+A goal, see ``samfast.training.goal``.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,7 +62,7 @@ class OneMask:
     curves = (("val_dice", "Dice"), ("val_iou", "IoU"))
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
-        """Finds the files; decodes none. only_score: nothing is for training."""
+        """Find the files without decoding them. only_score: nothing is trained."""
         self.settings = settings
         self.foreground = chosen_foreground(settings.foreground, settings.threshold)
         self.ignore = chosen_ignore(settings.ignore, self.foreground)
@@ -111,21 +111,21 @@ class OneMask:
             yield read_mask(pair.mask, self.foreground, self.ignore)
 
     def sentences(self) -> Iterator[str]:
-        """What a run says before it begins."""
+        """Sentences that a run prints before it begins."""
         yield from self.remarks
         if self.settings.prompt == "box":
             yield (
-                "each image is prompted by the box around its foreground, whose sides move by up "
-                f"to {self.settings.box_jitter:g} pixels in training"
+                "the prompt is the box around each image's foreground; in training its sides "
+                f"move by up to {self.settings.box_jitter:g} pixels"
             )
         if self.settings.prompt == "point":
             yield (
-                "each image is prompted by a point on its foreground: in training any one, "
-                "otherwise the deepest inside"
+                "the prompt is a point on each image's foreground: a random one in training, "
+                "otherwise the innermost"
             )
         yield (
             f"{len(self.split.train)} training and {len(self.split.val)} validation images; "
-            f"calling everything foreground scores Dice {self.baseline['dice']:.4f}, IoU "
+            f"predicting only foreground scores Dice {self.baseline['dice']:.4f}, IoU "
             f"{self.baseline['iou']:.4f}"
         )
 

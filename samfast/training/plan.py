@@ -47,9 +47,9 @@ class Plan:
 
     def sentence(self) -> str:
         return (
-            f"plan for {decimal(self.card)}: {self.options()}; tensors take "
-            f"{decimal(self.peak)} of {decimal(room(self.card))}, the rest is a reserve: "
-            f"{decimal(CONTEXT)} for CUDA and {WASTE:.0%} for what the allocator wastes"
+            f"plan for {decimal(self.card)}: {self.options()}; tensors take {decimal(self.peak)} "
+            f"of {decimal(room(self.card))}, the rest is reserved: {decimal(CONTEXT)} for CUDA "
+            f"and {WASTE:.0%} for allocator overhead"
         )
 
     def record(self) -> dict:
@@ -94,11 +94,11 @@ def _card(settings: FinetuneSettings, here: int | None) -> int:
     if named is not None:
         if here is not None and named > here and not settings.dry_run:
             raise ValueError(
-                f"fit is {settings.fit}, but the GPU at hand has {decimal(here)}; use --fit auto"
+                f"fit is {settings.fit}, but this GPU has {decimal(here)}; use --fit auto"
             )
         return named
     if here is None:
-        raise ValueError("fit is auto, but no GPU is at hand; name a memory such as --fit 12GB")
+        raise ValueError("fit is auto, but no GPU was found; give a memory size such as --fit 12GB")
     return here
 
 

@@ -51,13 +51,13 @@ def resized_point(point: np.ndarray, before: Sequence[int], after: Sequence[int]
 
 
 def parsed_point(text: str) -> np.ndarray:
-    """The foreground point that the text ``x,y`` names; ValueError where it names none."""
+    """Parse a foreground point ``x,y``; raise ValueError for other text."""
     try:
         point = np.array([float(number) for number in text.split(",")])
     except ValueError:
         point = np.empty(0)
     if point.shape != (2,) or not np.isfinite(point).all():
-        raise ValueError(f"point is {text!r}, not two numbers x,y such as 60,45")
+        raise ValueError(f"point is {text!r}; expected two numbers x,y such as 60,45")
     return np.array([*point, 1.0])
 
 

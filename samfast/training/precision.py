@@ -35,9 +35,9 @@ def base_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dty
         return torch.bfloat16 if device.type == "cuda" and dtype == torch.bfloat16 else None
     base, precision = getattr(torch, name), _PRECISION_OF[dtype]
     if base == torch.bfloat16 and dtype == torch.float16:
-        raise ValueError("base dtype bfloat16 does not go with precision fp16; bf16 and fp32 do")
+        raise ValueError("base dtype bfloat16 cannot be used with precision fp16; use bf16 or fp32")
     if base == torch.float16 and dtype != torch.float16:
         raise ValueError(
-            f"base dtype float16 needs precision fp16 and its loss scaling, not {precision}"
+            f"base dtype float16 needs precision fp16, which scales the loss, got {precision}"
         )
     return None if base == torch.float32 else base

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks for new photographs from a saved adapter."""
+"""Predict masks for new photographs with a saved adapter."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -40,13 +40,13 @@ from samfast.training.try_out import backend_asked_for
 
 
 def predict(settings: PredictSettings) -> dict:
-    """Write one mask and one overlay for each image; returns what was written.
+    """Write a mask and an overlay for each image; return what was written.
 
-    Every image is decoded before anything is written: a bad one is a ValueError with one sentence.
+    Every image is decoded before anything is written; a bad one raises ValueError.
     """
     check_prediction(settings)
     if not settings.images:
-        raise ValueError("no image is named; give files or folders of them")
+        raise ValueError("expected images; give files or folders of images")
     paths = find_images(settings.images, settings.stacks)
     names = _output_names(paths)
     check_folder(settings.output)
@@ -113,7 +113,7 @@ def find_images(given: Sequence[Path], stacks: bool = False) -> list[Source]:
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
             inside = [p for p in inside if not p.name.startswith(".")]
             if not inside:
-                raise ValueError(f"folder {path} holds no image ({', '.join(suffixes)})")
+                raise ValueError(f"folder {path} has no images ({', '.join(suffixes)})")
             paths += inside
         elif path.exists():
             paths.append(path)
@@ -133,5 +133,5 @@ def _output_names(paths: Sequence[Source]) -> list[Name]:
     images = Counter(name.image for name in names)
     for name, count in images.items():
         if count > 1:
-            raise ValueError(f"two of the images are called {name}; predict them separately")
+            raise ValueError(f"two images are called {name}; predict them separately")
     return names

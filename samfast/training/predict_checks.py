@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What prediction refuses: options, prompts and names that do not fit adapter and images."""
+"""Check options, prompts and names against the adapter and the images of a prediction."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,7 +21,7 @@ from samfast.training.tiles import chosen_tiles
 
 
 def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) -> None:
-    """Raise ValueError for options that an adapter of this kind cannot have.
+    """Raise ValueError for options that do not fit this kind of adapter.
 
     base: the name of the model that it was trained on
     """
@@ -31,19 +31,18 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
         _check_automatic(settings, kept, base)
     if settings.tile and kept.prompt != "none" and not kept.by_object:
         raise ValueError(
-            f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are of "
-            "whole images; leave out --tile"
+            f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are "
+            "for whole images; leave out --tile"
         )
     numbered = are_numbered(settings, kept) and (not kept.specs or are_instances(kept.specs))
     if settings.instances and settings.task is not None:
         raise ValueError(
-            f"objects are made of all tasks, but task is {settings.task}; leave out --task or "
-            "--instances"
+            f"objects need all tasks, but task is {settings.task}; leave out --task or --instances"
         )
     if settings.instances and not numbered:
         raise ValueError(
-            f"adapter {settings.adapter} does not know objects; leave out --instances, or train "
-            "with --masks instances"
+            f"adapter {settings.adapter} was not trained on objects; leave out --instances, or "
+            "train with --masks instances"
         )
     if not numbered and set(settings.formats) != {"labels"}:
         raise ValueError(
@@ -52,8 +51,8 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
         )
     if settings.min_size and kept.by_object and not settings.automatic:
         raise ValueError(
-            f"min_size is {settings.min_size}, but objects are numbered as their prompts; leave it "
-            "out"
+            f"min_size is {settings.min_size}, but each object has the number of its prompt; "
+            "leave it out"
         )
     _check_probabilities(settings, kept)
     if settings.min_size and not numbered:
@@ -63,13 +62,13 @@ def check_kind(settings: PredictSettings, kept: Remembered, base: str | None) ->
 
 
 def _check_probabilities(settings: PredictSettings, kept: Remembered) -> None:
-    """Raise ValueError where nothing that is predicted has a probability of each pixel."""
+    """Raise ValueError if nothing that is predicted has a probability of each pixel."""
     if not settings.probabilities:
         return
     if settings.automatic or kept.by_object:
         raise ValueError(
-            "probabilities are those of one mask of an image, but objects are prompted one by one; "
-            "leave out --probabilities"
+            "--probabilities needs one mask per image, but objects are prompted one by one; leave "
+            "it out"
         )
     if kept.specs and not any(map(has_probability, kept.specs)):
         raise ValueError(
@@ -90,7 +89,7 @@ def refuse_files(settings: PredictSettings) -> None:
         if getattr(settings, name) is not None and not settings.automatic:
             raise ValueError(
                 f"{name} is {getattr(settings, name)}, but adapter {settings.adapter} was not "
-                f"trained on single objects; leave out --{name}"
+                f"trained on prompted objects; leave out --{name}"
             )
 
 
@@ -98,14 +97,14 @@ def _check_automatic(settings: PredictSettings, kept: Remembered, base: str | No
     """Raise ValueError for what a grid of points cannot be combined with."""
     given = [*(["--tile"] if settings.tile else []), *named_prompts(settings)]
     for name in given:
-        raise ValueError(f"--automatic finds objects by points of its own; leave out {name}")
+        raise ValueError(f"--automatic makes its own points; leave out {name}")
     if kept.specs:
         raise ValueError(
-            f"adapter {settings.adapter} has decoders of tasks, which no point prompts; leave out "
-            "--automatic"
+            f"adapter {settings.adapter} has task decoders, which take no point prompts; leave "
+            "out --automatic"
         )
     if base == SAM3:
-        raise ValueError(f"--automatic is segment_anything's, which {SAM3} is not")
+        raise ValueError(f"--automatic needs a segment_anything model, got {SAM3}; leave it out")
 
 
 def places_for(
@@ -149,8 +148,7 @@ def boxes_for(
     if len(prompts) not in (1, len(sizes)):
         many = {"box": "boxes", "point": "points"}[prompt]
         raise ValueError(
-            f"there are {len(prompts)} {many} for {len(sizes)} images; give one for all, or one "
-            "each"
+            f"got {len(prompts)} {many} for {len(sizes)} images; give one for all, or one for each"
         )
     prompts = prompts * len(sizes) if len(prompts) == 1 else prompts
     check = {"box": check_box, "point": check_point}[prompt]
@@ -160,7 +158,7 @@ def boxes_for(
 
 
 def check_files(names: Iterable[str], specs: Sequence[TaskSpec], probable: bool = False) -> None:
-    """Raise ValueError where images and tasks have such names that two files would have one."""
+    """Raise ValueError if images and tasks have such names that two files would have one."""
     files: dict[str, str] = {}
     ends = ("", "_overlay", "_probability") if probable else ("", "_overlay")
     for name in names:
@@ -169,7 +167,7 @@ def check_files(names: Iterable[str], specs: Sequence[TaskSpec], probable: bool 
                 what = f"image {name} and task {spec.name}"
                 if file in files:
                     raise ValueError(
-                        f"{files[file]}, and {what}, would both write a file called {file}; "
-                        "predict them separately, with --task"
+                        f"{files[file]}, and {what}, would both write {file}; predict them "
+                        "separately, with --task"
                     )
                 files[file] = what

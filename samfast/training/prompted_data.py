@@ -71,7 +71,7 @@ def read_objects(path: Path | CocoMask) -> Objects:
     try:
         return Objects.from_labels(labels)
     except ValueError as error:
-        raise ValueError(f"mask {path} holds no objects: {error}") from None
+        raise ValueError(f"mask {path} does not hold objects: {error}") from None
 
 
 def kept_lines(before: int, after: int) -> np.ndarray:

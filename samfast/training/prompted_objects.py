@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning for single objects by prompts: their data, loss, scores and pictures.
 
-One of the goals, see ``samfast.training.goal``. A mask file holds the number of an object in each
-of its pixels. Each object has a prompt of its own, a box or a point, and is one mask.
+A goal, see ``samfast.training.goal``. A mask file holds the number of an object in each of its
+pixels. Each object has a prompt of its own, a box or a point, and is one mask.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,11 +47,11 @@ from samfast.training.stopping import ignore_signals
 from samfast.training.task_scores import listed
 
 _PROMPTS = {
-    "box": "its box, whose sides move by up to {jitter:g} pixels in training",
-    "point": "a point of it: in training any one, otherwise the deepest inside",
+    "box": "its box, with sides moved by up to {jitter:g} pixels in training",
+    "point": "a point on it: a random one in training, otherwise the innermost",
     "mixed": (
-        "its box, whose sides move by up to {jitter:g} pixels in training, or a point of it, with "
-        "equal chance"
+        "its box, with sides moved by up to {jitter:g} pixels in training, or a point on it, with "
+        "equal probability"
     ),
 }
 
@@ -118,7 +118,7 @@ class PromptedObjects:
     joins_steps = True
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
-        """Finds the files; decodes none. only_score: nothing is for training."""
+        """Find the files without decoding them. only_score: nothing is trained."""
         self.settings = settings
         self.options = image_options(settings.bands, settings.range)
         self.split = _split(settings, only_score)
@@ -150,16 +150,16 @@ class PromptedObjects:
         for name, pairs, own in (("training", train, trained), ("validation", val, scored)):
             if pairs and not any(one.objects for one in own):
                 raise ValueError(
-                    f"none of the {name} masks in {pairs[0].mask.parent} holds an object, a number "
-                    "above 0; move images with objects there, or choose another --seed where "
-                    "samfast draws the split"
+                    f"none of the {name} masks in {pairs[0].mask.parent} holds an object (a "
+                    "number above 0); move images with objects there, or choose another --seed "
+                    "if samfast makes the split"
                 )
         there = left[: len(train)]
         for name, own in (("training", there), ("validation", left[len(train) :])):
             if own and not any(own):
                 raise ValueError(
-                    f"no {name} object keeps a pixel at {model_side(self.settings)} pixels; take a "
-                    "larger --image-size"
+                    f"no {name} object has a pixel left at {model_side(self.settings)} pixels; "
+                    "take a larger --image-size"
                 )
         self.there = there
         self.objects = tuple(sum(one.objects for one in own) for own in (trained, scored))
@@ -183,16 +183,16 @@ class PromptedObjects:
         return read_objects(pair.mask).labels()
 
     def sentences(self) -> Iterator[str]:
-        """What a run says before it begins."""
+        """Sentences that a run prints before it begins."""
         settings = self.settings
         prompt = _PROMPTS[settings.prompt].format(jitter=settings.box_jitter or 0)
         yield f"each object is prompted by {prompt}"
         if self.rounds > 1:
-            yield f"{self.rounds - 1} clicks then correct each mask, in training at random"
+            yield f"{self.rounds - 1} clicks then correct each mask, at random in training"
         if self.lost:
             yield (
-                f"{self.lost} training objects are smaller than a pixel at "
-                f"{model_side(settings)} pixels and train nothing"
+                f"{self.lost} training objects are smaller than one pixel at image size "
+                f"{model_side(settings)} and are left out"
             )
         pairs = (self.split.train, self.split.val)
         counts = [f"{n} objects in {len(own)}" for n, own in zip(self.objects, pairs, strict=True)]

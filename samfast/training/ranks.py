@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that train one model: how they meet, and on which device each works."""
+"""Several processes that train one model: their group and their devices."""
 
 import functools
 import os
@@ -41,7 +41,7 @@ def _met() -> distributed.Store | str:
         store.wait([f"here/{rank}" for rank in range(place.processes)], patience)
     except distributed.DistError as error:
         return (
-            f"not all of {place.processes} processes came within {SECONDS_TO_MEET} s "
+            f"not all of {place.processes} processes started within {SECONDS_TO_MEET} s "
             f"({str(error).partition('. ')[0]}); start all of them, or unset WORLD_SIZE for one"
         )
     return store
@@ -83,21 +83,22 @@ def own_random_numbers(seed: int) -> None:
 
 
 def check_kind(kind: str) -> None:
-    """ValueError for what shards or replaces the model, by accelerate's name for it."""
+    """Raise ValueError if accelerate would shard or replace the model."""
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(
-            f"samfast finetune gives each process the whole model, but accelerate is set to {kind};"
-            " start it with torchrun, or write a loop of your own (README, Several processes)"
+            "samfast finetune needs the whole model in each process, but accelerate is set to "
+            f"{kind}; start it with torchrun, or write a loop of your own (README, Several "
+            "processes)"
         )
 
 
 def check_accumulation(steps: int) -> None:
-    """ValueError when accelerate was told another number than 1 and than these steps."""
+    """Raise ValueError if accelerate is set to a number that is neither 1 nor these steps."""
     told = os.environ.get(_ACCUMULATION, "1")
     if told not in ("1", str(steps)):
         raise ValueError(
-            f"accelerate is set to {told} steps of accumulation, and samfast to {steps}; pass "
-            f"--accumulate {told}, or unset {_ACCUMULATION}"
+            f"accelerate accumulates {told} steps, but samfast {steps}; pass --accumulate {told}, "
+            f"or unset {_ACCUMULATION}"
         )
 
 

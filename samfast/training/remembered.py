@@ -59,13 +59,13 @@ def remembered(
     by_object = not specs and prompt != "none" and extra.get("masks") == "instances"
     if prompt == "mixed" and not by_object:
         raise ValueError(
-            f"adapter {adapter.folder} was trained with prompt mixed, but not on single objects"
+            f"adapter {adapter.folder} was trained with prompt mixed, but not on prompted objects"
         )
     rounds = extra.get("prompt_rounds", 1) if by_object else 1
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(
-            f"adapter {adapter.folder} was trained with {rounds!r} rounds of prompts, not a whole "
-            "number from 1"
+            f"adapter {adapter.folder} was trained with {rounds!r} rounds of prompts; expected a "
+            "whole number of at least 1"
         )
     return Remembered(
         prompt, options, foreground, threshold, specs, loss, ignore, by_object, rounds, tiles
@@ -89,11 +89,11 @@ def _foreground(
     if foreground is not None:
         values = foreground if isinstance(foreground, list) else [None]
         if values != [ANY] and not all(isinstance(v, int) for v in values):
-            raise ValueError(f"its foreground is {foreground!r}, not a list of mask values")
+            raise ValueError(f"its foreground is {foreground!r}; expected a list of mask values")
     if threshold is not None:
         number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
         if not number or not isfinite(threshold):
-            raise ValueError(f"its threshold is {threshold!r}, not a finite number")
+            raise ValueError(f"its threshold is {threshold!r}; expected a finite number")
     given = None if foreground is None else tuple(foreground)
     chosen_foreground(given, threshold)
     return given, threshold
@@ -103,7 +103,7 @@ def _tiles(tile: Any, overlap: Any) -> tuple[int, int] | None:
     for name, value in (("tile", tile), ("overlap", overlap)):
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         if value is not None and not whole:
-            raise ValueError(f"its {name} is {value!r}, not a whole number of pixels")
+            raise ValueError(f"its {name} is {value!r}; expected a whole number of pixels")
     return chosen_tiles(tile, overlap)
 
 
@@ -112,5 +112,5 @@ def _ignore(given: Any, rule: Foreground) -> tuple[float, ...] | None:
         return None
     values = given if isinstance(given, list) else [None]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"its ignore is {given!r}, not a list of mask values")
+        raise ValueError(f"its ignore is {given!r}; expected a list of mask values")
     return chosen_ignore(values, rule)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which state a run goes on from, and which of its settings may have changed since."""
+"""Which state a run resumes from, and which of its settings may have changed since."""
 
 import dataclasses
 import json
@@ -74,23 +74,23 @@ def run_of(settings: FinetuneSettings) -> Path | None:
     is_state = path.parent.name == STATES
     run = path.parent.parent if is_state else path
     if not is_state and not (run / STATES).is_dir():
-        raise ValueError(f"resume {path} is neither a run's folder with states nor a state")
+        raise ValueError(f"resume {path} is neither a run folder with states nor a state")
     if settings.output is not None and settings.output.resolve() != run.resolve():
         raise ValueError(
             f"resume {path} is in the run {run}, but output is {settings.output}; leave out "
-            "--output, a run goes on in its own folder"
+            "--output, since a run continues in its own folder"
         )
     return run
 
 
 def check_resumable(folder: Path) -> None:
-    """Raise ValueError where results without a state would be in the way; changes nothing."""
+    """Raise ValueError if results without a state would be in the way; changes nothing."""
     check_folder(folder)
     if holds_something(folder) and not has_states(folder):
         what = "an earlier run's results" if has_result(folder) else "something else"
         raise ValueError(
             f"output folder {folder} holds {what} and no state to resume from; choose another "
-            "--output, or --overwrite in place of --resume to begin again"
+            "--output, or use --overwrite instead of --resume to start again"
         )
 
 
@@ -101,23 +101,23 @@ def state_for(settings: FinetuneSettings, folder: Path) -> tuple[State | None, l
         if found is None and (left_out or settings.resume != NEWEST):
             said = "; ".join(left_out) or "there is none"
             raise ValueError(
-                f"no state in {folder} is complete ({said}); --overwrite begins the run again"
+                f"no state in {folder} is complete ({said}); --overwrite starts the run again"
             )
         if found is None:
-            return None, [f"no state to resume from in {folder}: the run begins at the start"]
+            return None, [f"no state to resume from in {folder}: the run starts from the beginning"]
         remarks = [f"left out: {why}" for why in left_out]
     else:
         found, remarks = read_state(Path(settings.resume)), []
     later = len(later_states(found))
-    more = f"; the next save removes {later} later than it" if later else ""
+    more = f"; the next save removes {later} that came later" if later else ""
     return found, [*remarks, f"resuming from {found.folder} ({found.title()}){more}"]
 
 
 def check_same_run(state: State, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """What has changed since the state, as a sentence; "" when nothing has.
+    """Return what has changed since the state, as a sentence; "" if nothing has.
 
     settings: as ``settings.json`` has them   facts: of the machine, the versions and the images
-    Raises ValueError for a change with which the run would not be the same one.
+    Raises ValueError for a change that makes it a different run.
     """
     before = state.record["settings"]
     defaults = {f.name: f.default for f in dataclasses.fields(FinetuneSettings)}
@@ -131,7 +131,8 @@ def check_same_run(state: State, settings: Mapping[str, Any], facts: Mapping[str
         change = f"{name} was {_text(old)} and is {_text(now)}"
         if name not in _MAY_CHANGE:
             raise ValueError(
-                f"resume {state.folder}: {change}; a run goes on with the {name} that it began with"
+                f"resume {state.folder}: {change}; continue a run with the {name} that it began "
+                "with"
             )
         changes.append(change)
     known = state.record["facts"]
@@ -141,11 +142,11 @@ def check_same_run(state: State, settings: Mapping[str, Any], facts: Mapping[str
             if name == "images":
                 path = where.partition(".")[2]
                 raise ValueError(
-                    f"resume {state.folder}: the image or mask of {path} has another content than "
-                    "when the run began; a run goes on with the same images"
+                    f"resume {state.folder}: the image or mask of {path} has changed since the "
+                    "run began; continue a run with the same images"
                 )
             if name in ("processes", "what is learned"):
-                raise ValueError(f"resume {state.folder}: {change}; a run goes on as it began")
+                raise ValueError(f"resume {state.folder}: {change}; continue a run as it began")
             changes.append(change)
     return f"changed since: {', '.join(changes)}" if changes else ""
 
@@ -169,7 +170,7 @@ def _files(part: str, old: list[str], now: list[str]) -> str:
     what = {"train": "training", "val": "validation"}[part]
     gone, new = sorted(set(old) - set(now)), sorted(set(now) - set(old))
     said = [f"{names[0]} is {kind}" for names, kind in ((gone, "gone"), (new, "new")) if names]
-    said = said or ["they come in another order"]
+    said = said or ["their order differs"]
     return (
         f"the {what} images are not those that the run began with ({len(old)} then, {len(now)} "
         f"now; {', '.join(said)})"

@@ -24,7 +24,7 @@ def shown(value: Any) -> str:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is an integer; True and False are none."""
+    """True for an integer; False for True and False."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -89,8 +89,8 @@ def _decompressed(text: str | bytes) -> np.ndarray:
         data = np.zeros(1, np.uint8)
     if data.size and (data.min() < _FIRST or data.max() > _LAST):
         raise ValueError(
-            f"has the counts {shown(text)}, which are no compressed RLE: its characters go from 0 "
-            "to o"
+            f"has the counts {shown(text)}, which is not a compressed RLE; expected characters "
+            "from 0 to o"
         )
     digits = data.astype(np.int64) - _FIRST
     ends = np.flatnonzero(digits & 32 == 0)
@@ -99,7 +99,7 @@ def _decompressed(text: str | bytes) -> np.ndarray:
     if (data.size and (not len(ends) or ends[-1] != data.size - 1)) or (
         lengths.max(initial=0) > _MOST_CHARACTERS
     ):
-        raise ValueError(f"has the counts {shown(text)}, which end within a number")
+        raise ValueError(f"has the counts {shown(text)}, which ends within a number")
     if not data.size:
         return np.zeros(0, np.int64)
     places = np.arange(data.size) - np.repeat(starts, lengths)

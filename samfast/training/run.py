@@ -138,7 +138,7 @@ class Run:
         self.stop_reason = reason
 
     def restore(self, state: State, folder: RunFolder) -> None:
-        """Go on from a state; ValueError when it is not of this model."""
+        """Resume from a state; raises ValueError if it belongs to another model."""
         restore(self, state)
         folder.rows = list(self.rows)
         self._saved_at = f"{state.folder} is kept"
@@ -303,9 +303,9 @@ class Run:
             self.save_state(folder)
         where = f"stopped after step {self.step}; {self._saved_at}"
         if self.settings.keep and self.settings.data is None:
-            where += '; go on with the same dataset and resume="newest"'
+            where += '; continue with the same dataset and resume="newest"'
         elif self.settings.keep:
-            where += f"; go on with samfast finetune --resume {shlex.quote(str(folder.folder))}"
+            where += f"; continue with samfast finetune --resume {shlex.quote(str(folder.folder))}"
         raise Interrupted(where, asked.number)
 
     def save_state(self, folder: RunFolder) -> None:
@@ -388,8 +388,8 @@ class Run:
     def _check_finite(self) -> None:
         if (bad := not_finite(trained_state(self.sam))) is not None:  # all that would be saved
             raise FloatingPointError(
-                f"{bad} is no longer finite after step {self.step}; {self._saved_at}; a smaller "
-                "--lr may help"
+                f"{bad} is not finite after step {self.step}; {self._saved_at}; a smaller --lr "
+                "may help"
             )
 
     @contextmanager

@@ -62,17 +62,17 @@ def files_of_run(size: int, keep: int) -> list[int]:
 
 
 def check_folder(output: Path) -> None:
-    """Raise ValueError where something else is than a folder; changes nothing."""
+    """Raise ValueError if something else is than a folder; changes nothing."""
     if output.is_dir():
         return
     if output.exists():
         raise ValueError(f"output {output} is a file, not a folder")
     if output.is_symlink():
-        raise ValueError(f"output {output} is a symbolic link that leads nowhere; remove it")
+        raise ValueError(f"output {output} is a symbolic link to nothing; remove it")
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError where a run cannot write to a folder that is as it is; changes nothing."""
+    """Raise ValueError if a run cannot write to a folder that is as it is; changes nothing."""
     check_folder(folder)
     if not overwrite and holds_something(folder):
         raise _not_empty(folder)
@@ -152,9 +152,9 @@ class ClaimedFolder:
                     _reserve(file.fileno(), wanted, self.folder, sum(sizes))
         except OSError as error:
             raise ValueError(
-                f"output folder {self.folder} has no room for a run, which needs "
-                f"{sum(sizes) / _MIB:.1f} MiB, and {free / _MIB:.1f} MiB are free "
-                f"({error.strerror}); choose another --output{', or --keep 0' if states else ''}"
+                f"output folder {self.folder} has too little space for a run: expected "
+                f"{sum(sizes) / _MIB:.1f} MiB, got {free / _MIB:.1f} MiB ({error.strerror}); "
+                f"choose another --output{', or --keep 0' if states else ''}"
             ) from None
         finally:
             for place in places:
@@ -267,7 +267,7 @@ def _as_unknown() -> Iterator[None]:
 
 
 def _not_empty(folder: Path) -> ValueError:
-    resume = "--resume to go on with its run, " if has_states(folder) else ""
+    resume = "--resume to continue its run, " if has_states(folder) else ""
     return ValueError(
         f"output folder {folder} is not empty; choose another --output, {resume}or --overwrite to "
         "replace an earlier run's results"

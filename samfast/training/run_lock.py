@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time in an output folder: a lock that ends with the run, and who holds it."""
+"""A lock on an output folder: one run at a time, released when the run ends."""
 
 import json
 import os
@@ -71,10 +71,10 @@ class RunLock:
     def _refusal(self, holder: dict[str, Any]) -> ValueError:
         who = "another run"
         if holder:
-            who = f"process {holder['pid']} on {holder['host']}, which began at {holder['since']}"
+            who = f"process {holder['pid']} on {holder['host']}, started at {holder['since']}"
         return ValueError(
             f"output folder {self.folder} is in use by {who}; choose another --output, or wait "
-            "until it has ended"
+            "until that run ends"
         )
 
 

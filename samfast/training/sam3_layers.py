@@ -19,12 +19,12 @@ def check_for_model(settings: FinetuneSettings) -> None:
         return
     if settings.method not in METHODS:
         raise ValueError(
-            f"method {settings.method} needs layers of segment_anything's blocks; for {SAM3} take "
-            f"one of {', '.join(METHODS)}"
+            f"method {settings.method} needs segment_anything's layers; for {SAM3} use one of "
+            f"{', '.join(METHODS)}"
         )
     if has_tasks(settings) or masks_of(settings) == "instances":
         given = "--tasks" if settings.tasks is not None else f"--masks {masks_of(settings)}"
-        raise ValueError(f"{SAM3} learns one mask an image; leave out {given}, or take vit_b")
+        raise ValueError(f"{SAM3} learns one mask per image; leave out {given}, or use vit_b")
 
 
 def for_sam3(method: Method) -> Method:

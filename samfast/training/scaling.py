@@ -43,7 +43,7 @@ def picture(samples: Samples, options: ImageOptions) -> tuple[np.ndarray, np.nda
     if samples.hidden is not None:
         missing |= samples.hidden[..., None]
     if missing.all():
-        raise ValueError("holds no pixel with a value")
+        raise ValueError("has no pixel with a value")
     alpha = None if plan.alpha is None else _alpha(samples.values[..., plan.alpha], tags)
     scaled = not plan.direct and plan.colours in ("grey", "rgb")
     if plan.colours == "palette":
@@ -97,10 +97,11 @@ def _scaled(
     """(H, W, bands) of any number type -> uint8 of the same shape."""
     counted = ~missing if alpha is None else ~missing & (alpha > 0)[..., None]
     if not counted.any():
-        raise ValueError("holds no pixel with a value")
+        raise ValueError("has no pixel with a value")
     if values.dtype.kind == "f" and np.isinf(values[counted]).any():
         raise ValueError(
-            "holds values that are infinite; name what stands for no data in its GDAL_NODATA tag"
+            "holds values that are infinite; set its GDAL_NODATA tag to the value that marks "
+            "missing data"
         )
     low, high = limits(values, counted, options, tags)
     width = max(high - low, np.finfo(np.float64).tiny)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate over a run: samfast's three schedules, and those of torch by name."""
+"""The learning rate over a run: samfast's three schedules, and torch's by name."""
 
 import ast
 import inspect
@@ -86,13 +86,13 @@ class Schedule:
         return self.optimizer.param_groups[0]["lr"]
 
     def step(self) -> None:
-        """Go on after an optimizer step."""
+        """Advance after an optimizer step."""
         self.done += 1
         if not self._by_epoch:
             self.scheduler.step()
 
     def end_epoch(self, score: float) -> None:
-        """Go on after an epoch; ReduceLROnPlateau looks at its score."""
+        """Advance after an epoch; ReduceLROnPlateau uses its score."""
         self.scores.append(score)
         if self._by_epoch:
             self.scheduler.step(score)
@@ -117,7 +117,7 @@ def _of_torch(optimizer, text: str, steps: int):
         raise _unknown(text)
     for own in ("last_epoch", "optimizer"):
         if own in arguments:
-            raise ValueError(f"{own} is not for you to choose; leave it out")
+            raise ValueError(f"{own} is set by samfast; leave it out")
     if name == "OneCycleLR":
         arguments.setdefault("max_lr", [group["lr"] for group in optimizer.param_groups])
     if name == "ReduceLROnPlateau":

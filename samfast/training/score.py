@@ -39,12 +39,12 @@ from samfast.training.try_out import backend_asked_for
 
 
 def score(settings: EvaluateSettings) -> dict:
-    """The scores as ``summary.json`` of a run has them, and a table of them as text.
+    """Return the scores as in a run's ``summary.json``, and a table of them as text.
 
-    per_image and per_class are those of ``Scored``. There is no val_loss for an adapter of one
-    mask that does not know its loss.
+    per_image and per_class are those of ``Scored``. An adapter of one mask that does not record its
+    loss has no val_loss.
 
-    Every file is decoded and checked first: a bad one is a ValueError with one sentence.
+    Every file is decoded and checked first; a bad one raises ValueError.
     """
     check_prediction(settings)
     output = settings.output
@@ -148,8 +148,8 @@ def tiles_for(settings: EvaluateSettings, kept: Remembered) -> tuple[int, int] |
     tiles = chosen_tiles(settings.tile, settings.overlap, kept.tiles)
     if tiles and kept.prompt != "none":
         raise ValueError(
-            f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are of "
-            "whole images; leave out --tile"
+            f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are "
+            "for whole images; leave out --tile"
         )
     if tiles and settings.tile is None and not settings.json:
         print(said_of_tiles(kept.tiles, settings.overlap), flush=True)

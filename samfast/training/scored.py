@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scoring a validation set gives, and the scores of each image by itself.
+"""Scores of a validation set and of each image.
 
 The sums of an image stay on its device, so that only the end of a pass waits for them. A score
 without a pixel to count is None.

@@ -33,58 +33,58 @@ TASK_LOSSES = {  # of each kind of task, the first unless told otherwise
 RANDOM_LR = 1e-3  # from random weights, whatever the method
 STEPS_PER_EPOCH = 50  # the least, where the settings leave the number of repeats open
 _PRECISION = (
-    "Dtype of the products (auto: fp32 on a CPU; on a GPU bf16, or fp16 where that is missing)"
+    "Dtype of matrix products (auto: fp32 on a CPU, bf16 on a GPU, fp16 on a GPU without bf16)"
 )
-_BACKEND = "Which kernels run"
-_FUSE = "Run the encoder fused; --no-fuse runs segment_anything's own, to compare"
-_CHUNK = "Objects that the mask decoder takes at a time"
-_THREADS = "CPU threads of torch"
+_BACKEND = "Kernels to run"
+_FUSE = "Run the fused encoder; --no-fuse runs segment_anything's encoder, for comparison"
+_CHUNK = "Objects that the mask decoder processes at once"
+_THREADS = "Number of torch's CPU threads"
 CHECKPOINT = "The SAM weights that the adapter was trained on"
-NOT_RANDOM = "required, except where these were random"
-ADAPTER = "What finetune wrote: a run's folder, or an adapter's such as runs/NAME/adapter/last"
+NOT_RANDOM = "required, unless the weights were random"
+ADAPTER = "Folder that finetune wrote: a run, or an adapter such as runs/NAME/adapter/last"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The model, and what it is given."""
+    """The model and its prompts."""
 
     model: str = option(
         "vit_b",
-        "Image encoder; all but vit_tiny need --checkpoint or --random-init",
+        "Image encoder; all except vit_tiny need --checkpoint or --random-init",
         metavar=f"{{{','.join(MODELS)}}}",
     )
     checkpoint: Path | None = option(
         None,
-        "SAM weights: a .pth or .safetensors file or a Hugging Face SamModel folder; for sam3 a "
-        "Sam3TrackerModel folder",
+        "SAM weights: a .pth or .safetensors file, or a Hugging Face SamModel folder (for sam3: "
+        "Sam3TrackerModel)",
         hint="default: random weights for vit_tiny",
     )
     random_init: bool = option(
-        False, "Start from random weights, drawn from --seed, in place of a checkpoint"
+        False, "Start from random weights (see --seed) instead of a checkpoint"
     )
     image_size: int | None = option(
         None,
-        "Longest side of the images as the model sees them",
-        hint="default: 1024, for vit_tiny 256, for sam3 the folder's",
+        "Resize images so that their longest side has this many pixels",
+        hint="default: 1024; vit_tiny: 256; sam3: as in its folder",
     )
     prompt: str = option(
         "none",
-        "Give the mask decoder only the image (none), or also the box around all foreground (box) "
-        "or a point on it (point); an adapter trained with prompts needs them to predict. With "
-        "--masks instances each object has its own, a box or a point by chance with mixed",
+        "Prompt the mask decoder with nothing (none), a box around all foreground (box) or a "
+        "point on it (point). With --masks instances, prompt each object; mixed draws a box or a "
+        "point. Prediction needs the same kind of prompt",
         choices=PROMPTS,
     )
     prompt_rounds: int | None = option(
         None,
-        "Predictions for each object in a step: each after the first sees one more click, on a "
-        "wrong pixel, and the mask before; only with prompts and --masks instances",
+        "Predict each object this many times per step; each time, add a click on a wrong pixel "
+        "and the previous mask. Only with prompts and --masks instances",
         least=1,
         hint="default: 1",
     )
     objects: int | None = option(
         None,
-        "Objects of each image that a pass trains on, drawn anew each time; all where there are "
-        "fewer; only with prompts and --masks instances",
+        "Draw at most this many objects per image and pass; only with prompts and --masks "
+        "instances",
         least=1,
         hint=f"default: {OBJECTS}",
     )
@@ -125,7 +125,7 @@ MethodSettings = make_dataclass(
         (
             "method",
             str,
-            option("lora", "What is trained in addition to the mask decoder", choices=METHODS),
+            option("lora", "Train this in addition to the mask decoder", choices=METHODS),
         ),
         *_method_fields(),
     ],
@@ -151,23 +151,25 @@ def _by_method(values: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How long, how fast and in which precision to train."""
+    """Length, learning rate, precision and memory of training."""
 
-    epochs: int = option(20, "Epochs; the model is validated and saved after each", least=1)
+    epochs: int = option(20, "Train for this many epochs; validate and save after each", least=1)
     patience: int | None = option(
         None,
-        "Stop after so many epochs without a better validation score",
+        "Stop after this many epochs without a better validation score",
         least=1,
         hint="default: never",
     )
     repeats: int | None = option(
         None,
-        "How often an epoch shows each training image, mirrored anew each time",
+        "Show each training image this many times per epoch",
         least=1,
-        hint=f"default: as often as {STEPS_PER_EPOCH} optimizer steps take, at least once",
+        hint=f"default: enough for {STEPS_PER_EPOCH} optimizer steps",
     )
-    batch_size: int = option(2, "Images in one forward pass", least=1)
-    accumulate: int = option(1, "Batches summed into one optimizer step", least=1)
+    batch_size: int = option(2, "Images per forward pass", least=1)
+    accumulate: int = option(
+        1, "Accumulate gradients over this many batches per optimizer step", least=1
+    )
     lr: float | None = option(
         None,
         "Peak learning rate of AdamW",
@@ -176,34 +178,34 @@ class TrainingSettings:
     )
     schedule: str | None = option(
         None,
-        "Learning rate after a short warm-up: half a cosine to 0, or constant; or without warm-up "
-        "in a straight line to 0 (polynomial); or a schedule of torch for each step, such as "
-        "'StepLR(step_size=100)' (ReduceLROnPlateau: for each epoch, by the score)",
+        "Learning-rate schedule. cosine and constant follow a short warm-up; polynomial falls "
+        "linearly to 0 without one. Or a torch scheduler, stepped every optimizer step, such as "
+        "'StepLR(step_size=100)' (ReduceLROnPlateau: every epoch, by the score)",
         metavar=f"{{{','.join(SCHEDULES)}}} | NAME(KEY=VALUE)",
         hint=f"default: {_by_method(_recipes('schedule'))}",
     )
     loss: str | None = option(
         None,
-        "Cross-entropy and Dice (bce-dice); cross-entropy and IoU weighted near edges (structure), "
-        "in the cross-entropy too (structure-weighted); or cross-entropy in which rare foreground "
-        "counts more (balanced-bce)",
+        "Training loss: cross-entropy + Dice (bce-dice); cross-entropy + edge-weighted IoU "
+        "(structure); both weighted at edges (structure-weighted); or class-balanced "
+        "cross-entropy (balanced-bce)",
         choices=LOSSES,
         hint=f"default: {_by_method(_recipes('loss'))}",
     )
     weight_decay: float = option(1e-4, "Decoupled weight decay of AdamW", least=0)
-    clip: float = option(1.0, "Largest norm of the gradient; 0 does not clip", least=0)
-    flips: bool = option(True, "Mirror training images at random, left-right and top-bottom")
+    clip: float = option(1.0, "Clip the gradient to this norm; 0 turns clipping off", least=0)
+    flips: bool = option(True, "Flip training images at random, left-right and top-bottom")
     augment: str = option(
         "none",
-        "Change training images at random, besides --flips: brightness and contrast by up to 10% "
-        "(light); or by up to 25%, saturation by 25% and hue by 2%, turned by up to 30 degrees, "
-        "scaled by 0.8 to 1.25, shifted by up to 10% of each side, half of them blurred (radius up "
-        "to 1 pixel), half with noise (up to 8 of 255) (strong)",
+        "Augment training images, in addition to --flips. light: brightness and contrast by up to "
+        "10%. strong: brightness, contrast and saturation by up to 25%, hue by 2%, rotation by 30 "
+        "degrees, scale 0.8 to 1.25, shift by 10% of each side; blur (radius up to 1 pixel) and "
+        "noise (up to 8 of 255) in half of the images each",
         choices=AUGMENT,
     )
     seed: int = option(
         0,
-        "Seed of the split, order, flips, augmentation, box jitter and random weights",
+        "Random seed for the split, order, flips, augmentation, box jitter and random weights",
         least=0,
         most=2**32 - 1,
     )
@@ -217,37 +219,36 @@ class TrainingSettings:
     )
     memory: str | None = option(
         None,
-        "What the fused encoder keeps for the backward: all it needs (fast), about a third "
-        "(balanced) or each block's input (minimal); it computes the rest again, with the same "
-        "results. auto: the first of these that fits the GPU at hand, on a CPU fast",
+        "What the fused encoder saves for backward: everything (fast), about a third (balanced), "
+        "or only block inputs (minimal). It recomputes the rest, with the same results. auto: the "
+        "fastest mode that fits this GPU; fast on a CPU",
         choices=(*MEMORY, "auto"),
         hint="default: fast",
     )
     fit: str | None = option(
         None,
-        "Choose --memory and --decoder-chunk, where they are not given, and how many images of "
-        "--batch-size times --accumulate are in one forward pass: the fastest that fits a GPU of "
-        "this memory (GB is 10^9 bytes), or the GPU at hand (auto). With --dry-run, print the plan "
-        "for a GPU that need not be here",
+        "Choose the fastest settings that fit a GPU of this size (GB is 10^9 bytes) or this GPU "
+        "(auto). It sets --memory and --decoder-chunk unless given, and splits --batch-size times "
+        "--accumulate images into forward passes. With --dry-run, print the plan; no GPU is needed",
         metavar="{12GB,16GiB,…} | auto",
-        hint="default: as the options say",
+        hint="default: off",
     )
     decoder_chunk: int | None = option(
         None,
-        f"{_CHUNK} (an image is one object); each chunk is computed again for its gradient",
+        f"{_CHUNK} (without object prompts, one per image); backward recomputes each chunk",
         least=1,
         hint="default: all",
     )
     cache: bool = option(
         True,
-        "With --method decoder and without --tasks, compute each image's embedding once and keep "
-        "it in main memory; of training images only with --no-flips and --augment none",
+        "Compute each image's embedding once and keep it in main memory. Only with --method "
+        "decoder and without --tasks; for training images also needs --no-flips and --augment none",
     )
     fuse: bool = option(True, _FUSE)
     graph: str = option(
         "off",
-        "Replay the fused encoder's training steps as CUDA graphs, by torch.compile; needs one "
-        "CUDA device. Never run on a GPU",
+        "Replay the fused encoder's training steps as CUDA graphs (torch.compile); needs one CUDA "
+        "device. Untested on a GPU",
         choices=GRAPH,
     )
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
@@ -255,7 +256,7 @@ class TrainingSettings:
 
     @property
     def changes_images(self) -> bool:
-        """Whether a training image may differ from one pass to the next."""
+        """True if a training image may differ from one pass to the next."""
         return self.flips or self.augment != "none"
 
 
@@ -265,38 +266,41 @@ class OutputSettings:
 
     output: Path | None = option(
         None,
-        "Folder for the results",
-        hint="default: runs/DATA-MODEL-METHOD, with -box or -TASKS",
+        "Write the results to this folder",
+        hint="default: runs/DATA-MODEL-METHOD, plus -box or -TASKS",
     )
-    overwrite: bool = option(False, "Replace the results of an earlier run in the output folder")
+    overwrite: bool = option(False, "Replace an earlier run's results in the output folder")
     resume: str | None = option(
         None,
-        "Go on from the newest complete state in the output folder, or begin where there is none; "
-        "or from PATH, a run's folder or one of its states, whose settings hold unless given anew",
+        "Resume from the newest complete state in the output folder, or start if there is none. "
+        "With PATH, resume that run folder or state; its settings apply unless given again",
         metavar="[PATH]",
         alone="newest",
-        hint="default: begin anew",
+        hint="default: start a new run",
     )
     save_every: int | None = option(
         None,
-        "Save a state after so many optimizer steps, too; --resume loses the steps since the last",
+        "Also save a state after this many optimizer steps; --resume loses the steps since the "
+        "last state",
         least=1,
-        hint="default: after each epoch only",
+        hint="default: only after each epoch",
     )
-    keep: int = option(1, "States to keep; 0 saves none, so that nothing can be resumed", least=0)
+    keep: int = option(1, "Number of states to keep; with 0, the run cannot be resumed", least=0)
     license: str | None = option(
         None,
         "License of the adapter in its model card (README.md), as the Hugging Face Hub calls it, "
         "such as apache-2.0",
         hint="default: unknown",
     )
-    overlays: int = option(4, "Validation images to draw next to truth and prediction", least=0)
+    overlays: int = option(
+        4, "Number of validation images to draw with truth and prediction", least=0
+    )
     dry_run: bool = option(
         False,
-        "Train nothing: print what one step would take in trained parameters, memory and FLOP. "
-        "Reads no file but that of --tasks, writes none",
+        "Do not train: print the trained parameters, memory and FLOP of one step. Reads only the "
+        "file of --tasks, writes nothing",
     )
-    json: bool = option(False, "Print a summary as JSON on stdout; the running text goes to stderr")
+    json: bool = option(False, "Print a summary as JSON to stdout, and progress to stderr")
 
 
 # The groups of fine-tuning's options in the help, in this order.
@@ -315,11 +319,19 @@ class FinetuneSettings(
 ):
     """Fine-tune a SAM on a folder of images and masks.
 
-    The data folder holds images/ and masks/, whose files are matched by name; or train/ and val/,
-    each with both. With --mask-suffix, masks may lie beside their images. Masks hold 0 and one
-    other value, which is foreground; other masks need foreground values or a threshold. The output
-    folder gets adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/,
-    tensorboard/ and settings.json. Each adapter has a README.md for the Hugging Face Hub.
+    <<<<<<< HEAD
+        The data folder holds images/ and masks/, whose files are matched by name; or train/ and val/,
+        each with both. With --mask-suffix, masks may lie beside their images. Masks hold 0 and one
+        other value, which is foreground; other masks need foreground values or a threshold. The output
+        folder gets adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/,
+        tensorboard/ and settings.json. Each adapter has a README.md for the Hugging Face Hub.
+    =======
+        The data folder holds images/ and masks/, with files matched by name, or train/ and val/, each
+        with both. With --mask-suffix, masks may be next to their images. Masks hold 0 and one other
+        value for foreground; otherwise give --foreground or --threshold. The output folder gets
+        adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/, tensorboard/ and
+        settings.json.
+    >>>>>>> 47fcbb4 (Say errors, help and docstrings in plain English)
     """
 
 
@@ -337,7 +349,7 @@ WarmupSettings = make_dataclass(
             str,
             option(
                 "vit_b",
-                "Image encoder; its weights are random, since kernels depend on its sizes only",
+                "Image encoder, with random weights: kernels depend only on its sizes",
                 metavar=f"{{{','.join(MODELS)}}}",
             ),
         ),
@@ -345,15 +357,15 @@ WarmupSettings = make_dataclass(
         *map(_of_finetune, MethodSettings.__dataclass_fields__),
         *map(_of_finetune, ("batch_size", "accumulate", "precision", "base_dtype")),
         *map(_of_finetune, ("memory", "fit", "decoder_chunk", "fuse")),
-        ("json", bool, option(False, "Print a summary as JSON on stdout")),
+        ("json", bool, option(False, "Print a summary as JSON to stdout")),
     ],
     namespace={
         "__doc__": """Compile the kernels of a training run before it begins.
 
-    Give it the options that finetune will get. It finds out which kernels their steps launch, and
-    compiles them in parallel into Triton's cache on disk. Whatever runs at these sizes on this GPU
-    then starts at once. Needs a GPU, no files, and as much GPU memory as the training.
-    """,
+    Pass the options that you will pass to finetune. This finds the kernels of a training step and
+    compiles them in parallel into Triton's cache on disk. Later runs at these sizes on this GPU
+    then start at once. Needs a GPU with as much memory as the training, but no files.
+                       """,
         "__module__": __name__,
     },
     frozen=True,
@@ -363,12 +375,12 @@ WarmupSettings = make_dataclass(
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSettings:
-    """Segment images with a fine-tuned adapter: one mask and one overlay each.
+    """Segment images with a fine-tuned adapter; write a mask and an overlay for each.
 
-    A mask is 0 and 255. An adapter of several tasks gives a file for each task: 0 and 255 (binary),
-    the class of each pixel (semantic), or the values (regression) in a float32 TIFF, of several
-    channels in a .npy file. An adapter of single objects gives NAME_labels.tif, in which each
-    object has the number of its prompt, from 1.
+    Masks hold 0 and 255. An adapter with several tasks writes a file for each task: 0 and 255
+    (binary), the class of each pixel (semantic), or values (regression) as a float32 TIFF, with
+    several channels as a .npy file. An adapter of prompted objects writes NAME_labels.tif, which
+    numbers objects from 1 in the order of their prompts.
     """
 
     images: tuple[Path, ...] = option(
@@ -381,197 +393,193 @@ class PredictSettings:
     adapter: Path = option(..., ADAPTER)
     output: Path = option(
         Path("predictions"),
-        "Folder for NAME_mask.png and NAME_overlay.png (several tasks: NAME_TASK.png and "
-        "NAME_TASK_overlay.png); replaces files of these names",
+        "Write NAME_mask.png and NAME_overlay.png to this folder, replacing existing files. With "
+        "several tasks: NAME_TASK.png and NAME_TASK_overlay.png",
     )
     stacks: bool = option(
         False,
-        "Take each page of a TIFF, and each slice of a .npy array, as an image of its own. Write "
-        "masks and labels of a stack as one TIFF with a page for each slice; tables and pictures "
-        "are files of each slice, such as NAME.tif[0]_overlay.png. Objects are numbered in each "
-        "slice anew, not linked across slices",
+        "Treat each page of a TIFF and each slice of a .npy array as an image. Write masks and "
+        "labels of a stack to one TIFF with a page per slice. Tables and pictures get one file "
+        "per slice, such as NAME.tif[0]_overlay.png. Objects are not linked across slices",
     )
-    task: str | None = option(
-        None, "Predict only this one of several tasks", metavar="NAME", hint="default: all"
-    )
+    task: str | None = option(None, "Predict only this task", metavar="NAME", hint="default: all")
     checkpoint: Path | None = option(None, CHECKPOINT, hint=NOT_RANDOM)
     bands: str | None = option(
         None,
-        "Bands of the image files to show, such as 4,3,2 or 1",
+        "Bands of the image files to use, such as 4,3,2 or 1",
         metavar="N | R,G,B",
         hint="default: as in training",
     )
     range: str | None = option(
         None,
-        "Values that become black and white in images of more than 8 bits",
+        "Values that become black and white in images with more than 8 bits",
         metavar="{auto,full} | LOW,HIGH",
         hint="default: as in training",
     )
     box: tuple[str, ...] = option(
         (),
-        "Box in pixels of the image, for an adapter that was trained with boxes: once for all "
-        "images, or once for each in their order; with an adapter of single objects and one image, "
-        "once for each object",
+        "Prompt with this box, in image pixels; for adapters trained with boxes. Give one for all "
+        "images, or one per image in their order. An adapter of prompted objects takes one per "
+        "object of a single image",
         metavar="X0,Y0,X1,Y1",
         repeatable=True,
         hint="repeatable",
     )
     point: tuple[str, ...] = option(
         (),
-        "Point on the object, in pixels of the image, for an adapter that was trained with points: "
-        "as for --box",
+        "Prompt with this point on the object, in image pixels; for adapters trained with points. "
+        "Repeat it as --box",
         metavar="X,Y",
         repeatable=True,
         hint="repeatable",
     )
     boxes: Path | None = option(
         None,
-        "CSV or JSON file of boxes for an adapter of single objects: lines image,x0,y0,x1,y1, or "
-        "{image: [[x0, y0, x1, y1], ...]}; each is an object",
+        "Read boxes from a CSV or JSON file, one per object; for adapters of prompted objects. "
+        "CSV lines: image,x0,y0,x1,y1. JSON: {image: [[x0, y0, x1, y1], ...]}",
         hint="default: none",
     )
     points: Path | None = option(
         None,
-        "The same of points: image,x,y[,label[,object]], label 1 on the object and 0 beside it; "
-        "points of one object's number belong together",
+        "Read points from a CSV or JSON file: image,x,y[,label[,object]]. Label 1 is on the "
+        "object, 0 is off it. Points with the same object number prompt one object",
         hint="default: none",
     )
     tile: int | None = option(
         None,
-        "Side of the tiles in which to predict larger images, in their pixels; each becomes as "
-        "large as the model's images; 0 for whole images",
+        "Predict larger images in tiles of this side, in image pixels; each tile is resized to "
+        "the model's size. 0 predicts whole images",
         least=0,
         most=65535,
         hint="default: as in training",
     )
     overlap: int | None = option(
         None,
-        "Pixels that tiles have in common at least, where their maps are blended",
+        "Minimum overlap of tiles in pixels; predictions are blended there",
         least=0,
         hint="default: as in training, or tile / 4",
     )
     instances: bool = option(
         False,
-        "Number the objects: of an adapter that was trained with --masks instances, which does "
-        "that anyway, or the connected parts of one mask",
+        "Number the objects: the connected parts of a mask. An adapter trained with --masks "
+        "instances always numbers its objects",
     )
     automatic: bool = option(
         False,
-        "Number the objects that segment_anything's automatic mask generator finds by a grid of "
-        "points; for an adapter that was trained with points",
+        "Find and number objects with segment_anything's automatic mask generator; for adapters "
+        "trained with points",
     )
     points_per_side: int | None = option(
         None,
-        "Points of the grid along each side; only with --automatic",
+        "Grid points along each side; only with --automatic",
         least=1,
         most=256,
         hint="default: 32",
     )
     pred_iou_thresh: float | None = option(
         None,
-        "IoU that the model has to predict of a mask; only with --automatic",
+        "Keep masks with at least this predicted IoU; only with --automatic",
         hint="default: 0.88",
     )
     stability_score_thresh: float | None = option(
         None,
-        "Stability that a mask has to have when its cut-off moves; only with --automatic",
+        "Keep masks with at least this stability score; only with --automatic",
         hint="default: 0.95",
     )
     formats: tuple[str, ...] = option(
         ("labels",),
-        "Files of numbered objects: a label image (labels), a table of places and areas (csv), "
-        "outlines that QuPath and GIS open (geojson), all images in one COCO file (coco)",
+        "Files to write for numbered objects: a label image (labels), a table of positions and "
+        "areas (csv), outlines for QuPath and GIS (geojson), or one COCO file for all images "
+        "(coco)",
         choices=("labels", "csv", "geojson", "coco"),
     )
     probabilities: bool = option(
         False,
-        "Also write NAME_probability.tif: float32, the sigmoid of the foreground's logits. Classes "
-        "get NAME_TASK_probability.tif: the softmax, a page for each class. Values above 0.5 are "
-        "the mask's pixels. They are not calibrated",
+        "Also write NAME_probability.tif, the sigmoid of the foreground logits in float32; the "
+        "mask is above 0.5. For classes, write NAME_TASK_probability.tif, the softmax with a page "
+        "per class. Probabilities are not calibrated",
     )
-    min_size: int = option(0, "Leave out numbered objects of fewer pixels", least=0)
-    batch_size: int = option(4, "Images in one forward pass", least=1)
+    min_size: int = option(0, "Leave out objects with fewer pixels", least=0)
+    batch_size: int = option(4, "Images per forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
     decoder_chunk: int | None = option(
-        None, f"{_CHUNK} (an image is one object)", least=1, hint="default: all"
+        None, f"{_CHUNK} (without object prompts, one per image)", least=1, hint="default: all"
     )
     fuse: bool = option(True, _FUSE)
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
     threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")
-    json: bool = option(False, "Print a summary as JSON on stdout")
+    json: bool = option(False, "Print a summary as JSON to stdout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """Score a fine-tuned adapter on images with their masks."""
+    """Score a fine-tuned adapter on images with masks."""
 
     adapter: Path = option(..., ADAPTER)
     data: Path = option(
         ...,
-        "Folder with images/ and masks/ (the tasks' folders), which are all scored; or with train/ "
-        "and val/, whose val/ is scored",
+        "Folder to score: images/ with masks/ (or the tasks' folders), or train/ and val/, of "
+        "which only val/ is scored",
     )
     mask_suffix: str | None = option(
         None,
-        "Masks have their images' names with this after the stem, such as _mask; as in finetune",
+        "Suffix of mask names after the image's stem, such as _mask; as in finetune",
         metavar="TEXT",
-        hint="default: names are equal",
+        hint="default: same names as images",
     )
     stacks: bool = option(
         False,
-        "Score each page of a TIFF, and each slice of a .npy array, by itself; as in finetune",
+        "Score each page of a TIFF and each slice of a .npy array as an image; as in finetune",
     )
-    task: str | None = option(
-        None, "Score only this one of several tasks", metavar="NAME", hint="default: all"
-    )
+    task: str | None = option(None, "Score only this task", metavar="NAME", hint="default: all")
     checkpoint: Path | None = option(None, CHECKPOINT, hint=NOT_RANDOM)
     automatic: bool = option(
         False,
-        "Score segment_anything's automatic mask generator, too, on whole images; for masks that "
+        "Also score segment_anything's automatic mask generator, on whole images; for masks that "
         "number objects",
     )
     points_per_side: int | None = option(
         None,
-        "Points of the grid along each side; only with --automatic",
+        "Grid points along each side; only with --automatic",
         least=1,
         most=256,
         hint="default: 32",
     )
     pred_iou_thresh: float | None = option(
         None,
-        "IoU that the model has to predict of a mask; only with --automatic",
+        "Keep masks with at least this predicted IoU; only with --automatic",
         hint="default: 0.88",
     )
     stability_score_thresh: float | None = option(
         None,
-        "Stability that a mask has to have when its cut-off moves; only with --automatic",
+        "Keep masks with at least this stability score; only with --automatic",
         hint="default: 0.95",
     )
     tile: int | None = option(
         None,
-        "Side of the tiles in which to predict larger images, in their pixels; scores are of the "
-        "whole images put together; 0 for whole images",
+        "Predict larger images in tiles of this side, in image pixels, and score the reassembled "
+        "images. 0 predicts whole images",
         least=0,
         most=65535,
         hint="default: as in training",
     )
     overlap: int | None = option(
         None,
-        "Pixels that tiles have in common at least, where their maps are blended",
+        "Minimum overlap of tiles in pixels; predictions are blended there",
         least=0,
         hint="default: as in training, or tile / 4",
     )
     output: Path | None = option(
         None,
-        "Folder for an overlay of every image, scores.csv and (of classes) classes.csv",
-        hint="default: write none",
+        "Write an overlay of each image, scores.csv and (for classes) classes.csv to this folder",
+        hint="default: write nothing",
     )
-    batch_size: int = option(4, "Images in one forward pass", least=1)
+    batch_size: int = option(4, "Images per forward pass", least=1)
     precision: str = option("auto", _PRECISION, choices=PRECISIONS)
     decoder_chunk: int | None = option(
-        None, f"{_CHUNK} (an image is one object)", least=1, hint="default: all"
+        None, f"{_CHUNK} (without object prompts, one per image)", least=1, hint="default: all"
     )
     fuse: bool = option(True, _FUSE)
     backend: str = option("auto", _BACKEND, choices=BACKENDS)
     threads: int | None = option(None, _THREADS, least=1, most=4096, hint="default: torch's choice")
-    json: bool = option(False, "Print the scores as JSON on stdout")
+    json: bool = option(False, "Print the scores as JSON to stdout")

@@ -20,7 +20,7 @@ def has_foreground(values: Iterable[float], rule: Foreground) -> bool:
 def check_foreground(
     found: Sequence[CheckedPair], rule: Foreground, part: str, of: str = ""
 ) -> None:
-    """Raise ValueError where no mask of a part has foreground; as in ``without_foreground``."""
+    """Raise ValueError if no mask of a part has foreground; as in ``without_foreground``."""
     if found and not any(has_foreground(own.values, rule) for own in found):
         raise ValueError(without_foreground(part, of))
 
@@ -30,12 +30,12 @@ def without_foreground(part: str, of: str = "") -> str:
 
     part: "training" or "validation"   of: which these are, such as " of task cells"
     """
-    why = "there is nothing to learn"
+    why = "the model has nothing to learn"
     if part == "validation":
         why = "every score is 1 for a model that predicts nothing"
     return (
         f"none of the {part} masks{of} has a foreground pixel, so that {why}; move images with an "
-        "object there, or choose another --seed where samfast draws the split"
+        "object there, or choose another --seed if samfast makes the split"
     )
 
 
@@ -51,8 +51,8 @@ def missing_sentence(values: Sequence[float], what: str) -> Iterator[str]:
     """That training has what no validation mask has; nothing where that is not so."""
     if values:
         yield (
-            f"{what} {listed(values)} occur{'s' if len(values) == 1 else ''} in training masks but "
-            "in no validation mask, so that no score is about "
+            f"{what} {listed(values)} occur{'s' if len(values) == 1 else ''} in training masks "
+            "but in no validation mask, so no score covers "
             + ("it" if len(values) == 1 else "them")
         )
 
@@ -73,6 +73,6 @@ def few_levels_sentence(pairs: Sequence[Pair], found: Sequence[CheckedPair]) -> 
     if few:
         least, pair = min(few, key=lambda item: item[0])
         yield (
-            f"--range auto leaves the object in few grey values ({least} in {pair.image}) in "
-            f"{len(few)} of {len(found)} images; --range full or --range LOW,HIGH may show more"
+            f"--range auto leaves few grey values in objects ({least} in {pair.image}) in "
+            f"{len(few)} of {len(found)} images; --range full or --range LOW,HIGH may keep more"
         )

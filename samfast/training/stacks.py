@@ -128,10 +128,10 @@ def mask_slices(path: Path, channels: int = 1) -> tuple[Source, ...]:
 
 
 def check_as_many(image: Path, mask: Path, images: int, masks: int) -> None:
-    """Raise ValueError where an image and its mask differ in their numbers of slices."""
+    """Raise ValueError if an image and its mask differ in their numbers of slices."""
     if images != masks:
         raise ValueError(
-            f"image {image} has {_counted(images)} but mask {mask} has {masks}; save a mask of "
+            f"image {image} has {_counted(images)} but mask {mask} has {masks}; save a mask with "
             "as many slices"
         )
 
@@ -172,13 +172,12 @@ def _pages(path: Path) -> tuple[Source, ...]:
         if (width, height) != sizes[0]:
             raise ValueError(
                 f"{path} has pages of different sizes: {sizes[0][0]}x{sizes[0][1]} (width x "
-                f"height) and, {path.name}[{i}], {width}x{height}; save the slices without others"
+                f"height) and, {path.name}[{i}], {width}x{height}; save only the slices"
             )
     if (channels := _channels(full[0])) > 1:
         raise ValueError(
-            f"{path} holds {channels} channels as pages of their own, which are no slices; save "
-            "one channel as a stack. If they are slices, save them as such (in tifffile with "
-            "metadata={'axes': 'ZYX'})"
+            f"{path} holds {channels} channels as separate pages; save one channel as a stack. If "
+            "the pages are slices, say so (in tifffile with metadata={'axes': 'ZYX'})"
         )
     return _slices(path, len(full))
 

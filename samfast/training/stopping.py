@@ -40,9 +40,12 @@ class StopAsked:
             signal.signal(one, signal.SIG_DFL)
         name = signal.Signals(number).name
         if not self.saving:
-            raise Interrupted(f"{name} came before training began; nothing was changed", number)
+            raise Interrupted(f"{name} before training began; nothing was changed", number)
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            text = f"samfast: {name}: finishing this step, then saving; again to end at once\n"
+            text = (
+                f"samfast: {name}: finishing this step, then saving; send it again to stop at "
+                "once\n"
+            )
             os.write(sys.stderr.fileno() if _has_descriptor() else 2, text.encode())
 
     def agree(self, largest: Callable[[int], int]) -> None:

@@ -229,8 +229,8 @@ def check_follows(specs: Iterable[TaskSpec], augment: str) -> None:
     for spec in specs:
         if augment == "strong" and spec.kind == "regression" and not spec.labels:
             raise ValueError(
-                f"augment is strong, but task {spec.name} has measured values, which need not fit "
-                "a turned or scaled image; take --augment light"
+                f"augment is strong, but task {spec.name} has measured values, which turning and "
+                "scaling may invalidate; use --augment light"
             )
 
 

@@ -53,7 +53,7 @@ from samfast.training.tasks import UNLABELLED, TaskSpec
 
 _ADVICE = (
     "say what is foreground: foreground: any (every value above 0), threshold: T (every value "
-    "above T) or foreground: [VALUES] (these only)"
+    "above T) or foreground: [VALUES] (only these)"
 )
 _AS_TAGGED = ImageOptions()
 VALUE_SUFFIXES = (*SUFFIXES, ".npy")
@@ -82,14 +82,14 @@ def find_items(
 
     What lies in train/ and val/ is split already. The rest is split by ``seed``, images that have
     the same tasks together, so that each task has its share; with ``only_score`` all the rest
-    validates and nothing is for training. Raises ValueError or FileNotFoundError for an image
-    without truth, truth without an image, and a task that has no image to train or none to
-    validate. mask_suffix: as in ``find_pairs``, of tasks that share one folder of masks
+    validates and nothing is trained. Raises ValueError or FileNotFoundError for an image without
+    truth, truth without an image, and a task that has no image to train or none to validate.
+    mask_suffix: as in ``find_pairs``, of tasks that share one folder of masks
     stacks: take each slice of a stack as an image; stacks are split, not their slices
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist or is no folder")
+        raise FileNotFoundError(f"data folder {folder} does not exist or is not a folder")
     split = _find_files(folder, specs, val_fraction, seed, only_score, mask_suffix, stacks)
     if not stacks:
         return split
@@ -142,7 +142,7 @@ def _find_files(
             for stem, path in targets.items():
                 if stem not in images:
                     raise ValueError(
-                        f"{path} of task {spec.name} has no image of the same stem in "
+                        f"{path} of task {spec.name} has no image with the same stem in "
                         f"{place / 'images'}"
                     )
                 item = Item(stem, images[stem], {})
@@ -150,11 +150,11 @@ def _find_files(
             if own and len(images) > len(targets):
                 stem = next(stem for stem in images if stem not in targets)
                 raise ValueError(
-                    f"image {images[stem]} has no mask of the same stem in {place / name}"
+                    f"image {images[stem]} has no mask with the same stem in {place / name}"
                 )
     for part, path in sorted(shared):
         if path not in parts[part] and not only_score:
-            raise ValueError(f"image {path} has no mask of the same stem in any task's folder")
+            raise ValueError(f"image {path} has no mask with the same stem in any task's folder")
     split = _split(parts, val_fraction, seed, only_score, stacks)
     for spec in specs:
         for name, items in (("train", split.train), ("validate", split.val)):
@@ -291,7 +291,7 @@ def check_items(
 
 
 def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, Path]) -> None:
-    """Add a mask's values to those of its task; ValueError where they have no obvious
+    """Add a mask's values to those of its task; raises ValueError if they have no obvious
     foreground."""
     path = item.targets[spec.name]
     binary = spec.kind == "binary" and not spec.labels
@@ -352,7 +352,7 @@ def _classes(spec: TaskSpec, path: Path, values: list[float]) -> list[float]:
             ignored = listed(sorted({*spec.ignore, UNLABELLED}))
             raise ValueError(
                 f"mask {path} holds the value {value:g}, but the classes of task {spec.name} are "
-                f"{wanted} (and {ignored}, which count nowhere; see ignore:)"
+                f"{wanted} (or {ignored}, which is ignored; see ignore:)"
             )
     return values
 

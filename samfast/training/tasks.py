@@ -77,7 +77,7 @@ class TaskSpec:
         object.__setattr__(self, "loss", self.loss or losses[0])
         if self.loss not in losses:
             raise ValueError(
-                f"task {task.name} has loss {self.loss!r}; of {self.kind} tasks known are "
+                f"task {task.name} has loss {self.loss!r}; known for {self.kind} tasks are "
                 f"{', '.join(losses)}"
             )
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -106,14 +106,14 @@ class TaskSpec:
             raise ValueError(f"task {task.name}: {error}") from None
         if self.loss == "cosine" and self.channels != 3:
             raise ValueError(
-                f"task {task.name} has {self.channels} channels, but loss cosine is for 3, the "
-                "x, y and z of directions"
+                f"task {task.name} has {self.channels} channels, but loss cosine needs 3 (the x, "
+                "y and z of directions)"
             )
         parts = PurePath(self.folder).parts
         if not parts or PurePath(self.folder).is_absolute() or ".." in parts or "\0" in self.folder:
             raise ValueError(
-                f"task {task.name} has folder {self.folder!r}, which is no folder inside the data "
-                "folder"
+                f"task {task.name} has folder {self.folder!r}, which is not a folder inside the "
+                "data folder"
             )
 
     def _check_classes(self) -> None:
@@ -181,7 +181,7 @@ def specs_from_config(config: Any) -> tuple[TaskSpec, ...]:
     ]
     for task in given:
         if not isinstance(task.get("name"), str):
-            raise ValueError(f"a task has name {task.get('name')!r}, not a text")
+            raise ValueError(f"a task has the name {task.get('name')!r}; expected text")
     return tuple(_spec(_checked(task), {}) for task in given)
 
 
@@ -199,7 +199,7 @@ def chosen_specs(folder: Path, record: dict[str, Any], task: str | None) -> tupl
     try:
         specs = specs_from_config(config)
         if tuple(spec.task for spec in specs) != tasks_from_config(record.get("classes")):
-            raise ValueError("its tasks are not those of its decoders")
+            raise ValueError("its tasks do not match its decoders")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"adapter {folder} cannot be used: {error}") from None
     if task is None:
@@ -235,7 +235,7 @@ def read_tasks(path: Path | str) -> tuple[TaskSpec, ...]:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"tasks file {path} does not exist or is no file")
+        raise FileNotFoundError(f"tasks file {path} does not exist or is not a file")
     twice: list[str] = []
 
     class Loader(yaml.SafeLoader):
@@ -249,7 +249,7 @@ def read_tasks(path: Path | str) -> tuple[TaskSpec, ...]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         if twice:
             raise ValueError(twice[0])
@@ -284,11 +284,13 @@ def parsed(content: Any) -> tuple[TaskSpec, ...]:
         if not isinstance(entry, dict) or "name" not in entry:
             raise ValueError(f"task {number} has no name")
         if not isinstance(entry["name"], str):
-            raise ValueError(f"task {number} has name {entry['name']!r}, not a text; quote it")
+            raise ValueError(
+                f"task {number} has the name {entry['name']!r}; expected text, so quote it"
+            )
         if (made := entry.get("derive")) in OF_OBJECTS:
             raise ValueError(
-                f"task {entry['name']} has derive {made}, which is of objects; train them with "
-                "--masks instances in place of --tasks"
+                f"task {entry['name']} has derive {made}, which is for objects; train them with "
+                "--masks instances instead of --tasks"
             )
     names = [entry["name"] for entry in given]
     for name in names:
@@ -331,7 +333,7 @@ def _checked(entry: dict) -> dict:
             wanted[tuple] = "a list of texts; quote numbers and words such as no"
             raise ValueError(f"task {name} has {key} {value!r}, not {wanted.get(kind, 'numbers')}")
         if key in ("foreground", "classes") and not value:
-            raise ValueError(f"task {name} has an empty {key}; name at least one value")
+            raise ValueError(f"task {name} has an empty {key}; give at least one value")
         checked[key] = tuple(value) if kind in (list, tuple) else value
     return checked
 
@@ -358,16 +360,17 @@ def _spec(entry: dict, entries: dict[str, dict]) -> TaskSpec:
         if origin is None or origin.get("kind") != "semantic":
             known = [n for n, other in entries.items() if other.get("kind") == "semantic"]
             raise ValueError(
-                f"task {name} is derived from {source!r}, which is no semantic task; "
+                f"task {name} is derived from {source!r}, which is not a semantic task; "
                 + (f"semantic tasks are {', '.join(known)}" if known else "there is none")
             )
         for key in ("folder", "ignore"):
             if key in entry:
                 raise ValueError(
-                    f"task {name} has {key}, but takes it from task {source}; leave one out"
+                    f"task {name} has {key}, but also takes it from task {source}; leave out one "
+                    "of them"
                 )
             if key in origin:
                 entry[key] = origin[key]
     if entry.get("kind") == "semantic" and "channels" not in entry:
-        raise ValueError(f"task {name} is semantic, so say its number of classes with channels:")
+        raise ValueError(f"task {name} is semantic; give its number of classes with channels:")
     return TaskSpec(**entry)

@@ -38,14 +38,14 @@ class Page:
     tags: dict[int, tuple[int, ...] | bytes]
 
     def numbers(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """The values of a tag; ValueError where it holds none."""
+        """The values of a tag; raises ValueError if it holds none."""
         value = self.tags.get(tag, default)
         if isinstance(value, bytes) or (tag in self.tags and not value):
-            raise ValueError(f"its tag {tag} holds no number")
+            raise ValueError(f"its tag {tag} does not hold a number")
         return value
 
     def number(self, tag: int, default: int | None = None) -> int:
-        """The value of a tag; ValueError where it is missing and has no default."""
+        """The value of a tag; raises ValueError if it is missing and has no default."""
         values = self.numbers(tag, () if default is None else (default,))
         if not values:
             raise ValueError(f"it has no tag {tag}")
@@ -63,7 +63,7 @@ class Page:
 
 
 def read_pages(file: BinaryIO, also: Collection[int] = ()) -> list[Page]:
-    """The pages of the file's chain, in its order; ValueError where the file is damaged.
+    """The pages of the file's chain, in its order; raises ValueError if the file is damaged.
 
     also: tags to keep besides those that pictures need; these may be floats of 64 bits
     """
@@ -85,7 +85,7 @@ def read_pages(file: BinaryIO, also: Collection[int] = ()) -> list[Page]:
         tags, offset = _directory(file, offset, size, order, big, also)
         pages.append(Page(order, tags))
     if not pages:
-        raise ValueError("it has no page")
+        raise ValueError("it has no pages")
     return pages
 
 

@@ -31,7 +31,7 @@ _LOSSLESS = (NONE, *CCITT, LZW, *DEFLATE, PACKBITS, LZMA, ZSTD)
 
 
 def sample_type(page: Page) -> tuple[int, int, str]:
-    """(samples of each pixel, bits of each, "u", "i" or "f"); ValueError where they differ."""
+    """(samples of each pixel, bits of each, "u", "i" or "f"); raises ValueError if they differ."""
     samples = page.number(t.SAMPLES, 1)
     bits, formats = page.numbers(t.BITS, (1,)), page.numbers(t.FORMAT, (1,))
     if len(set(bits)) > 1 or len(set(formats)) > 1:

@@ -91,9 +91,9 @@ class Tiled:
         train, val = (len(self._views[part]) for part in ("train", "val"))
         kept = "among them" if self.settings.empty_tiles else "left out"
         yield (
-            f"tiles of {self.tile} pixels with at least {self.overlap} in common: {train} of "
+            f"tiles of {self.tile} pixels that overlap by at least {self.overlap}: {train} of "
             f"training images ({self.empty} empty ones {kept}) and {val} of validation images; "
-            "each counts as an image, and scores are of the whole images put together"
+            "each counts as an image; scores are for the reassembled images"
         )
 
     def remembered(self) -> dict:

@@ -105,7 +105,7 @@ def chosen_tiles(
         tile, overlap = kept[0], kept[1] if overlap is None else overlap
     if not tile:
         if overlap is not None:
-            raise ValueError(f"overlap is {overlap}, but there are no tiles; give --tile")
+            raise ValueError(f"overlap is {overlap}, but only tiles overlap; give --tile")
         return None
     if tile < LEAST:
         raise ValueError(f"tile is {tile}; it must be at least {LEAST}, or 0 for whole images")
@@ -118,4 +118,6 @@ def chosen_tiles(
 def said_of_tiles(kept: tuple[int, int], overlap: int | None) -> str:
     """What evaluation and prediction say of the training's tiles, which they take."""
     tile, own = chosen_tiles(None, overlap, kept)
-    return f"tiles of {tile} pixels, {own} in common, as in training; --tile 0 takes whole images"
+    return (
+        f"tiles of {tile} pixels, overlapping by {own}, as in training; --tile 0 uses whole images"
+    )

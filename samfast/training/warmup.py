@@ -54,8 +54,8 @@ def warmup(settings: WarmupSettings) -> dict[str, Any]:
     forms = steps.forms()
     if not forms:
         raise ValueError(
-            "expected steps that launch Triton kernels, but these launch none; leave out --no-fuse "
-            "and unset SAMFAST_BACKEND"
+            "expected steps that launch Triton kernels, got none; leave out --no-fuse and unset "
+            "SAMFAST_BACKEND"
         )
     there = _compile(forms)
     with noting_compiles() as late:
@@ -126,7 +126,7 @@ class Steps:
 
 
 def _device() -> torch.device:
-    """The GPU; ValueError where kernels cannot be compiled for one."""
+    """The GPU; raises ValueError if kernels cannot be compiled for one."""
     device = torch.device("cuda")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError(
@@ -134,8 +134,8 @@ def _device() -> torch.device:
         )
     if not torch.cuda.is_available():
         raise ValueError(
-            "no GPU is here, and kernels are compiled for the GPU that is; run samfast warmup on "
-            "the machine that trains"
+            "expected a GPU to compile kernels for, found none; run samfast warmup on the machine "
+            "that trains"
         )
     if (sentence := backends.triton_missing(device)) is not None:
         raise ValueError(f"{sentence}; without Triton there are no kernels to compile")

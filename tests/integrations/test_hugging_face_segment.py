@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_refused():
         segment(model("hq", global_blocks=()), images())
     with pytest.raises(ValueError, match="leave out the high-quality mask of this SamHQModel"):
         binary_head(model("hq"))
-    with pytest.raises(ValueError, match="this SamModel is no Sam of segment_anything"):
+    with pytest.raises(ValueError, match="expected segment_anything's Sam, got SamModel"):
         MultiTaskSam(model(), [Task("roads")])
 
 

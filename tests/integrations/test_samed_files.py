@@ -140,11 +140,11 @@ REFUSED = {
     ),
     "without a b": (
         lambda s: s.pop("w_b_003"),
-        "it has 4 w_a and 3 w_b, which make no pairs of q and v; look at w_b_003",
+        "it has 4 w_a and 3 w_b, which do not pair up as q and v; look at w_b_003",
     ),
     "of half a layer": (
         lambda s: [s.pop(key) for key in ("w_a_003", "w_b_003")],
-        "it has 3 w_a and 3 w_b, which make no pairs of q and v; look at w_a_003",
+        "it has 3 w_a and 3 w_b, which do not pair up as q and v; look at w_a_003",
     ),
     "with LoRA in the decoder": (
         lambda s: s.update(sa_a_000=torch.ones(2, 256)),
@@ -170,8 +170,8 @@ REFUSED = {
     ),
     "without LoRA": (
         lambda s: [s.pop(key) for key in [*s] if key.startswith("w_")],
-        "it has no w_a_000, so it is not of SAMed or Sam_LoRA; an adapter of samfast or PEFT is "
-        "given by its folder",
+        "it has no w_a_000, so SAMed or Sam_LoRA did not write it; for an adapter of samfast or "
+        "PEFT, pass its folder",
     ),
     "with NaN": (
         lambda s: s.update(w_a_000=torch.full((2, 192), float("nan"))),

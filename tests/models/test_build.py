@@ -110,7 +110,7 @@ def test_the_default_device_is_not_used():
         ({"name": "vit_b", "checkpoint": "a.pth", "device": "meta"}, "device is 'meta'; Sam is"),
         (
             {"name": "vit_b", "checkpoint": "a.pth", "random_init": True},
-            "vit_b is either random or from checkpoint a.pth, not both",
+            "vit_b cannot be random and from checkpoint a.pth; give only one",
         ),
         *(
             ({"name": "vit_tiny", "image_size": size}, "image size .* positive multiple of 16")

@@ -93,7 +93,7 @@ def test_what_is_left_out_is_named(content, sentence, written):
     ],
 )
 def test_of_two_none_is_guessed(content, places, written):
-    sentence = rf"holds 2 SAMs, {places}; save the state dict of one of them alone$"
+    sentence = rf"holds 2 SAMs, {places}; save the state dict of only one of them$"
     with pytest.raises(ValueError, match=sentence):
         read_checkpoint(written(content))
 
@@ -143,6 +143,6 @@ def test_a_refused_file_leaves_the_model_as_it_was(tiny, written):
 
 
 def test_other_objects_in_a_file_end_in_a_sentence(written):
-    sentence = "names 'argparse.Namespace', .* runs no code of files; whoever trusts it can save"
+    sentence = "names 'argparse.Namespace', .* runs no code from files; if you trust the file, save"
     with pytest.raises(ValueError, match=sentence):
         read_checkpoint(written({"model": SMALL, "args": argparse.Namespace(lr=1)}))

@@ -385,10 +385,10 @@ def test_damaged_safetensors(state, tmp_path):
     for position in (0, 7, 8, 20):
         safetensors.torch.save_file({"image_encoder.pos_embed": torch.zeros(100)}, path)
         damage(path, position)
-        refuse(path, "damaged.safetensors is not a whole safetensors file: ")
+        refuse(path, "damaged.safetensors is not a complete safetensors file: ")
     safetensors.torch.save_file({"image_encoder.pos_embed": torch.zeros(100)}, path)
     os.truncate(path, size - 1)
-    refuse(path, "damaged.safetensors is not a whole safetensors file: ")
+    refuse(path, "damaged.safetensors is not a complete safetensors file: ")
 
 
 class Payload:
@@ -409,7 +409,7 @@ def test_no_file_runs_code(how, tmp_path, monkeypatch):
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    refuse(path, "evil.pth (names 'posix.mkdir', which no tensor needs|is damaged)")
+    refuse(path, "evil.pth (names 'posix.mkdir', which tensors do not need|is damaged)")
     assert not target.exists()
 
 

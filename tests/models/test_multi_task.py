@@ -376,9 +376,9 @@ def test_what_trains_has_a_gradient():
         (("a", "semantic", 1), "has 1 channels; semantic has at least 2"),
         (("a", "binary", 2), "has 2 channels; binary has 1"),
         (("a", "segments", 2), "has kind 'segments'; known are binary, semantic, regression"),
-        (("a b",), "'a b' is no name"),
-        (("keys",), "means something else"),
-        (("all",), "means something else"),
+        (("a b",), "'a b' must consist of letters"),
+        (("keys",), "is reserved"),
+        (("all",), "is reserved"),
     ],
 )
 def test_bad_tasks(arguments, sentence):
@@ -388,7 +388,7 @@ def test_bad_tasks(arguments, sentence):
 
 def test_names_of_dictionaries_methods_are_refused():
     for name in ("get", "copy", "items"):
-        with pytest.raises(ValueError, match=f"task name '{name}' means something else"):
+        with pytest.raises(ValueError, match=f"task name '{name}' is reserved"):
             Task(name)
 
 
@@ -409,7 +409,7 @@ def test_bad_models_and_calls(model, small):
         (True, "task True is none of"),
         (["cells"], "there are 1 tasks for 2 images"),
         ({"cells": [2]}, "task cells asks for image 2 of 2"),
-        ({}, "no task is asked for"),
+        ({}, "expected at least one task, got none"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             model(images, task)

@@ -140,7 +140,10 @@ def test_bad_options(make, kind, sentence):
 def test_an_mlp_of_another_width_is_refused():
     mlp = MLPBlock(8, 12)
     mlp.lin2 = nn.Linear(12, 9)
-    with pytest.raises(ValueError, match="the MLP takes 8 features and gives 9, not as many"):
+    with pytest.raises(
+        ValueError,
+        match="expected an MLP with as many outputs as inputs, got 8 inputs and 9 outputs",
+    ):
         AdaptFormerMlp.from_mlp(mlp)
 
 

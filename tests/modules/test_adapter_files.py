@@ -368,7 +368,7 @@ LORA = samfast.Lora(rank=2).config()
         (
             lambda f: (f / TENSORS).rename(f / "adapter_model.bin"),
             FileNotFoundError,
-            "adapter_model.bin is a pickle, which samfast does not read",
+            "adapter_model.bin is a pickle, which samfast cannot read",
         ),
         (lambda f: (f / CONFIG).unlink(), FileNotFoundError, f"adapter has no {CONFIG}"),
         (
@@ -411,7 +411,7 @@ LORA = samfast.Lora(rank=2).config()
         (
             lambda f: rewrite(f, add={"base_model.model.other.weight": torch.zeros(1)}),
             ValueError,
-            "has a tensor other.weight, which the model has not",
+            "has a tensor other.weight, which the model does not have",
         ),
         (
             lambda f: rewrite(f, record={"base_identity": "0" * 64}),
@@ -462,7 +462,7 @@ QKV0 = "image_encoder.blocks.0.attn.qkv"
         ),
         (
             {"layers": [QKV0]},
-            "has a tensor image_encoder.blocks.1.attn.qkv.lora_A, which the model has not",
+            "has a tensor image_encoder.blocks.1.attn.qkv.lora_A, which the model does not have",
             "the model has image_encoder.blocks.1.attn.qkv adapted, but adapter .* has not",
         ),
         (

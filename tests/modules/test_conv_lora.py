@@ -99,9 +99,9 @@ def test_token_lists_are_maps(module):
 @pytest.mark.parametrize(
     ("shape", "size", "message"),
     [
-        ((2, 24, 12), None, "24 tokens are not a square map; give its size"),
-        ((2, 24, 12), (4, 5), "x has 24 tokens, which are no map of 4 × 5"),
-        ((2, 24, 12), (-4, -6), "no map of -4 × -6"),
+        ((2, 24, 12), None, "expected a square map, got 24 tokens .*; pass size"),
+        ((2, 24, 12), (4, 5), "x has 24 tokens, which do not fill a map of 4 × 5"),
+        ((2, 24, 12), (-4, -6), "do not fill a map of -4 × -6"),
         ((2, 4, 6, 12), (6, 4), r"x has shape \(2, 4, 6, 12\), whose maps are not \(6, 4\)"),
         ((24, 12), None, r"x has shape \(24, 12\), but must be"),
         ((2, 4, 6, 13), None, "weight takes 12 inputs"),
@@ -127,7 +127,7 @@ def test_noise_is_one_draw_of_the_global_stream(module):
     assert not torch.equal(module(x, noise=-noise, return_aux=True)[1], aux)
     module.eval()
     assert torch.equal(module(x), module(x))
-    with pytest.raises(ValueError, match="the gate draws none outside training"):
+    with pytest.raises(ValueError, match="the gate uses noise only in training"):
         module(x, noise=noise)
 
 
@@ -221,7 +221,7 @@ def test_other_formulas_run_on_the_reference(linear, options, monkeypatch):
     assert not torch.equal(usual(x, noise=noise), y)
     monkeypatch.setenv("SAMFAST_BACKEND", "torch")
     assert set(usual.backends().values()) == {"torch"}
-    assert "runs on the reference alone" in module.backends()["conv_experts"]
+    assert "runs on the reference only" in module.backends()["conv_experts"]
 
 
 def test_state_dict_has_the_published_names(module):

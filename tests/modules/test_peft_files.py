@@ -171,7 +171,7 @@ def test_modules_to_save_covers_exactly_what_is_trained(toy):
     "change, message",
     [
         ({"peft_type": "LOHA"}, "its peft_type is 'LOHA', and of PEFT's methods samfast reads"),
-        ({"use_dora": True}, "its option use_dora is True, which samfast does not read"),
+        ({"use_dora": True}, "its option use_dora is True, which samfast cannot read"),
         ({"bias": "all"}, "its option bias is 'all'"),
         ({"rank_pattern": {"a": 2}}, "its option rank_pattern is"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),

@@ -464,7 +464,7 @@ def test_bad_input(attached, images):
     for options, sentence in (
         ({"tasks": 0}, "tasks is 0; it must be a whole number"),
         ({"tasks": ("a", "a")}, "tasks names 'a' twice"),
-        ({"tasks": ("all",)}, "tasks has 'all', which is no name of a task"),
+        ({"tasks": ("all",)}, "tasks has 'all', which is not a task name"),
         ({"ranks": (4, 4)}, r"ranks is \(4, 4\); it must be three whole numbers"),
         ({"scaling": 0}, "scaling is 0; it must be a finite number above 0"),
         ({"orthogonality": -1}, "orthogonality is -1; it must be a finite number"),

@@ -110,7 +110,7 @@ def test_what_it_leaves_behind(training):
     with pytest.raises(ZeroDivisionError), samfast.profile() as p:
         training.step()
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError, match="ended without errors"):
+    with pytest.raises(RuntimeError, match="there is no result yet"):
         p.as_dict()
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert not torch.nn.modules.module._global_forward_hooks
@@ -128,9 +128,12 @@ def test_a_dispatch_mode_inside_is_not_broken(training):
 
 def test_one_profile_at_a_time(training):
     with samfast.profile() as p:
-        with pytest.raises(RuntimeError, match="runs already"), samfast.profile():
+        with (
+            pytest.raises(RuntimeError, match=r"another samfast\.profile is active"),
+            samfast.profile(),
+        ):
             pass
-        with pytest.raises(RuntimeError, match="before the with block has ended"):
+        with pytest.raises(RuntimeError, match="there is no result yet; leave the with block"):
             p.as_dict()
         training.step()
     with pytest.raises(RuntimeError, match="was used before"), p:
@@ -151,7 +154,7 @@ def test_torch_s_profiler_is_not_taken_over(training):
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="model is int"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got int"):
         samfast.profile(3)
     with pytest.raises(ValueError, match="steps is 0; it must be a whole number"):
         samfast.profile(steps=0)

@@ -96,10 +96,10 @@ def test_files_that_cannot_be_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("samfast.profiling.command.build", None)  # nothing is built
     assert refused(capsys, "--plot", tmp_path).endswith("is a folder; name a file to write")
     gone = tmp_path / "gone" / "page.html"
-    assert refused(capsys, "--html", gone).endswith(f"there is no folder {gone.parent}")
+    assert refused(capsys, "--html", gone).endswith(f"the folder {gone.parent} does not exist")
     twice = tmp_path / "twice"
     sentence = refused(capsys, "--html", twice, "--plot", twice)
-    assert sentence == f"{twice} is named for two outputs; give each its own file"
+    assert sentence == f"{twice} is given for two outputs; give each its own file"
     long = tmp_path / ("x" * 300)
     assert "cannot be written (" in refused(capsys, "--trace", long)
     assert not list(tmp_path.iterdir())

@@ -87,7 +87,7 @@ def test_a_script_that_ends_early_says_so(capsys, program):
     [
         ("fail", 9, "failed in step 4: OSError: no space left; nothing was written"),
         ("exit", 9, "ended itself in step 4 with sys.exit(enough); nothing was written"),
-        ("never", 2, "ended without a step, so there is nothing to profile; a step ends at"),
+        ("never", 2, "ended without a step; a step ends at"),
         ("plain", 2, "ended after 2 steps, but the first 2 are skipped; let it run longer"),
     ],
 )
@@ -111,7 +111,7 @@ def test_scripts_that_are_not_there_or_not_python(capsys, tmp_path):
 def test_options_that_the_script_decides(capsys, program):
     assert "leave it out, or --script" in refused(capsys, "--compare", "--script", program)
     sentence = refused(capsys, "--batch", 4, "--script", program)
-    assert sentence.startswith("batch is 4, but the script decides that itself; leave out --batch")
+    assert sentence.startswith("batch is 4, but the script sets that itself; leave out --batch")
 
 
 def test_words_after_the_script_are_its_own(capsys, tmp_path):
@@ -146,7 +146,7 @@ def looped(capsys, tmp_path, text, *options):
 
 def test_a_script_is_not_written_over(capsys, tmp_path):
     code, _out, err, path = looped(capsys, tmp_path, "steps(9)", "--html", tmp_path / "loop.py")
-    assert code == 2 and "is the script that is profiled; name another file" in err
+    assert code == 2 and "is the profiled script; give another file" in err
     assert path.read_text() == LOOP + "steps(9)"
 
 

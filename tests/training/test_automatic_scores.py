@@ -134,10 +134,10 @@ def test_the_generator_runs_on_every_kind(cells, run, capsys):
 @pytest.mark.parametrize(
     ("kind", "options", "sentence"),
     [
-        ("values", ["--automatic"], "masks that need not tell objects apart; leave out"),
-        ("instances", ["--automatic", "--task", "depth"], "or --task names one"),
+        ("values", ["--automatic"], "masks that may not tell objects apart; leave out"),
+        ("instances", ["--automatic", "--task", "depth"], "or --task names another"),
         ("instances", ["--points-per-side", 4], "but there is no grid; give --automatic"),
-        ("points", ["--tile", 64], "needs prompts, which are of whole images; leave out --tile"),
+        ("points", ["--tile", 64], "needs prompts, which are for whole images; leave out --tile"),
     ],
     ids=str,
 )

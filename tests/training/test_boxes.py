@@ -243,9 +243,9 @@ def test_predict_refuses_boxes_that_do_not_fit(run, refused, tmp_path):
     refused(*one, "--box", "-1,0,9,9", pattern="box -1,0,9,9 is not inside")
     refused(*one, "--box", "9,0,8,9", pattern="box is '9,0,8,9', whose second corner")
     for wrong in ("1,2,3", "1,2,3,4,5", "a,b,c,d", "0,0,nan,4", "0,0,inf,4"):
-        refused(*one, "--box", wrong, pattern=f"box is '{wrong}', not four numbers")
+        refused(*one, "--box", wrong, pattern=f"box is '{wrong}'; expected four numbers")
     three = ("--box", "0,0,9,9") * 3
-    refused(*two, *three, pattern="there are 3 boxes for 2 images; give one for all, or one each")
+    refused(*two, *three, pattern="got 3 boxes for 2 images; give one for all, or one for each")
     refused(*two, "--box", "0,0,9,50", pattern="box 0,0,9,50 is not inside image .*p0.png")
     assert parsed_box("0, 0,9,9.5").tolist() == [0, 0, 9, 9.5]
 

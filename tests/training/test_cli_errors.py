@@ -222,9 +222,9 @@ def test_bugs_are_reported_where_the_package_says(monkeypatch):
         ("predict p --adapter a --batch-size 1", "try --decoder-chunk 1"),
         (
             "predict p --adapter a --batch-size 1 --decoder-chunk 1",
-            "no option needs less; it takes a device with more memory",
+            "no option needs less; use a device with more memory",
         ),
-        ("info", "no option needs less; it takes a device with more memory"),
+        ("info", "no option needs less; use a device with more memory"),
     ],
 )
 def test_advice_is_what_is_not_so_already(monkeypatch, capsys, line, advice):
@@ -242,10 +242,10 @@ def test_predict_refuses_before_writing(refused, shared_data, tmp_path):
     refused(*predict, tmp_path / "none", pattern="adapter folder .*none does not exist")
     (tmp_path / "empty").mkdir()
     refused(*predict, tmp_path / "empty", pattern="has no adapter_config")
-    refused("predict", "--adapter", tmp_path, pattern="no image is named")
+    refused("predict", "--adapter", tmp_path, pattern="expected images; give files or folders")
     missing = ("predict", tmp_path / "a.png", "--adapter", tmp_path)
     refused(*missing, pattern=r"a\.png does not exist")
-    refused("predict", tmp_path / "empty", "--adapter", tmp_path, pattern="holds no image")
+    refused("predict", tmp_path / "empty", "--adapter", tmp_path, pattern="has no images")
     broken = tmp_path / "b.png"
     broken.write_bytes(image.read_bytes()[:300])
     sam = samfast.attach(build_sam("vit_tiny", image_size=64), samfast.DecoderOnly())
@@ -257,7 +257,7 @@ def test_predict_refuses_before_writing(refused, shared_data, tmp_path):
     refused("predict", image, *adapter, "--range", "9,1", pattern="range is '9,1'; expected auto")
     shutil.copytree(shared_data / "images", tmp_path / "again")
     twice = ("predict", image, tmp_path / "again" / "p0.png", "--adapter", tmp_path)
-    refused(*twice, pattern="two of the images are called p0")
+    refused(*twice, pattern="two images are called p0")
 
 
 def test_wrong_options_end_with_two_and_help_with_zero(capsys):

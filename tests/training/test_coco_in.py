@@ -136,38 +136,38 @@ REFUSED = [
     ("images.0.height", True, r"image 1 has the size \[True, 40\]"),
     ("images.0.height", 31, "annotation 15 has an RLE of size"),
     ("images.2.height", 17, "image 7 is 50x17 .width x height. but .*c.tif is 50x16"),
-    ("images.1.id", 1, "two images of id 1"),
+    ("images.1.id", 1, "two images with the id 1"),
     ("images.1.id", "2", "has the id '2'; expected an integer"),
-    ("images.1.file_name", "a.png", "image 2 has the file_name 'a.png', which image 1 has too"),
-    ("images.1.file_name", "./a.png", "which image 1 has too"),
+    ("images.1.file_name", "a.png", "image 2 has the file_name 'a.png', which image 1 also has"),
+    ("images.1.file_name", "./a.png", "which image 1 also has"),
     ("images.1.file_name", "/a.png", "expected a path within the folder"),
     ("images.1.file_name", "../a.png", "expected a path within the folder"),
     ("images.1.file_name", "C:\\a.png", "expected a path within the folder"),
     ("images.1.file_name", "C:a.png", "expected a path within the folder"),
     ("images.1.file_name", "a\0.png", "expected a path within the folder"),
-    ("images.1.file_name", 5, "has the file_name 5; expected a text"),
+    ("images.1.file_name", 5, "has the file_name 5; expected text"),
     ("images.1.file_name", "none.png", "which is not in .*images; put it there"),
     ("images.1.file_name", "sub", "not a regular file"),
     ("images", [], "lists no image"),
     ("images", {}, "has images {}; expected a list"),
     ("annotations", None, "has annotations None; expected a list"),
-    ("annotations.1.id", 11, "two annotations of id 11"),
-    ("annotations.1.image_id", 3, "annotation 12 has the image_id 3, which is none of the 3"),
+    ("annotations.1.id", 11, "two annotations with the id 11"),
+    ("annotations.1.image_id", 3, "annotation 12 has the image_id 3, which is not one of the 3"),
     ("annotations.1.image_id", True, "annotation 12 has the image_id True"),
     ("annotations.1.category_id", 4, "annotation 12 has the category_id 4"),
     ("annotations.1.iscrowd", 2, "annotation 12 has the iscrowd 2; expected 0 or 1"),
     ("annotations.1.bbox", [1, 2, 3], "annotation 12 has the bbox"),
     ("annotations.1.area", "large", "annotation 12 has the area 'large'"),
-    ("categories.1.id", 3, "two categories of id 3"),
+    ("categories.1.id", 3, "two categories with the id 3"),
     ("categories.1.name", " ", "category 5 has the name ' '"),
-    (SEGMENTATION, [], "a box alone is no outline: export polygons or RLE"),
-    (SEGMENTATION, None, "a box alone is no outline"),
+    (SEGMENTATION, [], "a box is not an outline; export polygons or RLE"),
+    (SEGMENTATION, None, "a box is not an outline"),
     (SEGMENTATION, "text", "has the segmentation 'text'"),
     (SEGMENTATION, [1, 2, 3, 4, 5, 6], "segmentation part 1; expected a list"),
     (SEGMENTATION, [[1, 2, 3, 4]], "a polygon of 4 numbers"),
     (SEGMENTATION, [[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
     (SEGMENTATION, [[1, 2, 3, 4, 5, True]], "with True, which is not a finite number"),
-    (SEGMENTATION, [[1, 2, 3, 4, 5, 1e300]], r"y = 1e\+300, far outside the image, which is 40x30"),
+    (SEGMENTATION, [[1, 2, 3, 4, 5, 1e300]], r"y = 1e\+300, far outside the image of 40x30"),
     (SEGMENTATION, [[80.5, 2, 3, 4, 5, 6]], "x = 80.5, far outside"),
     (SEGMENTATION, [[0, 0, 39, 29] * 60_000], "more than 5000000; simplify it"),
     (SEGMENTATION, {"size": [30, 40], "counts": [-1, 1201]}, "run length -1"),
@@ -191,13 +191,13 @@ def test_one_sentence_for_each(data, path, value, words):
     ("text", "words"),
     [
         ("", "is empty"),
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("null", "holds None; expected an object"),
         ('{"images": [], "images": []}', "the key 'images' twice"),
         ('{"a": NaN}', "holds NaN"),
         ('{"a": 1e999}', "holds the number 1e999"),
         ('{"a": ' + "9" * 10**6 + "}", "of 1000000 digits"),
-        ("[" * 10**6, "nested too deep"),
+        ("[" * 10**6, "nests JSON too deeply"),
         ("{}".encode("utf-16"), "UTF-16"),
         (b'{"a": "\xe9"}', "not in UTF-8 .byte 7."),
     ],
@@ -255,7 +255,7 @@ def test_layouts(tmp_path):
         "train": "instances_train2017.json",
         "val": "instances_val2017.json",
     }
-    with pytest.raises(FileNotFoundError, match=r"images of .* are in none of"):
+    with pytest.raises(FileNotFoundError, match=r"expected the images of .* found no such folder"):
         images_folder(found["train"])
     for folder in ("images", "train2017", "images/train"):  # each nearer than the one before
         (instances / folder).mkdir()
@@ -272,7 +272,7 @@ def test_one_file_of_instances(tmp_path):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["a.json", "b.json"], "2 JSON files beside images/, a.json and b.json"),
+        (["a.json", "b.json"], "2 JSON files next to images/, a.json and b.json"),
         (["train/_annotations.coco.json", "a.json"], "in two places"),
         (["valid/_annotations.coco.json", "val/_annotations.coco.json"], "has both"),
         (["annotations/instances_train.json", "annotations/instances_train2017.json"], "both"),
@@ -288,7 +288,7 @@ def test_layouts_that_may_mean_two_things(tmp_path, names, words):
 
 
 def test_no_layout(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no annotations in COCO's format"):
+    with pytest.raises(FileNotFoundError, match="has no annotations in COCO's format"):
         find_coco(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_coco(tmp_path / "none")

@@ -121,7 +121,11 @@ def test_a_run_from_annotations(roboflow, tmp_path, capsys):
         (None, lambda c: c["annotations"][0].update(image_id=77), "77"),
         (None, lambda c: c["images"][0].update(file_name="../../x.png"), "../../x.png"),
         (None, lambda c: c["annotations"].clear(), "an object"),
-        (None, lambda c: c["images"][1].update(file_name="more/0.png"), "two images of the stem 0"),
+        (
+            None,
+            lambda c: c["images"][1].update(file_name="more/0.png"),
+            "two images with the stem 0",
+        ),
     ],
     ids=["part", "image", "path", "none", "stems"],
 )

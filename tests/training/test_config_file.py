@@ -90,7 +90,7 @@ def test_nothing_in_a_file_is_no_option(tmp_path, content):
         ("lr: {a: 1}", "has lr a mapping; expected a number"),
         ("foreground: [1, some]", "has foreground 'some'; expected a whole number or any"),
         ("foreground: [null]", "has foreground null; expected a whole number or any"),
-        ("target: []", "has an empty list for target; name at least one value"),
+        ("target: []", "has an empty list for target; give at least one value"),
         ("target: [[qkv]]", "has target a list; expected a text"),
         ("target: &a [*a]", "has target a list; expected a text"),
         ("output: ''", "has an empty output; give it a value"),

@@ -64,7 +64,7 @@ def test_the_same_bits_with_and_without(shared_data, tmp_path, capsys, encoded, 
     kept = trained(shared_data, tmp_path / "kept", *more)
     assert encoded == [1] * (TRAIN + VAL)
     said = capsys.readouterr().out
-    assert "keeps 6 embeddings, 96.0 KiB in main memory; --no-cache computes them anew" in said
+    assert "keeps 6 embeddings, 96.0 KiB in main memory; --no-cache recomputes them" in said
     anew = trained(shared_data, tmp_path / "anew", *more, "--no-cache")
     assert len(encoded) > 2 * (TRAIN + VAL) and "embedding" not in capsys.readouterr().out
     assert kept == anew
@@ -174,8 +174,8 @@ def test_too_little_memory_is_said_and_nothing_kept(monkeypatch):
         embeddings.keep_embeddings(model, settings, 5, 1, said.append)
         assert (model.kept is not None) is kept
     assert said[0] == (
-        "computes 6 embeddings anew each time: to keep them would take 96.0 KiB, more than half of "
-        "the 192.0 KiB of main memory that are free"
+        "recomputes 6 embeddings each time: they would take 96.0 KiB, more than half of the free "
+        "main memory (192.0 KiB)"
     )
     assert said[1] == said[2] != said[0]
 

@@ -282,7 +282,7 @@ def test_gradients_that_are_not_finite_are_noticed_before_saving(
     shared_data, tmp_path, monkeypatch
 ):
     poisoned(monkeypatch, 3, infinite_gradient)
-    told = "is no longer finite after step 3; nothing was saved"
+    told = "is not finite after step 3; nothing was saved"
     with pytest.raises(FloatingPointError, match=told):
         finetune(settings_for(shared_data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -298,7 +298,7 @@ def test_weights_that_are_not_finite_keep_the_last_good_adapter(
     arguments += ["64", "--repeats", "1", "--epochs", "2", "--output", str(output)]
     assert cli.main(arguments) == 2
     err = capfd.readouterr().err
-    kept = f"is no longer finite after step 6; {output}/state/epoch-001 is kept; a smaller"
+    kept = f"is not finite after step 6; {output}/state/epoch-001 is kept; a smaller"
     assert err.count("\n") == 1 and kept in err
     assert len(rows_of(output)) == 1
     for name in ("last", "best"):

@@ -205,12 +205,15 @@ def find(record, name):
 @pytest.mark.parametrize(
     "words, pattern",
     [
-        ("", r"holds 3 values \(0, 1, 255\).*--ignore VALUES names those that count nowhere"),
+        ("", r"holds 3 values \(0, 1, 255\).*--ignore VALUES excludes values"),
         ("--ignore nan", "ignore has nan; expected finite mask values"),
-        ("--foreground 1 255 --ignore 255", "foreground and ignore both have 255"),
-        ("--ignore 0 1 255", "has a pixel that counts: all values are under ignore, 0, 1, 255"),
+        ("--foreground 1 255 --ignore 255", "foreground and ignore both hold 255"),
+        ("--ignore 0 1 255", "has a pixel that counts; ignore covers all values: 0, 1, 255"),
         ("--ignore 1 255", "no mask in .* has a foreground pixel"),
-        ("--tasks t.yaml --ignore 1", "ignore is an option of one mask; with several tasks it is"),
+        (
+            "--tasks t.yaml --ignore 1",
+            "ignore is an option for one mask; with several tasks, set it",
+        ),
     ],
 )
 def test_what_is_no_such_value_is_refused(trimaps, refused, words, pattern):
@@ -225,5 +228,5 @@ def test_lossy_masks_under_a_threshold_are_refused(trimaps, tmp_path, refused):
         Image.fromarray(image).save(tmp_path / "jpg" / "images" / f"p{i}.png")
         Image.fromarray(mask).save(tmp_path / "jpg" / "masks" / f"p{i}.jpg")
     words = ("--model", "vit_tiny", "--threshold", 0.5, "--ignore", 255)
-    pattern = "is compressed with loss, which does not keep the values under ignore"
+    pattern = "uses lossy compression, which changes the values to ignore"
     refused("finetune", "--data", tmp_path / "jpg", *words, pattern=pattern)

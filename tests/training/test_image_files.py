@@ -129,7 +129,7 @@ def test_constant_16_bit_image_is_black_and_nan_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.full((4, 4), 500, np.uint16))
     assert not read_image(tmp_path / "a.tif").any()
     tifffile.imwrite(tmp_path / "b.tif", np.full((4, 4), np.nan, np.float32))
-    with pytest.raises(ValueError, match=r"b\.tif holds no pixel with a value"):
+    with pytest.raises(ValueError, match=r"b\.tif has no pixel with a value"):
         read_image(tmp_path / "b.tif")
     with pytest.raises(ValueError, match=r"b\.tif holds values that are not finite"):
         read_mask(tmp_path / "b.tif")

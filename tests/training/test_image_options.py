@@ -104,8 +104,11 @@ def test_tasks_name_any_and_a_threshold():
         assert specs_from_config(json.loads(json.dumps([spec.config()]))) == (spec,)
         assert spec.rule.threshold == keys.get("threshold", 0)
     for keys, pattern in (
-        ({"foreground": "all"}, "task cells has foreground 'all', not numbers"),
-        ({"foreground": ["any", 2]}, "task cells: foreground is any, 2; any stands alone"),
+        ({"foreground": "all"}, "task cells has foreground 'all'; expected numbers"),
+        (
+            {"foreground": ["any", 2]},
+            "task cells: foreground is any, 2; any must be the only value",
+        ),
         ({"foreground": 1, "threshold": 3}, "task cells: threshold is 3 and foreground is given"),
         ({"threshold": 3, "kind": "regression"}, "has threshold, which only binary masks have"),
         ({"threshold": 3, "derive": "boundary"}, "has threshold, which only binary masks have"),
@@ -157,5 +160,5 @@ def test_classes_that_validation_lacks_and_classes_of_lossy_masks(bands):
     assert next(iter(goal.sentences())).startswith(expected)
     (bands / "val/masks/p3.png").unlink()
     Image.fromarray(classes).save(bands / "val/masks/p3.jpg", quality=95)
-    with pytest.raises(ValueError, match=r"p3\.jpg is compressed with loss, which does not keep"):
+    with pytest.raises(ValueError, match=r"p3\.jpg uses lossy compression, which changes"):
         goal_of(bands, content, bands="1")

@@ -208,13 +208,19 @@ def test_an_adapter_predicts_and_scores(trained, folder, tmp_path, capsys):
     [
         (
             ["--masks", "instances", "--foreground", "1"],
-            "foreground is an option of binary masks",
+            "foreground is an option for binary masks",
         ),
-        (["--masks", "classes"], "not how many; give it with --classes N"),
+        (["--masks", "classes"], "their number is missing; give --classes N"),
         (["--classes", "3", "--masks", "binary"], "classes is 3, but masks is binary"),
-        (["--classes", "3", "--prompt", "box"], "prompt is box, but classes have no prompts"),
-        (["--masks", "instances", "--loss", "bce-dice"], "loss is bce-dice, an option of one mask"),
-        (["--masks", "instances", "--model", "sam3"], "leave out --masks instances, or take"),
+        (
+            ["--classes", "3", "--prompt", "box"],
+            "prompt is box, but classes take no prompts; leave out --prompt",
+        ),
+        (
+            ["--masks", "instances", "--loss", "bce-dice"],
+            "loss is bce-dice, an option for one mask",
+        ),
+        (["--masks", "instances", "--model", "sam3"], "leave out --masks instances, or use"),
         (["--masks", "instances", "--tasks", "t.yaml"], "but --tasks says what masks hold"),
         (["--classes", "1"], "classes is 1; it must be at least 2"),
     ],

@@ -99,7 +99,7 @@ def test_npy_that_is_none(tmp_path, kind):
         ("a.tif", np.zeros((2, 2), np.float32), "holds floats of 32 bits"),
         ("a.png", np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "colour image"),
         ("a.tif", np.arange(12, dtype=np.uint8).reshape(2, 2, 3), "colour image"),
-        ("a.jpg", np.zeros((8, 8), np.uint8), "compressed with loss"),
+        ("a.jpg", np.zeros((8, 8), np.uint8), "lossy compression"),
         ("a.png", np.arange(16, dtype=np.uint8).reshape(2, 2, 4) // 4 * 4, "varies in"),
     ],
 )

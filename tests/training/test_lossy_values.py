@@ -145,8 +145,8 @@ def test_masks_of_0_and_1_are_read_with_a_warning(data, suffix):
         mask[8:32, 8:32] = 1
         saved(old.with_suffix(f".{suffix}"), mask, 90)
     sentence = (
-        r"6 of 6 masks are compressed with so much loss that pixels may have taken the other "
-        rf"value \(values 0 and 1 in .*p\d\.{suffix}\); save masks as PNG"
+        rf"6 of 6 masks are compressed so strongly that some pixels may have the wrong value "
+        rf"\(values 0 and 1 in .*p\d\.{suffix}\); save masks as PNG"
     )
     with pytest.warns(UserWarning, match=sentence):
         load_split(data)
@@ -163,7 +163,7 @@ def test_lossy_masks_without_an_object_next_to_blurred_ones_are_counted(data):
         mask[8:10] = 1  # two rows, which such a quality does not keep
         mask[16:40, 16:40] = i > 1
         saved(old.with_suffix(".jpg"), mask, 75)
-    with pytest.warns(UserWarning, match=r"4 of 6 masks .*; 2 more hold one value and may have lo"):
+    with pytest.warns(UserWarning, match=r"4 of 6 masks .*; 2 masks hold only one value and may"):
         load_split(data)
 
 

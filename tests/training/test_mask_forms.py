@@ -61,7 +61,9 @@ def test_a_gif_gives_greys_or_indices(tmp_path, palette, expected):
 
 
 def test_a_gif_is_one_whole_frame_of_a_mask(tmp_path):
-    with pytest.raises(ValueError, match=r"m\.gif holds 2 frames; save the one you mean alone"):
+    with pytest.raises(
+        ValueError, match=r"m\.gif holds 2 frames; save the one you mean to a file of its own"
+    ):
         read_mask(gif(tmp_path / "m.gif", MASK, frames=2))
     path = gif(tmp_path / "n.gif", np.random.default_rng(0).integers(0, 256, (50, 50), np.uint8))
     with pytest.raises(ValueError, match=r"n\.gif cannot be decoded: it is no PNG, .*WEBP, TIFF"):

@@ -50,9 +50,9 @@ def test_base_dtype(name, dtype, device, expected):
 @pytest.mark.parametrize(
     ("name", "dtype", "sentence"),
     [
-        ("bfloat16", FP16, "bfloat16 does not go with precision fp16"),
-        ("float16", BF16, "float16 needs precision fp16 and its loss scaling, not bf16"),
-        ("float16", FP32, "float16 needs precision fp16 and its loss scaling, not fp32"),
+        ("bfloat16", FP16, "bfloat16 cannot be used with precision fp16"),
+        ("float16", BF16, "float16 needs precision fp16, which scales the loss, got bf16"),
+        ("float16", FP32, "float16 needs precision fp16, which scales the loss, got fp32"),
     ],
 )
 def test_dtypes_that_do_not_go_together(name, dtype, sentence):

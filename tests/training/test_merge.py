@@ -209,7 +209,7 @@ def test_there_and_back_through_hugging_face(base, tmp_path):
         ({}, ["m.pth", "--task", "cells"], "no tasks; leave out --task"),
         ({}, ["m.pth", "--class-index", "1"], "no classes; leave out --class-index"),
         ({"tasks": TASKS}, ["m.pth"], "has the tasks kinds, cells, depth.*choose one with --task"),
-        ({"tasks": TASKS}, ["m.pth", "--task", "depth"], "values, not masks"),
+        ({"tasks": TASKS}, ["m.pth", "--task", "depth"], "predicts values, but other SAM tools"),
         ({"tasks": TASKS}, ["m.pth", "--task", "kinds"], "expected --class-index 0 to 2, got none"),
         (
             {"tasks": TASKS},

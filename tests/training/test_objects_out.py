@@ -143,7 +143,7 @@ def test_categories_in_a_given_order():
     assert [a["category_id"] for a in content["annotations"]] == [1, 1, 1, 3, 1, 1]
     with pytest.raises(ValueError, match="a is missing"):
         coco_json([entry], ["b"])
-    with pytest.raises(ValueError, match="each may be named once"):
+    with pytest.raises(ValueError, match="name each only once"):
         coco_json([entry], ["b", "a", "b"])
     with pytest.raises(ValueError, match=r"two images are called a\.png"):
         coco_json([entry, entry])

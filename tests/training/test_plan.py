@@ -122,7 +122,7 @@ def test_memory_auto_on_a_cpu_is_fast(tried):
 def test_a_smaller_gpu_at_hand_is_refused(tried, monkeypatch):
     monkeypatch.setattr(plan, "memory_of", lambda device: 8 * 10**9)
     real = FinetuneSettings(model="vit_tiny", fit="12GB")
-    with pytest.raises(ValueError, match="fit is 12GB, but the GPU at hand has 8 GB"):
+    with pytest.raises(ValueError, match="fit is 12GB, but this GPU has 8 GB"):
         plan.planned(real, CUDA)
     assert plan.planned(settings(fit="12GB"), CUDA)[1].card == 12 * 10**9
     assert plan.planned(settings(fit="auto"), CUDA)[1].card == 8 * 10**9
@@ -215,7 +215,7 @@ def test_refused(refused, options, pattern, tried):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a GPU that is here")
 def test_auto_without_a_gpu_is_refused(refused):
-    pattern = "fit is auto, but no GPU is at hand; name a memory such as --fit 12GB"
+    pattern = "fit is auto, but no GPU was found; give a memory size such as --fit 12GB"
     refused("finetune", "--dry-run", "--model", "vit_tiny", "--fit", "auto", pattern=pattern)
 
 

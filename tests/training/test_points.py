@@ -74,7 +74,9 @@ def test_resized_parsed_and_checked():
     assert resized_point(np.array([10.0, 6, 0]), (48, 64), (24, 128)).tolist() == [20, 3, 0]
     assert parsed_point("60, 4.5").tolist() == [60, 4.5, 1]
     for wrong in ("abc", "1", "1,2,3", "nan,1", "1,inf", "", "1;2"):
-        with pytest.raises(ValueError, match=f"point is '{wrong}', not two numbers x,y such as"):
+        with pytest.raises(
+            ValueError, match=f"point is '{wrong}'; expected two numbers x,y such as"
+        ):
             parsed_point(wrong)
     check_point(np.array([64.0, 48, 1]), (48, 64), "p")
     for x, y in ((64.5, 1), (-1, 1), (1, 49)):
@@ -202,9 +204,11 @@ def test_predict_refuses_points_that_do_not_fit(run, refused):
     refused(*one, pattern="was trained with a point for each image; give it with --point x,y, in")
     refused(*one, "--box", "0,0,9,9", pattern="with a point for each image; leave out --box")
     refused(*one, "--point", "65,9", pattern=r"point 65,9 is not inside .*p0.png, which is 64x48")
-    refused(*one, "--point", "abc", pattern="point is 'abc', not two numbers x,y such as 60,45")
+    refused(
+        *one, "--point", "abc", pattern="point is 'abc'; expected two numbers x,y such as 60,45"
+    )
     three = ("--point", "9,9") * 3
-    refused(*two, *three, pattern="there are 3 points for 2 images; give one for all, or one each")
+    refused(*two, *three, pattern="got 3 points for 2 images; give one for all, or one for each")
     refused(*two, "--point", "9,50", pattern="point 9,50 is not inside image .*p0.png")
 
 

@@ -271,15 +271,15 @@ def test_workers_and_resuming_change_no_bit(folder, tmp_path, finished):
 
 
 ERRORS = [
-    ({"masks": None}, "prompt is mixed, which is for single objects, but masks is binary; give"),
-    ({"masks": None, "prompt": "box", "objects": 3}, "objects is 3, which is for single objects"),
+    ({"masks": None}, "prompt is mixed, which is for prompted objects, but masks is binary; give"),
+    ({"masks": None, "prompt": "box", "objects": 3}, "objects is 3, which is for prompted objects"),
     ({"prompt": "none", "prompt_rounds": 2}, "prompt_rounds is 2, which is for .* and prompt none"),
-    ({"foreground": (3,)}, "foreground is an option of binary masks, but masks is instances"),
-    ({"threshold": 2.0}, "threshold is an option of binary masks, but masks is instances"),
+    ({"foreground": (3,)}, "foreground is an option for binary masks, but masks is instances"),
+    ({"threshold": 2.0}, "threshold is an option for binary masks, but masks is instances"),
     ({"prompt_rounds": 0}, "prompt_rounds is 0; it must be at least 1"),
     ({"objects": 0}, "objects is 0; it must be at least 1"),
     ({"prompt": "point", "box_jitter": 2.0}, "box_jitter is 2.0, but prompt point has no box"),
-    ({"model": "sam3", "image_size": None}, "sam3 learns one mask an image; leave out --masks"),
+    ({"model": "sam3", "image_size": None}, "sam3 learns one mask per image; leave out --masks"),
 ]
 
 
@@ -305,7 +305,7 @@ def test_masks_that_hold_no_objects_are_refused(tmp_path):
     refused(r"p0.tif holds floats of 32 bits; save labels as integers")
     masks[0].with_suffix(".tif").unlink()
     Image.fromarray(np.full((64, 64), -3, np.int32)).save(masks[0].with_suffix(".tif"))
-    refused(r"p0.tif holds no objects: labels hold -3; they must not be negative")
+    refused(r"p0.tif does not hold objects: labels hold -3; expected 0 for the background")
     masks[0].with_suffix(".tif").unlink()
     Image.fromarray(np.ones((64, 60), np.uint8)).save(masks[0])
     refused(r"p0.png is 60x64 \(width x height\) but image .*p0.png is 64x64")
@@ -317,10 +317,10 @@ def test_masks_that_hold_no_objects_are_refused(tmp_path):
     one[1, 1] = 5
     for path in masks:
         Image.fromarray(one).save(path)
-    refused(r"no training object keeps a pixel at 8 pixels; take a larger", image_size=8)
+    refused(r"no training object has a pixel left at 8 pixels; take a larger", image_size=8)
 
 
 def test_a_dataset_has_binary_masks(folder, tmp_path):
     settings = settings_of(None, tmp_path / "out")
-    with pytest.raises(ValueError, match="masks is instances, but a dataset is given, whose masks"):
+    with pytest.raises(ValueError, match="masks is instances, but a dataset has binary masks"):
         finetune(settings, [])

@@ -135,23 +135,35 @@ def test_points_with_labels_and_objects(run, tmp_path, capsys):
 
 
 BROKEN = [
-    ("boxes.csv", "p1.png,1,2,3\n", r"boxes.csv line 1 holds '1,2,3', not numbers x0,y0,x1,y1"),
-    ("boxes.csv", "p1.png,1,2,3,4\np1.png,1,2,3,x\n", r"boxes.csv line 2 holds '1,2,3,x', not"),
-    ("boxes.csv", "p1.png,1,2,3,nan\n", r"line 1 holds '1,2,3,nan', not numbers"),
-    ("boxes.csv", "q.png,1,2,3,4\n", r"line 1 is of image 'q.png', but no such image is named"),
-    ("boxes.csv", "p1.png,9,2,3,4\n", r"line 1 holds a box whose second corner lies left of"),
+    (
+        "boxes.csv",
+        "p1.png,1,2,3\n",
+        r"boxes.csv line 1 holds '1,2,3'; expected numbers x0,y0,x1,y1",
+    ),
+    (
+        "boxes.csv",
+        "p1.png,1,2,3,4\np1.png,1,2,3,x\n",
+        r"boxes.csv line 2 holds '1,2,3,x'; expected",
+    ),
+    ("boxes.csv", "p1.png,1,2,3,nan\n", r"line 1 holds '1,2,3,nan'; expected numbers"),
+    (
+        "boxes.csv",
+        "q.png,1,2,3,4\n",
+        r"line 1 names the image 'q.png', but that image is not predicted",
+    ),
+    ("boxes.csv", "p1.png,9,2,3,4\n", r"line 1 holds a box whose second corner is left of"),
     ("boxes.csv", "p1.png,1,2,3,65\n", r"line 1: box 1,2,3,65 is not inside image .*p1.png"),
     ("boxes.csv", "p1.png\n", r"boxes.csv line 1 holds 'p1.png', not image,x0,y0,x1,y1"),
-    ("boxes.csv", 'p1.png,"1\n', r"boxes.csv line \d is no CSV: "),
-    ("boxes.json", "{", r"boxes.json is no JSON: "),
-    ("boxes.json", "[1]", r"boxes.json holds no mapping of images"),
+    ("boxes.csv", 'p1.png,"1\n', r"boxes.csv line \d is not CSV: "),
+    ("boxes.json", "{", r"boxes.json is not JSON: "),
+    ("boxes.json", "[1]", r"boxes.json is not a mapping of images"),
     ("boxes.json", '{"p1.png": 3}', r"has no list of \[x0,y0,x1,y1\] for image 'p1.png'"),
-    ("boxes.json", '{"p1.png": [[1,2,3,"4"]]}', r"image 'p1.png' row 1 holds .*, not numbers"),
-    ("boxes.json", '{"p1.png": [[1,2,3,true]]}', r"row 1 holds '1,2,3,True', not numbers"),
-    ("boxes.json", "[" * 100_000, r"boxes.json is no JSON: "),
-    ("boxes.txt", "", r"boxes.txt is neither .csv nor .json"),
+    ("boxes.json", '{"p1.png": [[1,2,3,"4"]]}', r"image 'p1.png' row 1 holds .*; expected numbers"),
+    ("boxes.json", '{"p1.png": [[1,2,3,true]]}', r"row 1 holds '1,2,3,True'; expected numbers"),
+    ("boxes.json", "[" * 100_000, r"boxes.json is not JSON: "),
+    ("boxes.txt", "", r"boxes.txt is neither a .csv nor a .json file"),
     ("points.csv", "p1.png,1,2,7\n", r"points.csv line 1 has label 7; it must be 1"),
-    ("points.csv", "p1.png,1,2,1,1,1\n", r"line 1 holds '1,2,1,1,1', not numbers x,y\[,label"),
+    ("points.csv", "p1.png,1,2,1,1,1\n", r"line 1 holds '1,2,1,1,1'; expected numbers x,y\[,label"),
     ("points.csv", "p1.png,65,2\n", r"line 1: point 65,2 is not inside image .*p1.png"),
 ]
 
@@ -188,12 +200,10 @@ def test_prompts_that_fit_neither_adapter_nor_images(image, tmp_path):
     refused("is not a regular file", boxes=tmp_path)
     other = image.with_name("q") / "p1.png"
     sizes = {image: (64, 64), other: (64, 64), tmp_path / "z.png": (64, 64)}
-    refused(
-        "there are 2 boxes for 3 images; give one for all, one", sizes=sizes, box=("1,2,3,4",) * 2
-    )
+    refused("got 2 boxes for 3 images; give one for all, or one", sizes=sizes, box=("1,2,3,4",) * 2)
     (tmp_path / "boxes.csv").write_text("p1.png,1,2,3,4\n")
     refused(
-        "line 1 is of image 'p1.png', but two images", sizes=sizes, boxes=tmp_path / "boxes.csv"
+        "line 1 names the image 'p1.png', but two images", sizes=sizes, boxes=tmp_path / "boxes.csv"
     )
     (tmp_path / "boxes.csv").write_bytes(b"\xff\xfe\x00")
     refused("is not text in UTF-8", boxes=tmp_path / "boxes.csv")
@@ -207,7 +217,7 @@ def test_the_command_line_refuses_before_it_writes(run, refused, tmp_path):
     )
     refused(*one, "--box", "1,2,3,99", pattern="box 1,2,3,99 is not inside image .*p1.png")
     (tmp_path / "b.csv").write_text("p1.png,1,2,3,4\np1.png,1\n")
-    refused(*one, "--boxes", tmp_path / "b.csv", pattern="b.csv line 2 holds '1', not numbers")
+    refused(*one, "--boxes", tmp_path / "b.csv", pattern="b.csv line 2 holds '1'; expected numbers")
 
 
 def test_the_smaller_of_two_masks_is_on_top():

@@ -265,7 +265,7 @@ def test_a_batch_is_shared_without_loss_or_repetition():
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number"),
         (
             {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
-            "accelerate launch started one process of several.*torchrun",
+            "accelerate launch started only one of several processes.*torchrun",
         ),
     ],
 )
@@ -414,7 +414,7 @@ def test_one_killed_rank_ends_the_other(tmp_path, killed):
         for process in both:
             process.kill()
     assert left.returncode == 2
-    assert err.count("samfast: the other process ended, so this one cannot go on") == 1
+    assert err.count("samfast: the other process ended, so this one cannot continue") == 1
     assert (tmp_path / "out" / "adapter" / "last").is_dir()
 
 
@@ -446,7 +446,7 @@ def test_two_ranks_stop_together_and_go_on(tmp_path):
 
     ended = together([*words, tmp_path / "b"], stop_one)
     assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
-    assert sum(err.count("go on with samfast finetune --resume") for _, err in ended) == 1
+    assert sum(err.count("continue with samfast finetune --resume") for _, err in ended) == 1
     alone = [sys.executable, "-m", "samfast", *map(str, words), str(tmp_path / "b"), "--resume"]
     done = subprocess.run(alone, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and "processes was 2 and is 1" in done.stderr

@@ -152,7 +152,7 @@ def test_more_epochs_go_on_from_the_end(whole, tmp_path, capsys):
         ({"batch_size": 2}, "batch_size was 1 and is 2"),
         ({"loss": "structure"}, "loss was bce-dice and is structure"),
         ({"foreground": (255,)}, "foreground was None and is 255; a run goes on with the foregro"),
-        ({"keep": 0, "save_every": None}, "keep is 0, but a run that is resumed has states"),
+        ({"keep": 0, "save_every": None}, "keep is 0, but --resume needs saved states"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -248,11 +248,13 @@ def test_bad_paths_to_resume_from(whole, tmp_path, shared_data):
         finetune(resumed(tmp_path / "missing"))
     with pytest.raises(FileNotFoundError, match=r"resume .*step-000009 does not exist"):
         finetune(resumed(whole.output / "state" / "step-000009"))
-    with pytest.raises(ValueError, match="is neither a run's folder with states nor a state"):
+    with pytest.raises(ValueError, match="is neither a run folder with states nor a state"):
         finetune(resumed(shared_data))
     with pytest.raises(ValueError, match=r"is in the run .*, but output is .*; leave out --output"):
         finetune(resumed(whole.output, output=tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"--resume goes on with what --overwrite would replace"):
+    with pytest.raises(
+        ValueError, match=r"--resume continues the run that --overwrite would replace"
+    ):
         finetune(replace(whole, resume="newest", overwrite=True))
     with pytest.raises(ValueError, match="save_every is 1, but keep is 0"):
         finetune(replace(whole, keep=0))
@@ -271,7 +273,7 @@ def test_the_option_may_stand_alone():
 
 
 def test_a_folder_with_states_is_not_empty(whole):
-    with pytest.raises(ValueError, match=r"not empty; .*--resume to go on with its run"):
+    with pytest.raises(ValueError, match=r"not empty; .*--resume to continue its run"):
         finetune(whole)
 
 
@@ -310,7 +312,8 @@ class Asks(Callback):
 def test_a_signal_saves_and_says_how_to_go_on(whole, tmp_path):
     settings = replace(whole, output=tmp_path / "out", save_every=None)
     told = (
-        f"stopped after step 3; .*state/step-000003 is kept; go on with .*--resume {tmp_path}/out"
+        "stopped after step 3; .*state/step-000003 is kept; continue with .*--resume "
+        f"{tmp_path}/out"
     )
     with pytest.raises(Interrupted, match=told) as stop:
         finetune(settings, callbacks=[Asks(3, signal.SIGTERM)])
@@ -403,7 +406,7 @@ def test_images_that_changed_are_another_run(shared_data, whole, data, tmp_path)
     Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
     output = shutil.copytree(whole.output, tmp_path / "out")
     settings = replace(whole, data=data, output=output, resume="newest")
-    with pytest.raises(ValueError, match=r"of (train|val)/p3 has another content than when"):
+    with pytest.raises(ValueError, match=r"of (train|val)/p3 has changed since"):
         finetune(settings)
     shutil.copy(shared_data / "images" / path.name, path)
     assert finetune(settings)["epochs"] == 2  # elsewhere, but the same
@@ -440,8 +443,8 @@ def test_what_differs_is_named(whole):
 @pytest.mark.parametrize(
     "callbacks, pattern",
     [
-        (Callback(), "callbacks is one Callback; give a list of them"),
-        ([print], "has a builtin_function_or_method without on_begin; make it a samfast"),
+        (Callback(), "expected a list of callbacks, got a Callback"),
+        ([print], "has a builtin_function_or_method without on_begin; inherit samfast"),
     ],
 )
 def test_what_is_no_callback(whole, callbacks, pattern):
@@ -528,7 +531,9 @@ def test_a_signal_to_the_whole_group(shared_data, tmp_path, number, workers):
     assert process.returncode == 128 + number, error
     said = re.findall(r"samfast: .*", error)
     assert len(said) == 2 and "finishing this step, then saving" in said[0], error
-    assert re.search(r"stopped after step \d+; .*; go on with samfast finetune --resume", said[1])
+    assert re.search(
+        r"stopped after step \d+; .*; continue with samfast finetune --resume", said[1]
+    )
     assert newest_state(output)[0] is not None and "Traceback" not in error
 
 

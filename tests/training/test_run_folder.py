@@ -212,7 +212,7 @@ def test_a_folder_without_room(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        ValueError, match=r"has no room for a run, which needs 39\.0 MiB, and .* MiB"
+        ValueError, match=r"has too little space for a run: expected 39\.0 MiB, got .* MiB"
     ):
         claimed(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -226,7 +226,7 @@ def test_links_that_lead_nowhere_empty_values_and_nul(tmp_path, shared_data, cap
     finetune_ = ["finetune", "--model", "vit_tiny"]
     data = ["--data", str(shared_data)]
     cases = [
-        ([*finetune_, *data, "--output", str(loop_)], "is a symbolic link that leads nowhere"),
+        ([*finetune_, *data, "--output", str(loop_)], "is a symbolic link to nothing"),
         ([*finetune_, *data, "--output", str(loop_ / "x")], "cannot be written"),
         ([*finetune_, "--data", str(loop_)], "data folder .*loop does not exist"),
         ([*finetune_, *data, "--tasks", str(loop_)], "tasks file .*loop does not exist"),
@@ -291,7 +291,7 @@ def test_a_second_run_is_refused_while_another_process_has_the_folder(tmp_path, 
         arguments = ["finetune", "--data", str(shared_data), "--model", "vit_tiny"]
         assert cli.main([*arguments, "--output", str(output), "--overwrite"]) == 2
         err = capfd.readouterr().err
-        who = f"is in use by process {other.pid} on {socket.gethostname()}, which began at "
+        who = f"is in use by process {other.pid} on {socket.gethostname()}, started at "
         assert err.count("\n") == 1 and who in err
         assert texts(output) == before
         other.send_signal(signal.SIGKILL)
@@ -545,7 +545,7 @@ def test_a_disk_of_that_size_loses_nothing(shared_data, tmp_path, size, fits):
         assert done.returncode == 0, done.stderr
         read_adapter(adapter_folder(copy / "out"))
         return
-    assert done.returncode == 2 and "has no room for a run" in done.stderr
+    assert done.returncode == 2 and "has too little space for a run" in done.stderr
     assert done.stderr.count("\n") == 1 and list(copy.iterdir()) == []
 
 

@@ -325,11 +325,11 @@ def test_configurations_that_do_not_work(folder, tmp_path, shared_data, refused,
 OPTIONS = {
     "size": (("--image-size", "60"), "image size 60 is not a multiple of 28, the side of a window"),
     "large": (("--image-size", "2800000"), "image size 2800000 is above 32768, the largest"),
-    "cobot-lora": (("--method", "cobot-lora"), "method cobot-lora needs layers of segment_anyth"),
-    "adaptformer": (("--method", "adaptformer"), "for sam3 take one of lora, conv-lora, kronecker"),
+    "cobot-lora": (("--method", "cobot-lora"), "method cobot-lora needs segment_anything's layers"),
+    "adaptformer": (("--method", "adaptformer"), "for sam3 use one of lora, conv-lora, kronecker"),
     "ta-lora": (("--method", "ta-lora"), "method ta-lora is for several tasks"),
-    "tasks": (("--tasks", "tasks.yaml"), "sam3 learns one mask an image; leave out --tasks"),
-    "random": (("--random-init",), "sam3 is either random or from checkpoint .*, not both"),
+    "tasks": (("--tasks", "tasks.yaml"), "sam3 learns one mask per image; leave out --tasks"),
+    "random": (("--random-init",), "sam3 cannot be random and from checkpoint .*; give only one"),
     "target": (("--target", "nosuch"), "target 'nosuch' matches no layer in vision_encoder"),
 }
 
@@ -343,7 +343,7 @@ def test_options_that_do_not_fit(folder, shared_data, refused, name):
 
 def test_nothing_named(shared_data, refused):
     words = ("finetune", "--data", shared_data, "--model", "sam3")
-    refused(*words, pattern="sam3 needs a checkpoint .* or random weights must be asked for")
+    refused(*words, pattern="sam3 needs a checkpoint .* or random weights")
 
 
 def profiled(capsys, *more):
@@ -364,8 +364,8 @@ def test_a_profile_of_the_folder(folder, capsys):
 
 def test_profiles_that_do_not_fit(folder, capsys):
     for more, said in (
-        (("--compare",), "--compare builds others' models of segment_anything's sizes, which sam3"),
-        (("--method", "cobot-lora"), "for sam3 take one of lora, conv-lora, kronecker, decoder"),
+        (("--compare",), "--compare needs segment_anything's sizes"),
+        (("--method", "cobot-lora"), "for sam3 use one of lora, conv-lora, kronecker, decoder"),
         (("--image-size", "60"), "image size 60 is not a multiple of 28"),
     ):
         code, printed = profiled(capsys, "--checkpoint", folder, *more)

@@ -99,7 +99,7 @@ def test_a_plateau_is_one_of_the_score():
         ("OneCycleLR(pct_start=2.0)", "schedule .*pct_start"),
         ("OneCycleLR(total_steps=7)", r"total_steps=7\)', in 10 steps: Tried to step"),
         ("CosineAnnealingLR(T_max=0)", "schedule .*T_max"),
-        ("StepLR(step_size=3, last_epoch=5)", "last_epoch is not for you to choose"),
+        ("StepLR(step_size=3, last_epoch=5)", "last_epoch is set by samfast"),
         ("ExponentialLR(gamma=-1)", "it gives the learning rate -1"),
     ],
 )

@@ -97,14 +97,14 @@ def check_refused(done: subprocess.CompletedProcess, sentence: str) -> None:
 def test_too_small_a_disk_keeps_an_earlier_result(disk, size, earlier):
     before = earlier_result(disk.before, earlier)
     done = disk.finetune(size, "--epochs 3 --overwrite")
-    check_refused(done, "has no room for a run")
+    check_refused(done, "has too little space for a run")
     assert done.stdout == "" and contents(disk.left) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["2m", "20m"])
 def test_too_small_a_disk_is_left_empty(disk, size):
-    check_refused(disk.finetune(size, "--epochs 3"), "has no room for a run")
+    check_refused(disk.finetune(size, "--epochs 3"), "has too little space for a run")
     assert list(disk.left.iterdir()) == []
 
 

@@ -40,7 +40,7 @@ def test_a_signal_is_taken_down_while_there_is_something_to_save(number, capfd):
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 def test_before_training_a_signal_ends_at_once(number):
-    told = f"{number.name} came before training began"
+    told = f"{number.name} before training began"
     with pytest.raises(Interrupted, match=told) as stop, stop_asked():
         os.kill(os.getpid(), number)
     assert stop.value.signal == number and isinstance(stop.value, KeyboardInterrupt)

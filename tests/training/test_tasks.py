@@ -66,34 +66,40 @@ def test_a_file_of_every_kind(tmp_path):
         (("{name: a}", "{name: a}"), "two tasks are called a$"),
         (("{kind: binary}",), "task 1 has no name"),
         (("{name: a, kind: semantics, channels: 2}",), "has kind 'semantics'; known are binary"),
-        (("{name: a, kind: semantic}",), "say its number of classes with channels"),
+        (("{name: a, kind: semantic}",), "give its number of classes with channels"),
         (("{name: a, kind: semantic, channels: 1}",), "has 1 channels; semantic has at least 2"),
         (("{name: a, channels: 2}",), "has 2 channels; binary has 1"),
         (("{name: a, channels: two}",), "has channels 'two', not a whole number"),
         (("{name: a, weight: 0}",), "has weight 0; it must be above 0"),
         (("{name: a, weight: .nan}",), "has weight nan; it must be above 0"),
-        (("{name: a, loss: l1}",), "has loss 'l1'; of binary tasks known are bce-dice"),
-        (("{name: a, kind: regression, loss: cosine}",), "1 channels, but loss cosine is for 3"),
+        (("{name: a, loss: l1}",), "has loss 'l1'; known for binary tasks are bce-dice"),
+        (("{name: a, kind: regression, loss: cosine}",), "1 channels, but loss cosine needs 3"),
         (("{name: a, scale: 2}",), "has scale, which only regression masks have"),
         (("{name: a, foreground: []}",), "has an empty foreground"),
         ((NAMED.format("x"),), "has classes 'x', not a list of texts; quote numbers"),
         ((NAMED.format("[x, no, z]"),), r"has classes \['x', False, 'z'\], not a list of texts"),
-        ((NAMED.format("[]"),), "has an empty classes; name at least one"),
+        ((NAMED.format("[]"),), "has an empty classes; give at least one"),
         ((NAMED.format("[x, y]"),), "has 3 channels, but 2 classes; name each from 0 to 2"),
         ((NAMED.format("[x, y, x]"),), "has two classes called 'x'"),
         ((NAMED.format("[x, y, ' ']"),), "has a class without a name: ' '"),
         (("{name: a, classes: [x]}",), "has classes, which only semantic masks have"),
-        (("{name: a, folder: ../b}",), "folder '../b', which is no folder inside the data"),
-        (("{name: a, folder: /etc}",), "folder '/etc', which is no folder inside the data"),
+        (("{name: a, folder: ../b}",), "folder '../b', which is not a folder inside the data"),
+        (("{name: a, folder: /etc}",), "folder '/etc', which is not a folder inside the data"),
         (("{name: a, derive: boundry}",), "unknown derive 'boundry'; did you mean 'boundary'"),
         (("{name: a, derive: boundary, channels: 2}",), "has 2 channels; binary has 1"),
         (("{name: a, derive: distance, kind: binary}",), "derive distance is regression with 1"),
         (("{name: a, from: b}",), "has from 'b', but no derive"),
-        (("{name: a, derive: boundary, from: b}",), "'b', which is no semantic task; there is no"),
-        ((CLASSES, "{name: a, derive: boundary, from: classes, ignore: 1}"), "has ignore, but ta"),
+        (
+            ("{name: a, derive: boundary, from: b}",),
+            "'b', which is not a semantic task; there is no",
+        ),
+        (
+            (CLASSES, "{name: a, derive: boundary, from: classes, ignore: 1}"),
+            "has ignore, but also ta",
+        ),
         (("{name: a, derive: boundary, foreground: 1}",), "foreground, which only binary masks"),
         (("[a, b]",), "task 1 has no name"),
-        (("{name: 'a: b'}",), "'a: b' is no name of letters"),
+        (("{name: 'a: b'}",), "'a: b' must consist of letters"),
     ],
 )
 def test_bad_entries(tmp_path, entries, sentence):
@@ -105,11 +111,11 @@ def test_bad_entries(tmp_path, entries, sentence):
 
 def test_bad_files(tmp_path):
     for text, sentence in [
-        ("tasks: [", "is not YAML"),
+        ("tasks: [", "is not valid YAML"),
         ("", "there is no list under tasks:"),
         ("tasks: 3", "there is no list under tasks:"),
         ("task:\n  - {name: a}", "the file has an unknown key 'task'; did you mean 'tasks'"),
-        ("tasks:\n  - !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("tasks:\n  - !!python/object/apply:os.getcwd []", "is not valid YAML"),
     ]:
         (tmp_path / "tasks.yaml").write_text(text)
         with pytest.raises(ValueError, match=sentence) as error:
@@ -215,13 +221,13 @@ def test_missing_files(data):
     with pytest.raises(FileNotFoundError, match=r"task x has no folder .*nowhere"):
         find_items(data, [*SPECS, TaskSpec("x", folder="nowhere")])
     (data / "own" / "masks" / "p1.png").unlink()
-    with pytest.raises(ValueError, match=r"own/images/p1.png has no mask of the same stem"):
+    with pytest.raises(ValueError, match=r"own/images/p1.png has no mask with the same stem"):
         find_items(data, SPECS)
     (data / "masks" / "p3.png").unlink()
     with pytest.raises(ValueError, match=r"images/p3.png has no mask .* in any task's folder"):
         find_items(data, SPECS[:2])
     (data / "images" / "p0.png").unlink()
-    with pytest.raises(ValueError, match=r"p0.png of task classes has no image of the same stem"):
+    with pytest.raises(ValueError, match=r"p0.png of task classes has no image with the same stem"):
         find_items(data, SPECS[:1])
 
 
@@ -239,12 +245,12 @@ def test_a_folder_behind_a_link_outside(data, tmp_path_factory):
         ("masks/p2.png", np.full((12, 16, 3), [1, 2, 3]), "whose channels differ"),
         ("depth/p1.npy", np.zeros((12, 16, 2)), "p1.npy holds 2 channels, where 1 are expected"),
         ("depth/p1.npy", np.full((12, 16), np.inf), "p1.npy holds values that are infinite"),
-        ("depth/p1.npy", np.array([["a"]]), "p1.npy holds no array of numbers"),
+        ("depth/p1.npy", np.array([["a"]]), "p1.npy does not hold an array of numbers"),
         ("depth/p1.npy", np.array([[{}]]), "p1.npy cannot be decoded: Object arrays"),
         (
             "own/masks/p1.png",
             np.full((10, 10), 128, np.uint8),
-            "task cells: masks disagree|task ce",
+            "task cells: masks .* together hold|task ce",
         ),
     ],
 )
@@ -479,11 +485,11 @@ def test_files_of_one_name_are_refused():
     check_files(["x", "y"], (road,))
     with pytest.raises(ValueError, match="image x and task road, and image x and task road_ov"):
         check_files(["x"], (road, overlay))
-    with pytest.raises(ValueError, match="would both write a file called x_road_mask;"):
+    with pytest.raises(ValueError, match="would both write x_road_mask;"):
         check_files(["x", "x_road"], (TaskSpec("mask"), TaskSpec("road_mask")))
     maps = (road, TaskSpec("road_probability", kind="regression"))
     check_files(["x"], maps)
-    with pytest.raises(ValueError, match="would both write a file called x_road_probability;"):
+    with pytest.raises(ValueError, match="would both write x_road_probability;"):
         check_files(["x"], maps, probable=True)
 
 
@@ -491,7 +497,7 @@ def test_a_task_whose_validation_masks_are_empty(data):
     specs = (TaskSpec("classes", "semantic", 3, ignore=(0, 1, 2, 9)),)
     goal = ManyTasks.__new__(ManyTasks)
     goal.specs, goal.split = specs, find_items(data, SPECS, only_score=True)
-    with pytest.raises(ValueError, match="task classes cannot be scored: no pixel of its valid"):
+    with pytest.raises(ValueError, match="task classes cannot be scored: every pixel of its valid"):
         goal._constant(specs[0])
 
 

@@ -259,9 +259,12 @@ def test_evaluate_of_one_mask(one_mask, shared_data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (("--prompt", "box"), "prompt is box, but several tasks have no prompts"),
-        (("--loss", "structure"), "loss is an option of one mask; .* a key of each task in"),
-        (("--foreground", "1"), "foreground is an option of one mask"),
+        (
+            ("--prompt", "box"),
+            "prompt is box, but several tasks take no prompts; leave out --prompt",
+        ),
+        (("--loss", "structure"), "loss is an option for one mask; .* set it for each task in"),
+        (("--foreground", "1"), "foreground is an option for one mask"),
         (("--method", "lora", "--orthogonality", "1"), "orthogonality is 1.0, but method lora has"),
         (("--method", "ta-lora", "--target", "proj"), "ta-lora adapts q, k and v of every block"),
         (("--method", "ta-lora", "--rank", "0"), "it must be three whole numbers|rank"),

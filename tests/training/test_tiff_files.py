@@ -203,7 +203,7 @@ def test_no_data_without_a_number_and_nothing_but_no_data(tmp_path):
             read_image(path)
     for bits in (4, 8, 16):
         write_tiff(path, [Picture([[[5], [5]]], bits, "u", {262: (3, [1]), 42113: (2, b"5")})])
-        with pytest.raises(ValueError, match=r"a\.tif holds no pixel with a value"):
+        with pytest.raises(ValueError, match=r"a\.tif has no pixel with a value"):
             read_image(path)
     write_tiff(path, [Picture([[[5], [np.inf]]], 32, "f", {262: (3, [1])})])
     with pytest.raises(ValueError, match=r"a\.tif holds values that are infinite"):

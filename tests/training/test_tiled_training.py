@@ -103,7 +103,9 @@ def test_few_files_are_kept_where_they_pass_by(tmp_path):
 def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 5})
     monkeypatch.setattr("samfast.training.decoded.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"no room for decoded images.* 0\.0 MiB are free"):
+    with pytest.raises(
+        ValueError, match=r"no room for the decoded images of tiles.* 0\.0 MiB are free"
+    ):
         Decoded(tmp_path).array("a", "image", lambda: np.zeros(6, np.uint8))
 
 
@@ -253,7 +255,7 @@ def test_a_run_counts_tiles_and_leaves_no_decoded_file(scenes, trained):
 def test_prediction_and_scores_take_the_tiles_of_the_run(scenes, trained, tmp_path, capsys):
     base = ["evaluate", "--data", scenes, "--adapter", trained]
     code, said = run(capsys, *base)
-    assert code == 0 and "tiles of 48 pixels, 12 in common, as in training" in said.out
+    assert code == 0 and "tiles of 48 pixels, overlapping by 12, as in training" in said.out
     code, said = run(capsys, *base, "--json")
     scored = json.loads(said.out)
     summary = json.loads((trained / "summary.json").read_text())
@@ -294,7 +296,7 @@ def test_a_run_of_tiles_goes_on(scenes, tmp_path, capsys):
         (["--overlap", "4"], "overlap is 4, but there are no tiles; give --tile"),
         (["--tile", "64", "--overlap", "33"], "of tiles of 64 it is at most 32"),
         (["--no-empty-tiles"], "empty_tiles is off, but there are no tiles; give --tile"),
-        (["--tile", "64", "--prompt", "box"], "prompts are of whole images; leave out one"),
+        (["--tile", "64", "--prompt", "box"], "prompts need whole images; leave out one of them"),
     ],
     ids=str,
 )

@@ -53,7 +53,7 @@ def refused(capfd, *words):
 @pytest.mark.parametrize(
     ("interpreted", "sentence"),
     [
-        ("0", "no GPU is here, and kernels are compiled for the GPU that is; run samfast warmup"),
+        ("0", "expected a GPU to compile kernels for, found none; run samfast warmup"),
         ("1", "TRITON_INTERPRET is 1, but interpreted kernels are not compiled; unset it"),
     ],
 )

@@ -127,7 +127,10 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         """Raise ValueError where the result is not as wide as x, which the branch is."""
         width, out = mlp.lin1.in_features, mlp.lin2.out_features
         if width != out:
-            raise ValueError(f"the MLP takes {width} features and gives {out}, not as many")
+            raise ValueError(
+                f"expected an MLP with as many outputs as inputs, got {width} inputs and {out} "
+                "outputs"
+            )
 
     def _add_adapter(self, bottleneck: int, dropout: float) -> None:
         weight, width = self.lin1.weight, self.lin1.in_features

@@ -31,11 +31,11 @@ class AdaptFormer(Method):
 
     name: ClassVar[str] = "adaptformer"
 
-    bottleneck: int = option(16, "Width of the branches; with SAM-COBOT a multiple of 4")
-    dropout: float = option(0.1, "Dropout on the bottleneck, in training")
+    bottleneck: int = option(16, "Width of the branches; with SAM-COBOT, a multiple of 4")
+    dropout: float = option(0.1, "Dropout on the bottleneck during training")
     cobot: bool = False
     target: str | tuple[str, ...] = target_option(
-        "mlp", "MLPs of the encoder that get a branch: mlp, or a regular expression"
+        "mlp", "Encoder MLPs to adapt: mlp, or a regular expression"
     )
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class CobotLora(Method):
     name: ClassVar[str] = "cobot-lora"
     lacks = MappingProxyType({"target": "adapts q and v of every block"})
 
-    rank: int = option(4, "Rank of the updates, a multiple of 4")
+    rank: int = option(4, "Rank of the update; must be a multiple of 4")
     zero_start: bool = option(
         False, "Initialise the update to zero (the published method does not)"
     )

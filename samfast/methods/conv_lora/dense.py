@@ -98,10 +98,11 @@ def windows_of(x: Tensor, size: tuple[int, int] | None) -> Windows:
         side = int(length**0.5 + 0.5)  # not isqrt, which torch.compile cannot trace
         if side * side != length:
             raise ValueError(
-                f"x has shape {shape}, and {length} tokens are not a square map; give its size"
+                f"expected a square map, got {length} tokens (x has shape {shape}); pass "
+                "size=(height, width)"
             )
         return Windows.whole(shape[0], side, side)
     height, width = size
     if height < 1 or width < 1 or height * width != length:
-        raise ValueError(f"x has {length} tokens, which are no map of {height} × {width}")
+        raise ValueError(f"x has {length} tokens, which do not fill a map of {height} × {width}")
     return Windows.whole(shape[0], height, width)

@@ -221,7 +221,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         if self.training and noise is None:
             noise = draw_noise(x, windows.samples, self.experts, generator)
         elif noise is not None and not self.training:
-            raise ValueError("noise is given, but the gate draws none outside training")
+            raise ValueError("noise is given, but the gate uses noise only in training")
         y, _, aux = self._run(x, windows, noise, expert_index)
         return (y, aux) if return_aux else y
 
@@ -244,7 +244,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
     def block_problem(self) -> str | None:
         """Why this layer cannot take part in a fused block, None when it can."""
         if self.top_k > 1 or self.formula != "code":
-            return f"has top_k={self.top_k} and formula={self.formula!r}, for the reference alone"
+            return f"has top_k={self.top_k} and formula={self.formula!r}, for the reference only"
         return None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
@@ -346,7 +346,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         if self.top_k > 1 or self.formula != "code":
             if asked in ("auto", "reference"):
                 return dict.fromkeys(operations, "reference")
-            only = f"top_k={self.top_k} with formula={self.formula!r} runs on the reference alone"
+            only = f"top_k={self.top_k} with formula={self.formula!r} runs on the reference only"
             return dict.fromkeys(operations, only)
         x = autocast_input(self.weight.detach()[:0])
         h = x.new_empty(0, self.rank)

@@ -37,8 +37,8 @@ class ConvLora(Method):
 
     rank: int = option(3, "Rank of the update")
     alpha: float | None = alpha_option(32)
-    experts: int = option(8, "Convolutions that the gate chooses from")
-    depthwise: bool = option(False, "Give each channel a convolution of its own", in_folder=True)
+    experts: int = option(8, "Number of convolutions that the gate chooses from")
+    depthwise: bool = option(False, "Give each channel its own convolution", in_folder=True)
     dropout: float = dropout_option(0.0)
     target: str | tuple[str, ...] = target_option("qkv")
     top_k: int = 1

@@ -30,7 +30,7 @@ class Kronecker(Method):
 
     name: ClassVar[str] = "kronecker"
 
-    n: int = option(4, "Number of products; it divides the layers' sizes", name="kron_n", least=1)
+    n: int = option(4, "Number of products; must divide the layers' sizes", name="kron_n", least=1)
     rank: int = option(
         1, "Rank of each product's large factor; the update has rank kron_n * kron_n * rank"
     )

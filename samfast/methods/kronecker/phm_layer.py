@@ -272,7 +272,7 @@ class PHMLinear(SumOfProducts):
         """
         module = cls._from_linear(linear, n, rank)
         if not linear.weight.is_meta and not linear.weight.isfinite().all():
-            raise ValueError("the weight has NaN or infinity, to which no sum of products is near")
+            raise ValueError("the weight contains NaN or infinity")
         cells = _cells(linear.weight, n).flatten(2).flatten(0, 1)  # (n · n, positions)
         rules, weights = _nearest(cells, n)
         with torch.no_grad():

@@ -44,10 +44,10 @@ class Lora(Method):
     target: str | tuple[str, ...] = target_option("qkv")
     slices: tuple[str, ...] | None = option(
         None,
-        "Adapt only these parts of qkv, each with factors of its own and no scaling",
+        "Adapt only these parts of qkv, each with its own factors and without scaling",
         type=tuple[str, ...],
         choices=QKV,
-        hint="default: all of qkv at once",
+        hint="default: all of qkv together",
     )
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ def check_names(names: tuple[str, ...]) -> None:
     """Raise ValueError where there are no names of tasks, or one is empty or given twice."""
     for name in names:
         if not isinstance(name, str) or not name or name == "all":
-            raise ValueError(f"tasks has {name!r}, which is no name of a task")
+            raise ValueError(f"tasks has {name!r}, which is not a task name")
         if list(names).count(name) > 1:
             raise ValueError(f"tasks names {name!r} twice")
     if not names:

@@ -44,7 +44,7 @@ class TaLora(Method):
     tasks: int | tuple[str, ...] = 2
     ranks: tuple[int, int, int] = option(
         (32, 32, 4),
-        "Rank of the inputs and of the outputs, next to 4 of the tasks",
+        "Rank for inputs and for outputs; the rank for tasks is 4",
         name="rank",
         type=int,
         as_option=lambda ranks: ranks[0],
@@ -54,7 +54,7 @@ class TaLora(Method):
     dropout: float = dropout_option(0.1)
     enabled: tuple[str, ...] = QKV
     orthogonality: float = option(
-        0.0, "Weight of the penalty that keeps the factors near orthogonal"
+        0.0, "Weight of the penalty that keeps the factors nearly orthogonal"
     )
     target: str | tuple[str, ...] = "qkv"
 
