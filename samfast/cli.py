@@ -163,7 +163,8 @@ def _run(settings: Any, place: Launched, argv: Sequence[str]) -> int:
         from samfast.training.merge import merge
 
         result = merge(settings)
-        closing = f"{result['output']} opens with {result['opens']}"
+        opens = f"{result['output']} opens with {result['opens']}"
+        closing = "\n".join([opens, *result["notes"]])
     elif isinstance(settings, ExportSettings):
         from samfast.training.export import export
 

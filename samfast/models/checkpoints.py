@@ -111,7 +111,7 @@ def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike[str]) -> 
 
 def read_file(path: Path) -> Any:
     """What a file of safetensors or of PyTorch holds, on the CPU; nothing in it is executed."""
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:

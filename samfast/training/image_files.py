@@ -147,10 +147,10 @@ def _pages_of(source: Source, pages: list[Page], full: list[int]) -> tuple[int, 
         if len(full) > 1:
             advice = ", or give --stacks, which reads each as an image"
             raise _Sentence(_FRAMES.format(source, len(full)) + advice)
-        if (frames := _frames_described(pages[full[0]])) > 1:
+        if _has_hidden_frames(pages[full[0]]):
             raise _Sentence(
-                f"{source} holds {frames} frames behind one page, which are not read; save each "
-                "as a page, in BigTIFF"
+                f"{source} holds several frames behind one page, which are not read; save each as "
+                "a page, in BigTIFF"
             )
         return full[0], range(len(pages))
     if source.index >= len(full):
@@ -181,13 +181,13 @@ def _tags_of(path: Source, page: Page) -> Tags:
     )
 
 
-def _frames_described(page: Page) -> int:
-    """How many frames lie behind a single page, as ImageJ and tifffile write large stacks."""
+def _has_hidden_frames(page: Page) -> bool:
+    """Whether frames lie behind a single page, as ImageJ and tifffile write large stacks."""
     text = page.text(t.DESCRIPTION)
     lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     if text.startswith("ImageJ=") and lines.get("images", "").isdecimal():
-        return int(lines["images"])
-    return 2 if text.startswith("{") and '"truncated": true' in text else 1
+        return int(lines["images"]) > 1
+    return text.startswith("{") and '"truncated": true' in text
 
 
 def _palette(page: Page, tags: Tags) -> np.ndarray:

@@ -2,7 +2,7 @@
 """``samfast merge``: write a fine-tuned model as a plain checkpoint for other SAM tools."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from samfast.files.format import AdapterFile, read_adapter
 from samfast.files.model_card import CARD, check_license
 from samfast.files.placing import refuse_existing, write_together
 from samfast.files.temporary import temporary_file, temporary_folder
+from samfast.methods.adapt_former.method import AdaptFormer
+from samfast.methods.conv_lora.method import ConvLora
 from samfast.methods.ta_lora.layer import TaskLoraLinear
 from samfast.models import MultiTaskSam, head_of, image_size, stock_state_dict
 from samfast.models.architectures import ARCHITECTURES
@@ -24,7 +26,8 @@ from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.adapted import adapter_folder, base_of
 from samfast.training.merge_card import merged_card
 from samfast.training.merge_settings import MergeSettings
-from samfast.training.remembered import remembered
+from samfast.training.remembered import Remembered, remembered
+from samfast.training.tasks import TaskSpec
 
 TORCH, SAFETENSORS = (".pth", ".pt"), ".safetensors"
 _REGISTRY = ("vit_b", "vit_l", "vit_h")  # of segment_anything, at 1024 pixels
@@ -51,7 +54,8 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
     folder = adapter_folder(settings.adapter)
     adapter = read_adapter(folder)
     name = adapter.record["base"].get("name")
-    channel = _chosen(settings, adapter)
+    kept = remembered(adapter, settings.task)
+    channel = _chosen(settings, adapter, kept.specs)
     _check_head(adapter, name, as_folder, output)
     sam = base_of(folder, settings.checkpoint)
     prompts = {
@@ -84,6 +88,7 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
         "task": None if channel is None else channel[0],
         "class": None if channel is None else channel[1],
         "opens": _how_it_opens(name, size, output, as_folder),
+        "notes": list(_notes(kept, channel)),
     }
 
 
@@ -96,9 +101,25 @@ def _check_output(output: Path, as_folder: bool) -> None:
     refuse_existing(output, folder=as_folder)
 
 
-def _chosen(settings: MergeSettings, adapter: AdapterFile) -> tuple[str, int] | None:
+def _notes(kept: Remembered, channel: tuple[str, int] | None) -> Iterator[str]:
+    """What another tool does not know of the model."""
+    if channel is not None and kept.specs[0].task.channels > 1:
+        yield (
+            f"the mask is where the score of class {channel[1]} is above 0, but samfast chooses "
+            "the class with the highest score; merge every class and compare their logits"
+        )
+    if kept.tiles:
+        tile, overlap = kept.tiles
+        yield (
+            f"the model was trained on tiles of {tile} pixels with an overlap of {overlap}; give "
+            "it tiles, not whole images"
+        )
+
+
+def _chosen(
+    settings: MergeSettings, adapter: AdapterFile, specs: Sequence[TaskSpec]
+) -> tuple[str, int] | None:
     """The task whose decoder is written, and its channel; None for an adapter of one mask."""
-    specs = remembered(adapter, settings.task).specs
     if not specs:
         if settings.class_index is not None:
             raise ValueError(
@@ -131,6 +152,12 @@ def _chosen(settings: MergeSettings, adapter: AdapterFile) -> tuple[str, int] | 
 def _check_head(adapter: AdapterFile, name: str, as_folder: bool, output: Path) -> None:
     if name == SAM3 and not as_folder:
         raise ValueError(f"SAM 3 is written as a folder, not as {output}; leave out the suffix")
+    if isinstance(adapter.method, (ConvLora, AdaptFormer)):
+        raise ValueError(
+            f"adapter {adapter.folder} cannot be merged: the update of "
+            f"{type(adapter.method).__name__} depends on its input; samfast export writes it as "
+            f"ONNX, and {_OUT}"
+        )
     if adapter.record.get("head") == "binary" and not as_folder:
         raise ValueError(
             f"adapter {adapter.folder} has a decoder of one mask token, but a {output.suffix} for "

@@ -31,7 +31,7 @@ class MergeSettings:
     )
     class_index: int | None = option(
         None,
-        "Write this class's mask, counted from 0",
+        "Write this class, counted from 0: its mask is where its score is above 0",
         least=0,
         hint="required for classes",
     )

@@ -74,7 +74,10 @@ def run_of(settings: FinetuneSettings) -> Path | None:
     is_state = path.parent.name == STATES
     run = path.parent.parent if is_state else path
     if not is_state and not (run / STATES).is_dir():
-        raise ValueError(f"resume {path} is neither a run folder with states nor a state")
+        raise ValueError(
+            f"resume {path} is neither a run folder with states nor a state; to begin a run that "
+            f"saved none, name its folder with --output"
+        )
     if settings.output is not None and settings.output.resolve() != run.resolve():
         raise ValueError(
             f"resume {path} is in the run {run}, but output is {settings.output}; leave out "

@@ -319,19 +319,11 @@ class FinetuneSettings(
 ):
     """Fine-tune a SAM on a folder of images and masks.
 
-    <<<<<<< HEAD
-        The data folder holds images/ and masks/, whose files are matched by name; or train/ and val/,
-        each with both. With --mask-suffix, masks may lie beside their images. Masks hold 0 and one
-        other value, which is foreground; other masks need foreground values or a threshold. The output
-        folder gets adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/,
-        tensorboard/ and settings.json. Each adapter has a README.md for the Hugging Face Hub.
-    =======
-        The data folder holds images/ and masks/, with files matched by name, or train/ and val/, each
-        with both. With --mask-suffix, masks may be next to their images. Masks hold 0 and one other
-        value for foreground; otherwise give --foreground or --threshold. The output folder gets
-        adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/, tensorboard/ and
-        settings.json.
-    >>>>>>> 47fcbb4 (Say errors, help and docstrings in plain English)
+    The data folder holds images/ and masks/, with files matched by name, or train/ and val/, each
+    with both. With --mask-suffix, masks may be next to their images. Masks hold 0 and one other
+    value for foreground; otherwise give --foreground or --threshold. The output folder gets
+    adapter/best, adapter/last, metrics.csv, scores.csv, curves.png, overlays/, tensorboard/ and
+    settings.json. Each adapter has a README.md for the Hugging Face Hub.
     """
 
 

@@ -20,6 +20,7 @@ from samfast.training.scaling import Samples
 from samfast.training.tiff_pages import Page, read_pages
 from samfast.training.tiff_tags import BLACK_IS_ZERO, RGB, Tags, full_pages
 
+_NARROWEST = 8  # pixels of a slice in an array; a shorter last axis is of channels
 _CHANNELS = re.compile(r'SizeC="(\d+)"')
 
 
@@ -81,12 +82,17 @@ def image_slices(path: Path) -> tuple[Source, ...]:
         return _pages(path)
     shape = shape_of(path)
     axes = len(shape) - (_image_axes(shape) - 2)
-    if axes not in (2, 3) or (len(shape) > 2 and shape[-1] == 4) or 0 in shape:
+    if axes not in (2, 3) or (_is_narrow(shape) and shape[-1] != 3) or 0 in shape:
         raise ValueError(
             f"image {path} has the shape {shape}; expected (height, width), (height, width, 3), "
             "(slices, height, width) or (slices, height, width, 3)"
         )
     return _slices(path, 1 if axes == 2 else shape[0])
+
+
+def _is_narrow(shape: tuple[int, ...]) -> bool:
+    """Whether the last axis is too short for the width of a slice."""
+    return len(shape) > 2 and shape[-1] < _NARROWEST
 
 
 def _image_axes(shape: tuple[int, ...]) -> int:
@@ -118,7 +124,8 @@ def mask_slices(path: Path, channels: int = 1) -> tuple[Source, ...]:
         return _pages(path)
     shape = shape_of(path)
     own = 2 if channels == 1 else 3
-    if len(shape) not in (own, own + 1) or 0 in shape:
+    narrow = channels == 1 and _is_narrow(shape)
+    if len(shape) not in (own, own + 1) or 0 in shape or narrow:
         last = "" if channels == 1 else f", {channels}"
         raise ValueError(
             f"mask {path} has the shape {shape}; expected (height, width{last}) or (slices, "

@@ -123,10 +123,10 @@ def test_a_plain_sam_predicts_what_samfast_predicts(name, base, photo, tmp_path,
 
 def test_a_safetensors_file_holds_the_same(base, tmp_path):
     folder = adapter(base, samfast.Lora(), tmp_path / "adapter")
-    assert merge(folder, tmp_path / "a.pth") == merge(folder, tmp_path / "a.safetensors") == 0
+    assert merge(folder, tmp_path / "a.pth") == merge(folder, tmp_path / "a.SafeTensors") == 0
     one, other = (
         build_sam("vit_tiny", checkpoint=tmp_path / name, image_size=SIZE).state_dict()
-        for name in ("a.pth", "a.safetensors")
+        for name in ("a.pth", "a.SafeTensors")
     )
     assert one.keys() == other.keys() == base.state_dict().keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -150,6 +150,23 @@ def test_a_task_becomes_a_sam_of_its_own(method, task, kind, channel, base, phot
         within_budget(ours, lambda: segment(sam, images), exact[:, channel, None], torch.float32)
         others = [c for c in range(exact.shape[1]) if c != channel]
         assert all((exact[:, c] - exact[:, channel]).abs().max() > 0.01 for c in others)
+
+
+def test_a_class_says_how_its_mask_differs(base, tmp_path, capsys):
+    folder = adapter(base, samfast.Lora(), tmp_path / "adapter", TASKS)
+    words = ("--task", "kinds", "--class-index", "1", "--json")
+    assert merge(folder, tmp_path / "m.pth", *words) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert "class 1 is above 0" in note and "highest score" in note
+    assert merge(folder, tmp_path / "cells.pth", "--task", "cells", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+
+
+def test_a_model_of_tiles_says_so(base, tmp_path, capsys):
+    model = moved(samfast.attach(copy.deepcopy(base), samfast.Lora()))
+    folder = samfast.save_adapter(model, tmp_path / "adapter", tile=48, overlap=12)
+    assert merge(folder, tmp_path / "m.pth") == 0
+    assert "trained on tiles of 48 pixels with an overlap of 12" in capsys.readouterr().out
 
 
 def sam_model(folder):
@@ -203,12 +220,21 @@ def test_there_and_back_through_hugging_face(base, tmp_path):
     ("options", "words", "says"),
     [
         ({"method": samfast.ConvLora()}, ["m.pth"], "cannot be merged.*depends on its input"),
-        ({"method": samfast.AdaptFormer()}, ["m.pth"], "cannot be merged.*not linear"),
+        ({"method": samfast.AdaptFormer()}, ["m.pth"], "cannot be merged.*depends on its input"),
+        (
+            {"method": samfast.ConvLora(), "head": binary_head},
+            ["m.pth"],
+            "cannot be merged.*samfast export",
+        ),
         ({"head": binary_head}, ["m.pth"], "one mask token.*Hugging Face folder"),
         ({}, ["m.onnx"], r"expected --output to end in \.pth, \.pt, \.safetensors.*got .*m\.onnx"),
         ({}, ["m.pth", "--task", "cells"], "no tasks; leave out --task"),
         ({}, ["m.pth", "--class-index", "1"], "no classes; leave out --class-index"),
-        ({"tasks": TASKS}, ["m.pth"], "has the tasks kinds, cells, depth.*choose one with --task"),
+        (
+            {"tasks": TASKS},
+            ["m.pth"],
+            "has the tasks kinds, cells, depth.*choose a task with --task",
+        ),
         ({"tasks": TASKS}, ["m.pth", "--task", "depth"], "predicts values, but other SAM tools"),
         ({"tasks": TASKS}, ["m.pth", "--task", "kinds"], "expected --class-index 0 to 2, got none"),
         (
