@@ -233,7 +233,7 @@ def test_there_and_back_through_hugging_face(base, tmp_path):
         (
             {"tasks": TASKS},
             ["m.pth"],
-            "has the tasks kinds, cells, depth.*choose a task with --task",
+            "has the tasks kinds, cells, depth.*choose a task",
         ),
         ({"tasks": TASKS}, ["m.pth", "--task", "depth"], "predicts values, but other SAM tools"),
         ({"tasks": TASKS}, ["m.pth", "--task", "kinds"], "expected --class-index 0 to 2, got none"),

@@ -151,7 +151,7 @@ def test_more_epochs_go_on_from_the_end(whole, tmp_path, capsys):
         ({"seed": 1}, "seed was 0 and is 1|training images are not those"),
         ({"batch_size": 2}, "batch_size was 1 and is 2"),
         ({"loss": "structure"}, "loss was bce-dice and is structure"),
-        ({"foreground": (255,)}, "foreground was None and is 255; a run goes on with the foregro"),
+        ({"foreground": (255,)}, "foreground was None and is 255; continue a run with the foreg"),
         ({"keep": 0, "save_every": None}, "keep is 0, but --resume needs saved states"),
     ],
     ids=lambda value: str(value)[:20],
@@ -198,7 +198,7 @@ def test_without_a_complete_state_nothing_is_replaced(whole, tmp_path):
     output = shutil.copytree(whole.output, tmp_path / "out")
     _flip(output / "state" / "epoch-002" / TENSORS)
     before = results(output)
-    with pytest.raises(ValueError, match=r"no state in .* is complete .*--overwrite begins"):
+    with pytest.raises(ValueError, match=r"no state in .* is complete .*--overwrite starts"):
         finetune(replace(whole, output=output, resume="newest"))
     assert results(output) == before
 
