@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is never imported is not compiled to bytecode: a minute of the first run.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 BUILT := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
-CHECKED := samfast kernels benchmarks tests docs setup.py
+CHECKED := samfast kernels benchmarks tests docs examples setup.py
 
 # Test files run side by side in that many processes, which share the cores between them.
 WORKERS ?= 2
