@@ -117,3 +117,5 @@ def test_a_notebook_is_in_step_with_its_source(source):
     text, notebook = jupytext.read(source), jupytext.read(source.with_suffix(".ipynb"))
     cells = [[(cell.cell_type, cell.source) for cell in n.cells] for n in (text, notebook)]
     assert cells[0] == cells[1], "run jupytext --to ipynb --update on the .py file"
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert shown and not [output for output in shown if output.get("name") == "stderr"]
