@@ -13,6 +13,7 @@ import pytest
 from documents import ROOT
 
 from samfast import cli
+from samfast.training.checks import check_settings
 from samfast.training.tasks import read_tasks
 
 EXAMPLES = ROOT / "examples"
@@ -21,6 +22,7 @@ NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.py"))
 COMMANDS = re.findall(r"^samfast .*$", (EXAMPLES / "reproduce/README.md").read_text(), re.M)
 WHOLE = {"kvasir": 3_817_728, "isic": 4_020_096}  # published: adapters and decoder
 PEERS = {"lora": 864, "adaptformer": 1_296}  # published: what COBOT adds to these on ViT-B
+THREE_TASKS = 3_244_320  # published: TA-LoRA on ViT-L
 NEEDS = {
     "peft_model": "peft",
     "lightning_module": "pytorch_lightning",
@@ -71,7 +73,7 @@ def test_there_are_five():
 def test_commands_of_reproduce_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = cli._parsed([*shlex.split(command)[1:], "--dry-run"])
-    assert settings.dry_run
+    check_settings(settings)
     if settings.tasks:
         assert len(read_tasks(settings.tasks)) > 2
 
@@ -90,12 +92,15 @@ def test_trained_parameters_are_the_published_ones(command, capsys, monkeypatch)
     data, method = (re.search(rf"--{o} ([\w-]+)", command)[1] for o in ("data", "method"))
     if data in WHOLE:
         assert count == WHOLE[data]
-    elif method.startswith("cobot"):
+    elif method == "ta-lora":
+        other = command.replace("--method ta-lora --rank 32", "--method lora --rank 4")
+        lora = 24 * 4 * (1024 + 3 * 1024)  # of rank 4 on packed qkv of ViT-L
+        more = 24 * 4 * (len(read_tasks(other.split("--tasks ")[1].split()[0])) - 3)
+        assert count - trained(other, capsys) + lora == THREE_TASKS + more
+    else:
         peer = method.removeprefix("cobot-")
         plain = re.sub(r"--relation-lr \S+", "--slices q v" if peer == "lora" else "", command)
         assert count - trained(plain.replace(method, peer), capsys) == PEERS[peer]
-    else:
-        assert count > 3_244_320  # its decoders and norms too
 
 
 @pytest.mark.slow  # where jupytext is installed; a kernel takes seconds to start
