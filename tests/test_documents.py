@@ -35,9 +35,8 @@ from samfast.training.tasks import read_tasks
 LESS = ("--epochs", "1", "--repeats", "1", "--overlays", "1")
 SLOW = (
     *("--dry-run", "--image-size 256", "--method conv-lora", "--method ta-lora", "--compare"),
-    *("--trace profile.json", "--save-every", "--masks instances", "--automatic", "merge"),
-    "--stacks",
-    "samfast export",
+    *("--trace profile.json", "--save-every", "--masks instances", "--automatic", "--stacks"),
+    *("merge --adapter", "export --adapter"),
 )
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
 SHELL = {b.source: b for b in reversed(ALL) if b.language in ("sh", "inline")}.values()
@@ -95,7 +94,7 @@ def test_no_block_goes_unseen():
 @pytest.mark.parametrize(
     "documents",
     [
-        pytest.param(documents, id=name, marks=[pytest.mark.slow] if name in SLOW_PYTHON else [])
+        pytest.param(documents, id=name, marks=[] if name == "README.md" else [pytest.mark.slow])
         for name, documents in PYTHON.items()
     ],
 )
@@ -161,7 +160,14 @@ def test_commands(block, reader, monkeypatch):
 
 
 def samfast(arguments):
-    if arguments in (["finetune"], ["evaluate"], ["predict"], ["profile"]):  # named in the text
+    if arguments in (
+        ["finetune"],
+        ["evaluate"],
+        ["predict"],
+        ["merge"],
+        ["export"],
+        ["profile"],
+    ):  # named in the text
         arguments = [*arguments, "--help"]
     if arguments[0] == "warmup":  # needs a GPU
         assert cli._parsed(arguments)

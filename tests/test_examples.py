@@ -43,10 +43,8 @@ def path_with(folder: Path) -> str:
     return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
-@pytest.mark.parametrize(
-    "script",  # slow: each imports torch and another library in a process of its own
-    [pytest.param(s, marks=[] if s == "plain_loop" else [pytest.mark.slow], id=s) for s in SCRIPTS],
-)
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.slow  # each imports torch and another library in a process of its own
 def test_a_script_learns(script, tmp_path):
     pytest.importorskip(NEEDS.get(script, "samfast"))
     few = ["--epochs", "2"] if script == "plain_loop" else []

@@ -54,6 +54,7 @@ def test_the_goal_at_full_size(memory):
     assert living - 1 / DEPTH <= hooks <= GOALS[memory]
 
 
+@pytest.mark.slow_on_cpu(but=["balanced"])
 @pytest.mark.parametrize("memory", GOALS)
 def test_a_cpu_keeps_what_tensors_without_memory_say(memory):
     """The same Function on real tensors of a smaller width: hooks and living storages."""

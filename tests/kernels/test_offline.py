@@ -21,6 +21,7 @@ PRODUCTS |= {
 }
 
 
+@pytest.mark.slow_on_cpu
 def test_attention_on_one_target():
     """The kernels with the most registers, and with limits on their machine code."""
     check("90", ["relpos_attention"], limits=3)

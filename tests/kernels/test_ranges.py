@@ -186,6 +186,7 @@ def test_a_compiled_graph_gives_the_same_bits_and_shows_its_ranges(backend):
     assert {"samfast/sam_block/backward", "samfast/sam_block/gelu"} <= set(names)
 
 
+@pytest.mark.slow_on_cpu
 def test_opcheck_with_ranges():
     operation = FIRST["task_core_product"]
     with samfast.ranges(True):

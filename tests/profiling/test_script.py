@@ -87,7 +87,7 @@ def test_a_script_that_ends_early_says_so(capsys, program):
     [
         ("fail", 9, "failed in step 4: OSError: no space left; nothing was written"),
         ("exit", 9, "ended itself in step 4 with sys.exit(enough); nothing was written"),
-        ("never", 2, "ended without a step; a step ends at"),
+        ("never", 2, "ended without a step; a step ends when"),
         ("plain", 2, "ended after 2 steps, but the first 2 are skipped; let it run longer"),
     ],
 )

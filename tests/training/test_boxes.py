@@ -241,7 +241,7 @@ def test_predict_refuses_boxes_that_do_not_fit(run, refused, tmp_path):
     refused(*one, "--box", "0,0,65,9", pattern=r"box 0,0,65,9 is not inside .*p0.png, .* 64x48")
     refused(*one, "--box", "0,0,9,48.5", pattern="box 0,0,9,48.5 is not inside")
     refused(*one, "--box", "-1,0,9,9", pattern="box -1,0,9,9 is not inside")
-    refused(*one, "--box", "9,0,8,9", pattern="box is '9,0,8,9', whose second corner")
+    refused(*one, "--box", "9,0,8,9", pattern="box is '9,0,8,9'; expected x0,y0,x1,y1")
     for wrong in ("1,2,3", "1,2,3,4,5", "a,b,c,d", "0,0,nan,4", "0,0,inf,4"):
         refused(*one, "--box", wrong, pattern=f"box is '{wrong}'; expected four numbers")
     three = ("--box", "0,0,9,9") * 3

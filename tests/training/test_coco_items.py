@@ -102,6 +102,7 @@ def test_crowds_count_nowhere(roboflow):
     assert matched(np.where(truth == 2, truth, 0), labels) == (0, 0, 1, 0.0)
 
 
+@pytest.mark.slow_on_cpu
 def test_a_run_from_annotations(roboflow, tmp_path, capsys):
     options = ["--model", "vit_tiny", "--image-size", 64, "--epochs", 1, "--repeats", 1, "--json"]
     argv = ["finetune", "--data", roboflow, "--masks", "instances", *options]

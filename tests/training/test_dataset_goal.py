@@ -37,6 +37,7 @@ def settings_for(output, **options) -> FinetuneSettings:
     return FinetuneSettings(output=output, **{**more, "batch_size": 1, "lr": 3e-3, **options})
 
 
+@pytest.mark.slow_on_cpu
 def test_a_run_learns_from_a_dataset_and_goes_on(tmp_path):
     """With the same final bytes, though the dataset draws random numbers."""
     settings = settings_for(tmp_path / "a", dropout=0.1, save_every=1)

@@ -103,6 +103,6 @@ def test_tags_that_make_no_sense(tmp_path, tags, words):
 def test_a_cut_file(tmp_path):
     path = write(tmp_path / "a.tif", SCALE, TIE, keys(AREA, UTM))
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match="is not read: it ends before byte"):
+    with pytest.raises(ValueError, match="cannot be read: it ends before byte"):
         read_georeference(path)
     assert Georeference(None).tags == {}

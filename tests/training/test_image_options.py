@@ -84,7 +84,7 @@ def test_texts_of_options():
     assert remembered_options({"bands": "1", "range": "full"}, "3,2,1", "0,9") == ImageOptions(
         (3, 2, 1), (0.0, 9.0)
     )
-    with pytest.raises(ValueError, match="options hold 7, which is not a text"):
+    with pytest.raises(ValueError, match="options hold 7; expected text"):
         remembered_options({"range": 7})
     for bands in ("", "1,2", "1,2,3,4", "a", "-1", "0"):
         with pytest.raises(ValueError, match="expected one or three numbers from 1"):
@@ -104,7 +104,7 @@ def test_tasks_name_any_and_a_threshold():
         assert specs_from_config(json.loads(json.dumps([spec.config()]))) == (spec,)
         assert spec.rule.threshold == keys.get("threshold", 0)
     for keys, pattern in (
-        ({"foreground": "all"}, "task cells has foreground 'all'; expected numbers"),
+        ({"foreground": "all"}, "task cells has foreground 'all', not numbers"),
         (
             {"foreground": ["any", 2]},
             "task cells: foreground is any, 2; any must be the only value",

@@ -66,7 +66,7 @@ def test_a_gif_is_one_whole_frame_of_a_mask(tmp_path):
     ):
         read_mask(gif(tmp_path / "m.gif", MASK, frames=2))
     path = gif(tmp_path / "n.gif", np.random.default_rng(0).integers(0, 256, (50, 50), np.uint8))
-    with pytest.raises(ValueError, match=r"n\.gif cannot be decoded: it is no PNG, .*WEBP, TIFF"):
+    with pytest.raises(ValueError, match=r"n\.gif cannot be decoded: it is not a PNG, .*TIFF"):
         read_image(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -165,5 +165,5 @@ def test_a_folder_of_them(data, ending):
     (data / "masks").rmdir()
     assert [pair.stem for pair in find_pairs(data, "_m")] == [f"p{i}" for i in range(6)]
     (data / "images" / f"x.{ending}").touch()
-    with pytest.raises(ValueError, match=rf"x\.{ending} is none of \.png, .*\.webp; move it"):
+    with pytest.raises(ValueError, match=rf"x\.{ending} is not a \.png, .*\.webp file; move it"):
         find_pairs(data, "_m")

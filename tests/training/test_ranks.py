@@ -305,7 +305,7 @@ def test_a_process_that_stays_the_only_one_stops(place, shared_data, tmp_path, c
     finally:
         signal.signal(signal.SIGTERM, handler)
     (line,) = re.findall("^samfast: .*", capsys.readouterr().err, re.MULTILINE)
-    assert re.search("not all of 2 processes came within 0.2 s .*unset WORLD_SIZE", line)
+    assert re.search("not all of 2 processes started within 0.2 s .*unset WORLD_SIZE", line)
     assert not (tmp_path / "out").exists()
 
 
@@ -333,7 +333,7 @@ def test_accumulation_is_samfast_s(monkeypatch, shared_data, tmp_path):
     name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     monkeypatch.setenv(name, "4")
     ranks.check_accumulation(4)
-    with pytest.raises(ValueError, match=r"set to 4 steps .* samfast to 2; pass --accumulate 4"):
+    with pytest.raises(ValueError, match=r"4 steps, but samfast 2; pass --accumulate 4"):
         ranks.check_accumulation(2)
     monkeypatch.setenv(name, "1")
     words = ["finetune", "--data", shared_data, *TINY, "--batch-size", 1, "--accumulate", 2]

@@ -284,6 +284,6 @@ def test_refused_without_tasks(refused, data):
 def test_labels_outside_the_range_are_refused(refused, data, tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text("tasks:\n  - {name: a, kind: semantic, channels: 2, ignore: 9}\n")
-    pattern = r"masks/p\d.png holds the value 2, but the classes of task a are 0 to 1 \(and 9, 255"
+    pattern = r"masks/p\d.png holds the value 2, but the classes of task a are 0 to 1 \(or 9, 255"
     given = ("--data", data, "--tasks", path, "--model", "vit_tiny", "--image-size", 64)
     refused("finetune", *given, pattern=pattern)

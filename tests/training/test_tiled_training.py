@@ -279,6 +279,7 @@ def test_prediction_and_scores_take_the_tiles_of_the_run(scenes, trained, tmp_pa
     assert (found[0] != found[2]).any()
 
 
+@pytest.mark.slow_on_cpu
 def test_a_run_of_tiles_goes_on(scenes, tmp_path, capsys):
     options = ["--foreground", "any", "--model", "vit_tiny", "--image-size", SIDE, "--repeats", 1]
     base = ["finetune", "--data", scenes, *options, "--output", tmp_path / "run"]
@@ -293,7 +294,7 @@ def test_a_run_of_tiles_goes_on(scenes, tmp_path, capsys):
     ("options", "sentence"),
     [
         (["--tile", "8"], "tile is 8; it must be at least 16, or 0 for whole images"),
-        (["--overlap", "4"], "overlap is 4, but there are no tiles; give --tile"),
+        (["--overlap", "4"], "overlap is 4, but only tiles overlap; give --tile"),
         (["--tile", "64", "--overlap", "33"], "of tiles of 64 it is at most 32"),
         (["--no-empty-tiles"], "empty_tiles is off, but there are no tiles; give --tile"),
         (["--tile", "64", "--prompt", "box"], "prompts need whole images; leave out one of them"),

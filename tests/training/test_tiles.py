@@ -144,7 +144,7 @@ def test_a_mosaic_in_tiles_is_its_images_where_none_overlap(adapter, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--overlap", "4"], "overlap is 4, but there are no tiles; give --tile"),
+        (["--overlap", "4"], "overlap is 4, but only tiles overlap; give --tile"),
         (["--tile", "64", "--overlap", "40"], "of tiles of 64 it is at most 32"),
         (["--min-size", "4"], "min_size is 4, but no objects are numbered; give --instances"),
         (["--tile", "8"], "tile is 8; it must be at least 16"),
