@@ -109,7 +109,7 @@ def test_tasks_name_any_and_a_threshold():
             {"foreground": ["any", 2]},
             "task cells: foreground is any, 2; any must be the only value",
         ),
-        ({"foreground": 1, "threshold": 3}, "task cells: threshold is 3 and foreground is given"),
+        ({"foreground": 1, "threshold": 3}, "task cells: threshold is 3, but foreground is given"),
         ({"threshold": 3, "kind": "regression"}, "has threshold, which only binary masks have"),
         ({"threshold": 3, "derive": "boundary"}, "has threshold, which only binary masks have"),
     ):

@@ -76,7 +76,7 @@ def test_a_gif_is_one_whole_frame_of_a_mask(tmp_path):
     with pytest.raises(ValueError, match=r"n\.gif cannot be decoded: .*GIF, TIFF file"):
         read_mask(path)
     (tmp_path / "g.png").write_bytes(whole)
-    with pytest.raises(ValueError, match=r"g\.png cannot be decoded: it is no PNG"):
+    with pytest.raises(ValueError, match=r"g\.png cannot be decoded: it is not a PNG"):
         read_mask(tmp_path / "g.png")
 
 
