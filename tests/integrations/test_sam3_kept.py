@@ -47,6 +47,7 @@ def kept(memory, device, width, side, patch, dtype):
     return found.hooks / unit, found.living / unit
 
 
+@pytest.mark.slow_on_cpu(but=["minimal"])
 @pytest.mark.parametrize("memory", GOALS)
 def test_the_goal_at_full_size(memory):
     """SAM 3's width and tokens at 1008², bfloat16, on tensors without memory."""

@@ -155,6 +155,7 @@ def test_annotations_where_masks_are_wanted(roboflow, tmp_path, capsys):
         assert "train on their objects with --masks instances" in capsys.readouterr().err
 
 
+@pytest.mark.slow_on_cpu
 def test_prompted_objects_are_the_annotations_objects(roboflow, tmp_path, capsys):
     """Overlapping ones whole, which a label image could not hold."""
     path = roboflow / "train" / ROBOFLOW

@@ -251,6 +251,7 @@ def test_masks_that_are_no_objects(folder, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow_on_cpu
 def test_classes_are_a_task(tmp_path, capsys):
     """--classes 3 trains, remembers and predicts as a file of one semantic task."""
     for name in ("images", "masks"):

@@ -239,8 +239,8 @@ def test_frames_behind_a_single_page(tmp_path):
     described = Picture([[[1]]], 8, "u", {262: (3, [1]), 270: (2, b"ImageJ=1.54\nimages=3\n\0")})
     write_tiff(tmp_path / "j.tif", [described])
     tifffile.imwrite(tmp_path / "t.tif", stack, truncate=True, photometric="minisblack")
-    for name, count in (("j", 3), ("t", 2)):
-        with pytest.raises(ValueError, match=rf"{name}\.tif holds {count} frames"):
+    for name in ("j", "t"):
+        with pytest.raises(ValueError, match=rf"{name}\.tif holds several frames"):
             read_image(tmp_path / f"{name}.tif")
 
 

@@ -241,6 +241,7 @@ def trained(scenes, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow_on_cpu
 def test_a_run_counts_tiles_and_leaves_no_decoded_file(scenes, trained):
     summary = json.loads((trained / "summary.json").read_text())
     tiles = sum(count_of(SIZES[i], 48, 12) for i in (0, 1))
@@ -252,6 +253,7 @@ def test_a_run_counts_tiles_and_leaves_no_decoded_file(scenes, trained):
     assert panel.width > 3 * 160
 
 
+@pytest.mark.slow_on_cpu
 def test_prediction_and_scores_take_the_tiles_of_the_run(scenes, trained, tmp_path, capsys):
     base = ["evaluate", "--data", scenes, "--adapter", trained]
     code, said = run(capsys, *base)

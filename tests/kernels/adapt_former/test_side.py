@@ -127,6 +127,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
+@pytest.mark.slow_on_cpu(but=["minimal"])
 @pytest.mark.parametrize("memory", ["fast", "balanced", "minimal"])
 def test_opcheck_of_the_two_halves(memory):
     case = dataclasses.replace(SMALL, memory=memory)
