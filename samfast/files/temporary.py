@@ -19,7 +19,7 @@ from typing import BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be renamed either
-    fcntl = None  # type: ignore[assignment]  # where there is no such module
+    fcntl = None  # type: ignore[assignment]  # Windows does not have it
 
 _NAME = re.compile(r"\.(?P<of>.+)\.\d+(-[0-9a-f]{8})?\.tmp")
 _OLD = 24 * 3600  # seconds after which one is dead where nothing can be locked

@@ -151,7 +151,7 @@ def first_prompts(
 
 
 def _iou(logits: Tensor, image: _Image, i: int) -> Tensor:
-    """Of object i at the file's own size, from its logits (S, S)."""
+    """The IoU of object i at the file's own size, from its logits (S, S)."""
     truth = torch.from_numpy(image.objects.mask(i)).to(logits.device)
     predicted = full_size_mask(logits, *image.resized.size, truth.shape)
     return (predicted & truth).sum().double() / (predicted | truth).sum()

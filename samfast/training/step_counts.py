@@ -353,6 +353,6 @@ def _task_batch(
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each once."""
+    """The bytes of the storages of tensors, each storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
