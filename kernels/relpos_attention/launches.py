@@ -46,7 +46,9 @@ def _others(windows, whole, bf16, fp16, fp32) -> Iterator[tuple[str, Callable[[]
         yield f"float16 hd80 {name}", partial(run, form, 16, 80, fp16)
         yield f"tf32 hd64 {name}", in_tf32(partial(run, form, 12, 64, fp32))
     odd, long = Windows.whole(4, 9, 13), Windows.whole(1, 96, 160)
-    yield "bfloat16 hd80 odd", partial(run, odd, 16, 80, bf16)
+    for head_dim in (16, 48, 64, 80, 112, 128):
+        yield f"bfloat16 hd{head_dim} odd", partial(run, odd, 16, head_dim, bf16)
+    yield "bfloat16 hd80 small", partial(run, Windows.whole(4, 14, 14), 16, 80, bf16)
     yield "bfloat16 hd64 long", partial(run, long, 12, 64, bf16)
     yield "bfloat16 hd80 lines", partial(run, Windows(4, 64, 64, 20, 20), 16, 80, bf16)
     for pads in ("rows", "none"):

@@ -3,8 +3,8 @@
 
 The file: target -> way the bias enters -> stage -> bytes per element -> widest padded head_dim ->
 [BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. A target without an entry takes the default's.
-A way without one takes another's: "uneven_rows" that of "rows", "plain_padded" that of "plain" (no
-bias), and "plain" that of "one_hot".
+A way without one takes another's: "uneven_rows" that of "rows", "one_hot_map" (a whole map) and
+"plain" (no bias) that of "one_hot", and "plain_padded" that of "plain".
 """
 
 import functools
@@ -24,6 +24,7 @@ _WAYS = {
     "rows": ("rows",),
     "uneven_rows": ("uneven_rows", "rows"),
     "one_hot": ("one_hot",),
+    "one_hot_map": ("one_hot_map", "one_hot"),
     "plain": ("plain", "one_hot"),
     "plain_padded": ("plain_padded", "plain", "one_hot"),
 }
@@ -92,7 +93,8 @@ def blocks(stage: str, x: torch.Tensor, windows: Windows, tables: bool = True) -
     tables: whether there is a bias
     """
     way = "uneven_rows" if windows.pads or windows.width <= NARROW_ROWS else "rows"
-    way = "one_hot" if one_hot(windows) else way
+    if one_hot(windows):
+        way = "one_hot_map" if windows.down == windows.across == 1 else "one_hot"
     if not tables:
         way = "plain_padded" if windows.pads else "plain"
     padded = sum(split(x.shape[-1]))
