@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from junit_now import JunitNow
-from marks import keep_where_meant, leave_each_value_once
+from marks import keep_where_meant, leave_each_value_once, leave_samples
 
 from samfast.integrations.torchvision import declare_missing_schemas
 
@@ -133,6 +133,7 @@ def pytest_pycollect_makeitem():
     made = yield
     if isinstance(made, list) and made:  # the cases of one test
         keep_where_meant(made, strict=not torch.cuda.is_available())
+        leave_samples(made)
         leave_each_value_once(made)
     return made
 

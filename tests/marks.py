@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two marks that may name the cases of a test which they are for.
+"""Marks that say which cases of a test wait for `make test-slow`.
 
 ``slow_on_cpu`` takes long without a GPU, so it waits for `make test-slow`; ``gpu`` needs a GPU.
 
@@ -9,8 +9,11 @@
 
 A part is the id of one parameter, or of several in a row, as pytest prints it between dashes.
 
+    @pytest.mark.sampled(3)                         of every three cases, the second and third
+
 Grids need no mark: of the cases of a test with two parameters or more, the quick run takes as many
 as it needs to have each value of each parameter once. The others wait for `make test-slow` too.
+A list of sentences, each a case, takes ``sampled``.
 """
 
 import re
@@ -36,6 +39,15 @@ def keep_where_meant(cases, strict):
             named = any(_has(case, part) for part in (*mark.args, *but))
             if (mark.args and not named) or (but and named):
                 case.own_markers.remove(mark)
+
+
+def leave_samples(cases):
+    """Of a test with ``sampled(n)``, mark ``slow_on_cpu`` all but every n-th case."""
+    if (mark := cases[0].get_closest_marker("sampled")) is not None:
+        (step,) = mark.args
+        for i, case in enumerate(cases):
+            if i % step:
+                case.add_marker("slow_on_cpu")
 
 
 def leave_each_value_once(cases):

@@ -18,6 +18,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.mark.slow_on_cpu
 def test_a_step_that_fails_or_hangs_costs_its_own_time(cache, tmp_path):
     out = tmp_path / "out"
     steps = [
@@ -36,6 +37,7 @@ def test_a_step_that_fails_or_hangs_costs_its_own_time(cache, tmp_path):
     assert (out / "output.txt").read_text() == "said\n"
 
 
+@pytest.mark.slow_on_cpu
 def test_all_steps_share_the_time(cache, tmp_path):
     ends = run([Step("long", 60, "sleep 60"), Step("next", 60, "true")], 1.2, tmp_path)
     assert ends["long"].startswith("STOPPED") and ends["next"] == "left out: no time left"

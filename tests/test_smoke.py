@@ -125,6 +125,7 @@ def test_results_are_whole_after_every_test(tmp_path):
     assert case.attrib["time"] == "1.500" and case.attrib["classname"] == "f.py"
 
 
+@pytest.mark.slow_on_cpu
 def test_a_command_that_hangs_ends_with_what_it_started(tmp_path):
     code, seconds = timed.run(f"sleep 60 & echo $! >{tmp_path}/child; wait", 1.0)
     assert code is None and seconds < 30

@@ -66,6 +66,7 @@ def test_launches_are_those_of_the_design(told, name):
             assert sum(made["recorded"].values()) == designed[name]
 
 
+@pytest.mark.slow_on_cpu
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -101,6 +102,7 @@ def test_shared_memory_and_devices(arch, shared, device, sentence):
     assert launch_rules.problem(source, metadata, (1, 1, 1), arguments, arch) == sentence
 
 
+@pytest.mark.slow_on_cpu
 def test_nothing_stays_behind(told):
     assert told["before"] == told["after"]
 

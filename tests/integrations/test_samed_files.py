@@ -180,6 +180,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what, file):
     change, reason = REFUSED[what]

@@ -132,6 +132,7 @@ def test_the_generator_runs_on_every_kind(cells, run, capsys):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "options", "sentence"),
     [

@@ -101,6 +101,7 @@ def test_target_that_matches_no_layer(refused, shared_data):
     refused(*tiny(shared_data, "--target", "qvk"), pattern="target 'qvk' matches no layer")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "option,value,pattern",
     [

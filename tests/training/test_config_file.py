@@ -74,6 +74,7 @@ def test_nothing_in_a_file_is_no_option(tmp_path, content):
     assert settings_from_file(written(tmp_path, content)) == {}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "content,pattern",
     [

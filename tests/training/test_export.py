@@ -259,6 +259,7 @@ def test_a_head_of_one_mask_and_a_newer_opset(base, tmp_path):
 
 
 @needs_onnx
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("options", "words", "says"),
     [

@@ -202,6 +202,7 @@ def find(record, name):
     return None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "words, pattern",
     [

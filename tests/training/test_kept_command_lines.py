@@ -19,6 +19,7 @@ def plain(settings):
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("line", KEPT["parsed"], ids=lambda line: " ".join(line["argv"]))
 def test_a_line_is_parsed_as_before(line):
     settings = cli._parsed(line["argv"])
@@ -27,6 +28,7 @@ def test_a_line_is_parsed_as_before(line):
     assert {name: now[name] for name in line["settings"]} == line["settings"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("argv", KEPT["refused"], ids=" ".join)
 def test_a_line_is_refused_as_before(argv, capsys):
     assert cli.main(argv) == 2

@@ -221,6 +221,7 @@ def test_there_and_back_through_hugging_face(base, tmp_path):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("options", "words", "says"),
     [

@@ -80,6 +80,7 @@ def test_options_reach_the_method(method, options, expected):
     assert method_of(settings) == expected()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("method", "arguments", "pattern"),
     [

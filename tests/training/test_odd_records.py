@@ -62,6 +62,7 @@ def signed(folder, target, path, value):
 
 
 @pytest.mark.slow_on_cpu("many")
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "kind, path, value, pattern",
     [

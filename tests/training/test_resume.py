@@ -144,6 +144,7 @@ def test_more_epochs_go_on_from_the_end(whole, tmp_path, capsys):
     assert json.loads((output / "settings.json").read_text())["epochs"] == 3
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options, pattern",
     [

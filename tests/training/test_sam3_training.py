@@ -334,6 +334,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_that_do_not_fit(folder, shared_data, refused, name):
     more, said = OPTIONS[name]
