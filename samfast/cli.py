@@ -158,7 +158,8 @@ def _run(settings: Any, place: Launched, argv: Sequence[str]) -> int:
 
         result = predict(settings)
         count = sum(len(image.get("tasks", [image])) for image in result["images"])
-        closing = f"{count} masks and overlays are in {result['output']}"
+        made = "1 mask and its overlay are" if count == 1 else f"{count} masks and overlays are"
+        closing = f"{made} in {result['output']}"
     elif isinstance(settings, MergeSettings):
         from samfast.training.merge import merge
 
