@@ -196,7 +196,7 @@ def test_copies_after_a_forward_are_empty(build, images, call):
     aux = step(model, images, call)[0]
     forward(model, images, call)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(RuntimeError, match="belongs to a forward, and this ToySam had none"):
+        with pytest.raises(RuntimeError, match="expected a forward before aux_loss, but this ToySam ran none"):
             samfast.aux_loss(twin)
         assert torch.equal(step(twin, images, call)[0], aux)
     samfast.aux_loss(model)
@@ -282,7 +282,7 @@ def test_models_without_a_term(toy, images):
 
 
 def test_before_a_forward(build):
-    with pytest.raises(RuntimeError, match="this ToySam had none yet"):
+    with pytest.raises(RuntimeError, match="this ToySam ran none"):
         samfast.aux_loss(build())
 
 
