@@ -196,7 +196,7 @@ def test_a_convolution_that_peft_adapted_is_refused(toy, tmp_path):
     targets = ["patch_embed.proj"]
     wrapped = peft.get_peft_model(toy(), peft.LoraConfig(r=2, target_modules=targets))
     wrapped.save_pretrained(tmp_path)
-    match = "adapts image_encoder.patch_embed.proj, a Conv2d, but samfast adapts only nn.Linear; load it"
+    match = "adapts image_encoder.patch_embed.proj, a Conv2d, but samfast adapts only nn.Linear;"
     with pytest.raises(ValueError, match=match):
         samfast.load_adapter(toy(), tmp_path)
 
