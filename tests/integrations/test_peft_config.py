@@ -216,6 +216,6 @@ def test_an_option_of_a_later_peft_is_refused(sam):
 @pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.AdaLoraConfig], ids=["loha", "adalora"])
 def test_another_method_of_peft_ends_in_a_sentence(sam, kind):
     made = kind(target_modules=["qkv"], **({"total_step": 9} if kind is peft.AdaLoraConfig else {}))
-    sentence = f"or PEFT's LoraConfig, got PEFT's {kind.__name__}; peft.get_peft_model"
+    sentence = f"or PEFT's LoraConfig, got PEFT's {kind.__name__}; call peft.get_peft_model"
     with pytest.raises(TypeError, match=sentence):
         samfast.attach(sam(), made)
