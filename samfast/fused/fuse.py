@@ -33,8 +33,8 @@ _ATTENTIONS = {"attn", "attention"}  # names of a block's attention in the libra
 def fuse(model: Model, memory: Memory | None = None) -> Model:
     """Fuse SAM's blocks and other libraries' adapters in ``model``, in place; return the model.
 
-    It knows the blocks of segment_anything and its copies under other names, of transformers'
-    SamModel, SamHQModel and SAM 3, of the package sam3, and of timm's samvit models.
+    It knows the blocks of segment_anything and its copies under other names. It also knows those of
+    transformers' SamModel, SamHQModel and SAM 3, the package sam3, and timm's samvit models.
     segment_anything's Attention and Block become RelPosAttention and SamBlock; other classes become
     subclasses of their own. Module objects, Parameters, submodules, hooks and the state dict stay
     the same, so adapters, optimizers and files notice nothing. Call it before or after ``attach``.

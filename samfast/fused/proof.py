@@ -2,8 +2,8 @@
 """Prove that a block or an attention computes what its name says.
 
 Copies of segment_anything change these classes, and programs patch them. A module is fused only if
-its forward has the original's arguments, its parts are exactly the original's, and its runs agree
-with the formula in ``samfast.kernels.sam_block.reference``.
+its forward has the original's arguments and its parts are exactly the original's. Its runs must
+also agree with the formula in ``samfast.kernels.sam_block.reference``.
 """
 
 import inspect
