@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CPU operation shares: sixteen-wide vectors, row loading, dispatch over dtypes.
+// Shared by all CPU operations: sixteen-wide vectors, row loading, dispatch over dtypes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,7 +19,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Floats in registers of kBytes, and as many integers.
+// Floats in registers of kBytes, and equally many integers.
 template <int kBytes>
 struct Lanes {
   typedef float Vector __attribute__((vector_size(kBytes)));
@@ -32,7 +32,7 @@ constexpr int64_t kLanes = 16;
 
 #define SAMFAST_INLINE inline __attribute__((always_inline))
 
-// Through a reference: a 64-byte vector by value would change the calling convention.
+// By reference: a 64-byte vector by value would change the calling convention.
 template <typename V>
 SAMFAST_INLINE void load(V& v, const float* p) {
   std::memcpy(&v, p, sizeof(V));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of conv_experts, checked once and then plain numbers and pointers.
+// The arguments of conv_experts, checked once, then kept as plain numbers and pointers.
 #pragma once
 
 #include "conv_experts_math.h"
@@ -18,18 +18,18 @@ using torch::stable::Tensor;
 struct Problem {
   Windows windows;
   int experts, rank;
-  int inputs;  // input channels an output channel sees: rank, or 1 where the experts are depthwise
+  int inputs;  // input channels that an output channel reads: rank, or 1 if depthwise
   bool residual, is_gelu;
   const float* weight;   // (experts, rank, inputs, 3, 3)
   const float* bias;     // (experts, rank)
   const int64_t* index;  // (samples)
 
-  // Weights of one expert, followed by its biases where both are summed into one buffer.
+  // Weights of one expert, followed by its biases if one buffer sums both.
   SAMFAST_HD int64_t kernel() const { return static_cast<int64_t>(rank) * inputs * 9; }
   SAMFAST_HD int64_t parameters() const { return kernel() + rank; }
 };
 
-// Where the gradient of the balancing loss comes from and goes to; all null without one.
+// Sources and targets of the balancing loss's gradient; all null without one.
 struct Balance {
   const float *daux, *dpool, *dgate;  // (), (samples, rank), (2, rank, experts)
   float *gate, *noise;                // (rank, experts) each

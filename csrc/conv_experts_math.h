@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of conv_experts per element, for host and device: where samples lie in memory,
-// which upsampled positions an output cell needs, their bicubic weights, the return filter, GELU.
+// The arithmetic of conv_experts per element, for host and device: memory places of samples,
+// upsampled positions that an output cell needs, their bicubic weights, the return filter, GELU.
 //
-// Along an axis of n outputs and ratio s, cell d owns `points` consecutive upsampled positions
-// (one for odd s, the centre; four for even s, what the return filter reads). A 3x3 convolution at
-// them needs points + 2 positions, one more on either side. Position k of a cell reads four sources
-// from d + base[k] on, with weights that do not depend on d: sources past the border repeat the
-// border, and positions past the border of the upsampled map are the convolution's zero padding.
-// At s = 1 nothing is interpolated: a position reads its own source, and no other with weight zero,
-// which would carry a NaN along. For s = 2 cells overlap and two of a border cell's points lie outside the map; the clamped reads
-// of the return filter then move to their inner neighbour, so the outer points weigh nothing.
+// Along an axis of n outputs and ratio s, cell d owns `points` consecutive upsampled positions (one
+// for odd s, the centre; four for even s, what the return filter reads). A 3x3 convolution at them
+// needs points + 2 positions, one more on either side. Position k of a cell reads four sources from
+// d + base[k] on, with weights that do not depend on d: sources past the border repeat the border,
+// and positions past the border of the upsampled map are the convolution's zero padding. At s = 1
+// nothing is interpolated: a position reads only its own source. Reading others with weight zero
+// would carry a NaN along. At s = 2 cells overlap, and two points of a border cell lie outside the
+// map. The clamped reads of the return filter then move to their inner neighbours, so the outer
+// points have no weight.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +24,12 @@
 
 namespace samfast::experts {
 
-constexpr int kHalo = 3;   // a cell reads sources at most this far away
+constexpr int kHalo = 3;   // the farthest source that a cell reads
 constexpr int kTaps = 4;   // sources of a bicubic value
-constexpr int kPoints = 4;  // points of a cell at most, along an axis
+constexpr int kPoints = 4;  // most points of a cell, along an axis
 constexpr int kRows = kPoints + 2;
 
-// Where the pixels of one sample lie: rows of the image-order buffer or of the pad buffer.
+// Places of one sample's pixels: rows of the image-order buffer or of the pad buffer.
 struct Sample {
   int64_t rows, columns;  // pixels inside the image come first, both ways
   int64_t image, image_stride, beside, beside_stride, under, under_stride;
@@ -52,7 +53,7 @@ struct Windows {
     return down * height * across * width - image_height * image_width;
   }
 
-  // Divides in 32 bits, which a GPU does in place; a 64-bit division is a call there.
+  // Divides in 32 bits, which a GPU does inline; a 64-bit division is a call there.
   SAMFAST_HD Sample sample(int n) const {
     const int wide_count = static_cast<int>(across), count = static_cast<int>(down) * wide_count;
     const int window = n % count;
@@ -93,8 +94,8 @@ SAMFAST_HD void bicubic(float t, float weight[kTaps]) {
   weight[3] = a * u * t * t;
 }
 
-// The sources of position k of a cell: d + result + {0, 1, 2, 3}, or the first alone where
-// taps_of(ratio) is 1, with their weights.
+// The sources of position k of a cell, with their weights: d + result + {0, 1, 2, 3}, or only the
+// first if taps_of(ratio) is 1.
 SAMFAST_HD int sources(int ratio, int k, float weight[kTaps]) {
   if (ratio == 1) {
     weight[0] = 1.0f;
@@ -127,7 +128,7 @@ template <typename V>
 SAMFAST_HD void exp_negative(const V& y, V& result) {
   using I = typename Bits<V>::type;
   const V bounded = y < -87.0f ? V{} - 87.0f : y;
-  const V shifted = bounded * 1.44269504f + 12582912.0f;  // the integer stands in the low bits
+  const V shifted = bounded * 1.44269504f + 12582912.0f;  // the low bits hold the integer
   const V n = shifted - 12582912.0f;
   const V f = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
   const V p = ((((((f * (1.0f / 5040) + 1.0f / 720) * f + 1.0f / 120) * f + 1.0f / 24) * f +

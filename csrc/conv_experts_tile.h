@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one CUDA block does for conv_experts: a tile of 8 x 8 output cells of one sample.
+// The work of one CUDA block of conv_experts: a tile of 8 x 8 output cells of one sample.
 //
 // The work is a sequence of steps. A step is a number of items that may run in any order or at
 // once; each(count, item) runs them and then waits for all. On a GPU the items go to the threads of
@@ -10,9 +10,9 @@
 //   lines   48 x 48    interpolated both ways                       adjoint, in the same place
 //   points  r x 32 x 32   before the activation                     gradient, in the same place
 //
-// Odd ratios have 24 lines and 8 points a side. The backward walks the channels downwards, so that
-// the last channel's lines are still there. Its tiles write their reach of dh and their sums for
-// the weights apart; gather() and sum_weights() add them in a fixed order.
+// Odd ratios have 24 lines and 8 points per side. The backward goes through the channels in
+// reverse, so that the last channel's lines are still there. Its tiles write their parts of dh and
+// of the weights' sums separately; gather() and sum_weights() add them in a fixed order.
 #pragma once
 
 #include "conv_experts_call.h"
@@ -41,7 +41,7 @@ struct Tiling {
   SAMFAST_HD int count() const { return down * across; }
 };
 
-// A position that is not read has weight zero, which a NaN there would outlive.
+// A position that is not read is skipped: a NaN there would survive a weight of zero.
 SAMFAST_HD void add_weighed(float& total, float weight, float value) {
   if (weight != 0.0f) total += weight * value;
 }
@@ -50,8 +50,8 @@ template <typename T>
 struct Buffers {
   const T *h, *dz, *dz_pad;  // dz_pad is null for zeros
   T *z, *z_pad, *dh;
-  float* patches;   // (tiles, rank, 14, 14), or null when dh is not wanted
-  float* partials;  // (tiles, parameters), or null when the weights' gradients are not wanted
+  float* patches;   // (tiles, rank, 14, 14); null if dh is not wanted
+  float* partials;  // (tiles, parameters); null if the weights' gradients are not wanted
 };
 
 // Floats of shared memory.
@@ -106,7 +106,7 @@ struct TileWork {
 
   SAMFAST_TILE bool own_channel() const { return p.inputs == 1; }
 
-  // Which output channels see an input channel: all, or its own.
+  // The output channels that read an input channel: all, or its own.
   SAMFAST_TILE int outputs() const { return own_channel() ? 1 : p.rank; }
   SAMFAST_TILE int output(int channel, int q) const { return own_channel() ? channel : q; }
 
@@ -152,7 +152,7 @@ struct TileWork {
     });
   }
 
-  // Adds what one input channel gives to the points.
+  // Adds one input channel's contribution to the points.
   SAMFAST_TILE void convolve(int channel) const {
     const float* bias = p.bias + expert * p.rank;
     const bool start = own_channel() || channel == 0;
@@ -327,7 +327,7 @@ struct TileWork {
   }
 };
 
-// An expert that does not exist gives NaN where its sample would have been written.
+// An expert that does not exist gives NaN in place of its sample's output.
 template <typename T, typename Each>
 SAMFAST_TILE void forward_tile(const Problem& p, const int* ratios, const Buffers<T>& m,
                                int tile, float* room, const Each& each) {
@@ -383,7 +383,7 @@ SAMFAST_TILE void gather(const Problem& p, const Buffers<T>& m, const Balance& b
   const int64_t n = (b * w.down + Y / w.height) * w.across + X / w.width;
   const int64_t y = Y % w.height, x = X % w.width;
   float value = p.residual ? static_cast<float>(m.dz[element]) : 0.0f;
-  // A border pixel also takes what was read past the border.
+  // A border pixel also gets the gradient of reads past the border.
   for (int64_t r = y == 0 ? -kHalo : y; r <= (y == w.height - 1 ? y + kHalo : y); ++r)
     for (int64_t i = r < kPatch - kHalo ? 0 : (r - kHalo) / kTile;
          i < t.down && i * kTile - kHalo <= r; ++i)
@@ -398,12 +398,12 @@ SAMFAST_TILE void gather(const Problem& p, const Buffers<T>& m, const Balance& b
   m.dh[element] = static_cast<T>(value);
 }
 
-// Blocks of 32 parameters an expert takes in sum_weights.
+// Number of blocks of 32 parameters per expert in sum_weights.
 SAMFAST_HD int64_t sum_blocks(const Problem& p) {
   return (p.parameters() + kSumWidth - 1) / kSumWidth;
 }
 
-// dweight and dbias of 32 parameters of one expert, over the tiles of the samples it was given.
+// dweight and dbias of 32 parameters of one expert, over the tiles of its samples.
 template <typename Each>
 SAMFAST_TILE void sum_weights(const Problem& p, const float* partials, float* dweight, float* dbias,
                               int64_t block, float* room, const Each& each) {

@@ -9,7 +9,7 @@
 
 namespace samfast::hypercomplex {
 
-constexpr int64_t kMost = int64_t{1} << 30;  // positions, which are divided in 32 bits
+constexpr int64_t kMost = int64_t{1} << 30;  // positions, since they are divided in 32 bits
 
 inline void check(const Tensor& t, const char* name, ScalarType type, int64_t numel,
                   const Tensor& like) {

@@ -26,7 +26,7 @@
 namespace samfast::hypercomplex {
 
 constexpr int kTile = 64, kCells = 16, kTerms = 16, kStep = kTile + 1;  // odd: spreads banks
-constexpr int64_t kPrograms = 1024;  // blocks, where one may have many tiles
+constexpr int64_t kPrograms = 1024;  // blocks, if a block may have many tiles
 
 struct Sizes {
   int64_t terms, n, rows, columns;  // weights: (terms, rows, columns)
@@ -42,7 +42,7 @@ struct Sizes {
   }
 
   SAMFAST_HD int64_t tiles() const { return (positions() + kTile - 1) / kTile; }
-  // A block sums over its tiles only where all cells fit at once.
+  // A block sums over its tiles only if all cells fit at once.
   SAMFAST_HD int64_t tiles_of_block() const {
     return cells() <= kCells ? (tiles() + kPrograms - 1) / kPrograms : 1;
   }
@@ -51,7 +51,7 @@ struct Sizes {
   }
 };
 
-// out += sum_i factor[i * step] * v_i, where value(i, v) sets v_i.
+// out += sum_i factor[i * step] * v_i; value(i, v) sets v_i.
 template <typename V, typename Value>
 SAMFAST_HD void mix(V& out, int64_t count, const float* factor, int64_t step, const Value& value) {
   V v;
@@ -76,7 +76,7 @@ constexpr int kItemCells = 4, kBuildItems = kTile * kCells / kItemCells;
 template <typename T, typename B>
 SAMFAST_HD void build_item(const Sizes& z, const Built<T, B>& m, int64_t tile, int chunk,
                            int item) {
-  // In 32 bits: a GPU calls a function to divide in 64.
+  // In 32 bits: a GPU calls a function for 64-bit divisions.
   const int position = static_cast<int>(tile * kTile + item % kTile);
   const int columns = static_cast<int>(z.columns), a = position / columns, b = position % columns;
   if (position >= z.positions()) return;
@@ -112,7 +112,7 @@ SAMFAST_HD void contract_block(const Sizes& z, const Contracted<T>& m, int64_t b
       static_cast<int>(z.columns);
   const int64_t per_block = z.tiles_of_block(), positions = z.positions();
   float *weights = room, *grad = weights + kTerms * kStep, *dweights = grad + kCells * kStep;
-  float* sums = dweights + kTerms * kStep;  // (terms, cells), where all cells fit at once
+  float* sums = dweights + kTerms * kStep;  // (terms, cells), if all cells fit at once
   const bool one = cells <= kCells;
   for (int64_t turn = 0; turn < per_block; ++turn) {
     const int64_t start = (block * per_block + turn) * kTile;
@@ -164,7 +164,7 @@ SAMFAST_HD void contract_block(const Sizes& z, const Contracted<T>& m, int64_t b
 
 constexpr int kSumWidth = 8, kSumParts = 32;
 
-// kSumWidth entries of drules: the blocks' shares in a fixed order, of each part and of the parts.
+// kSumWidth entries of drules: sums the blocks' shares per part, then the parts, in fixed order.
 template <typename Each>
 SAMFAST_HD void sum_block(const Sizes& z, const float* partials, float* drules, int64_t block,
                           float* room, const Each& each) {

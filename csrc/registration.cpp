@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> lora_up_backward(const Tensor&, const Tensor&, const 
 Tensor lora_down_backward_(std::optional<Tensor>, const Tensor&, std::optional<Tensor>,
                            const Tensor&, double, std::optional<Tensor>, int64_t);
 
-// The same call on the CPU, on a GPU, and on the CPU with the code of the GPU's blocks.
+// The same call on the CPU, on a GPU, and on the CPU with the GPU blocks' code.
 using ConvExpertsForward = void(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                 std::vector<int64_t>, std::vector<int64_t>, bool, bool, Tensor,
                                 Tensor);
@@ -31,7 +31,7 @@ using ConvExpertsBackward = void(const Tensor&, std::optional<Tensor>, const Ten
 ConvExpertsForward conv_experts_forward, conv_experts_cuda_forward, conv_experts_tiles_forward;
 ConvExpertsBackward conv_experts_backward, conv_experts_cuda_backward, conv_experts_tiles_backward;
 
-// Likewise; "blocks" is the code of the GPU's blocks.
+// Likewise; "blocks" runs the GPU blocks' code.
 using HypercomplexBuild = void(const Tensor&, const Tensor&, std::optional<Tensor>, double, Tensor);
 using HypercomplexContract = void(const Tensor&, const Tensor&, const Tensor&, double,
                                   std::optional<Tensor>, std::optional<Tensor>);

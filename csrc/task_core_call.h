@@ -9,7 +9,7 @@
 
 namespace samfast::task_core {
 
-constexpr int64_t kMost = int64_t{1} << 31;  // what is divided in 32 bits
+constexpr int64_t kMost = int64_t{1} << 31;  // since sizes are divided in 32 bits
 
 inline void check(const Tensor& t, const char* name, ScalarType type, int64_t numel,
                   const Tensor& like) {
@@ -23,7 +23,7 @@ inline const float* floats(const Tensor& t) { return static_cast<const float*>(t
 inline float* out_floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 inline const int64_t* tasks_of(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
 
-// Of rows (tokens, R1 or R2), m (tasks, R1, R2) and task (entries,).
+// Checks rows (tokens, R1 or R2), m (tasks, R1, R2) and task (entries,).
 inline Sizes sizes_of(const Tensor& rows, const Tensor& m, const Tensor& task, int64_t parts) {
   STD_TORCH_CHECK(rows.dim() == 2 && m.dim() == 3 && task.dim() == 1 && parts > 0,
                   "rows, cores and tasks have two, three and one dimensions");
@@ -38,13 +38,13 @@ inline Sizes sizes_of(const Tensor& rows, const Tensor& m, const Tensor& task, i
   return z;
 }
 
-// What a block has shared memory for.
+// Checks that the ranks fit a block's shared memory.
 inline void check_rank(const Sizes& z) {
   STD_TORCH_CHECK(z.rows <= kMaxRank && z.columns <= kMaxRank, "a core of ", z.rows, " x ",
                   z.columns, " is above rank ", kMaxRank);
 }
 
-// Calls f(product) of rows in -> out with M or, turned, its transpose.
+// Calls f(product) for rows in -> out with M, or its transpose if turned.
 template <typename F>
 void with_product(const Sizes& z, const Tensor& in, const Tensor& m, const Tensor& task, Tensor& out,
                   bool turned, F&& f) {
@@ -71,7 +71,7 @@ void with_gradient(const Sizes& z, const Tensor& dz, const Tensor& h, const Tens
   });
 }
 
-// Of cores (N, R1, R2, R3), factors (N, T, R3) and m (N, T, R1, R2) or dm (N, P, T, R1, R2).
+// Checks cores (N, R1, R2, R3), factors (N, T, R3) and m (N, T, R1, R2) or dm (N, P, T, R1, R2).
 inline FoldSizes fold_sizes(const Tensor& cores, const Tensor& factors, const Tensor& m,
                             int64_t parts) {
   STD_TORCH_CHECK(cores.dim() == 4 && factors.dim() == 3, "cores and factors of layers are wanted");

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // z = h M_t and its gradients, and the cores M_t = sum_v U3[t, v] G[:, :, v], for host and device.
 //
-// Rows belong to entries of as many rows each, entries to tasks; a tile is kRows rows of one entry.
-// A block (a CUDA block, or on a CPU its steps one by one) has a tile, or adds up tiles in order:
+// Rows belong to entries of equally many rows, entries to tasks. A tile is kRows rows of one entry.
+// A block (a CUDA block, or on a CPU its steps one by one) computes a tile, or sums tiles in order:
 // each(count, item) runs items in any order and then waits for all.
 #pragma once
 
@@ -38,7 +38,7 @@ struct Tile {
   int live;              // rows
 
   SAMFAST_HD Tile(const Sizes& z, int64_t tile) {
-    const int per = static_cast<int>(z.tiles_of_entry());  // dividing in 64 bits is a call
+    const int per = static_cast<int>(z.tiles_of_entry());  // a 64-bit division is a call
     entry = static_cast<int>(tile) / per;
     const int64_t start = (tile - entry * per) * kRows, left = z.each() - start;
     first = entry * z.each() + start;
@@ -46,7 +46,7 @@ struct Tile {
   }
 };
 
-// Rows times M_t, or M_t turned.
+// Rows times M_t, or times its transpose.
 template <typename T>
 struct Product {
   const T* in;
@@ -104,7 +104,7 @@ struct Gradient {
 
 constexpr int kGradientRoom = 2 * kRows * kPitch + kMaxRank * kMaxRank;
 
-// One part of dM of one task: of every parts-th tile, where it is this task's.
+// One part of one task's dM: the sum over every parts-th tile, if it is this task's.
 template <typename T, typename Each>
 SAMFAST_HD void gradient_block(const Sizes& z, const Gradient<T>& g, int64_t block, float* room,
                                const Each& each) {

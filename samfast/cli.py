@@ -3,10 +3,10 @@
 
 The commands are finetune, evaluate, predict, merge, export, warmup, profile and info.
 
-What is wrong with options, files or memory ends in one line on stderr, ``samfast: <sentence>``,
-and exit code 2; a signal that stops a run in 128 and its number. SAMFAST_TRACEBACK=1 shows where
-it arose. A bug ends in its traceback, one line that says where to report it, and exit code 1.
-Several processes end alike (``samfast.training.ending``).
+Problems with options, files or memory end in one line on stderr, ``samfast: <sentence>``, and exit
+code 2. A signal that stops a run gives 128 plus its number. SAMFAST_TRACEBACK=1 shows the
+traceback. A bug ends in its traceback, a line that says where to report it, and exit code 1.
+Several processes end in the same way (``samfast.training.ending``).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class InfoSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; return the exit code."""
     let_waiting_threads_sleep()
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv == ["--version"]:
@@ -63,7 +63,7 @@ def _ending(argv: list[str], place: Launched) -> Ending:
     try:
         settings = _parsed(argv, place)
         return Ending(_run(settings, place, argv))
-    except SystemExit as stop:  # how tyro ends: 0 after --help, 2 after a wrong option
+    except SystemExit as stop:  # tyro exits so: 0 after --help, 2 after a wrong option
         return Ending(stop.code if isinstance(stop.code, int) else 2)
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)
@@ -89,8 +89,8 @@ def _ending(argv: list[str], place: Launched) -> Ending:
 def let_waiting_threads_sleep() -> None:
     """Ask OpenMP, before torch loads it, not to spin while threads wait for each other.
 
-    Where other processes want the same cores, spinning makes training on a CPU many times slower;
-    on idle cores sleeping costs little. A choice made in the environment stands.
+    If other processes need the same cores, spinning makes training on a CPU many times slower. On
+    idle cores sleeping costs little. A choice in the environment is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -124,7 +124,7 @@ def _parsed(argv: list[str], place: Launched = ALONE) -> Any:
         settings = parse(argv, commands)
     else:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            settings = parse(argv, commands)  # the first process says what is wrong
+            settings = parse(argv, commands)  # the first process reports the problem
     return dataclasses.replace(settings, arguments=of_script) if of_script else settings
 
 
@@ -205,7 +205,7 @@ def _stop(error: BaseException, sentence: str, code: int = 2) -> Ending:
 
 
 def _bug(error: Exception) -> Ending:
-    """Show the traceback; the line that follows it comes at the end."""
+    """Show the traceback, then one closing line."""
     place = f"please report it with the lines above at {_tracker()}"
     ending = _stop(error, f"this is a bug in samfast; {place}", 1)
     traceback.print_exception(error)
@@ -213,7 +213,7 @@ def _bug(error: Exception) -> Ending:
 
 
 def _tracker() -> str:
-    """Where bugs are reported, as the installed package says."""
+    """Return the address for bug reports, as the installed package gives it."""
     try:
         told = metadata.metadata("samfast").get_all("Project-URL") or []
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How words become settings, and the help, made from the options of settings and of methods.
+"""Parse the command line into settings, and build its help, from the options of both.
 
-Importing this loads tyro but not torch.
+Options belong to settings and to methods. Importing this loads tyro but not torch.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from samfast.training.config_file import settings_from_file
 from samfast.training.settings import GROUPS, FinetuneSettings, MethodSettings
 
 _VALUES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-_MARGIN = 30  # columns that a box and its flags take before and after a help text
-_TWO_BOXES = 130  # columns of a terminal in which tyro puts boxes side by side
+_MARGIN = 30  # columns of a box and its flags around a help text
+_TWO_BOXES = 130  # terminal columns from which tyro puts boxes side by side
 _FLAG = 24  # columns of a method's option before its help
-_CONFIG = Option(  # of the command line only: it is no setting, but a file of them
+_CONFIG = Option(  # on the command line only: not a setting, but a file of settings
     help="YAML or JSON file of options: a mapping of names to values, or a run's settings.json. "
     "The command line overrides it; paths are relative to the working directory",
     name="config",
@@ -34,10 +34,12 @@ _CONFIG = Option(  # of the command line only: it is no setting, but a file of t
 
 
 def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
-    """The settings that a command line names; SystemExit after ``--help`` and wrong options, and
-    ValueError for an empty value, which would mean the folder at hand as a path.
+    """Return the settings that a command line names.
 
     commands: the class of each command's settings, whose fields are options
+
+    Raises SystemExit after ``--help`` and for wrong options. Raises ValueError for an empty value,
+    which as a path would mean the current folder.
     """
     options = argv[: argv.index("--")] if "--" in argv else argv
     asked = "-h" in options or "--help" in options
@@ -59,17 +61,17 @@ def parse(argv: list[str], commands: Mapping[str, type]) -> Any:
 
 
 def _settings_of_run(path: Path) -> dict[str, Any]:
-    """What the run was told that has this folder or this state; {} where there is none."""
+    """Read the settings of the run with this folder or state; {} if there are none."""
     run = path.parent.parent if path.parent.name == "state" else path
     if not (run / "settings.json").is_file():
-        return {}  # training says what is wrong with the path
+        return {}  # training reports a wrong path
     return settings_from_file(run / "settings.json")
 
 
 def _parsed(
     argv: Sequence[str], commands: Mapping[str, type], asked: bool, given: Mapping[str, Any]
 ) -> tuple[type, dict[str, Any]]:
-    """The class of the settings, and the value of each option.
+    """Parse; return the class of the settings and the value of each option.
 
     given: options of fine-tuning in place of their defaults
     """
@@ -92,11 +94,11 @@ def _parsed(
 
 def _check_once(option: str, argv: Sequence[str]) -> None:
     if sum(word.partition("=")[0] == option for word in argv) > 1:
-        raise ValueError(f"{option} is given twice; give one file")
+        raise ValueError(f"{option} is given twice; pass one file")
 
 
 def _completed(argv: Sequence[str], options: Sequence[Option]) -> list[str]:
-    """The words, with the values of options that were named alone."""
+    """Return the words, with values added to options that have none."""
     alone = {f"--{o.name.replace('_', '-')}": o.alone for o in options if o.alone is not None}
     found = []
     for word, after in zip(argv, [*argv[1:], "--"], strict=True):
@@ -114,9 +116,9 @@ def _check_values(argv: Sequence[str]) -> None:
 
 
 def _made(kind: type, asked: bool, given: Mapping[str, Any]) -> type:
-    """A class for tyro, with the settings' options; those of fine-tuning in groups.
+    """Make a class for tyro with the settings' options; those of fine-tuning in groups.
 
-    asked: for the help, where the methods list their options and ``--rank`` is not one of its own
+    asked: True for the help, where methods list their own options, such as ``--rank``
     given: options of fine-tuning in place of their defaults
     """
     if kind is not FinetuneSettings:
@@ -135,7 +137,7 @@ def _made(kind: type, asked: bool, given: Mapping[str, Any]) -> type:
 
 
 def _shown(options: Sequence[Option], asked: bool) -> Sequence[Option]:
-    """The options; for the help, those of methods as part of ``--method``'s text."""
+    """List the options; for the help, put those of methods into the text of ``--method``."""
     own = {option.name for option in options_of(MethodSettings)}
     if not asked or not own <= {option.name for option in options}:
         return options
@@ -154,7 +156,7 @@ def _struct(name: str, options: Sequence[Option]) -> type:
 
 
 def _flat(found: Any) -> Iterator[tuple[str, Any]]:
-    """(name, value) of every option, whatever group it is in."""
+    """Yield (name, value) for every option, in any group."""
     for field in dataclasses.fields(found):
         value = getattr(found, field.name)
         if dataclasses.is_dataclass(value):
@@ -164,13 +166,13 @@ def _flat(found: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _about(kind: type, whole: bool) -> str:
-    """What a command is for: all of it, or the first line for the list of commands."""
+    """Describe a command: in full, or by the first line for the list of commands."""
     text = inspect.getdoc(kind) or ""
     return text if whole else text.partition("\n")[0]
 
 
 def _annotated(option: Option) -> Any:
-    """The option's type as tyro reads it."""
+    """Return the option's type in tyro's form."""
     hint = _hint(option)
     told = tyro.conf.arg(
         help=option.help,
@@ -188,7 +190,7 @@ def _annotated(option: Option) -> Any:
 
 
 def _hint(option: Option) -> str | None:
-    """What stands in brackets after the help."""
+    """Return the text in brackets after the help."""
     if option.hint is not None or option.default is None:
         return option.hint
     value = option.default
@@ -196,7 +198,7 @@ def _hint(option: Option) -> str | None:
 
 
 def _kinds(union: UnionType) -> list[Any]:
-    """The union's types but None."""
+    """Return the union's types except None."""
     return [kind for kind in get_args(union) if kind is not type(None)]
 
 
@@ -212,7 +214,7 @@ def _metavar(option: Option) -> str:
 
 
 def _methods_help(method: Option) -> str:
-    """``--method``'s help: each method with its own options, and what they are if not given."""
+    """Build ``--method``'s help: each method with its own options and their defaults."""
     columns = shutil.get_terminal_size().columns
     box = columns if columns < _TWO_BOXES else columns // 2
     width = max(_FLAG + 16, box - _MARGIN)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call costs, counted rather than timed: launches, host syncs, bytes, FLOP, saved bytes.
+"""Count what a call costs, without timing: launches, host syncs, bytes, FLOP, saved bytes.
 
-The counts are those of the GPU path: on a CPU they are taken from the torch backend, or from the
-Triton backend under its interpreter, which make the calls that a GPU would.
+The counts are those of the GPU path. On a CPU they come from the torch backend, or from the Triton
+backend under its interpreter, which make the same calls as on a GPU.
 
-A launch is one Triton kernel or one aten call that is neither a view nor an allocation; casts and
-fills count, what a library launches inside one call does not. Bytes are those of every tensor a
-launch takes and gives, so a tensor updated in place counts twice for aten and once for a Triton
-kernel, whose arguments do not say what is written. FLOP are torch's formulas for aten calls and
-those of ``costs.py`` for Triton kernels.
+A launch is one Triton kernel, or one aten call that is neither a view nor an allocation. Casts and
+fills count; launches by a library inside one call do not. Bytes are those of all tensors that a
+launch reads and returns. A tensor updated in place thus counts twice for aten. It counts once for a
+Triton kernel, whose arguments do not say what it writes. FLOP use torch's formulas for aten calls
+and ``costs.py`` for Triton kernels.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from samfast.kernels._common.launched import flops_of, tensor_bytes
 
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _FREE = (*_ALLOCATIONS, "_unsafe_view", "detach", "lift_fresh", "alias", "set_", "sym_size")
-# Of CUDA kernels in one call, where not one.
+# CUDA kernels in one call, if more than one.
 _NATIVE_LAUNCHES = {"conv_experts_backward": 2, "hypercomplex_contract": 2}
 _SYNCS = (
     "_local_scalar_dense",
@@ -50,28 +50,28 @@ Run: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 @dataclasses.dataclass
 class Counts:
-    """launches and syncs by name; bytes and flops in total; the largest tensor made, in bytes."""
+    """Launches and syncs by name, total bytes and flops, and the largest new tensor in bytes."""
 
     launches: Counter[str] = dataclasses.field(default_factory=Counter)
     syncs: Counter[str] = dataclasses.field(default_factory=Counter)
     bytes: int = 0
     flops: int = 0
     largest: int = 0
-    inside: list[str] = dataclasses.field(default_factory=list, repr=False)  # opened right now
+    inside: list[str] = dataclasses.field(default_factory=list, repr=False)  # open now
 
     def launch(self, name: str, times: int, size: int, flops: int) -> None:
-        """One call was made. name: with its namespace, if it has one   size: bytes moved"""
+        """Count one call. name: with its namespace, if it has one   size: bytes moved"""
         self.launches[name.rpartition("::")[2]] += times
         self.bytes += size
         self.flops += flops
 
     def sync(self, name: str) -> None:
-        """The host waited for the device."""
+        """Count one wait of the host for the device."""
         self.syncs[name.rpartition("::")[2]] += 1
 
     @contextlib.contextmanager
     def opened(self, operator: str) -> Iterator[None]:
-        """What is counted meanwhile belongs to the body of this operator."""
+        """Attribute what is counted inside to this operator's body."""
         self.inside.append(operator)
         try:
             yield
@@ -80,17 +80,17 @@ class Counts:
 
     @property
     def total_launches(self) -> int:
-        """The number of launches of all operators together."""
+        """Number of launches of all operators."""
         return self.launches.total()
 
     @property
     def total_syncs(self) -> int:
-        """How often the host waited for the device."""
+        """Number of times the host waited for the device."""
         return self.syncs.total()
 
 
 class _Counting(TorchDispatchMode):
-    """closed: operators of ours whose body is not looked into
+    """Counts calls. closed: samfast's operators that count as one call
 
     run: see ``counting``
     """
@@ -104,7 +104,7 @@ class _Counting(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # what a fake tensor is asked for, such as its device
+        if func.namespace == "prim":  # queries of a fake tensor, such as its device
             return func(*args, **kwargs)
         body = IMPLEMENTATIONS.get(func._schema.name)
         if body is not None and func._schema.name not in self.closed:
@@ -113,7 +113,7 @@ class _Counting(TorchDispatchMode):
                 return out
             with self.counts.opened(func._schema.name), self:
                 return body(*args, **kwargs)
-        with self:  # an operator that is only a name for others, such as linear
+        with self:  # an operator that only calls others, such as linear
             out = func.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
@@ -121,7 +121,7 @@ class _Counting(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         space, _, name = func._schema.name.partition("::")
-        # What writes into what it is given may return nothing.
+        # An operator that writes to its arguments may return nothing.
         native = space == "samfast_native" or (space == "aten" and not func._schema.returns)
         if _is_sync(func, name, tensors, made):
             self.counts.sync(name)
@@ -141,11 +141,11 @@ class _Counting(TorchDispatchMode):
 def counting(
     closed: Collection[str] = (), *, counts: Counts | None = None, run: Run | None = None
 ) -> Iterator[Counts]:
-    """Count everything inside; yields the Counts. closed: names of operators that stay one call.
+    """Count everything inside; yield the Counts. closed: names of operators that stay one call.
 
-    counts: to add to, such as one that also keeps to what a call belongs
-    run: called in place of the body of an operator of ours, with the operator, its arguments and
-        keyword arguments; returns the result, or NotImplemented to let the body run and be counted
+    counts: Counts to add to, such as a subclass that also records the caller
+    run: called instead of the body of a samfast operator, with the operator, its arguments and
+        keyword arguments. Returns the result, or NotImplemented to run and count the body.
     """
     counts = Counts() if counts is None else counts
     with _triton_launches(counts), _Counting(counts, closed, run):
@@ -153,7 +153,7 @@ def counting(
 
 
 def count(call: Callable[[], Any]) -> Counts:
-    """Counts of one call, after one that is not counted (first calls import and cache)."""
+    """Count one call, after an uncounted one (first calls import and cache)."""
     call()
     with counting() as counts:
         call()
@@ -162,11 +162,11 @@ def count(call: Callable[[], Any]) -> Counts:
 
 @dataclasses.dataclass(frozen=True)
 class SavedBytes:
-    """What autograd keeps after a forward, seen two ways; known tensors and results excluded.
+    """Bytes that autograd keeps after a forward, in two ways, without known tensors and results.
 
     hooks: storages passed to save_for_backward, each once
-    living: storages made by the forward that are still alive, minus those of the result. A tensor
-        kept aside on a context or module shows here only.
+    living: storages that the forward made and that are still alive, without those of the result. A
+        tensor kept on a context or module shows only here.
     """
 
     hooks: int
@@ -176,10 +176,10 @@ class SavedBytes:
 def saved_bytes(
     call: Callable[[], Any], known: Iterable[Tensor], closed: Collection[str] = ()
 ) -> SavedBytes:
-    """Bytes kept for the backward of ``call()``. known: parameters and inputs, not counted.
+    """Count bytes kept for the backward of ``call()``. known: parameters and inputs to leave out.
 
-    closed: as for ``counting``; what such an operator keeps aside shows nowhere.
-    Pass x among the known tensors, or not, according to what is asked: it is alive either way.
+    closed: as for ``counting``; tensors that such an operator keeps elsewhere are not seen
+    Put x among the known tensors or not, as the question requires: it is alive either way.
     """
     own = {t.untyped_storage()._cdata for t in known}
     packed: dict[int, int] = {}
@@ -202,20 +202,20 @@ def saved_bytes(
 
 
 class Living(TorchDispatchMode):
-    """Which storages that calls inside made were alive when; known tensors are not among them.
+    """Records which storages made inside were alive when, without known tensors.
 
-    device: "cuda" or another type, of which alone storages count; None: of all
+    device: count only storages of this type, such as "cuda"; None: of all
 
-    Enter it before ``counting``, which opens operators of ours, so that what their bodies make is
-    seen. What one aten call makes and drops within itself is not.
+    Enter it before ``counting``, which opens samfast's operators, so that it sees what their bodies
+    make. It does not see what one aten call makes and drops inside itself.
     """
 
     def __init__(self, known: Iterable[Tensor], device: str | None = None):
         super().__init__()
         self.device = device
         self.known = {t.untyped_storage()._cdata for t in known}
-        self.alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by storage: when it was made
-        self.events: list[tuple[int, int]] = []  # (which, bytes), negative where it ends
+        self.alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage -> when it was made
+        self.events: list[tuple[int, int]] = []  # (which, bytes), negative when it ends
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -240,7 +240,7 @@ class Living(TorchDispatchMode):
         self.events.append((which, size))
 
     def peak(self, but: Iterable[Tensor] = ()) -> int:
-        """The most bytes that were alive at once, without the tensors ``but``."""
+        """Return the most bytes alive at once, without the tensors ``but``."""
         keys = {t.untyped_storage()._cdata for t in but}
         hidden = {self.alive[key][0] for key in keys if key in self.alive}
         now = most = 0
@@ -250,7 +250,7 @@ class Living(TorchDispatchMode):
         return most
 
     def worst(self, of: Iterable[Tensor] = ()) -> tuple[int, int]:
-        """The most bytes that were alive at once, and how many of these are of the tensors."""
+        """Return the most bytes alive at once, and how many of these belong to the tensors."""
         keys = {t.untyped_storage()._cdata for t in of}
         own = {self.alive[key][0] for key in keys if key in self.alive}
         now = of_own = 0
@@ -267,7 +267,7 @@ def _nbytes(t: Tensor) -> int:
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
-    """By torch's own formulas; an in-place product costs what the other one does."""
+    """Count FLOP by torch's formulas; an in-place product costs the same as the other."""
     packet = func._overloadpacket
     if packet not in flop_registry and name.endswith("_"):
         packet = getattr(torch.ops.aten, name[:-1], None)
@@ -276,7 +276,7 @@ def _flops(func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) ->
 
 
 def _is_view(func: Any) -> bool:
-    """Whether the result shares memory with an argument that is not written."""
+    """True if the result shares memory with an argument that is not written."""
     infos = [r.alias_info for r in func._schema.returns]
     return any(info is not None and not info.is_write for info in infos)
 
@@ -292,7 +292,7 @@ def _is_sync(func: Any, name: str, tensors: list[Tensor], made: list[Tensor]) ->
 
 @contextlib.contextmanager
 def _triton_launches(counts: Counts) -> Iterator[None]:
-    """Count Triton launches, compiled or interpreted; what the interpreter does is not counted."""
+    """Count Triton launches, compiled or interpreted, but not the interpreter's own calls."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction

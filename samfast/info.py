@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``samfast info``: what is installed, which backend each operation takes, and a self-check."""
+"""``samfast info``: installed versions, the backend of each operation, and a self-check."""
 
 import importlib
 import importlib.metadata
@@ -23,7 +23,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def main(check: bool = False, json: bool = False) -> int:
-    """Print the summary; with check run every operation and backend. Returns the exit code."""
+    """Print the summary; with check, run every operation and backend. Return the exit code."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = summary(device)
     if check:
@@ -37,7 +37,7 @@ def main(check: bool = False, json: bool = False) -> int:
 
 
 def summary(device: torch.device) -> dict[str, Any]:
-    """Versions, the build, and for every operation the chosen backend and the sentences."""
+    """Return versions, the build, and each operation's backend with the sentences."""
     versions = {"samfast": __version__, "python": platform.python_version()}
     versions["torch"] = torch.__version__
     for name in _OTHERS:
@@ -60,7 +60,7 @@ def summary(device: torch.device) -> dict[str, Any]:
 
 
 def self_check(device: torch.device) -> list[dict[str, Any]]:
-    """Every operation, backend and dtype against float64 under the error budget."""
+    """Compare every operation, backend and dtype with float64, within the error budget."""
     rows = []
     for name in OPERATIONS:
         example = _example(name)

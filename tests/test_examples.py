@@ -19,7 +19,9 @@ from samfast.training.tasks import read_tasks
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "images")
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.py"))
-COMMANDS = re.findall(r"^samfast .*$", (EXAMPLES / "reproduce/README.md").read_text(), re.M)
+REPRODUCE = (EXAMPLES / "reproduce/README.md").read_text()
+COMMANDS = re.findall(r"^samfast .*$", REPRODUCE, re.M)
+ROWS = re.findall(r"^\| (.*) \| (.*) \| (no) \| (.*) \|$", REPRODUCE, re.M)
 WHOLE = {"kvasir": 3_817_728, "isic": 4_020_096}  # published: adapters and decoder
 PEERS = {"lora": 864, "adaptformer": 1_296}  # published: what COBOT adds to these on ViT-B
 THREE_TASKS = 3_244_320  # published: TA-LoRA on ViT-L
@@ -74,6 +76,15 @@ def test_commands_of_reproduce_parse(command, monkeypatch):
     check_settings(settings)
     if settings.tasks:
         assert len(read_tasks(settings.tasks)) > 2
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(re.findall(r"data (\w+)", c)))
+def test_a_published_score_stands_beside_each_command(command):
+    data = re.search(r"--data (\w+)/", command)[1].replace("_", "-")
+    rows = [row for row in ROWS if row[0].lower().replace("2017", "").strip() == data]
+    assert rows, f"no row of a table names the data set {data}"
+    for _, score, run, _ in rows:
+        assert re.search(r"\d\.\d|score not found", score) and run == "no", (score, run)
 
 
 def trained(command: str, capsys) -> int:

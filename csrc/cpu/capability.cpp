@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kVariable = "SAMFAST_CPU_CAPABILITY";
 constexpr const char* kNames[] = {"default", "avx2", "avx512"};
 
-// The most that was compiled and that the processor and the system run.
+// The widest instruction set that was compiled and that processor and system support.
 Capability best() {
 #ifdef SAMFAST_X86_VARIANTS
   if (__builtin_cpu_supports("x86-64-v4")) return kAvx512;

@@ -10,18 +10,18 @@
 
 namespace samfast {
 
-// In order: each runs wherever a later one does. The names are those of ATEN_CPU_CAPABILITY.
+// In order: each runs wherever a later one does. Names are those of ATEN_CPU_CAPABILITY.
 enum Capability : int { kDefault, kAvx2, kAvx512 };
 
-// The one of asked, where best is the most that runs; throws a sentence for any other.
+// Returns the one asked for, if it is at most best; throws a sentence otherwise.
 Capability choose(const std::string& asked, Capability best);
 
-// What runs in this process; the environment is read once, at the first call, which may throw.
+// The choice of this process. The first call reads the environment, and may throw.
 Capability capability();
 
-// A function object that calls the chosen one of its bodies. A body is always_inline, so that each
-// instruction set gets a copy of its own and no other file can share it; so must be what it calls.
-// Vectors go by reference: their registers differ.
+// A function object that calls the chosen one of its bodies. A body and all that it calls must be
+// always_inline, so that each instruction set gets its own copy, which no other file shares.
+// Vectors are passed by reference: their registers differ.
 template <auto kPlainBody, auto kAvx2Body = kPlainBody, auto kAvx512Body = kPlainBody>
 struct EachProcessor;
 

@@ -2,12 +2,12 @@
 // One routed multi-scale convolution expert per sample, evaluated where its output needs it.
 //
 // A tile is some rows of cells of one sample, over its full width. Sixteen neighbouring cells are
-// the lanes of a vector, and what a cell holds (its positions, its points) is counted in scalars:
-// every load is contiguous and no lane differs from another, but for the zeros past the border.
-// Sources are interpolated along x for all rows of the tile, then along y for one row of cells at a
-// time. The backward repeats this, and its tiles write their reach of dh and their sums for the
-// weights apart; both are added in an order that depends on the sizes only, so the bits do not
-// depend on the number of threads. Everything is computed in float.
+// the lanes of a vector; scalar loops go over the positions and points of a cell. Every load is
+// contiguous, and lanes differ only in the zeros past the border. Sources are interpolated along x
+// for all rows of the tile, then along y for one row of cells at a time. The backward repeats this.
+// Its tiles write their parts of dh and of the weights' sums separately. Both are added in an order
+// that depends only on the sizes, so the bits do not depend on the number of threads. Everything is
+// computed in float.
 #include "capability.h"
 #include "common.h"
 #include "conv_experts_call.h"
@@ -40,8 +40,8 @@ namespace {
 constexpr int64_t kWholeRows = 16, kTileRows = 8;  // windows in one tile, larger maps in strips
 constexpr int64_t kMaxChunks = 64, kChunkFloats = 1 << 22;
 
-// Zeroed vectors at addresses that every instruction set accepts: what the compiler takes to be the
-// alignment of Vec differs between them.
+// Zeroed vectors, aligned for every instruction set: the compiler's alignment of Vec differs
+// between them.
 class Vectors {
  public:
   explicit Vectors(int64_t count) : count_(count), room_((count + 1) * kLanes, 0.0f) {}
@@ -331,7 +331,7 @@ SAMFAST_INLINE void backward_tile_body(const Tile& t, const Gradient& g) {
 constexpr EachProcessor<backward_tile_body<16>, backward_tile_body<32>, backward_tile_body<64>>
     backward_tile;
 
-// How samples fall into tiles.
+// The division of samples into tiles.
 struct Tiling {
   int64_t rows, down, tiles, blocks;  // rows of a tile, tiles of a sample, of all, vectors in a row
 
@@ -345,7 +345,7 @@ struct Tiling {
   int64_t source_pitch() const { return (blocks + 1) * kLanes; }
 };
 
-// What a thread needs for its tiles.
+// The workspace of a thread.
 struct Workspace {
   Vectors patch, weigh, across, raised;
   Tile tile;
@@ -403,7 +403,7 @@ void for_each(int64_t count, F&& f) {
   torch::stable::parallel_for(0, count, 1, f);
 }
 
-// Tile by tile over chunks whose sums for the weights are kept apart.
+// Runs tile by tile over chunks, each with its own sums for the weights.
 struct WeightSums {
   int64_t chunks, size;
   std::vector<float> sums;
@@ -434,7 +434,7 @@ struct WeightSums {
   }
 };
 
-// Adds the tiles' reaches of one sample, borders folded back, into (rank, height, width).
+// Adds the tiles' parts of one sample, borders folded back, into (rank, height, width).
 void fold_patches(const Problem& p, const Tiling& s, int64_t n, const float* patches, float* out) {
   const int64_t height = p.windows.height, width = p.windows.width, pitch = s.source_pitch();
   std::fill(out, out + p.rank * height * width, 0.0f);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The code of conv_experts' CUDA blocks run on the CPU, for the tests of machines without a GPU.
+// The code of conv_experts' CUDA blocks on the CPU, for tests on machines without a GPU.
 //
-// The items of a step run in descending order in every second block, shared memory starts as NaN,
-// and so does what a launch leaves for the next.
+// Every second block runs the items of a step in descending order. Shared memory and the buffers
+// between launches start as NaN.
 #include "common.h"
 #include "conv_experts_tile.h"
 #include "cuda_blocks.h"

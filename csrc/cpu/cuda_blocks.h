@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA blocks run on the CPU, for the tests of machines without a GPU.
 //
-// The items of a step run in descending order in every second block, and shared memory starts as NaN.
+// Every second block runs the items of a step in descending order. Shared memory starts as NaN.
 #pragma once
 
 #include <algorithm>

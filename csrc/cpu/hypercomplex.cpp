@@ -1,12 +1,11 @@
-// SPDX-License-Identifier: Apache-2.0
-// The hypercomplex passes on the CPU (hypercomplex_math.h), and the code of the CUDA blocks run on
-// the CPU for the tests of machines without a GPU.
+// SPDX-License-Identifier: Apache-2.0 The hypercomplex passes on the CPU (hypercomplex_math.h), and
+// the CUDA blocks' code on the CPU, for tests on machines without a GPU.
 //
 //   build      rows of H, sixteen elements at a time, one pass over H
 //   contract   all n rows of dH that belong to a row of the parts, one pass over dH
 //
-// drules is summed per chunk of rows and added in order; the chunks depend on the sizes only, so
-// the bits do not depend on the number of threads. Everything is accumulated in float.
+// drules is summed per chunk of rows and added in order. Chunks depend only on the sizes, so the
+// bits do not depend on the number of threads. Everything is accumulated in float.
 #include "capability.h"
 #include "cuda_blocks.h"
 #include "hypercomplex_call.h"
@@ -23,7 +22,7 @@ using namespace hypercomplex;
 namespace {
 
 constexpr int64_t kMaxChunks = 32;
-constexpr int64_t kGrain = 1 << 15;  // elements of H that are worth a thread
+constexpr int64_t kGrain = 1 << 15;  // elements of H that justify a thread
 
 // out[c] = scale * sum_i factor[i * step] * values[i * plane + c] for n elements.
 template <int kBytes>
@@ -46,8 +45,8 @@ SAMFAST_INLINE void mix_row_body(float* out, int64_t count, const float* factor,
 }
 constexpr EachProcessor<mix_row_body<16>, mix_row_body<32>, mix_row_body<64>> mix_row;
 
-// out[c] = scale * sum over the cells (p, q) of factor[p * n + q] * row_p[q * columns + c], by
-// rows of cells, so that no sum is long.
+// out[c] = scale * sum over the cells (p, q) of factor[p * n + q] * row_p[q * columns + c], summed
+// by rows of cells, so that no sum is long.
 template <int kBytes>
 SAMFAST_INLINE void mix_cells_body(float* out, const Sizes& z, const float* factor,
                                    const float* const* row, float scale) {

@@ -6,9 +6,9 @@
 //   up_backward    dz = s dy B, dB = s dy^T z            one pass over dy for both
 //   down_backward_ dx += drop'(dh A), dA = dh^T drop(x)  one pass over x and dx for both
 //
-// Rows go in blocks of four against four ranks: sixteen accumulators. Sums over rows are made per
-// chunk and added in a fixed order; the chunks depend on the sizes only, so the bits do not depend
-// on the number of threads. Everything is accumulated in float.
+// Blocks of four rows meet four ranks: sixteen accumulators. Rows are summed per chunk, and chunks
+// are added in a fixed order. Chunks depend only on the sizes, so the bits do not depend on the
+// number of threads. Everything is accumulated in float.
 #include "capability.h"
 #include "common.h"
 #include "philox.h"
@@ -34,7 +34,7 @@ Matrix matrix(const Tensor& t, const char* name) {
   return {t.size(0), t.size(1), t.stride(0)};
 }
 
-// A matrix of known size whose elements are of one type.
+// A matrix of known size with elements of one type.
 void check(const Tensor& t, const char* name, ScalarType type, int64_t rows, int64_t columns) {
   matrix(t, name);
   STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns, name, " is ", t.size(0), " x ",
@@ -256,7 +256,7 @@ void reduce_chunks(const std::vector<float>& partial, int64_t chunks, int64_t n,
   });
 }
 
-// The in-place update of rows that may be of a narrower type than float.
+// Updates rows in place; their type may be narrower than float.
 template <typename T, typename F>
 void update_rows(T* data, const Matrix& m, int64_t first, int64_t last, std::vector<float>& scratch,
                  F&& f) {
@@ -382,7 +382,7 @@ std::tuple<Tensor, Tensor> lora_up_backward(const Tensor& dy, const Tensor& z, c
   return {dz, db};
 }
 
-// Adds the low-rank part to dx where there is one, and returns dA (r, n) where x is given.
+// Adds the low-rank part to dx if there is one, and returns dA (r, n) if x is given.
 Tensor lora_down_backward_(std::optional<Tensor> dx, const Tensor& dh, std::optional<Tensor> x,
                            const Tensor& a, double p, std::optional<Tensor> seed,
                            int64_t threshold) {

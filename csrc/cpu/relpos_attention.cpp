@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention with a decomposed relative-position bias, in tiles that stay in the cache.
 //
-// One head of one window (or map) is a task. Its keys and values are laid out once, as float and
-// dense. Queries go in panels of 64, a few panels at a time past all tiles of keys, and in a tile
-// queries are the columns: every product is one of multiply()'s, with the queries or the channels
-// as its contiguous side. The backward computes the logits again and makes all three gradients in
-// one walk, dk and dv of the task in float beside the keys. On small maps all weights of a panel
-// stay, so that their sum and delta = sum p dp are theirs to the last bit; on larger ones the
-// weights come from lse and delta from dout and out, which rounds once more.
+// One head of one window (or map) is a task. Its keys and values are copied once, dense and in
+// float. Queries form panels of 64, and a few panels at a time meet all tiles of keys. In a tile,
+// queries are the columns. Every product is a multiply() with queries or channels as its contiguous
+// side. The backward recomputes the logits and makes all three gradients in one pass; dk and dv of
+// the task are in float next to the keys. On small maps all weights of a panel are kept, so their
+// sum and delta = sum p dp match them to the last bit. On larger maps the weights come from lse, and
+// delta comes from dout and out, which rounds once more.
 //
-// Without tables there is no bias: the logits start at zero, and its factors and their gradients
-// are neither made nor given room.
+// Without tables there is no bias: the logits start at zero, and the bias factors and their
+// gradients are not computed and get no memory.
 //
-// Where there are fewer tasks than threads, the queries of a task are shared between threads in
-// the forward. In the backward its keys are, and the parts of dq are added in order, so only there
-// the bits depend on the number of threads.
+// With fewer tasks than threads, threads share the queries of a task in the forward. In the
+// backward they share its keys, and the parts of dq are added in order. Only then do the bits
+// depend on the number of threads.
 #include "common.h"
 #include "relpos_attention_call.h"
 #include "relpos_attention_tiles.h"
@@ -77,7 +77,7 @@ void read_queries(const Problem& p, const Task& t, int64_t first, const View<con
   relate(p, panel, table_w, p.width, panel.w, work.turned, panel.rel_w);
 }
 
-// f(range) for the tiles of keys first to last: as many as needed, of nearly equal size.
+// Calls f(range) for the tiles of keys first to last, of nearly equal size.
 template <typename F>
 void each_tile(int64_t first, int64_t last, int64_t width, F&& f) {
   const int64_t parts = (last - first + kTileKeys - 1) / kTileKeys;
@@ -93,7 +93,7 @@ void logits(const Problem& p, const Panel& panel, const KeyRange& range, const f
             p.head_dim, false, p.tables});
 }
 
-// Runs f(job, workspace number) for all jobs on the threads there are; who runs what is not fixed.
+// Runs f(job, workspace number) for all jobs on the available threads, in no fixed assignment.
 template <typename F>
 void run_jobs(int64_t jobs, int64_t workers, F&& f) {
   std::atomic<int64_t> next = 0;
@@ -202,7 +202,7 @@ void weights(const Problem& p, const KeyRange& range, const float* keys, const f
                panel.moment);
 }
 
-// From there to all that a panel gives to the gradients.
+// Adds all that a panel contributes to the gradients.
 void gradients(const Problem& p, const KeyRange& range, const float* keys, Panel& panel,
                float* tile, float* dtile, float* dkeys, float* dvalues) {
   const int64_t n = p.head_dim;
@@ -216,8 +216,8 @@ void gradients(const Problem& p, const KeyRange& range, const float* keys, Panel
   multiply({keys, n, dtile, kPitch, panel.sums, kPitch, n, panel.lanes, range.count, true, true});
 }
 
-// One task's keys first to last against all its queries. dtables, where wanted, is added to; dq
-// goes to partial (queries, head_dim) where the keys are only a part.
+// One task's keys first to last with all its queries. Adds to dtables if wanted; dq goes to partial
+// (queries, head_dim) if the keys are only a part.
 template <typename T>
 void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g, int64_t number,
                    int64_t key, int64_t end, float* partial, float* dtables, Workspace& work) {
@@ -294,7 +294,7 @@ void backward_part(const Problem& p, const Inputs<T>& in, const Gradients<T>& g,
   write_keys<T>({p, t, g.dv, g.dpad_v}, key, end, 1.0f, work.dvalues);
 }
 
-// Both operations' forward; without tables there is no bias.
+// The forward of both operations; without tables there is no bias.
 void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& pad_k,
             const std::optional<Tensor>& pad_v, const std::optional<Tensor>& table_h,
             const std::optional<Tensor>& table_w, const std::vector<int64_t>& windows,
@@ -319,7 +319,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   });
 }
 
-// Both operations' backward.
+// The backward of both operations.
 void differentiate(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                    const std::optional<Tensor>& pad_k, const std::optional<Tensor>& pad_v,
                    const std::optional<Tensor>& table_h, const std::optional<Tensor>& table_w,

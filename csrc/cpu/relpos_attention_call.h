@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of relpos_attention, checked once; where the tokens of one head of one window lie,
-// and how they are read and written.
+// The arguments of relpos_attention, checked once; and the places of the tokens of one head of one
+// window, with functions that read and write them.
 #pragma once
 
 #include "common.h"
@@ -14,12 +14,12 @@ namespace samfast {
 namespace {
 
 constexpr int64_t kMostHeadDim = 128;
-constexpr int64_t kAhead = 4;  // tokens between the one that is read and the one that is fetched
+constexpr int64_t kAhead = 4;  // tokens to fetch ahead of the one that is read
 
 struct Problem {
   int64_t batch, image_height, image_width, height, width, down, across, heads, head_dim;
   float scale;
-  bool tables;  // whether there is a bias
+  bool tables;  // true if there is a bias
 
   int64_t keys() const { return height * width; }
   int64_t tasks() const { return batch * down * across * heads; }
@@ -42,7 +42,7 @@ struct View {
 // One head of one window.
 struct Task {
   int64_t batch, head, top, left;
-  int64_t rows, columns;  // of the window that lie inside the image: its queries
+  int64_t rows, columns;  // of the window inside the image: its queries
 
   Task(const Problem& p, int64_t number) {
     head = number % p.heads;
@@ -57,7 +57,7 @@ struct Task {
   int64_t queries() const { return rows * columns; }
 };
 
-// Where the keys of a task lie; null for zeros.
+// The places of a task's keys; null for zeros.
 template <typename T>
 struct Keys {
   const Problem& p;
@@ -78,7 +78,7 @@ struct Keys {
   }
 };
 
-// Rows of one head lie far apart, where no hardware looks ahead.
+// Rows of one head are far apart, so hardware does not prefetch them.
 template <typename T>
 void fetch(const T* from, int64_t n) {
   const char* bytes = reinterpret_cast<const char*>(from);

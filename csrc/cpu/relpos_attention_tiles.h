@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arithmetic of relpos_attention between its products, on tiles of keys times queries.
 //
-// A tile has one row for each key; its columns are the queries of a panel, so that sixteen queries
-// are the lanes of a vector: a softmax runs down the rows, and rel_h and rel_w are one row each for
-// a row and for a column of the map, whatever its width.
+// A tile has one row per key; its columns are the queries of a panel, so sixteen queries are the
+// lanes of a vector. A softmax runs down the rows. rel_h and rel_w have one row per row and per
+// column of the map, whatever its width.
 #pragma once
 
 #include "capability.h"
@@ -19,15 +19,15 @@ constexpr int64_t kPanel = 64;  // queries of a panel
 constexpr int64_t kPitch = 80;  // between rows across queries; 64 would use a quarter of L1
 constexpr float kLog2E = 1.44269504f;
 
-// e^y for y up to 88 without branches, to 1.2 ulp with and without fused multiply-adds; NaN stays
-// NaN, what would be below the normal numbers is zero or nearly so. Registers are of kBytes, for
-// compilers choose among the elements of a wider vector one by one.
+// e^y for y up to 88 without branches, to 1.2 ulp with and without fused multiply-adds. NaN stays
+// NaN; results below the normal numbers are zero or nearly so. Registers have kBytes, because
+// compilers select among the elements of a wider vector one by one.
 template <int kBytes>
 SAMFAST_INLINE void exponential(const typename Lanes<kBytes>::Vector& y,
                                 typename Lanes<kBytes>::Vector& result) {
   using V = typename Lanes<kBytes>::Vector;
   const V bounded = y < -88.0f ? V{} - 88.0f : y;
-  const V shifted = bounded * kLog2E + 12582912.0f;  // the power of two stands in the low bits
+  const V shifted = bounded * kLog2E + 12582912.0f;  // the low bits hold the power of two
   const V n = shifted - 12582912.0f;
   const V f = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
   V p = f * 1.38144672e-3f + 8.36878084e-3f;
@@ -41,7 +41,7 @@ SAMFAST_INLINE void exponential(const typename Lanes<kBytes>::Vector& y,
   bits = (bits << 23) + 0x3F800000;
   V power;
   std::memcpy(&power, &bits, sizeof(V));
-  result = p * power;  // a product, for NaN has bits that an addition would change
+  result = p * power;  // a product: an addition would change the bits of NaN
 }
 
 // Keys first, first + 1, … of a map with rows of width.
@@ -68,9 +68,9 @@ SAMFAST_INLINE void fill_bias_body(const KeyRange& keys, int64_t lanes, const fl
 }
 constexpr EachProcessor<fill_bias_body<16>, fill_bias_body<32>, fill_bias_body<64>> fill_bias;
 
-// One more tile of an online softmax: s becomes e^(s - maximum). Returns whether any of what was
-// summed before must be multiplied by correction. The maximum passes over NaN: it spreads through
-// the weights. The first maximum is finite, so that keys of -inf weigh nothing beside later ones.
+// One more tile of an online softmax: s becomes e^(s - maximum). Returns true if an earlier sum
+// must be multiplied by correction. The maximum ignores NaN, which spreads through the weights. The
+// first maximum is finite, so that keys of -inf get no weight next to later ones.
 template <int kBytes>
 SAMFAST_INLINE bool softmax_tile_body(float* s, int64_t keys, int64_t lanes, float* maximum,
                                       float* total, float* correction) {
@@ -118,8 +118,8 @@ SAMFAST_INLINE void scale_rows_body(float* rows, int64_t count, int64_t lanes,
 }
 constexpr EachProcessor<scale_rows_body<16>, scale_rows_body<32>, scale_rows_body<64>> scale_rows;
 
-// s: logits, becomes the weights p = e^(s - lse), whose sums over the keys are added to total, and
-// those of p (dp - delta) to moment: of small numbers where delta is already nearly right.
+// s: logits, becomes the weights p = e^(s - lse). Adds their sums over the keys to total, and those
+// of p (dp - delta) to moment. The latter are small if delta is already nearly right.
 template <int kBytes>
 SAMFAST_INLINE void weights_tile_body(int64_t keys, int64_t lanes, const float* lse,
                                       const float* delta, float* s, const float* dp, float* total,
@@ -146,8 +146,8 @@ SAMFAST_INLINE void weights_tile_body(int64_t keys, int64_t lanes, const float* 
 constexpr EachProcessor<weights_tile_body<16>, weights_tile_body<32>, weights_tile_body<64>>
     weights_tile;
 
-// p becomes factor p, and its gradient dp that of the logits, p (dp - delta), whose sums over rows
-// and columns of the map are added to drel_h and drel_w.
+// p becomes factor p, and dp becomes the logits' gradient p (dp - delta). Adds its sums over rows
+// and columns of the map to drel_h and drel_w.
 template <int kBytes>
 SAMFAST_INLINE void gradient_tile_body(const KeyRange& keys, int64_t lanes, const float* factor,
                                        const float* delta, float* p, float* dp, float* drel_h,
@@ -198,8 +198,8 @@ constexpr EachProcessor<plain_gradient_tile_body<16>, plain_gradient_tile_body<3
                         plain_gradient_tile_body<64>>
     plain_gradient_tile;
 
-// For one query: dq += sum_k drel[k] row_k and, where wanted, drow_k += drel[k] q. row_k is k rows
-// before first; the rows that the query does not reach are not touched.
+// For one query: dq += sum_k drel[k] row_k and, if wanted, drow_k += drel[k] q. row_k is k rows
+// before first; rows that the query does not reach stay untouched.
 template <int kVectors>
 SAMFAST_INLINE void spread(const float* drel, int64_t size, const float* first, const float* q,
                            float* dq, float* dfirst) {

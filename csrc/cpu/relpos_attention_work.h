@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a thread of relpos_attention works in: panels of queries, a tile, and the keys of a task.
+// The workspace of a relpos_attention thread: panels of queries, a tile, and the keys of a task.
 #pragma once
 
 #include "relpos_attention_call.h"
@@ -11,13 +11,13 @@
 namespace samfast {
 namespace {
 
-constexpr int64_t kPanels = 2;        // of queries at a time
-constexpr int64_t kTileKeys = 96;     // at most
-constexpr int64_t kWholeKeys = 1024;  // of a map that keeps all weights of a panel at once
+constexpr int64_t kPanels = 2;        // panels of queries at a time
+constexpr int64_t kTileKeys = 96;     // most keys of a tile
+constexpr int64_t kWholeKeys = 1024;  // most keys of a map that keeps all weights of a panel
 
 bool whole_rows(const Problem& p) { return p.keys() <= kWholeKeys; }
 
-// Hands out parts of one allocation, each at a multiple of 64 bytes; without memory it only counts.
+// Hands out parts of one allocation, aligned to 64 bytes; without memory it only counts.
 class Room {
  public:
   explicit Room(float* base) : base_(base) {}
@@ -34,7 +34,7 @@ class Room {
   int64_t used_ = 0;
 };
 
-// Up to 64 queries with their share of the bias. What is (…, 64) has the queries as columns.
+// Up to 64 queries with their share of the bias. Shapes (…, 64) have the queries as columns.
 struct Panel {
   int64_t count, lanes;  // queries, and their number rounded up to whole vectors
   int64_t h[kPanel], w[kPanel];
@@ -42,7 +42,7 @@ struct Panel {
   float *rel_h, *rel_w;            // (height, 64), (width, 64)
   float *sums;                     // (head_dim, 64): of values, or of the gradients of the queries
   float *maximum, *total, *moment, *correction;  // of the softmax and its gradient
-  float *plain, *dplain;           // (64, head_dim): queries, and what the bias gives to their dq
+  float *plain, *dplain;           // (64, head_dim): queries, and the bias's part of their dq
   float *dout, *dout_turned;       // (64, head_dim), (head_dim, 64)
   float *drel_h, *drel_w, *lse, *delta;
 
@@ -70,13 +70,13 @@ struct Panel {
   }
 };
 
-// What a thread works in.
+// The workspace of a thread.
 struct Workspace {
   std::vector<Panel> panels;
   float *tile, *dtile;    // (keys of a tile, 64)
   float *rows, *turned;   // a row of a token; a table times a panel's queries
   float *keys, *values, *dkeys, *dvalues;  // (keys, head_dim), keys multiplied by scale
-  float* dtables;  // what the panels at hand give; added up apart, for long sums round more
+  float* dtables;  // sums of the current panels, kept apart because long sums round more
 
   Workspace(const Problem& p, Room& room, bool backward, int64_t most_keys) {
     const int64_t size = (backward && whole_rows(p) ? p.keys() : kTileKeys) * kPitch;

@@ -2,8 +2,8 @@
 // Rotary embedding on the CPU: pairs (a, b) of features become (a cos - b sin, b cos + a sin).
 //
 // A token's row of the tables is read once for all heads of q and k. Each head's features are read
-// before they are written, so that out may be x itself. Tokens are independent of each other: the
-// bits do not depend on the number of threads.
+// before they are written, so out may be x itself. Tokens are independent, so the bits do not
+// depend on the number of threads.
 #include "capability.h"
 #include "common.h"
 
@@ -14,7 +14,7 @@
 namespace samfast {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // features that are worth a thread
+constexpr int64_t kGrain = 1 << 14;  // features that justify a thread
 
 struct Sizes {
   int64_t batch, image_height, image_width, height, width, parts, heads, pairs;
@@ -24,7 +24,7 @@ struct Sizes {
   int64_t features() const { return parts * heads * 2 * pairs; }
 };
 
-// A view (batch, H, W, parts, heads, 2 * pairs) whose features lie side by side.
+// A view (batch, H, W, parts, heads, 2 * pairs) with contiguous features.
 template <typename T>
 struct View {
   T* data;
@@ -46,7 +46,7 @@ struct Table {
   }
 };
 
-// One token: where it is read and written, its angles, and room for a head's features, twice.
+// One token: source and target, its angles, and room for a head's features, twice.
 template <typename T>
 struct Turn {
   const T* from;

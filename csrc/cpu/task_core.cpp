@@ -1,10 +1,9 @@
-// SPDX-License-Identifier: Apache-2.0
-// z = h M_t and its gradients on the CPU (task_core_math.h), and the code of the CUDA blocks run on
-// the CPU for the tests of machines without a GPU.
+// SPDX-License-Identifier: Apache-2.0 z = h M_t and its gradients on the CPU (task_core_math.h),
+// and the CUDA blocks' code on the CPU, for tests on machines without a GPU.
 //
-// Rows go entry by entry in tiles, each one product that lies in the cache. dM is summed in
-// registers over a tile, then over the tiles of a chunk, then over chunks in their order; tiles and
-// chunks depend on the sizes alone, so the bits do not depend on the number of threads.
+// The rows of each entry are split into tiles; each tile is one product that fits the cache. dM is
+// summed in registers over a tile, then over the tiles of a chunk, then over chunks in order. Tiles
+// and chunks depend only on the sizes, so the bits do not depend on the number of threads.
 #include "cuda_blocks.h"
 #include "task_core_call.h"
 #include "tile_product.h"
@@ -19,11 +18,11 @@ using namespace task_core;
 
 namespace {
 
-constexpr int64_t kMaxChunks = 16, kTilesWorth = 8;  // tiles that are worth a thread
+constexpr int64_t kMaxChunks = 16, kTilesWorth = 8;  // tiles that justify a thread
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// (rows, columns) as floats in rows of ``pitch``, zeros behind each and below.
+// (rows, columns) as floats in rows of ``pitch``, padded with zeros at the right and bottom.
 template <typename T>
 void copy_rows(const T* source, int64_t rows, int64_t columns, float* target, int64_t pitch) {
   for (int64_t r = 0; r < rows; ++r) to_float(source + r * columns, target + r * pitch, columns);

@@ -1,6 +1,6 @@
-// SPDX-License-Identifier: Apache-2.0
-// Sums are made in registers in order of depth, a block of rows times a few vectors at once; the
-// shape of the block is what the registers of the instruction set hold.
+// SPDX-License-Identifier: Apache-2.0 Sums are made in registers in order of depth, a block of rows
+// times a few vectors at once. The block has the shape that fits the registers of the instruction
+// set.
 #include "tile_product.h"
 
 #include "capability.h"
@@ -95,7 +95,7 @@ using Plain = Registers<16, 4>;  // 32 registers of 16 bytes
 #else
 using Plain = Registers<16, 2>;  // 16
 #endif
-// 16 registers of 32 bytes and 32 of 64.
+// 16 registers of 32 bytes, or 32 of 64.
 constexpr EachProcessor<product<Plain>, product<Registers<32, 2>>, product<Registers<64, 4>>> run;
 
 }  // namespace

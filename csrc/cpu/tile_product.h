@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of small float matrices that lie in the cache.
+// Products of small float matrices that fit the cache.
 #pragma once
 
 #include <cstdint>
 
 namespace samfast {
 
-// c (rows, columns) = a b, or += with add. b (depth, columns) and c have rows of contiguous
-// elements; columns are a multiple of 16. a is (rows, depth), or (depth, rows) where turned.
+// c (rows, columns) = a b, or += with add. b (depth, columns) and c have contiguous rows;
+// columns are a multiple of 16. a is (rows, depth), or (depth, rows) if turned.
 struct TileProduct {
   const float* a;
   int64_t a_pitch;

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every adapter has in common, whatever its method."""
+"""What all adapters share, whatever their method."""

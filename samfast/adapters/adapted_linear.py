@@ -13,7 +13,7 @@ Layer = TypeVar("Layer", bound="AdaptedLinear")
 
 
 def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear of these tensors."""
+    """Return a frozen nn.Linear that holds these tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
@@ -22,7 +22,7 @@ def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 class AdaptedLinear(Adapter, nn.Linear):
-    """A linear layer that an adapter works beside.
+    """Linear layer with an adapter next to its weight.
 
     A subclass adds its tensors with ``add_adapter`` and fills them in ``reset_adapter``.
     """
@@ -37,7 +37,7 @@ class AdaptedLinear(Adapter, nn.Linear):
 
     @classmethod
     def _from_linear(cls: type[Layer], linear: nn.Linear, **options: Any) -> Layer:
-        """One of these around the Parameters of ``linear``; no other weight is made."""
+        """Wrap the Parameters of ``linear`` in this class; allocate no other weight."""
         if type(linear) is not nn.Linear:
             raise TypeError(f"expected a plain nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
@@ -65,5 +65,5 @@ class AdaptedLinear(Adapter, nn.Linear):
             self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Draw the adapter's parameters as those of a new layer."""
+        """Initialise the adapter's parameters anew."""
         raise NotImplementedError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every adapted module has in common, and how a model remembers what was attached to it."""
+"""The base class of all adapted modules, and functions that find them in a model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ else:
 class Adapter(_Mixin):
     """Mixin of every module that adds trainable tensors to a module it replaces.
 
-    unmergeable: why there is no ``merge``, of a module that has none
-    token_wise: it treats every token alone, and gives its bias for a token of zeros
-    window_wise: it has ``forward_windows``, which sees windows of images without cutting them out
+    unmergeable: why the module cannot be merged; the end of a sentence that starts with its name
+    token_wise: True if each token is processed on its own and a token of zeros gives the bias
+    window_wise: True if ``forward_windows`` reads the windows of an image without copying them
     """
 
     unmergeable = "whose update depends on its input"
@@ -28,64 +28,64 @@ class Adapter(_Mixin):
     window_wise = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """A subclass may run another way, so each class says these two for itself."""
+        """Reset both flags: a subclass may run differently, so each class sets its own."""
         super().__init_subclass__(**options)
         for word in ("token_wise", "window_wise"):
             setattr(cls, word, vars(cls).get(word, False))
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name inside this module, parameter) of the tensors that the adapter adds."""
+        """Yield (name in this module, parameter) for each tensor that the adapter adds."""
         raise NotImplementedError
 
     def plain(self) -> nn.Module:
-        """A module of torch's own operators that computes the same in evaluation, for export.
+        """Build a module of torch operators that computes the same in eval mode, for export.
 
-        Raises ValueError with the rest of a sentence that begins with the layer.
+        Raises ValueError with the end of a sentence that starts with the layer's name.
         """
-        raise ValueError(f"is a {type(self).__name__}, for which there is no export form")
+        raise ValueError(f"is a {type(self).__name__}, which has no export form")
 
     def adapter_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name in this module's state dict, tensor) of all that the adapter adds there."""
+        """Yield (name in the state dict, tensor) for each entry that the adapter adds."""
         return self.adapter_parameters()
 
     def state_problem(self, state: Mapping[str, torch.Tensor]) -> str | None:
-        """Why these tensors, by their names in the state dict, mean something else here."""
+        """Say why these state-dict entries would mean something else here; None if they fit."""
         return None
 
     def biases(self) -> Iterator[nn.Parameter]:
-        """The adapter's parameters that are biases whatever their number of dimensions."""
+        """Yield the adapter's parameters that count as biases, whatever their shape."""
         return iter(())
 
     def relation_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the adapter's parameters for which the method has a learning rate of its own."""
+        """Yield the adapter's parameters that may have a learning rate of their own."""
         return iter(())
 
     def latest_loss(self) -> "LatestLoss | None":
-        """Holder of this layer's own term of the loss, None for a method that has none."""
+        """Return the holder of this layer's loss term; None if the method has no such term."""
         return None
 
     @classmethod
     def joint_loss(cls, layers: Sequence[Any]) -> torch.Tensor | None:
-        """What all layers of this class in a model add to the loss by their parameters alone."""
+        """Return the loss term that depends only on the parameters of all these layers."""
         return None
 
     @property
     def merged(self) -> bool:
-        """Whether the adapter is folded into the weight at the moment."""
+        """True while the adapter is folded into the weight."""
         return False
 
     def backends(self) -> dict[str, str]:
-        """What runs each of this module's operations here, by the operation's name."""
+        """Map the name of each operation to the backend that runs it here."""
         return {}
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Every adapted module of the model by its full name."""
+    """Map full names to the adapted modules of the model."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:
-    """Full names of every tensor that adapters added."""
+    """Return the full names of all tensors that adapters added."""
     return {
         f"{layer}.{name}" if layer else name
         for layer, module in adapters(model).items()
@@ -94,7 +94,7 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
 
 
 def adapter_state(adapted: Mapping[str, Adapter]) -> dict[str, torch.Tensor]:
-    """What adapters add to the model's state dict, by full name, shared Parameters once."""
+    """Map full names to what adapters add to the state dict; list shared Parameters once."""
     found: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for layer, module in adapted.items():

@@ -19,8 +19,8 @@ class Attachment:
 
     layers: full names of the adapted modules
     trained: full names of the tensors outside the adapters that ``train`` un-froze
-    base_dtype: what the frozen encoder was cast to, None when it was left as it was
-    fingerprints: of tensors whose cast changed their fingerprint, as they were before it
+    base_dtype: dtype that the frozen encoder was cast to; None if it was not cast
+    fingerprints: fingerprints before the cast, for tensors whose fingerprint it changed
     """
 
     method: "Method"
@@ -31,16 +31,16 @@ class Attachment:
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """What ``attach`` left on this very module; None where it left nothing."""
+    """Return the record that ``attach`` left on this module; None if there is none."""
     return getattr(model, ATTACHMENT, None)
 
 
 def attachment_within(model: nn.Module) -> Attachment | None:
-    """What was attached to the model or to a part of it; None where that is not one thing."""
+    """Return the one record in the model or its parts; None if there are none or several."""
     found = [m for m in model.modules() if attachment(m) is not None]
     return attachment(found[0]) if len(found) == 1 else None
 
 
 def remember(model: nn.Module, record: Attachment) -> None:
-    """Leave a record of what was attached on the model."""
+    """Store on the model what was attached to it."""
     setattr(model, ATTACHMENT, record)

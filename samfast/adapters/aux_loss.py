@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The term that adapters add to the loss of a step, taken from their latest forward.
+"""The loss term of adapters, taken from their latest forward.
 
-A layer's term is part of the graph of its forward, so its gradient comes by itself, except under
-reentrant checkpointing: there the forward runs without a graph, and a later recomputation has one.
-``aux_loss`` then hands the term out under a node of its own. That node was made after the model's,
-so autograd runs it before them; it leaves the incoming gradient with the layers, and each layer's
-recomputation sends the gradient on into its own graph.
+A layer's term is part of the graph of its forward, so autograd finds its gradient. Reentrant
+checkpointing is the exception: the forward runs without a graph, and its recomputation has one.
+``aux_loss`` then returns the term under a node of its own. That node is newer than the model's, so
+autograd runs it first. It leaves the incoming gradient with the layers, and each layer's
+recomputation passes the gradient on into its own graph.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ from samfast.integrations.libraries import call_of_owner
 
 
 class _Leave(torch.autograd.Function):
-    """Sum of the terms of layers that will be recomputed; its gradient is left with them.
+    """Sum the terms of layers that will be recomputed; backward leaves its gradient with them.
 
-    anchor: any tensor that requires a gradient, so that autograd makes a node; it gets none.
+    anchor: any tensor that requires a gradient, so that autograd makes a node; it gets no gradient
     """
 
     @staticmethod
@@ -46,18 +46,18 @@ class _Leave(torch.autograd.Function):
 
 
 def _check_all_taken(left: list[list[Tensor]]) -> None:
-    """At the end of a backward: every layer was recomputed, and after its gradient came."""
+    """Raise RuntimeError if this backward left a layer without its recomputation."""
     lost = 0
     for gradient in left:
         lost += len(gradient)
         gradient.clear()
     if lost:
         raise RuntimeError(
-            f"the gradient of aux_loss did not reach {lost} of {len(left)} layers, whose forward "
-            "ran without a graph and which this backward did not recompute after it; under "
-            "reentrant checkpointing call aux_loss after the forward, add it to the loss of the "
-            "same backward and let the checkpoint's input require a gradient, or use "
-            "use_reentrant=False; a later forward under no_grad belongs into eval()"
+            f"the gradient of aux_loss did not reach {lost} of {len(left)} layers: their forward "
+            "ran without a graph, and this backward did not recompute it afterwards; pass "
+            "use_reentrant=False to the checkpoint, or call aux_loss after the forward, add it to "
+            "the loss of the same backward and let the checkpoint's input require a gradient; run "
+            "later forwards under no_grad in eval()"
         )
 
 
@@ -71,7 +71,7 @@ def _sum(values: list[Tensor]) -> Tensor:
 
 
 def _joint_loss(model: nn.Module, layers: list[Adapter]) -> Tensor:
-    """By the layers' parameters alone; zero for methods that have no such term."""
+    """Return the terms that depend only on parameters; zero for methods without one."""
     kinds = {type(layer): layer for layer in layers}
     every = [kind.joint_loss([m for m in layers if type(m) is kind]) for kind in kinds]
     found = [term for term in every if term is not None]
@@ -82,20 +82,21 @@ def _joint_loss(model: nn.Module, layers: list[Adapter]) -> Tensor:
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """What the adapters add to the loss: the sum over layers of their latest forward's term.
+    """Sum the loss terms that the adapters' latest forward left. Add it with weight 1.
 
-    Conv-LoRA's is the gates' balancing loss, its coefficient included, TA-LoRA's the penalty that
-    keeps its factors orthogonal, which needs no forward; add it to the task's loss with weight 1.
-    Zero for methods that have none. Call it after every forward of training, before
-    the backward. A layer that is called twice in a forward counts with its last call. Both kinds
-    of checkpointing, accumulation, DistributedDataParallel and torch.compile will do. In eval
-    Conv-LoRA's is constant.
+    Conv-LoRA's term is the gates' balancing loss, its coefficient included; in eval it is constant.
+    TA-LoRA's term is the penalty that keeps its factors orthogonal; it needs no forward. Other
+    methods have no term and count as zero.
 
-    Reentrant checkpoints ask for more: aux_loss after each forward, its term in the same backward
-    as a loss that reaches every layer, no layer called twice, no compiled modules inside. What
-    breaks this raises RuntimeError; ``use_reentrant=False`` has no such limits.
+    Call it after every forward of training, before the backward. If a layer runs twice in a
+    forward, its last call counts. It works with both kinds of checkpointing, gradient
+    accumulation, DistributedDataParallel and torch.compile.
 
-    Raises ValueError when the model has no adapter and RuntimeError when there was no forward yet.
+    Reentrant checkpoints have more conditions. Call aux_loss after each forward. Put its term in
+    the same backward as a loss that reaches every layer. Call no layer twice, and compile no module
+    inside. Anything else raises RuntimeError; ``use_reentrant=False`` has no such limits.
+
+    Raises ValueError if the model has no adapter, and RuntimeError if no forward ran yet.
     """
     model = unwrapped(model)
     layers = adapters(model)
@@ -108,7 +109,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     terms = [term for term in terms if term.value is not None]
     if not terms:
         raise RuntimeError(
-            f"aux_loss belongs to a forward, and this {type(model).__name__} had none yet"
+            f"expected a forward before aux_loss, but this {type(model).__name__} ran none; "
+            "run it first"
         )
     if not torch.is_grad_enabled():
         return _sum_of(terms)
@@ -120,9 +122,9 @@ def aux_loss(model: nn.Module) -> Tensor:
         return _sum_of(terms)
     if repeated > 1:
         raise RuntimeError(
-            f"a layer ran {repeated} forwards of training without a graph since aux_loss was last "
-            "asked, and a reentrant checkpoint cannot tell them apart; call aux_loss after each "
-            "forward, put forwards under no_grad into eval(), or use use_reentrant=False"
+            f"a layer ran {repeated} training forwards without a graph since the last aux_loss, "
+            "and a reentrant checkpoint cannot tell them apart; call aux_loss after each forward, "
+            "run forwards under no_grad in eval(), or pass use_reentrant=False"
         )
     others = [term.value for term in terms if term.value is not None and not term.blind]
     if blind:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A digest that tells one frozen base model from another, cheap for the largest SAM.
 
-It covers names, shapes and at most 1,024 evenly spaced elements of every tensor, rounded to
-bfloat16 so that a base cast to bfloat16 has the digest of its float32 original. It recognises a
-model; it is no proof that every element is equal.
+It covers names, shapes and at most 1,024 evenly spaced elements of every tensor. Elements are
+rounded to bfloat16, so a base cast to bfloat16 has the digest of its float32 original. It
+recognises a model; it does not prove that every element is equal.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _RESIZED = ("pos_embed", "rel_pos_h", "rel_pos_w", "freqs_cis")
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
-    """Digest of one tensor's shape and spaced sample."""
+    """Digest one tensor's shape and a spaced sample of its elements."""
     flat = tensor.detach().reshape(-1)
     flat = flat.real if flat.is_complex() else flat  # as a cast to bfloat16 has it
     step = max(1, -(-flat.numel() // SAMPLE))
@@ -31,10 +31,10 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 
 def fingerprints(model: nn.Module, trained: Collection[str]) -> dict[str, str]:
-    """Fingerprint of every tensor of the model's state dict but those in ``trained``, by name.
+    """Map names to fingerprints of all tensors in the state dict, except those in ``trained``.
 
-    ``trained``: full names, the adapters' included; names that the model does not have are
-    allowed, so the plain model and the attached one give the same.
+    trained: full names, including those of adapters. Unknown names are allowed, so the plain model
+        and the attached one give the same result.
     """
     state = model.state_dict(keep_vars=True)
     excluded = {id(state[name]) for name in trained if name in state}
@@ -48,7 +48,7 @@ def fingerprints(model: nn.Module, trained: Collection[str]) -> dict[str, str]:
 
 
 def digest_of(prints: Mapping[str, str]) -> str:
-    """Digest of all fingerprints under the model's own names: what samfast 0.1.0 compared."""
+    """Digest all fingerprints under the model's own names, as samfast 0.1.0 compared them."""
     digest = hashlib.sha256()
     for name in sorted(prints):
         digest.update(f"{name} {prints[name]}\n".encode())
@@ -56,10 +56,10 @@ def digest_of(prints: Mapping[str, str]) -> str:
 
 
 def identity_of(prints: Mapping[str, str]) -> str:
-    """Digest that is the same at every image size and under every wrapper.
+    """Digest all fingerprints so that image size and wrappers make no difference.
 
-    Under segment_anything's names, without the positions, which loading a checkpoint interpolates
-    to the image size.
+    It uses segment_anything's names and leaves out the position tables, because loading a
+    checkpoint interpolates them to the image size.
     """
     name = next((n for n in sorted(prints) if _ENCODER in f".{n}"), "")
     prefix = name[: max(0, f".{name}".find(_ENCODER))]
@@ -73,5 +73,5 @@ def identity_of(prints: Mapping[str, str]) -> str:
 
 
 def base_digest(model: nn.Module, trained: Collection[str]) -> str:
-    """``digest_of`` the model's ``fingerprints``."""
+    """Return ``digest_of`` the model's ``fingerprints``."""
     return digest_of(fingerprints(model, trained))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a linear layer and its adapter enter the fused block.
 
-An adapter takes part by two methods: ``block_problem()`` and ``block_layer(x, windows)``.
+An adapter takes part through two methods: ``block_problem()`` and ``block_layer(x, windows)``.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ _TRACED = ("FunctionalTensor",)  # torch.export's
 
 @dataclass(frozen=True)
 class BlockLayer:
-    """One call's share of a layer.
+    """What one layer passes to one call of a fused block.
 
-    seed: of its dropout   params: of its middle map
-    keep: takes the map's aux and the block's y, and returns y; None where the map has no aux
+    seed: seed of the layer's dropout   params: tensors of its middle map
+    keep: takes the map's aux output and the block's y, and returns y; None if the map has no aux
     """
 
     weight: Tensor
@@ -42,20 +42,22 @@ class BlockLayer:
 
     @property
     def tensors(self) -> list[Tensor | None]:
-        """The layer's tensors in the order in which a fused block takes them."""
+        """The layer's tensors, in the order that a fused block expects."""
         return [self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params]
 
 
 def dropout_seed(dropout: float, x: Tensor) -> Tensor | None:
-    """One int64 element on x's device, None without dropout."""
+    """Draw one int64 seed on x's device; None without dropout."""
     if dropout == 0.0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
 def foreign_tensor(tensor: Tensor) -> bool:
-    """Whether operations on it may mean something else: a quantised one, or one that overrides
-    torch's functions. What FSDP shards is a plain tensor by the time of the forward.
+    """True if torch's operations may mean something else on this tensor.
+
+    That is so for a quantised tensor, and for one that overrides torch's functions. A tensor that
+    FSDP shards is plain by the time of the forward.
     """
     kind = type(tensor)
     if kind is nn.Parameter or kind is Tensor:
@@ -67,7 +69,7 @@ def foreign_tensor(tensor: Tensor) -> bool:
 
 
 def layer_problem(name: str, layer: Foreign) -> str | None:
-    """Why the layer cannot take part in a fused block, None when it can."""
+    """Say why the layer cannot take part in a fused block; None if it can."""
     if altered(layer):
         return f"{name} has hooks or a forward of its own"
     if type(layer) is nn.Linear:
@@ -82,7 +84,7 @@ def layer_problem(name: str, layer: Foreign) -> str | None:
 
 
 def block_layer(layer: Foreign, x: Tensor, windows: Windows) -> BlockLayer:
-    """The share of a layer that has no problem; x as the products take it."""
+    """Return what a layer without a problem passes to the block; x is the products' input."""
     if type(layer) is nn.Linear:
         return BlockLayer(layer.weight, layer.bias)
     return layer.block_layer(x, windows)

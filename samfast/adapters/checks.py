@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of options that methods and their layers share; they need no torch."""
+"""Checks of options that methods and layers share. Nothing here imports torch."""
 
 import re
 from typing import Any
 
 QKV = ("q", "k", "v")
-MOST = 2**31 - 1  # of whole numbers
+MOST = 2**31 - 1  # the largest whole number allowed
 
 
 def check_whole(name: str, value: int) -> None:
@@ -33,7 +33,7 @@ def check_bottleneck(bottleneck: int) -> None:
 
 
 def check_linear_rank(in_features: int, out_features: int, rank: int) -> None:
-    """Raise ValueError where the rank does not suit a layer of these sizes."""
+    """Raise ValueError if the rank exceeds the smaller side of the layer."""
     check_rank(rank)
     if rank > min(in_features, out_features):
         raise ValueError(
@@ -58,7 +58,7 @@ def check_alpha(alpha: float | None) -> None:
 
 
 def checked_slices(slices: tuple[str, ...]) -> tuple[str, ...]:
-    """The slices in the order of the packed layer; ValueError when they are none of it."""
+    """Sort the slices as the packed layer has them; raise ValueError for unknown ones."""
     if not isinstance(slices, (tuple, list)) or not slices:
         raise ValueError(f"slices is {slices!r}; it must name at least one of 'q', 'k' and 'v'")
     for name in slices:
@@ -70,14 +70,14 @@ def checked_slices(slices: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def checked_target(target: Any) -> str | tuple[str, ...]:
-    """The target, a list as a tuple; ValueError where it names no layer."""
+    """Return the target, with lists as tuples; raise ValueError if it names no layer."""
     entries = (target,) if isinstance(target, str) else target
     entries = tuple(entries) if isinstance(entries, list) else entries
     if not isinstance(entries, tuple) or not entries:
         raise ValueError(f"target is {target!r}; it must name at least one layer")
     for entry in entries:
         if not isinstance(entry, str) or not entry:
-            raise ValueError(f"target has {entry!r}, which is not a layer's name")
+            raise ValueError(f"target has {entry!r}, which is not the name of a layer")
         try:
             re.compile(entry)
         except (re.error, OverflowError, RecursionError) as error:

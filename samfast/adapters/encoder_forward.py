@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layers of one encoder need is made in one operation, at the start of its forward.
+"""Compute what all layers of an encoder need in one operation, when its forward starts.
 
-Each layer is handed its share for the length of that forward. A layer that is called alone, or
-recomputed by a checkpoint, makes its own.
+Each layer receives its share for the duration of that forward. A layer that runs on its own, or in
+a checkpoint's recomputation, computes its share itself.
 """
 
 from collections.abc import Sequence
@@ -24,26 +24,26 @@ Layer = TypeVar("Layer", bound="SharingLayer")
 
 
 class SharingLayer(_Mixin):
-    """Mixin of a layer whose share an ``EncoderForward`` makes.
+    """Mixin of a layer whose share an ``EncoderForward`` computes.
 
-    given: the share, None outside the encoder's forward   stamp: of the tensors it was made of. An
-        interrupt leaves a share behind, for hooks do not run then; once a tensor has changed it is
-        not taken. Copies and pickles have none.
+    given: the share; None outside the encoder's forward
+    stamp: identifies the tensors that the share was computed from. An interrupt skips the hooks and
+        leaves a share behind; the stamp tells when it is stale. Copies and pickles hold no share.
     """
 
     given: Share | None = None
     stamp: tuple = ()
 
     def sources(self) -> Sequence[Tensor]:
-        """The tensors of this layer and of the model that its share is made of."""
+        """The tensors of this layer and of the model that its share depends on."""
         raise NotImplementedError
 
     def alone(self) -> Share:
-        """This layer's share, made for it alone."""
+        """Compute the share of this layer only."""
         raise NotImplementedError
 
     def share(self) -> Share:
-        """What was made for all layers where that is at hand, to the same bits."""
+        """Return the share computed for all layers if it is current, else compute the same bits."""
         given = self.given
         if given is None or self.stamp != stamp(self.sources()):
             return self.alone()
@@ -52,7 +52,7 @@ class SharingLayer(_Mixin):
         sources = self.sources()
         if given[0].requires_grad:
             return _Given.apply(len(given), *given, *sources)
-        # Made under no_grad or in inference mode, by a prediction in another thread.
+        # Another thread that predicts computed it under no_grad or in inference mode.
         made_apart = given[0].is_inference() or any(t.requires_grad for t in sources)
         return self.alone() if made_apart else given
 
@@ -61,7 +61,7 @@ class SharingLayer(_Mixin):
 
 
 def stamp(tensors: Sequence[Tensor]) -> tuple:
-    """Another one once a tensor is replaced, moved or written to; () while a graph is traced."""
+    """Return a stamp that changes when a tensor is replaced, moved or written; () in a trace."""
     if torch.compiler.is_compiling() or any(_without_memory(t) for t in tensors):
         return ()
     return tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
@@ -72,10 +72,10 @@ def _without_memory(t: Tensor) -> bool:
 
 
 class _Given(torch.autograd.Function):
-    """What was made for all layers, for one of them.
+    """Hand one layer its part of what was computed for all layers.
 
-    It saves what making it alone saves, so that a checkpoint may record the one and recompute the
-    other: of a recomputation only the saved tensors are used.
+    It saves the same tensors as computing the share alone. A checkpoint may thus record one way and
+    recompute the other: it takes only the saved tensors from a recomputation.
     """
 
     @staticmethod
@@ -91,32 +91,32 @@ class _Given(torch.autograd.Function):
 
 
 class EncoderForward(Generic[Layer]):
-    """Hooks of one encoder. Copies and pickles go with the model."""
+    """The hooks of one encoder. Copies and pickles of the model include them."""
 
     def __init__(self, layers: Sequence[Layer]):
         self.layers = list(layers)
 
     def together(self) -> bool:
-        """Whether one operation can serve all layers."""
+        """True if one operation can serve all layers."""
         raise NotImplementedError
 
     def make(self) -> Sequence[Share]:
-        """The share of each layer."""
+        """Compute the share of each layer."""
         raise NotImplementedError
 
     def install(self, encoder: nn.Module) -> None:
-        """Hook ``open`` and ``close`` to the encoder's forward."""
+        """Register ``open`` and ``close`` as hooks of the encoder's forward."""
         encoder.register_forward_pre_hook(self.open)
         encoder.register_forward_hook(self.close, always_call=True)
 
     def open(self, encoder: nn.Module, args: Any) -> None:
-        """Before the encoder's forward: give each layer its share."""
+        """Give each layer its share, before the encoder's forward."""
         if getattr(encoder, "_is_replica", False) or not self.together():
             return
         for layer, given in zip(self.layers, self.make(), strict=True):
             layer.given, layer.stamp = given, stamp(layer.sources())
 
     def close(self, encoder: nn.Module, args: Any, result: Any) -> None:
-        """After the encoder's forward, also a failed one: take the shares back."""
+        """Take the shares back, after the encoder's forward, even a failed one."""
         for layer in self.layers:
             layer.given = None

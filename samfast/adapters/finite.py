@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether tensors hold numbers only, in one pass over their bytes and one wait for a device."""
+"""Find NaN and infinity in tensors, in one pass and with one wait per device."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with NaN or infinity, None where there is none.
+    """Return the name of the first tensor with NaN or infinity; None if all are finite.
 
-    Of a sharded tensor it reads the shard that is here. Tensors without values (meta, fake),
-    sparse ones and subclasses with operations of their own count as finite.
+    It reads only the local shard of a sharded tensor. Tensors without values (meta, fake), sparse
+    tensors and subclasses with operations of their own count as finite.
     """
     return next((name for name in _suspects(tensors) if not _all_finite(tensors[name])), None)
 
 
 def base_problem(model: nn.Module, replaced: Collection[str] = ()) -> str | None:
-    """Which tensor of a base model is broken, as a phrase; None where none is.
+    """Name the first broken tensor of a base model, as a phrase; None if all are sound.
 
     Parameters must be finite. Persistent buffers may hold infinity, as masks do, but not NaN.
     replaced: names in the state dict of tensors that are about to be overwritten
@@ -36,9 +36,9 @@ def base_problem(model: nn.Module, replaced: Collection[str] = ()) -> str | None
 
 
 def _suspects(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors whose sum is not finite: of all with NaN or infinity, and rarely of more.
+    """Return names of tensors whose sum is not finite: all with NaN or infinity, rarely others.
 
-    A sum may overflow without either. Each device is waited for once.
+    A sum of finite numbers may overflow. This waits for each device once.
     """
     sums: dict[torch.device, dict[str, Tensor]] = {}
     with torch.no_grad():
@@ -59,7 +59,7 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def _here(tensor: Tensor) -> Tensor | None:
-    """The values that can be read in this process; None where there are none to judge."""
+    """Return the values that this process can read; None if it can read none."""
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):  # a DTensor, whose class takes a second to import
         tensor = tensor.to_local()

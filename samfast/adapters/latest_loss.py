@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The term of the loss that a layer's latest forward left behind."""
+"""The loss term that a layer's latest forward left behind."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ from torch.autograd.function import once_differentiable
 
 
 class LatestLoss:
-    """A layer's term of its latest forward. Copies and pickles are empty.
+    """A layer's loss term from its latest forward. Copies and pickles are empty.
 
-    value: scalar, None before the first forward
-    blind: how many forwards of training ran without a graph, one after another; 0 when the latest
-        had one, so that no recomputation follows
-    counted: ``aux_loss`` has asked since, or a backward ran them again: the next one is the first
-    trained: whether the term reaches a parameter of its own layer
-    gradient: [d loss / d value], for that recomputation, which takes it out of the list
+    value: scalar; None before the first forward
+    blind: number of training forwards in a row that ran without a graph; 0 if the latest had one,
+        since no recomputation follows then
+    counted: True once ``aux_loss`` read the term or a backward recomputed these forwards; the next
+        blind forward then counts as the first
+    trained: True if the term reaches a parameter of its own layer
+    gradient: [d loss / d value] for the recomputation, which pops it
     """
 
     def __init__(self) -> None:
@@ -26,18 +27,18 @@ class LatestLoss:
         self.trained = False
         self.gradient: list[Tensor] = []
 
-    def __reduce__(self) -> tuple[type["LatestLoss"], tuple[()]]:  # deepcopy asks it too
+    def __reduce__(self) -> tuple[type["LatestLoss"], tuple[()]]:  # deepcopy calls it too
         return type(self), ()
 
     def keep(self, value: Tensor, y: Tensor, training: bool, trained: bool) -> Tensor:
-        """Take the term of a forward whose result is y; returns y, which the caller gives back.
+        """Keep the term of a forward whose result is y; return y, for the caller to return.
 
-        training: False when the term is constant   trained: whether it reaches a parameter
+        training: False if the term is constant   trained: True if it reaches a parameter
         """
-        if torch.compiler.is_exporting():  # what stands for a tensor there outlives the export
+        if torch.compiler.is_exporting():  # the tracer's tensors would outlive the export
             return y
         if recomputing():
-            self.counted = True  # the forwards before this backward are done with
+            self.counted = True  # no forward before this backward counts any more
             if not self.gradient or not torch.is_grad_enabled():
                 return y
             return _SendOn.apply(y, value, self.gradient.pop())
@@ -51,19 +52,19 @@ class LatestLoss:
 
 
 def recomputing() -> bool:
-    """Whether this forward is a checkpoint's second one, in the middle of a backward."""
-    if torch.compiler.is_compiling():  # checkpoints inside a compiled graph recompute no Python
+    """True if this forward is a checkpoint's recomputation, during a backward."""
+    if torch.compiler.is_compiling():  # inside a compiled graph, checkpoints rerun no Python
         return False
     return torch._C._current_graph_task_id() != -1
 
 
 class _SendOn(torch.autograd.Function):
-    """y, unchanged; its backward also gives ``value`` a gradient that came another way."""
+    """Return y unchanged; backward also passes ``value`` the gradient that was left for it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        # Not through save_for_backward: a checkpoint inside a checkpoint counts what is saved, and
-        # only one of its two forwards comes by here. The gradient has no graph that could leak.
+        # Not through save_for_backward: a nested checkpoint counts saved tensors, and only one of
+        # its two forwards passes here. The gradient has no graph that could leak.
         ctx.gradient = gradient.to(value.device)
         ctx.set_materialize_grads(False)
         return y.view_as(y)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layer under every mergeable low-rank adapter: shared weight, merging, state dict."""
+"""Base class of mergeable low-rank adapters: shared weight, merging, state dict."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ from samfast.kernels.sam_block.plan import LayerPlan
 
 
 class LowRankLinear(AdaptedLinear):
-    """nn.Linear plus trainable tensors of low rank that can be folded into the weight and out.
+    """nn.Linear plus trainable low-rank tensors that can be merged into the weight and removed.
 
-    A subclass adds lora_A and lora_B with ``add_adapter``, or others from which ``factors`` makes
-    them, fills them in ``reset_adapter``, gives what they add to the weight in ``delta_weight`` and
-    its forward in ``forward_adapted``.
+    A subclass adds lora_A and lora_B with ``add_adapter``, or other tensors from which ``factors``
+    computes them. ``reset_adapter`` initialises them. ``delta_weight`` returns what they add to the
+    weight, and ``forward_adapted`` is the subclass's forward.
 
-    The state dict always holds the weight without the adapter, merged or not, and loading one
-    while merged merges again: a merged model and an unmerged one save the same tensors.
+    The state dict always holds the weight without the adapter, merged or not. Loading one while
+    merged merges again. A merged and an unmerged model thus save the same tensors.
     """
 
     lora_A: nn.Parameter
@@ -40,19 +40,19 @@ class LowRankLinear(AdaptedLinear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        # The weight's own storage while another one with the adapter folded in stands in for it.
+        # The original storage of the weight, while a merged one replaces it.
         self.register_buffer("unmerged_weight", None, persistent=False)
 
     def delta_weight(self) -> torch.Tensor:
-        """(out_features, in_features), at least float32: what the adapter adds to the weight."""
+        """What the adapter adds to the weight: (out_features, in_features), at least float32."""
         raise NotImplementedError
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """The result with the update. x: (..., in_features) -> (..., out_features)"""
+        """Run the layer with its update. x: (..., in_features) -> (..., out_features)"""
         raise NotImplementedError
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """lora_a and lora_b as the engine takes them, differentiable in the adapter's tensors."""
+        """Return lora_a and lora_b for the kernel, differentiable in the adapter's tensors."""
         return self.lora_A, self.lora_B
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,13 +65,13 @@ class LowRankLinear(AdaptedLinear):
         return super().forward(x)
 
     def block_problem(self) -> str | None:
-        """Why this layer cannot take part in a fused block, None when it can."""
+        """Say why this layer cannot take part in a fused block; None if it can."""
         if self.merged and self.training and torch.is_grad_enabled():
-            return "has its adapter merged, which cannot be trained"  # its own forward raises
+            return "has its adapter merged, which cannot be trained"  # its forward raises
         return None
 
     def block_layer(self, x: torch.Tensor, windows: Windows) -> BlockLayer:
-        """Its share in a fused block; x as the block's products take it."""
+        """Return what the layer passes to a fused block; x is the input of the products."""
         if self.merged:
             return BlockLayer(self.weight, self.bias)
         dropout = self.dropout if self.training else 0.0
@@ -81,7 +81,7 @@ class LowRankLinear(AdaptedLinear):
         )  # fmt: skip
 
     def layer_plan(self, dropout: float) -> LayerPlan:
-        """What a fused block has to know of the update beside its tensors."""
+        """What a fused block needs to know about the update in addition to its tensors."""
         raise NotImplementedError
 
     @property
@@ -89,7 +89,7 @@ class LowRankLinear(AdaptedLinear):
         return self.unmerged_weight is not None
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         with torch.no_grad():
             factors = self.factors()
         return backend_of(self.weight, factors, len(getattr(self, "slices", ())) or 1)
@@ -97,9 +97,9 @@ class LowRankLinear(AdaptedLinear):
     @torch.inference_mode(False)  # a later backward saves the merged weight
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapter into the weight. Merging again folds the present adapter anew.
+        """Fold the adapter into the weight. Merging again folds the adapter's present values.
 
-        Autocast has no say in it: a merged weight is the same whatever is on around the call.
+        Autocast does not affect the merged weight.
         """
         kept = self.weight.data if self.unmerged_weight is None else self.unmerged_weight
         merged = self._folded(kept)
@@ -107,19 +107,19 @@ class LowRankLinear(AdaptedLinear):
         self.weight.data = merged
 
     def _folded(self, weight: torch.Tensor) -> torch.Tensor:
-        """A new tensor: the weight with the present adapter added."""
+        """Return a new tensor: the weight plus the present adapter."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         with without_autocast(weight.device.type):
             return (weight.to(wide) + self.delta_weight().to(wide)).to(weight.dtype)
 
     @torch.no_grad()
     def plain(self) -> nn.Linear:
-        """nn.Linear with the adapter in its weight."""
+        """Return an nn.Linear with the adapter in its weight."""
         weight = self.weight.data if self.merged else self._folded(self.weight.data)
         return plain_linear(weight, self.bias)
 
     def unmerge(self) -> None:
-        """Put the weight's own storage back, bit for bit. Does nothing when it is not merged."""
+        """Restore the original weight, bit for bit. Do nothing if it is not merged."""
         if self.unmerged_weight is not None:
             self.weight.data = self.unmerged_weight
             self.unmerged_weight = None
@@ -142,7 +142,7 @@ class LowRankLinear(AdaptedLinear):
 def backend_of(
     weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], slices: int = 1
 ) -> dict[str, str]:
-    """What runs ``lora_linear`` on these, for an x as autocast would have it."""
+    """Return the backend that runs ``lora_linear`` on these tensors, under autocast too."""
     x = autocast_input(weight.detach()[:0])
     try:
         name = resolve(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of dataclasses that are options of the command line: help, choices, how they are given.
+"""Dataclass fields that are command-line options: help, choices and form.
 
 Nothing here imports torch, so that ``--help`` is quick.
 """
@@ -18,17 +18,17 @@ def _same(value: Any) -> Any:
 class Option:
     """One option of the command line.
 
-    help: says what the option does; ``hint`` or the default follows it in brackets
-    name: on the command line, the field's own if not given   field: of the dataclass
-    type: as the command line parses it, the field's own if not given
-    default: as the command line would give it; a flag is off
-    hint: takes the place of "default: VALUE"
-    choices: the values there are   metavar: what stands for the value in the help
-    least, most: the smallest and the largest number that is right
-    positional: given without its name   repeatable: given once for each value
-    alone: the value that the name alone means
-    in_folder: a flag that the default output folder is named after
-    as_option, as_field: from the field's value to the command line's, and back
+    help: what the option does; ``hint`` or the default follows it in brackets
+    name: name on the command line (default: the field's)   field: name in the dataclass
+    type: type that the command line parses (default: the field's)
+    default: default in the command line's form; flags are off
+    hint: text instead of "default: VALUE"
+    choices: allowed values   metavar: placeholder of the value in the help
+    least, most: smallest and largest allowed number
+    positional: given without its name   repeatable: given once per value
+    alone: value that the name means without a value
+    in_folder: a flag that names the default output folder
+    as_option, as_field: convert the field's value to the command line's, and back
     """
 
     help: str
@@ -40,7 +40,7 @@ class Option:
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     least: float | None = None
-    most: float = 2**31 - 1  # of whole numbers
+    most: float = 2**31 - 1  # the largest whole number allowed
     positional: bool = False
     repeatable: bool = False
     alone: str | None = None
@@ -50,13 +50,13 @@ class Option:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field that is an option; more: of ``Option``. ``...`` makes it required."""
+    """Make a dataclass field an option; more: fields of ``Option``. ``...`` makes it required."""
     default = dataclasses.MISSING if default is ... else default
     return dataclasses.field(default=default, metadata={"option": Option(help=help, **more)})
 
 
 def options_of(owner: Any) -> tuple[Option, ...]:
-    """The options of a dataclass, or of an instance, whose values are the defaults then."""
+    """List the options of a dataclass or an instance; an instance's values are the defaults."""
     found = []
     for field in dataclasses.fields(owner):
         told = field.metadata.get("option")
@@ -75,11 +75,11 @@ def options_of(owner: Any) -> tuple[Option, ...]:
     return tuple(found)
 
 
-# Options that several methods have.
+# Options that several methods share.
 
 
 def target_option(default: str | tuple[str, ...], layers: str = "") -> Any:
-    """The option ``--target``. layers: its help, where the usual one does not fit"""
+    """Make the option ``--target``. layers: its help, if the usual one does not fit"""
     return option(
         default,
         layers or "Encoder layers to adapt: qkv, proj, lin1, lin2, or a regular expression",

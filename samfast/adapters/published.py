@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules whose state dict has the names that their method was published with."""
+"""Modules whose state dict uses the names of their method's published code."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,34 +20,34 @@ else:
 
 
 class PublishedNames(_Mixin):
-    """Mixin that translates names, and packs into one Parameter what was published in parts."""
+    """Mixin that translates names and packs published parts into one Parameter."""
 
     def published(self) -> Published:
-        """By the name of a Parameter here: the published keys, and the shape of each one's part.
+        """Map the name of a Parameter to its published keys and the shape of each part.
 
-        The Parameter holds the parts one after another. Those not named keep their names.
+        The Parameter holds the parts one after another. Parameters not listed keep their names.
         """
         raise NotImplementedError
 
     def constants(self) -> dict[str, float]:
-        """Published entries of one element that are no tensors here."""
+        """Published entries of one element that are not tensors here."""
         return {}
 
     def _apply(self: Names, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Names:
-        """What is packed is not a map: ``to(memory_format=...)`` leaves its layout as it is."""
+        """Apply ``fn``, but keep the layout of packed Parameters under ``memory_format``."""
 
         def packed(t: Tensor) -> Tensor:
             if t.dim() < 4:
                 return fn(t)
             try:
                 return fn(t).contiguous()
-            except RuntimeError:  # channels_last takes four dimensions, no other number
+            except RuntimeError:  # channels_last needs exactly four dimensions
                 return fn(t.flatten(0, -4)).contiguous().view(t.shape)
 
         return super()._apply(packed, recurse)
 
     def published_state(self) -> Iterator[tuple[str, Tensor]]:
-        """All of the state dict that is not the layer's own weight and bias."""
+        """Yield the entries of the state dict except the layer's own weight and bias."""
         for name, value in self.state_dict(keep_vars=True).items():
             if name not in ("weight", "bias"):
                 yield name, value
@@ -99,7 +99,7 @@ class PublishedNames(_Mixin):
                 continue
             present = self.get_parameter(name).detach()
             if len(parts) < len(keys):
-                if present.is_meta:  # nothing to keep where the state has nothing
+                if present.is_meta:  # a meta tensor has no values to keep
                     continue
                 device = next(iter(parts.values())).device
                 held = present.reshape(len(keys), *shape).to(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that take another's place with all that it holds."""
+"""Replace a module by one of another class that holds the same contents."""
 
 import contextlib
 import threading
@@ -14,10 +14,10 @@ _CHECKPOINTING = "transformers.modeling_layers"
 
 
 def standing_in(kind: type[Module], module: nn.Module) -> Module:
-    """A ``kind`` with the Parameters, buffers, submodules, hooks and options of ``module``.
+    """Build a ``kind`` with the Parameters, buffers, submodules, hooks and options of ``module``.
 
-    What either registers or replaces later is its own. ``kind`` is a subclass of the module's
-    class and adds nothing that its __init__ would have to make.
+    Later registrations and replacements affect only one of the two. ``kind`` must subclass the
+    module's class and add nothing that its __init__ would create.
     """
     new = kind.__new__(kind)
     for name, value in vars(module).items():
@@ -26,18 +26,18 @@ def standing_in(kind: type[Module], module: nn.Module) -> Module:
 
 
 def kind_of(module: nn.Module) -> str:
-    """Its class and the package that has it, as a phrase."""
+    """Name the class and its package, as a phrase."""
     kind = type(module)
     return f"{whose(kind.__module__.partition('.')[0])} {kind.__name__}"
 
 
 def whose(package: str) -> str:
-    """The genitive of a name."""
+    """Return the possessive form of a name."""
     return f"{package}'" if package.endswith("s") else f"{package}'s"
 
 
 def altered(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: hooks, or a patched forward."""
+    """True if a call does more than the class says: hooks, or a patched forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -48,14 +48,14 @@ def altered(module: nn.Module) -> bool:
 
 
 def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether its class is ``kind``, or one that a wrapper such as FSDP2 made of it."""
+    """True if the class is ``kind``, or one that a wrapper such as FSDP2 derived from it."""
     return type(module) is kind or (
         isinstance(module, kind) and bare(type(module).forward) is kind.forward
     )
 
 
 def bare(forward: Any) -> Any:
-    """Without what transformers puts around the forward of each layer, to checkpoint it."""
+    """Return the forward without the wrapper that transformers adds for checkpointing."""
     while getattr(forward, "__globals__", {}).get("__name__") == _CHECKPOINTING:
         forward = forward.__wrapped__
     return forward
@@ -70,7 +70,7 @@ _left_alone = _LeftAlone()
 
 @contextlib.contextmanager
 def leaving_alone(module: nn.Module) -> Iterator[None]:
-    """In this thread the module is to run its stock forward."""
+    """Make the module run its stock forward, in this thread only."""
     before = _left_alone.modules
     _left_alone.modules = (*before, id(module))
     try:
@@ -80,5 +80,5 @@ def leaving_alone(module: nn.Module) -> Iterator[None]:
 
 
 def left_alone(module: nn.Module) -> bool:
-    """Whether the module runs inside ``leaving_alone`` right now."""
+    """True while the module runs inside ``leaving_alone``."""
     return not torch.compiler.is_compiling() and id(module) in _left_alone.modules

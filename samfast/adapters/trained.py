@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of a model that training moves, which are those that an adapter folder holds."""
+"""The tensors that training changes; an adapter folder holds exactly these."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from samfast.adapters.attachment import attachment
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that training moves, by full name, shared tensors once; the tensors are the model's own.
+    """Map full names to all tensors that training changes: the model's own, shared ones once.
 
-    These are the adapters, what ``train`` un-froze, what requires a gradient now, and the
-    persistent buffers of modules that are trained whole. Weights are given without the adapter,
+    These are the adapters, tensors that ``train`` un-froze, tensors that require a gradient now,
+    and persistent buffers of modules that are trained whole. Weights come without the adapter,
     whether it is merged or not.
     """
     own = adapter_parameter_names(model)
@@ -27,13 +27,13 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of ``trained_state`` on the CPU."""
+    """Return copies of ``trained_state`` on the CPU."""
     state = trained_state(model)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
 def _trained_buffers(model: nn.Module, trained: set[str]) -> list[str]:
-    """Persistent buffers in modules all of whose parameters are trained."""
+    """Return the persistent buffers of modules whose parameters are all trained."""
     found: dict[str, None] = {}
     for path, module in model.named_modules():
         inside = f"{path}." if path else ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model inside what other libraries put around it.
+"""Find the model inside the wrappers of other libraries.
 
-Looked through are torch.compile, data parallelism, torch's AveragedModel, PEFT's PeftModel, and any
-module (Lightning's, a user's own) with one child that holds a SAM and no parameters of its own.
+Known wrappers are torch.compile, data parallelism, torch's AveragedModel and PEFT's PeftModel. Any
+module without parameters of its own and with one child that holds a SAM also counts.
 """
 
 from torch import nn
@@ -12,15 +12,15 @@ from torch.optim.swa_utils import AveragedModel
 from samfast.adapters.foreign import Foreign
 
 ENCODER = "image_encoder"  # segment_anything's name
-ENCODER_OF_HF = "vision_encoder"  # Hugging Face's, which models of other kinds use as well
+ENCODER_OF_HF = "vision_encoder"  # Hugging Face's name; models of other kinds use it too
 ATTACHMENT = "samfast_attachment"
-ENCODER_OF_META = "backbone.vision_backbone.trunk"  # SAM 3's in its authors' package
+ENCODER_OF_META = "backbone.vision_backbone.trunk"  # the name in the SAM 3 authors' package
 _PARTS_OF_HF = (("patch_embed", "layers", "neck"), ("backbone.layers", "neck"))  # of SAM, of SAM 3
 _PARTS_OF_META = ("patch_embed", "blocks")
 
 
 def encoder_name(model: nn.Module) -> str:
-    """What the model calls its image encoder of SAM; "" where it has none."""
+    """Return the model's name for SAM's image encoder; "" if it has none."""
     parts = model._modules if isinstance(model, nn.Module) else {}
     if isinstance(parts.get(ENCODER), nn.Module):
         return ENCODER
@@ -34,7 +34,7 @@ def encoder_name(model: nn.Module) -> str:
 
 
 def _has(model: nn.Module, path: str) -> bool:
-    """Whether the model has a module at the end of this path."""
+    """True if the model has a module at this path."""
     part: nn.Module | None = model
     for name in path.split("."):
         part = getattr(part, "_modules", {}).get(name)
@@ -42,17 +42,17 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 def encoder_of(model: nn.Module) -> Foreign:
-    """The image encoder of SAM in the model; the model itself where there is none."""
+    """Return SAM's image encoder in the model; the model itself if it has none."""
     return model.get_submodule(encoder_name(model))
 
 
 def unwrapped(model: nn.Module) -> Foreign:
-    """The model inside its wrappers; the model itself where none is known or it is not clear."""
+    """Return the model inside its wrappers; the model itself if none is known or several fit."""
     return levels(model)[-1]
 
 
 def levels(model: nn.Module) -> list[nn.Module]:
-    """The model, what it wraps, what that wraps, …; the last one wraps nothing."""
+    """List the model, what it wraps, what that wraps, and so on; the last wraps nothing."""
     found = [model]
     while (leaf := _wrapped(found[-1])) is not None:
         inner: Foreign = found[-1]._modules[leaf]
@@ -61,14 +61,14 @@ def levels(model: nn.Module) -> list[nn.Module]:
 
 
 def prefix_of(model: nn.Module) -> str:
-    """What names of the model have before those of ``unwrapped(model)``, such as "module." """
+    """Return the prefix that wrappers add to names of ``unwrapped(model)``, such as "module." """
     return "".join(f"{_wrapped(level)}." for level in levels(model)[:-1])
 
 
 def unclear(model: nn.Module) -> str:
-    """Why ``unwrapped`` stops at the model although a part of it holds a SAM; "" otherwise.
+    """Say why ``unwrapped`` stops at the model although a part of it holds a SAM; else "".
 
-    The end of a sentence about the model, with what to pass instead.
+    The text ends a sentence about the model and says what to pass instead.
     """
     model = unwrapped(model)
     held = [] if _is_model(model) else _parts_with_sam(model)
@@ -80,14 +80,14 @@ def unclear(model: nn.Module) -> str:
 
 
 def _wrapped(model: nn.Module) -> str | None:
-    """The name of the child that the model wraps, None for a model that is not a wrapper."""
+    """Return the name of the child that the model wraps; None if it is not a wrapper."""
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return "module"
     if not isinstance(model, nn.Module):
         return None
     if "_orig_mod" in model._modules:  # torch.compile's
         return "_orig_mod"
-    # FullyShardedDataParallel's parameters are flat pieces, which no layer's names belong to.
+    # FullyShardedDataParallel flattens parameters, so that no layer's names fit them.
     if _is_model(model) or "_fsdp_wrapped_module" in model._modules:
         return None
     held = _parts_with_sam(model)
@@ -99,7 +99,7 @@ def _wrapped(model: nn.Module) -> str | None:
 
 
 def _is_model(model: nn.Module) -> bool:
-    """Whether it is what attach and segment work on: a SAM, or a model that was attached to."""
+    """True for a SAM, and for a model that ``attach`` has changed."""
     return encoder_name(model) != "" or hasattr(model, ATTACHMENT)
 
 
@@ -108,11 +108,11 @@ def _parts_with_sam(model: nn.Module) -> list[str]:
 
 
 def refuse_new_parameters(model: nn.Module) -> None:
-    """Raise ValueError for a wrapper that would not know of parameters that are added inside it."""
+    """Raise ValueError for a wrapper that would miss parameters added inside it."""
     for level in levels(model):
         if isinstance(level, (DistributedDataParallel, AveragedModel)):
             kind = type(level).__name__
             raise ValueError(
-                f"the model is inside a {kind}, which would leave new parameters out; attach "
+                f"the model is inside a {kind}, which would miss new parameters; attach "
                 f"first, then make the {kind}"
             )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models without samfast's own operators, which other programs run.
+"""Export models without samfast's own operators, for other programs.
 
-form    a copy of a model whose adapters are plain modules of torch
-parts   SAM's halves as ``samfast export`` writes them
-onnx_files   ONNX files of these
-onnx_check   these files in onnxruntime against torch
+form    a copy of a model whose adapters are plain torch modules
+parts   SAM's halves, as ``samfast export`` writes them
+onnx_files   ONNX files of these parts
+onnx_check   the files in onnxruntime, compared with torch
 """

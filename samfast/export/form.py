@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy of a model whose adapters are plain modules, for torch.export and torch.onnx."""
+"""Copy a model with its adapters as plain modules, for torch.export and torch.onnx."""
 
 import copy
 
@@ -17,20 +17,20 @@ from samfast.models.multi_task import MultiTaskSam
 
 
 def export_form(model: nn.Module, *, task: int | str | None = None) -> nn.Module:
-    """A copy of a model that runs on torch's own operators only: for torch.export and torch.onnx.
+    """Copy a model so that it needs only torch's operators, for torch.export and torch.onnx.
 
-    model: any with samfast's adapters, such as what ``load_adapted`` gives; it stays as it is
-    task: the one of a TA-LoRA adapter; None is the one that is set. A MultiTaskSam then has it only
+    model: a model with samfast's adapters, such as from ``load_adapted``; it stays as it is
+    task: the task of a TA-LoRA adapter (default: the one that is set); a MultiTaskSam keeps only it
 
     LoRA, SAM-COBOT on LoRA, TA-LoRA and Kronecker are added to the weights. AdaptFormer becomes a
-    branch of plain layers. Conv-LoRA becomes ``DenseConvLora``: all experts run, and the gate's
-    choice for each map picks one. Blocks are not fused. The copy is in evaluation mode and frozen.
+    branch of plain layers. Conv-LoRA becomes ``DenseConvLora``: all experts run, and the gate picks
+    one per map. Blocks are not fused. The copy is in eval mode and frozen.
 
         form = samfast.export_form(samfast.load_adapted("runs/cells", "sam_vit_b_01ec64.pth"))
-        pixels = torch.zeros(1, 3, 1024, 1024)  # normalised, as Sam.preprocess gives them
+        pixels = torch.zeros(1, 3, 1024, 1024)  # normalised as by Sam.preprocess
         program = torch.export.export(form.image_encoder, (pixels,), strict=False)
 
-    Raises ValueError for a layer that has no such form, and for several tasks of TA-LoRA at once.
+    Raises ValueError for a layer without such a form, and if several TA-LoRA tasks are set.
     """
     model = copy.deepcopy(unwrapped(model)).eval()
     if any(is_fused(module) for module in model.modules()):
@@ -52,7 +52,7 @@ def export_form(model: nn.Module, *, task: int | str | None = None) -> nn.Module
 
 
 def _leave_one_task(model: nn.Module, task: int | str | None) -> None:
-    """Set the task of a TA-LoRA adapter, and take the other tasks from a MultiTaskSam."""
+    """Set the task of a TA-LoRA adapter, and remove the other tasks from a MultiTaskSam."""
     layers = [m for m in adapters(model).values() if isinstance(m, TaskLoraLinear)]
     if task is not None:
         set_task(model, task)
@@ -73,7 +73,7 @@ def _leave_one_task(model: nn.Module, task: int | str | None) -> None:
 
 
 def _remove_sharing(module: nn.Module) -> None:
-    """Take away the hooks that make what the adapters of an encoder share."""
+    """Remove the hooks that compute what an encoder's adapters share."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), EncoderForward):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files in onnxruntime against torch: the same embeddings and masks, for any batch."""
+"""Compare ONNX files in onnxruntime with torch: embeddings and masks, for any batch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ from samfast.export.onnx_files import prompt_inputs
 from samfast.models import decode
 from samfast.models.segment import upscale
 
-# Of the largest value that torch gives, and at least of 1: thousands of float32 roundings.
+# A share of torch's largest value, or of 1 if that is more: thousands of float32 roundings.
 ALLOWED = 1e-3
 
 
 def session_of(path: Path) -> Any:
-    """The file in onnxruntime, on the CPU."""
+    """Open the file in onnxruntime, on the CPU."""
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -30,7 +30,7 @@ def run_session(session: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def check_encoder(path: Path, images: Tensor, embeddings: Tensor) -> float:
-    """The largest difference from torch's embeddings of images, of a batch and of one alone."""
+    """Return the largest difference from torch's embeddings, for a batch and for one image."""
     session = session_of(path)
     return max(
         agreement(path, run_session(session, {"images": some})[0], own)
@@ -49,7 +49,7 @@ def check_task_decoder(path: Path, model: Any, task: str, embeddings: Tensor) ->
 
 
 def check_prompt_decoder(path: Path, model: Any, embeddings: Tensor) -> float:
-    """The same without a prompt, with points and with boxes, and for a photo that is no square."""
+    """Compare masks without a prompt, with points and boxes, and for a photo that is not square."""
     session, side = session_of(path), model.image_encoder.img_size
     photo = (side // 2 + 5, side + 3)
     kept = round(photo[0] * side / photo[1])
@@ -68,7 +68,7 @@ def check_prompt_decoder(path: Path, model: Any, embeddings: Tensor) -> float:
 
 
 def _prompts(side: int, batch: int) -> list[tuple[dict, Tensor, Tensor]]:
-    """Prompts as ``decode`` takes them, and their coordinates and labels in the file."""
+    """Return prompts for ``decode``, and their coordinates and labels for the file."""
     generator = torch.Generator().manual_seed(batch)
     coords = side * torch.rand(batch, 2, 2, generator=generator)
     boxes = torch.cat([coords.amin(1), coords.amax(1)], 1)
@@ -84,7 +84,7 @@ def _prompts(side: int, batch: int) -> list[tuple[dict, Tensor, Tensor]]:
 
 
 def agreement(path: Path, got: Tensor, expected: Tensor) -> float:
-    """The largest difference; ValueError where it is above ALLOWED."""
+    """Return the largest difference; raise ValueError if it is above ALLOWED."""
     if got.shape != expected.shape:
         raise ValueError(
             f"{path.name} gives shape {tuple(got.shape)} in onnxruntime, but torch gives "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files of a SAM's halves, which onnx's checker takes."""
+"""Write ONNX files of a SAM's halves, which pass onnx's checker."""
 
 import warnings
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ PROMPT_OUTPUTS = ("masks", "iou_predictions", "low_res_masks")
 
 
 def missing_packages() -> str | None:
-    """What is not installed of what writing ONNX needs, and how to get it; None where all is."""
+    """Say which packages for ONNX are missing and how to get them; None if none is."""
     absent = [name for name in PACKAGES if not installed(name)]
     if not absent:
         return None
@@ -66,7 +66,7 @@ def prompt_inputs(
     labels: Tensor,
     size: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
-    """The inputs of a decoder with prompts, without a mask. size: of the photo, S x S if not given
+    """Return inputs of a decoder with prompts, without a mask. size: of the photo (default: S x S)
 
     embeddings: [batch, 256, n, n]   coords: [batch, points, 2]   labels: [batch, points]
     """
@@ -91,7 +91,7 @@ def _write(
     import onnx
 
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its code and of axes that share a name
+        warnings.simplefilter("ignore")  # torch warns of its own code and of axes that share a name
         program: Any = torch.onnx.export(
             part.eval(), example, dynamo=True, opset_version=opset, input_names=list(inputs),
             output_names=list(outputs), dynamic_shapes=shapes, verbose=False,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The halves of a SAM as modules of tensors only, which torch.export takes with any batch.
+"""The halves of a SAM as modules that take only tensors, for torch.export with any batch.
 
-Each is made of an ``export_form`` in float32 or float64.
+Each is built from an ``export_form`` in float32 or float64.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class ImageEncoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """What decoders have in common. side: of images, cells: of embeddings"""
+    """Base class of decoders. side: side of images   cells: side of embeddings"""
 
     positions: Tensor
     side: int
@@ -77,15 +77,15 @@ class PromptDecoder(_Decoder):
 
     image_embeddings: [batch, 256, n, n], n = S/16
     point_coords: [batch, points, 2], x and y in pixels of the S x S image
-    point_labels: [batch, points], 1 foreground, 0 background, 2 and 3 the left upper and the right
-        lower corner of a box, -1 padding, which points need where there is no box; no point at all
-        is no prompt
+    point_labels: [batch, points], 1 foreground, 0 background, 2 and 3 the upper left and lower
+        right corner of a box, -1 padding. Points without a box need one padding point. No points
+        mean no prompt.
     mask_input: [batch, 1, 4n, 4n], logits   has_mask_input: [1], 0 or 1
     orig_im_size: [2], height and width of the photo whose longer side was resized to S
     masks: [batch, 1, height, width]   iou_predictions: [batch, 1]
     low_res_masks: [batch, 1, 4n, 4n]
 
-    The mask is that of the first mask token, which ``finetune`` trains, whatever the prompts.
+    The mask is always that of the first mask token, which ``finetune`` trains.
     """
 
     mask_decoder: Any
@@ -129,15 +129,15 @@ class PromptDecoder(_Decoder):
         return torch.where(given.view(1, 1, 1, 1) > 0, embedded, nothing)
 
     def _resized(self, masks: Tensor, size: Tensor) -> Tensor:
-        """Upscaled to S x S, without what was padded, resized to the photo: two products."""
+        """Upscale to S x S, remove the padding and resize to the photo, with two products."""
         size = size.to(masks.dtype)
-        kept = torch.floor(size * (self.side / size.max()) + 0.5)  # of the S x S image
+        kept = torch.floor(size * (self.side / size.max()) + 0.5)  # in the S x S image
         sides: list[Any] = [n.item() for n in size.to(torch.int64).unbind()]
         rows, columns = self._weights(sides[0], kept[0]), self._weights(sides[1], kept[1])
         return rows @ masks @ columns.t()
 
     def _weights(self, count: int, kept: Tensor) -> Tensor:
-        """[count, 4n]: what each of `count` lines takes of the low-resolution mask."""
+        """Return [count, 4n]: the weights of the low-resolution mask for each of `count` lines."""
         torch._check(count > 0)
         like: dict[str, Any] = {"dtype": self.upscaling.dtype, "device": self.upscaling.device}
         at = (torch.arange(count, **like) + 0.5) * (kept / count) - 0.5

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter folders: their format, reading, writing, and whether they belong on a model."""
+"""Adapter folders: format, reading, writing, and checks that one fits a model."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving what was trained to an adapter folder, and putting it on a model again."""
+"""Save what was trained to an adapter folder, and load it onto a model again."""
 
 import json
 import os
@@ -59,17 +59,17 @@ def save_adapter(
 ) -> Path:
     """Write every trained tensor of the model to a folder; ``load_adapter`` reads it.
 
-    Plain LoRA beside modules that are trained whole is in PEFT's format. A new folder appears in
-    one step, with all its files. An adapter that is there already is replaced in one step.
+    Plain LoRA, with or without modules trained whole, is saved in PEFT's format. A new folder
+    appears in one step, with all its files. An existing adapter is replaced in one step.
 
-    head, classes: what the decoder predicts; the head that the model has, and the tasks of a
-        MultiTaskSam, if not given
-    image_size: default is the image encoder's
-    extra: JSON values that are kept under "extra" in the configuration
+    head, classes: what the decoder predicts (default: the model's head, and the tasks of a
+        MultiTaskSam)
+    image_size: side in pixels (default: the image encoder's)
+    extra: JSON values, kept under "extra" in the configuration
 
-    Of a wrapper with one SAM inside, that is saved. Raises ValueError when nothing was attached,
-    the head is not the model's, a tensor has NaN or infinity, or an extra is not a JSON value;
-    OSError when the folder cannot be written.
+    If a wrapper holds one SAM, that SAM is saved. Raises ValueError if nothing was attached, the
+    head differs from the model's, a tensor has NaN or infinity, or an extra is not a JSON value.
+    Raises OSError if the folder cannot be written.
     """
     folder = Path(folder)
     files = adapter_files(model, folder, head=head, classes=classes, image_size=image_size, **extra)
@@ -88,7 +88,7 @@ def adapter_files(
     image_size: int | None = None,
     **extra: Any,
 ) -> dict[str, bytes]:
-    """What ``save_adapter`` writes to the folder, by file name; writes nothing."""
+    """Return what ``save_adapter`` would write, by file name; write nothing."""
     reason, model = unclear(model), unwrapped(model)
     attached = attachment(model)
     if attached is None:
@@ -102,8 +102,8 @@ def adapter_files(
     tensors = trained_tensors(model)
     if (bad := not_finite(tensors)) is not None:
         raise ValueError(
-            f"{bad} contains NaN or infinity, so nothing was written to {folder}; go back to the "
-            "last good adapter, a smaller learning rate may help"
+            f"{bad} contains NaN or infinity, so nothing was written to {folder}; return to the "
+            "last good adapter and try a smaller learning rate"
         )
     own = adapter_parameter_names(model)
     beside = {name for name, _ in model.named_parameters() if name in tensors and name not in own}
@@ -140,13 +140,13 @@ def _record_of_base(model: nn.Module, trained: Collection[str]) -> dict[str, Any
 def _contents(
     record: dict[str, Any], config: dict[str, Any] | None, tensors: dict[str, torch.Tensor]
 ) -> dict[str, bytes]:
-    """The files of a folder; config: PEFT's, None where it cannot express the adapter."""
+    """Return a folder's files; config: PEFT's, None if it cannot express the adapter."""
     if config is None:
         config = record
     else:
         config["auto_mapping"]["samfast"] = record
         tensors = {peft_format.to_key(name): value for name, value in tensors.items()}
-    # One entry only: safetensors writes several in any order, and equal adapters are equal files.
+    # One entry only: safetensors orders several at random, and equal adapters give equal files.
     header = {"samfast": json.dumps({"record": record, "sha256": digest(record, tensors)})}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {CONFIG: text.encode(), TENSORS: save(tensors, metadata=header)}
@@ -162,22 +162,22 @@ def load_adapter(
 ) -> nn.Module:
     """Put a saved adapter on a model, in place, and return the model.
 
-    Inside a wrapper of one SAM it works on the SAM. An adapter of several tasks makes a
-    MultiTaskSam of a stock model, which shares its encoder, and returns that.
+    If a wrapper holds one SAM, it works on that SAM. For an adapter of several tasks it turns a
+    stock model into a MultiTaskSam, which shares the model's encoder, and returns that.
 
-    A stock model gets head and adapters (and everything frozen, as ``attach`` does); a model with
-    the same head and the same method on the same layers gets the tensors alone. The folder may be
-    of ``save_adapter`` or LoRA saved by PEFT, from segment_anything's Sam or Hugging Face's
-    SamModel: each takes the other's. Or it is a file: SAMed's (.pth, .pt) with its prompt encoder
-    and mask decoder, or Sam_LoRA's (.safetensors).
+    A stock model gets the head and the adapters, and is frozen as ``attach`` does. A model with the
+    same head and the same method on the same layers gets only the tensors. The folder comes from
+    ``save_adapter``, or holds LoRA saved by PEFT. Folders of segment_anything's Sam load onto
+    Hugging Face's SamModel and back. Files load too: SAMed's (.pth, .pt) with prompt encoder and
+    mask decoder, and Sam_LoRA's (.safetensors).
 
-    trainable: whether the loaded tensors require a gradient
-    check_base: refuse an adapter that was trained on another base model; one that was trained at
-        another image size on the same base loads with a warning
+    trainable: True if the loaded tensors require a gradient
+    check_base: refuse an adapter of another base model. An adapter of the same base at another
+        image size loads with a warning.
     base_dtype: as in ``attach``, for a stock model
 
-    Raises FileNotFoundError or ValueError with one sentence, and then has changed nothing; also
-    for NaN in the base, whatever check_base says.
+    Raises FileNotFoundError or ValueError, before anything changes; also for NaN in the base,
+    whatever check_base is.
     """
     adapter = read_adapter(folder)
     given, stock = model, level_of(model, adapter)
@@ -217,7 +217,7 @@ def load_adapter(
 
 
 def _with_tasks(model: nn.Module, adapter: AdapterFile) -> nn.Module:
-    """The MultiTaskSam for an adapter of several tasks; for other adapters the model itself."""
+    """Make the MultiTaskSam for an adapter of several tasks; return the model for others."""
     if adapter.record.get("head") != MULTI_TASK:
         return model
     try:
@@ -228,5 +228,5 @@ def _with_tasks(model: nn.Module, adapter: AdapterFile) -> nn.Module:
         raise ValueError(f"adapter {adapter.folder} cannot be used: {error}") from None
     if model.tasks != tasks:
         mine, theirs = (", ".join(map(str, own)) for own in (model.tasks, tasks))
-        raise ValueError(f"adapter {adapter.folder} is of {theirs}, but the model of {mine}")
+        raise ValueError(f"adapter {adapter.folder} is for {theirs}, but the model is for {mine}")
     return model

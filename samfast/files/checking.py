@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an adapter that was read belongs on a model: its layers, tensors, head and base."""
+"""Check that an adapter fits a model: its layers, tensors, head and base."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from samfast.models.heads import HEADS, head_of
 
 
 def level_of(model: nn.Module, adapter: AdapterFile) -> nn.Module:
-    """The model inside the wrappers; a wrapper where the adapter's names are of that one."""
+    """Return the model inside its wrappers, or the wrapper that the adapter's names fit."""
     inside = levels(model)
     for level in inside[:-1]:
         modules = dict(level.named_modules())
@@ -29,7 +29,7 @@ def level_of(model: nn.Module, adapter: AdapterFile) -> nn.Module:
 
 
 def image_size_of(model: nn.Module) -> int | None:
-    """The side in pixels of what the model's image encoder takes; None for other models."""
+    """Return the side in pixels of the encoder's images; None for other models."""
     if not encoder_name(model):
         return None
     encoder = encoder_of(model)  # segment_anything's, or Hugging Face's
@@ -39,7 +39,7 @@ def image_size_of(model: nn.Module) -> int | None:
 
 
 def _sizes(model: nn.Module, adapter: AdapterFile) -> str | None:
-    """A phrase with both image sizes where they differ."""
+    """Return a phrase with both image sizes; None if they agree."""
     theirs, mine = adapter.record.get("image_size"), image_size_of(model)
     if theirs is None or mine is None or theirs == mine:
         return None
@@ -47,7 +47,7 @@ def _sizes(model: nn.Module, adapter: AdapterFile) -> str | None:
 
 
 def find_layers_of(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Module]:
-    """The stock model's layers that the adapter belongs on, each checked."""
+    """Find and check the stock model's layers that the adapter belongs on."""
     modules = dict(model.named_modules())
     layers = {}
     for name in adapter.layers:
@@ -56,9 +56,9 @@ def find_layers_of(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Modul
             kind = adapter.method.replaces.__name__
             if layer is not None and "format" not in adapter.record:  # PEFT's
                 raise ValueError(
-                    f"adapter {adapter.folder} adapts {name}, a {type(layer).__name__}, and "
-                    f"samfast only nn.{kind}; load it with PEFT's PeftModel.from_pretrained, then "
-                    "call samfast.fuse"
+                    f"adapter {adapter.folder} adapts {name}, a {type(layer).__name__}, but "
+                    f"samfast adapts only nn.{kind}; load it with PEFT's "
+                    "PeftModel.from_pretrained, then call samfast.fuse"
                 )
             found = "nothing with that name" if layer is None else f"a {type(layer).__name__}"
             raise ValueError(
@@ -70,7 +70,7 @@ def find_layers_of(model: nn.Module, adapter: AdapterFile) -> dict[str, nn.Modul
 
 
 def head_for(model: nn.Module, adapter: AdapterFile) -> str:
-    """The head that the model must have for this adapter; adapters of PEFT know of none."""
+    """Return the head that the adapter needs; PEFT's adapters do not name one."""
     mine, wanted = head_of(model), adapter.record.get("head")
     if wanted not in tuple(HEADS) or wanted == mine:
         return mine
@@ -82,7 +82,7 @@ def head_for(model: nn.Module, adapter: AdapterFile) -> str:
 
 
 def check_same(attached: Attachment, adapter: AdapterFile) -> None:
-    """Raise ValueError where the adapter has another method or other layers than the model."""
+    """Raise ValueError if the adapter's method or layers differ from the model's."""
     if not attached.method.same_update(adapter.method):
         raise ValueError(
             f"adapter {adapter.folder} is {adapter.method!r}, but the model has {attached.method!r}"
@@ -93,11 +93,11 @@ def check_same(attached: Attachment, adapter: AdapterFile) -> None:
         has, lacks = "the model", f"adapter {adapter.folder}"
         if name in adapter.layers:
             has, lacks = lacks, has
-        raise ValueError(f"{has} has {name} adapted, but {lacks} has not")
+        raise ValueError(f"{has} adapts {name}, but {lacks} does not")
 
 
 def check_same_dtype(attached: Attachment, base_dtype: torch.dtype | None) -> None:
-    """Raise ValueError where the model was attached with another base dtype."""
+    """Raise ValueError if the model was attached with another base dtype."""
     if base_dtype not in (None, attached.base_dtype):
         raise ValueError(
             f"base_dtype is {dtype_name(base_dtype)}, but the model was attached with "
@@ -106,7 +106,7 @@ def check_same_dtype(attached: Attachment, base_dtype: torch.dtype | None) -> No
 
 
 def check_finite_base(model: nn.Module, adapter: AdapterFile) -> None:
-    """Raise ValueError where the base has NaN or infinity."""
+    """Raise ValueError if the base has NaN or infinity."""
     if (problem := base_problem(model, adapter.tensors.keys())) is not None:
         raise ValueError(
             f"adapter {adapter.folder} expects a base of finite numbers, but the model's "
@@ -115,7 +115,7 @@ def check_finite_base(model: nn.Module, adapter: AdapterFile) -> None:
 
 
 def check_tensors(model: nn.Module, adapter: AdapterFile, adapted: Mapping[str, Adapter]) -> None:
-    """Every tensor of the file has a place of its shape, and every adapter finds its tensors."""
+    """Raise ValueError unless the file's tensors and the model's places match one to one."""
     wanted, sizes = adapter_state(adapted), _sizes(model, adapter)
     for name in wanted:
         if name not in adapter.tensors:
@@ -148,21 +148,21 @@ def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
 
 
 def check_base_of(model: nn.Module, adapter: AdapterFile) -> None:
-    """Raise ValueError for another base; warn where only the image size is another."""
+    """Raise ValueError for another base; warn if only the image size differs."""
     stored, identity = adapter.record["base_digest"], adapter.record.get("base_identity")
     if stored is None:  # PEFT's
         return
     prints, sizes = fingerprints(model, adapter.tensors.keys()), _sizes(model, adapter)
     digest = digest_of(prints) if identity is None else base_identity(prints)
-    # samfast 0.1.0 took the identity of a SamModel by Hugging Face's names.
+    # samfast 0.1.0 computed the identity of a SamModel from Hugging Face's names.
     if digest == (identity or stored) or identity_of(prints) == identity:
         if sizes is not None:
             warnings.warn(f"adapter {adapter.folder} {sizes}", stacklevel=3)
         return
     if sizes is not None and identity is None:
         raise ValueError(
-            f"adapter {adapter.folder} {sizes}, and its digest is of samfast 0.1.0, which knows a "
-            "base at one image size only; build the model at that size, or pass check_base=False"
+            f"adapter {adapter.folder} {sizes}, and samfast 0.1.0 wrote its digest, which holds at "
+            "one image size only; build the model at that size, or pass check_base=False"
         )
     base = getattr(model, "samfast_base", None)
     mine = base.get("name") if isinstance(base, dict) else base
@@ -170,5 +170,5 @@ def check_base_of(model: nn.Module, adapter: AdapterFile) -> None:
     raise ValueError(
         f"adapter {adapter.folder} {f'{sizes}, and ' if sizes else ''}was trained on another base: "
         f"{theirs or 'unnamed'} with digest {(identity or stored)[:12]}, while this model is "
-        f"{mine or 'unnamed'} with digest {digest[:12]} (check_base=False loads it all the same)"
+        f"{mine or 'unnamed'} with digest {digest[:12]}; pass check_base=False to load it anyway"
     )

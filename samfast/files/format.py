@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form of an adapter folder, which PEFT reads where it can, and reading one without a model.
+"""The format of an adapter folder, PEFT's where possible, and reading one without a model.
 
 adapter_model.safetensors  every trained tensor, shared ones once; its header carries the record
 adapter_config.json        PEFT's configuration with the record inside, or only the record
 
 The record says what the tensors belong to: method, layers, base model, image size, head, classes.
-The copy in the tensors' file counts, because one rename puts both in place: a folder is as it was
-or as it should be, whenever a write is killed. Digests of tensors and record are part of it.
+The copy in the tensors' file is the one that counts. One rename puts both in place, so a killed
+write leaves the folder as it was. The record holds digests of the tensors and of itself.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter folder, read and checked in itself. tensors: by the model's full names.
+    """An adapter folder, read and checked without a model. tensors: by the model's full names.
 
-    numbered: its layers have numbers in the file, and the names here are those of all blocks
+    numbered: the file numbers its layers, so the names here cover all blocks
     """
 
     folder: Path
@@ -47,10 +47,10 @@ class AdapterFile:
 
 
 def read_adapter(folder: str | os.PathLike) -> AdapterFile:
-    """Read an adapter folder and check it in itself; no model is needed.
+    """Read an adapter folder and check it, without a model.
 
-    A file of SAMed (.pth, .pt) or Sam_LoRA (.safetensors) is read as well. Raises
-    FileNotFoundError for what is not there and ValueError for what is broken.
+    It also reads a file of SAMed (.pth, .pt) or Sam_LoRA (.safetensors). Raises FileNotFoundError
+    for a missing file and ValueError for a broken one.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -80,17 +80,17 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The record of an adapter folder: method, layers, base, image_size, head, classes, extra."""
+    """Read an adapter's record: method, layers, base, image_size, head, classes, extra."""
     return read_adapter(folder).record
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
-    """A dtype as files name it."""
+    """Return a dtype's name in files."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def digest(record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 of the record and of every tensor's name, dtype, shape and bytes."""
+    """Return the sha256 of the record and every tensor's name, dtype, shape and bytes."""
     found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -113,7 +113,7 @@ def _parse(
     tensors: dict[str, torch.Tensor],
     header: dict[str, str],
 ) -> AdapterFile:
-    """Method, layers and tensors from what the files hold; ValueError with the reason alone."""
+    """Read method, layers and tensors from the files; raise ValueError with only the reason."""
     if "samfast" not in header:
         mapping = config.get("auto_mapping")
         ours = isinstance(mapping, dict) and "samfast" in mapping
@@ -144,7 +144,7 @@ def _read_numbered(path: Path) -> AdapterFile:
 
 
 def _record_of_others(method: Method, layers: tuple[str, ...], base: str | None) -> dict[str, Any]:
-    """The record of an adapter that samfast did not write."""
+    """Make a record for an adapter that samfast did not write."""
     unknown = ("base_digest", "base_identity", "base_dtype", "image_size", "head", "classes")
     return {
         "method": method.config(),
@@ -161,15 +161,15 @@ def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _record(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The record of samfast's own file, checked against its tensors."""
+    """Read the record of samfast's own file and check it against the tensors."""
     try:
         content = json.loads(text)
         record, stored, version = content["record"], content["sha256"], content["record"]["format"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"the record in {TENSORS} is broken") from None
     if version != VERSION:
-        raise ValueError(f"its format is {version!r}, and this samfast reads {VERSION}")
+        raise ValueError(f"its format is {version!r}, but this samfast reads {VERSION}")
     if digest(record, tensors) != stored:
-        raise ValueError(f"{TENSORS} is damaged: its content does not have its digest")
+        raise ValueError(f"{TENSORS} is damaged: its content does not match its digest")
     check_record(record)
     return record

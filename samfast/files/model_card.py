@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards for the Hugging Face Hub: a README.md whose first lines the Hub reads.
 
-Only facts go in: what is not known is left out, or said to be unknown. Importing this loads no
+Only facts go in: unknown ones are left out or called unknown. Importing this does not import
 torch.
 """
 
@@ -22,12 +22,12 @@ _OF_FILES = {  # the repositories on the Hub that hold the weights of SAM's own 
 }
 _REPOSITORIES = (*_OF_FILES.values(), "facebook/sam3")
 _PLAIN = re.compile(r"[a-z][a-z0-9]*([./-][a-z0-9]+)*")
-_NO_TEXT = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # to YAML
+_NO_TEXT = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # not text in YAML
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 
 
 def check_license(name: str | None) -> None:
-    """Raise ValueError for what cannot be a license's identifier on the Hub."""
+    """Raise ValueError unless this can be a license's identifier on the Hub."""
     if name is not None and not _LICENSE.fullmatch(name):
         raise ValueError(
             f"expected license to be an identifier of the Hugging Face Hub such as apache-2.0, "
@@ -36,10 +36,10 @@ def check_license(name: str | None) -> None:
 
 
 def base_model(checkpoint: str | PurePath | None) -> str | None:
-    """The Hub's name for the weights, as far as their path tells it; None where it does not.
+    """Guess the Hub's name for the weights from their path; None if the path does not tell.
 
-    SAM's own files are known by their names, and a folder by its place: in the Hub's cache, or
-    under the repository's own name.
+    It knows SAM's own files by name, and a folder by its place: in the Hub's cache, or under the
+    repository's own name.
 
     Example:
         >>> base_model("weights/sam_vit_b_01ec64.pth")
@@ -55,7 +55,7 @@ def base_model(checkpoint: str | PurePath | None) -> str | None:
 
 
 def card(front: Mapping[str, Any], title: str, sections: Iterable[str]) -> bytes:
-    """The file: front matter, title and sections; what is None in the front matter is left out."""
+    """Make the file: front matter without its None values, title and sections."""
     lines = ["---"]
     for key, value in front.items():
         if isinstance(value, (list, tuple)):
@@ -64,23 +64,23 @@ def card(front: Mapping[str, Any], title: str, sections: Iterable[str]) -> bytes
             lines.append(f"{key}: {_scalar(value)}")
     text = "\n".join([*lines, "---", "", f"# {text_of(title)}", ""])
     text += "".join(f"\n{section}\n" for section in sections)
-    return text.encode("utf-8", "replace")  # names of files may be no UTF-8
+    return text.encode("utf-8", "replace")  # file names may not be valid UTF-8
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and its paragraphs; "" is no paragraph."""
+    """Make a heading and its paragraphs; skip empty ones."""
     return "\n\n".join([f"## {title}", *filter(None, parts)])
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows of values under column titles; None is an empty cell."""
+    """Make a table of rows under column titles; None is an empty cell."""
     lines = [list(map(_cell, columns)), ["---"] * len(columns)]
     lines += [list(map(_cell, row)) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def text_of(value: Any) -> str:
-    """A value as one line of Markdown that shows it as it is."""
+    """Escape a value into one line of Markdown that shows it unchanged."""
     line = " ".join(str(value).split())
     return re.sub(r"([\\`*<>|\[\]#]|\b_|_\b)", r"\\\1", line)
 
@@ -92,6 +92,6 @@ def _cell(value: Any) -> str:
 
 
 def _scalar(text: str) -> str:
-    """YAML of a text; quoted, as JSON is, where YAML might read something else."""
+    """Write a text as YAML; quote it, as in JSON, if YAML might read something else."""
     plain = _PLAIN.fullmatch(text) and text not in _NO_TEXT
     return text if plain else json.dumps(text)

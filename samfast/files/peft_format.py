@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters in the file format of Hugging Face PEFT, written and read without importing it.
 
-PEFT names every tensor after its place under ``base_model.model.`` and adds ``.weight`` to lora_A
-and lora_B. Modules that are trained whole ("modules_to_save") keep their own names there.
+PEFT puts ``base_model.model.`` in front of every tensor's name and adds ``.weight`` to lora_A and
+lora_B. Modules that are trained whole ("modules_to_save") keep their own names after the prefix.
 """
 
 import math
@@ -20,9 +20,9 @@ from samfast.methods.lora.method import Lora
 
 PREFIX = "base_model.model."
 _FACTORS = ("lora_A", "lora_B")
-# PEFT copies a module to train it whole and calls the copy, so it takes none that has no forward.
+# PEFT copies a module to train it whole and calls the copy, so the module needs a forward.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-# Options that change what lora_A and lora_B mean, with the value under which they do not.
+# Options that change the meaning of lora_A and lora_B, with their neutral value.
 _PLAIN_OPTIONS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -41,28 +41,28 @@ _PLAIN_OPTIONS: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-# Other initialisations subtract the start from the base weights, which the folder does not hold.
+# Other initialisations subtract the start from the base weights, which are not in the folder.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def to_key(name: str) -> str:
-    """PEFT's key of the tensor that the model calls ``name``."""
+    """Return PEFT's key for the tensor that the model calls ``name``."""
     factor = name.rpartition(".")[2] in _FACTORS
     return f"{PREFIX}{name}.weight" if factor else PREFIX + name
 
 
 def from_key(key: str) -> str:
-    """The model's name of the tensor that PEFT calls ``key``."""
+    """Return the model's name for the tensor that PEFT calls ``key``."""
     name = key.removeprefix(PREFIX)
     layer, _, leaf = name.rpartition(".")
     return layer if leaf == "weight" and layer.rpartition(".")[2] in _FACTORS else name
 
 
 def modules_to_save(model: nn.Module, trained: Collection[str]) -> list[str] | None:
-    """Names of the modules whose tensors are exactly ``trained``; None when PEFT has no such list.
+    """Return names of modules whose tensors are exactly ``trained``; None if PEFT cannot list them.
 
-    ``trained``: full names of the parameters that are trained beside the adapters. A module that
-    holds an adapter has parameters that are not among them, so it is never in the list.
+    trained: full names of the parameters trained in addition to the adapters. A module that holds
+        an adapter has other parameters too, so it is never in the list.
     """
     names = [name for name, _ in model.named_modules()]
 
@@ -86,7 +86,7 @@ def modules_to_save(model: nn.Module, trained: Collection[str]) -> list[str] | N
 
 
 def _has_two_places(model: nn.Module, trained: Collection[str]) -> bool:
-    """Whether a trained Parameter is in two modules: PEFT would copy it for one of them."""
+    """True if two modules share a trained Parameter: PEFT would copy it for one of them."""
     places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return any(places[id(p)] > 1 for name, p in model.named_parameters() if name in trained)
 
@@ -94,7 +94,7 @@ def _has_two_places(model: nn.Module, trained: Collection[str]) -> bool:
 def lora_config(
     model: nn.Module, method: Method, layers: Collection[str], trained: Collection[str]
 ) -> dict[str, Any] | None:
-    """PEFT's adapter_config.json for such an adapter, None when PEFT cannot express it."""
+    """Return PEFT's adapter_config.json for this adapter; None if PEFT cannot express it."""
     if type(method) is not Lora or method.slices is not None:
         return None
     names = [name for name, _ in model.named_modules()]
@@ -126,13 +126,13 @@ def lora_config(
 def read_lora(
     config: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> tuple[Lora, tuple[str, ...], dict[str, torch.Tensor]]:
-    """Method, adapted layers and tensors by the model's names of a folder that PEFT wrote.
+    """Read method, adapted layers and tensors, by the model's names, from PEFT's folder.
 
-    Raises ValueError with the reason when it is no plain LoRA.
+    Raises ValueError with the reason if it is not plain LoRA.
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"its peft_type is {kind!r}, and of PEFT's methods samfast reads LORA")
+        raise ValueError(f"its peft_type is {kind!r}; samfast reads only PEFT's LORA")
     for option, plain in _PLAIN_OPTIONS.items():
         value = config.get(option, plain)
         if value != plain and (value or plain):

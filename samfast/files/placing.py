@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that appear whole: written under another name, brought to the disk, then renamed.
+"""Write files whole: under another name, flushed to the disk, then renamed.
 
-A kill, a power cut or a full disk leaves what was there before. An error names the file.
+A kill, a power cut or a full disk leaves the old file in place. An error names the file.
 """
 
 import os
@@ -16,20 +16,18 @@ _PATIENCE = 60.0  # seconds to wait for another program that saves to the same f
 
 
 class NotWritten(OSError):
-    """A file could not be written; what was there before still is."""
+    """A file could not be written; the old one is still there."""
 
     def __init__(self, path: Path, error: OSError):
         super().__init__(error.errno, error.strerror or str(error), str(path))
 
     def __str__(self) -> str:
-        return (
-            f"{self.filename} could not be written ({self.strerror}); what was there before is kept"
-        )
+        return f"{self.filename} could not be written ({self.strerror}); the old content is kept"
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Let an error of the file system say which file was to be written."""
+    """Make an error of the file system name the file that was to be written."""
     try:
         yield
     except NotWritten:
@@ -39,7 +37,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Put a file in place in one step: the old one stays until the new one is complete.
+    """Replace a file in one step: the old one stays until the new one is complete.
 
     durable: wait for the disk, so that a power cut changes nothing either
     """
@@ -49,9 +47,9 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[tuple[BinaryIO, Path]]:
-    """``write_whole`` of what the block writes: the open file, and where it is until the end.
+    """Yield an open file and its temporary path; put it in place when the block ends.
 
-    An error in the block leaves what was there before.
+    An error in the block leaves the old file in place.
     """
     with named(path), temporary_file(path) as (file, place):
         yield file, place
@@ -64,8 +62,8 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[tuple[BinaryIO, 
 def write_together(folder: Path, files: dict[str, bytes]) -> None:
     """Put files in a folder; a new folder appears in one step, with all of them.
 
-    In a folder that is there they are replaced one after the other, once all are written; the last
-    one is the commit. Programs that write to one folder take turns.
+    In an existing folder, files are replaced one by one after all are written; the last one is the
+    commit. Programs that write to the same folder take turns.
     """
     with named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,16 +79,15 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def refuse_existing(output: Path, *, folder: bool) -> None:
-    """Raise ValueError where something is there. folder: it becomes a folder, and an empty one may
-    be there."""
+    """Raise ValueError if the output exists. folder: allow an empty folder."""
     empty = folder and output.is_dir() and not any(output.iterdir())
     if os.path.lexists(output) and not empty:
         raise ValueError(f"output {output} exists; name another file or folder, or remove it")
 
 
 def sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    """Flush the names in a folder to the disk."""
+    if os.name != "posix":  # other systems cannot open a folder
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -103,12 +100,12 @@ def _finish(file: IO[bytes], durable: bool) -> None:
     file.flush()
     if durable:
         os.fsync(file.fileno())
-    if os.name != "posix":  # an open file cannot be renamed
+    if os.name != "posix":  # other systems cannot rename an open file
         file.close()
 
 
 def _placed_new(folder: Path, files: dict[str, bytes]) -> bool:
-    """Whether the new folder is in place; not if another program was faster."""
+    """Put the new folder in place; return False if another program was faster."""
     remove_dead(folder.parent, {folder.name})
     with temporary_folder(folder) as place:
         for name, data in files.items():
@@ -143,7 +140,7 @@ def _replace(folder: Path, rest: list[tuple[str, bytes]], written: list[tuple[Pa
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Wait until no other program writes to the folder, where the file system can tell."""
+    """Wait until no other program writes to the folder, if the file system can tell."""
     if os.name != "posix":
         yield
         return

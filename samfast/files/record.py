@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each key of an adapter's record may hold, whoever wrote and signed it."""
+"""Check what each key of an adapter's record holds, whoever wrote it."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 from samfast.adapters.wrappers import ENCODER, ENCODER_OF_HF, ENCODER_OF_META
 
-_SHOWN = 80  # characters of a wrong value
+_SHOWN = 80  # characters shown of a wrong value
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _ENCODERS = ("", ENCODER, ENCODER_OF_HF, ENCODER_OF_META)  # "" for a model without one
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -70,7 +70,7 @@ _BASE = {
 
 
 def check_record(record: dict[str, Any]) -> None:
-    """Raise ValueError for a value that no adapter has; the method is checked by its own rules."""
+    """Raise ValueError for a value that no adapter has; the method checks its own."""
     _check("", record, _RECORD)
     check_base(record["base"])
 

@@ -2,8 +2,8 @@
 """LoRA in the files of SAMed (``.pth``) and Sam_LoRA (``.safetensors``), read only.
 
 ``w_a_000`` and ``w_b_000`` are A and B of q in the first block, ``001`` those of v, ``002`` those
-of q in the second, and so on. SAMed's has prompt encoder and mask decoder too, whole. Neither says
-what the frozen encoder was.
+of q in the second, and so on. SAMed's files also hold the whole prompt encoder and mask decoder.
+Neither format identifies the frozen encoder.
 """
 
 import re
@@ -21,7 +21,7 @@ from samfast.models.hf_names import spelled
 SUFFIXES = (".pth", ".pt", ".safetensors")
 SLICES = ("q", "v")
 _FACTOR = re.compile(r"w_([ab])_(\d{3,})")
-_CLASSIFIER = re.compile(r"fc_\d+in_\d+out")  # of the vision transformer that Sam_LoRA began with
+_CLASSIFIER = re.compile(r"fc_\d+in_\d+out")  # from Sam_LoRA's vision transformer
 _WHOLE = ("prompt_encoder", "mask_decoder")
 _LAYER = "image_encoder.blocks.{}.attn.qkv"
 _TOKENS = "mask_decoder.mask_tokens.weight"
@@ -32,10 +32,10 @@ Factors = dict[str, dict[int, Tensor]]  # "a" and "b", by number
 def read_numbered(
     path: Path, content: Any
 ) -> tuple[Lora, tuple[str, ...], dict[str, torch.Tensor]]:
-    """Method, adapted layers and tensors by the model's names, from what such a file holds.
+    """Read method, adapted layers and tensors, by the model's names, from such a file.
 
-    Warns of a classifier's weight, which is left out. Raises ValueError with the reason when it is
-    another file.
+    Warns of a classifier's weight and leaves it out. Raises ValueError with the reason if it is
+    another kind of file.
     """
     if not isinstance(content, Mapping) or "w_a_000" not in content:
         raise ValueError(
@@ -54,7 +54,7 @@ def read_numbered(
 
 
 def _sorted(path: Path, content: Mapping[Any, Any]) -> tuple[Factors, dict[str, Tensor]]:
-    """The factors by number, and what was trained whole by the model's names."""
+    """Return the factors by number, and tensors trained whole by the model's names."""
     factors: Factors = {"a": {}, "b": {}}
     whole: dict[str, Tensor] = {}
     for key, value in content.items():
@@ -70,8 +70,8 @@ def _sorted(path: Path, content: Mapping[Any, Any]) -> tuple[Factors, dict[str, 
             whole[key] = value.detach()
         elif _CLASSIFIER.fullmatch(key):
             warnings.warn(
-                f"adapter {path} has {key}, the weight of a classifier, which a Sam has not; it "
-                "is left out",
+                f"adapter {path} has {key}, the weight of a classifier, which no Sam has; it is "
+                "left out",
                 stacklevel=6,
             )
         else:
@@ -83,7 +83,7 @@ def _sorted(path: Path, content: Mapping[Any, Any]) -> tuple[Factors, dict[str, 
 
 
 def _checked(factors: Factors) -> tuple[int, int]:
-    """How many layers they are of, and their rank."""
+    """Return the number of layers and the rank."""
     ups, downs = factors["b"], factors["a"]
     numbers = range(len(downs) + len(downs) % 2)
     for letter, numbered in factors.items():
@@ -107,14 +107,14 @@ def _checked(factors: Factors) -> tuple[int, int]:
 def check_numbered(
     model: nn.Module, path: Path, layers: int, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise ValueError where the model has more blocks, or a decoder of other masks."""
+    """Raise ValueError if the model has more blocks, or another number of mask tokens."""
     names, blocks = {spelled(name) for name, _ in model.named_modules()}, 0
     while _LAYER.format(blocks) in names:
         blocks += 1
     if blocks > layers:
         raise ValueError(
-            f"adapter {path} is of {layers} blocks, but the model has {blocks}, and the file does "
-            "not say which of them were adapted"
+            f"adapter {path} adapts {layers} blocks, but the model has {blocks}, and the file does "
+            "not say which ones it adapts"
         )
     state = {spelled(name): t for name, t in model.state_dict(keep_vars=True).items()}
     given = {spelled(name) for name in tensors}

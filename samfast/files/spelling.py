@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that were trained on Hugging Face's SAM and belong on segment_anything's, or back.
+"""Translate adapters between Hugging Face's SAM and segment_anything's.
 
-Both name the same tensors, each in its own way (``samfast.models.hf_names``). A folder holds the
+Both have the same tensors under different names (``samfast.models.hf_names``). A folder holds the
 names of the model that was saved.
 """
 
@@ -17,7 +17,7 @@ from samfast.models import hf_names
 
 
 def base_identity(prints: Mapping[str, str]) -> str:
-    """``identity_of`` a model's fingerprints, the same for the SAM of both libraries."""
+    """Return ``identity_of`` a model's fingerprints, equal for the SAM of both libraries."""
     if not hf_names.is_hugging_face(prints):
         return identity_of(prints)
     plain = {name.replace("_orig_mod.", ""): value for name, value in prints.items()}
@@ -25,7 +25,7 @@ def base_identity(prints: Mapping[str, str]) -> str:
 
 
 def spelled_for(model: nn.Module, adapter: AdapterFile) -> AdapterFile:
-    """The adapter by the model's names where it has the other library's; else as it is."""
+    """Rename the adapter's tensors if they have the other library's names."""
     pair = _encoder_of(adapter), encoder_name(model)
     if pair == (ENCODER_OF_HF, ENCODER):
         return _renamed(adapter, hf_names.spelled)
@@ -37,10 +37,10 @@ def spelled_for(model: nn.Module, adapter: AdapterFile) -> AdapterFile:
 
 
 def _encoder_of(adapter: AdapterFile) -> str:
-    """The image encoder's name in the model that was saved."""
+    """Return the image encoder's name in the model that was saved."""
     if "encoder" in adapter.record:
         return adapter.record["encoder"]
-    for name in (*adapter.layers, *adapter.tensors):  # of PEFT, or of samfast before it kept this
+    for name in (*adapter.layers, *adapter.tensors):  # of PEFT, or of an older samfast
         part = name.partition(".")[0]
         if part in (ENCODER, ENCODER_OF_HF):
             return part

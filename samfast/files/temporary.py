@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Temporary files and folders, of which the dead can be told from the living.
+"""Temporary files and folders that a later program can recognise as abandoned.
 
 A program holds a lock on each one that it writes. The lock ends with the program, however that
-ends, so that the next program removes what is left of it and nothing else.
+ends. The next program can thus remove abandoned files and nothing else.
 """
 
 import os
@@ -18,17 +18,17 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where an open file cannot be renamed either
+except ImportError:  # Windows, which cannot rename an open file either
     fcntl = None  # type: ignore[assignment]  # Windows does not have it
 
 _NAME = re.compile(r"\.(?P<of>.+)\.\d+(-[0-9a-f]{8})?\.tmp")
-_OLD = 24 * 3600  # seconds after which one is dead where nothing can be locked
+_OLD = 24 * 3600  # seconds until one counts as abandoned, if nothing can be locked
 
 
 def locked(handle: int, seconds: float = 0.0) -> bool | None:
-    """Lock a file or folder until it is closed; False when another program has the lock.
+    """Lock a file or folder until it is closed; return False if another program has the lock.
 
-    seconds: how long to wait for it   None: this file system has no locks
+    seconds: how long to wait for it. Returns None if this file system has no locks.
     """
     if fcntl is None:
         return None
@@ -47,13 +47,13 @@ def locked(handle: int, seconds: float = 0.0) -> bool | None:
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file next to ``path``, and where it is; removed at the end unless it was renamed."""
+    """Yield a new file next to ``path``, and its path; remove it at the end unless renamed."""
     while True:
         place = _place(path)
         file = open(place, "xb")  # noqa: SIM115
         if locked(file.fileno()) is not False and place.exists():
             break
-        file.close()  # another program took it for a dead one
+        file.close()  # another program took it for an abandoned one
     try:
         yield file, place
     finally:
@@ -65,7 +65,7 @@ def temporary_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder."""
+    """Yield a new folder next to ``path``; remove it at the end unless renamed."""
     while True:
         place = _place(path)
         place.mkdir()
@@ -82,20 +82,20 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_dead(folder: Path, of: Collection[str] | None = None) -> None:
-    """Remove what programs that were killed left in a folder.
+    """Remove what killed programs left in a folder.
 
-    of: only what was on its way to these names
+    of: remove only files that were to get these names
     """
     for entry in list(folder.iterdir()):
         found = _NAME.fullmatch(entry.name)
         if found is None or (of is not None and found["of"] not in of):
             continue
-        with suppress(OSError):  # gone meanwhile, or another user's
+        with suppress(OSError):  # removed meanwhile, or owned by another user
             _remove_if_dead(entry)
 
 
 def _closed(file: BinaryIO) -> None:
-    with suppress(OSError):  # bytes in its buffer that a full disk did not take
+    with suppress(OSError):  # a full disk did not take the buffered bytes
         file.close()
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused attention and transformer blocks, what proves them, and what reports on them."""
+"""Fused attention and transformer blocks, their proof, and reports about them."""

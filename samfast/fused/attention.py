@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""segment_anything's attention, a copy's too, without its bias tensor and copies of windows."""
+"""segment_anything's attention, or a copy's, without its bias tensor and copied windows."""
 
 from typing import Any, ClassVar
 
@@ -21,21 +21,21 @@ from samfast.kernels.relpos_attention.op import supports
 
 
 class FusedAttention(ForeignModule):
-    """Mixin of a multi-head attention with decomposed relative positions (ViTDet, SAM), fused.
+    """Mixin of a fused multi-head attention with decomposed relative positions (ViTDet, SAM).
 
-    x: (B, H, W, D) -> (B, H, W, D), as the stock module; or, with ``window``, as the stock
-    module between window_partition and window_unpartition. Parameters, submodules and the state
-    dict are the stock module's.
+    x: (B, H, W, D) -> (B, H, W, D), as the stock module; with ``window``, as the stock module
+    between window_partition and window_unpartition. Parameters, submodules and the state dict are
+    the stock module's.
 
-    Windows run in image order: padding is not projected, and no window is copied. That takes
-    layers that treat every token alone (``window_order`` says what stands against it); otherwise
-    the windows are cut before the projection, as in the stock block.
+    Windows run in image order: padding is not projected, and no window is copied. This needs layers
+    that process each token on its own; ``window_order`` says what prevents it. Otherwise the
+    windows are cut before the projection, as in the stock block.
 
     backend: which kernel runs the attention, see ``samfast.backends``
-    left_alone: whether the stock forward is to run, in a compiled block that runs its own
+    left_alone: True if the stock forward must run, in a compiled block that runs its own forward
 
-    Where the stock class does not compute what it should, see ``samfast.fused.proof``, its own
-    forward runs.
+    If the stock class does not compute what it should, its own forward runs; see
+    ``samfast.fused.proof``.
     """
 
     backend: str = "auto"
@@ -47,9 +47,9 @@ class FusedAttention(ForeignModule):
         cls._family = family_of(cls)  # type: ignore[assignment]  # None for this class itself
 
     def forward(self, x: Tensor, window: int | None = None, *more: Any, **others: Any) -> Tensor:
-        """window: side of the windows that attend to themselves; the whole map when None.
+        """Run the attention. window: side of the windows; None for the whole map.
 
-        more, others: what a stock class that was changed may take; the fused one takes nothing.
+        more, others: arguments of a changed stock class; the fused one takes none.
         """
         stock = self.left_alone or left_alone(self) or objection(self) is not None
         if more or others or (stock and (window is None or self._takes_more())):
@@ -70,7 +70,7 @@ class FusedAttention(ForeignModule):
         return after(out.transpose(1, 2).reshape(batch, height, width, heads * head_dim))
 
     def forward_windows(self, x: Tensor, window: int) -> Tensor:
-        """x (B, H, W, D) in image order, padded with zeros at the bottom and right if need be."""
+        """Run x (B, H, W, D) in image order; pad with zeros at the bottom and right if needed."""
         if self.window_order() is None and objection(self) is None:
             before, after = self._family.parts.projections(self).values()
             qkv, pad_h, pad_b = _project(before, x, window)
@@ -83,7 +83,7 @@ class FusedAttention(ForeignModule):
         return tokens.view(batch, height, width, tokens.shape[1])
 
     def window_order(self) -> str | None:
-        """None when windows run in image order, or why they are cut before the projection."""
+        """Say why windows are cut before the projection; None if they run in image order."""
         if not self._family.parts.has_tables(self):
             return "it has no relative positions"
         qkv = self._family.parts.IN_ATTENTION[0]
@@ -99,7 +99,7 @@ class FusedAttention(ForeignModule):
         return None
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         if not self._family.parts.has_tables(self):
             return {}
         tables = self._family.parts.relative_positions(self)
@@ -127,12 +127,12 @@ class FusedAttention(ForeignModule):
         )
 
     def _takes_more(self) -> bool:
-        """Whether the stock class was changed, and takes another thing than x."""
+        """True if the stock class was changed and takes other arguments than x."""
         return signature(self._family.attention) != self._family.parts.takes
 
     def _backend(self) -> str:
         name = requested(self.backend)
-        # SAMFAST_BACKEND asks all of a model, but attention has no CUDA source.
+        # SAMFAST_BACKEND applies to the whole model, but attention has no CUDA source.
         return "triton" if name == "cuda" and self.backend == "auto" else name
 
     def extra_repr(self) -> str:
@@ -141,6 +141,6 @@ class FusedAttention(ForeignModule):
 
 
 def _project(layer: Foreign, x: Tensor, window: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """qkv (B, H, W, 3 · D), and the two factors of its padding in addition to the bias."""
+    """Return qkv (B, H, W, 3 · D), and the two factors that padding adds to the bias."""
     windowed = isinstance(layer, Adapter) and layer.window_wise
     return layer.forward_windows(x, window) if windowed else (layer(x), None, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformer block of SAM's kind as one operator, whichever library's class it has."""
+"""A SAM-like transformer block as one operator, for the classes of any library."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -28,13 +28,13 @@ __all__ = ["BlockInParts", "FusedBlock", "WholeBlock", "check_memory"]
 
 
 class FusedBlock(ForeignModule):
-    """Mixin of a block that runs as one operator where nothing stands against it.
+    """Mixin of a block that runs as one operator if nothing prevents it.
 
-    x: (B, H, W, D) -> (B, H, W, D), token by token whatever the layout of x
+    x: (B, H, W, D) -> (B, H, W, D), token by token, whatever the layout of x
 
-    memory: what the node saves for its backward, in elements per token. "fast": 10 · D, nothing is
-        computed again but norms and GELU; "balanced": 3 · D, qkv and lin1 are; "minimal": D, all
-        of the block is. The gradients are the same.
+    memory: what the node saves for its backward, in elements per token. "fast": 10 · D, and only
+        norms and GELU are recomputed; "balanced": 3 · D, qkv and lin1 are recomputed too;
+        "minimal": D, the whole block is recomputed. Gradients are the same.
     """
 
     memory: str = "fast"
@@ -45,9 +45,9 @@ class FusedBlock(ForeignModule):
         cls._family = family_of(cls)  # type: ignore[assignment]  # None for the mixins below
 
     def block_problem(self) -> str | None:
-        """None when the block runs as one node, or why it does not.
+        """Say why the block does not run as one node; None if it does.
 
-        Where that is that its class is not what it is called, its own forward runs.
+        If its class is not what its name says, its own forward runs.
         """
         if (reason := objection(self)) is not None:
             return reason
@@ -73,15 +73,15 @@ class FusedBlock(ForeignModule):
         return next((p for p in problems if p is not None), parts.option_problem(self))
 
     def _attention_problem(self) -> str | None:
-        """What stands against the attention as a part of the node."""
+        """Say what keeps the attention out of the node."""
         raise NotImplementedError
 
     def _attention_backend(self) -> str:
-        """Backend of the attention alone, "" for the block's."""
+        """Backend of only the attention; "" for the block's."""
         return ""
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether x is what the norm takes; the submodules say what is wrong with another."""
+        """True if the norm accepts x; for other x the submodules raise the error."""
         parts = self._family.parts
         width = next(iter(parts.norms(self).values())).normalized_shape
         if x.dim() != 4 or x.shape[3:] != width or 0 in x.shape[1:3]:
@@ -94,7 +94,7 @@ class FusedBlock(ForeignModule):
         return x.is_floating_point() and (autocast or x.dtype == qkv.weight.dtype)
 
     def _fused(self, x: Tensor, remembered: Remembered | None = None) -> Tensor:
-        """The node. remembered: takes what was found out here"""
+        """Run the node. remembered: stores what this finds out"""
         parts = self._family.parts
         attn, side = parts.attention(self), parts.window(self)
         mlp = parts.mlp(self)
@@ -142,7 +142,7 @@ class FusedBlock(ForeignModule):
         return y
 
     def _as_before(self, x: Tensor, remembered: Remembered) -> Tensor | None:
-        """The node as it was the last time; None where it may be another now."""
+        """Run the node as the last time; return None if it may differ now."""
         if (known := remembered.latest(self, x)) is None:
             return None
         answers, tensors = known
@@ -164,7 +164,7 @@ class FusedBlock(ForeignModule):
         return y
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         if self.block_problem() is not None:
             return {}
         norm = next(iter(self._family.parts.norms(self).values()))
@@ -178,7 +178,7 @@ class FusedBlock(ForeignModule):
         )
 
     def _of_attention(self, x: Tensor, asked: str) -> dict[str, str]:
-        """What runs the operations of an attention without relative positions."""
+        """Map the operations of an attention without relative positions to their backends."""
         parts = self._family.parts
         heads, side = parts.heads(parts.attention(self)), parts.window(self) or 1
         q = x.new_empty(0, side, side, heads, _width(self) // heads)
@@ -201,17 +201,17 @@ class FusedBlock(ForeignModule):
 
 
 class WholeBlock(FusedBlock):
-    """A block that is one operator or runs its own forward, its attention included."""
+    """Mixin of a block that runs as one operator, or else its own forward with its attention."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (B, H, W, D) -> (B, H, W, D), by the stock forward where it cannot be one node."""
+        """Run x: (B, H, W, D) -> (B, H, W, D); by the stock forward if it cannot be one node."""
         parts = self._family.parts
         if len(args) != 1 or not parts.IDLE.issuperset(kwargs):
             return super().forward(*args, **kwargs)
         x = args[0]
         if not torch.compiler.is_compiling():
             if parts.recording(parts.attention(self)):
-                x._samfast_recorded = True  # a checkpoint that runs this again records nothing
+                x._samfast_recorded = True  # a checkpoint's recomputation records nothing
             elif getattr(x, "_samfast_recorded", False):
                 return super().forward(x, **kwargs)
         if self.block_problem() is None and self._fits(x):
@@ -229,14 +229,14 @@ class WholeBlock(FusedBlock):
 
 
 class BlockInParts(FusedBlock):
-    """A block of segment_anything's code, which also runs in parts, the attention fused.
+    """Mixin of a block with segment_anything's code, which can also run in parts.
 
-    ``block_problem`` says what stands against one node; then the submodules run one after another,
-    with the attention fused where it can be, and save what they save.
+    ``block_problem`` says what prevents one node. The submodules then run one by one and save their
+    own tensors; the attention is fused if possible.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, H, W, D) -> (B, H, W, D); in parts where it cannot be one node."""
+        """Run x: (B, H, W, D) -> (B, H, W, D); in parts if it cannot be one node."""
         remembered = None
         if not torch.compiler.is_compiling() and self._family.parts.WATCHED:
             remembered = Remembered.of(self)
@@ -269,7 +269,7 @@ class BlockInParts(FusedBlock):
         return "" if attn.backend == "auto" else requested(attn.backend)
 
     def _stock(self, x: Tensor) -> Tensor:
-        """Bit for bit what the stock class gives, its attention included."""
+        """Run the stock class bit for bit, with its stock attention."""
         attn = self._family.parts.attention(self)
         if not runs_as(attn, FusedAttention):
             return super().forward(x)
@@ -295,7 +295,7 @@ class BlockInParts(FusedBlock):
         return tokens.view(x.shape)
 
     def window_order(self) -> str | None:
-        """None when windows run in image order, or why they are cut before the attention."""
+        """Say why windows are cut before the attention; None if they run in image order."""
         attn = self._family.parts.attention(self)
         if not runs_as(attn, FusedAttention):
             return f"attn is {kind_of(attn)}"
@@ -305,13 +305,13 @@ class BlockInParts(FusedBlock):
 
 
 def _width(block: FusedBlock) -> int:
-    """The features that the block's norms take."""
+    """The number of features that the block's norms take."""
     norm = next(iter(block._family.parts.norms(block).values()))
     return norm.normalized_shape[0]
 
 
 def _factors(samples: int, chance: float, like: Tensor) -> list[Tensor]:
-    """Draw the factors of proj's and lin2's results, by sample, as timm's DropPath does."""
+    """Draw factors per sample for the results of proj and lin2, as timm's DropPath does."""
     kept = 1.0 - chance
     drawn = (like.new_empty(samples, 1, 1, 1).bernoulli_(kept) for _ in range(2))
     return [(d.div_(kept) if kept > 0.0 else d).view(samples) for d in drawn]

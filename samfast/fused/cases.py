@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small modules of a library's classes, and runs of them beside the formula.
+"""Build small modules of a library's classes, and compare their runs with the formula.
 
 The formula is that of ``samfast.kernels.sam_block.reference``.
 """
@@ -20,25 +20,25 @@ BLOCK, ATTENTION, MLP = ROLES = ("block", "attention", "mlp")
 
 
 def case_of(family: Family, module: nn.Module, window: int, height: int, width: int) -> "Case":
-    """The run of a module of this family on maps of this size."""
+    """Make the run of a module of this family, on maps of this size."""
     kind = Case if family.parts.KIND == "relpos" else RotaryCase
     return kind(family, module, window, height, width)
 
 
 def inside(own: type[Layout], role: str) -> tuple[str, ...]:
-    """The children that the formula is about."""
+    """Return the children that the formula uses."""
     return dict(zip(ROLES, (own.IN_BLOCK, own.IN_ATTENTION, own.IN_MLP), strict=True))[role]
 
 
 def below(own: type[Layout], role: str, paths: Iterable[str]) -> list[str]:
-    """Names of a part's own children or attributes among paths that start at the block."""
+    """Return the names that belong to a part, among paths that start at the block."""
     prefix = {BLOCK: "", ATTENTION: f"{own.IN_BLOCK[1]}.", MLP: f"{own.IN_BLOCK[3]}."}[role]
     found = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
     return [name for name in found if "." not in name]
 
 
 def _found(module: nn.Module, path: str, default: Any) -> Any:
-    """The attribute at the end of a path of names, or the default where there is none."""
+    """Return the attribute at the end of a path, or the default if there is none."""
     value: Any = module
     for name in path.split("."):
         value = getattr(value, name, None)
@@ -46,10 +46,10 @@ def _found(module: nn.Module, path: str, default: Any) -> Any:
 
 
 class Case:
-    """One run: a shell as wide as the module, with weights of its own, on maps of two images.
+    """One run: a shell as wide as the module, with its own weights, on maps of two images.
 
-    window: side of the windows, 0 for the whole map, where one table fits and the other is to be
-        interpolated. The MLP is no wider than the block, which saves time.
+    window: side of the windows; 0 for the whole map, where one table fits and the other must be
+        interpolated. The MLP is no wider than the block, to save time.
     """
 
     def __init__(self, family: Family, module: nn.Module, window: int, height: int, width: int):
@@ -72,20 +72,20 @@ class Case:
         self.generator = torch.Generator("cpu").manual_seed(0)
 
     def problem(self) -> str | None:
-        """How result or gradients differ from the formula's; None where they do not."""
+        """Say how result or gradients differ from the formula's; None if they do not."""
         tested = self._block() if self.block else self._attention()
         return difference(tested, self.formula, self._draw(3, *self.size, self.dim))
 
     def deviation(self) -> str | None:
-        """How the result differs from the formula's without gradients; None where it does not."""
+        """Say how the result without gradients differs from the formula's; None if it does not."""
         tested = self._block() if self.block else self._attention()
         x = self._draw(1, *self.size, self.dim)
-        if self.block:  # tokens of every size, from 0.003 to 100
+        if self.block:  # tokens of sizes from 0.003 to 100
             x = x * 10.0 ** (2.25 * self._draw(1, *self.size, 1) - 0.25)
         return deviation(tested.eval(), self.formula, x)
 
     def formula(self, x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """The block or attention as samfast computes it. given: its parameters by name"""
+        """Run the block or attention as samfast computes it. given: its parameters by name"""
 
         def layer(name: str) -> Maps:
             weight, bias = given[f"{name}.weight"], given.get(f"{name}.bias")
@@ -105,7 +105,7 @@ class Case:
         )  # fmt: skip
 
     def _tables(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the attention's kind has."""
+        """Return the tensors of the attention's kind."""
         zeros = x.new_zeros(1, self.dim // self.heads)
         tables = [given.get(self.attn + name, zeros) for name in self.own.TABLES]
         return [fit_table(t, side) for t, side in zip(tables, self.sides, strict=True)]
@@ -160,12 +160,12 @@ class Case:
         return norm
 
     def _draw(self, *shape: int) -> Tensor:
-        """Uniform in -1 to 1."""
+        """Draw uniformly from -1 to 1."""
         return torch.empty(shape).uniform_(-1.0, 1.0, generator=self.generator)
 
 
 class RotaryCase(Case):
-    """The run of a block that turns q and k: one that its library makes, with other weights."""
+    """The run of a block that rotates q and k: the library builds it, with other weights."""
 
     def __init__(self, family: Family, module: nn.Module, *where: int):
         super().__init__(family, module, *where)

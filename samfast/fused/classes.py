@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused class of a library's block or attention, and what a fused class was made of."""
+"""Find the fused class of a stock class, and the stock class of a fused one."""
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from samfast.integrations.swap import derived, made_of, swapped
 
 
 def fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that fuses modules of exactly this stock class; None where there is none."""
+    """Return the class that fuses exactly this stock class; None if there is none."""
     family = family_of(kind)
     if family is None or kind not in (family.attention, family.block):
         return None
@@ -26,7 +26,7 @@ def fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that a fused class was made of; None for any other class."""
+    """Return the stock class of a fused class; None for any other class."""
     if "_samfast_swapped" in vars(kind):
         return made_of(kind).stock
     stock = loaded()
@@ -37,17 +37,17 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def is_fused_block(module: nn.Module) -> bool:
-    """Whether its class is a fused block's, or one that a wrapper such as FSDP2 made of it."""
+    """True for a fused block, also if a wrapper such as FSDP2 changed its class."""
     return runs_as(module, BlockInParts) or runs_as(module, WholeBlock)
 
 
 def is_fused_attention(module: nn.Module) -> bool:
-    """Whether its class is a fused attention's, or one that a wrapper made of it."""
+    """True for a fused attention, also if a wrapper changed its class."""
     return runs_as(module, FusedAttention)
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether its class is one that ``fuse`` gives, or one that a wrapper made of it."""
+    """True for a module that ``fuse`` changed, also if a wrapper changed its class since."""
     if swapped(module) is not None:
         return True
     return is_fused_block(module) or is_fused_attention(module)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose transformer blocks these are: segment_anything's, a copy's of it, another library's.
+"""Find out whose transformer blocks these are: segment_anything's, a copy's, another library's.
 
-A class is found by what it is called and where it was written; whether it computes what its name
-says is ``samfast.fused.proof``'s question.
+A class is found by its name and its module. ``samfast.fused.proof`` checks that it computes what
+its name says.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from samfast.integrations import segment_anything
 SEGMENT_ANYTHING = "segment_anything"
 _MODULE = "segment_anything.modeling.image_encoder"
 _COPIED = ("Attention", "Block", "MLPBlock")
-# Classes of blocks and attentions: the file that knows them.
+# Classes of blocks and attentions, with the file that knows them.
 LIBRARIES = {
     "transformers.models.sam.modeling_sam.SamVisionAttention": "transformers_sam",
     "transformers.models.sam.modeling_sam.SamVisionLayer": "transformers_sam",
@@ -34,13 +34,13 @@ LIBRARIES = {
 
 
 def load() -> Family:
-    """The classes of the installed segment_anything, which is imported now."""
+    """Import segment_anything and return its classes."""
     encoder = segment_anything.load().modeling.image_encoder
     return Family(SEGMENT_ANYTHING, *(getattr(encoder, name) for name in _COPIED))
 
 
 def loaded() -> Family | None:
-    """The classes of segment_anything; None while no model can have them."""
+    """Return segment_anything's classes; None while no model can have them."""
     encoder = sys.modules.get(_MODULE)
     if not all(hasattr(encoder, name) for name in _COPIED):
         return None  # not imported, or a copy without them
@@ -49,7 +49,7 @@ def loaded() -> Family | None:
 
 @cache
 def family_of(kind: type[nn.Module]) -> Family | None:
-    """The family that a class of a block or an attention is from, or is derived from."""
+    """Return the family that a block's or attention's class belongs to or derives from."""
     for base in kind.__mro__:
         file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
         if file is not None:
@@ -63,7 +63,7 @@ def family_of(kind: type[nn.Module]) -> Family | None:
 
 
 def _copy(kind: type[nn.Module]) -> Family | None:
-    """The classes beside one that has the name of one of segment_anything's."""
+    """Return the classes in the module of a class that has a segment_anything name."""
     beside: dict[str, Any] = getattr(kind.__init__, "__globals__", {})
     found: list[Any] = [beside.get(name) for name in _COPIED]
     if kind not in found[:2] or not all(_is_module(other) for other in found):
@@ -77,12 +77,12 @@ def _is_module(kind: Any) -> bool:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether its class is a library's block, what a fusion made of it, or derived from one."""
+    """True for a library's block, its fused class, or a class derived from one."""
     family = family_of(type(module))
     return family is not None and isinstance(module, family.block)
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether its class is a library's attention, what a fusion made of it, or derived from one."""
+    """True for a library's attention, its fused class, or a class derived from one."""
     family = family_of(type(module))
     return family is not None and isinstance(module, family.attention)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused blocks and attention in a model and out again, in place."""
+"""Fuse the blocks and attention of a model in place, and undo it."""
 
 import warnings
 from collections.abc import Iterable
@@ -27,44 +27,43 @@ from samfast.kernels.sam_block.plan import Memory, check_memory
 _OPTIONS = ("backend", "left_alone", "memory", KEPT)  # attributes of fused modules
 _INSIDE = "its block is left alone"
 _BY_BLOCK = "its block runs its own forward"
-_ATTENTIONS = {"attn", "attention"}  # what libraries call the attention of a block
+_ATTENTIONS = {"attn", "attention"}  # names of a block's attention in the libraries
 
 
 def fuse(model: Model, memory: Memory | None = None) -> Model:
-    """Let SAM's blocks and others' adapters in ``model`` run fused, in place; returns the model.
+    """Fuse SAM's blocks and other libraries' adapters in ``model``, in place; return the model.
 
-    Known are the blocks of segment_anything, of copies of it under other names, of transformers'
-    SamModel, SamHQModel and SAM 3, of the package sam3, and of timm's samvit models.
-    segment_anything's Attention and Block
-    become RelPosAttention and SamBlock, other classes ones derived from them: the same module
-    objects with the same Parameters, submodules, hooks and state dict, so adapters, optimizers
-    and files know no difference. Before or after ``attach``.
+    It knows the blocks of segment_anything and its copies under other names. It also knows those of
+    transformers' SamModel, SamHQModel and SAM 3, the package sam3, and timm's samvit models.
+    segment_anything's Attention and Block become RelPosAttention and SamBlock; other classes become
+    subclasses of their own. Module objects, Parameters, submodules, hooks and the state dict stay
+    the same, so adapters, optimizers and files notice nothing. Call it before or after ``attach``.
 
-    A class is proved before it is trusted, on a CPU, in about a second for ViT-H: runs with weights
-    of its own give the result and gradients of a SAM block, and its children are the same. The
-    forward of segment_anything's and copies' classes reaches nothing but its module, torch and
-    numbers; all methods of a transformers or timm class are that library's. A block that fails
-    stays as it is, its attention too; a warning says why, and ``report``. The question is asked
-    again, at every forward, once a class was patched or got another part.
-    What a library's forward calls outside its classes, such as transformers' attention functions,
-    is run in that proof, but not asked about again.
-    Modules of classes derived from these, or with a forward of their own, stay as they are as
-    well; the attention of a derived block is fused. A transformers or timm block with something
-    that a fused block leaves out (dropout in training, layer scale) runs its own forward. Hooks
-    that torch registers for all modules see a fused block as one module.
+    A class is proved before it is trusted, on a CPU, in about a second for ViT-H. Runs with random
+    weights must give the result and gradients of a SAM block, with the same children. The forward
+    of segment_anything's class or a copy may use only its module, torch and numbers. All methods of
+    a transformers or timm class must be that library's. A block that fails stays as it is, with its
+    attention; a warning and ``report`` say why. A class that was patched, or got another part, is
+    checked again at every forward. The proof runs what a library's forward calls outside its
+    classes, such as transformers' attention functions, but does not check it again.
 
-    PEFT's ``lora.Linear`` becomes a class derived from it, in a block or anywhere else in the
-    model, which may be a PeftModel. So do ``_LoRA_qkv`` as SAMed and Sam_LoRA have it, and
-    micro-sam's ``AttentionLoRA``, ``MLPLoRA`` and ``AdaptFormer``. Parameters, files and their
-    owner's calls stay as they are. A layer that PEFT's ``add_adapter`` makes later needs ``fuse``
-    again. See ``samfast.integrations``.
+    Modules of derived classes, or with a forward of their own, stay as they are too; the attention
+    of a derived block is fused. A transformers or timm block with a part that a fused block leaves
+    out (dropout in training, layer scale) runs its own forward. Hooks that torch registers for all
+    modules see a fused block as one module.
 
-    memory: what every block saves for its backward, see SamBlock: "fast" saves all that is dear
-        to compute, "balanced" computes two of four layers again, "minimal" the whole block. The
-        gradients are the same. None means "fast", and leaves blocks that are fused already as
-        they are; another mode is theirs too, so fusing twice changes the mode or nothing.
+    PEFT's ``lora.Linear`` becomes a subclass of itself anywhere in the model, which may be a
+    PeftModel. So do ``_LoRA_qkv`` of SAMed and Sam_LoRA, and micro-sam's ``AttentionLoRA``,
+    ``MLPLoRA`` and ``AdaptFormer``. Parameters, files and their owner's calls stay as they are. A
+    layer that PEFT's ``add_adapter`` makes later needs ``fuse`` again. See
+    ``samfast.integrations``.
 
-    Raises ValueError when there is nothing to fuse, or memory is none of the three.
+    memory: what every block saves for its backward, see SamBlock. "fast" saves all that is costly
+        to compute, "balanced" recomputes two of four layers, "minimal" the whole block. Gradients
+        are the same. None means "fast" and keeps the mode of blocks that are fused already; a name
+        changes their mode too.
+
+    Raises ValueError if there is nothing to fuse, or if memory is not one of the three.
 
     >>> import samfast
     >>> from samfast.models import build_sam
@@ -95,14 +94,14 @@ def fuse(model: Model, memory: Memory | None = None) -> Model:
 
 
 def _to_fuse(module: nn.Module) -> bool:
-    """Whether it is a block or an attention of a class that there is a fused one for."""
+    """True for a block or attention whose class has a fused class."""
     if "forward" in vars(module) or not (is_block(module) or is_attention(module)):
         return False
     return fused_class(type(module)) is not None
 
 
 def _objections(asked: dict[str, nn.Module]) -> dict[str, str]:
-    """Why modules of a library's classes are left alone, by name."""
+    """Map names of modules of a library's classes to why they are left alone."""
     every = {name: _taken_name(module) or objection(module) for name, module in asked.items()}
     found = {name: reason for name, reason in every.items() if reason is not None}
     inside = {id(_attention_in(asked[name])) for name in found if is_block(asked[name])}
@@ -117,13 +116,13 @@ def _attention_in(block: nn.Module) -> nn.Module | None:
 
 
 def _taken_name(module: nn.Module) -> str | None:
-    """An attribute of the user's that a fused module has for itself."""
+    """Name a user's attribute that a fused module needs itself."""
     taken = [name for name in _OPTIONS if name in vars(module)]
     return f"it has an attribute {taken[0]}, which a fused module needs itself" if taken else None
 
 
 def _left_alone(objections: dict[str, str], asked: dict[str, nn.Module]) -> str:
-    """The nearest miss is one that a run has found out, or else the first."""
+    """Warn of the modules left alone, with a reason that a run found, or else the first."""
     reasons = {name: reason for name, reason in objections.items() if reason != _INSIDE}
     name, reason = min(reasons.items(), key=lambda pair: "its forward" not in pair[1])
     return (
@@ -133,11 +132,11 @@ def _left_alone(objections: dict[str, str], asked: dict[str, nn.Module]) -> str:
 
 
 def unfuse(model: Model) -> Model:
-    """Undo ``fuse``, in place: segment_anything's and PEFT's classes again, the same Parameters.
+    """Undo ``fuse``, in place: restore the stock classes and keep the Parameters.
 
-    Modules that are not fused stay as they are. Raises ValueError for a model in which nothing is
-    fused, and RuntimeError, before anything is changed, when the forward of a fused module was
-    wrapped since, or its class changed: the wrapper holds the fused forward.
+    Modules that are not fused stay as they are. Raises ValueError if nothing is fused. Raises
+    RuntimeError, before anything changes, if a fused module's forward was wrapped since or its
+    class changed, because the wrapper holds the fused forward.
     """
     fused = {n: m for n, m in _checked(model).named_modules() if is_fused(m)}
     if not fused:
@@ -163,15 +162,15 @@ def unfuse(model: Model) -> Model:
 
 
 def fused_blocks(model: nn.Module) -> dict[str, FusedBlock]:
-    """Every fused block by its full name."""
+    """Map full names to the fused blocks."""
     modules: Iterable[tuple[str, Foreign]] = model.named_modules()
     return {name: m for name, m in modules if is_fused_block(m)}
 
 
 def block_states(model: nn.Module) -> dict[str, str]:
-    """How every transformer block runs, by full name: those that fuse knows, and any alike.
+    """Say how every transformer block runs, by full name, also blocks that fuse does not know.
 
-    "fused", or "fused in parts: …" or "not fused: …" with the reason
+    Values are "fused", or "fused in parts: …" or "not fused: …" with the reason.
     """
     states = {}
     for name, module in model.named_modules():
@@ -185,7 +184,7 @@ def block_states(model: nn.Module) -> dict[str, str]:
 
 
 def _state(block: Foreign) -> str:
-    """How a fused block runs."""
+    """Say how a fused block runs."""
     problem = block.block_problem()
     if problem is None:
         return "fused"
@@ -194,9 +193,9 @@ def _state(block: Foreign) -> str:
 
 
 def attention_states(model: nn.Module) -> dict[str, str]:
-    """How the attention of every block that fuse knows runs, by full name.
+    """Say how the attention of every block that fuse knows runs, by full name.
 
-    "fused", or "fused, windows cut first: …" or "not fused: …" with the reason
+    Values are "fused", or "fused, windows cut first: …" or "not fused: …" with the reason.
     """
     blocks: dict[int, list[nn.Module]] = {}
     for block in model.modules():
@@ -210,7 +209,7 @@ def attention_states(model: nn.Module) -> dict[str, str]:
 
 
 def _attention_state(attn: nn.Module, around: list[Foreign]) -> str:
-    """How an attention runs; around: the blocks that have it."""
+    """Say how an attention runs; around: the blocks that have it."""
     family = family_of(type(attn))
     assert family is not None, type(attn)
     if family.published:
@@ -230,7 +229,7 @@ def _attention_state(attn: nn.Module, around: list[Foreign]) -> str:
 
 
 def _cut_first(block: Foreign) -> str | None:
-    """Why the windows of a block are cut before its attention, None when they are not."""
+    """Say why a block's windows are cut before its attention; None if they are not."""
     if is_fused_block(block):
         return block.window_order()
     return f"its block is {_why_not(block)}"
@@ -241,7 +240,7 @@ def _own(family: Family) -> str:
 
 
 def _why_not(module: nn.Module) -> str:
-    """Why a block or an attention is not fused."""
+    """Say why a block or an attention is not fused."""
     family, kind = family_of(type(module)), type(module).__name__
     assert family is not None, type(module)
     stock = family.block if isinstance(module, family.block) else family.attention

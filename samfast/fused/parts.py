@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libraries call a transformer block of SAM's kind and what is in it.
+"""The names that libraries give to a SAM-like transformer block and its parts.
 
-The other files of this folder ask here for a name, or for what has the name.
+The other files of this folder look up names and parts here.
 """
 
 from collections.abc import Mapping
@@ -14,21 +14,24 @@ from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, kind_of
 from samfast.kernels.relpos_attention.op import fit_table
 
-KEPT = "_samfast_tables"  # where a fused block keeps tables that it has made
+KEPT = "_samfast_tables"  # the attribute in which a fused block keeps its tables
 
 
 class Layout:
-    """The names in segment_anything; another library's is a class derived from this one.
+    """The names in segment_anything; other libraries have subclasses of this class.
 
-    Paths start at the block. IDENTITIES: children that a fused block leaves out, which therefore
-    must be nn.Identity   DROPOUTS: children that are dropout   CHANCES: numbers that are its
-    probability   VALUES: what else a forward reads of its module, and what it must be   FLAGS: what
-    it reads that may be either
-    takes: what the forwards take   IDLE: named arguments that change nothing in a block
-    KIND, HALVES: of the attention, see ``samfast.kernels.sam_block.plan``   OTHERS: further
-        children, and BUFFERS, that a block's tables are made of   DROP_PATH: a child that drops
-        branches of samples in training   WATCHED: whether a block's answers come from its own
-        state alone, see ``samfast.fused.remembered``
+    Paths start at the block.
+
+    IDENTITIES: children that a fused block leaves out, so they must be nn.Identity
+    DROPOUTS: children that are dropout   CHANCES: numbers that are dropout probabilities
+    VALUES: other attributes that a forward reads, with the value they must have
+    FLAGS: attributes that a forward reads and that may be true or false
+    takes: the forwards' arguments   IDLE: named arguments without effect in a block
+    KIND, HALVES: of the attention, see ``samfast.kernels.sam_block.plan``
+    OTHERS, BUFFERS: further children and buffers from which a block computes its tables
+    DROP_PATH: a child that drops branches of samples in training
+    WATCHED: True if a block's answers depend only on its own state, see
+        ``samfast.fused.remembered``
     """
 
     IN_BLOCK: ClassVar[tuple[str, ...]] = ("norm1", "attn", "norm2", "mlp")
@@ -38,8 +41,8 @@ class Layout:
         "rel_pos_h",
         "rel_pos_w",
     )  # parameters with relative positions
-    WINDOW: ClassVar = "window_size"  # of a block, 0 for the whole map
-    OPTIONS: ClassVar[tuple[str, ...]] = ("num_heads", "scale", "use_rel_pos")  # of an attention
+    WINDOW: ClassVar = "window_size"  # on a block; 0 for the whole map
+    OPTIONS: ClassVar[tuple[str, ...]] = ("num_heads", "scale", "use_rel_pos")  # on an attention
     IDENTITIES: ClassVar[tuple[str, ...]] = ()
     DROPOUTS: ClassVar[tuple[str, ...]] = ()
     CHANCES: ClassVar[tuple[str, ...]] = ()
@@ -56,82 +59,82 @@ class Layout:
 
     @classmethod
     def norms(cls, block: Foreign) -> dict[str, Foreign]:
-        """The norms before the attention and before the MLP."""
+        """Return the norms before the attention and before the MLP."""
         return {name: getattr(block, name) for name in cls.IN_BLOCK[::2]}
 
     @classmethod
     def attention(cls, block: Foreign) -> Foreign:
-        """The attention of a block."""
+        """Return the attention of a block."""
         return getattr(block, cls.IN_BLOCK[1])
 
     @classmethod
     def mlp(cls, block: Foreign) -> Foreign:
-        """The MLP of a block."""
+        """Return the MLP of a block."""
         return getattr(block, cls.IN_BLOCK[3])
 
     @classmethod
     def activation(cls, block: Foreign) -> Foreign:
-        """The activation in the MLP of a block."""
+        """Return the activation in the MLP of a block."""
         return getattr(cls.mlp(block), cls.IN_MLP[2])
 
     @classmethod
     def window(cls, block: Foreign) -> int:
-        """The side of a block's windows; 0 for the whole map."""
+        """Return the side of a block's windows; 0 for the whole map."""
         return getattr(block, cls.WINDOW)
 
     @classmethod
     def linears(cls, block: Foreign) -> dict[str, Foreign]:
-        """The linear layers in the order in which they run: qkv or q, k and v, and three more."""
+        """Return the linear layers in the order they run: qkv or q, k and v, and three more."""
         mlp = cls.mlp(block)
         around = {name: getattr(mlp, name) for name in cls.IN_MLP[:2]}
         return {**cls.projections(cls.attention(block)), **around}
 
     @classmethod
     def projections(cls, attention: Foreign) -> dict[str, Foreign]:
-        """The layers before and after the attention."""
+        """Return the layers before and after the attention."""
         return {name: getattr(attention, name) for name in cls.IN_ATTENTION}
 
     @classmethod
     def heads(cls, attention: Foreign) -> int:
-        """The number of heads of an attention."""
+        """Return the number of heads of an attention."""
         return getattr(attention, cls.OPTIONS[0])
 
     @classmethod
     def scale(cls, attention: Foreign) -> float:
-        """What an attention multiplies its logits by."""
+        """Return the factor of an attention's logits."""
         return getattr(attention, cls.OPTIONS[1])
 
     @classmethod
     def has_tables(cls, attention: Foreign) -> bool:
-        """Whether an attention has relative positions."""
+        """True if an attention has relative positions."""
         return getattr(attention, cls.OPTIONS[2])
 
     @classmethod
     def relative_positions(cls, attention: Foreign) -> tuple[Tensor, Tensor]:
-        """Along the height and along the width."""
+        """Return the tables along the height and along the width."""
         height, width = cls.TABLES
         return getattr(attention, height), getattr(attention, width)
 
     @classmethod
     def tables(cls, block: Foreign, sides: tuple[int, int]) -> list[Tensor]:
-        """The two tables of the attention's kind, for windows of these sides."""
+        """Return the two tables of the attention's kind, for windows of these sides."""
         own = cls.relative_positions(cls.attention(block))
         return [fit_table(table, side) for table, side in zip(own, sides, strict=True)]
 
     @classmethod
     def positions_problem(cls, block: Foreign) -> str | None:
-        """What stands against the positions of the attention."""
+        """Say what is wrong with the attention's positions; None if nothing is."""
         attention = cls.attention(block)
         return None if cls.has_tables(attention) else "attn has no relative positions"
 
     @classmethod
     def fits_positions(cls, block: Foreign, sides: tuple[int, int]) -> bool:
-        """Whether the tables are for windows of these sides, or can be made so."""
+        """True if the tables fit windows of these sides, or can be interpolated to fit."""
         return True
 
     @classmethod
     def drop_chance(cls, block: Foreign) -> float:
-        """How likely a branch of a sample is dropped, as the block is now."""
+        """Return the probability that a sample's branch is dropped, in the block's mode."""
         part = None if cls.DROP_PATH is None else block.get_submodule(cls.DROP_PATH)
         return (
             getattr(part, "drop_prob", None) or 0.0 if part is not None and part.training else 0.0
@@ -139,24 +142,24 @@ class Layout:
 
     @classmethod
     def activation_problem(cls, act: Foreign) -> str | None:
-        """Why it is not the exact GELU."""
+        """Say why the activation is not the exact GELU."""
         if type(act) is not nn.GELU or act.approximate != "none":
             return f"the activation is {act}, not the exact GELU"
         return None
 
     @classmethod
     def attention_altered(cls, attention: Foreign) -> bool:
-        """Whether calling the attention does more than its class says."""
+        """True if calling the attention does more than its class says."""
         return altered(attention)
 
     @classmethod
     def recording(cls, attention: Foreign) -> bool:
-        """Whether the library is to be given the attention's inner results in this forward."""
+        """True if this forward must give the library the attention's inner results."""
         return False
 
     @classmethod
     def option_problem(cls, block: Foreign) -> str | None:
-        """Which of the parts that a fused block leaves out does something."""
+        """Name a part with an effect that a fused block would leave out."""
         for path in cls.IDENTITIES:
             part = block.get_submodule(path)
             if type(part) is not nn.Identity or altered(part):
@@ -183,15 +186,15 @@ class Layout:
         cls, family: "Family", block: nn.Module, dim: int, heads: int, window: int,
         size: tuple[int, int], bias: bool, eps: float,
     ) -> nn.Module:  # fmt: skip
-        """A block of these sizes as its library makes it, where ``cases`` builds none itself."""
+        """Let the library build a block of these sizes, if ``cases`` does not build one itself."""
         raise NotImplementedError
 
 
 class Family(NamedTuple):
     """The classes of one library.
 
-    package: its name   published: its code is known by its place, and needs no look at each line
-    attentions: all classes that its blocks may have for their attention
+    package: its name   published: its code is trusted by its place, without reading each line
+    attentions: all classes that a block's attention may have
     others: classes of further children
     """
 
@@ -205,11 +208,11 @@ class Family(NamedTuple):
     others: tuple[type[nn.Module], ...] = ()
 
     def attention_of(self, block: Foreign) -> type[nn.Module]:
-        """Which of the classes the block's attention has."""
+        """Find which of the classes the block's attention has."""
         found = type(block._modules.get(self.parts.IN_BLOCK[1]))
         return found if found in self.attentions else self.attention
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:
-    """The part of that name, None where there is none."""
+    """Return the part of that name; None if there is none."""
     return module._modules.get(name)

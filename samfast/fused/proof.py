@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a block or an attention computes what its name says.
+"""Prove that a block or an attention computes what its name says.
 
-Copies of segment_anything change these classes, and programs patch them. A module is fused where
-its forward takes what the original takes, its parts are exactly the original's, and runs of it
-agree with the formula in ``samfast.kernels.sam_block.reference``.
+Copies of segment_anything change these classes, and programs patch them. A module is fused only if
+its forward has the original's arguments and its parts are exactly the original's. Its runs must
+also agree with the formula in ``samfast.kernels.sam_block.reference``.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from samfast.integrations.plain_code import PlainCode, unchanged
 from samfast.integrations.probe import apart
 from samfast.integrations.swap import foreign_method, methods_of, own_method
 
-LARGEST_WINDOW = 32  # that a run is made at
+LARGEST_WINDOW = 32  # in a run
 LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU)
 _NAMES = frozenset("weight bias normalized_shape eps approximate".split()).union(
     Layout.TABLES,
@@ -34,15 +34,15 @@ _codes: dict[type[nn.Module], PlainCode] = {}
 _methods: dict[type[nn.Module], tuple[dict[str, FunctionType], tuple[object, ...], str | None]] = {}
 _verdicts: dict[tuple[Any, ...], str | None] = {}
 
-_Parts = dict[str, tuple[str, nn.Module]]  # by name: its role, and what has it
+_Parts = dict[str, tuple[str, nn.Module]]  # name -> its role, and the module
 
 
 def objection(module: nn.Module, ask: bool = True) -> str | None:
-    """Why ``module``, a block or an attention, is not what it is called; None where it is.
+    """Say why ``module``, a block or an attention, is not what its name says; None if it is.
 
-    Answers from memory while its classes' code, its parts and its sizes stay as they are, and
-    otherwise runs a probe on a CPU; without ``ask`` says None instead. A compiled graph keeps the
-    answer it was traced with.
+    The answer is remembered while its classes' code, its parts and its sizes stay the same.
+    Otherwise it runs a probe on a CPU, or returns None without ``ask``. A compiled graph keeps the
+    answer from its trace.
     """
     family = family_of(type(module))
     assert family is not None, type(module)
@@ -78,7 +78,7 @@ def objection(module: nn.Module, ask: bool = True) -> str | None:
 
 
 def stock_code_watch(module: nn.Module) -> Callable[[], bool]:
-    """What tells whether the code of the stock classes of a module is as it is now.
+    """Return a mark that changes with the code of a module's stock classes.
 
     The module's family must be one whose code is read, not a published one.
     """
@@ -87,18 +87,18 @@ def stock_code_watch(module: nn.Module) -> Callable[[], bool]:
     return unchanged([_codes[kind] for kind in (*_classes(family, module), *LAYERS)])
 
 
-# What torch.compile calls while it traces, rather than trace it.
+# torch.compile calls this while tracing, and does not trace it.
 objection._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
 
 def _read(own: type[Layout], role: str) -> tuple[str, ...]:
-    """The numbers that the formula, or the forward, reads of a part."""
+    """Return the numbers that the formula or the forward reads from a part."""
     numbers = {BLOCK: (own.WINDOW,), ATTENTION: own.OPTIONS, MLP: ()}[role]
     return (*numbers, *below(own, role, own.FLAGS))
 
 
 def _code(family: Family, kind: type[nn.Module]) -> tuple[object, str | None]:
-    """What tells states of a class's code apart, and what is not as it should be."""
+    """Return a mark for the state of a class's code, and what is wrong with it."""
     if family.published and kind not in LAYERS:
         return _published(kind)
     if kind not in _codes:
@@ -107,7 +107,7 @@ def _code(family: Family, kind: type[nn.Module]) -> tuple[object, str | None]:
 
 
 def _published(kind: type[nn.Module]) -> tuple[tuple[object, ...], str | None]:
-    """The methods of a library's class, looked at again once one was replaced."""
+    """Check the methods of a library's class, again whenever one was replaced."""
     known, state, problem = _methods.get(kind, (None, (), None))
     if known is None or any(getattr(kind, n, None) is not m for n, m in known.items()):
         known, replaced = methods_of(kind), foreign_method(kind)
@@ -118,7 +118,7 @@ def _published(kind: type[nn.Module]) -> tuple[tuple[object, ...], str | None]:
 
 
 def _own_method(family: Family, module: nn.Module, role: str, part: nn.Module) -> str | None:
-    """A method of a library's class that this part has another of."""
+    """Name a method that this part has replaced in a library's class."""
     block = isinstance(module, family.block)
     attention = family.attention_of(module) if block else family.attention
     kinds = dict(zip(ROLES, (family.block, attention, family.mlp), strict=True))
@@ -133,7 +133,7 @@ def _classes(family: Family, module: nn.Module) -> tuple[type[nn.Module], ...]:
 
 
 def _stock_parts(family: Family, module: nn.Module) -> _Parts:
-    """The module itself and those of its children whose class is the library's, by name."""
+    """Return the module and those children whose class is the library's, by name."""
     if isinstance(module, family.attention):
         return {"": (ATTENTION, module)}
     children = module._modules
@@ -141,7 +141,7 @@ def _stock_parts(family: Family, module: nn.Module) -> _Parts:
     _, name_of_attn, _, name_of_mlp = family.parts.IN_BLOCK
     attn, mlp = children.get(name_of_attn), children.get(name_of_mlp)
     stock = type(attn) is family.attention or type(attn) in family.attentions
-    if attn is not None and (stock or hasattr(attn, "left_alone")):  # as a FusedAttention has
+    if attn is not None and (stock or hasattr(attn, "left_alone")):  # a FusedAttention
         parts[name_of_attn] = (ATTENTION, attn)
     if mlp is not None and type(mlp) is family.mlp:
         parts[name_of_mlp] = (MLP, mlp)
@@ -149,7 +149,7 @@ def _stock_parts(family: Family, module: nn.Module) -> _Parts:
 
 
 def _has(parts: _Parts, *names: str) -> bool:
-    """Whether what these names lead to from the attention is there, and true where it is a flag."""
+    """True if these paths from the attention exist, and lead to true if they are flags."""
     value: object = next((part for role, part in parts.values() if role == ATTENTION), None)
     for name in names:
         value = getattr(value, name, None)
@@ -157,18 +157,18 @@ def _has(parts: _Parts, *names: str) -> bool:
 
 
 def _held(family: Family, module: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Names of the module's children, parameters and buffers."""
+    """Return names of the module's children, parameters and buffers."""
     stores = (module._modules, module._parameters, module._buffers)
     children, tensors, buffers = (
         tuple([name for name, value in store.items() if value is not None]) for store in stores
     )
-    if getattr(module, "_is_replica", False):  # DataParallel's hold parameters as attributes
+    if getattr(module, "_is_replica", False):  # replicas hold parameters as attributes
         tensors += tuple([name for name in family.parts.TABLES if name in vars(module)])
     return children, tensors, buffers
 
 
 def _structure(family: Family, name: str, role: str, module: nn.Module) -> str | None:
-    """What the module has that the original does not have, or the other way round."""
+    """Say what the module has and the original lacks, or the other way round."""
     it, own = f"its {name}" if name else "it", family.parts
     children, tensors, buffers = _held(family, module)
     idle = below(own, role, (*own.IDENTITIES, *own.DROPOUTS, *own.OTHERS))
@@ -201,7 +201,7 @@ def _judgement(family: Family, module: nn.Module, parts: _Parts) -> str | None:
 
 
 def _signatures(family: Family, module: nn.Module) -> str | None:
-    """Whether the forwards take what they should; a published library's are as they are."""
+    """Say if a forward has other arguments than expected; trust a published library's."""
     for kind in () if family.published else _classes(family, module):
         if (taken := signature(kind)) != family.parts.takes:
             return f"the forward of {kind.__name__} takes {taken}, not {family.parts.takes}"
@@ -209,14 +209,14 @@ def _signatures(family: Family, module: nn.Module) -> str | None:
 
 
 def _second_look(family: Family, module: nn.Module, parts: _Parts) -> str | None:
-    """At the module's own window, up to a size where that takes no time, heads and scale."""
+    """Choose window, heads and scale of a run: the module's own, with a limited window."""
     side = min(getattr(module, family.parts.WINDOW, 0), LARGEST_WINDOW)
     size = (side - side // 4, side - 1) if side else (3, 5)
     return apart(case_of(family, module, side, *size).deviation)
 
 
 def signature(kind: type[nn.Module]) -> str:
-    """What the forward of a class takes, as it is written."""
+    """Return the arguments of a class's forward, as written."""
     found = inspect.signature(kind.forward, follow_wrapped=False)
     bare = [p.replace(annotation=p.empty) for p in found.parameters.values()]
     return str(inspect.Signature(bare))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""segment_anything's attention without its bias tensor and without copies of windows."""
+"""segment_anything's attention without its bias tensor and without copied windows."""
 
 from typing import TYPE_CHECKING
 
@@ -18,18 +18,18 @@ else:
 
 
 class RelPosAttention(FusedAttention, Attention):
-    """Multi-head attention with decomposed relative positions (ViTDet, SAM), fused.
+    """Fused multi-head attention with decomposed relative positions (ViTDet, SAM).
 
-    x: (B, H, W, D) -> (B, H, W, D), as the stock module; or, with ``window``, as the stock
-    module between window_partition and window_unpartition. Parameters, submodules and the state
-    dict are the stock module's. See ``samfast.fused.attention``.
+    x: (B, H, W, D) -> (B, H, W, D), as the stock module; with ``window``, as the stock module
+    between window_partition and window_unpartition. Parameters, submodules and the state dict are
+    the stock module's. See ``samfast.fused.attention``.
 
     backend: which kernel runs the attention, see ``samfast.backends``
     """
 
     @classmethod
     def from_attention(cls, attention: Attention) -> "RelPosAttention":
-        """A fused module with the Parameters, submodules and hooks of ``attention``."""
+        """Build a fused module with the Parameters, submodules and hooks of ``attention``."""
         if type(attention) is not Attention:
             raise TypeError(
                 f"expected segment_anything's Attention, got {type(attention).__name__}"

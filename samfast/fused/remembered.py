@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a block's forward found out about itself, used again while all of that stays as it was.
+"""Remember what a block's forward found out about itself, while its state stays the same.
 
-A forward asks a block, its parts and its adapters some hundred questions, with the same answers
-from step to step. Here the state that the answers come from is watched instead: attributes,
-children, Parameters and hooks by identity, the code of the stock classes, precision and backend.
-Parts whose answers come from elsewhere too are asked each time.
+A forward asks a block, its parts and its adapters about a hundred questions, with the same answers
+from step to step. This file watches the state behind the answers instead: attributes, children,
+Parameters and hooks by identity, the code of the stock classes, precision and backend. Parts whose
+answers depend on more are asked each time.
 """
 
 import operator
@@ -24,7 +24,7 @@ from samfast.kernels._common.planned import guard
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan, Plan
 
-# Attributes of torch's modules that are looked into, or that no forward reads.
+# Attributes of torch's modules that are checked in detail, or that no forward reads.
 _HOOKS = operator.itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
@@ -36,19 +36,19 @@ _OF_TORCH = frozenset(
 )
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 State = tuple[Any, ...]
-MOST = 4  # kinds of forwards of a block, such as two sizes with and without gradients
-# In a row, after which one in so many is remembered, such as under FSDP, which gives a block other
-# Parameters at each forward.
+MOST = 4  # kinds of forwards per block, such as two sizes with and without gradients
+# Misses in a row after which only one forward in this many is remembered, such as under FSDP, which
+# gives a block new Parameters at each forward.
 MOST_MISSES, SELDOM = 16, 256
 _remembered: weakref.WeakKeyDictionary[nn.Module, "Remembered"] = weakref.WeakKeyDictionary()
 
 
 class Remembered:
-    """The answers of one block. They keep neither the block nor a Parameter."""
+    """The answers of one block. They keep neither the block nor a Parameter alive."""
 
     @classmethod
     def of(cls, block: nn.Module) -> "Remembered | None":
-        """The block's own, made now where it has none; None for a replica, which runs once."""
+        """Return the block's answers, new if it has none; None for a replica, which runs once."""
         found = _remembered.get(block)
         if found is None and "_is_replica" not in vars(block):
             found = _remembered[block] = cls()
@@ -59,9 +59,9 @@ class Remembered:
         self.misses = 0
 
     def latest(self, block: nn.Module, x: Tensor) -> "tuple[Answers, list[Tensor | None]] | None":
-        """What is known for a forward on x, and the tensors of its node."""
+        """Return what is known for a forward on x, and the tensors of its node."""
         if torch._C._get_tracing_state() is not None:
-            return None  # a tracer is refused by what is asked anew
+            return None  # the full questions refuse a tracer
         state = _state(x)
         for answers in self.answers:
             if answers.state == state:
@@ -89,7 +89,7 @@ def forget() -> None:
 class Answers:
     """The answers of one forward that ran as one node.
 
-    state: what they depend on beside the block   key, numbers, backend: of the node's call
+    state: what they depend on in addition to the block   key, numbers, backend: of the node's call
     """
 
     @classmethod
@@ -97,19 +97,19 @@ class Answers:
         cls, block: nn.Module, state: State, same_code: Callable[[], bool], plan: Plan,
         tensors: Sequence[Tensor | None], layers: dict[str, nn.Module],
     ) -> "Answers | None":  # fmt: skip
-        """None where the answers may come from what is not watched.
+        """Make the answers; return None if they may depend on unwatched state.
 
-        same_code: whether that of the stock classes is as it was   tensors: as the node took them
+        same_code: says if the stock classes' code is unchanged   tensors: as the node took them
         layers: by their place in the node
         """
-        # A plain tensor in a Parameter's place may have a graph, such as functional_call's.
+        # A plain tensor in place of a Parameter may have a graph, as with functional_call.
         parameters = (t for module in block.modules() for t in module._parameters.values())
         own = {id(t) for t in parameters if type(t) is nn.Parameter}
         head, parts = plan.split(tensors)
         if plan.side is not None or plan.drops or not own.issuperset(map(id, head)):
             return None
         if not all(isinstance(layer, nn.Module) for layer in layers.values()):
-            return None  # made anew at each call, of what a wrapper holds apart
+            return None  # a wrapper computes it anew at each call
         asked = {
             name: layer
             for name, layer in layers.items()
@@ -145,7 +145,7 @@ class Answers:
         self.alike = guard(kept) if len({*map(id, kept)}) == len(kept) else lambda *_: False
 
     def hold(self, block: nn.Module) -> list[Tensor | None] | None:
-        """The node's tensors where nothing has changed that the answers come from."""
+        """Return the node's tensors if nothing that the answers depend on has changed."""
         stores = self.watched.same(block)
         if stores is None or not self.same_code():
             return None
@@ -157,7 +157,7 @@ class Answers:
     def shares(
         self, tensors: list[Tensor | None], like: Tensor, windows: Mapping[str, Windows]
     ) -> dict[str, BlockLayer] | None:
-        """What is asked each time, put among the tensors; None where an answer differs.
+        """Ask what is asked each time and fill the tensors; None if an answer differs.
 
         windows: of each layer
         """
@@ -174,12 +174,12 @@ class Answers:
 
 
 def _watched(layer: nn.Module) -> bool:
-    """Whether a layer says that its answers come from its own state alone."""
+    """True if a layer says that its answers depend only on its own state."""
     return getattr(layer, "block_watched", False) and type(layer).__module__.startswith("samfast.")
 
 
 def _state(x: Tensor) -> State:
-    """What else the answers depend on."""
+    """Return what else the answers depend on."""
     return (
         x.shape[1:], x.dtype, x.device, os.environ.get(BACKEND), autocast_dtype(x.device.type),
         torch.is_grad_enabled(),
@@ -187,12 +187,14 @@ def _state(x: Tensor) -> State:
 
 
 class Watched:
-    """The state of a block's modules: classes, numbers, children, hooks, and which tensors there
-    are. It keeps none of them alive but the numbers."""
+    """The state of a block's modules: classes, numbers, children, hooks and tensors.
+
+    It keeps only the numbers alive.
+    """
 
     @classmethod
     def of(cls, block: nn.Module, but: Sequence[nn.Module]) -> "Watched | None":
-        """None where a module, other than those of ``but``, has what cannot be watched."""
+        """Watch the modules; return None if one outside ``but`` cannot be watched."""
         left = {id(m) for m in but}
         modules = [m for m in block.modules() if id(m) not in left]
         for module in modules:
@@ -207,7 +209,7 @@ class Watched:
         dicts = [*map(vars, modules)]
         self.lengths = [*map(len, dicts)]
         names = [[name for name in d if name not in _OF_TORCH] for d in dicts]
-        self.picks = [operator.itemgetter(*own) for own in names]  # two at least, of torch's
+        self.picks = [operator.itemgetter(*own) for own in names]  # torch gives at least two
         self.numbers = [d[name] for d, own in zip(dicts, names, strict=True) for name in own]
         self.children = [_weak(m) for d in dicts for m in d["_modules"].values()]
         stores = _stores(dicts)
@@ -215,17 +217,17 @@ class Watched:
         self.absent = [t is None for store in stores for t in store.values()]
 
     def tensors(self, block: nn.Module) -> list[tuple[Tensor, int, str]]:
-        """Each tensor, and where it is: in which of the dicts that ``same`` gives, by which name"""
+        """List each tensor with its place: the dict, of those that ``same`` gives, and the name."""
         stores = _stores([vars(m) for m in (block, *_alive(self.modules))])
         return [(t, k, n) for k, d in enumerate(stores) for n, t in d.items() if t is not None]
 
     def same(self, block: nn.Module) -> list[dict[str, Tensor | None]] | None:
-        """The Parameters and buffers of the modules where nothing has changed, else None.
+        """Return the modules' Parameters and buffers if nothing has changed, else None.
 
-        The loops are Python's own: some ten modules have two hundred attributes.
+        It uses Python's built-in loops, because ten modules have two hundred attributes.
         """
         modules = [block, *_alive(self.modules)]
-        if [*map(type, modules)] != self.kinds:  # of one that is gone too
+        if [*map(type, modules)] != self.kinds:  # also differs if one is gone
             return None
         dicts = [*map(vars, modules)]
         if [*map(len, dicts)] != self.lengths:
@@ -256,7 +258,7 @@ def _stores(dicts: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor | None]
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it stays as it is while it is the same object."""
+    """True if a value cannot change while it is the same object."""
     return isinstance(value, _PLAIN) or (type(value) is tuple and all(map(_is_plain, value)))
 
 
@@ -265,5 +267,5 @@ def _weak(value: Any) -> weakref.ref[Any] | None:
 
 
 def _alive(refs: Sequence[weakref.ref[Any] | None]) -> list[Any]:
-    """What is there, None where there was nothing or is nothing any more."""
+    """Return the referenced object; None if there was none or it is gone."""
     return [None if ref is None else ref() for ref in refs]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained in a model, what is frozen, what is fused, and what runs where."""
+"""Report what a model trains, freezes and fuses, and what runs where."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -29,29 +29,29 @@ _OF_BLOCKS = (
     "rope",
     "sam_block",
     "window_attention",
-)  # operations whose rows stand below the blocks
+)  # operations listed below the blocks
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report`` found. ``str()`` of it is a table.
+    """The result of ``report``. ``str()`` turns it into a table.
 
-    method: what was attached, None for a model without attachment
-    layers: class of every adapted layer by full name
+    method: the attached method; None if there is none
+    layers: class of every adapted layer, by full name
     adapter_parameters, other_trained_parameters, frozen_parameters: numbers of elements
     trained_tensors: number of tensors that require a gradient
-    trained_by_part: elements that require a gradient by the top-level part of the model
+    trained_by_part: elements that require a gradient, by top-level part of the model
     trained_dtypes, frozen_dtypes: elements by dtype
     merged: number of layers whose adapter is folded into the weight
-    backends: by operation, the sorted choices that its layers make on their devices
-    attention: of every attention of segment_anything's by full name, "fused", or "fused, windows
-        cut first: …" or "not fused: …" with the reason
-    blocks: of every transformer block by full name, "fused", or "fused in parts: …" or
+    backends: for each operation, the sorted choices of its layers on their devices
+    attention: for every segment_anything attention by full name: "fused", or "fused, windows cut
+        first: …" or "not fused: …" with the reason
+    blocks: for every transformer block by full name: "fused", or "fused in parts: …" or
         "not fused: …" with the reason
-    memory: the modes of the fused blocks, see ``fuse``; () where there are none
-    unread: names of trained parameters of a SAM that ``segment`` never reads
-    others: of every layer that another library adapted by full name, "fused: …" or "not fused: …"
-        with whose it is and the reason; their adapters count as adapter parameters
+    memory: the modes of the fused blocks, see ``fuse``; () if there are none
+    unread: names of a SAM's trained parameters that ``segment`` never reads
+    others: for every layer that another library adapted, by full name: "fused: …" or "not fused: …"
+        with the owner and the reason; these adapters count as adapter parameters
     """
 
     method: Method | None
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def trained_parameters(self) -> int:
-        """The number of elements that require a gradient."""
+        """Number of elements that require a gradient."""
         return sum(self.trained_by_part.values())
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Count what is trained, frozen and adapted, and say what is fused; works on any model.
+    """Count what is trained, frozen and adapted, and say what is fused, for any model.
 
     >>> import samfast
     >>> from samfast.models import build_sam

@@ -24,21 +24,21 @@ else:
 
 
 class SamBlock(BlockInParts, Block):
-    """Transformer block with window attention, as the stock module, in one autograd node.
+    """Transformer block with window attention in one autograd node, as the stock module.
 
     x: (B, H, W, D) -> (B, H, W, D). Parameters, submodules and the state dict are the stock
-    module's. ``block_problem`` says what stands against one node; then the submodules run one
-    after another, with the attention fused where it can be, and save what they save. The node's
-    result lies token by token, whatever the layout of x.
+    module's. ``block_problem`` says what prevents one node. The submodules then run one by one and
+    save their own tensors; the attention is fused if possible. The node's result lies token by
+    token, whatever the layout of x.
 
-    memory: what the node saves for its backward, in elements per token. "fast": 10 · D, nothing is
-        computed again but norms and GELU; "balanced": 3 · D, qkv and lin1 are; "minimal": D, all
-        of the block is. The gradients are the same.
+    memory: what the node saves for its backward, in elements per token. "fast": 10 · D, and only
+        norms and GELU are recomputed; "balanced": 3 · D, qkv and lin1 are recomputed too;
+        "minimal": D, the whole block is recomputed. Gradients are the same.
     """
 
     @classmethod
     def from_block(cls, block: Block, memory: Memory = "fast") -> "SamBlock":
-        """A block with the Parameters, submodules and hooks of ``block``."""
+        """Build a block with the Parameters, submodules and hooks of ``block``."""
         if type(block) is not Block:
             raise TypeError(f"expected segment_anything's Block, got {type(block).__name__}")
         check_memory(memory)

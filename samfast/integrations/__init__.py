@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other libraries need from samfast, one library a file; each is imported on first use."""
+"""Code for other libraries, one file each, imported on first use."""

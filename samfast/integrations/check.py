@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``fuse`` makes of each library that is installed: ``python -m samfast.integrations.check``.
+"""Check ``fuse`` on each installed library: ``python -m samfast.integrations.check``.
 
-Of each library a small encoder is built, copied and fused. The row says how many of its blocks run
-as one operator (counted in a forward, not asked), the largest error of its output and gradients as
-a share of what the library's own rounding allows, and whether the state dict has the same keys in
-the same order. The last two columns are bytes that one forward keeps for its backward, before and
-after ``fuse``: ViT-B at 1024², batch 1, float32, counted on tensors without memory.
+It builds a small encoder of each library, copies it and fuses the copy. The row shows how many
+blocks ran as one operator, counted in a forward. It shows the largest error of output and
+gradients, as a share of what the library's own rounding allows. It says if the state dict has the
+same keys in the same order. The last two columns are bytes that a forward keeps for its backward,
+before and after ``fuse``: ViT-B at 1024², batch 1, float32, counted on tensors without memory.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _DEPTH = 2  # of the small encoders: a block with padded windows, and one with t
 
 
 class Size(NamedTuple):
-    """What an encoder is made of. whole: the blocks whose attention is over the whole map"""
+    """The sizes of an encoder. whole: the blocks whose attention covers the whole map"""
 
     image: int
     width: int
@@ -47,7 +47,7 @@ VIT_B = Size(1024, 768, 12, 12, 14, (2, 5, 8, 11))
 
 
 class Library(NamedTuple):
-    """name: of the row   needs: packages   make: an encoder of a size; takes (B, 3, H, W)"""
+    """name: of the row   needs: packages   make: builds an encoder, which takes (B, 3, H, W)"""
 
     name: str
     needs: tuple[str, ...]
@@ -59,7 +59,7 @@ class Library(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was found of one library; error: the largest share of the budget, and of what."""
+    """The findings on one library; error: the largest share of the budget, and of what."""
 
     name: str
     calls: int
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """Whether every block ran fused, within the budget, under the same names."""
+        """True if every block ran fused, within the budget, with the same names."""
         return self.calls == _DEPTH and self.error <= 1.0 and self.same_keys
 
     def __str__(self) -> str:
@@ -171,7 +171,7 @@ LIBRARIES = (
 
 
 def check(library: Library) -> Row:
-    """The row of one library, whose packages are installed."""
+    """Check one library, whose packages are installed, and return its row."""
     torch.manual_seed(0)
     stock = _moved(library.make(SMALL))
     fused = samfast.fuse(copy.deepcopy(stock))
@@ -192,7 +192,7 @@ def check(library: Library) -> Row:
 
 
 def _moved(model: nn.Module) -> nn.Module:
-    """Every parameter as after training: no table, bias or factor is zero."""
+    """Fill every parameter as after training, so that no table, bias or factor is zero."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -200,14 +200,14 @@ def _moved(model: nn.Module) -> nn.Module:
 
 
 def output(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """All tensors of a forward that depend on the blocks."""
+    """Return all tensors of a forward that depend on the blocks."""
     y = model(x)
     y = y.get("last_hidden_state") if hasattr(y, "get") else y
     return [y] if isinstance(y, Tensor) else [y[0], *y[1]]
 
 
 def _run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of x and of every trained parameter that is used."""
+    """Return the output, and the gradients of x and of every trained parameter in use."""
     x = x.detach().requires_grad_()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     outputs = output(model, x)
@@ -244,7 +244,7 @@ def _saved(model: nn.Module) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check each library that is installed and print a row for it; returns the exit code."""
+    """Check each installed library and print its row; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m samfast.integrations.check",
         description="Check what samfast.fuse does with each installed library.",

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of other libraries that adapt a model, and which file here knows them.
+"""Find the file here that knows the adapter layers of another library.
 
-A library is known by names of classes. It is never imported: a model that has its layers did that.
-Some classes are copied from program to program, and are known by their bare name. Each file has
+A library is known by the names of its classes. It is never imported here: the model's own code has
+done that. Classes that programs copy from each other are known by their bare name. Each file has
 
-    OWNER                the library's name, None where it is the package that has the class
-    CALLS                its own calls for what samfast does with its adapters
-    objection(module)    why the module's class is left alone, None where samfast knows it
-    mixin_of(module)     what fuses a module of a class that samfast knows
-    kind_of(module)      what the library calls the layer
+    OWNER                the library's name; None if it is the package of the class
+    CALLS                the library's own calls for what samfast does with its adapters
+    objection(module)    why the module's class is left alone; None if samfast knows it
+    mixin_of(module)     the mixin that fuses a module of a known class
+    kind_of(module)      the library's name for the layer
     parameters(module)   (name, Parameter) of what the adapter adds
 """
 
@@ -22,12 +22,12 @@ from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered, whose
 from samfast.integrations.swap import swapped
 
-LIBRARIES = {  # a class: its file
+LIBRARIES = {  # class -> its file
     "peft.tuners.tuners_utils.BaseTunerLayer": "peft_layers",
     "micro_sam.models.peft_sam.FacTSurgery": "micro_sam",
     "micro_sam.models.peft_sam.ScaleShiftLayer": "micro_sam",
 }
-COPIED = {  # a class of any package: its file, and the child that is the layer it adapts
+COPIED = {  # class of any package -> its file, and the child that it adapts
     "_LoRA_qkv": ("qkv_wrappers", "qkv"),
     "AttentionLoRA": ("micro_sam", "qkv_proj"),
     "MLPLoRA": ("micro_sam", "mlp_layer"),
@@ -36,7 +36,7 @@ COPIED = {  # a class of any package: its file, and the child that is the layer 
 
 
 class Library(Protocol):
-    """What such a file has."""
+    """The functions and constants of such a file."""
 
     OWNER: str | None
     CALLS: Mapping[str, str]
@@ -51,7 +51,7 @@ class Library(Protocol):
 
 
 def library_of(module: nn.Module) -> Library | None:
-    """The file that knows a module by its class, None for samfast's, torch's and unknown ones."""
+    """Return the file that knows the module's class; None for samfast's, torch's and unknown."""
     for base in type(module).__mro__:
         file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
         if file is None and base.__name__ in COPIED:
@@ -63,30 +63,30 @@ def library_of(module: nn.Module) -> Library | None:
 
 
 def _known(module: nn.Module) -> Library:
-    """The same of a module that a library adapted."""
+    """Return that file for a module that a library adapted."""
     library = library_of(module)
     assert library is not None, type(module)
     return library
 
 
 def owner_of(module: nn.Module) -> str:
-    """Whose a layer is that another library adapted."""
+    """Name the owner of a layer that another library adapted."""
     package = type(module).__module__.partition(".")[0]
     return _known(module).OWNER or ("your program" if package == "__main__" else package)
 
 
 def described(module: nn.Module) -> str:
-    """Whose such a layer is and what it is called there."""
+    """Name the owner of such a layer and what the owner calls it."""
     return f"{whose(owner_of(module))} {_known(module).kind_of(module)}"
 
 
 def layers_of_others(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that another library adapted, by full name."""
+    """Map full names to the layers that other libraries adapted."""
     return {name: m for name, m in model.named_modules() if library_of(m) is not None}
 
 
 def fusable(module: nn.Module) -> type | None:
-    """The mixin that fuses the module; None where there is none, or it has its class already."""
+    """Return the mixin that fuses the module; None if there is none or it is fused already."""
     library = library_of(module)
     if library is None or swapped(module) is not None or "forward" in vars(module):
         return None
@@ -94,7 +94,7 @@ def fusable(module: nn.Module) -> type | None:
 
 
 def parameters_of_others(layers: dict[str, nn.Module]) -> set[str]:
-    """Full names of every tensor that other libraries added."""
+    """Return the full names of all tensors that other libraries added."""
     return {
         f"{layer}.{name}" if layer else name
         for layer, module in layers.items()
@@ -103,7 +103,7 @@ def parameters_of_others(layers: dict[str, nn.Module]) -> set[str]:
 
 
 def states_of_others(layers: dict[str, nn.Module]) -> dict[str, str]:
-    """How each of these layers runs: "fused: …" or "not fused: …", with whose it is and why."""
+    """Say how each of these layers runs: "fused: …" or "not fused: …", with owner and reason."""
     return {name: _state(module) for name, module in layers.items()}
 
 
@@ -123,7 +123,7 @@ def _state(module: Foreign) -> str:
 
 
 def refuse_others(model: nn.Module) -> None:
-    """Raise ValueError where another library has adapted a layer."""
+    """Raise ValueError if another library has adapted a layer."""
     for name, module in layers_of_others(model).items():
         raise ValueError(
             f"{name or 'the model'} already has an adapter, {described(module)}; "
@@ -132,7 +132,7 @@ def refuse_others(model: nn.Module) -> None:
 
 
 def call_of_owner(model: nn.Module, action: str) -> str | None:
-    """What to do instead, where the adapters of a model are another library's.
+    """Say what to do instead, if the adapters of a model are another library's.
 
     action: "save", "merge" or "loss"
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain linear layers inside wrappers of other libraries, and what stands against them.
+"""Check and read the plain linear layers inside other libraries' wrappers.
 
-Sentences are the rest of one that begins with the module that has the layers.
+Sentences here are the end of one that starts with the module that has the layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ _NO_HOOKS: Mapping[int, Callable[..., Any]] = MappingProxyType({})
 
 
 def stamp(module: nn.Module, *numbers: str) -> tuple[Any, ...]:
-    """What tells the module's build from another's: quick to ask, so that it is asked often.
+    """Return a mark that differs between builds of a module; it is quick, since asked often.
 
     numbers: attributes that the formula depends on
     """
@@ -34,7 +34,7 @@ def stamp(module: nn.Module, *numbers: str) -> tuple[Any, ...]:
 
 
 def layers_stamp(layers: Mapping[str, nn.Module | None]) -> tuple[Any, ...]:
-    """What tells the builds of layers apart: name, shape and bias, or the class."""
+    """Return a mark of layers' builds: name, shape and bias, or the class."""
     found: list[tuple[Any, ...]] = []
     for name, layer in layers.items():
         if type(layer) is nn.Linear:
@@ -45,7 +45,7 @@ def layers_stamp(layers: Mapping[str, nn.Module | None]) -> tuple[Any, ...]:
 
 
 def weight_of(layer: Foreign) -> Tensor:
-    """Quicker than by attribute, which is where replicas of DataParallel have it."""
+    """Return the weight, faster than by attribute, where DataParallel's replicas have it."""
     weight = layer._parameters.get("weight")
     return layer.weight if weight is None else weight
 
@@ -59,9 +59,9 @@ def _number(module: nn.Module, name: str) -> tuple[Any, ...]:
 def held_problem(
     module: nn.Module, children: tuple[str, ...], parameters: tuple[str, ...] = ()
 ) -> str | None:
-    """What the module itself has in addition to these children and parameters, or lacks.
+    """Say what the module has in addition to these children and parameters, or lacks.
 
-    parameters: that it may have, or not
+    parameters: optional ones
     """
     for what, store, known in (
         ("child", module._modules, children),
@@ -76,16 +76,16 @@ def held_problem(
 
 
 def held(module: nn.Module) -> dict[str, nn.Module]:
-    """The module's children by name."""
+    """Return the module's children by name."""
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
 def kinds_problem(layers: Mapping[str, nn.Module]) -> str | None:
-    """Which of the layers is not a plain linear one."""
+    """Say which of the layers is not a plain linear one."""
     for name, layer in layers.items():
         if type(layer) is not nn.Linear:
             return f"has {kind_of(layer)} as {name}, not a plain nn.Linear"
-        if weight_of(layer).dim() != 2:  # as a shard may be
+        if weight_of(layer).dim() != 2:  # such as a shard
             return f"has a weight of shape {tuple(weight_of(layer).shape)} in {name}"
     return None
 
@@ -93,7 +93,7 @@ def kinds_problem(layers: Mapping[str, nn.Module]) -> str | None:
 def pair_problem(
     name: str, base: nn.Linear, outputs: int, down: nn.Linear, up: nn.Linear
 ) -> str | None:
-    """Why down and up are not a low-rank update of that many of the base's outputs."""
+    """Say why down and up are not a low-rank update of that many outputs."""
     if down.bias is not None or up.bias is not None:
         return f"has a bias in its update of {name}"
     rank, inputs = up.weight.shape[1], base.weight.shape[1]
@@ -107,7 +107,7 @@ def pair_problem(
 
 
 def mlp_problem(mlp: nn.Module, name: str, needed: tuple[str, ...]) -> str | None:
-    """What an MLP lacks of the children that are read from it."""
+    """Say which child an MLP lacks, of those that are read."""
     for part in needed:
         if mlp._modules.get(part) is None or hasattr(type(mlp), part):
             return f"has a {name} without a child {part}"
@@ -115,7 +115,7 @@ def mlp_problem(mlp: nn.Module, name: str, needed: tuple[str, ...]) -> str | Non
 
 
 def now_problem(layers: Mapping[str, nn.Module | None]) -> str | None:
-    """What stands against the layers at the moment, of which there is at least one."""
+    """Say what prevents fusing these layers now; there is at least one."""
     dtypes = set()
     for name, layer in layers.items():
         if layer is None:
@@ -135,16 +135,16 @@ def now_problem(layers: Mapping[str, nn.Module | None]) -> str | None:
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether x has the weight's dtype; the owner's forward says what is wrong with another."""
+    """True if x has the weight's dtype; for others the owner's forward raises the error."""
     return x.dtype == weight.dtype or autocast_dtype(x.device.type) is not None
 
 
 class UpdatedLinear:
-    """A linear layer and its low-rank update, which a wrapper holds apart, as one layer.
+    """A linear layer and its low-rank update, as one layer; a wrapper holds them apart.
 
     x: (..., in_features) -> (..., out_features) = x Wᵀ + b + x Aᵀ Bᵀ
 
-    A fused block asks it what it asks of a module; hooks are its owner's business.
+    A fused block asks it what it asks of a module. Hooks are left to the owner.
     """
 
     _forward_hooks = _forward_pre_hooks = _backward_hooks = _backward_pre_hooks = _NO_HOOKS
@@ -157,10 +157,10 @@ class UpdatedLinear:
         return lora_linear(x, self.weight, self.bias, self.lora_a, self.lora_b, 1.0)
 
     def block_problem(self) -> None:
-        """None: what stands against the layer is said by its wrapper."""
+        """Return None: the wrapper says what prevents fusing."""
         return None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
-        """The layer's part in a fused block."""
+        """Return what the layer passes to a fused block."""
         tensors = self.weight, self.bias, self.lora_a, self.lora_b
         return BlockLayer(*tensors, LayerPlan(adapted=True))

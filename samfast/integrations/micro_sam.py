@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """micro-sam's adapters: LoRA on attention and on the MLP, and AdaptFormer (read at 1.8.14).
 
-Other programs have other classes of these names. Those are left alone, and so is what micro-sam
-has beside them.
+Other programs have other classes with these names. They are left alone, like micro-sam's other
+classes.
 """
 
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ from samfast.integrations.wrapper_proof import Wrapper, problem, stock_of
 
 OWNER = None
 CALLS = {
-    "keep": "samfast.fuse(model) runs fused what it knows, and attach takes a plain Sam",
+    "keep": "samfast.fuse(model) fuses the adapters that it knows; attach takes a plain Sam",
     "save": "save model.state_dict(), as micro_sam's trainer does",
     "merge": "micro_sam has no call that folds them into the weights",
     "loss": "they add nothing to the loss, so leave aux_loss out",
 }
-_ADAPTED = ("qkv_proj", "mlp_layer", "mlp_proj", "layer", "activation")  # what was there before
+_ADAPTED = ("qkv_proj", "mlp_layer", "mlp_proj", "layer", "activation")  # there before
 
 
 class FusedAttentionLora(FusedPackedQkv):
     """micro-sam's packed qkv layer with LoRA on some of q, k and v, times ``alpha``.
 
-    See ``FusedPackedQkv``. alpha is a number, and not divided by the rank.
+    See ``FusedPackedQkv``. alpha is a number and is not divided by the rank.
     """
 
     base = "qkv_proj"
@@ -44,7 +44,7 @@ _MIXINS: dict[str, type[Wrapper]] = {
 
 
 def objection(module: nn.Module) -> str | None:
-    """Why a module of a name of micro-sam's is not fused; None where it is."""
+    """Say why a module with a micro-sam name is not fused; None if it is."""
     mixin = mixin_of(module)
     if mixin is None:
         return "which samfast does not know"
@@ -53,18 +53,18 @@ def objection(module: nn.Module) -> str | None:
 
 
 def mixin_of(module: nn.Module) -> type[Wrapper] | None:
-    """The mixin for a module of micro-sam's; None where there is none."""
+    """Return the mixin for a micro-sam module; None if there is none."""
     names = (base.__name__ for base in stock_of(module).__mro__)
     return next((_MIXINS[name] for name in names if name in _MIXINS), None)
 
 
 def kind_of(module: nn.Module) -> str:
-    """What sentences call the module."""
+    """Return the module's name for sentences."""
     return stock_of(module).__name__
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All but those of the layers it adapts."""
+    """Yield all parameters except those of the adapted layers."""
     for name, parameter in module.named_parameters():
         if name.partition(".")[0] not in _ADAPTED:
             yield name, parameter

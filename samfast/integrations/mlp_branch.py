@@ -23,7 +23,7 @@ _MLP = ("lin1", "lin2", "act")
 
 
 class BranchSizes(NamedTuple):
-    """Sizes of an AdaptFormer.  alpha: None for a Parameter   dropout: whether it has one"""
+    """Sizes of an AdaptFormer.  alpha: None if a Parameter   dropout: True if it has one"""
 
     features: int
     bottleneck: int
@@ -37,9 +37,9 @@ class FusedBranchMlp(ForeignModule):
 
     x: (..., D) -> (..., D) = mlp(x) + x + α · (drop(act(down(x))) upᵀ + b_up)
 
-    α is multiplied into up, which is small, so that no map is kept for its gradient. The rest runs
-    as its submodules do. A fused block cannot take it: x itself is added, and no norm stands before
-    the branch.
+    α is multiplied into up, which is small, so that its gradient keeps no map. The rest runs by its
+    submodules. A fused block cannot run it, because it adds x itself and has no norm before the
+    branch.
     """
 
     reads: ClassVar[tuple[str, ...]] = (
@@ -48,7 +48,7 @@ class FusedBranchMlp(ForeignModule):
     )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., D), fused where nothing stands against it."""
+        """Run x: (..., D) -> (..., D), fused if nothing prevents it."""
         if self.block_problem() is not None:
             return super().forward(x)
         base = self.mlp_proj(x)
@@ -57,7 +57,7 @@ class FusedBranchMlp(ForeignModule):
             z = self.dropout_layer(z)
         up, alpha = self.up_proj, self.alpha
         y = F.linear(z, alpha * up.weight, None if up.bias is None else alpha * up.bias)
-        if isinstance(alpha, Tensor) and alpha.dim() > 0:  # as the product of both would be
+        if isinstance(alpha, Tensor) and alpha.dim() > 0:  # their product promotes
             y = y.to(torch.promote_types(y.dtype, alpha.dtype))
         return y + x + base
 
@@ -67,12 +67,12 @@ class FusedBranchMlp(ForeignModule):
 
     @property
     def lin2(self) -> nn.Module:
-        """The second layer of the MLP inside."""
+        """The second layer of the inner MLP."""
         return self._inside().lin2
 
     @property
     def act(self) -> nn.Module:
-        """The activation of the MLP inside."""
+        """The activation of the inner MLP."""
         return self._inside().act
 
     def _inside(self) -> Foreign:
@@ -80,7 +80,7 @@ class FusedBranchMlp(ForeignModule):
         return self._modules["mlp_proj"]
 
     def block_problem(self) -> str | None:
-        """Why the owner's forward runs, None where this class's does."""
+        """Say why the owner's forward runs; None if this class's does."""
         up: Foreign = self._modules["up_proj"]
         alpha = self.alpha
         reason = own_problem(self) or now_problem({"up_proj": up})
@@ -90,15 +90,15 @@ class FusedBranchMlp(ForeignModule):
         return reason
 
     def side_problem(self) -> str:
-        """Why it cannot take part in a fused block."""
+        """Say why it cannot take part in a fused block."""
         return "mlp adds its input to its result, which a fused block does not"
 
     def block_side(self, x: Tensor) -> NoReturn:
-        """The branch's part in a fused block."""
+        """Return what the branch passes to a fused block."""
         raise NotImplementedError(self.side_problem())
 
     def backends(self) -> dict[str, str]:
-        """Which backend would run the branch here, by operation."""
+        """Map the branch's operation to the backend that would run it here."""
         return {}
 
     @staticmethod
@@ -180,7 +180,7 @@ class FusedBranchMlp(ForeignModule):
 
 
 class _Marking(nn.Module):
-    """In the place of a dropout: a fixed factor for each feature, which tells where it stands."""
+    """Stands in for a dropout: a fixed factor per feature, which shows its place."""
 
     def forward(self, z: Tensor) -> Tensor:
         return z * (1.5 + torch.arange(z.shape[-1], dtype=z.dtype).cos())

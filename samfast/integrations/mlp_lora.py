@@ -29,7 +29,7 @@ _PAIR_NAMES = tuple(name for pair in _PAIRS.values() for name in pair)
 
 
 class LoraSizes(NamedTuple):
-    """Sizes of an MLP and of the updates of its layers.  biases: whether lin1 and lin2 have one"""
+    """Sizes of an MLP and its layers' updates.  biases: True if lin1 and lin2 have one"""
 
     features: tuple[int, int, int]
     ranks: tuple[int, int]
@@ -37,19 +37,18 @@ class LoraSizes(NamedTuple):
 
 
 class FusedMlpLora(ForeignModule):
-    """An MLP whose layers have LoRA, unscaled, by samfast's operators.
+    """An MLP with unscaled LoRA on its layers, by samfast's operators.
 
-    x: (..., D) -> (..., D) = lin2(act(lin1(x))) with x Wᵀ + b + x Aᵀ Bᵀ in place of both layers
+    x: (..., D) -> (..., D) = lin2(act(lin1(x))), where both layers are x Wᵀ + b + x Aᵀ Bᵀ
 
-    In a block it has lin1, lin2 and act as the block looks for them. It fuses plain ``nn.Linear``
-    layers without hooks. In every other case the owner's forward runs, and ``block_problem`` says
-    why.
+    It gives a block the lin1, lin2 and act that the block reads. It fuses plain ``nn.Linear``
+    layers without hooks. Otherwise the owner's forward runs, and ``block_problem`` says why.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("mlp_layer", "activation", "lin1", "lin2", *_PAIR_NAMES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., D), fused where nothing stands against it."""
+        """Run x: (..., D) -> (..., D), fused if nothing prevents it."""
         if self.block_problem() is not None or not takes(x, self.lin1.weight):
             return super().forward(x)
         return self.lin2(self.act(self.lin1(x)))
@@ -66,24 +65,24 @@ class FusedMlpLora(ForeignModule):
 
     @property
     def act(self) -> Foreign:
-        """The activation of the MLP inside."""
+        """The activation of the inner MLP."""
         return self._modules["activation"]
 
     def block_problem(self) -> str | None:
-        """Why the owner's forward runs, None where samfast's operators do."""
+        """Say why the owner's forward runs; None if samfast's operators do."""
         return own_problem(self) or now_problem(_lora_layers(self))
 
     def side_problem(self) -> str | None:
-        """Why it cannot take part in a fused block, None where it can."""
+        """Say why it cannot take part in a fused block; None if it can."""
         problem = self.block_problem()
         return None if problem is None else f"mlp {problem}"
 
     def block_side(self, x: Tensor) -> None:
-        """Nothing stands beside the MLP; its layers are another's."""
+        """Return no branch: only the MLP's own layers have updates."""
         return None
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         if self.block_problem() is not None:
             return {}
         layer = self.lin1
@@ -162,7 +161,7 @@ class FusedMlpLora(ForeignModule):
 
 
 def _lora_layers(module: Foreign) -> dict[str, nn.Linear]:
-    """lin1, lin2 and the four layers of their updates."""
+    """Return lin1, lin2 and the four layers of their updates."""
     inside = module._modules["mlp_layer"]._modules
     plain = {name: inside[name] for name in _PAIRS}
     return plain | {name: module._modules[name] for name in _PAIR_NAMES}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A packed qkv layer under a wrapper that adds low-rank updates to its thirds."""
+"""A packed qkv layer in a wrapper that adds low-rank updates to its thirds."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -31,7 +31,7 @@ THIRDS = ("q", "k", "v")
 
 
 class Sizes(NamedTuple):
-    """Sizes of a packed layer and of its updates.  thirds: those that are updated"""
+    """Sizes of a packed layer and its updates.  thirds: those with an update"""
 
     inputs: int
     rank: int
@@ -43,12 +43,12 @@ class Sizes(NamedTuple):
 class FusedPackedQkv(ForeignModule):
     """A wrapper around a packed qkv layer, by samfast's operators.
 
-    x: (B, H, W, D) -> (B, H, W, 3 · D) = x Wᵀ + b, and scaling · x Aᵀ Bᵀ added to each updated
-    third with its own A and B; micro-sam's may update none
+    x: (B, H, W, D) -> (B, H, W, 3 · D) = x Wᵀ + b, plus scaling · x Aᵀ Bᵀ on each updated third,
+    with its own A and B. micro-sam's may update no third.
 
-    It fuses plain ``nn.Linear`` layers without hooks, on maps. In every other case the owner's
-    forward runs, and ``block_problem`` says why. Every tensor is read at every forward, so whoever
-    holds or replaces one of the layers' weights changes what is computed.
+    It fuses plain ``nn.Linear`` layers without hooks, on maps. Otherwise the owner's forward runs,
+    and ``block_problem`` says why. Every forward reads every tensor anew, so replaced weights take
+    effect.
 
     base: name of the packed layer   pairs: names of A and B by third
     needed: thirds that every such wrapper updates   scale: name of the scaling, "" for none
@@ -61,7 +61,7 @@ class FusedPackedQkv(ForeignModule):
     scale: ClassVar[str] = ""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., 3 · D), fused where nothing stands against it."""
+        """Run x: (..., D) -> (..., 3 · D), fused if nothing prevents it."""
         if x.dim() != 4 or self.block_problem() is not None or not takes(x, self.weight):
             return super().forward(x)
         if not self._starts():
@@ -87,15 +87,15 @@ class FusedPackedQkv(ForeignModule):
 
     @property
     def token_wise(self) -> bool:
-        """Whether every token is treated alone, and a token of zeros gives the bias."""
+        """True if each token is processed on its own and a token of zeros gives the bias."""
         return self.block_problem() is None
 
     def block_problem(self) -> str | None:
-        """Why the owner's forward runs, None where the layer can take part in a fused block."""
+        """Say why the owner's forward runs; None if the layer can take part in a fused block."""
         return own_problem(self) or now_problem(self._modules)
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
-        """Its share in a fused block; x as the block's products take it."""
+        """Return what the layer passes to a fused block; x is the input of the products."""
         starts = self._starts()
         if not starts:
             return BlockLayer(self.weight, self.bias)
@@ -103,7 +103,7 @@ class FusedPackedQkv(ForeignModule):
         return BlockLayer(self.weight, self.bias, *self._factors(), plan)
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         if not self._starts() or self.block_problem() is not None:
             return {}
         with torch.no_grad():
@@ -111,12 +111,12 @@ class FusedPackedQkv(ForeignModule):
         return backend_of(self.weight, factors, len(self._starts()))
 
     def _starts(self) -> tuple[int, ...]:
-        """First columns of the thirds that are updated."""
+        """Return the first columns of the updated thirds."""
         third = self.weight.shape[1]
         return tuple([third * THIRDS.index(t) for t in _updated(self, type(self))])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """The updates' A below each other, and their B."""
+        """Return the updates' A below each other, and their B."""
         children: dict[str, Foreign] = self._modules
         names = [self.pairs[third] for third in _updated(self, type(self))]
         downs = [weight_of(children[down]) for down, _ in names]
@@ -212,7 +212,7 @@ class FusedPackedQkv(ForeignModule):
 
 
 def _updated(module: Foreign, kind: type["FusedPackedQkv"]) -> tuple[str, ...]:
-    """The thirds with an update, or half of one, in the order of the packed layer."""
+    """Return the thirds with an update, or half of one, in the packed layer's order."""
     children, found = module._modules, []
     for third in THIRDS:
         names = kind.pairs.get(third, ())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's LoraConfig as ``attach`` takes it: plain LoRA, or a sentence about what is not.
+"""Read PEFT's LoraConfig for ``attach``: plain LoRA, or a sentence about what is not plain.
 
 A config is known by its class, so PEFT is not imported.
 """
@@ -29,7 +29,7 @@ _READ = (
     "task_type",
     "use_rslora",
 )
-_NOTES = (  # they do not change a plain adapter
+_NOTES = (  # options without effect on a plain adapter
     "auto_mapping",
     "base_model_name_or_path",
     "megatron_core",
@@ -41,7 +41,7 @@ _NOTES = (  # they do not change a plain adapter
 )
 _STARTS = (True, False, "gaussian")
 _HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
-_BY_PEFT = "peft.get_peft_model(model, config) takes it, and samfast.fuse speeds that up"
+_BY_PEFT = "call peft.get_peft_model(model, config), then samfast.fuse"
 _INSTEAD = {
     "inference_mode": "set it to False to train, or load a folder with samfast.load_adapter",
     "layers_pattern": "name the layers in target_modules",
@@ -50,7 +50,7 @@ _INSTEAD = {
 
 
 def is_config(value: Any) -> bool:
-    """Whether it is a config of PEFT's, of whichever method."""
+    """True for a config of PEFT, whatever its method."""
     return any((kind.__module__, kind.__qualname__) == _BASE for kind in type(value).__mro__)
 
 
@@ -60,18 +60,18 @@ def check_config(config: Any) -> None:
     if _text(config.peft_type) != "LORA":
         raise TypeError(
             f"expected one of samfast's methods or PEFT's LoraConfig, got PEFT's {kind}; "
-            "peft.get_peft_model(model, config) takes it"
+            "call peft.get_peft_model(model, config)"
         )
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), _default(field)
         if field.name in (*_READ, *_NOTES) or _same(value, default):
             continue
         raise ValueError(
-            f"{kind} has {field.name}={reprlib.repr(value)}, which samfast.attach does not do; "
+            f"{kind} has {field.name}={reprlib.repr(value)}, which samfast.attach cannot do; "
             f"{_INSTEAD.get(field.name, _BY_PEFT)}"
         )
     if getattr(config, "_custom_modules", None):
-        raise ValueError(f"{kind} has custom modules, which samfast.attach does not do; {_BY_PEFT}")
+        raise ValueError(f"{kind} has custom modules, which samfast.attach cannot do; {_BY_PEFT}")
     if (head := _HEADS.get(_text(config.task_type) or "")) is not None:
         raise ValueError(
             f"{kind} has task_type={_text(config.task_type)!r}, for which PEFT trains a {head} "
@@ -79,7 +79,7 @@ def check_config(config: Any) -> None:
         )
     if _start(config) not in _STARTS:
         raise ValueError(
-            f"{kind} has init_lora_weights={config.init_lora_weights!r}, but samfast.attach does "
+            f"{kind} has init_lora_weights={config.init_lora_weights!r}, but samfast.attach takes "
             f'True, False and "gaussian"; {_BY_PEFT}'
         )
 
@@ -87,14 +87,14 @@ def check_config(config: Any) -> None:
 def translated(
     config: Any, model: nn.Module, prefix: str, train: tuple[str, ...] | str | None
 ) -> tuple[Lora, dict[str, nn.Module], tuple[str, ...] | str]:
-    """Method, layers and what is trained whole, of a checked config.
+    """Read method, layers and modules trained whole from a checked config.
 
     prefix: what a wrapper puts before the model's names   train: what the caller named, or None
     """
     if train is not None and config.modules_to_save:
         raise ValueError(
             f"train is {train!r} and modules_to_save is {config.modules_to_save!r}; both name what "
-            "is trained whole, so give only one of them"
+            "to train whole, so pass only one of them"
         )
     layers = layers_of(config, model, prefix)
     train = trained_modules(config, model) if train is None else train
@@ -112,7 +112,7 @@ def translated(
 
 
 def start(config: Any, adapted: Mapping[str, Foreign]) -> None:
-    """Fill the factors as init_lora_weights says; they are filled as for True already."""
+    """Fill the factors as init_lora_weights says; they are already filled for True."""
     for layer in adapted.values():
         if _start(config) == "gaussian":
             nn.init.normal_(layer.lora_A, std=1 / layer.rank)
@@ -126,12 +126,12 @@ def _start(config: Any) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """The text of an enum or of a string."""
+    """Return the text of an enum or a string."""
     return getattr(value, "value", value)
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether an option is as it is by default; nothing at all has several forms."""
+    """True if an option has its default, or is empty in any form."""
     if _nothing(value) or _nothing(default):
         return _nothing(value) and _nothing(default)
     return value == default and isinstance(value, bool) == isinstance(default, bool)

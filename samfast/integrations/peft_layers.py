@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's ``lora.Linear``, alone or in a fused block (tested with PEFT 0.15 to 0.21)."""
+"""PEFT's ``lora.Linear``, on its own or in a fused block (tested with PEFT 0.15 to 0.21)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ __all__ = ["CALLS", "OWNER", "FusedLoraLinear", "kind_of", "mixin_of", "objectio
 
 OWNER = "PEFT"
 CALLS = {
-    "keep": "samfast.fuse(model) lets it run fused, and PEFT's model.unload() takes it off",
+    "keep": "samfast.fuse(model) fuses it, and PEFT's model.unload() removes it",
     "save": "save them with PEFT's model.save_pretrained(folder)",
     "merge": (
         "fold them in with PEFT's model.merge_and_unload(), or with merge_adapter() and out with "
@@ -32,7 +32,7 @@ CALLS = {
     "loss": "they add nothing to the loss, so leave aux_loss out",
 }
 _MERGE = "to predict fused, call merge_adapter()"
-_PARTS = ("lora_A", "lora_B", "lora_dropout")  # of an adapter
+_PARTS = ("lora_A", "lora_B", "lora_dropout")  # of one adapter
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -41,16 +41,16 @@ class FusedLoraLinear(ForeignModule):
 
     x: (..., in_features) -> (..., out_features) = x Wᵀ + b + scaling · drop(x) Aᵀ Bᵀ
 
-    It fuses one active adapter of plain LoRA on a plain ``nn.Linear``. A merged or disabled adapter
-    makes it that linear layer. In every other case PEFT's own forward runs, and ``block_problem``
-    says why. What PEFT keeps is read at every forward, so its calls work as before.
+    It fuses one active plain LoRA adapter on a plain ``nn.Linear``. If the adapter is merged or
+    disabled, it runs that linear layer. Otherwise PEFT's own forward runs, and ``block_problem``
+    says why. Every forward reads PEFT's state anew, so PEFT's calls work as before.
 
-    Dropout has the same distribution as PEFT's, but other random numbers: samfast draws a seed and
-    keeps no mask. In eval, and with a probability of 0, there is no difference.
+    Dropout has PEFT's distribution but other random numbers: samfast draws a seed and keeps no
+    mask. In eval, and with a probability of 0, results agree.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (..., in_features) -> (..., out_features), by PEFT's own forward if not fused."""
+        """Run x: (..., in_features) -> (..., out_features); by PEFT's own forward if not fused."""
         active = self._active()
         theirs = args or kwargs or not active or not self._takes(x)
         if theirs or self.block_problem() is not None:
@@ -61,11 +61,11 @@ class FusedLoraLinear(ForeignModule):
 
     @property
     def token_wise(self) -> bool:
-        """Whether every token is treated alone, and a token of zeros gives the bias."""
+        """True if each token is processed on its own and a token of zeros gives the bias."""
         return self.block_problem() is None
 
     def block_problem(self) -> str | None:
-        """Why PEFT's own forward runs, None where the layer can take part in a fused block."""
+        """Say why PEFT's own forward runs; None if the layer can take part in a fused block."""
         if (method := patched(self)) is not None:
             return f"has another {method} than its class had; undo that to fuse it"
         base: Foreign = self._modules["base_layer"]
@@ -83,7 +83,7 @@ class FusedLoraLinear(ForeignModule):
         return self._problem(active[0]) if active else None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
-        """Its share in a fused block; x as the block's products take it."""
+        """Return what the layer passes to a fused block; x is the input of the products."""
         active = self._active()
         if not active:
             return BlockLayer(self.weight, self.bias)
@@ -92,7 +92,7 @@ class FusedLoraLinear(ForeignModule):
         return BlockLayer(*self._tensors(active[0]), plan, dropout_seed(dropout, x))
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         active = self._active()
         if not active or self.block_problem() is not None:
             return {}
@@ -100,14 +100,14 @@ class FusedLoraLinear(ForeignModule):
         return backend_of(weight, (lora_a, lora_b))
 
     def _active(self) -> list[str]:
-        """The adapters that act now; none makes the layer a plain linear one."""
+        """Return the adapters that act now; without any, the layer is a plain linear one."""
         if self.disable_adapters or self.merged:
             return []
         factors: Foreign = self._modules["lora_A"]
         return [name for name in self.active_adapters if name in factors._modules]
 
     def _problem(self, name: str) -> str | None:
-        """What is not plain in an adapter."""
+        """Say what is not plain in an adapter."""
         if self.use_dora.get(name, False):
             return f"has a variant of LoRA, DoRA; {_MERGE}"
         variant = getattr(self, "lora_variant", {}).get(name)  # PEFT 0.15 has none
@@ -134,24 +134,24 @@ class FusedLoraLinear(ForeignModule):
         return _dtype_problem(self.base_layer.weight.dtype, down.weight.dtype, up.weight.dtype)
 
     def _tensors(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """weight, bias, lora_a and lora_b."""
+        """Return weight, bias, lora_a and lora_b."""
         base: Foreign = self._modules["base_layer"]
         parts: dict[str, Foreign] = self._modules
         down, up = (parts[part]._modules[name] for part in _PARTS[:2])
         return base.weight, base.bias, down.weight, up.weight
 
     def _dropout(self, name: str) -> float:
-        """The probability that acts now."""
+        """Return the dropout probability that acts now."""
         dropout = self.lora_dropout[name]
         return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
 
     def _takes(self, x: Tensor) -> bool:
-        """Whether x has the weight's dtype; PEFT says what is wrong with another."""
+        """True if x has the weight's dtype; for others PEFT raises the error."""
         return x.dtype == self.weight.dtype or autocast_dtype(x.device.type) is not None
 
 
 def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str | None:
-    """Factors are of the base's dtype, or float32 over a narrow base."""
+    """Say if factors have neither the base's dtype nor float32 over a narrower base."""
     if down == up and (down == base or (down == torch.float32 and base in _NARROW)):
         return None
     names = [str(dtype).removeprefix("torch.") for dtype in (down, up, base)]
@@ -162,12 +162,12 @@ def _dtype_problem(base: torch.dtype, down: torch.dtype, up: torch.dtype) -> str
 
 
 def mixin_of(module: nn.Module) -> type:
-    """The mixin for a layer of PEFT's."""
+    """Return the mixin for a PEFT layer."""
     return FusedLoraLinear
 
 
 def kind_of(module: Foreign) -> str:
-    """Such as lora.Linear: the method and the class."""
+    """Return method and class, such as lora.Linear."""
     made_of = swapped(module)
     kind = type(module) if made_of is None else made_of.stock
     tuners, _, rest = kind.__module__.partition("peft.tuners.")
@@ -175,7 +175,7 @@ def kind_of(module: Foreign) -> str:
 
 
 def parameters(module: Foreign) -> Iterator[tuple[str, nn.Parameter]]:
-    """What all its adapters add, active or not."""
+    """Yield what all its adapters add, active or not."""
     for name, parameter in module.named_parameters():
         if name.partition(".")[0] in module.adapter_layer_names:
             yield name, parameter

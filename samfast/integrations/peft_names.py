@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules the names of a PEFT config stand for, by PEFT's own rules."""
+"""Find the modules that the names in a PEFT config mean, by PEFT's rules."""
 
 import re
 import reprlib
@@ -16,16 +16,16 @@ _ALL_LINEAR = "all-linear"
 
 
 def layers_of(config: Any, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The linear layers that the config adapts, by full name.
+    """Return the linear layers that the config adapts, by full name.
 
     prefix: what a wrapper puts before the names; they match with it or without it
 
-    Raises ValueError where there is none, or a layer of another kind among them.
+    Raises ValueError if there are none, or if one is of another class.
     """
     target = _checked(config.target_modules, "target_modules")
     if not target:
         raise ValueError(
-            f"target_modules is {config.target_modules!r}, and PEFT has no default for SAM; name "
+            f"target_modules is {config.target_modules!r}, but PEFT has no default for SAM; name "
             'layers, such as ["qkv"]'
         )
     modules = {name: module for name, module in model.named_modules() if name}
@@ -56,10 +56,10 @@ def layers_of(config: Any, model: nn.Module, prefix: str = "") -> dict[str, nn.M
 
 
 def trained_modules(config: Any, model: nn.Module) -> tuple[str, ...]:
-    """Full names of the modules that modules_to_save stands for: those that end so."""
+    """Return full names of the modules whose names end as modules_to_save says."""
     entries = config.modules_to_save or ()
     if isinstance(entries, str):
-        raise ValueError(f"modules_to_save is {entries!r}; give a list of names")
+        raise ValueError(f"modules_to_save is {entries!r}; pass a list of names")
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [name for name, m in modules.items() if name and any(True for _ in m.parameters())]
     found: dict[str, None] = {}
@@ -78,7 +78,7 @@ def trained_modules(config: Any, model: nn.Module) -> tuple[str, ...]:
 
 
 def patterns_of(config: Any, model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
-    """Regular expressions for exactly these layers: short ones, or else their names."""
+    """Return regular expressions for exactly these layers: short ones, or else their names."""
     target = config.target_modules
     if isinstance(target, str):
         short: tuple[str, ...] = (".*",) if target.lower() == _ALL_LINEAR else (_apart(target),)
@@ -91,24 +91,24 @@ def patterns_of(config: Any, model: nn.Module, layers: Collection[str]) -> tuple
 
 
 def _apart(pattern: str) -> str:
-    """A regular expression as ``attach`` takes it, which is never a plain name."""
+    """Return a regular expression for ``attach``, never a plain name."""
     return f"(?:{pattern})" if pattern.isidentifier() else pattern
 
 
 def _checked(entries: Entries | None, option: str) -> Entries | None:
-    """ValueError for a regular expression that is none."""
+    """Raise ValueError for an invalid regular expression."""
     if isinstance(entries, str):
         try:
             re.compile(entries)
         except re.error as error:
             raise ValueError(
-                f"{option} {entries!r} is not a regular expression: {error}; give a list of names"
+                f"{option} {entries!r} is not a regular expression: {error}; pass a list of names"
             ) from None
     return entries
 
 
 def _matches(entries: Entries, name: str, prefix: str = "") -> bool:
-    """A string is a regular expression; an entry of a list is a name or the end of one."""
+    """Match a name: a string is a regular expression, a list entry is a name or its end."""
     if isinstance(entries, str):
         return any(re.fullmatch(entries, full) for full in {name, prefix + name})
     return any(
@@ -118,7 +118,7 @@ def _matches(entries: Entries, name: str, prefix: str = "") -> bool:
 
 
 def _saved_whole(config: Any, name: str) -> bool:
-    """Whether it is in what modules_to_save names, where PEFT adapts nothing (0.15 still did)."""
+    """True inside modules of modules_to_save, where PEFT adapts nothing (0.15 still did)."""
     whole = config.modules_to_save or ()
     try:
         return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in whole)
@@ -130,7 +130,7 @@ def _saved_whole(config: Any, name: str) -> bool:
 
 
 def _every_linear(model: nn.Module) -> set[str]:
-    """What "all-linear" stands for: every linear layer but a transformers model's output."""
+    """Return the layers of "all-linear": all linear ones but a transformers model's output."""
     found = {
         name
         for name, m in model.named_modules()
@@ -155,7 +155,7 @@ def _not_linear(
     layers: Mapping[str, nn.Module],
     prefix: str,
 ) -> str:
-    """A sentence about a match of another class, with a longer entry that leaves it out."""
+    """Write a sentence about a match of another class, with a longer entry that excludes it."""
     way = "leave it out with exclude_modules"
     entries = () if isinstance(target, str) else sorted(target)
     for entry in (e for e in entries if _matches([e], name, prefix)):
@@ -165,7 +165,7 @@ def _not_linear(
                 way = f'write "{longer}" instead of "{entry}"'
     return (
         f"target_modules also match {name}, a {type(module).__name__}, but samfast.attach adapts "
-        f"nn.Linear only; {way}"
+        f"only nn.Linear; {way}"
     )
 
 

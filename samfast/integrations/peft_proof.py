@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a class is PEFT's ``lora.Linear`` and computes LoRA, whichever its version."""
+"""Prove that a class is PEFT's ``lora.Linear`` and computes LoRA, whatever its version."""
 
 from collections.abc import Mapping
 
@@ -16,9 +16,9 @@ _verdicts: dict[tuple, str | None] = {}
 
 
 def objection(module: nn.Module) -> str | None:
-    """Why the module's class is left alone, None where it is PEFT's and a run of it gives LoRA.
+    """Say why the module's class is left alone; None if it is PEFT's and a run gives LoRA.
 
-    Its forward has to be PEFT's: what replaces it may do more than a run shows.
+    Its forward must be PEFT's: a replacement may do more than a run shows.
     """
     kind = type(module)
     if kind.__module__ != _LAYER or kind.__qualname__ != "Linear":
@@ -33,14 +33,14 @@ def objection(module: nn.Module) -> str | None:
 
 
 def _probed(module: nn.Module) -> str | None:
-    """What differs from the formula in a module of that class with layers of its own."""
+    """Say how a module of that class, with layers of its own, differs from the formula."""
     x = torch.rand(3, 6)
     problem = difference(_stand_in(module), _formula, x)
     return None if problem is None else f"but {problem}"
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """It has one adapter; what else PEFT keeps in a module is as in this one, or empty."""
+    """Make a module with one adapter; copy PEFT's other attributes, or leave them empty."""
     own = vars(nn.Module())
     values = {name: value for name, value in vars(module).items() if name not in own}
     values |= {"scaling": {_NAME: _SCALING}, "_active_adapter": [_NAME], "merged_adapters": []}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a forward reaches nothing but its module, torch's functions and numbers.
+"""Check that a forward uses only its module, torch's functions and numbers.
 
-Code that reads a flag, a list or another module may do one thing today and another tomorrow; no run
-of it tells. So every name in it is looked up, and everything that it stands for is watched.
+Code that reads a flag, a list or another module may change its behaviour later, and a run does not
+show it. So every name in the code is looked up, and everything behind the names is watched.
 """
 
 import dis
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-# What segment_anything's blocks, and others that compute the same, ask of tensors and of torch.
+# What segment_anything's blocks, and equal ones, use of tensors and of torch.
 TENSORS = frozenset(
     "T add arange baddbmm bmm cat chunk contiguous device dim div einsum expand flatten float "
     "functional gelu interpolate layer_norm linear long mT matmul mm movedim mul ndim new_zeros nn "
@@ -29,15 +29,15 @@ _MODULES = ("torch", "torch.nn", "torch.nn.functional", "math")
 _NUMBERS = (bool, int, float, str, type(None))
 _ABSENT = object()
 Watched = tuple[Callable[..., Any], Any, str, Any]  # how, where and what was read, and its value
-LARGEST_NUMBER = 5  # segment_anything permutes five dimensions; runs are made on larger maps
+LARGEST_NUMBER = 5  # segment_anything permutes five dimensions; runs use larger maps
 
 
 class PlainCode:
-    """The forward of a class, read again only once something it reaches was replaced.
+    """The forward of a class, read again only when something that it uses was replaced.
 
-    names: attributes of the class's modules and of their parts that it may read
-    writes: whether it may write to a part of a tensor, ``t[...] = u``; a run with gradients shows
-        whether the tensor is its input
+    names: attributes of the class's modules and their parts that it may read
+    writes: True if it may write to a part of a tensor, ``t[...] = u``; a run with gradients shows
+        if the tensor is its input
     """
 
     def __init__(self, kind: type[nn.Module], names: frozenset[str], writes: bool = False):
@@ -48,13 +48,13 @@ class PlainCode:
         self._known: dict[tuple[Any, ...], int] = {}
 
     def __call__(self) -> tuple[int, str | None]:
-        """A number for this state of the code, and what is not plain in it."""
+        """Return a number for this state of the code, and what is not plain in it."""
         if self.code < 0 or not self._unchanged():
             self._read()
         return self.code, self.problem
 
     def _on_class(self) -> list[bool]:
-        """Whether the class, and each that it derives from, has an attribute that is read."""
+        """Say for the class and each of its bases if it has an attribute that is read."""
         return [not self.attributes.isdisjoint(names) for names in self.bases]
 
     def _read(self) -> None:
@@ -134,7 +134,7 @@ class PlainCode:
             self._value(name, value, found)
 
     def _asked(self, function: FunctionType, code: CodeType) -> None:
-        """What hasattr may be asked for: any text in the code but the documentation."""
+        """Return what hasattr may ask for: any text in the code except docstrings."""
         for text in code.co_consts:
             if isinstance(text, str) and text != function.__doc__:
                 if text not in self.names:
@@ -171,7 +171,7 @@ class PlainCode:
             found.append((type(value), repr(value)))
 
     def _small(self, value: Any) -> None:
-        """A larger number may stand for a size from which on the code does something else."""
+        """Refuse a large number: it may be a size above which the code does something else."""
         if isinstance(value, (int, float)) and abs(value) > LARGEST_NUMBER:
             raise self._uses(f"the number {value}")
 
@@ -180,9 +180,9 @@ class PlainCode:
 
 
 def unchanged(codes: Sequence[PlainCode]) -> Callable[[], bool]:
-    """What tells whether these, which have been read, are as they were.
+    """Return a function that says if these codes, once read, are unchanged.
 
-    A block asks at each forward, so the loops are Python's own.
+    A block asks at each forward, so it uses Python's built-in loops.
     """
     by_read: dict[Callable[..., Any], list[Any]] = {}
     for read, *entry in (entry for code in codes for entry in code.watched):
@@ -205,7 +205,7 @@ class _NotPlain(Exception):
 
 
 class _Same:
-    """Equal to another that holds the very same object."""
+    """Equals another that holds the same object."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -218,7 +218,7 @@ class _Same:
 
 
 def _of_torch(value: Any) -> bool:
-    """Whether it is a function that torch defines, in Python or in C++."""
+    """True for a function that torch defines, in Python or in C++."""
     if isinstance(value, FunctionType):
         name = value.__globals__.get("__name__", "")
     else:
@@ -227,7 +227,7 @@ def _of_torch(value: Any) -> bool:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of the functions inside it."""
+    """Yield a function's code and that of the functions inside it."""
     yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the forward of a class computes a formula: found out by running it.
+"""Run the forward of a class to find out if it computes a formula.
 
-``difference`` runs a shell, a module without the user's parameters, hooks and children, and
-compares result and gradients.
+``difference`` runs a shell: a module without the user's parameters, hooks and children. It compares
+result and gradients.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-# Sums of thousands of products in float32 agree to about 2**-20 of their size.
+# Sums of thousands of float32 products agree to about 2**-20 of their size.
 LARGEST_DIFFERENCE = 2.0**-14
 
 Tensors = Mapping[str, Tensor]
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 def shell(
     kind: type[nn.Module], values: Mapping[str, object], **parts: nn.Module | nn.Parameter
 ) -> nn.Module:
-    """A module of a class, made without its __init__: attributes, children and parameters given."""
+    """Make a module without its __init__, from given attributes, children and parameters."""
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     module.__dict__.update(values)
@@ -38,12 +38,12 @@ def shell(
 def difference(
     module: nn.Module, formula: Callable[[Tensor, Tensors], Tensor], x: Tensor
 ) -> str | None:
-    """What differs between a shell and the formula, in train or eval mode; None if nothing does.
+    """Say what differs between a shell and the formula, in train or eval mode; else None.
 
     formula: takes x and the shell's parameters by name
     x: float32 on a CPU, as the parameters are
 
-    Compares the result and the gradients of x and of every parameter, in 2-norm. To be called
+    It compares the result and the gradients of x and of every parameter, in 2-norm. Call it
     ``apart``.
     """
     parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
@@ -63,15 +63,15 @@ def difference(
 def deviation(
     module: nn.Module, formula: Callable[[Tensor, Tensors], Tensor], x: Tensor
 ) -> str | None:
-    """As ``difference``, of the result alone, under no_grad.
+    """Do as ``difference``, for only the result, under no_grad.
 
-    x: (…, features) of vectors of any size; those of the result are compared one by one
+    x: (…, features), vectors of any size; the result's vectors are compared one by one
     """
     with torch.no_grad():
         exact, state = formula(x, dict(module.named_parameters())), torch.get_rng_state()
         try:
             off = ((module(x) - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # the user's code may raise anything
             return _failure(error)
         if not torch.equal(torch.get_rng_state(), state):
             return "its forward draws random numbers"
@@ -89,7 +89,7 @@ def _difference(module: nn.Module, x: Tensor, dy: Tensor, exact: Tensors) -> str
             return f"its forward gives {_described(y)}"
         foreign = _leaves(y) - {id(t) for t in leaves.values()}
         made = _gradients(y, dy, leaves)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise anything
         return _failure(error)
     if foreign:
         return "its forward trains a tensor that is not its own"
@@ -117,7 +117,7 @@ def _gradients(y: Tensor, dy: Tensor, leaves: Tensors) -> dict[str, Tensor]:
 
 
 def _leaves(y: Tensor) -> set[int]:
-    """Identities of the tensors in which a backward from y would accumulate gradients."""
+    """Return the ids of tensors in which a backward from y would accumulate gradients."""
     found, todo, seen = set(), [y.grad_fn], set()
     while todo:
         node = todo.pop()
@@ -135,10 +135,10 @@ def _described(y: object) -> str:
 
 
 def apart(function: Callable[[], Result]) -> Result:
-    """What a function gives in a thread of its own, where no mode, hook or context of torch is on.
+    """Run a function in a thread of its own, without torch's modes, hooks and contexts.
 
-    Nor do a wider default dtype, bfloat16 products or hooks of all modules reach it; the user's
-    random numbers are given back.
+    Default dtype, bfloat16 products and hooks of all modules do not reach it either. The user's
+    random state is restored.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_undisturbed, function).result()
@@ -149,8 +149,8 @@ def _undisturbed(function: Callable[[], Result]) -> Result:
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), _no_global_hooks():
         torch.set_default_dtype(torch.float32)
-        torch._C._set_mkldnn_enabled(False)  # it may have been told to multiply in bfloat16
-        torch.set_num_threads(1)  # a second team of threads would stand in the way of the first
+        torch._C._set_mkldnn_enabled(False)  # mkldnn may be set to multiply in bfloat16
+        torch.set_num_threads(1)  # a second team of threads would slow the first
         try:
             return function()
         finally:
@@ -161,7 +161,7 @@ def _undisturbed(function: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def _no_global_hooks() -> Iterator[None]:
-    """Without the hooks that are called for every module there is."""
+    """Disable the hooks that torch calls for every module."""
     names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
     stores = [getattr(torch.nn.modules.module, f"_global_{name}") for name in names]
     kept = [dict(store) for store in stores]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``_LoRA_qkv`` of SAMed, Sam_LoRA and SAM-COBOT's baseline, alone or in a fused block.
+"""``_LoRA_qkv`` of SAMed, Sam_LoRA and SAM-COBOT's baseline, on its own or in a fused block.
 
-Other programs have other classes of that name. Those are left alone.
+Other programs have other classes with that name. They are left alone.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,12 @@ from samfast.integrations.wrapper_proof import problem, stock_of
 OWNER = None
 CALLS = {
     "keep": (
-        "samfast.fuse(model) lets it run fused, and load_lora_parameters(file) of its LoRA_Sam "
-        "reads a file"
+        "samfast.fuse(model) fuses it, and load_lora_parameters(file) of its LoRA_Sam reads a file"
     ),
     "save": "save them with save_lora_parameters(file) of their LoRA_Sam",
     "merge": (
-        "save them with save_lora_parameters(file) of their LoRA_Sam; samfast.load_adapter puts "
-        "that file on a plain Sam, which can be merged"
+        "save them with save_lora_parameters(file) of their LoRA_Sam; samfast.load_adapter loads "
+        "that file onto a plain Sam, which can be merged"
     ),
     "loss": "they add nothing to the loss, so leave aux_loss out",
 }
@@ -30,7 +29,7 @@ CALLS = {
 class FusedLoraQkv(FusedPackedQkv):
     """SAMed's packed qkv layer with LoRA on q and v, unscaled, by samfast's operators.
 
-    See ``FusedPackedQkv``. Where x is not a batch of maps the owner's forward runs.
+    See ``FusedPackedQkv``. If x is not a batch of maps, the owner's forward runs.
     """
 
     base = "qkv"
@@ -47,23 +46,23 @@ class FusedLoraQkv(FusedPackedQkv):
 
 
 def objection(module: nn.Module) -> str | None:
-    """Why a wrapper of qkv is not fused; None where it is."""
+    """Say why a wrapper of qkv is not fused; None if it is."""
     reason = problem(module, FusedLoraQkv)
     return None if reason is None else f"which {reason}"
 
 
 def mixin_of(module: nn.Module) -> type:
-    """The mixin for a wrapper of qkv."""
+    """Return the mixin for a wrapper of qkv."""
     return FusedLoraQkv
 
 
 def kind_of(module: nn.Module) -> str:
-    """What sentences call the module."""
+    """Return the module's name for sentences."""
     return stock_of(module).__name__
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All but the packed layer's."""
+    """Yield all parameters except the packed layer's."""
     for name, parameter in module.named_parameters():
         if name.partition(".")[0] != FusedLoraQkv.base:
             yield name, parameter

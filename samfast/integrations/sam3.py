@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision blocks of Meta's package ``sam3`` (tested with sam3 0.1.4).
 
-Since SAM 3.1 its MLP calls an operator that takes no gradients; a fused block does not call it.
+Since SAM 3.1 its MLP calls an operator without gradients, which a fused block does not call.
 """
 
 import functools
@@ -17,7 +17,7 @@ from samfast.fused.parts import Family, Layout
 
 
 class RotaryBlock(Layout):
-    """What sam3 calls the parts of a vitdet.Block."""
+    """The names that sam3 gives to the parts of a vitdet.Block."""
 
     WATCHED: ClassVar = False
     KIND: ClassVar = "rope"
@@ -33,7 +33,7 @@ class RotaryBlock(Layout):
 
     @classmethod
     def scale(cls, attention: Foreign) -> float:
-        """The forward leaves torch's own scale, whatever the attention holds."""
+        """Return torch's default scale, which the forward uses whatever the attention holds."""
         return (attention.qkv.out_features // (3 * attention.num_heads)) ** -0.5
 
     @classmethod
@@ -52,7 +52,7 @@ class RotaryBlock(Layout):
 
     @classmethod
     def tables(cls, block: Foreign, sides: tuple[int, int]) -> list[Tensor]:
-        """Views of the buffer's real and imaginary parts."""
+        """Return views of the buffer's real and imaginary parts."""
         return list(torch.view_as_real(block.attn.freqs_cis).unbind(-1))
 
     @classmethod
@@ -74,8 +74,7 @@ class RotaryBlock(Layout):
         cls, family: Family, block: Foreign, dim: int, heads: int, window: int,
         size: tuple[int, int], bias: bool, eps: float,
     ) -> nn.Module:  # fmt: skip
-        """A block of these sizes as sam3 makes it; its MLP, which may take no gradients, is not
-        asked."""
+        """Let sam3 build a block of these sizes; skip its MLP, which may have no gradients."""
         made = family.block(
             dim, heads, mlp_ratio=1.0, qkv_bias=bias, use_rope=True, window_size=window,
             input_size=size, rope_pt_size=(24, 24), rope_interp=True,
@@ -95,7 +94,7 @@ class _MLP(nn.Module):
 
 
 def family(kind: type[nn.Module]) -> Family | None:
-    """The classes that stand beside a block's or an attention's."""
+    """Return the classes in the module of a block's or an attention's class."""
     beside = vars(sys.modules[kind.__module__])
     attention, block, mlp = (beside.get(name) for name in ("Attention", "Block", "Mlp"))
     if attention is None or block is None or mlp is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports segment_anything, with torchvision whole, without its operators, or absent.
+"""Import segment_anything, whether torchvision is complete, lacks its operators, or is absent.
 
 segment_anything imports four functions of torchvision without declaring the dependency. Only its
 predictor and its automatic mask generator call them; building and training a Sam does not.
@@ -27,10 +27,10 @@ _importing = threading.Lock()
 
 
 def load() -> ModuleType:
-    """The package segment_anything.
+    """Import the package segment_anything.
 
-    Without torchvision it still imports; what needs torchvision then raises an ImportError that
-    says so when it is called. Raises ImportError when segment_anything itself is not installed.
+    It imports without torchvision too. Functions that need torchvision then raise an ImportError
+    when called. Raises ImportError if segment_anything itself is not installed.
     """
     with _importing:
         if not installed("segment_anything"):
@@ -43,7 +43,7 @@ def load() -> ModuleType:
 
 @contextlib.contextmanager
 def _placeholders() -> Iterator[None]:
-    """Modules in torchvision's place while segment_anything is imported, and no longer."""
+    """Put modules in torchvision's place, only while segment_anything is imported."""
     before = {name: sys.modules[name] for name in _BORROWED if name in sys.modules}
     for name, functions in _BORROWED.items():
         module = ModuleType(name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class of a module changed in place, to one derived from the class that it has, and back.
+"""Change the class of a module in place to a derived class, and back.
 
-The module stays the object that it is. Its Parameters, names, hooks and places in other modules
-stay with it, and so does whatever an optimizer or its owner's code holds of it.
+The module stays the same object. It keeps its Parameters, names, hooks and places in other modules.
+References in an optimizer or in its owner's code stay valid.
 """
 
 import copyreg
@@ -17,7 +17,7 @@ from samfast.adapters.foreign import cache
 
 
 class Swapped(NamedTuple):
-    """What a class was made of.  methods: the stock class's own and inherited, when it was made"""
+    """The origin of a class.  methods: those of the stock class when the class was made"""
 
     stock: type[nn.Module]
     mixin: Any
@@ -26,7 +26,7 @@ class Swapped(NamedTuple):
 
 @cache
 def derived(stock: type[nn.Module], mixin: type) -> type[nn.Module]:
-    """The class that runs as ``mixin`` says and otherwise as ``stock``; one for each pair."""
+    """Return the class of ``mixin`` over ``stock``; there is one for each pair."""
     names = {
         "__module__": stock.__module__,
         "__doc__": mixin.__doc__,
@@ -38,23 +38,23 @@ def derived(stock: type[nn.Module], mixin: type) -> type[nn.Module]:
 
 
 def swap(module: nn.Module, mixin: type) -> None:
-    """Give a module the class derived from its own; its forward then is the mixin's."""
+    """Give a module the derived class; its forward is then the mixin's."""
     module.__class__ = derived(type(module), mixin)
 
 
 def swapped(module: nn.Module) -> Swapped | None:
-    """What the module's class was made of, also inside a class that a wrapper made of it."""
+    """Return the origin of the module's class, also if a wrapper derived another from it."""
     return getattr(type(module), "_samfast_swapped", None)
 
 
 def made_of(kind: Any) -> Swapped:
-    """What a class of ``derived`` was made of, or the class of a wrapper around one."""
+    """Return the origin of a class of ``derived``, or of a wrapper's class over one."""
     made_of: Swapped = kind._samfast_swapped
     return made_of
 
 
 def patched(module: nn.Module) -> str | None:
-    """A method that the stock class of a swapped module, or the module, has another of since."""
+    """Name a method that the stock class or the module replaced since the swap."""
     stock, _, methods = made_of(type(module))
     for name, method in methods.items():
         if getattr(stock, name, None) is not method:
@@ -62,21 +62,21 @@ def patched(module: nn.Module) -> str | None:
     return own_method(module, methods)
 
 
-# What torch.compile calls while it traces, rather than trace it.
+# torch.compile calls this while tracing, and does not trace it.
 patched._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, FunctionType]:
-    """Its methods by name, and how it is called, but nothing else of torch's Module."""
+    """Return a class's methods by name, with __call__ but without torch's other methods."""
     names = {name for base in kind.__mro__ if base is not nn.Module for name in vars(base)}
     found = ((name, getattr(kind, name, None)) for name in sorted(names | {"__call__"}))
     return {name: method for name, method in found if isinstance(method, FunctionType)}
 
 
 def foreign_method(kind: type[nn.Module]) -> str | None:
-    """The name of a method of a library's class that was written outside the library.
+    """Name a method of a library's class that was written outside the library.
 
-    Decorators of torch and of Python, such as no_grad, are no one's.
+    Decorators of torch and of Python, such as no_grad, do not count.
     """
     known = kind.__module__.partition(".")[0], "torch", "contextlib", "functools"
     for name, method in methods_of(kind).items():
@@ -87,7 +87,7 @@ def foreign_method(kind: type[nn.Module]) -> str | None:
 
 
 def _wrapped(function: FunctionType) -> Iterator[FunctionType]:
-    """A function and what it says that it wraps."""
+    """Yield a function and the functions that it wraps."""
     inner: Any = function
     while isinstance(inner, FunctionType):
         yield inner
@@ -95,7 +95,7 @@ def _wrapped(function: FunctionType) -> Iterator[FunctionType]:
 
 
 def own_method(module: nn.Module, methods: dict[str, FunctionType]) -> str | None:
-    """The name of one of its class's methods that an instance has another of."""
+    """Name a method of its class that an instance has replaced."""
     own = vars(module)
     if methods.keys().isdisjoint(own):
         return None
@@ -103,7 +103,7 @@ def own_method(module: nn.Module, methods: dict[str, FunctionType]) -> str | Non
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether the module's class is one of ``derived``, and no wrapper's."""
+    """True if the module's class is one of ``derived`` itself, not a wrapper's."""
     return "_samfast_swapped" in vars(type(module))
 
 
@@ -112,11 +112,11 @@ def swap_back(module: nn.Module) -> None:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """As the stock class pickles, but that the class is made anew where it is loaded."""
+    """Pickle as the stock class does; loading makes the derived class anew."""
     stock, mixin, _ = made_of(type(self))
     above: Any = super(mixin, self)
     make, arguments, *rest = above.__reduce_ex__(max(protocol, 2))
-    new = copyreg.__newobj__  # type: ignore[attr-defined]  # what pickle and copy look for
+    new = copyreg.__newobj__  # type: ignore[attr-defined]  # pickle and copy look for it
     if is_swapped(self) and make is new and arguments[0] is type(self):
         make, arguments = _new, (stock, mixin, *arguments[1:])
     return make, arguments, *rest

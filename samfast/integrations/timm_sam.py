@@ -11,7 +11,7 @@ from samfast.fused.parts import Family, Layout
 
 
 class TimmBlock(Layout):
-    """What timm calls the parts."""
+    """The names that timm gives to the parts."""
 
     WATCHED: ClassVar = False
     IN_MLP: ClassVar = ("fc1", "fc2", "act")
@@ -25,7 +25,7 @@ class TimmBlock(Layout):
 
 
 def family(kind: type[nn.Module]) -> Family | None:
-    """The classes that stand beside a block's or an attention's."""
+    """Return the classes in the module of a block's or an attention's class."""
     beside = vars(sys.modules[kind.__module__])
     attention, block, mlp = (beside.get(name) for name in ("Attention", "Block", "Mlp"))
     if attention is None or block is None or mlp is None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes ``import torchvision`` work beside a torch that its C++ operators were not built for.
+"""Make ``import torchvision`` work with a torch that its C++ operators were not built for.
 
-The default torchvision wheel is built for CUDA. Beside a CPU-only torch its operator library cannot
-be loaded, and ``import torchvision`` then fails with ``operator torchvision::nms does not exist``,
-because its Python files describe the shapes of ``nms`` and ``qnms`` whether or not these are there.
-segment_anything, transformers and peft import torchvision, so they fail with it. Declaring the two
-schemas first is enough: all that is written in Python works, and calling ``nms`` itself still ends
-in torchvision's own message that its operators are missing.
+The default torchvision wheel is built for CUDA. With a CPU-only torch, its operator library does
+not load, and ``import torchvision`` fails with ``operator torchvision::nms does not exist``. Its
+Python files describe the shapes of ``nms`` and ``qnms`` even if these are missing.
+segment_anything, transformers and peft import torchvision and fail with it. Declaring the two
+schemas first is enough: everything in Python then works. Calling ``nms`` itself still raises
+torchvision's own error about missing operators.
 """
 
 import importlib.machinery
@@ -21,11 +21,11 @@ _SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 _LIBRARIES = ("_C_stable", "_C")  # since torchvision 0.29, and before
-_library = None  # the registration ends with this object
+_library = None  # the registration lasts as long as this object
 
 
 def installed(name: str) -> bool:
-    """Whether the top-level package `name` can be found; it is not imported."""
+    """True if the top-level package `name` can be found; it is not imported."""
     if name in sys.modules:
         return sys.modules[name] is not None
     try:
@@ -35,10 +35,10 @@ def installed(name: str) -> bool:
 
 
 def declare_missing_schemas() -> bool:
-    """Declares torchvision's ``nms`` and ``qnms`` where its import would fail without them.
+    """Declare torchvision's ``nms`` and ``qnms`` if its import would fail without them.
 
-    Call it before the first import of torchvision. Does nothing when torchvision is absent or
-    already imported, when its operators load, or at a second call. Returns whether it declared
+    Call it before the first import of torchvision. It does nothing if torchvision is absent or
+    already imported, if its operators load, or on a second call. Returns True if it declared
     anything.
     """
     global _library
@@ -55,9 +55,9 @@ def declare_missing_schemas() -> bool:
 
 
 def operators_problem() -> str | None:
-    """Why torchvision's C++ operators do not load, and what to install; None where they do.
+    """Say why torchvision's C++ operators do not load and what to install; None if they do.
 
-    None, too, where torchvision is not installed: samfast does not need it.
+    Returns None too if torchvision is not installed, since samfast does not need it.
     """
     if not installed("torchvision") or _load_operators():
         return None
@@ -73,7 +73,7 @@ def operators_problem() -> str | None:
 
 
 def _load_operators() -> bool:
-    """Loads torchvision's operator library, as its own import does; False where that fails."""
+    """Load torchvision's operator library, as its own import does; return False if it fails."""
     suffixes = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
     found = importlib.util.find_spec("torchvision")
     for folder in (found and found.submodule_search_locations) or ():

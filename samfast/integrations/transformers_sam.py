@@ -17,7 +17,7 @@ _GELU = "transformers.activations"
 
 
 class VisionLayer(Layout):
-    """What transformers calls the parts."""
+    """The names that transformers gives to the parts."""
 
     WATCHED: ClassVar = False
     IN_BLOCK: ClassVar = ("layer_norm1", "attn", "layer_norm2", "mlp")
@@ -26,7 +26,7 @@ class VisionLayer(Layout):
 
     @classmethod
     def activation_problem(cls, act: Foreign) -> str | None:
-        """transformers' GELUActivation holds the function that it calls."""
+        """Say if the activation is not the exact GELU; GELUActivation holds its function."""
         kind = type(act)
         if kind.__module__ != _GELU or kind.__qualname__ != "GELUActivation":
             return super().activation_problem(act)
@@ -36,12 +36,12 @@ class VisionLayer(Layout):
 
     @classmethod
     def attention_altered(cls, attention: Foreign) -> bool:
-        """transformers' hooks that record outputs count while attentions are recorded."""
+        """True if a call does more; transformers' recording hooks count only while they record."""
         hooks = attention._forward_hooks
         if not hooks or not all(_records(hook) for hook in hooks.values()):
             return altered(attention)
         if torch.compiler.is_compiling():
-            return True  # a graph may be called for either
+            return True  # a graph may serve both cases
         others = (
             attention._forward_pre_hooks,
             attention._backward_hooks,
@@ -51,7 +51,7 @@ class VisionLayer(Layout):
 
     @classmethod
     def recording(cls, attention: Foreign) -> bool:
-        """Whether a forward is on that returns attentions."""
+        """True during a forward that returns attentions."""
         if not attention._forward_hooks or torch.compiler.is_compiling():
             return False
         hooks = sys.modules.get(_HOOKS)
@@ -59,12 +59,12 @@ class VisionLayer(Layout):
 
 
 def _records(hook: Any) -> bool:
-    """Whether a hook is one with which transformers records outputs."""
+    """True for a hook with which transformers records outputs."""
     return getattr(hook, "__module__", "") == _HOOKS
 
 
 def family(kind: type[nn.Module]) -> Family | None:
-    """The classes that stand beside a layer's or an attention's."""
+    """Return the classes in the module of a layer's or an attention's class."""
     prefix = "SamHQ" if kind.__name__.startswith("SamHQ") else "Sam"
     beside = vars(sys.modules[kind.__module__])
     names = (f"{prefix}Vision{part}" for part in ("Layer", "Attention", "SdpaAttention"))

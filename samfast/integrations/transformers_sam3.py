@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision layers of Hugging Face's SAM 3 (tested with transformers 5.23).
 
-Sam3Model, Sam3TrackerModel and Sam3VisionModel have the same ones.
+Sam3Model, Sam3TrackerModel and Sam3VisionModel share them.
 """
 
 import copy
@@ -22,7 +22,7 @@ _FEATURES = "hidden_size", "intermediate_size"
 
 
 class RotaryLayer(VisionLayer):
-    """What transformers calls the parts of a Sam3ViTLayer."""
+    """The names that transformers gives to the parts of a Sam3ViTLayer."""
 
     IDLE: ClassVar = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
     KIND: ClassVar = "rope"
@@ -50,7 +50,7 @@ class RotaryLayer(VisionLayer):
 
     @classmethod
     def tables(cls, block: Foreign, sides: tuple[int, int]) -> list[Tensor]:
-        """cos and sin, made once for each state of what they come from."""
+        """Return cos and sin, computed once for each state of their sources."""
         rotary = block.rotary_emb
         sources = block.position_ids, rotary.inv_freq
         if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
@@ -61,9 +61,9 @@ class RotaryLayer(VisionLayer):
         kept = own.get(KEPT)
         if kept is not None and kept[1] == numbers and all(map(operator.is_, kept[0], sources)):
             return kept[2]
-        with torch.inference_mode(False):  # a backward may want them later
+        with torch.inference_mode(False):  # a later backward may need them
             made = _tables(block)
-        if all(type(t) is Tensor for t in made):  # and no stand-ins while something traces
+        if all(type(t) is Tensor for t in made):  # not a tracer's tensors
             own[KEPT] = (sources, numbers, made)
         return made
 
@@ -76,13 +76,13 @@ class RotaryLayer(VisionLayer):
         cls, family: Family, block: Foreign, dim: int, heads: int, window: int,
         size: tuple[int, int], bias: bool, eps: float,
     ) -> nn.Module:  # fmt: skip
-        """A layer of these sizes as transformers makes it, whose MLP is no wider than the layer."""
+        """Let transformers build a layer of these sizes, with an MLP no wider than the layer."""
         config = copy.deepcopy(block.config)
         for name, value in (*((name, dim) for name in _FEATURES), ("layer_norm_eps", eps)):
             setattr(config, name, value)
         config.num_attention_heads = heads
         config.attention_dropout = config.hidden_dropout = 0.0
-        # What this block has of these is looked at elsewhere; the answer serves other blocks too.
+        # This block's own values are checked elsewhere; the answer serves other blocks too.
         config.hidden_act, config._attn_implementation = "gelu", "sdpa"
         patch = config.patch_size
         across, down = patch if isinstance(patch, (list, tuple)) else (patch, patch)
@@ -91,13 +91,13 @@ class RotaryLayer(VisionLayer):
 
 
 def _tables(block: Foreign) -> list[Tensor]:
-    """Every value once, where transformers holds it for both features of a pair."""
+    """Return every value once; transformers holds it for both features of a pair."""
     twice = block.rotary_emb(block.layer_norm1.weight, block.position_ids)
     return [t.reshape(-1, t.shape[-1])[:, ::2].contiguous() for t in twice]
 
 
 def family(kind: type[nn.Module]) -> Family | None:
-    """The classes that stand beside a layer's or an attention's."""
+    """Return the classes in the module of a layer's or an attention's class."""
     beside = vars(sys.modules[kind.__module__])
     names = ("Sam3ViTRoPEAttention", "Sam3ViTLayer", "Sam3MLP", "Sam3ViTRotaryEmbedding")
     attention, layer, mlp, rotary = (beside.get(name) for name in names)

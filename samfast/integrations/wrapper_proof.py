@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a class that bears a wrapper's name computes what that wrapper does.
+"""Prove that a class with a wrapper's name computes what that wrapper does.
 
-Such classes are copied from program to program and changed there, so the name is only a hint. A
-wrapper's mixin says what is to be compared, by class methods:
+Programs copy such classes from each other and change them, so the name is only a hint. A wrapper's
+mixin says what to compare, by class methods:
 
     reads                   attributes that the forward may read
-    stamp(module)           what the next two depend on, hashable
-    structure(module)       what the module has or lacks, None where it is built as it should be
+    stamp(module)           hashable state that the next two depend on
+    structure(module)       what the module has or lacks; None if it is built as expected
     sizes(module)           what the formula depends on
     stand_in(kind, sizes, generator)   a module of the class with layers of its own
     formula(sizes)          takes x and the stand-in's parameters by name
-    small(sizes)            the same sizes but for smaller layers
-    width(sizes)            features of x
+    small(sizes)            the same sizes with smaller layers
+    width(sizes)            number of features of x
 
-Sentences are the rest of one that begins with the module: "has a child norm1, ...".
+Sentences here are the end of one that starts with the module: "has a child norm1, ...".
 """
 
 import inspect
@@ -32,7 +32,7 @@ _LINEAR = PlainCode(nn.Linear, frozenset(("weight", "bias")))
 
 
 class Wrapper(Protocol):
-    """What a wrapper's mixin says of itself."""
+    """The class methods of a wrapper's mixin."""
 
     reads: ClassVar[tuple[str, ...]]
 
@@ -64,10 +64,10 @@ _verdicts: dict[tuple[Any, ...], str | None] = {}
 
 
 def problem(module: nn.Module, mixin: type[Wrapper]) -> str | None:
-    """What is not as the mixin has it in a module, of the class found or swapped already.
+    """Say what differs in a module from its mixin, before or after the class is swapped.
 
-    Answers from memory while the class's code and the module's build stay as they are, and
-    otherwise runs a probe on a CPU.
+    The answer is remembered while the class's code and the module's build stay the same. Otherwise
+    it runs a probe on a CPU.
     """
     kind = stock_of(module)
     codes: list[int | str] = []
@@ -94,18 +94,18 @@ def _judgement(
 
 
 def own_problem(module: nn.Module) -> str | None:
-    """The same of a module that is swapped already."""
+    """Say the same about a module that is swapped already."""
     made_of = swapped(module)
     assert made_of is not None, type(module)
     return problem(module, made_of.mixin)
 
 
-# What torch.compile calls while it traces, rather than trace it.
+# torch.compile calls this while tracing, and does not trace it.
 own_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
 
 
 def stock_of(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has, or had before it was swapped."""
+    """Return the class that the module has, or had before the swap."""
     made_of = swapped(module)
     return type(module) if made_of is None else made_of.stock
 
@@ -122,7 +122,7 @@ def _signature_problem(kind: type[nn.Module]) -> str | None:
 
 
 def _probed(kind: type[nn.Module], mixin: type[Wrapper], sizes: Any) -> str | None:
-    """A small module in both modes with all gradients, then one of the same sizes, on maps."""
+    """Run a small module in both modes with all gradients, then one of full size, on maps."""
     generator = torch.Generator("cpu").manual_seed(0)
     small = mixin.small(sizes)
     cases = (small, difference, (3, 6, 7)), (sizes, deviation, (1, 5, 2))
@@ -136,14 +136,14 @@ def _probed(kind: type[nn.Module], mixin: type[Wrapper], sizes: Any) -> str | No
 
 
 def draw(generator: torch.Generator, *shape: int) -> Tensor:
-    """Uniform in -1 to 1."""
+    """Draw uniformly from -1 to 1."""
     return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator)
 
 
 def drawn_linear(
     generator: torch.Generator, inputs: int, outputs: int, bias: bool = False
 ) -> nn.Linear:
-    """A linear layer with weights of its own."""
+    """Make a linear layer with weights of its own."""
     layer = nn.Linear(1, 1, bias=bias)
     layer.in_features, layer.out_features = inputs, outputs
     layer.weight = nn.Parameter(draw(generator, outputs, inputs) * (3 / inputs) ** 0.5)

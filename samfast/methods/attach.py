@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attaching a method to a model, and what users then do with all adapters at once."""
+"""Attach a method to a model, and work with all its adapters at once."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ from samfast.methods.ta_lora.tasks import numbers_of, set_task
 from samfast.models import hf_names
 from samfast.models.heads import stock_state_dict
 
-DECODER = ("mask_decoder",)  # trained whole beside samfast's methods
+DECODER = ("mask_decoder",)  # trained whole in addition to the adapters
 BASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ONLY_SEGMENT_ANYTHING = (
     "samfast.models.build_sam(name, checkpoint=folder) makes segment_anything's Sam, which has "
@@ -47,27 +47,27 @@ def attach(
 ) -> Model:
     """Freeze a model, put adapters on its target layers, and un-freeze what ``train`` names.
 
-    Works in place and returns the model. Inside a wrapper of one SAM (torch.compile's, Lightning's,
-    a module of one's own) it works on the SAM. Adapted layers share the weights they had; outputs
-    stay the same until training moves the adapters (LoRA and Conv-LoRA start at zero).
+    Works in place and returns the model. If a wrapper (torch.compile, Lightning, a module of your
+    own) holds one SAM, it works on that SAM. Adapted layers share the weights they had. LoRA and
+    Conv-LoRA start at zero: outputs stay the same until training moves the adapters.
 
-    method: for example ``samfast.Lora(rank=4)``. Its ``target`` is a leaf name, matched in
-        ``model.image_encoder`` (``vision_encoder`` of Hugging Face's SamModel) where there is one
-        and anywhere else otherwise, or a regular expression (whatever is no plain identifier)
-        matched against full module names of the whole model, or a tuple of those. Or PEFT's
-        ``LoraConfig`` for plain LoRA, whose names match as PEFT matches them.
-    train: names of modules or parameters, each with all that is below it, trained whole beside the
-        adapters; () for adapters alone. None is ("mask_decoder",), or modules_to_save of PEFT's
-        config. A SamModel takes segment_anything's names too.
-    base_dtype: cast the frozen tensors of the image encoder (of the whole model where there
-        is none) to float32, bfloat16 or float16. Tensors that are trained keep their dtype and
-        adapters are float32, as are prompt encoder and mask decoder. A module inside the encoder
-        that ``train`` names then needs ``torch.autocast`` around the forward, for its float32
-        weights meet activations of the base's dtype.
+    method: for example ``samfast.Lora(rank=4)``, or PEFT's ``LoraConfig`` for plain LoRA, whose
+        names match as PEFT matches them. A method's ``target`` is one of these, or a tuple of them:
+        a leaf name, matched in ``model.image_encoder`` (Hugging Face: ``vision_encoder``), or in
+        the whole model if it has no encoder; a regular expression (anything but a plain
+        identifier), matched against full module names of the whole model.
+    train: names of modules or parameters to train whole, with everything below them, in addition to
+        the adapters; () trains only the adapters. None is ("mask_decoder",), or modules_to_save of
+        PEFT's config. A SamModel accepts segment_anything's names too.
+    base_dtype: cast the frozen tensors of the image encoder (of the whole model if it has no
+        encoder) to float32, bfloat16 or float16. Trained tensors keep their dtype. Adapters, prompt
+        encoder and mask decoder stay float32. If ``train`` names a module inside the encoder, run
+        the forward under ``torch.autocast``: its float32 weights meet activations of the base's
+        dtype.
 
-    Raises ValueError (TypeError for arguments of a wrong kind) with one sentence, before anything
-    is changed; also for a parameter with NaN or infinity, a persistent buffer with NaN, and a layer
-    that another library adapted.
+    Raises ValueError, or TypeError for an argument of the wrong type, before anything changes. This
+    includes a parameter with NaN or infinity, a persistent buffer with NaN, and a layer that
+    another library adapted.
 
     >>> import samfast
     >>> from samfast.models import build_sam
@@ -107,7 +107,7 @@ def attach(
 
 
 def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
-    """Raise TypeError or ValueError where nothing can be attached to the model."""
+    """Raise TypeError or ValueError if nothing can be attached to the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, not a torch.nn.Module")
     if base_dtype is not None and base_dtype not in BASE_DTYPES:
@@ -122,9 +122,9 @@ def check_attachable(model: nn.Module, base_dtype: torch.dtype | None) -> None:
 
 
 def find_layers(model: nn.Module, method: Method, prefix: str = "") -> dict[str, nn.Module]:
-    """The layers that the method's target matches, each checked, by full name.
+    """Find and check the layers that the method's target matches, by full name.
 
-    prefix: what a wrapper puts before the names; a regular expression may have it or not
+    prefix: what a wrapper puts before the names; a regular expression may include or omit it
     """
     targets = (method.target,) if isinstance(method.target, str) else method.target
     candidates = {n: m for n, m in model.named_modules() if isinstance(m, method.replaces) and n}
@@ -154,11 +154,11 @@ def find_layers(model: nn.Module, method: Method, prefix: str = "") -> dict[str,
 
 
 def check_layer(method: Method, name: str, layer: nn.Module) -> None:
-    """Raise ValueError, naming the layer, when the method cannot take its place."""
+    """Raise ValueError, naming the layer, if the method cannot replace it."""
     if type(layer) is not method.replaces:
         raise ValueError(
-            f"{name} is a {type(layer).__name__}, whose forward {method.name} would lose; only a "
-            f"plain {method.replaces.__name__} can be adapted"
+            f"expected a plain {method.replaces.__name__}, but {name} is a {type(layer).__name__}, "
+            f"whose forward {method.name} would lose; leave it out of target"
         )
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         raise ValueError(f"{name} has hooks, which would be lost; remove them before attaching")
@@ -186,7 +186,7 @@ def _no_match(
 
 
 def find_trained(model: nn.Module, train: tuple[str, ...] | str, prefix: str = "") -> set[str]:
-    """Full names of the parameters that the entries of ``train`` stand for, with prefix or not."""
+    """Return full names of the parameters that ``train`` names, with or without the prefix."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     spelled = hf_names.spellings(names) if encoder_name(model) == ENCODER_OF_HF else {}
     trained = set()
@@ -216,7 +216,7 @@ def attach_to(
     trained: set[str],
     base_dtype: torch.dtype | None,
 ) -> Model:
-    """``attach`` once everything is found, checked and built: put ``adapted`` over ``layers``."""
+    """Put ``adapted`` in place of ``layers``, once everything is found, checked and built."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
@@ -229,7 +229,7 @@ def attach_to(
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
     for name, module in adapted.items():
-        if base_dtype is not None:  # adapters of a float64 base that is float64 no longer
+        if base_dtype is not None:  # adapters of a base that was float64 before the cast
             for _, parameter in module.adapter_parameters():
                 parameter.data = parameter.data.float()
         for place in places[id(layers[name])]:
@@ -241,13 +241,13 @@ def attach_to(
 
 
 def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
-    """Cast the encoder's frozen floating tensors; fingerprints that the cast would change."""
+    """Cast the encoder's frozen floating tensors; return fingerprints that the cast changes."""
     prefix = f"{encoder_name(model)}." if encoder_name(model) else ""
     encoder = encoder_of(model)
     before = {}
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if dtype == torch.float16:  # bfloat16 of a float16 is not always bfloat16 of the original
+        if dtype == torch.float16:  # rounding twice can differ from rounding once to bfloat16
             before[prefix + name] = fingerprint(tensor)
         return tensor.to(dtype)
 
@@ -256,7 +256,7 @@ def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
             parameter.data = cast(name, parameter.data)
     for path, module in encoder.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
-            continue  # a trained norm keeps its statistics beside its weights
+            continue  # a trained norm keeps its statistics with its weights
         for leaf, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 module._buffers[leaf] = cast(f"{path}.{leaf}" if path else leaf, buffer)
@@ -264,7 +264,7 @@ def _cast_frozen(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(full name, parameter) of all that require a gradient, shared ones once."""
+    """Yield (full name, parameter) for all that require a gradient, shared ones once."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
@@ -277,16 +277,17 @@ def parameter_groups(
     *,
     relation_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: weight decay on matrices and convolutions, none on vectors.
+    """Make groups for an optimizer: weight decay on matrices and convolutions, none on vectors.
 
-    Biases, norms and other one-dimensional parameters get no decay, as users expect; adapters
-    are matrices and get it. Groups without parameters are left out.
+    Biases, norms and other one-dimensional parameters get no decay. Adapters are matrices and get
+    it. Groups without parameters are left out.
 
-    relation_lr: learning rate of what ``Adapter.relation_parameters`` lists, in groups of their own
-        behind the others; SAM-COBOT's relation, coefficients and heads, which one of its authors'
-        scripts trains at 100 times the rate of the rest. None: ``lr``, and no groups of their own
+    relation_lr: learning rate of what ``Adapter.relation_parameters`` yields, such as SAM-COBOT's
+        relation, coefficients and heads. One of its authors' scripts trains them at 100 times the
+        rate of the rest. They get groups of their own, after the others. None: ``lr``, in the same
+        groups as the rest
 
-    Raises ValueError for a ``relation_lr`` that is no rate, or where no adapter has a relation.
+    Raises ValueError if ``relation_lr`` is not a rate, or if no adapter has a relation.
     """
     if relation_lr is not None and not _is_rate(relation_lr):
         raise ValueError(f"relation_lr is {relation_lr!r}; it must be a finite number, 0 or above")
@@ -319,18 +320,18 @@ def _is_rate(value: float) -> bool:
 
 
 def merge(model: Model, *, task: int | str | None = None) -> Model:
-    """Fold every adapter into its layer's weight, in place: from then on no adapter costs time.
+    """Fold every adapter into its layer's weight, in place. Adapters then cost no time.
 
-    The model predicts only; ``unmerge`` puts back the weights, bit for bit. state_dict and
+    A merged model can only predict. ``unmerge`` restores the weights, bit for bit. state_dict and
     ``save_adapter`` give the same tensors in both states. Merging again folds the adapters'
-    present values anew.
+    present values.
 
-    task: of an adapter for several tasks, the one whose update is folded; None is the one that is
-        set. Raises ValueError when several are set, or the adapter has no tasks.
+    task: the task to fold, of an adapter for several tasks; None is the task that is set.
+        Raises ValueError if several are set, or if the adapter has no tasks.
     """
     layers = _mergeable(model).values()
     if task is not None:
-        numbers_of(model, task)  # before anything is changed
+        numbers_of(model, task)  # raises before anything changes
         unmerge(model)
         set_task(model, task)
     for layer in layers:
@@ -339,14 +340,14 @@ def merge(model: Model, *, task: int | str | None = None) -> Model:
 
 
 def unmerge(model: Model) -> Model:
-    """Undo ``merge``; layers that are not merged stay as they are."""
+    """Undo ``merge``; leave layers that are not merged as they are."""
     for layer in _mergeable(model).values():
         layer.unmerge()
     return model
 
 
 class Mergeable(Protocol):
-    """What ``merge`` and ``unmerge`` ask of an adapter."""
+    """What ``merge`` and ``unmerge`` need from an adapter."""
 
     weight: torch.Tensor
 
@@ -378,10 +379,10 @@ def _mergeable(model: nn.Module) -> dict[str, Mergeable]:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of the plain model with all adapters folded in; the model stays as it is.
+    """Return the plain model's state dict with all adapters folded in; leave the model as it is.
 
-    Its names are those of the model before ``attach``, so a stock model loads it; a binary head
-    is written back into SAM's decoder as ``samfast.models.stock_state_dict`` does.
+    Names are those of the model before ``attach``, so a stock model loads it. A binary head is
+    written back into SAM's decoder, as ``samfast.models.stock_state_dict`` does.
     """
     model = unwrapped(model)
     layers = _mergeable(model)

@@ -15,7 +15,7 @@ from samfast.methods.ta_lora.method import TaLora
 
 @dataclasses.dataclass(frozen=True)
 class DecoderOnly(Method):
-    """No adapter at all: what ``attach`` is told to train is all that is trained."""
+    """No adapter: training changes only what ``attach`` is told to train."""
 
     name: ClassVar[str] = "decoder"
     target: ClassVar[tuple[str, ...]] = ()  # type: ignore[misc]  # no option here
@@ -33,13 +33,13 @@ METHODS: dict[str, type[Method]] = {
     for method in (Lora, ConvLora, CobotLora, AdaptFormer, Kronecker, TaLora, DecoderOnly)
 }
 
-VARIANTS: dict[str, Method] = {  # by their names on the command line
+VARIANTS: dict[str, Method] = {  # by name on the command line
     name: variant for method in METHODS.values() for name, variant in method.variants().items()
 }
 
 
 def method_from_config(config: Any) -> Method:
-    """The method that ``Method.config`` describes; ValueError when it describes none."""
+    """Build the method that ``Method.config`` describes; raise ValueError if there is none."""
     if not isinstance(config, dict) or not isinstance(config.get("name"), str):
         raise ValueError(f"{config!r} does not describe a method")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

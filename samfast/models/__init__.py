@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM itself: building it, loading its weights, and a differentiable, batched forward.
+"""Build SAM, load its weights, and run it as a differentiable, batched forward.
 
 build_sam       segment_anything's Sam from a checkpoint or with random weights
 segment         images (and prompts) to logits; encode and decode are its two halves

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of the image encoders; prompt encoder and mask decoder are the same in all."""
+"""The sizes of the image encoders. All share one prompt encoder and mask decoder."""
 
 import difflib
 import operator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PATCH = 16
-MOST_PIXELS = 2**15  # of a side, whose positions take gigabytes already
+MOST_PIXELS = 2**15  # per side; its positions already take gigabytes
 CHANNELS = 256  # of the image embedding and of every prompt token
 
 
@@ -34,7 +34,7 @@ ARCHITECTURES = {
 
 
 def architecture(name: str) -> Architecture:
-    """The sizes of model `name`; ValueError with the known names, nearest first."""
+    """Return the sizes of model `name`; raise ValueError with the known names, nearest first."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
 
@@ -46,7 +46,7 @@ def architecture(name: str) -> Architecture:
 
 
 def check_image_size(size: Any) -> int:
-    """`size` as an int; ValueError unless it is a positive multiple of the patch, 16."""
+    """Return `size` as an int; raise ValueError unless it is a positive multiple of 16."""
     try:
         number = operator.index(size)
     except TypeError:

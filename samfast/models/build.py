@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds segment_anything's Sam at any size, from a checkpoint or with random weights."""
+"""Build segment_anything's Sam at any size, from a checkpoint or with random weights."""
 
 import contextlib
 import os
@@ -34,20 +34,20 @@ def build_sam(
     seed: int | None = None,
     device: str = "cpu",
 ) -> nn.Module:
-    """segment_anything's Sam `name` ("vit_tiny", "vit_b", "vit_l", "vit_h"), on the CPU; or "sam3",
-    Hugging Face's Sam3TrackerModel, whose checkpoint is its folder and whose image size is the
-    folder's or a multiple of 336.
+    """Build segment_anything's Sam, or Hugging Face's Sam3TrackerModel, on the CPU.
 
-    checkpoint: SAM's ``.pth``, a ``.safetensors`` file, or a Hugging Face ``SamModel`` folder.
-    image_size: a multiple of 16; None is 1024, for vit_tiny 256. A checkpoint of another size has
-    its positions interpolated.
-    random_init: random weights instead of a checkpoint; vit_tiny without a checkpoint always has
-    them. `seed` fixes them without touching the global generator; without it they come from there.
-    device: "meta" makes a random Sam without memory, for counting what it would cost; sam3 then
-        reads the configuration alone of its checkpoint.
+    name: "vit_tiny", "vit_b", "vit_l" or "vit_h"; or "sam3", whose checkpoint is a folder and whose
+        image size is the folder's or a multiple of 336
+    checkpoint: SAM's ``.pth``, a ``.safetensors`` file, or a Hugging Face ``SamModel`` folder
+    image_size: a multiple of 16 (default: 1024, vit_tiny: 256). Positions of a checkpoint of
+        another size are interpolated.
+    random_init: use random weights instead of a checkpoint, as vit_tiny without one always does
+    seed: seed of random weights, which leaves the global generator alone (default: draw from it)
+    device: "meta" builds a random Sam without memory, to count its cost. sam3 then reads only the
+        configuration of its checkpoint.
 
-    ``sam.samfast_base`` records name, image_size, checkpoint (its file name) and seed (both None
-    where they do not apply). Raises ValueError or FileNotFoundError with one sentence.
+    ``sam.samfast_base`` records name, image_size, checkpoint (its file name) and seed; the last two
+    are None if they do not apply. Raises ValueError or FileNotFoundError.
     """
     sizes = architecture(name)
     if name != SAM3:
@@ -70,7 +70,7 @@ def build_sam(
         size = sam.vision_encoder.backbone.config.image_size
     elif checkpoint is None:
         with torch.device(device), _generator(seed):
-            sam = _construct(sizes, size).to(device)  # the means of pixels are always on the CPU
+            sam = _construct(sizes, size).to(device)  # the pixel means are always on the CPU
             _randomise(sam.image_encoder)
     else:
         seed = None
@@ -88,18 +88,18 @@ def build_sam(
 
 
 def image_size(sam: nn.Module) -> int:
-    """The side in pixels of the square that `sam` sees."""
+    """Return the side in pixels of the square that `sam` sees."""
     size: int = sam_within(sam, ("image_encoder",)).image_encoder.img_size
     return size
 
 
 def pixel_mean(sam: nn.Module) -> torch.Tensor:
-    """[3, 1, 1], what is subtracted from pixels: the value of padding."""
+    """Return what is subtracted from pixels, [3, 1, 1]; padding has this value."""
     return sam_within(sam, ()).pixel_mean
 
 
 def _construct(sizes: Architecture, size: int) -> Foreign:
-    """Sam as segment_anything's own builders make it, at any size."""
+    """Build Sam as segment_anything's own builders do, at any size."""
     modeling = segment_anything.load().modeling
     grid = size // PATCH
     return modeling.Sam(
@@ -139,7 +139,7 @@ def _construct(sizes: Architecture, size: int) -> Foreign:
 
 @contextlib.contextmanager
 def _generator(seed: int | None) -> Iterator[None]:
-    """The CPU generator at `seed`, put back afterwards; as it is when seed is None."""
+    """Seed the CPU generator and restore it afterwards; do nothing if seed is None."""
     if seed is None:
         yield
     else:
@@ -149,9 +149,9 @@ def _generator(seed: int | None) -> Iterator[None]:
 
 
 def _randomise(encoder: Foreign) -> None:
-    """The usual start of a vision transformer: linear weights and positions N(0, 0.02²), no biases.
+    """Initialise like a vision transformer: linear weights and positions N(0, 0.02²), biases 0.
 
-    With segment_anything's zeros for the positions, the tokens of a random encoder would know no
+    segment_anything starts the positions at zero. Tokens of a random encoder would then have no
     place, and adapters that leave the tables frozen could never learn one.
     """
     for module in encoder.modules():

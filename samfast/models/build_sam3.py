@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds Hugging Face's Sam3TrackerModel, from a folder or with random weights."""
+"""Build Hugging Face's Sam3TrackerModel, from a folder or with random weights."""
 
 import os
 from pathlib import Path
@@ -16,12 +16,14 @@ from samfast.models.sam3_folder import tracker_config
 def build_sam3(
     checkpoint: str | os.PathLike | None, image_size: int | None, seed: int | None, device: str
 ) -> nn.Module:
-    """The tracker in eval mode. checkpoint: a folder, None for random weights of the full size; on
-    the meta device only its configuration is read.
+    """Build the tracker in eval mode.
 
-    image_size: None is the folder's. Raises ImportError without transformers, and ValueError or
-    FileNotFoundError with one sentence for what is not a folder of a SAM 3 with a tracker, for
-    weights that are missing in it, and for a size that the windows do not divide.
+    checkpoint: a folder; None for random weights at full size. On the meta device, only its
+        configuration is read.
+    image_size: side in pixels (default: the folder's)
+
+    Raises ImportError without transformers. Raises ValueError or FileNotFoundError if the folder
+    holds no SAM 3 with a tracker, if weights are missing, or if windows do not divide the size.
     """
     transformers = _transformers()
     config = transformers.Sam3TrackerConfig() if checkpoint is None else _config(checkpoint)
@@ -52,14 +54,14 @@ def _config(checkpoint: str | os.PathLike) -> Any:
     given = tracker_config(checkpoint)
     try:
         return _transformers().Sam3TrackerConfig(**given)
-    except Exception as error:  # whatever transformers finds wrong in it
+    except Exception as error:  # transformers may raise anything
         raise ValueError(
             f"the configuration in {checkpoint} does not fit SAM 3's tracker: {_said(error)}"
         ) from None
 
 
 def _said(error: Exception) -> str:
-    """What transformers says, in one line."""
+    """Return the error of transformers in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
@@ -74,7 +76,7 @@ def _square(config: Any) -> int:
 
 
 def _check_sizes(vit: Any) -> None:
-    """Raise ValueError for numbers that no layer can be made of."""
+    """Raise ValueError for numbers that fit no layer."""
     for name in ("patch_size", "window_size", "hidden_size", "num_attention_heads"):
         value = getattr(vit, name)
         if not isinstance(value, int) or value < 1:
@@ -108,7 +110,7 @@ def _loaded(kind: Any, folder: Path, config: Any) -> nn.Module:
     logging = _transformers().utils.logging
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)  # no table of what a sentence below says
+    logging.set_verbosity(logging.CRITICAL)  # a sentence below replaces its table
     try:
         model, found = kind.from_pretrained(
             folder,
@@ -116,9 +118,9 @@ def _loaded(kind: Any, folder: Path, config: Any) -> nn.Module:
             dtype=torch.float32,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below
+            ignore_mismatched_sizes=True,  # raised below
         )
-    except Exception as error:  # whatever transformers finds wrong in the files
+    except Exception as error:  # transformers may raise anything
         raise ValueError(f"checkpoint {folder} does not load: {_said(error)}") from None
     finally:
         logging.set_verbosity(level)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads SAM's weights from files, and fits them to a model or says why they do not fit.
+"""Read SAM's weights from files, and fit them to a model or say why they do not fit.
 
-Read are PyTorch files (``.pth``, weights only), safetensors, both with segment_anything's names or
-Hugging Face's, and folders of a Hugging Face ``SamModel``. Nothing in a file is executed.
+It reads PyTorch files (``.pth``, weights only) and safetensors, with segment_anything's or Hugging
+Face's names, and folders of a Hugging Face ``SamModel``. It executes nothing in a file.
 """
 
 import json
@@ -30,7 +30,7 @@ from samfast.models.state_search import find_sam, shown
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a Hugging Face folder, best first
 
-# What torch.load raises at damaged bytes: its unpickler runs into whatever the damage spells.
+# What torch.load raises for damaged bytes: anything, depending on what its unpickler meets.
 _DAMAGE = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -48,12 +48,12 @@ _DAMAGE = (
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by segment_anything's names, on the CPU, as they were stored.
+    """Read a checkpoint's tensors by segment_anything's names, on the CPU, as they were stored.
 
-    A SAM is found in dicts of dicts and behind a prefix. Of several it is the one under "model",
-    "state_dict" or "model_state_dict". A warning names the others, and tensors that are left out.
-    The tensors may be mapped from the file: copy what is to be kept. Raises FileNotFoundError when
-    `path` or a part of it does not exist, ValueError when it holds no SAM or several.
+    It finds a SAM in nested dicts and behind a prefix. If there are several, it takes the one under
+    "model", "state_dict" or "model_state_dict". A warning names the others and tensors left out.
+    Tensors may be mapped from the file, so copy what you keep. Raises FileNotFoundError if `path`
+    or a part of it does not exist, and ValueError if it holds no SAM or several.
     """
     state, notes = _read(Path(path))
     _warn(path, notes)
@@ -66,7 +66,7 @@ def _warn(path: str | os.PathLike[str], notes: list[str]) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """read_checkpoint, and clauses about what else the file holds."""
+    """Read a checkpoint; return its tensors and clauses about what else the file holds."""
     if path.is_dir():
         content = _read_folder(path)
     elif path.is_file():
@@ -82,12 +82,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike[str]) -> None:
-    """Gives `sam`, built as model `name` on any device (meta too), the weights in `path`.
+    """Give `sam`, built as model `name` on any device (meta too), the weights in `path`.
 
-    sam's tensors are replaced by copies on the CPU in the dtype they had. Positions stored for
-    another image size are interpolated. Warns of tensors that the model has not. Raises as
-    read_checkpoint does, and ValueError when the checkpoint is of another model, lacks a tensor, or
-    has one of another shape or with NaN or infinity.
+    Copies on the CPU replace sam's tensors and keep their dtype. Positions stored for another image
+    size are interpolated. Warns of tensors that the model does not have. Raises as read_checkpoint
+    does. Raises ValueError if the checkpoint is of another model, lacks a tensor, or has one of
+    another shape or with NaN or infinity.
     """
     state, notes = _read(Path(path))
     wanted = sam.state_dict()
@@ -96,21 +96,21 @@ def load_checkpoint(sam: nn.Module, name: str, path: str | os.PathLike[str]) -> 
     _check_tensors(state, wanted, name, path)
     if unknown := [key for key in state if key not in wanted]:
         notes.append(
-            f"{some(unknown)} are left out, for {name} has nothing with that name, and may "
-            "compute something else than the model that was saved"
+            f"{some(unknown)} are left out, because {name} has nothing with that name; it may "
+            "not compute what the saved model did"
         )
     copies = {
         key: state[key].to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
         for key, tensor in wanted.items()
     }
     if (bad := not_finite(copies)) is not None:
-        raise ValueError(f"checkpoint {path} has NaN or infinity in {bad}")
+        raise ValueError(f"checkpoint {path} contains NaN or infinity in {bad}")
     _warn(path, notes)
     sam.load_state_dict(copies, assign=True)
 
 
 def read_file(path: Path) -> Any:
-    """What a file of safetensors or of PyTorch holds, on the CPU; nothing in it is executed."""
+    """Load a safetensors or PyTorch file on the CPU; execute nothing in it."""
     if path.suffix.lower() == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -119,7 +119,7 @@ def read_file(path: Path) -> Any:
                 f"checkpoint {path} is not a complete safetensors file: {error}"
             ) from None
     try:
-        # Only PyTorch's zip format can be mapped; the older one is read into memory.
+        # Only PyTorch's zip format can be mapped; the older format is read into memory.
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
@@ -183,7 +183,7 @@ def _read_json(path: Path, owner: str) -> dict[str, Any]:
 
 
 def _sam_state(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The SAM's tensors by its own names, checked, and clauses about what else the file holds."""
+    """Return the SAM's tensors, checked, and clauses about what else the file holds."""
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {path} holds a {type(content).__name__}, not tensors by name")
     try:
@@ -192,7 +192,7 @@ def _sam_state(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise ValueError(f"checkpoint {path} {error}") from None
     if found is None:
         keys = [str(key) for key in content]
-        raise ValueError(f"checkpoint {path} holds no SAM image encoder, its keys are {some(keys)}")
+        raise ValueError(f"checkpoint {path} holds no SAM image encoder; its keys are {some(keys)}")
     state: dict[str, Any] = {}
     for key, name in found.names.items():
         tensor = found.values[key]
@@ -218,7 +218,7 @@ def _sam_state(content: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _encoder_size(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """(width, blocks) of the image encoder in a state dict, None when there is none."""
+    """Return (width, blocks) of the image encoder in a state dict; None if there is none."""
     patches = state.get("image_encoder.patch_embed.proj.weight")
     if patches is None or patches.ndim != 4:
         return None
@@ -235,7 +235,7 @@ def _check_encoder(
     found, needed = _encoder_size(state), _encoder_size(wanted)
     if found is None or needed is None:
         raise ValueError(
-            f"checkpoint {path} holds no SAM image encoder, its tensors are {some(list(state))}"
+            f"checkpoint {path} holds no SAM image encoder; its tensors are {some(list(state))}"
         )
     if found != needed:
         sizes = {
@@ -273,17 +273,17 @@ def _check_tensors(
 
 
 def some(items: list[str], limit: int = 3) -> str:
-    """The first of the items and how many more there are, for a sentence."""
+    """List the first items and the number of the rest, for a sentence."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return (", ".join(items[:limit]) or "none") + more
 
 
 def _resize_positions(state: dict[str, Tensor], sam: Foreign) -> None:
-    """Interpolates the positions in `state` to sam's image size, in place.
+    """Interpolate the positions in `state` to sam's image size, in place.
 
-    The positional embedding [1, n, n, width] bilinearly and the relative positions [2 n - 1,
-    head_dim] of global blocks linearly, half-pixel centres, no antialiasing: what fine-tuning of
-    SAM at other sizes commonly does. Windows keep their size, so their tables stay.
+    The positional embedding [1, n, n, width] is interpolated bilinearly, the relative positions
+    [2 n - 1, head_dim] of global blocks linearly, with half-pixel centres and no antialiasing. That
+    is common when fine-tuning SAM at other sizes. Windows keep their size, so their tables stay.
     """
     pos_embed = state.get("image_encoder.pos_embed")
     size = sam.image_encoder.pos_embed.shape[1]

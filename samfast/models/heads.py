@@ -2,10 +2,10 @@
 """What SAM's mask decoder predicts: its own masks, or one mask of one class.
 
 "sam"      the decoder as it is: four mask tokens, each with a hypernetwork
-"binary"   token 0 and hypernetwork 0 alone (Conv-LoRA, ICLR 2024)
-"multi-task"   a decoder for each of several tasks; samfast.models.MultiTaskSam is made with it
+"binary"   only token 0 and hypernetwork 0 (Conv-LoRA, ICLR 2024)
+"multi-task"   a decoder for each of several tasks; only samfast.models.MultiTaskSam has it
 
-The decoder carries what a head took away from it, so copies and pickles do too.
+The decoder carries the parts that a head removed, so copies and pickles do too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +20,8 @@ from samfast.adapters.foreign import Foreign, Model
 from samfast.adapters.wrappers import unclear, unwrapped
 from samfast.models.hugging_face import is_high_quality
 
-# What one mask reads of the decoder: all but the quality head, and the other masks' hypernetworks
-# where the head has them. Entries for ``attach(..., train=TRAINED_DECODER)``.
+# What one mask reads in the decoder: all but the quality head and, if the head has them, the other
+# masks' hypernetworks. Entries for ``attach(..., train=TRAINED_DECODER)``.
 TRAINED_DECODER = (
     "mask_decoder.transformer",
     "mask_decoder.iou_token",
@@ -37,14 +37,14 @@ _NETWORKS = "mask_decoder.output_hypernetworks_mlps"
 
 @dataclass
 class _Taken:
-    """The mask tokens [masks - 1, 256] and hypernetworks that a binary head does without."""
+    """The mask tokens [masks - 1, 256] and hypernetworks that a binary head does not use."""
 
     tokens: Tensor
     networks: tuple[nn.Module, ...]
 
 
 def head_of(model: nn.Module) -> str:
-    """The name of the model's head; "sam" for any model that no head was given to."""
+    """Return the name of the model's head; "sam" if it was given none."""
     model = unwrapped(model)
     if hasattr(model, "samfast_head"):
         return str(model.samfast_head)
@@ -52,22 +52,22 @@ def head_of(model: nn.Module) -> str:
 
 
 def binary_head(sam: Model) -> Model:
-    """Leave the mask decoder one mask token, SAM's token 0, and its hypernetwork. In place.
+    """Reduce the mask decoder to SAM's mask token 0 and its hypernetwork, in place.
 
-    For one class without prompts. ``segment`` then gives what a ``MaskDecoder`` of one mask gives
-    with these weights; that is not mask 0 of the decoder before, for there token 0 attends to the
-    other three mask tokens as well. The quality head stays and is used by no one, so freeze it:
-    ``train=TRAINED_DECODER`` trains all the rest, 3,505,536 elements. ``multimask_output=True``
-    has nothing to choose from and raises ValueError.
+    Use it for one class without prompts. ``segment`` then predicts what a ``MaskDecoder`` of one
+    mask predicts with these weights. This differs from mask 0 of the full decoder, where token 0
+    also attends to the other three mask tokens. The quality head stays but is never read, so freeze
+    it: ``train=TRAINED_DECODER`` trains all the rest, 3,505,536 elements.
+    ``multimask_output=True`` raises ValueError.
 
-    A model that has the head stays as it is. ``restore_head`` puts back what was taken away.
+    A model that already has the head stays as it is. ``restore_head`` puts the removed parts back.
     Raises ValueError for a model without SAM's mask decoder, or with that of a SamHQModel.
     """
     if _taken(sam) is not None:
         return sam
     if is_high_quality(unwrapped(sam)):
         raise ValueError(
-            f"a binary head would leave out the high-quality mask of this {type(sam).__name__}; "
+            f"a binary head would remove the high-quality mask of this {type(sam).__name__}; "
             "train its mask_decoder as it is"
         )
     decoder: Foreign = getattr(unwrapped(sam), "mask_decoder", None)
@@ -85,11 +85,11 @@ def binary_head(sam: Model) -> Model:
 
 
 def restore_head(sam: Model) -> Model:
-    """Undo ``binary_head``, in place: token 0 and hypernetwork 0 as they are now, the others as
-    they were. A model without a binary head stays as it is.
+    """Undo ``binary_head``, in place. A model without a binary head stays as it is.
 
-    The decoder has SAM's form again, but its mask 0 is not what the binary head predicted (see
-    ``binary_head``); a binary head made of it again predicts that, bit for bit.
+    Token 0 and hypernetwork 0 keep their present values; the others are restored. The decoder has
+    SAM's form again, but its mask 0 is not what the binary head predicted (see ``binary_head``).
+    Calling ``binary_head`` again gives the former predictions, bit for bit.
     """
     taken = _taken(sam)
     if taken is None:
@@ -102,7 +102,7 @@ def restore_head(sam: Model) -> Model:
     first = decoder.output_hypernetworks_mlps[0]
     others = [network.to(weight.device, weight.dtype) for network in taken.networks]
     networks = nn.ModuleList([first, *others]).train(first.training)
-    # As frozen as the quality head, the other part that a single mask never reads.
+    # Frozen like the quality head, which a single mask never reads either.
     quality = decoder.iou_prediction_head.parameters()
     networks[1:].requires_grad_(any(parameter.requires_grad for parameter in quality))
     decoder.output_hypernetworks_mlps = networks
@@ -117,10 +117,10 @@ def restore_head(sam: Model) -> Model:
 def stock_state_dict(
     sam: nn.Module, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """``state`` (sam's state dict if not given) with the tensors that a stock SAM loads.
+    """Return ``state`` (default: sam's state dict) with the tensors that a stock SAM loads.
 
-    What a binary head took away is put back; for other models nothing changes. The model stays
-    as it is. A stock SAM that loads it needs ``binary_head`` to predict what this one does.
+    The parts that a binary head removed are put back; other models need none. The model stays as it
+    is. A stock SAM that loads the result needs ``binary_head`` to predict the same.
     """
     sam = unwrapped(sam)
     state = dict(sam.state_dict() if state is None else state)
@@ -137,13 +137,13 @@ def stock_state_dict(
 
 _PARTS = ("mask_tokens", "output_hypernetworks_mlps", "num_mask_tokens", "num_multimask_outputs")
 
-# How a model gets a head, by the name that adapter files hold.
+# How a model gets a head, by the head's name in adapter files.
 HEADS: dict[str, Callable[[nn.Module], nn.Module]] = {"sam": restore_head, "binary": binary_head}
 
 
 @contextmanager
 def given_head(model: nn.Module, name: str) -> Iterator[None]:
-    """Give the model a head of HEADS; when the block raises, it gets back the one it had."""
+    """Give the model a head of HEADS; restore the old one if the block raises."""
     if name == MULTI_TASK:  # the model was made with it
         yield
         return
@@ -158,7 +158,7 @@ def given_head(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         if not done:
             HEADS[before](model)
-            for part, value in parts.items():  # the very same modules, for whoever holds them
+            for part, value in parts.items():  # the same modules, for code that holds them
                 setattr(decoder, part, value)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
@@ -169,7 +169,7 @@ def _taken(model: nn.Module) -> _Taken | None:
 
 
 def _refuse_copies(decoder: Foreign, action: str) -> None:
-    """Raise ValueError where PEFT keeps copies of the decoder, which a change would not reach."""
+    """Raise ValueError if PEFT holds copies of the decoder, which a change would not reach."""
     if "modules_to_save" in decoder._modules:
         raise ValueError(
             f"the mask decoder is in PEFT's modules_to_save, and {action} would miss its copies; "
@@ -178,7 +178,7 @@ def _refuse_copies(decoder: Foreign, action: str) -> None:
 
 
 def _set_tokens(decoder: Foreign, weight: Tensor, trained: bool) -> None:
-    """Give the decoder these mask tokens [masks, 256] and the counts that go with them."""
+    """Give the decoder these mask tokens [masks, 256] and the matching counts."""
     masks, width = weight.shape
     tokens = nn.Embedding(masks, width, _weight=weight)
     decoder.mask_tokens = tokens.train(decoder.mask_tokens.training).requires_grad_(trained)
@@ -187,6 +187,8 @@ def _set_tokens(decoder: Foreign, weight: Tensor, trained: bool) -> None:
 
 
 def _refuse_multimask(decoder: Foreign, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before ``MaskDecoder.forward``, which would return no mask at all."""
+    """Refuse ``multimask_output``, for which ``MaskDecoder.forward`` would return no mask."""
     if kwargs.get("multimask_output", len(args) > 4 and args[4]):
-        raise ValueError("this mask decoder has one mask (a binary head): multimask_output=False")
+        raise ValueError(
+            "this mask decoder has one mask (binary head); pass multimask_output=False"
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a Hugging Face ``SamModel`` folder for a SAM, made without transformers."""
+"""Make the files of a Hugging Face ``SamModel`` folder for a SAM, without transformers."""
 
 import json
 from collections.abc import Mapping
@@ -11,23 +11,23 @@ from torch import Tensor
 from samfast.models.architectures import CHANNELS, PATCH, Architecture
 from samfast.models.hf_names import to_hugging_face
 
-_EPS = 1e-5  # of the decoder's norms; Hugging Face's default is 1e-6, SAM was trained with this
+_EPS = 1e-5  # of the decoder's norms, as in SAM's training; Hugging Face's default is 1e-6
 _POINTS = 4  # embeddings of points: on and off the object, two corners of a box
 
 
 def hugging_face_files(
     state: Mapping[str, Tensor], sizes: Architecture, image_size: int
 ) -> dict[str, bytes]:
-    """File contents by name: configuration, processor and weights.
+    """Return file contents by name: configuration, processor and weights.
 
-    state: a Sam's tensors by segment_anything's names; its mask tokens say how many masks there are
-    sizes: of the image encoder   image_size: the side of its images in pixels
+    state: a Sam's tensors by segment_anything's names; its mask tokens give the number of masks
+    sizes: sizes of the image encoder   image_size: side of its images in pixels
 
     ``SamModel.from_pretrained`` and ``SamProcessor.from_pretrained`` read the folder. The decoder's
     norms get the eps that SAM was trained with, so results equal segment_anything's.
     """
     named = to_hugging_face({name: t.detach().cpu().contiguous() for name, t in state.items()})
-    weights = {name: tensor.clone() for name, tensor in named.items()}  # none may share memory
+    weights = {name: tensor.clone() for name, tensor in named.items()}  # none share memory
     return {
         "config.json": _json(_config(state, sizes, image_size)),
         "preprocessor_config.json": _json(_processor(image_size)),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of Hugging Face's ``SamModel`` in segment_anything's spelling, and back.
 
-The tensors are the same, only their names differ. One number outside the files differs too: beside
-these weights Hugging Face runs the norms of the decoder's transformer with the eps of its
-configuration (1e-6 by default), segment_anything with the 1e-5 that SAM was trained with.
+The tensors are the same; only their names differ. One number outside the files differs too: the eps
+of the norms in the decoder's transformer. Hugging Face takes it from its configuration (1e-6 by
+default), segment_anything uses 1e-5, as in SAM's training.
 """
 
 import re
@@ -19,8 +19,8 @@ _MLPS = (
     "mask_decoder.iou_prediction_head",
 )
 
-# How a name begins in Hugging Face's spelling and in segment_anything's; the rest is the same.
-# The first of a direction's rules counts, and {0} and {1} are numbers.
+# The start of a name in Hugging Face's and in segment_anything's spelling; the rest is the same.
+# The first rule that fits a direction counts; {0} and {1} are numbers.
 _PAIRS = [
     (_SHARED, _MATRIX),
     (_TIED, _MATRIX),
@@ -56,7 +56,7 @@ _PAIRS = [
 
 
 def _rule(before: str, after: str) -> tuple[re.Pattern[str], str]:
-    """What begins a name, and what takes its place; the numbers of both are in one order."""
+    """Compile a rule: the start of a name and its replacement, with numbers in the same order."""
     pattern = re.sub(r"\\{\d\\}", r"(\\d+)", re.escape(before))
     return re.compile(pattern + r"(?=\.|$)"), re.sub(
         r"\{(\d)\}", lambda found: f"\\g<{int(found[1]) + 1}>", after
@@ -68,28 +68,28 @@ _RULES_BACK = [_rule(ours, theirs) for theirs, ours in _PAIRS]
 
 
 def is_hugging_face(names: Iterable[str]) -> bool:
-    """Whether the tensors' names are those of a Hugging Face model."""
+    """True if the tensors have the names of a Hugging Face model."""
     return any(name.startswith("vision_encoder.") for name in names)
 
 
 def to_segment_anything(state: Mapping[str, Value]) -> dict[str, Value]:
-    """The same tensors by segment_anything's names; names without a rule stay as they are."""
+    """Rename tensors to segment_anything's names; keep names without a rule."""
     return {other: state[name] for name, other in spellings(state).items()}
 
 
 def to_hugging_face(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Back again; the matrix of positions has both of its names. A name without a rule stays."""
+    """Rename tensors back; the position matrix gets both its names. Keep other names."""
     named = {_replaced(name, _RULES_BACK): value for name, value in state.items()}
     return named | ({_TIED: named[_SHARED]} if _SHARED in named else {})
 
 
 def spellings(names: Collection[str]) -> dict[str, str]:
-    """segment_anything's name by Hugging Face's; of one tensor's two names the first alone."""
+    """Map Hugging Face's names to segment_anything's; list a tensor with two names once."""
     return {name: spelled(name) for name in names if name != _TIED or _SHARED not in names}
 
 
 def spelled(name: str) -> str:
-    """A name, of a tensor or a module, as segment_anything spells it."""
+    """Translate a tensor's or module's name to segment_anything's spelling."""
     return _replaced(name, _RULES)
 
 
@@ -101,10 +101,10 @@ def _replaced(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
 
 
 def spelled_back(name: str, known: Mapping[str, str]) -> str:
-    """segment_anything's name, of a tensor or a module, as Hugging Face spells it.
+    """Translate a tensor's or module's segment_anything name to Hugging Face's spelling.
 
-    known: Hugging Face's name by segment_anything's, of a model's modules and tensors. What has no
-        such name is inside of the nearest module that has one.
+    known: maps segment_anything's names of a model's modules and tensors to Hugging Face's. A name
+        that is not listed is looked up by the nearest module around it.
     """
     head, tail = name, ""
     while head:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's SamModel and SamHQModel with segment_anything's names for what ``segment`` reads.
+"""Give Hugging Face's SamModel and SamHQModel segment_anything's names, for ``segment``.
 
-Nothing is copied: the parts are the model's own modules, whose hooks, adapters and fused layers
-run. The norms of the decoder keep their own eps (see ``samfast.models.hf_names``).
+Nothing is copied: the parts are the model's own modules, so hooks, adapters and fused layers run.
+The norms of the decoder keep their own eps (see ``samfast.models.hf_names``).
 
-A SamHQModel's masks are those of its own forward. In transformers 5.23 they are not SAM-HQ's: its
-decoder upscales the encoder's embeddings with height and width exchanged, where SAM-HQ, and
-transformers before, takes those that its transformer gives.
+A SamHQModel's masks are those of its own forward. In transformers 5.23 they differ from SAM-HQ's:
+its decoder upscales the encoder's embeddings with height and width exchanged. SAM-HQ and earlier
+versions of transformers upscale the output of the decoder's transformer.
 """
 
 from collections.abc import Iterator
@@ -19,32 +19,32 @@ from samfast.models.objects import of_each_object
 
 SAM = "transformers.models.sam.modeling_sam.SamModel"
 SAM_HQ = "transformers.models.sam_hq.modeling_sam_hq.SamHQModel"
-# The image processor's numbers, which are those of segment_anything's Sam.
+# The image processor's numbers, equal to those of segment_anything's Sam.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Whether it is one of the two, or of a class derived from them."""
+    """True for either of the two classes, or one derived from them."""
     return is_a(model, SAM) or is_a(model, SAM_HQ)
 
 
 def is_high_quality(model: nn.Module) -> bool:
-    """Whether it is a SamHQModel, whose decoder adds a mask of another token to the first."""
+    """True for a SamHQModel, whose decoder adds another token's mask to the first."""
     return is_a(model, SAM_HQ)
 
 
 def is_a(model: nn.Module, name: str) -> bool:
-    """Whether its class, or one that this is derived from, is the one of that name."""
+    """True if its class, or a base class, is the one of that name."""
     return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in type(model).__mro__)
 
 
 class HuggingFaceSam:
     """A SamModel or SamHQModel as ``segment`` sees it.
 
-    pe_layer: the positions of the embedding's cells; those of prompts are the prompt encoder's,
-        the same Parameter unless a wrapper copied one of them
-    Raises ValueError where the configurations of the parts have different image sizes.
+    pe_layer: positions of the embedding's cells. Prompts use the prompt encoder's, which is the
+        same Parameter unless a wrapper copied one of them.
+    Raises ValueError if the parts' configurations have different image sizes.
     """
 
     def __init__(self, model: Foreign):
@@ -67,7 +67,7 @@ class HuggingFaceSam:
 
 
 def of_channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """[3, 1, 1] of float32's values on a device, where filling does not wait as copying does."""
+    """Fill a float32 tensor [3, 1, 1] on a device; a copy would wait, filling does not."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     device = like.device
     parts = [torch.full((1, 1, 1), v, dtype=torch.float32, device=device) for v in values]
@@ -75,7 +75,7 @@ def of_channels(values: tuple[float, ...], like: Tensor) -> Tensor:
 
 
 class Positions:
-    """The Fourier features of prompts and cells, by segment_anything's name."""
+    """The Fourier features of prompts and cells, under segment_anything's name."""
 
     def __init__(self, layer: Foreign):
         self.positional_encoding_gaussian_matrix = layer.positional_embedding
@@ -87,7 +87,7 @@ class _Patches:
 
 
 class _Encoder:
-    """Pixels [B, 3, H, W] to embeddings [B, 256, n, n]."""
+    """Encode pixels [B, 3, H, W] to embeddings [B, 256, n, n]."""
 
     more_channels = 0
 
@@ -101,12 +101,15 @@ class _Encoder:
 
 
 class _EncoderHQ(_Encoder):
-    """Behind the embeddings' 256 channels those of the first global block's output."""
+    """Append the channels of the first global block's output to the embeddings' 256."""
 
     def __init__(self, encoder: Foreign):
         super().__init__(encoder)
         if all(layer.window_size > 0 for layer in encoder.layers):
-            raise ValueError("this SamHQModel has no global block, whose output its decoder reads")
+            raise ValueError(
+                "expected a global block, whose output the decoder reads, but this SamHQModel "
+                "has none"
+            )
         self.more_channels = len(encoder.patch_embed.projection.weight)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class _PromptEncoder:
 
 
 class _Decoder:
-    """Its transformer takes and gives an axis of prompts, which here is always of one."""
+    """Its transformer has an extra axis for prompts, here always of size one."""
 
     def __init__(self, decoder: Foreign):
         self.decoder = decoder
@@ -153,7 +156,7 @@ class _Decoder:
 
 
 class _DecoderHQ(_Decoder):
-    """Runs its own forward, which adds a mask of another token and reads more of the encoder."""
+    """Runs its own forward, which adds another token's mask and reads more of the encoder."""
 
     def predict(
         self,
@@ -164,7 +167,7 @@ class _DecoderHQ(_Decoder):
         first: int,
         count: int,
     ) -> Tensor:
-        """As ``decode_objects`` of the objects from `first` on, of which an image has `count`."""
+        """Decode the objects from `first` on, `count` per image, as ``decode_objects`` does."""
         dtype, channels = self.mask_tokens.weight.dtype, positions.shape[1]
         if len(prompts) == len(embeddings) * count:
             prompts = prompts.unflatten(0, (len(embeddings), count))

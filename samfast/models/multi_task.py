@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One SAM encoder, several tasks: a mask decoder and no-mask embeddings for each.
 
-SAM's prompt encoder is gone. A task of N channels runs its decoder as if N empty prompts were
-given for each image, told apart by a no-mask embedding each, and mask token 0 gives the channels.
+There is no prompt encoder. A task of N channels runs its decoder as if each image had N empty
+prompts. Each prompt has its own no-mask embedding, and mask token 0 predicts its channel.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,17 +29,17 @@ from samfast.models.segment import (
 
 KINDS = ("binary", "semantic", "regression")
 TaskName = str | int
-Chosen = dict[int, list[int] | None]  # by the number of a task its images, None for all
+Chosen = dict[int, list[int] | None]  # task number -> its images, None for all
 
 
 @dataclass(frozen=True)
 class Task:
     """What one decoder predicts.
 
-    name: as dictionaries, files and the command line call it
-    kind: "binary", the logit of the foreground; "semantic", a logit of each class; "regression",
+    name: its name in dictionaries, files and on the command line
+    kind: "binary": one logit, of the foreground; "semantic": one logit per class; "regression":
         values
-    channels: 1 for binary, the classes for semantic, values of each pixel for regression
+    channels: 1 for binary, the number of classes for semantic, values per pixel for regression
     """
 
     name: str
@@ -68,7 +68,7 @@ class Task:
             )
 
     def config(self) -> dict[str, Any]:
-        """The task as JSON values."""
+        """Return the task as JSON values."""
         return asdict(self)
 
 
@@ -78,14 +78,14 @@ class MultiTaskSam(nn.Module):
     sam: segment_anything's Sam; its image encoder is shared, its mask decoder copied for each task
     tasks: different names
 
-    images [B, 3, H, W] as ``segment`` takes them -> logits [B, channels, H, W] of a task, float32
-    (float64 where sam is). Anything that ``attach`` and ``fuse`` do to a Sam works here, with
-    ``train=model.trained_parts()`` for decoders, no-mask embeddings and the encoder's norms.
+    images: [B, 3, H, W] as for ``segment`` -> logits of a task [B, channels, H, W], float32, or
+    float64 if sam is. ``attach`` and ``fuse`` work as on a Sam. ``train=model.trained_parts()``
+    trains decoders, no-mask embeddings and the encoder's norms.
 
-    ``torch.compile(model, fullgraph=True)`` makes a graph for each way to name tasks. In it the
-    patch embedding and the blocks below the first that depends on the task run for each task too.
+    ``torch.compile(model, fullgraph=True)`` makes a graph for each way to name tasks. In that
+    graph, patch embedding and blocks that do not depend on the task run once per task too.
 
-    Raises ValueError for tasks of one name and for a sam that has adapters or a head of one class.
+    Raises ValueError if two tasks share a name, or if sam has adapters or a binary head.
     """
 
     def __init__(self, sam: nn.Module, tasks: Iterable[Task]):
@@ -111,9 +111,9 @@ class MultiTaskSam(nn.Module):
     samfast_head = MULTI_TASK
 
     def trained_parts(self) -> tuple[str, ...]:
-        """What multi-task training trains beside adapters, as ``attach(train=...)`` takes it.
+        """Return what to train in addition to adapters, for ``attach(train=...)``.
 
-        Decoders without their heads of quality and of other masks, which are never read.
+        Decoders come without the heads for quality and other masks, which are never read.
         """
         norms = [
             f"image_encoder.{name}"
@@ -128,14 +128,14 @@ class MultiTaskSam(nn.Module):
         return ("no_mask_embeds", *decoders, *norms)
 
     def index_of(self, task: TaskName) -> int:
-        """The number of a task; ValueError for a name or number that is none."""
+        """Return the number of a task; raise ValueError for an unknown name or number."""
         names = [known.name for known in self.tasks]
         if isinstance(task, str) and task in names:
             return names.index(task)
         if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(names):
             return task
         known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-        raise ValueError(f"task {task!r} is none of {known}")
+        raise ValueError(f"task {task!r} does not exist; known are {known}")
 
     def forward(
         self,
@@ -144,19 +144,17 @@ class MultiTaskSam(nn.Module):
         *,
         decoder_chunk: int | None = None,
     ) -> dict[str, Tensor] | Tensor | list[Tensor]:
-        """Logits of images [B, 3, H, W].
+        """Predict logits of images [B, 3, H, W].
 
-        task: None: of every task, {name: [B, channels, H, W]}
-            a name or number: of that task, [B, channels, H, W]
-            B of them: each image's own task, [B, channels, H, W] where all have as many channels,
+        task: None: every task, {name: [B, channels, H, W]}
+            a name or number: that task, [B, channels, H, W]
+            B of them: each image's own task, [B, channels, H, W] if all have equally many channels,
                 else a list of B [channels, H, W]
             {name or number: indices of images}: {name: [indices, channels, H, W]}
-        decoder_chunk: a decoder takes at most so many of the images * channels at a time, see
-            ``segment``
+        decoder_chunk: number of images * channels that a decoder takes at a time, see ``segment``
 
-        The encoder runs once where nothing in it depends on the task. Otherwise its blocks below
-        the first that does run once, and the rest once for all tasks of all images, one after
-        another in the batch.
+        If nothing in the encoder depends on the task, it runs once. Otherwise the blocks before the
+        first that does run once. The rest runs in one batch of all tasks' images.
         """
         check_decoder_chunk(decoder_chunk)
         count = len(images) if images.dim() else 0
@@ -178,7 +176,7 @@ class MultiTaskSam(nn.Module):
         return {self.tasks[i].name: own for i, own in logits.items()}
 
     def _chosen(self, task: Any, count: int) -> tuple[Chosen, str]:
-        """By the number of a task its images, None for all of them; and the form of the result."""
+        """Map task numbers to their images, None for all; also return the form of the result."""
         if task is None:
             return dict.fromkeys(range(len(self.tasks))), "dict"
         if isinstance(task, Mapping) and not task:
@@ -206,7 +204,7 @@ class MultiTaskSam(nn.Module):
         return each, "each"
 
     def encode_for(self, images: Tensor, chosen: Chosen) -> dict[int, Tensor]:
-        """Image embeddings [images, 256, n, n] of each task's images."""
+        """Encode each task's images to embeddings [images, 256, n, n]."""
         block = _first_dependent_block(self.image_encoder)
         if block is None:
             self._check_merged(chosen)
@@ -225,14 +223,14 @@ class MultiTaskSam(nn.Module):
             self._set_tasks(torch.tensor(numbers), numbers)
 
         def split(x: Tensor) -> Tensor:
-            """The rows of every task, task-major."""
+            """Return the rows of all tasks, task-major."""
             if all(own is None for own in chosen.values()):
                 return x.expand(len(chosen), *x.shape).flatten(0, 1) if len(chosen) > 1 else x
             return torch.cat([_rows(x, own) for own in chosen.values()])
 
         if count == 0 or not numbers:
             embeddings = encode(self, images[:0])
-        elif torch.compiler.is_compiling():  # no hook can be set while a graph is traced
+        elif torch.compiler.is_compiling():  # tracing cannot set a hook
             embeddings = encode(self, split(images))
         else:
             with _before(block, split):
@@ -240,17 +238,17 @@ class MultiTaskSam(nn.Module):
         return dict(zip(chosen, embeddings.split(sizes), strict=True))
 
     def decode_task(self, embeddings: Tensor, task: TaskName, size: tuple[int, int]) -> Tensor:
-        """Logits [B, channels, *size] of a task from ``encode_for``'s embeddings of its images."""
+        """Decode ``encode_for``'s embeddings of a task to logits [B, channels, *size]."""
         return self._decode(self.index_of(task), embeddings, size, None)
 
     def _set_tasks(self, task: int | str | Tensor, numbers: list[int]) -> None:
-        """task: as samfast.set_task takes it   numbers: the same as its layers keep it"""
+        """Set the task. task: as for samfast.set_task   numbers: the same, as the layers keep it"""
         if not torch.compiler.is_compiling():
             import samfast
 
             samfast.set_task(self, task, repeated=True)
             return
-        # What was set before is not looked at: a graph would hold for that alone.
+        # Reading what was set before would tie a graph to it.
         layer: Foreign
         for layer in adapters(self).values():
             if getattr(layer, "depends_on_task", False):
@@ -258,9 +256,9 @@ class MultiTaskSam(nn.Module):
                 layer.repeated = True
 
     def _check_merged(self, chosen: Iterable[int]) -> None:
-        """Raise ValueError where the update of one task is in the weights and another is asked."""
+        """Raise ValueError if one task's update is merged and another task is requested."""
         for name, layer in adapters(self).items():
-            entries = getattr(layer, "entries", None)  # of TA-LoRA
+            entries = getattr(layer, "entries", None)  # TA-LoRA has it
             if layer.merged and entries is not None and set(chosen) != {own := int(entries[0])}:
                 raise ValueError(
                     f"{name} has the update of task {self.tasks[own].name} merged, so no other can "
@@ -270,7 +268,7 @@ class MultiTaskSam(nn.Module):
     def _decode(
         self, index: int, embeddings: Tensor, size: tuple[int, int], chunk: int | None
     ) -> Tensor:
-        """Logits [B, channels, H, W] of a task from embeddings [B, 256, n, n]."""
+        """Decode embeddings [B, 256, n, n] to a task's logits [B, channels, H, W]."""
         task = self.tasks[index]
         dense = self.no_mask_embeds[task.name]
         objects = len(embeddings) * task.channels
@@ -291,7 +289,7 @@ class MultiTaskSam(nn.Module):
 
 
 def tasks_from_config(config: Any) -> tuple[Task, ...]:
-    """The tasks that ``Task.config`` describes; ValueError when it describes none."""
+    """Build the tasks that ``Task.config`` describes; raise ValueError if there are none."""
     if not isinstance(config, list) or not all(isinstance(task, dict) for task in config):
         raise ValueError(f"{config!r} does not describe tasks")
     known = set(Task.__dataclass_fields__)
@@ -313,14 +311,15 @@ def _check(sam: nn.Module, tasks: tuple[Task, ...]) -> None:
         raise ValueError(f"expected segment_anything's Sam, got {type(sam).__name__}")
     if head_of(sam) != "sam":
         raise ValueError(
-            f"the model has head {head_of(sam)!r}; samfast.models.restore_head undoes it"
+            f"expected SAM's own head, but the model has head {head_of(sam)!r}; call "
+            "samfast.models.restore_head first"
         )
     if adapters(sam) or attachment(sam) is not None:
         raise ValueError("the model has adapters; attach them to the MultiTaskSam instead")
 
 
 def _first_dependent_block(encoder: Foreign) -> nn.Module | None:
-    """The first block with a module whose result depends on the task, None where none does."""
+    """Return the first block that depends on the task; None if none does."""
     block: nn.Module
     for block in encoder.blocks:
         if any(getattr(module, "depends_on_task", False) for module in block.modules()):
@@ -330,7 +329,7 @@ def _first_dependent_block(encoder: Foreign) -> nn.Module | None:
 
 @contextmanager
 def _before(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A block's input is changed on its way in."""
+    """Change a block's input with a pre-hook."""
     handle = block.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
     try:
         yield
@@ -339,7 +338,7 @@ def _before(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
 
 
 def _rows(x: Tensor, rows: Sequence[int] | None) -> Tensor:
-    """x[rows], all for None; not by an index, whose backward would add by atomics on a GPU."""
+    """Return x[rows], all for None. Indexing would add with atomics in backward on a GPU."""
     if rows is None:
         return x
     return torch.stack([x[i] for i in rows]) if len(rows) else x[:0]

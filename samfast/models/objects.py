@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of images for each of their objects, which are in sequence."""
+"""Repeat rows of images for their objects, which are in sequence."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def of_each_object(source: Tensor, first: int, number: int, count: int) -> Tensor:
-    """[M, ...], for each of `number` objects from `first` on its image's row of source [B, ...].
+    """Return [M, ...]: the image's row of source [B, ...] for `number` objects from `first` on.
 
-    By expansion, not by an index, whose backward would add by atomics on a GPU.
+    It expands instead of indexing, whose backward would add with atomics on a GPU.
     """
     if number == len(source) * count:
         return source[:, None].expand(-1, count, *source.shape[1:]).flatten(0, 1)
@@ -22,9 +22,9 @@ def of_each_object(source: Tensor, first: int, number: int, count: int) -> Tenso
 
 
 def of_counted_objects(source: Tensor, counts: Sequence[int]) -> Tensor:
-    """[M, ...], for each object its image's row of source [B, ...]; counts: of each image.
+    """Return [M, ...]: the image's row of source [B, ...] for each object; counts: per image.
 
-    By expansion, as above.
+    It expands, as above.
     """
     rows = [row.expand(count, *row.shape) for row, count in zip(source, counts, strict=True)]
     return torch.cat(rows)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks of single objects, of as many an image as it has, by boxes, points and earlier masks.
+"""Decode masks of single objects from boxes, points and earlier masks, any number per image.
 
-``decode`` takes one kind of prompt and as many objects of every image. Here each object has its own
-first prompt, a box or a point, then clicks that correct it and the mask of the round before. The
-numbers are those of segment_anything's prompt encoder and mask decoder, one object at a time.
+``decode`` takes one kind of prompt and equally many objects per image. Here each object has its own
+first prompt, a box or a point. Clicks that correct it and the mask of the round before follow. The
+results equal segment_anything's prompt encoder and mask decoder, one object at a time.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ from samfast.models.segment import (
 
 
 class FirstPrompts(NamedTuple):
-    """What each of M objects is prompted by first.
+    """The first prompt of each of M objects.
 
-    given: [M, 4], a box x0, y0, x1, y1, or a point x, y, label, 0; in pixels of the model's square
+    given: [M, 4], a box x0, y0, x1, y1 or a point x, y, label, 0, in pixels of the model's input
     is_box: bool [M]
     """
 
@@ -47,13 +47,13 @@ def decode_each(
     *,
     chunk: int | None = None,
 ) -> Tensor:
-    """Logits [M, 4n, 4n] of M objects, of the decoder's first mask token.
+    """Decode logits [M, 4n, 4n] of M objects, from the decoder's first mask token.
 
     sam: segment_anything's Sam   embeddings: [B, 256, n, n] as ``encode`` gives them
-    counts: the objects of each image; those of an image are in sequence
-    clicks: [M, P, 3], x, y and label 1, 0 or -1 (no point), which correct the first prompt
-    masks: logits [M, 4n, 4n] of the round before, through which gradients flow; None: no mask
-    chunk: the decoder takes at most so many objects at a time, see ``segment``; None: all
+    counts: number of objects per image; objects of an image are in sequence
+    clicks: [M, P, 3], corrections of the first prompt: x, y and label 1, 0 or -1 (no point)
+    masks: logits [M, 4n, 4n] of the round before, which receive gradients; None: no mask
+    chunk: number of objects that the decoder takes at a time, see ``segment``; None: all
     """
     model: Foreign = sam
     tokens = _tokens(model.prompt_encoder, first, clicks)
@@ -75,7 +75,7 @@ def decode_each(
 
 
 def _within(counts: Sequence[int], begin: int, end: int) -> list[int]:
-    """How many of each image's objects are from `begin` to before `end`, of all in sequence."""
+    """Count each image's objects in the range from `begin` to before `end`."""
     found, before = [], 0
     for count in counts:
         found.append(max(0, min(end, before + count) - max(begin, before)))
@@ -91,7 +91,7 @@ def _some(
     tokens: Tensor,
     masks: Tensor | None,
 ) -> Tensor:
-    """``decode_each`` of so many objects of each image; tokens: [M, T, 256]"""
+    """Run ``decode_each`` on these objects of each image; tokens: [M, T, 256]"""
     decoder, prompts = sam.mask_decoder, sam.prompt_encoder
     dtype = decoder.mask_tokens.weight.dtype
     embeddings = embeddings.to(dtype)
@@ -106,9 +106,9 @@ def _some(
 
 
 def _tokens(encoder: Foreign, first: FirstPrompts, clicks: Tensor | None) -> Tensor:
-    """Prompt tokens [M, P + 2, 256], in segment_anything's order.
+    """Encode prompt tokens [M, P + 2, 256], in segment_anything's order.
 
-    Of a box the clicks, then its corners; of a point this one, the clicks, then a padding point.
+    For a box: the clicks, then its corners. For a point: the point, the clicks, a padding point.
     """
     background, foreground, left, right = (e.weight for e in encoder.point_embeddings)  # [1, 256]
     nothing = encoder.not_a_point_embed.weight

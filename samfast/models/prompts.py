@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes and points as ``segment`` takes them: what fits, and as many boxes for every image."""
+"""Check boxes and points for ``segment``, and pad boxes to equally many per image."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,15 @@ Boxes = Tensor | Sequence[Tensor]
 
 
 def check_prompts(images: Tensor, boxes: Boxes | None, points: Points | None) -> int:
-    """N, the number of objects per image, after checking the prompts of [B, ...] images.
+    """Check the prompts of [B, ...] images; return N, the number of objects per image.
 
-    The largest of a list of boxes. Raises ValueError, or TypeError for a dtype or kind.
+    For a list of boxes, N is the largest. Raises ValueError, or TypeError for a dtype or type.
     """
     batch, counts = len(images), {}
     if isinstance(boxes, (list, tuple)):
         if points is not None:
             raise ValueError(
-                "boxes are a list of tensors, which goes without points; with points pass boxes "
+                "expected no points, because boxes are a list of tensors; with points, pass boxes "
                 f"as one tensor ({batch}, N, 4)"
             )
         if len(boxes) != batch:
@@ -50,9 +50,9 @@ def check_prompts(images: Tensor, boxes: Boxes | None, points: Points | None) ->
 
 
 def padded_boxes(boxes: Boxes | None, count: int) -> tuple[Tensor | None, list[int] | None]:
-    """Boxes [B, count, 4] with zeros behind those of a list, and how many each image had.
+    """Stack boxes to [B, count, 4], padded with zeros; also return each image's number.
 
-    None in the second place where they were one tensor already.
+    The second value is None if the boxes were one tensor already.
     """
     if boxes is None or isinstance(boxes, Tensor):
         return boxes, None
@@ -68,14 +68,14 @@ def padded_boxes(boxes: Boxes | None, count: int) -> tuple[Tensor | None, list[i
 
 
 def _check_points(points: Points, batch: int, device: torch.device) -> int:
-    """The number of objects per image."""
+    """Check the points; return the number of objects per image."""
     if not isinstance(points, (tuple, list)) or len(points) != 2:
         raise TypeError("points are not a pair (coordinates, labels)")
     for name, values in zip(("coordinates", "labels"), points, strict=True):
         if not isinstance(values, Tensor):
             raise TypeError(
-                f"point {name} are a {type(values).__name__}, not a tensor; stack them, and label "
-                "what is missing -1"
+                f"point {name} are a {type(values).__name__}, not a tensor; stack them, and pad "
+                "with the label -1"
             )
     coords, labels = points
     shape = tuple(coords.shape)
@@ -93,7 +93,7 @@ def _check_points(points: Points, batch: int, device: torch.device) -> int:
         odd = labels[(labels != 0) & (labels.abs() != 1)]
         if len(odd):
             raise ValueError(f"point label {odd[0].item()} is not 1, 0 or -1")
-        if _readable(coords):  # those of padding are never looked at
+        if _readable(coords):  # coordinates of padding are not checked
             wrong = ~coords.isfinite().all(-1) & (labels != -1)
             if wrong.any():
                 place = tuple(wrong.nonzero()[0].tolist())
@@ -125,7 +125,7 @@ def _check_prompt(name: str, values: Tensor, device: torch.device) -> None:
 
 
 def _readable(values: Tensor) -> bool:
-    """Whether its numbers can be read without waiting for a device or breaking a graph."""
+    """True if reading its numbers neither waits for a device nor breaks a graph."""
     if torch.compiler.is_compiling() or values.device.type != "cpu":
         return False
     return not (is_fake(values) or torch._C._functorch.is_functorch_wrapped_tensor(values))

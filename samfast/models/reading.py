@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which SAM ``segment`` reads, and which of its parameters it never does."""
+"""Find the SAM that ``segment`` reads, and the parameters that it never reads."""
 
 import re
 
@@ -12,16 +12,15 @@ from samfast.adapters.wrappers import encoder_name, levels, unclear, unwrapped
 from samfast.models.hugging_face import HuggingFaceSam, is_hugging_face
 from samfast.models.sam3 import TrackerSam, is_tracker, unread_maps
 
-# PEFT's modules_to_save puts a copy beside the module that was there.
+# PEFT's modules_to_save puts a copy next to the original module.
 _COPIES = re.compile(r"(?<=\.)(original_module|modules_to_save\.[^.]+)\.")
 SAM_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
 def unused_by_segment(sam: nn.Module) -> list[str]:
-    """Names of sam's parameters that segment never reads, so that training leaves them alone.
+    """Return names of sam's parameters that segment never reads; training leaves them alone.
 
-    They predict the quality of masks, the three masks of an ambiguous prompt, and embed mask
-    prompts.
+    They predict mask quality and the three masks of an ambiguous prompt, or embed mask prompts.
     """
     more = unread_maps(sam) if is_tracker(sam) else ()
     names = {name: _COPIES.sub("", name) for name, _ in sam.named_parameters()}
@@ -42,10 +41,10 @@ def _never_read(name: str) -> bool:
 
 
 def sam_within(model: nn.Module, parts: tuple[str, ...] = SAM_PARTS) -> Foreign:
-    """The SAM inside a wrapper, or the model itself; TypeError for what has not these parts.
+    """Return the SAM inside a wrapper, or the model itself.
 
-    Hugging Face's comes with segment_anything's names for its parts. RuntimeError where it is
-    DistributedDataParallel whose gradients would not be averaged.
+    Hugging Face's models get segment_anything's names for their parts. Raises TypeError if a part
+    is missing. Raises RuntimeError if DistributedDataParallel would not average the gradients.
     """
     sam: Foreign = model if encoder_name(model) else _looked_for(model)
     if is_hugging_face(sam):
@@ -76,21 +75,23 @@ def _looked_for(model: nn.Module) -> nn.Module:
             continue
         if any(p.requires_grad for p in level.parameters()):
             raise RuntimeError(
-                "segment goes past DistributedDataParallel's forward, so gradients would not be "
-                "averaged; call segment in the forward of a module and wrap that one"
+                "segment bypasses DistributedDataParallel's forward, so gradients would not be "
+                "averaged; call segment in the forward of a module and wrap that module"
             )
     return unwrapped(model)
 
 
 def unread_by_segment(sam: nn.Module) -> list[str]:
-    """Names of the trained parameters that segment never reads."""
+    """Return names of trained parameters that segment never reads."""
     unused = set(unused_by_segment(sam))
     return [name for name, p in sam.named_parameters() if p.requires_grad and name in unused]
 
 
 def check_all_read(sam: nn.Module) -> None:
-    """In DistributedDataParallel's forward, which waits for the gradient of every parameter:
-    RuntimeError that names trained ones that segment never reads."""
+    """Raise RuntimeError for trained parameters that segment never reads.
+
+    It does so in the forward of DistributedDataParallel, which waits for every gradient.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     parallel = getattr(DistributedDataParallel, "_active_ddp_module", None)
@@ -112,7 +113,7 @@ def check_all_read(sam: nn.Module) -> None:
 
 
 def modules_of(names: list[str], limit: int = 3) -> list[str]:
-    """The modules that hold these parameters of a SAM, a few of them, a perceptron as one."""
+    """Name a few of the modules that hold these parameters; count an MLP as one module."""
     found = list(dict.fromkeys(_module_of(name) for name in names))
     return found[:limit] + ([f"{len(found) - limit} more"] if len(found) > limit else [])
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's Sam3TrackerModel with segment_anything's names for what ``segment`` reads.
+"""Give Hugging Face's Sam3TrackerModel segment_anything's names, for ``segment``.
 
 The tracker is the part of SAM 3 that takes boxes and points. Nothing is copied: the parts are the
-model's own modules, whose adapters and fused layers run.
+model's own modules, so adapters and fused layers run.
 
-Its mask is that of the first mask token, with boxes and points alike, as the model itself gives it
-in training. In eval mode the model's own forward may choose another of its four masks.
+The mask is that of the first mask token, with boxes and with points, as in the model's training. In
+eval mode the model's own forward may choose another of its four masks.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from samfast.models.hugging_face import Positions, is_a, of_channels
 from samfast.models.objects import of_each_object
 
 TRACKER = "transformers.models.sam3_tracker.modeling_sam3_tracker.Sam3TrackerModel"
-HALF = (127.5, 127.5, 127.5)  # mean and deviation of pixels, as the image processor has them
-# What one mask reads of the decoder.
+HALF = (127.5, 127.5, 127.5)  # mean and deviation of pixels in the image processor
+# What one mask reads in the decoder.
 TRAINED_DECODER = tuple(
     f"mask_decoder.{part}"
     for part in (
@@ -31,12 +31,12 @@ TRAINED_DECODER = tuple(
 
 
 def is_tracker(model: nn.Module) -> bool:
-    """Whether it is a Sam3TrackerModel, or of a class derived from it."""
+    """True for a Sam3TrackerModel, or a class derived from it."""
     return is_a(model, TRACKER)
 
 
 def unread_maps(model: Foreign) -> list[str]:
-    """How the names of parameters begin that make maps which the tracker leaves out."""
+    """Return prefixes of parameters that compute maps which the tracker does not use."""
     count = len(model.vision_encoder.neck.fpn_layers)
     if count == 3:
         return []
@@ -74,8 +74,9 @@ class _Patches:
 
 
 class _Encoder:
-    """Pixels [B, 3, H, W] to embeddings [B, C, n, n], behind which are the channels of two finer
-    maps, folded to the same n × n: 4 × 4 cells of the first, 2 × 2 of the second.
+    """Encodes pixels [B, 3, H, W] to embeddings [B, C, n, n], with two finer maps appended.
+
+    The finer maps are folded to n × n: 4 × 4 cells of the first, 2 × 2 of the second.
 
     more: channels of the two maps
     """
@@ -92,15 +93,15 @@ class _Encoder:
         found = model.vision_encoder(pixels, return_dict=True).fpn_hidden_states
         fine, middle, *coarse = found
         last = coarse[0]
-        if len(coarse) == 1:  # where there are more, the model adds this to one that it leaves out
+        if len(coarse) == 1:  # with more, the model adds this to a map that it does not use
             last = last + model.no_memory_embedding.transpose(1, 2)[..., None]
-        dtype = decoder.conv_s0.weight.dtype  # also where the encoder is in 16 bits
+        dtype = decoder.conv_s0.weight.dtype  # even if the encoder is in 16 bits
         fine, middle = decoder.conv_s0(fine.to(dtype)), decoder.conv_s1(middle.to(dtype))
         return torch.cat([last, F.pixel_unshuffle(fine, 4), F.pixel_unshuffle(middle, 2)], 1)
 
 
 class _PromptEncoder:
-    """Behind the corners of a box stands a padding point, as behind points; two stand for none."""
+    """Encodes prompts: a padding point follows boxes and points; two stand for no prompt."""
 
     pads_always = True
 
@@ -113,7 +114,7 @@ class _PromptEncoder:
 
 
 class _Decoder:
-    """Adds the two finer maps to the ones that it upscales."""
+    """Adds the two finer maps to those that it upscales."""
 
     def __init__(self, decoder: Foreign, more: tuple[int, int]):
         self.decoder, self.more = decoder, more
@@ -126,7 +127,7 @@ class _Decoder:
         self, embeddings: Tensor, positions: Tensor, prompts: Tensor, dense: Tensor, first: int,
         count: int,
     ) -> Tensor:  # fmt: skip
-        """As ``decode_objects`` of the objects from `first` on, of which an image has `count`."""
+        """Decode the objects from `first` on, `count` per image, as ``decode_objects`` does."""
         decoder, channels = self.decoder, positions.shape[1]
         dtype = decoder.mask_tokens.weight.dtype
         each = of_each_object(embeddings.to(dtype), first, len(prompts), count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hugging Face folder says of the SAM 3 in it, without torch."""
+"""Read what a Hugging Face folder says about its SAM 3, without torch."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "sam3"
-IMAGE_SIZE = 1008  # where a configuration names none
+IMAGE_SIZE = 1008  # if the configuration names none
 _OTHERS = {
     "sam3": "the part of SAM 3 that takes words, without the one that takes boxes and points; "
     "train it in a loop of your own, with samfast.attach and samfast.fuse",
@@ -16,7 +16,7 @@ _OTHERS = {
 
 
 def tracker_config(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """The tracker's configuration; ValueError or FileNotFoundError with one sentence otherwise."""
+    """Return the tracker's configuration; raise ValueError or FileNotFoundError otherwise."""
     folder = Path(checkpoint)
     if not folder.exists():
         raise FileNotFoundError(f"checkpoint {folder} does not exist")
@@ -31,7 +31,7 @@ def tracker_config(checkpoint: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{file} is not a configuration: it holds a {type(given).__name__}")
     kind = given.get("model_type")
     if kind == "sam3_video" and isinstance(given.get("tracker_config"), dict):
-        return given["tracker_config"]  # the whole of SAM 3, which has a tracker in it
+        return given["tracker_config"]  # all of SAM 3, tracker included
     if kind != "sam3_tracker":
         what = _OTHERS.get(str(kind), f"a model of the kind {kind!r}")
         raise ValueError(f"checkpoint {folder} holds {what}; sam3 needs a Sam3TrackerModel")
@@ -39,7 +39,7 @@ def tracker_config(checkpoint: str | os.PathLike) -> dict[str, Any]:
 
 
 def folder_image_size(checkpoint: str | os.PathLike | None) -> int:
-    """The side in pixels that a folder's model is for; the published one's without a folder."""
+    """Return the image size of a folder's model; without a folder, the published size."""
     if checkpoint is None:
         return IMAGE_SIZE
     found: Any = tracker_config(checkpoint)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images and prompts to mask logits: batched, differentiable, without waiting for the device.
+"""Predict mask logits from images and prompts: batched, differentiable, without device waits.
 
 ``Sam.forward`` runs without gradients, one image at a time, and its mask decoder repeats one
 image's embedding for all prompts. Here every prompt carries its own image, so a batch is one call.
-The numbers are those of segment_anything's loop over images with ``multimask_output=False``.
+Results equal segment_anything's loop over images with ``multimask_output=False``.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from samfast.models.objects import of_each_object
 from samfast.models.prompts import Boxes, Points, check_prompts, padded_boxes
 from samfast.models.reading import check_all_read, sam_within
 
-_DRAW_NOTHING = ("torch", "segment_anything", "transformers")  # but for dropout
+_DRAW_NOTHING = ("torch", "segment_anything", "transformers")  # apart from dropout
 
 
 @overload
@@ -53,28 +53,28 @@ def segment(
     *,
     decoder_chunk: int | None = None,
 ) -> Tensor | list[Tensor]:
-    """Mask logits of N objects per image.
+    """Predict mask logits of N objects per image.
 
     sam: segment_anything's Sam, Hugging Face's SamModel, SamHQModel or Sam3TrackerModel, or a
-        wrapper with one inside, whose own forward is not called; its masks are those of
-        ``multimask_output=False``, of a Sam3TrackerModel that of its first mask token
+        wrapper of one, whose own forward is not called. Masks are those of
+        ``multimask_output=False``; a Sam3TrackerModel gives that of its first mask token.
     images: [B, 3, H, W] RGB values 0..255, uint8 or float, H and W at most sam's image size
-    boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`, the left upper
-        one first; or a list of B tensors [N_i, 4], a number of boxes for each image
+    boxes: [B, N, 4], or [B, 4] for N = 1; corners x, y, x, y in pixels of `images`, upper left
+        first; or a list of B tensors [N_i, 4], with any number of boxes per image
     points: (coords [B, N, P, 2], labels [B, N, P]), or without N for N = 1; coords x, y in pixels,
-        labels 1 foreground, 0 background, -1 padding that is no point
-    decoder_chunk: the mask decoder takes at most so many of the B * N objects at a time; None: all
-    out: [B, N, H, W], float32 (float64 where sam is); N = 1 without prompts; for a list of boxes a
+        labels 1 foreground, 0 background, -1 padding
+    decoder_chunk: number of the B * N objects that the mask decoder takes at a time; None: all
+    out: [B, N, H, W], float32, or float64 if sam is; N = 1 without prompts; for a list of boxes, a
         list of B tensors [N_i, H, W]
 
-    The decoder keeps about 100 MB (float32, 1024 x 1024) of each object for the backward. In chunks
-    it keeps none of it, and computes each chunk again when its gradient is due: the same masks and
-    gradients up to rounding, of which a product with fewer rows and a sum in parts have their own.
-    The decoder takes as many boxes of each image as the longest of a list has.
-    The same bits at every run: nothing here adds atomically, forwards or backwards. Labels, NaN and
-    exchanged corners are looked for on the CPU only, for reading them elsewhere would wait for the
-    device. Raises ValueError, or TypeError for a dtype or a model, when an input does not fit, and
-    RuntimeError in DistributedDataParallel's forward when parameters are trained that are not read.
+    The decoder keeps about 100 MB (float32, 1024 x 1024) per object for the backward. In chunks it
+    keeps nothing and recomputes each chunk in the backward. Masks and gradients then agree up to
+    rounding. Lists of boxes are padded to the longest.
+
+    Results have the same bits in every run: nothing here adds with atomics. Labels, NaN and
+    exchanged corners are checked only on the CPU, since reading them elsewhere would wait for the
+    device. Raises ValueError if an input does not fit, and TypeError for a wrong dtype or model.
+    Raises RuntimeError in DistributedDataParallel's forward if trained parameters are not read.
 
     >>> import torch
     >>> from samfast.models import build_sam, segment
@@ -85,17 +85,17 @@ def segment(
     check_all_read(sam)
     model = sam_within(sam)
     size = _check_images(model, images)
-    check_prompts(images, boxes, points)  # before the work of the encoder
+    check_prompts(images, boxes, points)  # before the encoder runs
     check_decoder_chunk(decoder_chunk)
     return decode(model, encode(model, images), size, boxes, points, decoder_chunk=decoder_chunk)
 
 
 def encode(sam: nn.Module, images: Tensor) -> Tensor:
-    """Image embeddings [B, 256, n, n] of images [B, 3, H, W], n = sam's image size / 16.
+    """Encode images [B, 3, H, W] to embeddings [B, 256, n, n], n = sam's image size / 16.
 
-    Normalised in at least float32, padded with zeros right and below, then in the dtype of the
-    encoder's patch embedding. Of a SamHQModel [B, 256 + D, n, n]: its decoder also reads what the
-    encoder's first global block gives, of D channels.
+    Images are normalised in at least float32, padded with zeros at the right and bottom, then cast
+    to the dtype of the encoder's patch embedding. A SamHQModel gives [B, 256 + D, n, n]: its
+    decoder also reads the D channels of the encoder's first global block.
     """
     model = sam_within(sam, ("image_encoder",))
     height, width = _check_images(model, images)
@@ -143,9 +143,9 @@ def decode(
     *,
     decoder_chunk: int | None = None,
 ) -> Tensor | list[Tensor]:
-    """Mask logits [B, N, H, W] from ``encode``'s embeddings of images of `size` (H, W).
+    """Decode ``encode``'s embeddings of images of `size` (H, W) to logits [B, N, H, W].
 
-    Prompts, chunks and result as in segment.
+    Prompts, chunks and result are as in segment.
     """
     model = sam_within(sam)
     shape = tuple(embeddings.shape)
@@ -177,11 +177,11 @@ def decode_objects(
     count: int,
     chunk: int | None = None,
 ) -> Tensor:
-    """Logits [B * count, 4n, 4n] of the decoder's first mask token, which serves a single mask.
+    """Decode logits [B * count, 4n, 4n] of the first mask token, the one for single masks.
 
     embeddings: [B, 256, n, n]   positions: [1, 256, n, n]
-    prompts: [B * count, T, 256], those of an image in sequence
-    dense: what is added to each cell of the embeddings, [1, 256], or [count, 256] of each object
+    prompts: [B * count, T, 256], in sequence per image
+    dense: added to each cell of the embeddings, [1, 256], or [count, 256] per object
     chunk: as decoder_chunk in segment
     """
     if chunk is None or len(prompts) <= chunk:
@@ -190,7 +190,7 @@ def decode_objects(
 
 
 def check_decoder_chunk(chunk: int | None) -> None:
-    """Raise TypeError or ValueError for what is no number of objects, nor None."""
+    """Raise TypeError or ValueError unless this is None or a number of objects."""
     if chunk is None:
         return
     if isinstance(chunk, bool) or not isinstance(chunk, int):
@@ -202,20 +202,20 @@ def check_decoder_chunk(chunk: int | None) -> None:
 def _embedding_shape(sam: Foreign) -> tuple[int, int, int]:
     encoder = sam.image_encoder
     patches = encoder.patch_embed.proj
-    patches = getattr(patches, "base_layer", patches)  # of PEFT's layer around it
+    patches = getattr(patches, "base_layer", patches)  # inside PEFT's layer
     side = encoder.img_size // patches.stride[0]
-    # Not of the neck, in whose place another library may have put a wrapper.
+    # Not from the neck, which another library may have wrapped.
     channels = 2 * grid_layer(sam).positional_encoding_gaussian_matrix.shape[1]
     return (channels + getattr(encoder, "more_channels", 0), side, side)
 
 
 def grid_layer(sam: Foreign) -> Foreign:
-    """The positional encoding of the embedding's cells."""
+    """Return the positional encoding of the embedding's cells."""
     return getattr(sam, "pe_layer", None) or sam.prompt_encoder.pe_layer
 
 
 def _check_images(sam: Foreign, images: Tensor) -> tuple[int, int]:
-    """Height and width of `images` after checking them."""
+    """Check `images`; return their height and width."""
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"images have shape {shape}, not (batch, 3, height, width)")
@@ -237,10 +237,10 @@ def _check_size(sam: Foreign, size: tuple[int, int]) -> None:
 
 
 def _encode_positions(layer: Foreign, x: Tensor, y: Tensor) -> Tensor:
-    """Random Fourier features [..., 256] of x and y [...], fractions of the side.
+    """Compute random Fourier features [..., 256] of x and y [...], fractions of the side.
 
-    In float32 at least, also under autocast: a bfloat16 product of the coordinates would misplace
-    a point by pixels.
+    It uses at least float32, even under autocast: a bfloat16 product of the coordinates would
+    misplace a point by pixels.
     """
     matrix = layer.positional_encoding_gaussian_matrix
     dtype = _position_dtype(layer)
@@ -254,7 +254,7 @@ def _position_dtype(layer: Foreign) -> torch.dtype:
 
 
 def encode_pixels(encoder: Foreign, coords: Tensor) -> Tensor:
-    """Features [..., 256] of the centres of pixels x, y [..., 2]."""
+    """Compute features [..., 256] of the centres of pixels x, y [..., 2]."""
     layer = encoder.pe_layer
     x, y = (coords.to(_position_dtype(layer)) + 0.5).unbind(-1)
     height, width = encoder.input_image_size
@@ -262,7 +262,7 @@ def encode_pixels(encoder: Foreign, coords: Tensor) -> Tensor:
 
 
 def encode_grid(layer: Foreign, size: tuple[int, int]) -> Tensor:
-    """Features [1, 256, n, n] of the centres of the embedding's cells, size = (n, n).
+    """Compute features [1, 256, n, n] of the centres of the embedding's cells, size = (n, n).
 
     layer: the prompt encoder's positional encoding
     """
@@ -278,9 +278,9 @@ def encode_grid(layer: Foreign, size: tuple[int, int]) -> Tensor:
 def _prompt_tokens(
     encoder: Foreign, total: int, boxes: Tensor | None, points: Points | None
 ) -> Tensor:
-    """Prompt tokens [B*N, T, 256]: the points, a padding point if there is no box, two corners.
+    """Encode prompt tokens [B*N, T, 256]: points, a padding point if there is no box, two corners.
 
-    SAM 3 pads boxes too, and takes two padding points where there is no prompt.
+    SAM 3 pads boxes too, and takes two padding points if there is no prompt.
     """
     background, foreground, first, second = (
         getattr(e, "weight", e) for e in encoder.point_embeddings
@@ -301,7 +301,7 @@ def _prompt_tokens(
         tokens.append(corners + torch.cat([first, second]))
         if pads:
             tokens.append(nothing.expand(total, 1, -1))
-    if points is None and boxes is None and pads:  # one point that is none, and its padding
+    if points is None and boxes is None and pads:  # two padding points
         tokens.append(nothing.expand(total, 2, -1))
     return torch.cat(tokens, dim=1)
 
@@ -315,10 +315,10 @@ def _in_chunks(
     count: int,
     chunk: int,
 ) -> Tensor:
-    """_predict_masks of `chunk` objects at a time, each chunk checkpointed where autograd records.
+    """Decode `chunk` objects at a time; checkpoint each chunk if autograd records.
 
-    Random numbers are restored for the second time where a module of the decoder may draw some;
-    SAM's own draw none, and what touches no generator can be captured as a CUDA graph.
+    Random numbers are restored for the recomputation only if a module of the decoder may draw some.
+    SAM's own modules draw none, so a CUDA graph can capture them.
     """
     predict = partial(_predict_masks, decoder)
     if torch.is_grad_enabled():
@@ -334,7 +334,7 @@ def _in_chunks(
 
 
 def may_draw(module: nn.Module) -> bool:
-    """Whether a forward of it in training may take random numbers: dropout, or unknown code."""
+    """True if a training forward may draw random numbers: dropout, or unknown code."""
     known = type(module).__module__.partition(".")[0] in _DRAW_NOTHING
     return module.training and (not known or getattr(module, "p", 0) > 0)
 
@@ -348,10 +348,11 @@ def _predict_masks(
     first: int,
     count: int,
 ) -> Tensor:
-    """decode_objects of the objects from `first` on, where each image has `count` in sequence;
-    those of the last image may end early. prompts: [M, T, 256], of these objects
+    """Decode the objects from `first` on, `count` per image in sequence.
+
+    Those of the last image may end early. prompts: [M, T, 256], of these objects
     """
-    if hasattr(decoder, "predict"):  # of Hugging Face's SAM-HQ and SAM 3
+    if hasattr(decoder, "predict"):  # Hugging Face's SAM-HQ and SAM 3
         return decoder.predict(embeddings, positions, prompts, dense, first, count)
     dtype = decoder.mask_tokens.weight.dtype
     embeddings, dense = embeddings.to(dtype), dense.to(dtype)[..., None, None]
@@ -367,7 +368,7 @@ def _predict_masks(
 def masks_of_sources(
     decoder: Foreign, source: Tensor, positions: Tensor, prompts: Tensor
 ) -> Tensor:
-    """Logits [M, 4n, 4n] of the first mask token of segment_anything's decoder.
+    """Predict logits [M, 4n, 4n] of the first mask token of segment_anything's decoder.
 
     source: [M, 256, n, n], embeddings and dense prompts of each object, in the decoder's dtype
     positions: [1, 256, n, n]   prompts: [M, T, 256]
@@ -378,10 +379,9 @@ def masks_of_sources(
 def tokens_and_masks(
     decoder: Any, source: Tensor, positions: Tensor, prompts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The decoder's tokens [M, 1 + masks + T, 256], that of the quality first, and the logits of
-    ``masks_of_sources``.
+    """Return the decoder's tokens [M, 1 + masks + T, 256] and ``masks_of_sources``' logits.
 
-    torch.export takes it with any M: a tensor's len would fix it to the example's.
+    The quality token is first. torch.export accepts any M, because nothing here takes a len.
     """
     own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # [1 + masks, 256]
     tokens = torch.cat([own.expand(prompts.shape[0], -1, -1), prompts.to(source.dtype)], dim=1)
@@ -397,9 +397,9 @@ def tokens_and_masks(
 
 
 def upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
-    """Masks [M, m, m] resized bilinearly to full x full, of which the first `size` is kept.
+    """Resize masks [M, m, m] bilinearly to full x full and keep the first `size`.
 
-    Two matrix products: unlike interpolate's, their backward adds in a fixed order on a GPU.
+    It uses two matrix products: unlike interpolate's, their backward adds in a fixed order on GPUs.
     """
     dtype = torch.promote_types(masks.dtype, torch.float32)
     rows = bilinear(masks.shape[1], full, masks.device, dtype)[: size[0]]
@@ -409,7 +409,7 @@ def upscale(masks: Tensor, size: tuple[int, int], full: int) -> Tensor:
 
 
 def bilinear(source: int, target: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Weights [target, source] of linear interpolation between pixel centres, clamped at edges."""
+    """Return weights [target, source] of linear interpolation between centres, edges clamped."""
     centres = (torch.arange(target, device=device, dtype=dtype) + 0.5) * (source / target) - 0.5
     distance = centres.clamp(0, source - 1)[:, None] - torch.arange(source, device=device)
     return (1 - distance.abs()).clamp(min=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a SAM's state dict in what training scripts save: dicts in dicts, prefixes, other parts."""
+"""Find a SAM's state dict in what training scripts save: nested dicts, prefixes, other parts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-_USUAL = ("model", "state_dict", "model_state_dict")  # taken before another copy in the same file
+_USUAL = ("model", "state_dict", "model_state_dict")  # preferred to other copies in the same file
 _WRAPPING = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _ENCODERS = ("image_encoder", "vision_encoder")  # segment_anything's name, Hugging Face's
 _PARTS = (*_ENCODERS, "mask_decoder", "prompt_encoder", "shared_image_embedding")
@@ -19,11 +19,11 @@ _DEEPEST = 4
 class Found:
     """A SAM in a checkpoint.
 
-    place: the keys and the prefix in front of its names, such as "model_state.sam.", or ""
-    names: its own names by the file's keys, without prefix and wrappers' components
-    values: what the file has under these keys
-    left: tensors and dicts of tensors of the file that are not the SAM's
-    copies: the places of other SAMs
+    place: keys and prefix in front of its names, such as "model_state.sam.", or ""
+    names: maps the file's keys to names without prefix and wrappers' components
+    values: the file's values under these keys
+    left: tensors, and dicts of tensors, that do not belong to the SAM
+    copies: places of other SAMs
     """
 
     place: str
@@ -34,11 +34,11 @@ class Found:
 
 
 def find_sam(content: Mapping[Any, Any]) -> Found | None:
-    """The one SAM in a checkpoint, None where there is none.
+    """Find the SAM in a checkpoint; return None if there is none.
 
-    Of several it is the one under a usual key ("model", "state_dict", "model_state_dict"), with
-    the others in ``copies``. Raises ValueError, with the end of a sentence, where none of these
-    or two are.
+    If there are several, the one under a usual key ("model", "state_dict", "model_state_dict")
+    counts, and the others are in ``copies``. Raises ValueError, with the end of a sentence, unless
+    exactly one of them has a usual key.
     """
     found = [one for path, state in _states(content) for one in _sams(path, state)]
     if not found:
@@ -59,7 +59,7 @@ def find_sam(content: Mapping[Any, Any]) -> Found | None:
 
 
 def _states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Every dict inside the dicts but optimizers', with the keys that lead there; a dict once."""
+    """Yield every nested dict once, except optimizers', with the keys that lead there."""
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
     while waiting:
@@ -74,10 +74,10 @@ def _states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mappi
 
 
 def _sams(path: tuple[str, ...], state: Mapping[Any, Any]) -> list[Found]:
-    """By the prefix in front of "image_encoder." in the names of one dict."""
+    """Group the names of one dict by the prefix in front of "image_encoder."."""
     named = (k for k, v in state.items() if isinstance(k, str) and not isinstance(v, Mapping))
     plain = {key: _without_wrapping(key) for key in named}
-    prefixes: dict[str, None] = {}  # as the file has them
+    prefixes: dict[str, None] = {}  # in the file's order
     for key in plain:
         components = key.split(".")
         for i, component in enumerate(components[:-1]):
@@ -99,7 +99,7 @@ def _without_wrapping(name: str) -> str:
 
 
 def _completeness(found: Found) -> int:
-    """How many of a SAM's parts are there, an encoder without patches for half a part."""
+    """Count a SAM's parts; an encoder without patches counts as half."""
     names = set(found.names.values())
     parts = {name.partition(".")[0] for name in names}
     encoder = any(f"{part}.{patches}" in names for part in _ENCODERS for patches in _PATCHES)
@@ -107,7 +107,7 @@ def _completeness(found: Found) -> int:
 
 
 def _left(content: Mapping[Any, Any], chosen: Found, others: list[int]) -> list[str]:
-    """Tensors next to the SAM's, and other dicts that hold tensors by name."""
+    """List tensors next to the SAM's, and other dicts that hold tensors by name."""
     left, skipped = [], set()
     for path, state in _states(content):
         if any(path[:i] in skipped for i in range(len(path) + 1)) or id(state) in others:
@@ -123,5 +123,5 @@ def _left(content: Mapping[Any, Any], chosen: Found, others: list[int]) -> list[
 
 
 def shown(place: str) -> str:
-    """A prefix as a sentence names it."""
+    """Name a prefix for a sentence."""
     return repr(place) if place else "one without a prefix"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapted and fused layers under one name. The files here are the import paths of 0.1.0.
+"""Adapted and fused layers under one name. The files here keep the import paths of 0.1.0.
 
-Pickled models name them too. Each passes on what moved to another file.
+Pickled models name them too. Each file re-exports what moved elsewhere.
 """
 
 import importlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from samfast.methods.adapt_former.cobot_layer import CobotAdaptFormerMlp
     from samfast.methods.adapt_former.layer import AdaptFormerMlp
 
-# They inherit segment_anything's classes, which are loaded when one of them is first asked for.
+# They inherit segment_anything's classes, which are loaded on first access.
 _INHERITING = {
     "AdaptFormerMlp": "samfast.methods.adapt_former.layer",
     "CobotAdaptFormerMlp": "samfast.methods.adapt_former.cobot_layer",

@@ -270,7 +270,7 @@ def test_files_of_samed(tmp_path):
     pair = (model(eps=1e-5), twin(model(eps=1e-5)))
     mine, theirs = (samfast.load_adapter(start, path) for start in pair)
     as_exact_as(mine, theirs)
-    with pytest.raises(ValueError, match="is of 1 blocks, but the model has 2, and the file does"):
+    with pytest.raises(ValueError, match="adapts 1 blocks, but the model has 2, and the file does"):
         samfast.load_adapter(model(), file(1))
 
 

@@ -199,7 +199,7 @@ def test_trained_parameters_that_are_not_read_are_named(group):
     trains = parallel(TRAINED_DECODER)
     for _ in range(2):
         trains(images()).square().mean().backward()
-    with pytest.raises(RuntimeError, match="goes past DistributedDataParallel's forward"):
+    with pytest.raises(RuntimeError, match="bypasses DistributedDataParallel's forward"):
         segment(DistributedDataParallel(model()), images())
 
 
@@ -213,9 +213,9 @@ def test_what_does_not_fit_is_refused():
     sam.prompt_encoder.input_image_size = 1024
     with pytest.raises(ValueError, match=r"this SamModel's vision encoder has 64 and its prompt"):
         segment(sam, images())
-    with pytest.raises(ValueError, match="no global block, whose output its decoder reads"):
+    with pytest.raises(ValueError, match="expected a global block, whose output the decoder reads"):
         segment(model("hq", global_blocks=()), images())
-    with pytest.raises(ValueError, match="leave out the high-quality mask of this SamHQModel"):
+    with pytest.raises(ValueError, match="remove the high-quality mask of this SamHQModel"):
         binary_head(model("hq"))
     with pytest.raises(ValueError, match="expected segment_anything's Sam, got SamModel"):
         MultiTaskSam(model(), [Task("roads")])

@@ -137,7 +137,7 @@ def test_names_inside_a_wrapper(sam):
 REFUSED = [
     (
         QKV | {"bias": "all"},
-        r"LoraConfig has bias='all', which samfast.attach does not do; peft.get",
+        r"LoraConfig has bias='all', which samfast.attach cannot do; call peft.get",
     ),
     (QKV | {"use_dora": True}, "has use_dora=True"),
     (QKV | {"lora_bias": True}, "has lora_bias=True"),
@@ -158,15 +158,15 @@ REFUSED = [
     (QKV | {"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS', for which PEFT trains a classifier too"),
     (
         QKV | {"init_lora_weights": "pissa"},
-        "init_lora_weights='pissa', but samfast.attach does True",
+        "init_lora_weights='pissa', but samfast.attach takes True",
     ),
     (QKV | {"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal', but"),
     (QKV | {"r": 0}, "rank is 0; it must be a whole number"),
     (QKV | {"lora_alpha": 0}, "alpha is 0; it must be a finite number above 0"),
     (QKV | {"lora_alpha": None}, "lora_alpha is None; it must be a finite number above 0"),
     (QKV | {"modules_to_save": ["x"]}, "modules_to_save names 'x', but no module with param"),
-    (QKV | {"modules_to_save": "neck"}, "modules_to_save is 'neck'; give a list of names"),
-    ({}, r"target_modules is None, and PEFT has no default for SAM; name layers, such as"),
+    (QKV | {"modules_to_save": "neck"}, "modules_to_save is 'neck'; pass a list of names"),
+    ({}, r"target_modules is None, but PEFT has no default for SAM; name layers, such as"),
     (
         {"target_modules": ["qqv"]},
         r"target_modules \['qqv'\] match no layer; linear layers there a",
@@ -179,7 +179,7 @@ REFUSED = [
     (
         {"target_modules": ["proj"]},
         "target_modules also match image_encoder.patch_embed.proj, a Conv2d, but samfast.attach "
-        'adapts nn.Linear only; write "attn.proj" instead of "proj"',
+        'adapts only nn.Linear; write "attn.proj" instead of "proj"',
     ),
     (
         {"target_modules": "all-linear", "r": 8},
@@ -216,6 +216,6 @@ def test_an_option_of_a_later_peft_is_refused(sam):
 @pytest.mark.parametrize("kind", [peft.LoHaConfig, peft.AdaLoraConfig], ids=["loha", "adalora"])
 def test_another_method_of_peft_ends_in_a_sentence(sam, kind):
     made = kind(target_modules=["qkv"], **({"total_step": 9} if kind is peft.AdaLoraConfig else {}))
-    sentence = f"or PEFT's LoraConfig, got PEFT's {kind.__name__}; peft.get_peft_model"
+    sentence = f"or PEFT's LoraConfig, got PEFT's {kind.__name__}; call peft.get_peft_model"
     with pytest.raises(TypeError, match=sentence):
         samfast.attach(sam(), made)

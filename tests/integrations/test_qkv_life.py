@@ -102,7 +102,7 @@ def test_calls_of_the_owner_are_named(tmp_path):
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     match = (
         "blocks.0.attn.qkv already has an adapter, literal_wrappers' _LoRA_qkv; "
-        r"samfast.fuse\(model\) lets it run fused, and load_lora_parameters"
+        r"samfast.fuse\(model\) fuses it, and load_lora_parameters"
     )
     with pytest.raises(ValueError, match=match):
         samfast.attach(model, samfast.Lora(), train=())

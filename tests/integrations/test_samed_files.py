@@ -215,7 +215,7 @@ def test_a_file_of_some_blocks_only(file):
     """It does not say of which."""
     model = sam()
     model.image_encoder.blocks.append(copy.deepcopy(model.image_encoder.blocks[0]))
-    match = "is of 2 blocks, but the model has 3, and the file does not say which of them"
+    match = "adapts 2 blocks, but the model has 3, and the file does not say which ones"
     with pytest.raises(ValueError, match=match):
         samfast.load_adapter(model, file)
     del model.image_encoder.blocks[1:]

@@ -102,7 +102,8 @@ def test_tensors_that_the_model_lacks_are_named_and_left_out(tiny, written):
     state = tiny.state_dict()
     extra = {f"image_encoder.blocks.{i}.Adapter.w": torch.ones(1) for i in range(4)}
     with pytest.warns(
-        UserWarning, match=r"blocks\.2\.Adapter\.w and 1 more are left out, for vit_tiny has noth"
+        UserWarning,
+        match=r"blocks\.2\.Adapter\.w and 1 more are left out, because vit_tiny has noth",
     ):
         sam = build_sam("vit_tiny", written({"model_state": state | extra}))
     assert all(torch.equal(tensor, state[name]) for name, tensor in sam.state_dict().items())
@@ -117,7 +118,7 @@ def test_nan_and_infinity_are_refused_by_name(tiny, written, value):
     name = "image_encoder.blocks.1.mlp.lin2.weight"
     state[name] = state[name].clone()
     state[name].view(-1)[-1] = value
-    sentence = rf"file.pt has NaN or infinity in {name}$"
+    sentence = rf"file.pt contains NaN or infinity in {name}$"
     with pytest.raises(ValueError, match=sentence):
         build_sam("vit_tiny", written(state))
 

@@ -309,9 +309,9 @@ def test_missing_unknown_and_misshapen_tensors_are_listed(state, tmp_path):
 def test_files_that_are_no_sam(tmp_path):
     path = tmp_path / "head.pth"
     torch.save({"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}, path)
-    refuse(path, "holds no SAM image encoder, its keys are fc.weight, fc.bias$")
+    refuse(path, "holds no SAM image encoder; its keys are fc.weight, fc.bias$")
     torch.save({}, path)
-    refuse(path, "holds no SAM image encoder, its keys are none$")
+    refuse(path, "holds no SAM image encoder; its keys are none$")
     torch.save([torch.zeros(2)], path)
     refuse(path, "holds a list, not tensors by name")
     torch.save({"image_encoder.pos_embed": 3}, path)
@@ -326,7 +326,7 @@ def test_files_that_are_no_sam(tmp_path):
     nested = {}
     nested["model"] = nested
     torch.save(nested, path)
-    refuse(path, "holds no SAM image encoder, its keys are model$")
+    refuse(path, "holds no SAM image encoder; its keys are model$")
 
 
 def test_absent_paths(tmp_path):

@@ -403,10 +403,10 @@ def test_bad_models_and_calls(model, small):
         MultiTaskSam(samfast.attach(copy.deepcopy(small), samfast.Lora()), TASKS)
     images = images_of(2)
     for task, sentence in [
-        (3, "task 3 is none of 0 cells, 1 classes, 2 depth"),
-        (-1, "task -1 is none of"),
-        ("cell", "task 'cell' is none of"),
-        (True, "task True is none of"),
+        (3, "task 3 does not exist; known are 0 cells, 1 classes, 2 depth"),
+        (-1, "task -1 does not exist"),
+        ("cell", "task 'cell' does not exist"),
+        (True, "task True does not exist"),
         (["cells"], "there are 1 tasks for 2 images"),
         ({"cells": [2]}, "task cells asks for image 2 of 2"),
         ({}, "expected at least one task, got none"),

@@ -109,12 +109,12 @@ BOX = torch.tensor([[1.0, 2.0, 30.0, 20.0]])
         (
             {"points": ([torch.zeros(1, 2)] * 3, [torch.zeros(1)] * 3)},
             TypeError,
-            "point coordinates are a list, not a tensor; stack them, and label what is missing -1$",
+            "point coordinates are a list, not a tensor; stack them, and pad with the label -1$",
         ),
         (
             {"boxes": [BOX] * 3, "points": (torch.zeros(3, 1, 2), torch.ones(3, 1))},
             ValueError,
-            r"a list of tensors, which goes without points; .* as one tensor \(3, N, 4\)$",
+            r"because boxes are a list of tensors; .* as one tensor \(3, N, 4\)$",
         ),
     ],
 )

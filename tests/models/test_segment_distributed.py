@@ -85,7 +85,7 @@ def test_the_decoder_of_one_mask_trains(group):
 
 def test_segment_does_not_go_past_the_forward_that_averages(group):
     model = DistributedDataParallel(Segmenter(attached(TRAINED_DECODER)))
-    with pytest.raises(RuntimeError, match="goes past DistributedDataParallel's forward, so grad"):
+    with pytest.raises(RuntimeError, match="bypasses DistributedDataParallel's forward, so grad"):
         segment(model, IMAGES)
     with torch.no_grad():
         assert torch.equal(segment(model, IMAGES), model(IMAGES))

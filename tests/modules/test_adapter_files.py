@@ -453,22 +453,22 @@ QKV0 = "image_encoder.blocks.0.attn.qkv"
         (
             {"layers": ["image_encoder.blocks.7.attn.qkv"]},
             "belongs on a Linear image_encoder.blocks.7.attn.qkv, but the model has nothing",
-            f"the model has {QKV0} adapted, but adapter .* has not",
+            f"the model adapts {QKV0}, but adapter .* does not",
         ),
         (
             {"layers": ["image_encoder.patch_embed.proj"]},
             "belongs on a Linear image_encoder.patch_embed.proj, but the model has a Conv2d",
-            f"the model has {QKV0} adapted, but adapter .* has not",
+            f"the model adapts {QKV0}, but adapter .* does not",
         ),
         (
             {"layers": [QKV0]},
             "has a tensor image_encoder.blocks.1.attn.qkv.lora_A, which the model does not have",
-            "the model has image_encoder.blocks.1.attn.qkv adapted, but adapter .* has not",
+            "the model adapts image_encoder.blocks.1.attn.qkv, but adapter .* does not",
         ),
         (
             {"layers": [QKV0, "image_encoder.blocks.1.attn.qkv", "mask_decoder.lin1"]},
             "mask_decoder.lin1: rank 2 is above 1",
-            "adapter .* has mask_decoder.lin1 adapted, but the model has not",
+            "adapter .* adapts mask_decoder.lin1, but the model does not",
         ),
     ],
 )
@@ -490,7 +490,7 @@ def test_an_adapter_of_another_form_is_refused(toy, saved, record, on_stock, on_
 def test_check_base_can_be_switched_off(toy, saved, images):
     model, folder = saved
     other = toy(seed=7)
-    with pytest.raises(ValueError, match=r"check_base=False loads it all the same"):
+    with pytest.raises(ValueError, match=r"check_base=False to load it anyway"):
         samfast.load_adapter(other, folder)
     samfast.load_adapter(other, folder, check_base=False)
     assert torch.equal(

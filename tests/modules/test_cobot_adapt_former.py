@@ -200,7 +200,9 @@ def test_what_folds_is_among_the_backends():
 def test_bad_input(tiny_sam):
     with pytest.raises(ValueError, match="bottleneck is 6, but the four parts of a quaternion"):
         samfast.AdaptFormer(bottleneck=6, cobot=True)
-    with pytest.raises(ValueError, match="slices 3 to 3 are outside the relation matrix of 3"):
+    with pytest.raises(
+        ValueError, match="slices 3 to 3 are outside the relation matrix, which has 3"
+    ):
         shared = relation(16, 3, torch.empty(0))
         CobotAdaptFormerMlp(32, 64, shared=shared, index=3)
     mlp = MLPBlock(32, 64)

@@ -159,7 +159,7 @@ def test_a_task_of_ta_lora(task, base):
     assert called.of_samfast() == set()
     within_budget(ours, lambda: model(images, task), exact, torch.float32)
     (other,) = set(NAMES) - {task}
-    with pytest.raises(ValueError, match=f"task '{other}' is none of 0 {task}"):
+    with pytest.raises(ValueError, match=f"task '{other}' does not exist; known are 0 {task}"):
         form(images, other)
     assert set(form.mask_decoders) == set(form.no_mask_embeds) == {task}
     assert [own.name for own in model.tasks] == list(NAMES)

@@ -76,7 +76,7 @@ def test_methods_trace_on_the_reference_backend(sam, move, method, monkeypatch):
 def test_the_choice_of_experts_is_not_recorded(sam, backend, monkeypatch):
     monkeypatch.setenv("SAMFAST_BACKEND", backend)
     samfast.attach(sam, samfast.ConvLora(rank=2, experts=2))
-    with pytest.raises(RuntimeError, match=r"would keep the experts .*samfast\.export_form"):
+    with pytest.raises(RuntimeError, match=r"would fix the experts .*samfast\.export_form"):
         trace(sam)
 
 

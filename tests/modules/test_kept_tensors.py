@@ -116,7 +116,7 @@ def test_an_export_leaves_no_balancing_loss():
     """What stands for tensors while a graph is exported is worth nothing afterwards."""
     layer = ConvLoraLinear(8, 8, 2, experts=2).eval()
     torch.export.export(layer, (torch.randn(1, 4, 4, 8),))
-    with pytest.raises(RuntimeError, match="had none yet"):
+    with pytest.raises(RuntimeError, match="ran none; run it first"):
         samfast.aux_loss(layer)
 
 

@@ -170,7 +170,7 @@ def test_modules_to_save_covers_exactly_what_is_trained(toy):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"peft_type": "LOHA"}, "its peft_type is 'LOHA', and of PEFT's methods samfast reads"),
+        ({"peft_type": "LOHA"}, "its peft_type is 'LOHA'; samfast reads only PEFT's LORA"),
         ({"use_dora": True}, "its option use_dora is True, which samfast cannot read"),
         ({"bias": "all"}, "its option bias is 'all'"),
         ({"rank_pattern": {"a": 2}}, "its option rank_pattern is"),
@@ -196,7 +196,7 @@ def test_a_convolution_that_peft_adapted_is_refused(toy, tmp_path):
     targets = ["patch_embed.proj"]
     wrapped = peft.get_peft_model(toy(), peft.LoraConfig(r=2, target_modules=targets))
     wrapped.save_pretrained(tmp_path)
-    match = "adapts image_encoder.patch_embed.proj, a Conv2d, and samfast only nn.Linear; load it"
+    match = "adapts image_encoder.patch_embed.proj, a Conv2d, but samfast adapts only nn.Linear;"
     with pytest.raises(ValueError, match=match):
         samfast.load_adapter(toy(), tmp_path)
 

@@ -227,7 +227,7 @@ def test_a_checkpoint_runs_again_with_the_tasks_of_its_forward(reentrant):
         layer(x)
     layer.train()
     assert all(map(torch.equal, gradients(loss), expected[0]))
-    with pytest.raises(RuntimeError, match="since its forward other tasks were set and ran"):
+    with pytest.raises(RuntimeError, match="other tasks were set and ran since its forward"):
         gradients(forward(0) + forward(1))
 
 
@@ -371,7 +371,7 @@ def test_replicas_of_several_tasks_are_refused():
     """For DataParallel cuts the batch and not the tasks."""
     layer = samfast.set_task(TaskLoraLinear(16, 48, 3), "all")
     layer._is_replica = True
-    with pytest.raises(RuntimeError, match="3 tasks are set, which DataParallel does not share"):
+    with pytest.raises(RuntimeError, match="3 tasks are set, but DataParallel does not split"):
         layer(torch.randn(3, 16))
     assert samfast.set_task(layer, 2)(torch.randn(3, 16)).shape == (3, 48)
 
@@ -425,10 +425,10 @@ def test_tasks_are_those_of_the_model(tiny_sam):
         return samfast.models.MultiTaskSam(tiny_sam(), [samfast.models.Task(n) for n in names])
 
     for tasks in (2, ("parts", "edges", "depth")):
-        with pytest.raises(ValueError, match="must be the same, in the same order"):
+        with pytest.raises(ValueError, match="pass the same tasks, in the same order"):
             samfast.attach(model(), samfast.TaLora(tasks=tasks), train=())
     outside = samfast.TaLora(tasks=3, target=r"mask_decoders\..*q_proj")
-    with pytest.raises(ValueError, match="is outside the image encoder, where no task is set"):
+    with pytest.raises(ValueError, match="is outside the image encoder, and only there"):
         samfast.attach(model(), outside, train=())
     samfast.attach(model(), samfast.TaLora(tasks=3), train=())
 
@@ -457,7 +457,7 @@ def test_bad_input(attached, images):
             samfast.set_task(sam, task)
     with pytest.raises(ValueError, match="2 tasks are set, which do not divide a batch of 3"):
         samfast.set_task(sam, torch.tensor([0, 1])).image_encoder(images)
-    with pytest.raises(ValueError, match="2 tasks are set; merge"):
+    with pytest.raises(ValueError, match="2 tasks are set; choose one with merge"):
         samfast.merge(sam)
     with pytest.raises(ValueError, match="has no layers with tasks"):
         samfast.set_task(nn.Linear(2, 2), 0)

@@ -13,20 +13,19 @@ from samfast.methods.cobot.layer import CobotLayer
 
 
 class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
-    """MLP with a bottleneck beside it whose coefficients are related across blocks (SAM-COBOT,
-    CVPR 2024).
+    """MLP with a branch whose coefficients are related across blocks (SAM-COBOT, CVPR 2024).
 
     x: (..., D) -> (..., D) = mlp(x) + drop(ReLU(((c_l + γ) ⊙ (LN(x) downᵀ + b_down)) W)) upᵀ + b_up
     with c_l = (C P)[:, l] for layer l and the quaternion matrix W of a head
 
-    As AdaptFormerMlp, and gamma (bottleneck,), heads (1, 4, bottleneck/4, bottleneck/4) and, shared
-    by all layers of a model, FacT_c (C) (1, bottleneck, layers) and FacT_p (P) (layers, layers).
-    The state dict has FacT_d1.{r,i,j,k}_weight for the head.
+    It has the parameters of AdaptFormerMlp, gamma (bottleneck,) and heads (1, 4, bottleneck/4,
+    bottleneck/4). All layers of a model share FacT_c (C) (1, bottleneck, layers) and FacT_p (P)
+    (layers, layers). The state dict has FacT_d1.{r,i,j,k}_weight for the head.
 
-    shared: FacT_c and FacT_p of a model, None for those of this layer alone
+    shared: FacT_c and FacT_p of a model; None gives this layer its own
     index: number of the layer among those that share
-    Saves for backward what AdaptFormer saves. Raises ValueError for a bottleneck that four does not
-    divide and for an index outside the relation matrix.
+    Saves for backward what AdaptFormer saves. Raises ValueError if the bottleneck is not a multiple
+    of 4, or if the index is outside the relation matrix.
     """
 
     FOLDED = ("down_proj.weight", "down_proj.bias")
@@ -59,7 +58,7 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
         shared: Sequence[nn.Parameter] | None = None,
         index: int = 0,
     ) -> "CobotAdaptFormerMlp":
-        """The bottleneck beside ``mlp``, whose lin1, lin2 and act it takes over."""
+        """Build the module from ``mlp``; it takes over lin1, lin2 and act."""
         check_width("bottleneck", bottleneck)
         _check_index(index)
         module = super().from_mlp(mlp, bottleneck, dropout)
@@ -68,9 +67,9 @@ class CobotAdaptFormerMlp(CobotLayer, AdaptFormerMlp):
         return module
 
     def reset_adapter(self) -> None:
-        """Draw the adapter's parameters as those of a new layer."""
+        """Initialise the adapter's parameters anew."""
         super().reset_adapter()
-        if "gamma" in self._parameters:  # the layer below calls this before they exist
+        if "gamma" in self._parameters:  # the base class calls this before they exist
             self.reset_coefficients()
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaptFormer: a bottleneck beside the MLP of a transformer block."""
+"""AdaptFormer: a branch with a bottleneck next to the MLP of a transformer block."""
 
 import math
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ Branched = TypeVar("Branched", bound="AdaptFormerMlp")
 
 @dataclass(frozen=True)
 class BlockSide:
-    """One call's share in a fused block: what stands beside its MLP."""
+    """What one call passes to a fused block: the branch next to the MLP."""
 
     plan: SidePlan
     tensors: list[Tensor | None]
@@ -79,15 +79,15 @@ class PlainAdaptFormer(nn.Module):
 
 
 class AdaptFormerMlp(Adapter, MLPBlock):
-    """MLP with a bottleneck beside it (AdaptFormer, NeurIPS 2022, as SAM-COBOT places it).
+    """MLP with a branch next to it (AdaptFormer, NeurIPS 2022, placed as in SAM-COBOT).
 
     x: (..., D) -> (..., D) = mlp(x) + drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up
     adapter_layer_norm_before.{weight, bias}: (D,), ones and zeros
     down_proj.{weight, bias}: (bottleneck, D), Kaiming uniform, and (bottleneck,), zeros
     up_proj.{weight, bias}: (D, bottleneck) and (D,), zeros
 
-    All six are float32 (float64 beside a float64 lin1) whatever the MLP's dtype. Dropout acts in
-    training only, on the bottleneck. lin1, lin2 and act are the stock module's.
+    All six are float32 whatever the MLP's dtype, or float64 with a float64 lin1. Dropout acts only
+    in training, on the bottleneck. lin1, lin2 and act are the stock module's.
     """
 
     unmergeable = "whose update is not linear"
@@ -112,7 +112,7 @@ class AdaptFormerMlp(Adapter, MLPBlock):
     def from_mlp(
         cls: type[Branched], mlp: MLPBlock, bottleneck: int = 16, dropout: float = 0.1
     ) -> Branched:
-        """The bottleneck beside ``mlp``, whose lin1, lin2 and act it takes over."""
+        """Build the module from ``mlp``; it takes over lin1, lin2 and act."""
         if type(mlp) is not MLPBlock:
             raise TypeError(f"expected segment_anything's MLPBlock, got {type(mlp).__name__}")
         cls.check_mlp(mlp)
@@ -124,7 +124,7 @@ class AdaptFormerMlp(Adapter, MLPBlock):
 
     @staticmethod
     def check_mlp(mlp: MLPBlock) -> None:
-        """Raise ValueError where the result is not as wide as x, which the branch is."""
+        """Raise ValueError if the MLP's output is not as wide as its input, as the branch is."""
         width, out = mlp.lin1.in_features, mlp.lin2.out_features
         if width != out:
             raise ValueError(
@@ -145,18 +145,18 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Draw the adapter's parameters as those of a new layer."""
+        """Initialise the adapter's parameters anew."""
         self.adapter_layer_norm_before.reset_parameters()
         nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
         for zeros in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(zeros)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """down (bottleneck, D) and its bias as the branch takes them."""
+        """Return down (bottleneck, D) and its bias, for the branch."""
         return self.down_proj.weight, self.down_proj.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., D) -> (..., D), the MLP and its branch."""
+        """Run the MLP and its branch. x: (..., D) -> (..., D)"""
         base = super().forward(x)
         if self.side_problem() is not None:
             return base + self._in_parts(x).to(base.dtype)
@@ -167,18 +167,18 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         )  # fmt: skip
 
     def _in_parts(self, x: Tensor) -> Tensor:
-        """The branch by its submodules, which may have hooks or be others by now."""
+        """Run the branch by its submodules, which may have hooks or have been replaced."""
         like = next(self.adapter_layer_norm_before.parameters(), x)
         h = self.down_proj(self.adapter_layer_norm_before(x.to(like.dtype)))
         z = F.relu(self.between(h))
         return self.up_proj(F.dropout(z, self.dropout, self.training))
 
     def between(self, h: Tensor) -> Tensor:
-        """What the bottleneck goes through before the ReLU, where ``factors`` is not asked."""
+        """Change the bottleneck before the ReLU, when the submodules run one by one."""
         return h
 
     def side_problem(self) -> str | None:
-        """None when the branch is one operation, or why its submodules run one by one."""
+        """Say why the branch's submodules run one by one; None if it is one operation."""
         for name, kind in _PARTS.items():
             part = getattr(self, name)
             if type(part) is not kind:
@@ -188,7 +188,7 @@ class AdaptFormerMlp(Adapter, MLPBlock):
         return None
 
     def block_side(self, x: Tensor) -> BlockSide:
-        """Its share in a fused block; x as the block's products take it."""
+        """Return what the layer passes to a fused block; x is the input of the products."""
         dropout = float(self.dropout) if self.training else 0.0
         norm, up = self.adapter_layer_norm_before, self.up_proj
         tensors = [norm.weight, norm.bias, *self.factors(), up.weight, up.bias]
@@ -210,7 +210,7 @@ class AdaptFormerMlp(Adapter, MLPBlock):
                 yield name, parameter
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         if self.side_problem() is not None:
             return {}
         x = autocast_input(self.lin1.weight.detach()[:0])

@@ -25,7 +25,7 @@ class AdaptFormer(Method):
 
     bottleneck: width of the branch
     dropout: on the bottleneck, in training
-    cobot: the branches' coefficients are related across blocks as in SAM-COBOT (CVPR 2024)
+    cobot: relate the branches' coefficients across blocks, as in SAM-COBOT (CVPR 2024)
     target: as in ``Lora``, of MLPs
     """
 
@@ -48,7 +48,7 @@ class AdaptFormer(Method):
 
     @property
     def replaces(self) -> "type[nn.Module]":  # type: ignore[override]  # read only in both
-        """segment_anything's MLPBlock, which is imported when it is first asked for."""
+        """segment_anything's MLPBlock, imported on first access."""
         from samfast.methods.adapt_former.layer import MLPBlock
 
         return MLPBlock
@@ -79,7 +79,7 @@ class AdaptFormer(Method):
         AdaptFormerMlp.check_mlp(layer)
 
     def build(self, layers: "Mapping[str, Foreign]") -> "Mapping[str, Adapter]":
-        """With ``cobot``, in the order of the model, which numbers the layers that share."""
+        """Build all layers in the model's order, which numbers those that share tensors."""
         options = self.bottleneck, self.dropout
         if not self.cobot:
             from samfast.methods.adapt_former.layer import AdaptFormerMlp

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM-COBOT: the tensors that all layers of a model share, and LoRA under them.
+"""SAM-COBOT: the tensors that all layers of a model share, and LoRA with them.
 
-The coefficients and heads of all layers are folded into their factors in one operation at the
-start of an encoder's forward. Each layer is handed its share for the length of that forward and
-keeps nothing; a layer that is called alone, or recomputed by a checkpoint, folds its own.
+One operation at the start of an encoder's forward folds the coefficients and heads of all layers
+into their factors. Each layer receives its share for the duration of that forward. A layer that
+runs on its own, or in a checkpoint's recomputation, folds its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ QUARTERS = ("r", "i", "j", "k")
 
 
 def relation(width: int, slices: int, weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """FacT_c (1, V, S), ones, and FacT_p (S, S), the identity, for S slices of a model.
+    """Make FacT_c (1, V, S), ones, and FacT_p (S, S), the identity, for S slices of a model.
 
-    On the device of a weight that they work beside, float64 beside float64 and float32 otherwise.
+    They have the device of the layers' weight; float64 if the weight is, float32 otherwise.
     """
     wide = weight.dtype == torch.float64
     device, dtype = weight.device, torch.float64 if wide else torch.float32
@@ -37,11 +37,11 @@ def relation(width: int, slices: int, weight: Tensor) -> tuple[nn.Parameter, nn.
 
 
 class CobotLayer(SharingLayer, PublishedNames):
-    """Mixin of a layer whose factors of low rank are under SAM-COBOT's coefficients and heads.
+    """Mixin of a layer with SAM-COBOT's coefficients and heads on its low-rank factors.
 
-    FacT_c, FacT_p: of the whole model, the same Parameters in every layer   gamma: (n·V,), ones
+    FacT_c, FacT_p: the same Parameters in every layer of the model   gamma: (n·V,), ones
     heads: (n, 4, V/4, V/4), r zeros, i, j and k uniform in (0, 1)
-    first: the layer's first slice   own: number n of its slices   FOLDED: names of what is folded
+    first: the layer's first slice   own: number n of its slices   FOLDED: names of folded tensors
     """
 
     FOLDED: tuple[str, ...] = ()
@@ -50,19 +50,20 @@ class CobotLayer(SharingLayer, PublishedNames):
     def add_coefficients(
         self, width: int, own: int, first: int, shared: Sequence[nn.Parameter] | None
     ) -> None:
-        """Register the tensors; ``shared`` None makes a relation of this layer alone."""
+        """Register the tensors; with ``shared`` None, make a relation for this layer only."""
         like = self.get_parameter(self.FOLDED[0])
         if shared is None:
             shared = relation(width, first + own, like)
         slices = shared[1].shape[0]
         if first < 0 or first + own > slices:
             raise ValueError(
-                f"slices {first} to {first + own - 1} are outside the relation matrix of {slices}"
+                f"slices {first} to {first + own - 1} are outside the relation matrix, which has "
+                f"{slices}; pass a smaller index"
             )
         if shared[0].shape[1] != width:
             raise ValueError(
-                f"the relation has {shared[0].shape[1]} coefficients a slice, but the layer's "
-                f"bottleneck has {width}"
+                f"expected {width} coefficients per slice, as the layer's bottleneck has, but the "
+                f"shared relation has {shared[0].shape[1]}"
             )
         self.first, self.own = first, own
         self.FacT_c, self.FacT_p = shared
@@ -77,22 +78,22 @@ class CobotLayer(SharingLayer, PublishedNames):
         nn.init.uniform_(self.heads[:, 1:])
 
     def own_sources(self) -> list[Tensor]:
-        """What the fold takes of this layer: gamma, heads, factor and perhaps bias."""
+        """Return what the fold takes from this layer: gamma, heads, factor and perhaps bias."""
         return [self.gamma, self.heads, *(attrgetter(name)(self) for name in self.FOLDED)]
 
     def sources(self) -> list[Tensor]:
         return [self.FacT_c, self.FacT_p, *self.own_sources()]
 
     def alone(self) -> tuple[Tensor, ...]:
-        """The layer's factor, and bias, with coefficients and heads folded in."""
+        """Return the layer's factor, and bias, with coefficients and heads folded in."""
         return fold([self])[0]
 
     def relation_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that may have a learning rate of their own."""
+        """Yield the parameters that may have a learning rate of their own."""
         yield from (self.FacT_c, self.FacT_p, self.gamma, self.heads)
 
     def adapter_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of what files hold, by the published names."""
+        """Yield (published name, tensor) for what files hold."""
         return self.published_state()
 
     def published(self) -> Published:
@@ -100,7 +101,7 @@ class CobotLayer(SharingLayer, PublishedNames):
         return {"heads": (heads, self.heads.shape[2:])}
 
     def fold_backends(self) -> dict[str, str]:
-        """Which backend would fold here, by operation."""
+        """Map the fold's operation to the backend that would run it here."""
         factor = attrgetter(self.FOLDED[0])(self)
         try:
             return {"cobot_fold": fold_backend(requested("auto"), self.FacT_c, factor)}
@@ -109,7 +110,7 @@ class CobotLayer(SharingLayer, PublishedNames):
 
 
 def fold(layers: Sequence[CobotLayer]) -> list[tuple[Tensor, ...]]:
-    """(factor, bias if there is one) of each of these layers, whose slices follow one another."""
+    """Fold each of these layers, whose slices are consecutive: (factor, bias if there is one)."""
     lead = layers[0]
     gammas, heads, factors, *biases = zip(*(layer.own_sources() for layer in layers), strict=True)
     folded, shifts = cobot_fold(
@@ -120,18 +121,18 @@ def fold(layers: Sequence[CobotLayer]) -> list[tuple[Tensor, ...]]:
 
 
 class CobotForward(EncoderForward[CobotLayer]):
-    """Folds for all layers of one encoder while it runs."""
+    """Folds for all layers of one encoder during its forward."""
 
     def make(self) -> list[tuple[Tensor, ...]]:
         return fold(self.layers)
 
     def together(self) -> bool:
-        """None is merged, and all are alike; RuntimeError when they have nothing in common."""
+        """True if none is merged and all are alike; RuntimeError if they share no relation."""
         lead = self.layers[0]
         if any(t.FacT_c is not lead.FacT_c or t.FacT_p is not lead.FacT_p for t in self.layers):
             raise RuntimeError(
-                "the layers of SAM-COBOT have no FacT_c and FacT_p in common any more, as after "
-                "to_empty(); load_state_dict on the encoder or the model ties them again"
+                "the layers of SAM-COBOT no longer share FacT_c and FacT_p, as after to_empty(); "
+                "call load_state_dict on the encoder or the model to tie them again"
             )
         like = [(t.shape, t.dtype, t.device) for t in lead.sources()]
         return all(
@@ -140,12 +141,12 @@ class CobotForward(EncoderForward[CobotLayer]):
         )
 
     def install(self, encoder: nn.Module) -> None:
-        """Hook the fold to the encoder's forward."""
+        """Register the fold as a hook of the encoder's forward."""
         super().install(encoder)
         encoder.register_load_state_dict_post_hook(self.tie)
 
     def tie(self, encoder: nn.Module, incompatible: Any) -> None:
-        """After ``load_state_dict(assign=True)``, which gives each layer a relation of its own."""
+        """Share one relation again after ``load_state_dict(assign=True)``, which splits it."""
         lead = self.layers[0]
         for name in ("FacT_c", "FacT_p"):
             kept = getattr(lead, name)
@@ -160,7 +161,7 @@ class CobotForward(EncoderForward[CobotLayer]):
 
 
 class CobotQkvLora(CobotLayer, QkvLora):
-    """A packed qkv layer whose q and v get LoRA under SAM-COBOT (CVPR 2024).
+    """Packed qkv layer with LoRA on q and v, related across blocks by SAM-COBOT (CVPR 2024).
 
     x: (..., in_features) -> (..., out_features) = x Wᵀ + b; on q and on v it adds
     ((c_m + γ) ⊙ x Aᵀ) W_m Bᵀ with c_m = (C P)[:, m] for slice m of the model and the quaternion
@@ -171,12 +172,12 @@ class CobotQkvLora(CobotLayer, QkvLora):
     FacT_c (C): (1, rank, S), FacT_p (P): (S, S), shared by all layers of a model; gamma: (2·rank,)
     heads: (2, 4, rank/4, rank/4)
 
-    shared: FacT_c and FacT_p of a model, None for those of this layer alone
+    shared: FacT_c and FacT_p of a model; None gives this layer its own
     index: number of the layer among those that share; its slices are 2·index and 2·index + 1
     The state dict has the published names: linear_a_q.weight, linear_b_q.weight, linear_a_v.weight,
     linear_b_v.weight, gamma, FacT_c, FacT_p, FacT_d1.{r,i,j,k}_weight (q) and FacT_d2 (v).
-    Saves for backward what LoRA saves. Raises ValueError for a rank that four does not divide and
-    for an index outside the relation matrix.
+    Saves for backward what LoRA saves. Raises ValueError if the rank is not a multiple of 4, or if
+    the index is outside the relation matrix.
     """
 
     token_wise = True
@@ -205,12 +206,12 @@ class CobotQkvLora(CobotLayer, QkvLora):
 
     @staticmethod
     def check_sizes(in_features: int, out_features: int, rank: int) -> None:
-        """Raise ValueError where layers of these sizes cannot have this update."""
+        """Raise ValueError if layers of these sizes cannot have this update."""
         check_width("rank", rank)
         QkvLora.check_sizes(in_features, out_features, rank)
 
     @classmethod
-    def from_linear(  # type: ignore[override]  # its options are its own
+    def from_linear(  # type: ignore[override]  # its options differ
         cls,
         linear: nn.Linear,
         rank: int = 4,
@@ -218,23 +219,23 @@ class CobotQkvLora(CobotLayer, QkvLora):
         index: int = 0,
         zero_start: bool = False,
     ) -> "CobotQkvLora":
-        """SAM-COBOT around a packed qkv layer, with the same weight and bias Parameters."""
+        """Add SAM-COBOT to a packed qkv layer; keep its weight and bias Parameters."""
         check_width("rank", rank)
         shared = shared or relation(rank, 2 * (index + 1), linear.weight)
         module = cls._from_linear(
             linear, rank=rank, shared=shared, index=index, zero_start=zero_start
         )
-        module.FacT_c, module.FacT_p = shared  # all tensors of an adapter were made anew
+        module.FacT_c, module.FacT_p = shared  # the base class replaced all tensors of the adapter
         return module
 
     def reset_adapter(self) -> None:
-        """Draw the adapter's parameters as those of a new layer."""
+        """Initialise the adapter's parameters anew."""
         for whole in (self.lora_A, self.lora_B):
             for part in whole.chunk(2):
                 nn.init.xavier_normal_(part)
         if self.zero_start:
             nn.init.zeros_(self.lora_B)
-        if "gamma" in self._parameters:  # the layer below calls this before they exist
+        if "gamma" in self._parameters:  # the base class calls this before they exist
             self.reset_coefficients()
 
     def reset_parameters(self) -> None:

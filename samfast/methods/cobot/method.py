@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from samfast.methods.cobot.layer import CobotLayer
 
 
-# One of the authors' scripts trains them at 100 times the other rate.
+# One of the authors' scripts trains them at 100 times the rate of the rest.
 COBOT = Relation("the relation, the coefficients and the heads")
 
 
@@ -27,8 +27,8 @@ COBOT = Relation("the relation, the coefficients and the heads")
 class CobotLora(Method):
     """SAM-COBOT (CVPR 2024) on LoRA of q and v: coefficients that all blocks share, and heads.
 
-    rank: of the updates, which are unscaled; four must divide it
-    zero_start: start at the frozen model, with B zeros; as published it starts off it
+    rank: rank of the unscaled updates; a multiple of 4
+    zero_start: initialise the update to zero (B zeros); the published method does not
     target: as in ``Lora``, of packed qkv layers
     """
 
@@ -64,7 +64,7 @@ class CobotLora(Method):
         CobotQkvLora.check_sizes(layer.in_features, layer.out_features, self.rank)
 
     def build(self, layers: "Mapping[str, Foreign]") -> "Mapping[str, Adapter]":
-        """In the order of the model, which numbers the slices: q and v of each layer."""
+        """Build all layers in the model's order, which numbers the slices: q and v of each."""
         from samfast.methods.cobot.layer import CobotQkvLora, relation
 
         weight = next(iter(layers.values())).weight

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of Conv-LoRA's options; they need no torch."""
+"""Checks of Conv-LoRA's options. Nothing here imports torch."""
 
 from samfast.adapters.checks import check_flag, check_whole
 
 FORMULAS = ("code", "paper")
-MOST_EXPERTS = 64  # the last one enlarges a map 64 times, which the kernels take at most
+MOST_EXPERTS = 64  # the last one enlarges a map 64 times, the most that kernels take
 
 
 def check_experts(experts: int) -> None:
@@ -20,7 +20,7 @@ def check_depthwise(depthwise: bool) -> None:
 
 
 def check_choice(top_k: int, experts: int, formula: str) -> None:
-    """Raise ValueError where top_k or the formula is none that there is."""
+    """Raise ValueError if top_k or the formula does not exist."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise ValueError(
             f"top_k is {top_k!r}; it must be a whole number from 1 to {experts}, the number of "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conv-LoRA as plain operators for export: every expert runs, and the gate weighs what they give.
+"""Conv-LoRA as plain operators for export: every expert runs, and the gate weights the results.
 
-A graph has no branches, so what the gate leaves out is computed as well and replaced by zeros.
+A graph has no branches. Experts that the gate leaves out thus run too, and zeros replace them.
 """
 
 import torch
@@ -15,7 +15,7 @@ from samfast.kernels.conv_experts.reference import expert
 class DenseConvLora(nn.Module):
     """``ConvLoraLinear`` in evaluation, without samfast's operators and with any number of maps.
 
-    base: the frozen linear layer; the others as in ConvLoraLinear
+    base: the frozen linear layer; the other arguments as in ConvLoraLinear
     x: (N, H, W, in_features), or (N, H·W, in_features) -> (…, out_features)
     """
 
@@ -64,11 +64,11 @@ class DenseConvLora(nn.Module):
         return y + self.scaling * F.linear(z, self.lora_B.to(x.dtype)).reshape(y.shape)
 
     def routes(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts (N, top_k) that the gate chooses for maps h (N, H, W, rank), and weights."""
+        """Choose experts (N, top_k) and their weights for h (N, H, W, rank)."""
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         logits = wide.mean((1, 2)) @ self.w_gate.to(wide.dtype)
         if self.top_k == 1:
-            index = logits.argmax(1, keepdim=True)  # the first of equals, as the layer chooses
+            index = logits.argmax(1, keepdim=True)  # the first of equals, as in the layer
             return index, torch.ones_like(logits[:, :1]).to(h.dtype)
         values, index = logits.topk(self.top_k, 1)
         return index, values.softmax(1).to(h.dtype)
@@ -81,7 +81,7 @@ class DenseConvLora(nn.Module):
 
 
 def windows_of(x: Tensor, size: tuple[int, int] | None) -> Windows:
-    """Each map of x as a window of its own; size: as ConvLoraLinear.forward takes it."""
+    """View each map of x as a window of its own; size: as in ConvLoraLinear.forward."""
     shape = tuple(x.shape)
     if x.dim() in (3, 4) and 0 in shape[1:-1]:
         raise ValueError(f"x has shape {shape}, maps without pixels")
@@ -95,7 +95,7 @@ def windows_of(x: Tensor, size: tuple[int, int] | None) -> Windows:
         raise ValueError(f"x has shape {shape}, but must be (N, H, W, D) or (N, L, D)")
     length = shape[1]
     if size is None:
-        side = int(length**0.5 + 0.5)  # not isqrt, which torch.compile cannot trace
+        side = int(length**0.5 + 0.5)  # torch.compile cannot trace isqrt
         if side * side != length:
             raise ValueError(
                 f"expected a square map, got {length} tokens (x has shape {shape}); pass "

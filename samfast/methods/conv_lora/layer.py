@@ -39,7 +39,7 @@ _PACKED = {"expert_weight": "weight", "expert_bias": "bias"}
 
 
 def checked_ratios(ratios: Sequence[int] | None, experts: int) -> tuple[int, ...]:
-    """The experts' enlargements, 1, 2, … when None; ValueError when they do not fit."""
+    """Return the experts' ratios, 1, 2, … if None; raise ValueError if they do not fit."""
     if ratios is None:
         return tuple(range(1, experts + 1))
     if not isinstance(ratios, (tuple, list)) or len(ratios) != experts:
@@ -54,24 +54,25 @@ def checked_ratios(ratios: Sequence[int] | None, experts: int) -> tuple[int, ...
 
 
 class ConvLoraLinear(PublishedNames, AdaptedLinear):
-    """Linear layer whose low-rank update passes a routed convolution (Conv-LoRA, ICLR 2024).
+    """Linear layer with a routed convolution in its low-rank update (Conv-LoRA, ICLR 2024).
 
     x: (N, H, W, in_features), or (N, H·W, in_features) -> (…, out_features)
-    y = x Wᵀ + b + alpha/rank · (h + E(h)) Bᵀ with h = drop(x) Aᵀ seen as N maps of H × W. A gate
-    picks one expert for each map: E enlarges the map by the expert's ratio, convolves it 3 × 3,
-    applies GELU and shrinks it back.
+    y = x Wᵀ + b + alpha/rank · (h + E(h)) Bᵀ with h = drop(x) Aᵀ as N maps of H × W. A gate picks
+    one expert E for each map. E enlarges the map by the expert's ratio, convolves it 3 × 3, applies
+    GELU and shrinks it back.
 
     lora_A: (rank, in_features), Kaiming uniform   lora_B: (out_features, rank), zeros
     expert_weight: (experts, rank, rank, 3, 3), or (experts, rank, 1, 3, 3) when depthwise, each
         expert as nn.Conv2d starts   expert_bias: (experts, rank), zeros
     w_gate, w_noise: (rank, experts), zeros
 
-    All are float32 (float64 beside a float64 weight). The state dict has the published names:
+    All are float32, or float64 with a float64 weight. The state dict has the published names:
     lora_moe_experts.{i}.0.weight and .bias, lora_moe_gating.w_gate, w_noise, mean and std.
 
-    ratios: of the experts, 1, 2, … by default   top_k, formula: what is not the default runs on
-    plain autograd: several experts by their gate values, or "paper", the article's
-    Σ gate · conv without skip and GELU.
+    ratios: enlargement by each expert (default: 1, 2, …)
+    top_k: experts per map, weighted by their gate values
+    formula: "code", or "paper" for the paper's Σ gate · conv without skip and GELU
+    Other values of top_k and formula than the defaults run on plain autograd.
     """
 
     window_wise = True
@@ -142,7 +143,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         top_k: int = 1,
         formula: str = "code",
     ) -> "ConvLoraLinear":
-        """Conv-LoRA around ``linear``, with the same weight and bias Parameters."""
+        """Add Conv-LoRA to ``linear``; keep its weight and bias Parameters."""
         return cls._from_linear(
             linear,
             rank=rank,
@@ -157,11 +158,11 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
 
     @property
     def scaling(self) -> float:
-        """What the update is multiplied by: alpha / rank."""
+        """The factor of the update: alpha / rank."""
         return self.alpha / self.rank
 
     def reset_adapter(self) -> None:
-        """Draw the adapter's parameters as those of a new layer."""
+        """Initialise the adapter's parameters anew."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         for kernel in self.expert_weight:
@@ -203,19 +204,19 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         expert_index: Tensor | None = None,
         return_aux: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y, or (y, balancing loss) with ``return_aux``; ``samfast.aux_loss`` has the loss too.
+        """Return y, or (y, balancing loss) with ``return_aux``. ``samfast.aux_loss`` reads it too.
 
-        size: (H, W) of the maps when x is (N, H·W, in_features) and they are not square
-        noise: (N, experts), the gate's standard normal draw in training; drawn on x's
-            device, with ``generator`` where there is one, when it is not given
-        expert_index: (N,) int64, a choice that replaces the gate's
+        size: (H, W) of the maps, if x is (N, H·W, in_features) and they are not square
+        noise: (N, experts), standard normal noise of the gate in training (default: drawn on x's
+            device, with ``generator`` if there is one)
+        expert_index: (N,) int64, the experts to use instead of the gate's choice
 
-        Raises ValueError when x is not of that shape or noise is given outside training.
+        Raises ValueError if x has another shape, or if noise is given outside training.
         """
         if generator is not None and recomputing():
             raise RuntimeError(
-                "a checkpoint runs this forward again, but its generator has moved on; draw the "
-                "noise before and give it as noise="
+                "a checkpoint reruns this forward, but its generator has moved on; draw the noise "
+                "beforehand and pass it as noise="
             )
         windows = windows_of(x, size)
         if self.training and noise is None:
@@ -226,12 +227,12 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         return (y, aux) if return_aux else y
 
     def forward_windows(self, x: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer on windows of images, without cutting them out: y, pad_h and pad_b.
+        """Run the layer on windows of images, without copying them out: y, pad_h and pad_b.
 
-        x: (B, H, W, in_features), images in which gate and experts see window × window maps, zeros
-            where these stand over at the bottom and right -> y: (B, H, W, out_features)
-        A row of y for the padding is bias + pad_h pad_bᵀ, pad_h (B · pads, rank) image by image,
-        line by line, pad_b (out_features, rank).
+        x: (B, H, W, in_features) -> y: (B, H, W, out_features)
+        Gate and experts see window × window maps, padded with zeros at the bottom and right. The
+        rows of y for the padding are bias + pad_h pad_bᵀ, with pad_h (B · pads, rank), image by
+        image and line by line, and pad_b (out_features, rank).
         """
         images, height, width = x.shape[:3]
         windows = Windows(images, height, width, window, window)
@@ -242,13 +243,13 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         return y, z_pad, self.scaling * self.lora_B
 
     def block_problem(self) -> str | None:
-        """Why this layer cannot take part in a fused block, None when it can."""
+        """Say why this layer cannot take part in a fused block; None if it can."""
         if self.top_k > 1 or self.formula != "code":
             return f"has top_k={self.top_k} and formula={self.formula!r}, for the reference only"
         return None
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
-        """Its share in a fused block; x as the block's products take it."""
+        """Return what the layer passes to a fused block; x is the input of the products."""
         dropout = float(self.dropout) if self.training else 0.0
         params: list[Tensor] = [self.expert_weight, self.expert_bias, self.w_gate, self.w_noise]
         rank, groups = self.lora_A.shape[0], self.rank if self.depthwise else 1
@@ -276,11 +277,11 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
     def _run(
         self, x: Tensor, windows: Windows, noise: Tensor | None, expert_index: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, z_pad and the balancing loss, which is kept for ``samfast.aux_loss``."""
+        """Return y, z_pad and the balancing loss; keep the loss for ``samfast.aux_loss``."""
         if torch.jit.is_tracing():
             raise RuntimeError(
-                "torch.jit.trace and torch.onnx.export would keep the experts that the example "
-                "chose; give them samfast.export_form(model), where all experts run"
+                "torch.jit.trace and torch.onnx.export would fix the experts that the example "
+                "chose; pass them samfast.export_form(model), where all experts run"
             )
         y, aux, z_pad = conv_lora_linear(
             x,
@@ -340,7 +341,7 @@ class ConvLoraLinear(PublishedNames, AdaptedLinear):
         return names
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         operations = ("lora_linear", "conv_experts", "expert_gate")
         asked = requested("auto")
         if self.top_k > 1 or self.formula != "code":

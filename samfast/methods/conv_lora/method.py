@@ -22,11 +22,11 @@ class ConvLora(Method):
 
     rank, alpha: the update is scaled by alpha / rank; alpha None means alpha = rank
     experts: number of convolutions, the i-th on the map enlarged i times
-    depthwise: each channel of the bottleneck has a convolution of its own
+    depthwise: give each channel of the bottleneck its own convolution
     dropout: on the adapter's input, in training
     target: as in ``Lora``
-    top_k: experts that a map passes   formula: "code", what the authors run, or "paper", what
-        their article writes; other choices than 1 and "code" are slow
+    top_k: experts per map   formula: "code" as the authors run it, or "paper" as they write it.
+        Other choices than 1 and "code" are slow.
     """
 
     name: ClassVar[str] = "conv-lora"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the number of Kronecker products; they need no torch."""
+"""Checks of the number of Kronecker products. Nothing here imports torch."""
 
 from samfast.adapters.checks import check_whole
 
@@ -10,7 +10,7 @@ def check_n(n: int) -> None:
 
 
 def check_divides(n: int, in_features: int, out_features: int) -> None:
-    """Raise ValueError when a layer of this size has no n × n parts."""
+    """Raise ValueError unless n divides both sizes of the layer."""
     check_n(n)
     for size, what in ((in_features, "inputs"), (out_features, "outputs")):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

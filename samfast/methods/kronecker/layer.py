@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sum of Kronecker products of low rank beside a linear layer, as LoRA runs it."""
+"""A sum of low-rank Kronecker products as the update of a linear layer; it runs as LoRA."""
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ class KroneckerLinear(LowRankLinear):
     kron_rules: (n, n, n), uniform of variance 1/n   kron_left: (n, out_features/n, rank), zeros
     kron_right: (n, in_features/n, rank), Kaiming uniform
 
-    The update is LoRA of rank n · n · rank whose factors are made of these; all that LoRA's layers
-    do and where they run is the same. All three are float32 (float64 beside a float64 weight).
-    ``alpha`` None means alpha = rank. Dropout acts in training only, on the adapter's input.
+    The update is LoRA of rank n · n · rank, with factors computed from these. It does all that LoRA
+    does, on the same backends. All three are float32, or float64 with a float64 weight. ``alpha``
+    None means alpha = rank. Dropout acts only in training, on the adapter's input.
     """
 
     token_wise = True
@@ -61,7 +61,7 @@ class KroneckerLinear(LowRankLinear):
 
     @staticmethod
     def check_sizes(in_features: int, out_features: int, n: int, rank: int) -> None:
-        """Raise ValueError where layers of these sizes cannot have this update."""
+        """Raise ValueError if layers of these sizes cannot have this update."""
         check_divides(n, in_features, out_features)
         check_rank(rank)
         if rank > min(in_features, out_features) // n:
@@ -80,18 +80,18 @@ class KroneckerLinear(LowRankLinear):
         alpha: float | None = None,
         dropout: float = 0.0,
     ) -> "KroneckerLinear":
-        """The update beside ``linear``, with the same weight and bias Parameters."""
+        """Add the update to ``linear``; keep its weight and bias Parameters."""
         return cls._from_linear(linear, n=n, rank=rank, alpha=alpha, dropout=dropout)
 
     @property
     def scaling(self) -> float:
-        """What the update is multiplied by."""
+        """The factor of the update."""
         return self.alpha / self.rank
 
     def reset_adapter(self) -> None:
-        """Draw the adapter's parameters as those of a new layer."""
+        """Initialise the adapter's parameters anew."""
         reset_rules(self.kron_rules)
-        # As the rows of LoRA's A, of which a part sees in_features / n inputs.
+        # Initialised like the rows of LoRA's A; a part has in_features / n inputs.
         bound = self.kron_right.shape[1] ** -0.5
         nn.init.uniform_(self.kron_right, -bound, bound)
         nn.init.zeros_(self.kron_left)
@@ -110,7 +110,7 @@ class KroneckerLinear(LowRankLinear):
         return kronecker_weight(self.kron_rules.to(wide), pair, scaling=self.scaling)
 
     def forward_adapted(self, x: Tensor) -> Tensor:
-        """The result with the update. x: (..., in_features) -> (..., out_features)"""
+        """Run the layer with its update. x: (..., in_features) -> (..., out_features)"""
         dropout = self.dropout if self.training else 0.0
         return lora_linear(
             x, self.weight, self.bias, *self.factors(), self.scaling, dropout=dropout
@@ -134,6 +134,6 @@ class KroneckerLinear(LowRankLinear):
 
 
 def reset_rules(rules: Tensor) -> None:
-    """Uniform of variance 1/n: a sum over n terms keeps the variance of what they mix."""
+    """Fill with uniform values of variance 1/n, so that a sum of n terms keeps the variance."""
     bound = (3 / rules.shape[1]) ** 0.5
     nn.init.uniform_(rules, -bound, bound)

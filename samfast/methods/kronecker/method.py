@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Kronecker(Method):
     """Sums of Kronecker products of low rank on linear layers (PHM, Compacter), from zero on.
 
-    n: number of products, and side of their rules; it divides the layers' sizes
-    rank: of the large factor of each product; the update is LoRA's of rank n · n · rank
+    n: number of products and side of their rules; it must divide the layers' sizes
+    rank: rank of each product's large factor; the update has rank n · n · rank
     alpha: the update is scaled by alpha / rank; None means alpha = rank
     dropout: on the adapter's input, in training
     target: as in ``Lora``

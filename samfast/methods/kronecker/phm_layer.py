@@ -22,23 +22,23 @@ from samfast.methods.kronecker.layer import reset_rules
 
 Weights = Tensor | tuple[Tensor, Tensor]
 Layer = TypeVar("Layer", bound="SumOfProducts")
-_kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # Hamilton's rules, by where they are
+_kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # Hamilton's rules, by device and dtype
 
 
 def hamilton_rules(like: Tensor) -> Tensor:
-    """(4, 4, 4): where r, i, j and k stand in a quaternion's matrix, and with which sign.
+    """Return (4, 4, 4): the places and signs of r, i, j and k in a quaternion's matrix.
 
     That matrix (out_features, in_features) has block rows [r, −i, −j, −k], [i, r, −k, j],
-    [j, k, r, −i], [k, −j, i, r]. like: a tensor of their device and dtype
+    [j, k, r, −i], [k, −j, i, r]. like: a tensor with the wanted device and dtype
 
-    A constant: made once for each device, and no part of any module's state. What stands for a
-    tensor, while something is traced or transformed, gets rules of its own.
+    The rules are constants, made once for each device, and not part of a module's state. A tracer's
+    tensors get rules of their own.
     """
     if torch.compiler.is_compiling() or isinstance(like, FakeTensor):
         return _made_rules(like)
     key = like.device, like.dtype
     if key not in _kept:
-        with torch.inference_mode(False):  # for others are saved for a backward later
+        with torch.inference_mode(False):  # inference tensors could not be saved for backward
             made = _made_rules(like)
         if type(made) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(made):
             return made
@@ -55,20 +55,22 @@ def _made_rules(like: Tensor) -> Tensor:
 
 
 class SumOfProducts(nn.Module):
-    """A linear layer of Σ_i rules_i ⊗ weights_i; a subclass says in ``parts`` of which."""
+    """Linear layer of Σ_i rules_i ⊗ weights_i; a subclass returns both in ``parts``."""
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
 
     def parts(self) -> tuple[Tensor, Weights]:
-        """rules (m, n, n) and weights (m, out_features/n, in_features/n) or the two factors of
-        weights, (m, out_features/n, k) and (m, in_features/n, k); differentiable."""
+        """Return rules (m, n, n) and weights (m, out_features/n, in_features/n), differentiable.
+
+        The weights may also be two factors, (m, out_features/n, k) and (m, in_features/n, k).
+        """
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features): the matrix, made at each call; nothing is kept of it."""
+        """Compute the matrix (out_features, in_features), anew at each call."""
         return kronecker_weight(*self.parts())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class SumOfProducts(nn.Module):
 
     @torch.no_grad()
     def plain(self) -> nn.Linear:
-        """nn.Linear of the matrix as it is now, for export."""
+        """Return an nn.Linear with the current matrix, for export."""
         return plain_linear(self.weight, self.bias)
 
     def reset_bias(self) -> None:
@@ -85,7 +87,7 @@ class SumOfProducts(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         with torch.no_grad():
             rules, weights = self.parts()
         if isinstance(weights, tuple):
@@ -127,7 +129,7 @@ class SumOfProducts(nn.Module):
 
 
 def _factors_backend(rules: Tensor) -> dict[str, str]:
-    """The two products after the factors are the library's."""
+    """Name the backend of the factors; torch runs the two products after them."""
     try:
         name = factors_backend(requested("auto"), rules.device, rules.dtype)
     except RuntimeError as error:
@@ -136,7 +138,7 @@ def _factors_backend(rules: Tensor) -> dict[str, str]:
 
 
 def _cells(weight: Tensor, n: int) -> Tensor:
-    """A weight (O, D) as its n · n blocks: (n, n, O/n, D/n), at least float32."""
+    """View a weight (O, D) as n · n blocks: (n, n, O/n, D/n), at least float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     rows, columns = weight.shape[0] // n, weight.shape[1] // n
     return weight.detach().to(wide).view(n, rows, n, columns).transpose(1, 2)
@@ -145,12 +147,12 @@ def _cells(weight: Tensor, n: int) -> Tensor:
 class QuaternionLinear(SumOfProducts):
     """Linear layer over the quaternions (Parcollet et al. 2019), with a quarter of the weights.
 
-    x: (..., in_features) -> (..., out_features) = x W + b, features in four quarters r, i, j, k and
-    W of block rows [r, i, j, k], [−i, r, k, −j], [−j, −k, r, i], [−k, j, −i, r]
+    x: (..., in_features) -> (..., out_features) = x W + b, with features in four quarters r, i, j,
+    k. W has block rows [r, i, j, k], [−i, r, k, −j], [−j, −k, r, i], [−k, j, −i, r].
 
     r_weight, i_weight, j_weight, k_weight: (in_features/4, out_features/4); r zeros and i, j and k
         uniform in (0, 1), as SAM-COBOT starts   bias: as nn.Linear's
-    Raises ValueError where four does not divide both sizes.
+    Raises ValueError unless both sizes are multiples of 4.
     """
 
     r_weight: nn.Parameter
@@ -192,12 +194,12 @@ class QuaternionLinear(SumOfProducts):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "QuaternionLinear":
-        """The quaternion layer nearest to ``linear`` in least squares, with its bias Parameter."""
+        """Build the quaternion layer nearest to ``linear`` in least squares; keep its bias."""
         module = cls._from_linear(linear)
         cells = _cells(linear.weight, 4)
         with torch.no_grad():
             rules = hamilton_rules(cells)
-            nearest = torch.einsum("mpq,pqab->mba", rules, cells) / 4  # each part stands four times
+            nearest = torch.einsum("mpq,pqab->mba", rules, cells) / 4  # each part occurs four times
             for name, part in zip(cls.PARTS, nearest, strict=True):
                 module.get_parameter(name).copy_(part)
         return module
@@ -217,7 +219,7 @@ class PHMLinear(SumOfProducts):
     rank: not None, of weights_i = left_i right_iᵀ (Compacter, Mahabadi et al. 2021), trained as
         left: (n, out_features/n, rank), uniform of variance 1/rank, and
         right: (n, in_features/n, rank), uniform as weights are
-    Raises ValueError where n does not divide both sizes, and for a rank above those of a part.
+    Raises ValueError unless n divides both sizes, and if the rank exceeds the sides of a part.
     """
 
     def __init__(
@@ -264,11 +266,11 @@ class PHMLinear(SumOfProducts):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, n: int, rank: int | None = None) -> "PHMLinear":
-        """The sum of n Kronecker products nearest to ``linear`` in least squares, with its bias
-        Parameter (Van Loan and Pitsianis 1993: the largest n singular values of the blocks).
+        """Build the sum of n Kronecker products nearest to ``linear``; keep its bias Parameter.
 
-        With a rank, each of its weights is then the nearest one of that rank.
-        Raises ValueError for a weight with NaN or infinity.
+        Nearest is in least squares, by the largest n singular values of the blocks (Van Loan and
+        Pitsianis 1993). With a rank, each weight is then replaced by the nearest of that rank.
+        Raises ValueError if the weight has NaN or infinity.
         """
         module = cls._from_linear(linear, n, rank)
         if not linear.weight.is_meta and not linear.weight.isfinite().all():
@@ -295,8 +297,10 @@ class PHMLinear(SumOfProducts):
 
 
 def _nearest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(..., rows, rank) and (..., rank, columns), whose product is the nearest to the matrix; zeros
-    beyond its own rank."""
+    """Factor a matrix into (..., rows, rank) and (..., rank, columns), nearest in least squares.
+
+    Entries beyond the matrix's own rank are zeros.
+    """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     kept = min(rank, values.shape[-1])
     root = values[..., :kept].sqrt()

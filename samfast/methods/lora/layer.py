@@ -18,8 +18,8 @@ class LoraLinear(LowRankLinear):
     x: (..., in_features) -> (..., out_features) = x Wᵀ + b + alpha/rank · drop(x) Aᵀ Bᵀ
     lora_A: (rank, in_features), Kaiming uniform   lora_B: (out_features, rank), zeros
 
-    Both are float32 (float64 beside a float64 weight) whatever the weight's dtype. ``alpha``
-    None means alpha = rank. Dropout acts in training only, on the adapter's input.
+    Both are float32 whatever the weight's dtype, or float64 with a float64 weight. ``alpha`` None
+    means alpha = rank. Dropout acts only in training, on the adapter's input.
     """
 
     token_wise = block_watched = True
@@ -51,16 +51,16 @@ class LoraLinear(LowRankLinear):
     def from_linear(
         cls, linear: nn.Linear, rank: int, alpha: float | None = None, dropout: float = 0.0
     ) -> "LoraLinear":
-        """LoRA around ``linear``, with the same weight and bias Parameters."""
+        """Add LoRA to ``linear``; keep its weight and bias Parameters."""
         return cls._from_linear(linear, rank=rank, alpha=alpha, dropout=dropout)
 
     @property
     def scaling(self) -> float:
-        """What the update is multiplied by: alpha / rank."""
+        """The factor of the update: alpha / rank."""
         return self.alpha / self.rank
 
     def reset_adapter(self) -> None:
-        """Draw lora_A anew and set lora_B to zeros."""
+        """Initialise lora_A anew and set lora_B to zeros."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -69,7 +69,7 @@ class LoraLinear(LowRankLinear):
         return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """The result with the update. x: (..., in_features) -> (..., out_features)"""
+        """Run the layer with its update. x: (..., in_features) -> (..., out_features)"""
         dropout = self.dropout if self.training else 0.0
         return lora_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, dropout=dropout

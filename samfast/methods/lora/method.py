@@ -32,8 +32,8 @@ class Lora(Method):
     dropout: on the adapter's input, in training
     target: a layer's leaf name ("qkv", "proj", "lin1", "lin2"), a regular expression over full
         names, or a tuple of those
-    slices: of ("q", "k", "v"), an own unscaled update on each of these parts of a packed qkv layer
-        instead of one on the whole layer
+    slices: parts ("q", "k", "v") of a packed qkv layer that each get their own unscaled update,
+        instead of one update on the whole layer
     """
 
     name: ClassVar[str] = "lora"

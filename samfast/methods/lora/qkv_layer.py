@@ -13,11 +13,10 @@ from samfast.kernels.sam_block.plan import LayerPlan
 
 
 class QkvLora(LowRankLinear):
-    """A packed qkv layer whose query, key or value outputs each get a LoRA of their own.
+    """Packed qkv layer with a separate LoRA on its query, key or value outputs.
 
-    x: (..., in_features) -> (..., out_features) = x Wᵀ + b; on every chosen slice i of length
-    L = out_features / 3 it adds drop(x) A_iᵀ B_iᵀ, without any scaling (the form of SAMed and of
-    SAM-COBOT's baseline).
+    x: (..., in_features) -> (..., out_features) = x Wᵀ + b. To every chosen slice i of length
+    L = out_features / 3 it adds drop(x) A_iᵀ B_iᵀ, unscaled, as in SAMed and SAM-COBOT's baseline.
 
     lora_A: (n·rank, in_features), the n slices' A below each other, each Kaiming uniform
     lora_B: (n·L, rank), the slices' B below each other, zeros
@@ -50,7 +49,7 @@ class QkvLora(LowRankLinear):
 
     @staticmethod
     def check_sizes(in_features: int, out_features: int, rank: int) -> None:
-        """Raise ValueError where layers of these sizes cannot have this update."""
+        """Raise ValueError if layers of these sizes cannot have this update."""
         check_rank(rank)
         if out_features % 3:
             raise ValueError(
@@ -71,12 +70,12 @@ class QkvLora(LowRankLinear):
         slices: tuple[str, ...] = ("q", "v"),
         dropout: float = 0.0,
     ) -> "QkvLora":
-        """Sliced LoRA around a packed qkv layer, with the same weight and bias Parameters."""
+        """Add sliced LoRA to a packed qkv layer; keep its weight and bias Parameters."""
         return cls._from_linear(linear, rank=rank, slices=slices, dropout=dropout)
 
     def reset_adapter(self) -> None:
-        """Draw the A factors anew and set the B factors to zeros."""
-        # The bound depends on the number of inputs alone, so one call fills every slice's A.
+        """Initialise the A factors anew and set the B factors to zeros."""
+        # The bound depends only on the number of inputs, so one call fills every slice's A.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -92,7 +91,7 @@ class QkvLora(LowRankLinear):
         return delta
 
     def forward_adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """The result with the update. x: (..., in_features) -> (..., out_features)"""
+        """Run the layer with its update. x: (..., in_features) -> (..., out_features)"""
         dropout = self.dropout if self.training else 0.0
         return lora_linear(
             x,

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of TA-LoRA's options; they need no torch."""
+"""Checks of TA-LoRA's options. Nothing here imports torch."""
 
 import math
 
 from samfast.adapters.checks import check_whole
 
 Ranks = tuple[int, int, int]
-MOST_ELEMENTS = 2**28  # of the core, whose sides are the ranks
+MOST_ELEMENTS = 2**28  # of the core (R1, R2, R3)
 
 
 def check_tasks(tasks: int) -> None:
@@ -40,7 +40,7 @@ def check_orthogonality(orthogonality: float) -> None:
 
 
 def check_names(names: tuple[str, ...]) -> None:
-    """Raise ValueError where there are no names of tasks, or one is empty or given twice."""
+    """Raise ValueError if there are no task names, or one is empty or given twice."""
     for name in names:
         if not isinstance(name, str) or not name or name == "all":
             raise ValueError(f"tasks has {name!r}, which is not a task name")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TA-LoRA: one low-rank update of a layer for each of several tasks, from one Tucker tensor."""
+"""TA-LoRA: a low-rank update of a layer for each task, from one Tucker tensor."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -31,18 +31,18 @@ from samfast.methods.ta_lora.checks import (
 
 
 class TaskLoraLinear(SharingLayer, LowRankLinear):
-    """Linear layer with the update of a task, a slice of a tensor in Tucker form (TA-LoRA).
+    """Linear layer with one update per task, slices of a tensor in Tucker form (TA-LoRA).
 
     x: (B, …, in_features) -> (B, …, out_features) = x Wᵀ + b + s · ((drop(x) U1) M_t) U2ᵀ with
     M_t = Σ_v td_U3[t, v] td_G[:, :, v] for task t; the update's weight is never formed.
 
     td_U1: (in_features, R1), td_U2: (n · out_features / 3, R2) for n enabled ones of q, k and v,
         td_U3: (tasks, R3), all standard normal; td_G: (R1, R2, R3), zeros
-    ``set_task`` says which task: one for the batch, a batch repeated for each task, or one for each
-    sample. At first it is task 0. Dropout acts in training only. With ``orthogonality`` λ,
-    ``samfast.aux_loss`` has λ times the mean of ‖U1ᵀU1 − 1‖, ‖U2ᵀU2 − 1‖ and ‖G_vᵀG_v − 1‖.
-    Names and form are the authors'; ranks, scaling and dropout by default are those of their later
-    method for multi-task SAM (ToRA), for the article itself gives none.
+    ``set_task`` chooses the task: one for the batch, all tasks for a repeated batch, or one per
+    sample. Task 0 is set at first. Dropout acts only in training. With ``orthogonality`` λ,
+    ``samfast.aux_loss`` adds λ times the mean of ‖U1ᵀU1 − 1‖, ‖U2ᵀU2 − 1‖ and ‖G_vᵀG_v − 1‖.
+    Names and form are the authors'. The paper gives no ranks, scaling and dropout; the defaults are
+    those of the authors' later method for multi-task SAM (ToRA).
     Saves x, drop(x) U1 and its product with M_t. Raises ValueError for sizes that do not fit.
     """
 
@@ -97,8 +97,8 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         self.choose((0,))
         self.ran: tuple[
             tuple[tuple[int, ...], Tensor], ...
-        ] = ()  # tasks of forwards since a backward last ran them again, two at most
-        self.again = False  # such a backward has begun
+        ] = ()  # tasks of forwards since a backward last recomputed them, two at most
+        self.again = False  # a recomputing backward has begun
         self.repeated = False  # see set_task
         self.reset_adapter()
 
@@ -106,7 +106,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
     def check_sizes(
         in_features: int, out_features: int, tasks: int, ranks: Ranks, enabled: tuple[str, ...]
     ) -> None:
-        """Raise ValueError where layers of these sizes cannot have this update."""
+        """Raise ValueError if layers of these sizes cannot have this update."""
         check_tasks(tasks)
         check_ranks(ranks)
         if checked_slices(enabled) != QKV and out_features % 3:
@@ -126,7 +126,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         enabled: tuple[str, ...] = QKV,
         orthogonality: float = 0.0,
     ) -> "TaskLoraLinear":
-        """TA-LoRA around ``linear``, with the same weight and bias Parameters."""
+        """Add TA-LoRA to ``linear``; keep its weight and bias Parameters."""
         module = cls._from_linear(
             linear, tasks=tasks, ranks=ranks, scaling=scaling, dropout=dropout, enabled=enabled,
             orthogonality=orthogonality,
@@ -135,17 +135,17 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         return module
 
     def choose(self, tasks: tuple[int, ...], entries: Tensor | None = None) -> None:
-        """Work for these from now on; entries: the same on the layer's device, if at hand."""
+        """Work for these tasks from now on; entries: the same as a tensor on the layer's device."""
         if entries is None:
             entries = entries_of(tasks, self.weight.device)
         self.chosen, self.entries = tasks, entries
 
     def tasks_now(self, samples: int) -> Tensor:
-        """The entries of this forward of so many samples.
+        """Return the task entries for this forward of ``samples`` samples.
 
-        A checkpoint runs a forward again in the backward, when other tasks may be set: it gets
-        those of the forwards before. RuntimeError where these had different tasks, for which one
-        it is cannot be told.
+        A checkpoint reruns a forward during backward, when other tasks may be set. It then gets the
+        tasks of the earlier forwards. Raises RuntimeError if these differ, because it cannot tell
+        which forward is rerun.
         """
         if not torch.compiler.is_compiling():
             if self.entries.is_inference():  # from a graph that was compiled in inference mode
@@ -156,8 +156,8 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
                 self.again = True
                 if len(self.ran) > 1:
                     raise RuntimeError(
-                        "a checkpoint runs a layer with tasks again, but since its forward other "
-                        "tasks were set and ran; run the backward of each first, or use "
+                        "a checkpoint reruns a layer with tasks, but other tasks were set and ran "
+                        "since its forward; call backward before you set another task, or use "
                         "samfast.fuse(memory='minimal'), which keeps the tasks of each forward"
                     )
                 if self.ran:
@@ -171,15 +171,15 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         count = len(chosen)
         if count > 1 and getattr(self, "_is_replica", False):
             raise RuntimeError(
-                f"{count} tasks are set, which DataParallel does not share out with the batch; use "
-                "DistributedDataParallel, or one task at a time"
+                f"{count} tasks are set, but DataParallel does not split them with the batch; use "
+                "DistributedDataParallel, or set one task at a time"
             )
         if samples % count:
             raise ValueError(f"{count} tasks are set, which do not divide a batch of {samples}")
         return entries if entries.device == self.weight.device else entries.to(self.weight.device)
 
     def reset_adapter(self) -> None:
-        """Draw the factors anew and set the core to zeros."""
+        """Initialise the factors anew and set the core to zeros."""
         nn.init.zeros_(self.td_G)
         for factor in (self.td_U1, self.td_U2, self.td_U3):
             nn.init.normal_(factor)
@@ -190,30 +190,33 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
             self.reset_adapter()
 
     def relation_parameters(self) -> Iterator[nn.Parameter]:
-        """The core: between factors of unit variance a step of it moves the layer as a step some
-        twenty times as large moves LoRA's factors."""
+        """Yield the core, which needs a lower rate than LoRA's factors.
+
+        The factors next to it have unit variance. A step of the core moves the layer about as much
+        as a step twenty times as large moves LoRA's factors.
+        """
         yield self.td_G
 
     @property
     def depends_on_task(self) -> bool:
-        """Whether the result is another for another task; a merged layer has one."""
+        """True if the output depends on the task (False once merged)."""
         return not self.merged
 
     def sources(self) -> list[Tensor]:
         return [self.td_G, self.td_U3]
 
     def alone(self) -> tuple[Tensor, ...]:
-        """The cores M (P, T, R1, R2) of all tasks, see ``task_cores``."""
+        """Return the cores M (P, T, R1, R2) of all tasks, see ``task_cores``."""
         return task_cores([self.td_G], [self.td_U3])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.td_U1.t(), self.td_U2
 
     def delta_weight(self) -> Tensor:
-        """The update of the one task that is set."""
+        """Return the update of the one task that is set."""
         if len(self.chosen) != 1:
             raise ValueError(
-                f"{len(self.chosen)} tasks are set; merge(model, task=...) takes one of them"
+                f"{len(self.chosen)} tasks are set; choose one with merge(model, task=...)"
             )
         wide = torch.promote_types(self.td_G.dtype, torch.float32)
         core, into, out, kinds = (
@@ -228,7 +231,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
         return delta
 
     def forward_adapted(self, x: Tensor) -> Tensor:
-        """The result with the update. x: (..., in_features) -> (..., out_features)"""
+        """Run the layer with its update. x: (..., in_features) -> (..., out_features)"""
         return task_lora_linear(
             x, self.weight, self.bias, self.td_U1, self.td_U2, self.share()[0],
             self.tasks_now(x.shape[0] if x.dim() > 1 else 1),
@@ -257,7 +260,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
 
     @classmethod
     def joint_loss(cls, layers: Sequence["TaskLoraLinear"]) -> Tensor | None:
-        """The orthogonality penalty: over layers the mean of λ times each layer's."""
+        """Return the orthogonality penalty: the mean over layers of λ times each layer's."""
         if not any(layer.orthogonality for layer in layers):
             return None
         alike: dict[tuple[Any, ...], list[TaskLoraLinear]] = {}
@@ -283,7 +286,7 @@ class TaskLoraLinear(SharingLayer, LowRankLinear):
 
 
 def entries_of(tasks: tuple[int, ...], device: torch.device) -> Tensor:
-    """(E,) int64. They outlive the forward that asks for them, so not as inference tensors."""
+    """Return the tasks as int64 (E,), not as an inference tensor, since they outlive a forward."""
     if torch.compiler.is_compiling():
         return torch.tensor(tasks, dtype=torch.int64, device=device)
     with torch.inference_mode(False):
@@ -291,7 +294,7 @@ def entries_of(tasks: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def orthogonal_penalty(layers: Sequence[TaskLoraLinear]) -> Tensor:
-    """Over layers of one shape, the sum of λ · mean(‖U1ᵀU1 − 1‖, ‖U2ᵀU2 − 1‖, ‖G_vᵀG_v − 1‖ …)."""
+    """Sum λ · mean(‖U1ᵀU1 − 1‖, ‖U2ᵀU2 − 1‖, ‖G_vᵀG_v − 1‖ …) over layers of one shape."""
     into, out = (torch.stack([getattr(layer, n) for layer in layers]) for n in ("td_U1", "td_U2"))
     core = torch.stack([layer.td_G for layer in layers]).permute(0, 3, 1, 2)
     norms = []
@@ -300,20 +303,20 @@ def orthogonal_penalty(layers: Sequence[TaskLoraLinear]) -> Tensor:
         norms.append(torch.linalg.matrix_norm(factor.mT @ factor - one))
     each = torch.cat(norms, 1).mean(1)
     weights = [layer.orthogonality for layer in layers]
-    if len(set(weights)) == 1:  # no tensor of Python's numbers: a CUDA graph cannot capture one
+    if len(set(weights)) == 1:  # a CUDA graph cannot capture a tensor made of Python numbers
         return (each * weights[0]).sum()
     return torch.stack([row * weight for row, weight in zip(each, weights, strict=True)]).sum()
 
 
 class TaskForward(EncoderForward[TaskLoraLinear]):
-    """Makes the cores of all layers of one encoder while it runs."""
+    """Computes the cores of all layers of one encoder during its forward."""
 
     def make(self) -> list[tuple[Tensor, ...]]:
         cores, factors = zip(*(layer.sources() for layer in self.layers), strict=True)
         return [(m,) for m in task_cores(cores, factors)]
 
     def together(self) -> bool:
-        """None is merged, and all are alike."""
+        """True if none is merged and all are alike."""
         like = [
             (layer.td_G.shape, layer.td_G.dtype, layer.td_G.device, layer.td_U3.dtype)
             for layer in self.layers
@@ -321,7 +324,7 @@ class TaskForward(EncoderForward[TaskLoraLinear]):
         return not any(layer.merged for layer in self.layers) and len(set(like)) == 1
 
     def open(self, encoder: nn.Module, args: Any) -> None:
-        """Before the encoder's forward: ValueError where the tasks do not divide the batch."""
+        """Raise ValueError, before the forward, if the tasks do not divide the batch."""
         lead, images = self.layers[0], args[0].shape[0] if args else 0
         if images % len(lead.chosen) and not lead.repeated and not lead.merged:
             raise ValueError(

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 class TaLora(Method):
     """TA-LoRA: low-rank updates for several tasks, which share one Tucker tensor's factors.
 
-    tasks: how many, or their names   ranks: of the inputs, the outputs and the tasks
-    scaling: of the update   dropout: on the adapter's input, in training
-    enabled: which of ("q", "k", "v") get an update; of all three, layers of other kinds do too
-    orthogonality: weight of the penalty in ``aux_loss``, 0 for none
+    tasks: their number or their names   ranks: for inputs, outputs and tasks
+    scaling: factor of the update   dropout: on the adapter's input, in training
+    enabled: which of ("q", "k", "v") get an update; with all three, other linear layers can too
+    orthogonality: weight of the penalty in ``aux_loss``; 0 for none
     target: as in ``Lora``
-    The authors' article gives no ranks, scaling and dropout; these are their later method's.
+    The paper gives no ranks, scaling and dropout. The defaults are those of the authors' later
+    method (ToRA).
     """
 
     name: ClassVar[str] = "ta-lora"
@@ -82,7 +83,7 @@ class TaLora(Method):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the tasks, () where they have numbers alone."""
+        """The names of the tasks; () if they only have numbers."""
         return self.tasks if isinstance(self.tasks, tuple) else ()
 
     @property
@@ -97,7 +98,7 @@ class TaLora(Method):
         return mine == theirs
 
     def check_model(self, model: "nn.Module", layers: "Mapping[str, Foreign]") -> None:
-        """The tasks are those of a MultiTaskSam, and the layers in the encoder."""
+        """Raise ValueError if a MultiTaskSam has other tasks, or a layer is outside its encoder."""
         known = getattr(model, "tasks", None)
         if known is None:
             return
@@ -105,12 +106,15 @@ class TaLora(Method):
         if self.count != len(names) or (self.names and self.names != names):
             given = ", ".join(self.names) or f"{self.count} of them"
             raise ValueError(
-                f"the tasks of ta-lora are {given}, but those of the model {', '.join(names)}; "
-                "they must be the same, in the same order"
+                f"ta-lora has the tasks {given}, but the model has {', '.join(names)}; pass the "
+                "same tasks, in the same order"
             )
         for name in layers:
             if not name.startswith("image_encoder."):
-                raise ValueError(f"{name} is outside the image encoder, where no task is set")
+                raise ValueError(
+                    f"{name} is outside the image encoder, and only there are tasks set; leave it "
+                    "out of target"
+                )
 
     def check(self, layer: "nn.Linear") -> None:
         from samfast.methods.ta_lora.layer import TaskLoraLinear

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tasks the TA-LoRA layers of a model work for."""
+"""Choose the tasks that the TA-LoRA layers of a model work for."""
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,16 @@ from samfast.methods.ta_lora.layer import TaskLoraLinear, entries_of
 
 
 def set_task(model: Model, task: int | str | Tensor, *, repeated: bool = False) -> Model:
-    """Say which tasks the TA-LoRA layers of a model work for from now on, in place.
+    """Set the tasks that the TA-LoRA layers of a model work for from now on, in place.
 
-    task: the number or name of one task for the whole batch; "all", for a batch that is repeated
-        for each task, (task 0's samples, then task 1's, …); or numbers of tasks, int64 (E,), where
-        E divides the batch and entry i is that of the i-th part of it, such as one for each sample
-    repeated: the batch is repeated for the tasks inside the encoder, as MultiTaskSam does it
+    task: one task for the whole batch, by number or name; "all" for a batch repeated for each task
+        (task 0's samples, then task 1's, …); or an int64 tensor (E,) of task numbers, where E
+        divides the batch and entry i belongs to its i-th part
+    repeated: True if the encoder repeats the batch for the tasks, as MultiTaskSam does
 
-    The tasks are the model's, whichever thread runs it. A tensor on a GPU is read, which waits for
-    the GPU. Under torch's checkpoints run the backward before other tasks are set and run. Raises
-    ValueError when the model has no such layers, a task does not exist, or a task is merged into
-    the weights.
+    All threads that run the model see the tasks. A tensor on a GPU is read, which waits for the
+    GPU. With torch.utils.checkpoint, call backward before you set other tasks. Raises ValueError if
+    the model has no such layers, a task does not exist, or a task is merged into the weights.
     """
     layers = _task_layers(model)
     chosen = numbers_of(model, task)
@@ -51,7 +50,7 @@ def _task_layers(model: nn.Module) -> dict[str, TaskLoraLinear]:
 
 
 def numbers_of(model: nn.Module, task: int | str | Tensor) -> tuple[int, ...]:
-    """What ``set_task`` takes as numbers; ValueError where one does not exist."""
+    """Turn what ``set_task`` takes into numbers; raise ValueError for an unknown task."""
     tasks = next(iter(_task_layers(model).values())).tasks
     if isinstance(task, Tensor):
         if task.dtype != torch.int64 or task.dim() != 1 or not len(task):
