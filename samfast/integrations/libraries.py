@@ -24,10 +24,12 @@ from samfast.integrations.swap import swapped
 
 LIBRARIES = {  # class -> its file
     "peft.tuners.tuners_utils.BaseTunerLayer": "peft_layers",
+    "autogluon.multimodal.models.adaptation_layers.ConvLoRALinear": "autogluon",
     "micro_sam.models.peft_sam.FacTSurgery": "micro_sam",
     "micro_sam.models.peft_sam.ScaleShiftLayer": "micro_sam",
 }
-COPIED = {  # class of any package -> its file, and the child that it adapts
+COPIED = {  # class of any package -> its file, and a child that it has
+    "ConvLoRALinear": ("autogluon", "lora_moe_gating"),
     "_LoRA_qkv": ("qkv_wrappers", "qkv"),
     "AttentionLoRA": ("micro_sam", "qkv_proj"),
     "MLPLoRA": ("micro_sam", "mlp_layer"),

@@ -36,12 +36,18 @@ def shell(
 
 
 def difference(
-    module: nn.Module, formula: Callable[[Tensor, Tensors], Tensor], x: Tensor
+    module: nn.Module,
+    formula: Callable[[Tensor, Tensors], Tensor],
+    x: Tensor,
+    modes: tuple[bool, ...] = (True, False),
+    others: bool = False,
 ) -> str | None:
     """Say what differs between a shell and the formula, in train or eval mode; else None.
 
     formula: takes x and the shell's parameters by name
     x: float32 on a CPU, as the parameters are
+    modes: of training in which the shell runs
+    others: whether its graph may end in tensors that are not its own
 
     It compares the result and the gradients of x and of every parameter, in 2-norm. Call it
     ``apart``.
@@ -51,10 +57,10 @@ def difference(
     y = formula(x, parameters)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     exact = _gradients(y, dy, {"x": x, **parameters})
-    for training in (True, False):
+    for training in modes:
         for part in module.modules():
             part.training = training
-        problem = _difference(module, x, dy, exact)
+        problem = _difference(module, x, dy, exact, others)
         if problem is not None:
             return f"{problem} in {'train' if training else 'eval'} mode"
     return None
@@ -80,7 +86,9 @@ def deviation(
     return f"its forward gives another output ({100 * off:.2g} % off) at this size, under no_grad"
 
 
-def _difference(module: nn.Module, x: Tensor, dy: Tensor, exact: Tensors) -> str | None:
+def _difference(
+    module: nn.Module, x: Tensor, dy: Tensor, exact: Tensors, others: bool
+) -> str | None:
     own = dict(module.named_parameters())
     leaves = {"x": x.detach().requires_grad_(), **own}
     try:
@@ -91,7 +99,7 @@ def _difference(module: nn.Module, x: Tensor, dy: Tensor, exact: Tensors) -> str
         made = _gradients(y, dy, leaves)
     except Exception as error:  # the user's code may raise anything
         return _failure(error)
-    if foreign:
+    if foreign and not others:
         return "its forward trains a tensor that is not its own"
     for name, truth in exact.items():
         off = ((made[name] - truth).norm() / truth.norm().clamp(min=1e-30)).item()
