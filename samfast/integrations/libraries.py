@@ -31,6 +31,9 @@ LIBRARIES = {  # class -> its file
 COPIED = {  # class of any package -> its file, and a child that it has
     "ConvLoRALinear": ("autogluon", "lora_moe_gating"),
     "_LoRA_qkv": ("qkv_wrappers", "qkv"),
+    "_LoRA_qkv_relation_add": ("cobot", "qkv"),
+    "Adapter": ("cobot", "adapter_layer_norm_before"),
+    "Adapter_relation": ("cobot", "adapter_layer_norm_before"),
     "AttentionLoRA": ("micro_sam", "qkv_proj"),
     "MLPLoRA": ("micro_sam", "mlp_layer"),
     "AdaptFormer": ("micro_sam", "mlp_proj"),
@@ -56,7 +59,8 @@ def library_of(module: nn.Module) -> Library | None:
     """Return the file that knows the module's class; None for samfast's, torch's and unknown."""
     for base in type(module).__mro__:
         file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
-        if file is None and base.__name__ in COPIED:
+        own = base.__module__.partition(".")[0] == "samfast"
+        if file is None and base.__name__ in COPIED and not own:
             copied, child = COPIED[base.__name__]
             file = copied if module._modules.get(child) is not None else None
         if file is not None:

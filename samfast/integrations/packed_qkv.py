@@ -52,6 +52,7 @@ class FusedPackedQkv(ForeignModule):
 
     base: name of the packed layer   pairs: names of A and B by third
     needed: thirds that every such wrapper updates   scale: name of the scaling, "" for none
+    more: further children   tensors: parameters of its own
     """
 
     base: ClassVar[str]
@@ -59,6 +60,8 @@ class FusedPackedQkv(ForeignModule):
     pairs: ClassVar[Mapping[str, tuple[str, str]]]
     needed: ClassVar[tuple[str, ...]] = ()
     scale: ClassVar[str] = ""
+    more: ClassVar[tuple[str, ...]] = ()
+    tensors: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Run x: (..., D) -> (..., 3 · D), fused if nothing prevents it."""
@@ -92,7 +95,7 @@ class FusedPackedQkv(ForeignModule):
 
     def block_problem(self) -> str | None:
         """Say why the owner's forward runs; None if the layer can take part in a fused block."""
-        return own_problem(self) or now_problem(self._modules)
+        return own_problem(self) or now_problem(self._linears(self))
 
     def block_layer(self, x: Tensor, windows: Windows) -> BlockLayer:
         """Return what the layer passes to a fused block; x is the input of the products."""
@@ -109,6 +112,11 @@ class FusedPackedQkv(ForeignModule):
         with torch.no_grad():
             factors = self._factors()
         return backend_of(self.weight, factors, len(self._starts()))
+
+    @classmethod
+    def _linears(cls, module: Foreign) -> dict[str, nn.Module]:
+        """The packed layer and those of the updates."""
+        return {name: layer for name, layer in held(module).items() if name not in cls.more}
 
     def _starts(self) -> tuple[int, ...]:
         """Return the first columns of the updated thirds."""
@@ -136,11 +144,12 @@ class FusedPackedQkv(ForeignModule):
     def structure(cls, module: Foreign) -> str | None:
         thirds = _updated(module, cls)
         names = [name for third in thirds or cls.needed for name in cls.pairs[third]]
-        if (reason := held_problem(module, (cls.base, *names))) is not None:
+        reason = held_problem(module, (cls.base, *names, *cls.more), cls.tensors)
+        if reason is not None:
             return reason
         if absent := [third for third in cls.needed if third not in thirds]:
             return f"has no {cls.pairs[absent[0]][0]}"
-        if (reason := kinds_problem(held(module))) is not None:
+        if (reason := kinds_problem(cls._linears(module))) is not None:
             return reason
         base = module._modules[cls.base]
         ranks: dict[int, str] = {}

@@ -12,6 +12,7 @@ from operator import is_
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 # What segment_anything's blocks, and equal ones, use of tensors and of torch.
@@ -22,7 +23,8 @@ TENSORS = frozenset(
     "stack sub transpose unbind unflatten unsqueeze view zeros".split()
 )
 _BUILTINS = frozenset(
-    "abs float hasattr int isinstance len list max min range round tuple zip".split()
+    "abs float hasattr int isinstance len list max min range round str tuple zip "
+    "Exception NotImplementedError RuntimeError ValueError".split()
 )
 _WRITES = ("STORE_SUBSCR", "STORE_SLICE")
 _MODULES = ("torch", "torch.nn", "torch.nn.functional", "math")
@@ -38,10 +40,19 @@ class PlainCode:
     names: attributes of the class's modules and their parts that it may read
     writes: True if it may write to a part of a tensor, ``t[...] = u``; a run with gradients shows
         if the tensor is its input
+    stores: attributes of its module that it may set   methods: of its class that it may call
     """
 
-    def __init__(self, kind: type[nn.Module], names: frozenset[str], writes: bool = False):
-        self.kind, self.names, self.writes = kind, names, writes
+    def __init__(
+        self,
+        kind: type[nn.Module],
+        names: frozenset[str],
+        writes: bool = False,
+        stores: frozenset[str] = frozenset(),
+        methods: frozenset[str] = frozenset(),
+    ):
+        self.kind, self.names, self.writes = kind, names | stores, writes
+        self.stores, self.methods = stores, methods
         self.bases = [vars(c) for c in kind.__mro__[: kind.__mro__.index(nn.Module)]]
         self.code = -1
         self.problem: str | None = None
@@ -117,6 +128,8 @@ class PlainCode:
                 continue
             elif kind in ("LOAD_ATTR", "LOAD_METHOD"):
                 self._attribute(name, modules, found)
+            elif kind == "STORE_ATTR" and name in self.stores:
+                self.attributes.add(name)
             elif "SUPER" in kind or kind.startswith(("STORE_", "DELETE_", "IMPORT_")):
                 if not kind.startswith(("STORE_FAST", "DELETE_FAST", "STORE_DEREF")):
                     raise self._uses(f"{kind.lower().replace('_', ' ')} {name or ''}".strip())
@@ -142,6 +155,9 @@ class PlainCode:
                 self.attributes.add(text)
 
     def _attribute(self, name: str, modules: list[ModuleType], found: list[Any]) -> None:
+        if name in self.methods:
+            self._function(self._watch(getattr, self.kind, name), found)
+            return
         if name not in TENSORS and name not in self.names:
             raise self._uses(name)
         self.attributes.add(name)
@@ -160,6 +176,11 @@ class PlainCode:
             self._function(value, found)
         elif isinstance(value, _NUMBERS):
             self._numbers((value,), found)
+        elif _is_autograd_function(value):
+            for part in ("forward", "backward"):
+                self._function(self._watch(getattr, value, part), found)
+        elif value is torch.autograd.Variable:
+            found.append(_Same(value))
         else:
             raise self._uses(f"{name}, a {type(value).__name__}")
 
@@ -224,6 +245,14 @@ def _of_torch(value: Any) -> bool:
     else:
         name = (isinstance(value, type(len)) and value.__module__) or ""
     return name.partition(".")[0] == "torch"
+
+
+def _is_autograd_function(value: Any) -> bool:
+    """Whether it is a class of torch.autograd.Function with a forward and a backward alone."""
+    if not isinstance(value, type) or value.__mro__[1:2] != (torch.autograd.Function,):
+        return False
+    methods = {name for name, part in vars(value).items() if callable(part) and name[0] != "_"}
+    return methods == {"forward", "backward"}
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -13,12 +13,21 @@ mixin says what to compare, by class methods:
     small(sizes)            the same sizes with smaller layers
     width(sizes)            number of features of x
 
+and by what a mixin may have; these stand for what it does not have:
+
+    takes = "(self, x)"     the forward's signature
+    stores = ()             attributes that the forward may set
+    methods = ()            methods of the class that the forward may call
+    codes(module)           (), code of classes inside that has to be plain too
+    runs(sizes)             see ``Run``: modules and formulas to compare
+
 Sentences here are the end of one that starts with the module: "has a child norm1, ...".
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +69,15 @@ class Wrapper(Protocol):
     def width(cls, sizes: Any) -> int: ...
 
 
+class Run(NamedTuple):
+    """One comparison: sizes of the module, its formula and what compares them on x of a shape."""
+
+    sizes: Any
+    formula: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    compare: Callable[[nn.Module, Callable[..., Tensor], Tensor], str | None]
+    shape: tuple[int, ...]
+
+
 _verdicts: dict[tuple[Any, ...], str | None] = {}
 
 
@@ -71,7 +89,8 @@ def problem(module: nn.Module, mixin: type[Wrapper]) -> str | None:
     """
     kind = stock_of(module)
     codes: list[int | str] = []
-    for plain in (_plain(kind, mixin), _LINEAR):
+    inside = getattr(mixin, "codes", _no_codes)(module)
+    for plain in (_plain(kind, mixin), _LINEAR, *inside):
         code, unclear = plain()
         codes.append(code if unclear is None else unclear)
     key = kind, mixin, tuple(codes), mixin.stamp(module)
@@ -83,7 +102,7 @@ def problem(module: nn.Module, mixin: type[Wrapper]) -> str | None:
 def _judgement(
     module: nn.Module, kind: type[nn.Module], mixin: type[Wrapper], codes: list[int | str]
 ) -> str | None:
-    reason = mixin.structure(module) or _signature_problem(kind)
+    reason = mixin.structure(module) or _signature_problem(kind, mixin)
     if reason is not None:
         return reason
     for unclear in codes:
@@ -112,27 +131,39 @@ def stock_of(module: nn.Module) -> type[nn.Module]:
 
 @cache
 def _plain(kind: type[nn.Module], mixin: type[Wrapper]) -> PlainCode:
-    return PlainCode(kind, frozenset(mixin.reads), writes=True)
+    stores, methods = (frozenset(getattr(mixin, name, ())) for name in ("stores", "methods"))
+    return PlainCode(kind, frozenset(mixin.reads), True, stores, methods)
 
 
-def _signature_problem(kind: type[nn.Module]) -> str | None:
+def _no_codes(module: nn.Module) -> tuple[PlainCode, ...]:
+    return ()
+
+
+def _signature_problem(kind: type[nn.Module], mixin: type[Wrapper]) -> str | None:
     found = inspect.signature(kind.forward, follow_wrapped=False).parameters.values()
     taken = str(inspect.Signature([p.replace(annotation=p.empty) for p in found]))
-    return None if taken == "(self, x)" else f"has a forward that takes {taken}, not (self, x)"
+    wanted = getattr(mixin, "takes", "(self, x)")
+    return None if taken == wanted else f"has a forward that takes {taken}, not {wanted}"
 
 
 def _probed(kind: type[nn.Module], mixin: type[Wrapper], sizes: Any) -> str | None:
     """Run a small module in both modes with all gradients, then one of full size, on maps."""
     generator = torch.Generator("cpu").manual_seed(0)
-    small = mixin.small(sizes)
-    cases = (small, difference, (3, 6, 7)), (sizes, deviation, (1, 5, 2))
-    for given, compare, shape in cases:
-        tested = mixin.stand_in(kind, given, generator)
-        x = draw(generator, *shape, mixin.width(given))
-        found = compare(tested, mixin.formula(given), x)
+    for run in getattr(mixin, "runs", functools.partial(_runs, mixin))(sizes):
+        tested = mixin.stand_in(kind, run.sizes, generator)
+        x = draw(generator, *run.shape, mixin.width(run.sizes))
+        found = run.compare(tested, run.formula, x)
         if found is not None:
             return f"is not what its name says: {found}"
     return None
+
+
+def _runs(mixin: type[Wrapper], sizes: Any) -> list[Run]:
+    small = mixin.small(sizes)
+    return [
+        Run(small, mixin.formula(small), difference, (3, 6, 7)),
+        Run(sizes, mixin.formula(sizes), deviation, (1, 5, 2)),
+    ]
 
 
 def draw(generator: torch.Generator, *shape: int) -> Tensor:

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM-COBOT's layers: LoRA and AdaptFormer, alone and with coefficients related across blocks.
+
+Other programs have other classes of these names. Those are left alone.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from samfast.integrations.cobot_branch import FusedAdapter, FusedRelatedAdapter
+from samfast.integrations.cobot_qkv import FusedRelatedQkv
+from samfast.integrations.wrapper_proof import Wrapper, problem, stock_of
+
+OWNER = None
+CALLS = {
+    "keep": "samfast.fuse(model) runs fused what it knows, and attach takes a plain Sam",
+    "save": "save model.state_dict(), as SAM-COBOT's scripts do",
+    "merge": "SAM-COBOT has no call that folds them into the weights",
+    "loss": "they add nothing to the loss, so leave aux_loss out",
+}
+_ADAPTED = ("qkv", "mlp")  # what was there before
+_MIXINS: dict[str, type[Wrapper]] = {
+    "_LoRA_qkv_relation_add": FusedRelatedQkv,
+    "Adapter": FusedAdapter,
+    "Adapter_relation": FusedRelatedAdapter,
+}
+
+
+def objection(module: nn.Module) -> str | None:
+    """Why a module of a name of SAM-COBOT's is not fused; None where it is."""
+    reason = problem(module, mixin_of(module))
+    return None if reason is None else f"which {reason}"
+
+
+def mixin_of(module: nn.Module) -> type[Wrapper]:
+    """The mixin for a module of SAM-COBOT's."""
+    names = [base.__name__ for base in stock_of(module).__mro__]
+    return next(_MIXINS[name] for name in names if name in _MIXINS)
+
+
+def kind_of(module: nn.Module) -> str:
+    """What sentences call the module."""
+    return stock_of(module).__name__
+
+
+def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All but those of the layers it adapts."""
+    for name, parameter in module.named_parameters():
+        if name.partition(".")[0] not in _ADAPTED:
+            yield name, parameter

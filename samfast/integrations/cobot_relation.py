@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What SAM-COBOT's layers have in common: coefficients of all blocks and quaternion heads.
+
+FacT_c (1, V, S) and FacT_p (S, S) are the same Parameters in all layers of a model. Each layer
+folds its own slices, so their gradients add up by themselves.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from samfast.adapters.block_layer import foreign_tensor
+from samfast.adapters.foreign import Foreign, cache
+from samfast.adapters.stand_in import altered
+from samfast.integrations.linears import held_problem
+from samfast.integrations.plain_code import PlainCode
+from samfast.integrations.probe import shell
+from samfast.kernels._common.autocast import autocast_dtype
+
+RELATION = ("FacT_c", "FacT_p", "gamma")
+QUARTERS = tuple(f"{letter}_weight" for letter in "rijk")
+_SIZES = ("in_features", "out_features")  # numbers that a head may read
+_IN_HEADS = (
+    *QUARTERS,
+    *_SIZES,
+    *("bias", "addmm", "apply", "needs_input_grad", "narrow", "saved_tensors"),
+    *("save_for_backward", "sum", "t"),
+)
+
+
+class Head(NamedTuple):
+    """A class of quaternion layers and the numbers that a layer of it has."""
+
+    kind: type[nn.Module]
+    numbers: tuple[int | None, ...]
+
+
+def head_of(head: nn.Module) -> Head:
+    """The class and the numbers of a head."""
+    return Head(type(head), tuple(vars(head).get(name) for name in _SIZES))
+
+
+def head_stamp(head: nn.Module | None) -> tuple[Any, ...]:
+    """What tells a head's build from another's."""
+    if head is None:
+        return ()
+    shapes = tuple((n, None if p is None else p.shape) for n, p in head._parameters.items())
+    own = "bias" in vars(head), tuple(head._modules), tuple(head._buffers)
+    return (*head_of(head), shapes, *own)
+
+
+def head_problem(name: str, head: nn.Module, width: int) -> str | None:
+    """Why the head is not a quaternion layer of as many outputs as inputs, without a bias."""
+    if (reason := held_problem(head, (), QUARTERS)) is not None:
+        return f"has a {name} that {reason}"
+    quarter = (width // 4, width // 4)
+    for part in QUARTERS:
+        weight = head._parameters.get(part)
+        if weight is None or weight.shape != quarter:
+            found = "none" if weight is None else f"one of shape {tuple(weight.shape)}"
+            return f"has a {name} whose {part} is {found}, not {quarter}"
+    if "bias" in vars(head):
+        return f"has a {name} with a bias that is not a parameter"
+    if any(type(n) is not int and n is not None for n in head_of(head).numbers):
+        return f"has a {name} with odd numbers of features"
+    return None
+
+
+def relation_problem(module: Foreign, width: int, slices: int) -> str | None:
+    """Why the coefficients do not fit a layer with that many slices of that width."""
+    c, p, gamma = (module._parameters.get(name) for name in RELATION)
+    for name, tensor in zip(RELATION, (c, p, gamma), strict=True):
+        if tensor is None:
+            return f"has no {name}"
+    if width % 4 or width == 0:
+        return f"has a bottleneck of {width}, which four does not divide"
+    count = p.shape[0]
+    shapes = {"FacT_c": (1, width, count), "FacT_p": (count, count), "gamma": (slices * width,)}
+    for (name, shape), tensor in zip(shapes.items(), (c, p, gamma), strict=True):
+        if tuple(tensor.shape) != shape:
+            return f"has a {name} of shape {tuple(tensor.shape)}, not {shape}"
+    idx = vars(module).get("idx")
+    if type(idx) is not int or not 0 <= idx <= count - slices:
+        return f"has the index {idx!r}, while FacT_p has {count} slices"
+    return None
+
+
+@cache
+def code_of(kind: type[nn.Module]) -> PlainCode:
+    """The code of a class of heads."""
+    return PlainCode(kind, frozenset(_IN_HEADS))
+
+
+def drawn_head(head: Head, width: int, draw: Any) -> nn.Module:
+    """A head of the class with weights of its own; draw: takes a shape."""
+    quarter = width // 4
+    parts = {name: nn.Parameter(draw(quarter, quarter)) for name in QUARTERS}
+    numbers = dict(zip(_SIZES, head.numbers, strict=True))
+    made = shell(head.kind, {n: v for n, v in numbers.items() if v is not None}, **parts)
+    made.register_parameter("bias", None)
+    return made
+
+
+def quarters_of(heads: Iterable[Foreign]) -> Tensor:
+    """(heads, 4, V/4, V/4)"""
+    quarters = [getattr(head, quarter) for head in heads for quarter in QUARTERS]
+    return torch.stack(quarters).unflatten(0, (-1, 4))
+
+
+def now_problem_of(tensors: dict[str, Tensor], parts: dict[str, Foreign]) -> str | None:
+    """What stands against the tensors and parts at the moment."""
+    for name, part in parts.items():
+        if altered(part):
+            return f"has hooks or a forward of its own on {name}"
+    for name, tensor in tensors.items():
+        if foreign_tensor(tensor):
+            return f"has a {name} that is a {type(tensor).__name__}"
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    device = next(iter(tensors.values())).device.type
+    if len(dtypes) == 1 or (autocast_dtype(device) is not None and torch.float64 not in dtypes):
+        return None
+    names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"has tensors of {' and '.join(names)}"
