@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from samfast.adapters.foreign import Foreign
 from samfast.adapters.stand_in import altered
@@ -18,6 +17,7 @@ from samfast.adapters.stand_in import kind_of as phrase
 from samfast.functional import conv_lora_linear
 from samfast.integrations.linears import held_problem
 from samfast.integrations.probe import apart, difference, shell
+from samfast.integrations.read_once import read_once
 from samfast.integrations.swap import foreign_method, methods_of, own_method, swapped
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts.op import MAX_RATIO
@@ -41,7 +41,6 @@ _CONV = {
     "padding_mode": "zeros",
 }
 _verdicts: dict[tuple[Any, ...], str | None] = {}
-_constants: Any = WeakTensorKeyDictionary()
 
 
 def objection(module: Foreign) -> str | None:
@@ -200,21 +199,9 @@ def _gate_problem(module: Foreign) -> str | None:
         if type(part) is not kind or any(getattr(part, n) != v for n, v in wanted.items()):
             return f"has {phrase(part)} as {name} of its gate"
     for name, value in (("mean", 0.0), ("std", 1.0)):
-        if not _is(gate._buffers[name], value):
+        if read_once(gate._buffers[name], Tensor.tolist) not in (None, [value]):
             return f"has a gate whose noise has another {name} than {value}"
     return None
-
-
-def _is(constant: Tensor, value: float) -> bool:
-    """Whether a buffer holds this value: read again only once it was written to."""
-    if constant.is_meta:
-        return True
-    version = -1 if constant.is_inference() else constant._version
-    known = _constants.get(constant)
-    if known is None or known[:2] != (version, value) or version < 0:
-        known = version, value, bool((constant == value).all())
-        _constants[constant] = known
-    return known[2]
 
 
 @functools.cache

@@ -28,12 +28,14 @@ LIBRARIES = {  # class -> its file
     "micro_sam.models.peft_sam.FacTSurgery": "micro_sam",
     "micro_sam.models.peft_sam.ScaleShiftLayer": "micro_sam",
 }
-COPIED = {  # class of any package -> its file, and a child that it has
+COPIED = {  # class of any package -> its file, and a child or a parameter that it has
     "ConvLoRALinear": ("autogluon", "lora_moe_gating"),
     "_LoRA_qkv": ("qkv_wrappers", "qkv"),
     "_LoRA_qkv_relation_add": ("cobot", "qkv"),
     "Adapter": ("cobot", "adapter_layer_norm_before"),
     "Adapter_relation": ("cobot", "adapter_layer_norm_before"),
+    "QKVLinear": ("mtsam", "td_G"),
+    "TDLinear": ("mtsam", "td_G"),
     "AttentionLoRA": ("micro_sam", "qkv_proj"),
     "MLPLoRA": ("micro_sam", "mlp_layer"),
     "AdaptFormer": ("micro_sam", "mlp_proj"),
@@ -61,8 +63,9 @@ def library_of(module: nn.Module) -> Library | None:
         file = LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")
         own = base.__module__.partition(".")[0] == "samfast"
         if file is None and base.__name__ in COPIED and not own:
-            copied, child = COPIED[base.__name__]
-            file = copied if module._modules.get(child) is not None else None
+            copied, part = COPIED[base.__name__]
+            held = module._modules.get(part), module._parameters.get(part)
+            file = None if held == (None, None) else copied
         if file is not None:
             return cast(Library, importlib.import_module(f"samfast.integrations.{file}"))
     return None

@@ -16,7 +16,7 @@ from samfast.integrations.linears import (
     now_problem,
     stamp,
 )
-from samfast.integrations.probe import shell
+from samfast.integrations.probe import Marking, shell
 from samfast.integrations.wrapper_proof import drawn_linear, own_problem
 
 _MLP = ("lin1", "lin2", "act")
@@ -155,7 +155,7 @@ class FusedBranchMlp(ForeignModule):
             "down_proj": drawn_linear(generator, width, narrow, sizes.biases[0]),
             "non_linear_func": nn.ReLU(),
             "up_proj": drawn_linear(generator, narrow, width, sizes.biases[1]),
-            "dropout_layer": _Marking(),
+            "dropout_layer": Marking(),
         }
         values: dict[str, object] = {"dropout": 0.5 if sizes.dropout else None}
         if sizes.alpha is None:
@@ -173,17 +173,10 @@ class FusedBranchMlp(ForeignModule):
             )
             alpha = given["alpha"] if sizes.alpha is None else sizes.alpha
             z = F.relu(F.linear(x, *down))
-            y = alpha * F.linear(_Marking()(z) if sizes.dropout else z, *up)
+            y = alpha * F.linear(Marking()(z) if sizes.dropout else z, *up)
             return y + x + F.linear(x, given["mlp_proj.weight"])
 
         return branch
-
-
-class _Marking(nn.Module):
-    """Stands in for a dropout: a fixed factor per feature, which shows its place."""
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z * (1.5 + torch.arange(z.shape[-1], dtype=z.dtype).cos())
 
 
 def _alpha_problem(module: Foreign) -> str | None:

@@ -17,10 +17,10 @@ from torch import nn
 
 # What segment_anything's blocks, and equal ones, use of tensors and of torch.
 TENSORS = frozenset(
-    "T add arange baddbmm bmm cat chunk contiguous device dim div einsum expand flatten float "
-    "functional gelu interpolate layer_norm linear long mT matmul mm movedim mul ndim new_zeros nn "
-    "pad permute repeat reshape roll scaled_dot_product_attention shape size softmax split squeeze "
-    "stack sub transpose unbind unflatten unsqueeze view zeros".split()
+    "T add arange baddbmm bmm cat chunk concat contiguous device dim div einsum expand flatten "
+    "float functional gelu interpolate layer_norm linear long mT matmul mm movedim mul ndim "
+    "new_zeros nn pad permute repeat reshape roll scaled_dot_product_attention shape size softmax "
+    "split squeeze stack sub transpose unbind unflatten unsqueeze view zeros".split()
 )
 _BUILTINS = frozenset(
     "abs float hasattr int isinstance len list max min range round str tuple zip "
@@ -53,7 +53,7 @@ class PlainCode:
     ):
         self.kind, self.names, self.writes = kind, names | stores, writes
         self.stores, self.methods = stores, methods
-        self.bases = [vars(c) for c in kind.__mro__[: kind.__mro__.index(nn.Module)]]
+        self.bases = [vars(c) for c in kind.__mro__ if c not in (nn.Module, object)]
         self.code = -1
         self.problem: str | None = None
         self._known: dict[tuple[Any, ...], int] = {}

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MTSAM's ``QKVLinear`` and ``TDLinear``: a linear layer with one update for each task.
+
+Other programs have other classes of these names. Those are left alone.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samfast.adapters.foreign import Foreign, ForeignModule
+from samfast.adapters.low_rank import backend_of
+from samfast.backends import requested
+from samfast.functional import task_cores
+from samfast.integrations.cobot_relation import now_problem_of
+from samfast.integrations.linears import held_problem, takes
+from samfast.integrations.probe import Marking, deviation, difference, shell
+from samfast.integrations.read_once import read_once
+from samfast.integrations.wrapper_proof import Run, draw, own_problem, problem, stock_of
+from samfast.kernels._common.autocast import autocast_input
+from samfast.kernels.task_core.paths import core_backend
+from samfast.kernels.task_core.task_lora import task_lora_linear
+
+OWNER = None
+CALLS = {
+    "keep": "samfast.fuse(model) lets it run fused, and attach takes a plain Sam",
+    "save": "save model.state_dict()",
+    "merge": "MTSAM has no call that folds them into the weights",
+    "loss": "a penalty on their factors is your program's, so leave aux_loss out",
+}
+_FACTORS = ("td_G", "td_U1", "td_U2", "td_U3")
+_TASKS = 3  # of small modules
+Range = tuple[int, int]
+
+
+class TuckerSizes(NamedTuple):
+    """Sizes of a layer and of its update.  enabled: of equal parts of the outputs, None for all"""
+
+    inputs: int
+    outputs: int
+    ranks: tuple[int, int, int]
+    tasks: int
+    enabled: tuple[bool, ...] | None
+    scaling: float
+    bias: bool
+
+
+class FusedTuckerLinear(ForeignModule):
+    """MTSAM's linear layer with an update for each task, by samfast's operators.
+
+    x: (..., D) -> (..., O) = x Wᵀ + b + s · ((drop(x) U1) M_t) U2ᵀ, M_t = Σ_v U3[t, v] G[:, :, v]
+
+    task_idx: of the task t. With -1 x is a batch of maps in ``task_num`` equal groups, one for each
+    task in order. The update's weights, which MTSAM forms for all tasks, are never formed. Dropout
+    has the same distribution, but other random numbers.
+
+    It fuses the Tucker form. In every other case MTSAM's forward runs, and ``block_problem`` says
+    why. Every tensor is read at every forward.
+    """
+
+    takes = "(self, x, task_idx=-1)"
+    methods: ClassVar[tuple[str, ...]] = ("generate_tensor",)
+    reads: ClassVar[tuple[str, ...]] = (
+        *("weight", "bias", "scaling", "task_num", "type", "td_dropout"),
+        *_FACTORS,
+    )
+
+    def forward(self, x: Tensor, task_idx: int = -1) -> Tensor:
+        """x: (..., D) -> (..., O), fused where nothing stands against it."""
+        entries = self._entries(x, task_idx)
+        if entries is None or not takes(x, self.weight) or self.block_problem() is not None:
+            return super().forward(x, task_idx)
+        dropout: Foreign = self._modules.get("td_dropout")
+        active = dropout is not None and dropout.training
+        (cores,) = task_cores([self.td_G], [self.td_U3])
+        return task_lora_linear(
+            x, self.weight, self.bias, self.td_U1, self.td_U2, cores, entries,
+            float(self.scaling), dropout=float(dropout.p) if active else 0.0, slices=self._slices(),
+        )  # fmt: skip
+
+    def _entries(self, x: Tensor, task: Any) -> Tensor | None:
+        """The tasks of equal parts of the batch; None where MTSAM's forward may have to fail."""
+        count = self.task_num
+        if type(task) is not int or 0 in x.shape:
+            return None
+        if task == -1 and x.dim() == 4 and x.shape[0] % count == 0:
+            return torch.arange(count, device=x.device)
+        if 0 <= task < count:
+            return torch.full((1,), task, dtype=torch.int64, device=x.device)
+        return None
+
+    def _slices(self) -> list[Range] | None:
+        """The outputs that are updated, None for all."""
+        return None
+
+    def block_problem(self) -> str | None:
+        """Why MTSAM's own forward runs, None where this class's does."""
+        tensors = {name: getattr(self, name) for name in ("weight", *_FACTORS)}
+        parts: dict[str, Foreign] = {n: m for n, m in self._modules.items() if m is not None}
+        return own_problem(self) or now_problem_of(tensors, parts)
+
+    def backends(self) -> dict[str, str]:
+        """What a forward would choose here and now, for an x as autocast would have it."""
+        if self.block_problem() is not None:
+            return {}
+        try:
+            x = autocast_input(self.weight.detach()[:0])
+            own = core_backend(requested("auto"), x, self.td_G[..., 0])
+        except RuntimeError as error:
+            own = str(error)
+        count = len(self._slices() or ()) or 1
+        factors = self.td_U1.detach().t(), self.td_U2.detach()
+        return {**backend_of(self.weight, factors, count), "task_core": own}
+
+    @classmethod
+    def stamp(cls, module: Foreign) -> tuple[Any, ...]:
+        own = [(name, p.shape) for name, p in module._parameters.items() if p is not None]
+        buffers = [name for name, value in module._buffers.items() if value is not None]
+        parts = [(name, type(part)) for name, part in module._modules.items()]
+        dropout = vars(module).get("td_dropout")
+        code = dropout.__code__ if isinstance(dropout, FunctionType) else type(dropout)
+        chance = getattr(module._modules.get("td_dropout"), "p", None)
+        numbers = [vars(module).get(name) for name in ("scaling", "task_num", "type")]
+        plain = [(type(n), n if isinstance(n, (int, float, str)) else None) for n in numbers]
+        return *own, *buffers, *parts, code, chance, *plain
+
+    @classmethod
+    def structure(cls, module: Foreign) -> str | None:
+        children = ("td_dropout",) if "td_dropout" in module._modules else ()
+        reason = held_problem(module, children, ("weight", "bias", *_FACTORS))
+        if reason is not None:
+            return reason
+        absent = [name for name in ("weight", *_FACTORS) if module._parameters.get(name) is None]
+        if absent:
+            return f"has no {absent[0]}"
+        if module.type != "tucker":
+            return f"is of type {module.type!r}, not 'tucker'"
+        return _dropout_problem(module) or cls._sizes_problem(module)
+
+    @classmethod
+    def _sizes_problem(cls, module: Foreign) -> str | None:
+        core, into, out, kinds = (module._parameters[name] for name in _FACTORS)
+        weight, tasks = module.weight, module.task_num
+        if core.dim() != 3 or 0 in core.shape:
+            return f"has a td_G of shape {tuple(core.shape)}"
+        if type(tasks) is not int or tasks < 1:
+            return f"has task_num={tasks!r}"
+        if isinstance(module.scaling, bool) or not isinstance(module.scaling, (int, float)):
+            return f"has a scaling that is a {type(module.scaling).__name__}, not a number"
+        rows = cls._updated(module)
+        wanted = {
+            "td_U1": (into, (weight.shape[1], core.shape[0])),
+            "td_U2": (out, (rows, core.shape[1])),
+            "td_U3": (kinds, (tasks, core.shape[2])),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape:
+                return f"has a {name} of shape {tuple(tensor.shape)}, not {shape}"
+        return None
+
+    @classmethod
+    def _updated(cls, module: Foreign) -> int:
+        """How many outputs have an update."""
+        return module.weight.shape[0]
+
+    @classmethod
+    def sizes(cls, module: Foreign) -> TuckerSizes:
+        outputs, inputs = module.weight.shape
+        return TuckerSizes(
+            inputs,
+            outputs,
+            tuple(module.td_G.shape),
+            module.task_num,
+            cls._enabled(module),
+            float(module.scaling),
+            module.bias is not None,
+        )
+
+    @classmethod
+    def _enabled(cls, module: Foreign) -> tuple[bool, ...] | None:
+        return None
+
+    @staticmethod
+    def small(sizes: TuckerSizes) -> TuckerSizes:
+        parts = len(sizes.enabled or ())
+        small = {"inputs": 6, "outputs": 4 * (parts or 1), "ranks": (2, 3, 2), "tasks": _TASKS}
+        return sizes._replace(**small)  # type: ignore[arg-type]  # of two kinds
+
+    @staticmethod
+    def width(sizes: TuckerSizes) -> int:
+        return sizes.inputs
+
+    @classmethod
+    def runs(cls, sizes: TuckerSizes) -> list[Run]:
+        """All tasks at once and each alone, then the largest at its own size."""
+        small = cls.small(sizes)
+        found = []
+        for task in (-1, *range(_TASKS)):
+            compare = functools.partial(_of_task, task=task, compare=difference)
+            found.append(Run(small, cls._formula(small, task), compare, (2 * _TASKS, 3, 7)))
+        last = sizes.tasks - 1
+        compare = functools.partial(_of_task, task=last, compare=deviation)
+        return [*found, Run(sizes, cls._formula(sizes, last), compare, (1, 5, 2))]
+
+    @classmethod
+    def stand_in(
+        cls, kind: type[nn.Module], sizes: TuckerSizes, generator: torch.Generator
+    ) -> nn.Module:
+        first, second, third = sizes.ranks
+        enabled = sizes.enabled
+        rows = sizes.outputs // len(enabled) * sum(enabled) if enabled else sizes.outputs
+        shapes = {
+            "weight": (sizes.outputs, sizes.inputs),
+            "td_G": sizes.ranks,
+            "td_U1": (sizes.inputs, first),
+            "td_U2": (rows, second),
+            "td_U3": (sizes.tasks, third),
+        }
+        parts: dict[str, nn.Module | nn.Parameter] = {
+            name: nn.Parameter(draw(generator, *shape)) for name, shape in shapes.items()
+        }
+        parts["td_dropout"] = Marking()
+        values = {"scaling": sizes.scaling, "task_num": sizes.tasks, "type": "tucker"}
+        if enabled:
+            values["ind"] = _mask(enabled, sizes.outputs)
+        made = shell(kind, values, **parts)
+        bias = nn.Parameter(draw(generator, sizes.outputs)) if sizes.bias else None
+        made.register_parameter("bias", bias)
+        return made
+
+    @classmethod
+    def formula(cls, sizes: TuckerSizes) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+        """Of all tasks."""
+        return cls._formula(sizes, -1)
+
+    @classmethod
+    def _formula(
+        cls, sizes: TuckerSizes, task: int
+    ) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+        def adapted(x: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+            given = {name.removeprefix("layer."): tensor for name, tensor in given.items()}
+            core, into, out, kinds = (given[name] for name in _FACTORS)
+            tasks = range(sizes.tasks) if task == -1 else [task]
+            updates = []
+            for part, t in zip(Marking()(x).chunk(len(tasks)), tasks, strict=True):
+                updates.append(part @ into @ (core @ kinds[t]) @ out.t())
+            update = sizes.scaling * torch.cat(updates)
+            if sizes.enabled is not None:
+                wide = update.new_zeros(*update.shape[:-1], sizes.outputs)
+                wide[..., _mask(sizes.enabled, sizes.outputs)] = update
+                update = wide
+            return F.linear(x, given["weight"], given.get("bias")) + update
+
+        return adapted
+
+
+class FusedTuckerQkv(FusedTuckerLinear):
+    """MTSAM's packed qkv layer, whose update is for some of q, k and v.
+
+    See ``FusedTuckerLinear``. U2 has rows for what is enabled.
+    """
+
+    methods = ("generate_tensor", "zero_pad")
+    reads = (*FusedTuckerLinear.reads, "ind")
+
+    def _slices(self) -> list[Range] | None:
+        enabled = self.enable_qkv
+        if all(enabled):
+            return None
+        length = self.weight.shape[0] // len(enabled)
+        return [(i * length, (i + 1) * length) for i, on in enumerate(enabled) if on]
+
+    @classmethod
+    def stamp(cls, module: Foreign) -> tuple[Any, ...]:
+        enabled, mask = vars(module).get("enable_qkv"), vars(module).get("ind")
+        plain = tuple(enabled) if isinstance(enabled, (list, tuple)) else type(enabled)
+        known = read_once(mask, _values) if isinstance(mask, Tensor) else type(mask)
+        return *super().stamp(module), str(plain), known
+
+    @classmethod
+    def _sizes_problem(cls, module: Foreign) -> str | None:
+        enabled, mask = module.enable_qkv, vars(module).get("ind")
+        if not isinstance(enabled, (list, tuple)) or {type(on) for on in enabled} != {bool}:
+            return f"has enable_qkv={enabled!r}, not a list of bool"
+        outputs = module.weight.shape[0]
+        if not any(enabled) or outputs % len(enabled):
+            return f"has enable_qkv={enabled!r} over {outputs} outputs"
+        wanted = _values(_mask(tuple(enabled), outputs))
+        if not isinstance(mask, Tensor) or read_once(mask, _values) not in (None, wanted):
+            return "has an ind that is not what enable_qkv says"
+        return super()._sizes_problem(module)
+
+    @classmethod
+    def _updated(cls, module: Foreign) -> int:
+        enabled = module.enable_qkv
+        return module.weight.shape[0] // len(enabled) * sum(enabled)
+
+    @classmethod
+    def _enabled(cls, module: Foreign) -> tuple[bool, ...] | None:
+        return tuple(module.enable_qkv)
+
+
+_MIXINS = {"QKVLinear": FusedTuckerQkv, "TDLinear": FusedTuckerLinear}
+
+
+def _mask(enabled: tuple[bool, ...], outputs: int) -> Tensor:
+    """Which outputs have an update."""
+    return torch.tensor(enabled).repeat_interleave(outputs // len(enabled))
+
+
+def _values(mask: Tensor) -> bytes:
+    """A mask as something that is quick to compare."""
+    return bytes(mask.detach().cpu().to(torch.uint8).flatten().tolist()) + str(mask.dtype).encode()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _dropout_problem(module: Foreign) -> str | None:
+    """MTSAM has nn.Dropout, or a function that gives back what it is given."""
+    dropout = module.td_dropout
+    if type(dropout) is nn.Dropout:
+        return f"has a dropout of {dropout.p}" if dropout.p >= 1.0 else None
+    if isinstance(dropout, FunctionType) and dropout.__closure__ is None:
+        code = dropout.__code__
+        if (code.co_code, code.co_argcount) == (_identity.__code__.co_code, 1):
+            return None
+    return "has a td_dropout that is neither nn.Dropout nor a function that changes nothing"
+
+
+class _OfTask(nn.Module):
+    """A layer that works for one task, or for all."""
+
+    def __init__(self, layer: nn.Module, task: int):
+        super().__init__()
+        self.layer, self.task = layer, task
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.task == -1 else self.layer(x, self.task)
+
+
+def _of_task(
+    module: nn.Module,
+    formula: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+    x: Tensor,
+    task: int,
+    compare: Callable[..., str | None],
+) -> str | None:
+    return compare(_OfTask(module, task), formula, x)
+
+
+def objection(module: nn.Module) -> str | None:
+    """Why a module of a name of MTSAM's is not fused; None where it is."""
+    reason = problem(module, mixin_of(module))
+    return None if reason is None else f"which {reason}"
+
+
+def mixin_of(module: nn.Module) -> type[FusedTuckerLinear]:
+    """The mixin for a module of MTSAM's."""
+    names = [base.__name__ for base in stock_of(module).__mro__]
+    return next(_MIXINS[name] for name in names if name in _MIXINS)
+
+
+def kind_of(module: nn.Module) -> str:
+    """What sentences call the module."""
+    return stock_of(module).__name__
+
+
+def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The factors."""
+    for name, parameter in module.named_parameters():
+        if name.startswith("td_"):
+            yield name, parameter
