@@ -62,6 +62,9 @@ class FusedBlock(ForeignModule):
         mlp = parts.mlp(self)
         if type(mlp) is not self._family.mlp and not hasattr(mlp, "block_side"):
             return f"mlp is {kind_of(mlp)}"
+        inside = getattr(mlp, "mlp_inside", None)  # of an adapter around an MLP
+        if inside is not None and type(inside) is not self._family.mlp:
+            return f"mlp has {kind_of(inside)} inside"
         act = parts.activation(self)
         if altered(mlp) or altered(act):
             return "mlp or its activation has hooks or a forward of its own"

@@ -3,13 +3,15 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samfast.adapters.block_layer import dropout_seed
 from samfast.adapters.foreign import Foreign, ForeignModule
+from samfast.adapters.stand_in import altered
 from samfast.adapters.stand_in import kind_of as phrase
 from samfast.backends import requested
 from samfast.functional import adapt_former, cobot_fold
@@ -40,6 +42,8 @@ from samfast.integrations.wrapper_proof import Run, draw, drawn_linear, own_prob
 from samfast.kernels._common.autocast import autocast_dtype, autocast_input
 from samfast.kernels.adapt_former.engine import backend_of
 from samfast.kernels.cobot_fold.reference import quaternion
+from samfast.kernels.sam_block.plan import SidePlan
+from samfast.methods.adapt_former.layer import BlockSide
 
 _MLP = ("lin1", "lin2", "act")
 _NORM, _LAYERS, _ACT = "adapter_layer_norm_before", ("down_proj", "up_proj"), "non_linear_func"
@@ -69,8 +73,9 @@ class FusedAdapter(ForeignModule):
 
     x: (..., D) -> (..., D) = mlp(x) + s · (drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up)
 
-    The MLP inside runs as it is. Dropout has the same distribution as the owner's, but other random
-    numbers. With ``add_residual`` or ``residual`` given the owner's forward runs.
+    Alone it runs the MLP inside as that is; a fused block takes both. Dropout has the same
+    distribution as the owner's, but other random numbers. With ``add_residual`` or ``residual``
+    given the owner's forward runs.
     """
 
     takes = "(self, x, add_residual=True, residual=None)"
@@ -131,13 +136,32 @@ class FusedAdapter(ForeignModule):
         """Why the owner's forward runs, None where this class's does."""
         return own_problem(self) or now_problem_of(self._read(), self._parts())
 
-    def side_problem(self) -> str:
-        """Why it cannot take part in a fused block."""
-        return "mlp runs as SAM-COBOT's adapter around an MLP, which is not fused with the block"
+    @property
+    def mlp_inside(self) -> nn.Module:
+        """The MLP, whose class a fused block asks for too."""
+        return self._inside()
 
-    def block_side(self, x: Tensor) -> NoReturn:
-        """The branch's part in a fused block."""
-        raise NotImplementedError(self.side_problem())
+    def side_problem(self) -> str | None:
+        """Why it cannot take part in a fused block, None where it can."""
+        if (problem := self.block_problem()) is not None:
+            return f"mlp {problem}"
+        inside = self._inside()
+        if altered(inside):
+            return "mlp has hooks or a forward of its own inside"
+        if (problem := held_problem(inside, _MLP)) is not None:
+            return f"mlp has an MLP inside that {problem}"
+        if isinstance(self.scale, Tensor):
+            return "mlp has a scale that is a tensor, which a fused block does not take"
+        return None
+
+    def block_side(self, x: Tensor) -> BlockSide:
+        """The branch's part in a fused block; x as the block's products take it."""
+        parts: dict[str, Foreign] = self._modules
+        norm, up, scale = parts[_NORM], parts["up_proj"], self.scale
+        dropout = float(self.dropout) if self.training else 0.0
+        ups = (up.weight, up.bias) if scale == 1.0 else (scale * up.weight, scale * up.bias)
+        tensors = [norm.weight, norm.bias, *self._down(), *ups, dropout_seed(dropout, x)]
+        return BlockSide(SidePlan(float(norm.eps), dropout), tensors)
 
     def _parts(self) -> dict[str, Foreign]:
         parts: dict[str, Foreign] = self._modules

@@ -41,13 +41,13 @@ def without_cp(kind):
 @pytest.mark.parametrize("check", black_box.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("kind", MODELS)
 def test_black_box(kind, check):
-    """A block with windows; an adapter alone, for its block runs in parts."""
+    """A block with windows; of adapters one alone, and one in its block."""
     model = (lora() if kind == "lora" else MODELS[kind](dropout=0.0)).double()
-    stock = model.blocks[0] if kind == "lora" else model.blocks[0].mlp
+    stock = model.blocks[0] if kind != "adapter" else model.blocks[0].mlp
     ours = fused_of(stock)
     assert ours.block_problem() is None
     if kind != "adapter":
-        layer = stock.attn.qkv if kind == "lora" else stock
+        layer = stock.attn.qkv if kind == "lora" else stock.mlp
         layer.__class__ = without_cp(type(layer))
     check(Subject(ours, stock, maps(3, torch.float64)))
 
@@ -58,7 +58,7 @@ def test_every_gradient(kind, head):
     """Of FacT_c and FacT_p, which all blocks share, too."""
     stock = MODELS[kind](HEADS[head]).eval()
     fused = fused_of(stock)
-    assert block_calls(fused, maps()) == (DEPTH if kind == "lora" else 0)
+    assert block_calls(fused, maps()) == DEPTH
     assert [*fused.state_dict()] == [*stock.state_dict()]
     assert {*samfast.report(fused).others.values()} == {f"fused: literal_cobot's {KINDS[kind]}"}
     first, last = (layer_of(fused, kind, block) for block in (0, -1))
@@ -66,13 +66,13 @@ def test_every_gradient(kind, head):
     as_exact_as(fused, stock, maps())
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"adapter_scalar": "learnable_scalar"}], ids=["1", "learnt"]
-)
-def test_every_gradient_of_an_adapter(options):
-    stock = adapters(**options).eval()
+@pytest.mark.parametrize("scale", ["1.0", "0.5", "learnable_scalar"])
+def test_every_gradient_of_an_adapter(scale):
+    stock = adapters(adapter_scalar=scale).eval()
     fused = fused_of(stock)
+    assert block_calls(fused, maps()) == (0 if scale == "learnable_scalar" else DEPTH)
     as_exact_as(fused, stock, maps())
+    as_exact_as(fused.blocks[0].mlp, stock.blocks[0].mlp, maps())
     assert samfast.report(fused).backends["adapt_former"]
 
 
@@ -127,6 +127,35 @@ def test_what_the_owner_leaves_behind_is_not():
     assert hasattr(stock.blocks[0].attn.qkv, "CP")
     assert not hasattr(fused.blocks[0].attn.qkv, "CP")
     copy.deepcopy(fused)
+
+
+def hooked_mlp(mlp):
+    mlp.register_forward_hook(lambda module, args, y: 2 * y)
+    return "mlp has hooks or a forward of its own inside"
+
+
+def derived_mlp(mlp):
+    mlp.__class__ = type("Doubled", (type(mlp),), {"forward": lambda self, x: 2 * self.lin1(x)})
+    mlp.lin1 = nn.Linear(WIDTH, WIDTH)
+    return "mlp has test_cobot_layers' Doubled inside"
+
+
+def larger_mlp(mlp):
+    mlp.norm = nn.LayerNorm(WIDTH)
+    return "mlp has an MLP inside that has a child norm, which would be left out"
+
+
+@pytest.mark.parametrize("change", [hooked_mlp, derived_mlp, larger_mlp])
+def test_another_mlp_inside_runs_in_parts(change):
+    """The branch alone is fused there."""
+    stock = adapters(dropout=0.0)
+    reason = change(stock.blocks[0].mlp.mlp)
+    fused = fused_of(stock)
+    found = samfast.report(fused)
+    assert found.blocks["blocks.0"] == f"fused in parts: {reason}"
+    assert {*found.others.values()} == {"fused: literal_cobot's Adapter"}
+    assert block_calls(fused, maps()) == DEPTH - 1
+    as_exact_as(fused, stock, maps())
 
 
 def test_other_arguments_run_the_owners_forward():
