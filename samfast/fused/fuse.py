@@ -54,9 +54,9 @@ def fuse(model: Model, memory: Memory | None = None) -> Model:
 
     PEFT's ``lora.Linear`` becomes a subclass of itself anywhere in the model, which may be a
     PeftModel. So do ``_LoRA_qkv`` of SAMed and Sam_LoRA, and micro-sam's ``AttentionLoRA``,
-    ``MLPLoRA`` and ``AdaptFormer``. Parameters, files and their owner's calls stay as they are. A
-    layer that PEFT's ``add_adapter`` makes later needs ``fuse`` again. See
-    ``samfast.integrations``.
+    ``MLPLoRA`` and ``AdaptFormer``. So do AutoGluon's ``ConvLoRALinear`` and the layers of
+    SAM-COBOT and MTSAM. Parameters, files and their owner's calls stay as they are. A layer that
+    PEFT's ``add_adapter`` makes later needs ``fuse`` again. See ``samfast.integrations``.
 
     memory: what every block saves for its backward, see SamBlock. "fast" saves all that is costly
         to compute, "balanced" recomputes two of four layers, "minimal" the whole block. Gradients

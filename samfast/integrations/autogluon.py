@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samfast.adapters.block_layer import foreign_tensor
 from samfast.adapters.foreign import Foreign, ForeignModule
-from samfast.backends import resolve
+from samfast.backends import requested, resolve
 from samfast.functional import conv_lora_linear
 from samfast.integrations.autogluon_proof import (
     build_problem,
@@ -24,7 +24,6 @@ from samfast.integrations.autogluon_proof import (
 from samfast.integrations.linears import takes
 from samfast.integrations.swap import patched, swapped
 from samfast.kernels._common.autocast import autocast_dtype, autocast_input
-from samfast.kernels._common.backends import requested
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts.conv_lora import part_backend
 from samfast.kernels.conv_experts.op import supports as experts_supports
@@ -61,22 +60,23 @@ class FusedConvLora(ForeignModule):
         if windows is None or not takes(x, self.weight) or self.block_problem() is not None:
             return super().forward(x)
         gate: Foreign = self._modules["lora_moe_gating"]
-        order = first_of_equals(len(self.upsample_ratios), x.device)
+        ratios: list[int] = self.upsample_ratios
+        count, first = len(ratios), first_of_equals(len(ratios), x.device)
         experts = experts_of(self)
-        weights = torch.stack([experts[i].weight for i in order])
-        biases = torch.stack([experts[i].bias for i in order])
+        experts, ratios = experts[first:] + experts[:first], ratios[first:] + ratios[:first]
         noise = None
         if gate.training:
-            narrow = autocast_dtype(x.device.type)
-            shape = windows.samples, len(order)
-            noise = torch.randn(shape, dtype=narrow or x.dtype, device=x.device)[:, order]
+            dtype = autocast_dtype(x.device.type) or x.dtype
+            noise = torch.randn(windows.samples, count, dtype=dtype, device=x.device)
+            noise = noise.roll(-first, 1)
         dropout = self.lora_dropout
         active = isinstance(dropout, nn.Dropout) and dropout.training
         y, loss = conv_lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, weights, biases,
-            gate.w_gate[:, order], gate.w_noise[:, order], self.scaling,
-            [self.upsample_ratios[i] for i in order], windows=windows, noise=noise,
-            dropout=float(dropout.p) if active else 0.0,
+            x, self.weight, self.bias, self.lora_A, self.lora_B,
+            torch.stack([conv.weight for conv in experts]),
+            torch.stack([conv.bias for conv in experts]),
+            gate.w_gate.roll(-first, 1), gate.w_noise.roll(-first, 1), self.scaling, ratios,
+            windows=windows, noise=noise, dropout=float(dropout.p) if active else 0.0,
         )  # fmt: skip
         return y, loss.float()
 
@@ -125,7 +125,7 @@ def _now_problem(module: Foreign) -> str | None:
     narrow = autocast_dtype(module.weight.device.type)
     for name, tensor in tensors_of(module).items():
         if foreign_tensor(tensor):
-            return f"has a {name} that is a {type(tensor).__name__}"
+            return f"has a weight in {name} that is a {type(tensor).__name__}"
         base = name in ("weight", "bias") and narrow is not None and tensor.dtype.itemsize < 8
         if tensor.dtype != torch.float32 and not base:
             kind = str(tensor.dtype).removeprefix("torch.")

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from samfast.adapters.foreign import Foreign
-from samfast.adapters.stand_in import altered
-from samfast.adapters.stand_in import kind_of as phrase
 from samfast.functional import conv_lora_linear
-from samfast.integrations.linears import held_problem
+from samfast.integrations.linears import (
+    dropout_problem,
+    held_problem,
+    hook_problem,
+    kind_problem,
+    number_problem,
+    shape_problem,
+    value_problem,
+)
 from samfast.integrations.probe import apart, difference, shell
 from samfast.integrations.read_once import read_once
 from samfast.integrations.swap import foreign_method, methods_of, own_method, swapped
@@ -32,7 +38,7 @@ _GATE_PARTS: dict[
     "softplus": (nn.Softplus, {"beta": 1.0, "threshold": 20.0}),
     "softmax": (nn.Softmax, {"dim": 1}),
 }
-_CONV = {
+_CONV: dict[str, Any] = {
     "kernel_size": (3, 3),
     "stride": (1, 1),
     "padding": (1, 1),
@@ -51,12 +57,8 @@ def objection(module: Foreign) -> str | None:
     if (reason := build_problem(module)) is not None:
         return f"which {reason}"
     parts = kind, *_helpers(module, kind)
-    for part in parts:
-        if not isinstance(part, type) or part.__module__ != _LAYERS:
-            return "whose helper classes were replaced"
-        if (method := foreign_method(part)) is not None:
-            return f"whose {part.__name__}.{method} was replaced"
-    if (method := own_method(module, methods_of(kind))) is not None:
+    changed = own_method(module, methods_of(kind)), *map(_replaced, parts)
+    if (method := next((m for m in changed if m is not None), None)) is not None:
         return f"whose {method} was replaced"
     code = [(name, method) for part in parts for name, method in methods_of(part).items()]
     rank, experts = module.lora_A.shape[0], len(module.upsample_ratios)
@@ -77,6 +79,14 @@ def _helpers(module: Foreign, kind: type[nn.Module]) -> tuple[Any, Any]:
     """The classes that its forward uses: of its gate, and of what sorts samples by expert."""
     forward: Any = kind.forward
     return type(module.lora_moe_gating), forward.__globals__.get("SparseDispatcher")
+
+
+def _replaced(kind: Any) -> str | None:
+    """The name of a class that is not AutoGluon's, or of its method that is not."""
+    if not isinstance(kind, type) or kind.__module__ != _LAYERS:
+        return getattr(kind, "__name__", type(kind).__name__)
+    method = foreign_method(kind)
+    return method and f"{kind.__name__}.{method}"
 
 
 def build_problem(module: Foreign) -> str | None:
@@ -101,32 +111,24 @@ build_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]  # to
 
 def _numbers_problem(module: Foreign) -> str | None:
     outputs, inputs = module.weight.shape
-    factors = module._parameters.get("lora_A"), module._parameters.get("lora_B")
-    if factors[0] is None or factors[1] is None:
-        return "has no lora_A and lora_B"
-    rank = factors[0].shape[0]
+    lora_a, lora_b = module._parameters.get("lora_A"), module._parameters.get("lora_B")
     if module.fan_in_fan_out is not False:
         return "has a transposed weight (fan_in_fan_out)"
-    if (factors[0].shape, factors[1].shape) != ((rank, inputs), (outputs, rank)) or rank == 0:
-        return f"has factors of shapes {tuple(factors[0].shape)} and {tuple(factors[1].shape)}"
-    for name, wanted in (("merged", False), ("r", rank)):
-        if getattr(module, name, None) != wanted:
-            return f"has {name}={getattr(module, name, None)!r}, not {wanted!r}"
-    if getattr(module, "multiply_by_gates", None) is not False:
-        return "weighs its experts by the gate (multiply_by_gates)"
-    if isinstance(module.scaling, bool) or not isinstance(module.scaling, (int, float)):
-        return f"has a scaling that is a {type(module.scaling).__name__}, not a number"
-    return None
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    shapes = {"lora_A": (lora_a, (rank, inputs)), "lora_B": (lora_b, (outputs, rank))}
+    values = {"merged": False, "r": rank, "multiply_by_gates": False}
+    return (
+        shape_problem(shapes)
+        or value_problem(module, values)
+        or number_problem("scaling", module.scaling)
+    )
 
 
 def _dropout_problem(module: Foreign, dropout: Any) -> str | None:
-    if type(dropout) is nn.Dropout:
-        if altered(dropout):
-            return "has hooks or a forward of its own on lora_dropout"
-        return f"has a dropout of {dropout.p}" if dropout.p >= 1.0 else None
-    if dropout is None or dropout is not _stock(module).forward.__globals__.get("identity"):
-        return "has a lora_dropout that is neither nn.Dropout nor AutoGluon's identity"
-    return None
+    identity = _stock(module).forward.__globals__.get("identity")
+    idle = dropout is not None and dropout is identity
+    parts = {"lora_dropout": dropout} if isinstance(dropout, nn.Module) else {}
+    return dropout_problem("lora_dropout", dropout, idle) or hook_problem(parts)
 
 
 def experts_of(module: Foreign) -> list[Foreign]:
@@ -146,77 +148,85 @@ def tensors_of(module: Foreign) -> dict[str, Tensor]:
 
 
 def _experts_problem(module: Foreign) -> str | None:
-    experts, ratios = module._modules["lora_moe_experts"], module.upsample_ratios
-    if type(experts) is not nn.ModuleList or type(ratios) is not list:
-        return "has no list of experts and of their ratios"
-    count = len(experts)
-    if count < 2 or count > MAX_RATIO or module.num_experts != count or len(ratios) != count:
-        return f"has {count} experts, {len(ratios)} ratios and num_experts={module.num_experts!r}"
-    if any(type(r) is not int or not 1 <= r <= MAX_RATIO for r in ratios):
-        return f"has the ratios {ratios!r}, not whole numbers"
-    for i, expert in enumerate(experts):
-        if (reason := _expert_problem(module, expert)) is not None:
-            return f"has {reason} in expert {i}"
-    return None
+    experts = module._modules["lora_moe_experts"]
+    if type(experts) is not nn.ModuleList:
+        return kind_problem("lora_moe_experts", experts, "nn.ModuleList")
+    if not 2 <= len(experts) <= MAX_RATIO:
+        return f"has {len(experts)} experts, not from 2 to {MAX_RATIO}"
+    values = {"num_experts": len(experts), "upsample_ratios": list(range(1, len(experts) + 1))}
+    named = {f"lora_moe_experts.{i}": part for i, part in enumerate(experts)}
+    problems = (_expert_problem(name, module, part) for name, part in named.items())
+    return value_problem(module, values) or next((p for p in problems if p is not None), None)
 
 
-def _expert_problem(module: Foreign, expert: nn.Module) -> str | None:
-    kinds = [type(part) for part in expert._modules.values()]
-    if type(expert) is not nn.Sequential or kinds != [nn.Conv2d, nn.GELU]:
-        return "other layers than a convolution and GELU"
-    if any(altered(part) for part in (expert, *expert)):
-        return "hooks or a forward of its own"
-    conv, act = expert
+def _expert_problem(name: str, module: Foreign, expert: Foreign) -> str | None:
+    if type(expert) is not nn.Sequential or len(expert) != 2:
+        return kind_problem(name, expert, "nn.Sequential")
+    parts: dict[str, Foreign] = {f"{name}.{i}": part for i, part in enumerate(expert)}
+    for (path, part), kind in zip(parts.items(), (nn.Conv2d, nn.GELU), strict=True):
+        if type(part) is not kind:
+            return kind_problem(path, part, f"nn.{kind.__name__}")
+    conv, act = parts.values()
     rank = module.lora_A.shape[0]
-    if act.approximate != "none":
-        return f"GELU with approximate={act.approximate!r}"
-    other = [name for name, value in _CONV.items() if getattr(conv, name) != value]
-    if other:
-        return f"a convolution with {other[0]}={getattr(conv, other[0])!r}"
-    if conv.bias is None or conv.weight.shape != (rank, rank, 3, 3):
-        return "a convolution of another shape, or without a bias"
-    return None
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        f"{name}.0.weight": (conv.weight, (rank, rank, 3, 3)),
+        f"{name}.0.bias": (conv.bias, (rank,)),
+    }
+    return (
+        hook_problem({name: expert, **parts})
+        or value_problem(conv, _CONV)
+        or value_problem(act, {"approximate": "none"})
+        or shape_problem(shapes)
+    )
 
 
 def _gate_problem(module: Foreign) -> str | None:
     gate = module._modules["lora_moe_gating"]
     if type(gate).forward.__globals__.get("__name__") != _LAYERS:
         return "has a gate whose forward is not AutoGluon's"
-    if altered(gate) or any(altered(part) for part in gate.children()):
-        return "has hooks or a forward of its own in its gate"
-    held = {name: value for name, value in gate._parameters.items() if value is not None}
-    buffers = {name for name, value in gate._buffers.items() if value is not None}
-    known = {*held} == {"w_gate", "w_noise"} and buffers == {"mean", "std"}
-    if not known or {*gate._modules} != {*_GATE_PARTS}:
-        return "has a gate with other parts than AutoGluon's"
+    for store, known in (
+        (gate._parameters, ("w_gate", "w_noise")),
+        (gate._buffers, ("mean", "std")),
+        (gate._modules, tuple(_GATE_PARTS)),
+    ):
+        if {name for name, value in store.items() if value is not None} != {*known}:
+            return "has a gate with other parts than AutoGluon's"
     shape = module.lora_A.shape[0], len(module.upsample_ratios)
-    if any(tuple(p.shape) != shape for p in held.values()):
-        return f"has a gate whose weights are not of shape {shape}"
-    if (gate.k, gate.M, gate.noisy_gating) != (1, shape[1], True):
-        return f"has a gate with k={gate.k!r}, M={gate.M!r}, noisy_gating={gate.noisy_gating!r}"
+    parts = {f"lora_moe_gating.{name}": part for name, part in gate.named_children()}
+    return (
+        hook_problem({"lora_moe_gating": gate, **parts})
+        or shape_problem({name: (p, shape) for name, p in gate._parameters.items()})
+        or value_problem(gate, {"k": 1, "M": shape[1], "noisy_gating": True})
+        or _gate_parts_problem(gate)
+    )
+
+
+def _gate_parts_problem(gate: Foreign) -> str | None:
     for name, (kind, wanted) in _GATE_PARTS.items():
         part = gate._modules[name]
-        if type(part) is not kind or any(getattr(part, n) != v for n, v in wanted.items()):
-            return f"has {phrase(part)} as {name} of its gate"
-    for name, value in (("mean", 0.0), ("std", 1.0)):
-        if read_once(gate._buffers[name], Tensor.tolist) not in (None, [value]):
-            return f"has a gate whose noise has another {name} than {value}"
+        if type(part) is not kind:
+            return kind_problem(name, part, f"nn.{kind.__name__}")
+        if (reason := value_problem(part, wanted)) is not None:
+            return reason
+    for name, value in (("mean", [0.0]), ("std", [1.0])):
+        found = read_once(gate._buffers[name], Tensor.tolist)
+        if found not in (None, value):
+            return f"has {name}={found!r}, not {value!r}"
     return None
 
 
 @functools.cache
-def _equals(experts: int, device: torch.device) -> int:
+def _first(experts: int, device: torch.device) -> int:
     with torch.inference_mode(False), torch.no_grad():
         return int(torch.zeros(1, experts, device=device).topk(2, dim=1).indices[0, 0])
 
 
-def first_of_equals(experts: int, device: torch.device) -> list[int]:
-    """The experts' numbers, first the one that AutoGluon's topk takes where all are equal.
+def first_of_equals(experts: int, device: torch.device) -> int:
+    """The expert that AutoGluon's topk takes where all are equal, as an untrained gate makes them.
 
-    samfast's gate takes the first of equals. A gate that was not trained makes all equal.
+    samfast's gate takes the first of equals, so the layer gives it this expert first.
     """
-    first = _equals(experts, device)
-    return [first, *(i for i in range(experts) if i != first)]
+    return _first(experts, device)
 
 
 first_of_equals._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from samfast.adapters.block_layer import dropout_seed
 from samfast.adapters.foreign import Foreign, ForeignModule
-from samfast.adapters.stand_in import altered
-from samfast.adapters.stand_in import kind_of as phrase
 from samfast.backends import requested
 from samfast.functional import adapt_former, cobot_fold
 from samfast.integrations.cobot_qkv import fold_choice
@@ -30,10 +28,15 @@ from samfast.integrations.cobot_relation import (
 )
 from samfast.integrations.linears import (
     held_problem,
+    hook_problem,
+    kind_problem,
     kinds_problem,
     mlp_problem,
+    number_problem,
+    shape_problem,
     stamp,
     takes,
+    value_problem,
     weight_of,
 )
 from samfast.integrations.plain_code import PlainCode
@@ -146,13 +149,10 @@ class FusedAdapter(ForeignModule):
         if (problem := self.block_problem()) is not None:
             return f"mlp {problem}"
         inside = self._inside()
-        if altered(inside):
-            return "mlp has hooks or a forward of its own inside"
-        if (problem := held_problem(inside, _MLP)) is not None:
-            return f"mlp has an MLP inside that {problem}"
-        if isinstance(self.scale, Tensor):
+        problem = hook_problem({"mlp": inside}) or held_problem(inside, _MLP)
+        if problem is None and isinstance(self.scale, Tensor):
             return "mlp has a scale that is a tensor, which a fused block does not take"
-        return None
+        return problem and f"mlp {problem}"
 
     def block_side(self, x: Tensor) -> BlockSide:
         """The branch's part in a fused block; x as the block's products take it."""
@@ -208,21 +208,22 @@ class FusedAdapter(ForeignModule):
         reason = held_problem(module, children, ("scale", *cls.tensors))
         if reason is not None:
             return reason
-        if module.adapter_layernorm_option != "in":
-            return f"has its norm elsewhere ({module.adapter_layernorm_option!r}), not before it"
+        if (reason := value_problem(module, {"adapter_layernorm_option": "in"})) is not None:
+            return reason
         if (reason := mlp_problem(module._modules["mlp"], "mlp", _MLP)) is not None:
             return reason
         norm, act = module._modules[_NORM], module._modules[_ACT]
-        if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
-            return f"has {phrase(norm)} as {_NORM}, not nn.LayerNorm with weight and bias"
+        if type(norm) is not nn.LayerNorm:
+            return kind_problem(_NORM, norm, "nn.LayerNorm")
         if type(act) is not nn.ReLU:
-            return f"has {phrase(act)} as {_ACT}, not nn.ReLU"
+            return kind_problem(_ACT, act, "nn.ReLU")
         layers = {name: module._modules[name] for name in _LAYERS}
         if (reason := kinds_problem(layers)) is not None:
             return reason
         down, up = layers.values()
-        if down.bias is None or up.bias is None:
-            return "has a down_proj or an up_proj without a bias"
+        for name, layer in {_NORM: norm, **layers}.items():
+            if layer.bias is None:
+                return f"has a {name} without a bias"
         shape = tuple(up.weight.shape)
         if shape != tuple(reversed(down.weight.shape)) or shape[:1] != norm.normalized_shape:
             return "has an up_proj that does not lead back from its down_proj"
@@ -384,11 +385,10 @@ class FusedRelatedAdapter(FusedAdapter):
 def _numbers_problem(module: Foreign) -> str | None:
     scale: Any = getattr(module, "scale", None)
     dropout: Any = vars(module).get("dropout")
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1 or scale.dim() > 1:
-            return f"has a scale of shape {tuple(scale.shape)}"
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        return f"has a scale that is a {type(scale).__name__}, not a number"
+    if isinstance(scale, Tensor) and (scale.numel() != 1 or scale.dim() > 1):
+        return shape_problem({"scale": (scale, (1,))})
+    if not isinstance(scale, Tensor) and (reason := number_problem("scale", scale)) is not None:
+        return reason
     if type(dropout) not in (int, float) or not 0.0 <= dropout < 1.0:
         return f"has a dropout of {dropout!r}"
     return None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samfast.adapters.foreign import Foreign
+from samfast.backends import requested
 from samfast.functional import cobot_fold
 from samfast.integrations.cobot_relation import (
     RELATION,
@@ -27,6 +28,7 @@ from samfast.integrations.packed_qkv import FusedPackedQkv
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import shell
 from samfast.integrations.wrapper_proof import draw, drawn_linear
+from samfast.kernels.cobot_fold.op import fold_backend
 from samfast.kernels.cobot_fold.reference import quaternion
 
 _HEADS = ("FacT_d1", "FacT_d2")
@@ -164,9 +166,6 @@ class FusedRelatedQkv(FusedPackedQkv):
 
 def fold_choice(module: Foreign, factor: Tensor) -> str:
     """Which backend would fold here."""
-    from samfast.backends import requested
-    from samfast.kernels.cobot_fold.op import fold_backend
-
     try:
         return fold_backend(requested("auto"), module.FacT_c, factor)
     except RuntimeError as error:

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from samfast.adapters.block_layer import foreign_tensor
 from samfast.adapters.foreign import Foreign, cache
-from samfast.adapters.stand_in import altered
-from samfast.integrations.linears import held_problem
+from samfast.integrations.linears import (
+    held_problem,
+    hook_problem,
+    number_problem,
+    shape_problem,
+)
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import shell
 from samfast.kernels._common.autocast import autocast_dtype
@@ -55,32 +59,30 @@ def head_problem(name: str, head: nn.Module, width: int) -> str | None:
     """Why the head is not a quaternion layer of as many outputs as inputs, without a bias."""
     if (reason := held_problem(head, (), QUARTERS)) is not None:
         return f"has a {name} that {reason}"
-    quarter = (width // 4, width // 4)
-    for part in QUARTERS:
-        weight = head._parameters.get(part)
-        if weight is None or weight.shape != quarter:
-            found = "none" if weight is None else f"one of shape {tuple(weight.shape)}"
-            return f"has a {name} whose {part} is {found}, not {quarter}"
     if "bias" in vars(head):
         return f"has a {name} with a bias that is not a parameter"
-    if any(type(n) is not int and n is not None for n in head_of(head).numbers):
-        return f"has a {name} with odd numbers of features"
-    return None
+    quarter = (width // 4, width // 4)
+    weights = {f"{name}.{part}": (head._parameters.get(part), quarter) for part in QUARTERS}
+    reason = shape_problem(weights)
+    for number, value in zip(_SIZES, head_of(head).numbers, strict=True):
+        if value is not None:
+            reason = reason or number_problem(number, value)
+    return reason
 
 
 def relation_problem(module: Foreign, width: int, slices: int) -> str | None:
     """Why the coefficients do not fit a layer with that many slices of that width."""
     c, p, gamma = (module._parameters.get(name) for name in RELATION)
-    for name, tensor in zip(RELATION, (c, p, gamma), strict=True):
-        if tensor is None:
-            return f"has no {name}"
     if width % 4 or width == 0:
         return f"has a bottleneck of {width}, which four does not divide"
-    count = p.shape[0]
-    shapes = {"FacT_c": (1, width, count), "FacT_p": (count, count), "gamma": (slices * width,)}
-    for (name, shape), tensor in zip(shapes.items(), (c, p, gamma), strict=True):
-        if tuple(tensor.shape) != shape:
-            return f"has a {name} of shape {tuple(tensor.shape)}, not {shape}"
+    count = 0 if p is None else p.shape[0]
+    shapes = {
+        "FacT_c": (c, (1, width, count)),
+        "FacT_p": (p, (count, count)),
+        "gamma": (gamma, (slices * width,)),
+    }
+    if (reason := shape_problem(shapes)) is not None:
+        return reason
     idx = vars(module).get("idx")
     if type(idx) is not int or not 0 <= idx <= count - slices:
         return f"has the index {idx!r}, while FacT_p has {count} slices"
@@ -111,15 +113,14 @@ def quarters_of(heads: Iterable[Foreign]) -> Tensor:
 
 def now_problem_of(tensors: dict[str, Tensor], parts: dict[str, Foreign]) -> str | None:
     """What stands against the tensors and parts at the moment."""
-    for name, part in parts.items():
-        if altered(part):
-            return f"has hooks or a forward of its own on {name}"
+    if (reason := hook_problem(parts)) is not None:
+        return reason
     for name, tensor in tensors.items():
         if foreign_tensor(tensor):
-            return f"has a {name} that is a {type(tensor).__name__}"
+            return f"has a weight in {name} that is a {type(tensor).__name__}"
     dtypes = {tensor.dtype for tensor in tensors.values()}
     device = next(iter(tensors.values())).device.type
     if len(dtypes) == 1 or (autocast_dtype(device) is not None and torch.float64 not in dtypes):
         return None
     names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"has tensors of {' and '.join(names)}"
+    return f"has layers of {' and '.join(names)}"

@@ -65,7 +65,7 @@ def library_of(module: nn.Module) -> Library | None:
         if file is None and base.__name__ in COPIED and not own:
             copied, part = COPIED[base.__name__]
             held = module._modules.get(part), module._parameters.get(part)
-            file = None if held == (None, None) else copied
+            file = copied if any(value is not None for value in held) else None
         if file is not None:
             return cast(Library, importlib.import_module(f"samfast.integrations.{file}"))
     return None

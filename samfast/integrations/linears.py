@@ -19,6 +19,7 @@ from samfast.kernels._common.autocast import autocast_dtype
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.sam_block.plan import LayerPlan
 
+_PLAIN = (bool, int, float, str, list, tuple)
 _NO_HOOKS: Mapping[int, Callable[..., Any]] = MappingProxyType({})
 
 
@@ -104,6 +105,55 @@ def pair_problem(
             f"{inputs} features to {outputs}"
         )
     return None
+
+
+def value_problem(module: object, wanted: Mapping[str, Any]) -> str | None:
+    """Which attribute is not what it has to be."""
+    for name, value in wanted.items():
+        found = getattr(module, name, None)
+        alike = isinstance(found, bool) == isinstance(value, bool)
+        if not (alike and isinstance(found, _PLAIN) and found == value):
+            return f"has {name}={found!r}, not {value!r}"
+    return None
+
+
+def shape_problem(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> str | None:
+    """Which tensor is missing, or not of the shape beside it."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None:
+            return f"has no {name}"
+        if tuple(tensor.shape) != shape:
+            return f"has a {name} of shape {tuple(tensor.shape)}, not {shape}"
+    return None
+
+
+def number_problem(name: str, value: object) -> str | None:
+    """Why an attribute is not a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"has a {name} that is a {type(value).__name__}, not a number"
+    return None
+
+
+def hook_problem(parts: Mapping[str, nn.Module]) -> str | None:
+    """Which part does more than its class says when it is called."""
+    for name, part in parts.items():
+        if altered(part):
+            return f"has hooks or a forward of its own on {name}"
+    return None
+
+
+def kind_problem(name: str, part: nn.Module | None, kind: str) -> str:
+    """That a part is of another class."""
+    return f"has {'none' if part is None else kind_of(part)} as {name}, not {kind}"
+
+
+def dropout_problem(name: str, dropout: object, idle: bool) -> str | None:
+    """Why a dropout is not one; idle: whether it is a function that changes nothing."""
+    if type(dropout) is nn.Dropout:
+        return f"has a dropout of {dropout.p}" if dropout.p >= 1.0 else None
+    if idle:
+        return None
+    return f"has a {name} that is neither nn.Dropout nor a function that changes nothing"
 
 
 def mlp_problem(mlp: nn.Module, name: str, needed: tuple[str, ...]) -> str | None:

@@ -18,7 +18,14 @@ from samfast.adapters.low_rank import backend_of
 from samfast.backends import requested
 from samfast.functional import task_cores
 from samfast.integrations.cobot_relation import now_problem_of
-from samfast.integrations.linears import held_problem, takes
+from samfast.integrations.linears import (
+    dropout_problem,
+    held_problem,
+    number_problem,
+    shape_problem,
+    takes,
+    value_problem,
+)
 from samfast.integrations.probe import Marking, deviation, difference, shell
 from samfast.integrations.read_once import read_once
 from samfast.integrations.wrapper_proof import Run, draw, own_problem, problem, stock_of
@@ -135,33 +142,29 @@ class FusedTuckerLinear(ForeignModule):
         reason = held_problem(module, children, ("weight", "bias", *_FACTORS))
         if reason is not None:
             return reason
-        absent = [name for name in ("weight", *_FACTORS) if module._parameters.get(name) is None]
-        if absent:
-            return f"has no {absent[0]}"
-        if module.type != "tucker":
-            return f"is of type {module.type!r}, not 'tucker'"
-        return _dropout_problem(module) or cls._sizes_problem(module)
+        dropout = module.td_dropout
+        return (
+            value_problem(module, {"type": "tucker"})
+            or dropout_problem("td_dropout", dropout, _changes_nothing(dropout))
+            or cls._sizes_problem(module)
+        )
 
     @classmethod
     def _sizes_problem(cls, module: Foreign) -> str | None:
-        core, into, out, kinds = (module._parameters[name] for name in _FACTORS)
-        weight, tasks = module.weight, module.task_num
-        if core.dim() != 3 or 0 in core.shape:
-            return f"has a td_G of shape {tuple(core.shape)}"
-        if type(tasks) is not int or tasks < 1:
-            return f"has task_num={tasks!r}"
-        if isinstance(module.scaling, bool) or not isinstance(module.scaling, (int, float)):
-            return f"has a scaling that is a {type(module.scaling).__name__}, not a number"
-        rows = cls._updated(module)
-        wanted = {
-            "td_U1": (into, (weight.shape[1], core.shape[0])),
-            "td_U2": (out, (rows, core.shape[1])),
-            "td_U3": (kinds, (tasks, core.shape[2])),
+        core, into, out, kinds = (module._parameters.get(name) for name in _FACTORS)
+        first, second, third = (0, 0, 0) if core is None else (*core.shape, 0, 0, 0)[:3]
+        tasks = 0 if kinds is None else kinds.shape[0]
+        shapes = {
+            "td_G": (core, (max(first, 1), max(second, 1), max(third, 1))),
+            "td_U1": (into, (module.weight.shape[1], first)),
+            "td_U2": (out, (cls._updated(module), second)),
+            "td_U3": (kinds, (max(tasks, 1), third)),
         }
-        for name, (tensor, shape) in wanted.items():
-            if tuple(tensor.shape) != shape:
-                return f"has a {name} of shape {tuple(tensor.shape)}, not {shape}"
-        return None
+        return (
+            shape_problem(shapes)
+            or value_problem(module, {"task_num": tasks})
+            or number_problem("scaling", module.scaling)
+        )
 
     @classmethod
     def _updated(cls, module: Foreign) -> int:
@@ -285,11 +288,10 @@ class FusedTuckerQkv(FusedTuckerLinear):
     @classmethod
     def _sizes_problem(cls, module: Foreign) -> str | None:
         enabled, mask = module.enable_qkv, vars(module).get("ind")
-        if not isinstance(enabled, (list, tuple)) or {type(on) for on in enabled} != {bool}:
-            return f"has enable_qkv={enabled!r}, not a list of bool"
         outputs = module.weight.shape[0]
-        if not any(enabled) or outputs % len(enabled):
-            return f"has enable_qkv={enabled!r} over {outputs} outputs"
+        bools = isinstance(enabled, (list, tuple)) and {type(on) for on in enabled} == {bool}
+        if not bools or not any(enabled) or outputs % len(enabled):
+            return f"has enable_qkv={enabled!r}, not a bool for each part of {outputs} outputs"
         wanted = _values(_mask(tuple(enabled), outputs))
         if not isinstance(mask, Tensor) or read_once(mask, _values) not in (None, wanted):
             return "has an ind that is not what enable_qkv says"
@@ -322,16 +324,12 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _dropout_problem(module: Foreign) -> str | None:
-    """MTSAM has nn.Dropout, or a function that gives back what it is given."""
-    dropout = module.td_dropout
-    if type(dropout) is nn.Dropout:
-        return f"has a dropout of {dropout.p}" if dropout.p >= 1.0 else None
-    if isinstance(dropout, FunctionType) and dropout.__closure__ is None:
-        code = dropout.__code__
-        if (code.co_code, code.co_argcount) == (_identity.__code__.co_code, 1):
-            return None
-    return "has a td_dropout that is neither nn.Dropout nor a function that changes nothing"
+def _changes_nothing(function: object) -> bool:
+    """Whether it is a function that gives back what it is given, as MTSAM has without dropout."""
+    if not isinstance(function, FunctionType) or function.__closure__ is not None:
+        return False
+    code = function.__code__
+    return code.co_code == _identity.__code__.co_code and code.co_argcount == 1
 
 
 class _OfTask(nn.Module):

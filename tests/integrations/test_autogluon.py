@@ -281,15 +281,15 @@ LEFT_ALONE = {
     r_zero: "which has no lora_moe_gating",
     transposed: "which has a transposed weight (fan_in_fan_out)",
     merged: "which has merged=True, not False",
-    without_a_bias: "which has a convolution of another shape, or without a bias in expert 2",
-    of_one_expert: "which has 1 experts, 1 ratios and num_experts=1",
-    weighted: "which weighs its experts by the gate (multiply_by_gates)",
-    without_noise: "which has a gate with k=1, M=8, noisy_gating=False",
-    of_other_noise: "which has a gate whose noise has another std than 1.0",
-    of_another_activation: "which has other layers than a convolution and GELU in expert 1",
+    without_a_bias: "which has no lora_moe_experts.2.0.bias",
+    of_one_expert: "which has 1 experts, not from 2 to 4096",
+    weighted: "which has multiply_by_gates=True, not False",
+    without_noise: "which has noisy_gating=False, not True",
+    of_other_noise: "which has std=[2.0], not [1.0]",
+    of_another_activation: "which has torch's ReLU as lora_moe_experts.1.1, not nn.GELU",
     with_a_child: "which has a child norm, which would be left out",
-    hooked_gate: "which has hooks or a forward of its own in its gate",
-    hooked_expert: "which has hooks or a forward of its own in expert 3",
+    hooked_gate: "which has hooks or a forward of its own on lora_moe_gating",
+    hooked_expert: "which has hooks or a forward of its own on lora_moe_experts.3.0",
     derived: f"which is not the class of {MODULE}, and samfast trusts no other",
     of_a_copy: f"which is not the class of {MODULE}, and samfast trusts no other",
     with_another_gate: "which has a gate whose forward is not AutoGluon's",
@@ -339,12 +339,12 @@ def test_what_is_patched_is_left_alone(twin, monkeypatch):
 
 def doubled(module):
     module.lora_moe_gating.register_forward_hook(lambda gate, args, y: (y[0], 2 * y[1]))
-    return "has hooks or a forward of its own in its gate"
+    return "has hooks or a forward of its own on lora_moe_gating"
 
 
 def scaled_noise(module):
     module.lora_moe_gating.std.mul_(3)
-    return "has a gate whose noise has another std than 1.0"
+    return "has std=[3.0], not [1.0]"
 
 
 @pytest.mark.parametrize("change", [doubled, scaled_noise])

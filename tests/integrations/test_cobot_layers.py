@@ -131,7 +131,7 @@ def test_what_the_owner_leaves_behind_is_not():
 
 def hooked_mlp(mlp):
     mlp.register_forward_hook(lambda module, args, y: 2 * y)
-    return "mlp has hooks or a forward of its own inside"
+    return "mlp has hooks or a forward of its own on mlp"
 
 
 def derived_mlp(mlp):
@@ -142,7 +142,7 @@ def derived_mlp(mlp):
 
 def larger_mlp(mlp):
     mlp.norm = nn.LayerNorm(WIDTH)
-    return "mlp has an MLP inside that has a child norm, which would be left out"
+    return "mlp has a child norm, which would be left out"
 
 
 @pytest.mark.parametrize("change", [hooked_mlp, derived_mlp, larger_mlp])
@@ -331,7 +331,7 @@ def test_heads_of_other_programs(kind, head):
 
 def normed_late(model):
     model.blocks[0].mlp.adapter_layernorm_option = "out"
-    return "has its norm elsewhere ('out'), not before it"
+    return "has adapter_layernorm_option='out', not 'in'"
 
 
 def of_another_activation(model):
@@ -341,7 +341,7 @@ def of_another_activation(model):
 
 def without_a_bias(model):
     model.blocks[0].mlp.up_proj.bias = None
-    return "has a down_proj or an up_proj without a bias"
+    return "has a up_proj without a bias"
 
 
 def with_a_child(model):
@@ -418,7 +418,7 @@ def hooked_factor(layer):
 
 def another_dtype(layer):
     layer.gamma.data = layer.gamma.data.double()
-    return "has tensors of float32 and float64"
+    return "has layers of float32 and float64"
 
 
 @pytest.mark.parametrize("change", [hooked_head, hooked_factor, another_dtype])

@@ -261,7 +261,7 @@ def test_methods_of_other_programs(method):
 
 def of_another_form(layer):
     layer.type = "cp"
-    return "is of type 'cp', not 'tucker'"
+    return "has type='cp', not 'tucker'"
 
 
 def of_another_mask(layer):
@@ -276,7 +276,7 @@ def of_a_mask_written_to(layer):
 
 def of_another_count(layer):
     layer.task_num = 2
-    return "has a td_U3 of shape (3, 2), not (2, 2)"
+    return "has task_num=2, not 3"
 
 
 def with_a_child(layer):
