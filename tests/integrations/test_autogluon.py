@@ -34,6 +34,12 @@ def pair(stock):
     return fused
 
 
+def same_bits(ours, theirs):
+    assert [*ours] == [*theirs]
+    for name, value in ours.items():
+        assert torch.equal(theirs[name], value), name
+
+
 def as_exact_as(fused, stock, x):
     ours = run(fused, x)
     stocks, exacts = functools.partial(run, stock, x), functools.partial(exact, stock, x)
@@ -139,9 +145,7 @@ def test_unfuse_gives_the_same_bits(twin):
     stock = layer(twin)
     fused = samfast.unfuse(pair(stock))
     assert [type(m) for m in fused.modules()] == [type(m) for m in stock.modules()]
-    theirs = run(stock, maps())
-    for name, value in run(fused, maps()).items():
-        assert torch.equal(theirs[name], value), name
+    same_bits(run(fused, maps()), run(stock, maps()))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -306,8 +310,7 @@ def test_left_alone(twin, make):
     if make is r_zero:  # whose forward fails, as AutoGluon's does
         return
     x = maps()
-    for name, value in run(stock, x).items():
-        assert torch.equal(run(other, x)[name], value), name
+    same_bits(run(other, x), run(stock, x))
 
 
 OTHER_VERSIONS = {  # what stands in the twin's file: in its place, and what the run finds
@@ -355,9 +358,7 @@ def test_what_is_changed_after_fuse_runs_the_owners_forward(twin, change):
     for module in (stock, fused):
         reason = change(module)
     assert samfast.report(fused).others[""] == f"not fused: autogluon's ConvLoRALinear {reason}"
-    theirs = run(stock, maps())
-    for name, value in run(fused, maps()).items():
-        assert torch.equal(theirs[name], value), name
+    same_bits(run(fused, maps()), run(stock, maps()))
 
 
 def test_other_dtypes_run_the_owners_forward(classes):

@@ -22,6 +22,12 @@ HEADS = {"functions": cobot.QuaternionLinear, "autograd": cobot.WithFunction}
 QUICK = ("lora-autocast", "lora-checkpointing", "related-autocast", "adapter-copies")
 
 
+def same_bits(ours, theirs):
+    assert [*ours] == [*theirs]
+    for name, value in ours.items():
+        assert torch.equal(theirs[name], value), name
+
+
 def fused_of(stock):
     return samfast.fuse(copy.deepcopy(stock))
 
@@ -109,12 +115,12 @@ def test_dropout_has_the_owners_distribution(make):
     torch.manual_seed(0)
     with torch.no_grad():
         base = stock.mlp(x)
-        made = [torch.stack([m(x) for _ in range(400)]) - base for m in (fused, stock)]
+        made = [torch.stack([m(x) for _ in range(100)]) - base for m in (fused, stock)]
         wanted = stock.eval()(x) - base
     for branch in made:
-        off = (branch.mean(0) - wanted).norm() / (branch.std(0) / 20).norm()
-        assert 0.9 < off < 1.1
-    assert made[0].std(0).norm() == pytest.approx(made[1].std(0).norm().item(), rel=0.02)
+        off = (branch.mean(0) - wanted).norm() / (branch.std(0) / 10).norm()
+        assert 0.8 < off < 1.2
+    assert made[0].std(0).norm() == pytest.approx(made[1].std(0).norm().item(), rel=0.05)
     as_exact_as(fused.eval(), stock, x)
 
 
@@ -178,8 +184,7 @@ def test_unfuse_gives_the_same_bits(kind):
     assert isinstance(layer_of(fused, kind), getattr(cobot, KINDS[kind]))
     samfast.unfuse(fused)
     assert [type(m) for m in fused.modules()] == [type(m) for m in stock.modules()]
-    for name, value in run(stock, x).items():
-        assert torch.equal(run(fused, x)[name], value), name
+    same_bits(run(fused, x), run(stock, x))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -67,6 +67,12 @@ def run(module, x, *task):
     return dict(zip(["y", "dx", *trained], [y.detach(), *grads], strict=True))
 
 
+def same_bits(ours, theirs):
+    assert [*ours] == [*theirs]
+    for name, value in ours.items():
+        assert torch.equal(theirs[name], value), name
+
+
 def as_exact_as(fused, stock, x, *task, dtype=torch.float32):
     double = copy.deepcopy(stock).double()
     stocks = functools.partial(run, stock, x, *task)
@@ -122,12 +128,12 @@ def test_dropout_has_the_owners_distribution(kind):
     fused, x = fused_of(stock), maps(1)
     torch.manual_seed(0)
     with torch.no_grad():
-        made = [torch.stack([m(x) for _ in range(400)]) for m in (fused, stock)]
+        made = [torch.stack([m(x) for _ in range(100)]) for m in (fused, stock)]
         wanted = stock.eval()(x)
     for results in made:
-        off = (results.mean(0) - wanted).norm() / (results.std(0) / 20).norm()
+        off = (results.mean(0) - wanted).norm() / (results.std(0) / 10).norm()
         assert 0.8 < off < 1.2
-    assert made[0].std(0).norm() == pytest.approx(made[1].std(0).norm().item(), rel=0.02)
+    assert made[0].std(0).norm() == pytest.approx(made[1].std(0).norm().item(), rel=0.05)
     as_exact_as(fused.eval(), stock, x)
 
 
@@ -179,8 +185,7 @@ def test_unfuse_gives_the_same_bits(kind):
     stock, x = LAYERS[kind](), maps()
     fused = samfast.unfuse(fused_of(stock))
     assert type(fused) is type(stock)
-    for name, value in run(stock, x, 1).items():
-        assert torch.equal(run(fused, x, 1)[name], value), name
+    same_bits(run(fused, x, 1), run(stock, x, 1))
 
 
 def test_other_tasks_and_shapes_run_the_owners_forward():
@@ -255,8 +260,7 @@ def test_methods_of_other_programs(method):
     stock.on = True
     found, fused = left_alone(stock)
     assert found.startswith(reason)
-    for key, value in run(stock, maps(), 1).items():
-        assert torch.equal(run(fused, maps(), 1)[key], value), key
+    same_bits(run(fused, maps(), 1), run(stock, maps(), 1))
 
 
 def of_another_form(layer):
@@ -319,8 +323,7 @@ def test_builds_of_other_programs(change):
     reason = change(stock)
     found, fused = left_alone(stock)
     assert found == reason
-    for name, value in run(stock, maps(), 1).items():
-        assert torch.equal(run(fused, maps(), 1)[name], value), name
+    same_bits(run(fused, maps(), 1), run(stock, maps(), 1))
 
 
 def hooked_dropout(layer):
@@ -336,8 +339,7 @@ def test_what_is_changed_after_fuse_runs_the_owners_forward(change):
     for module in (stock, fused):
         reason = change(module)
     assert samfast.report(fused).others[""] == f"not fused: literal_mtsam's QKVLinear {reason}"
-    for name, value in run(stock, maps(), 1).items():
-        assert torch.equal(run(fused, maps(), 1)[name], value), name
+    same_bits(run(fused, maps(), 1), run(stock, maps(), 1))
 
 
 def test_a_patched_method_runs_as_it_is_patched(monkeypatch):
