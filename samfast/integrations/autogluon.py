@@ -55,7 +55,7 @@ class FusedConvLora(ForeignModule):
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> (result, moe_loss), by AutoGluon's own forward if not fused."""
+        """Return (result, moe_loss), by AutoGluon's own forward if it is not fused."""
         windows = _windows(x)
         if windows is None or not takes(x, self.weight) or self.block_problem() is not None:
             return super().forward(x)
@@ -81,13 +81,13 @@ class FusedConvLora(ForeignModule):
         return y, loss.float()
 
     def block_problem(self) -> str | None:
-        """Why AutoGluon's own forward runs, None where this class's does."""
+        """Say why AutoGluon's own forward runs; None if this class's does."""
         if (method := patched(self)) is not None:
             return f"has another {method} than its class had; undo that to fuse it"
         return build_problem(self) or _now_problem(self)
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         if self.block_problem() is not None:
             return {}
         x = autocast_input(self.weight.detach()[:0])
@@ -109,7 +109,7 @@ class FusedConvLora(ForeignModule):
 
 
 def _windows(x: Tensor) -> Windows | None:
-    """Each map of x as a window of its own; None where AutoGluon's forward may have to fail."""
+    """Return each map of x as a window; None if AutoGluon's forward may have to fail."""
     if 0 in x.shape:
         return None
     if x.dim() == 4:
@@ -121,7 +121,7 @@ def _windows(x: Tensor) -> Windows | None:
 
 
 def _now_problem(module: Foreign) -> str | None:
-    """What stands against its tensors at the moment."""
+    """Say which tensor prevents fusing now."""
     narrow = autocast_dtype(module.weight.device.type)
     for name, tensor in tensors_of(module).items():
         if foreign_tensor(tensor):
@@ -134,18 +134,18 @@ def _now_problem(module: Foreign) -> str | None:
 
 
 def mixin_of(module: nn.Module) -> type:
-    """The mixin for a layer of AutoGluon's."""
+    """Return the mixin for a layer of AutoGluon's."""
     return FusedConvLora
 
 
 def kind_of(module: nn.Module) -> str:
-    """What sentences call the module."""
+    """Return what sentences call the module."""
     made_of = swapped(module)
     return (type(module) if made_of is None else made_of.stock).__name__
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All but the frozen layer's."""
+    """Yield all but the frozen layer's."""
     for name, parameter in module.named_parameters():
         if name not in ("weight", "bias"):
             yield name, parameter

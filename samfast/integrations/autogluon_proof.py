@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a class is AutoGluon's ``ConvLoRALinear`` and computes Conv-LoRA, whichever its version.
+"""Prove that a class is AutoGluon's ``ConvLoRALinear`` and computes Conv-LoRA, in any version.
 
 Sentences are the rest of one that begins with the module: "has 1 expert, ...".
 """
@@ -50,7 +50,7 @@ _verdicts: dict[tuple[Any, ...], str | None] = {}
 
 
 def objection(module: Foreign) -> str | None:
-    """Why the module is left alone, None where it is AutoGluon's and a run gives Conv-LoRA."""
+    """Say why the module is left alone; None if it is AutoGluon's and a run gives Conv-LoRA."""
     kind = _stock(module)
     if kind.__module__ != _LAYERS or kind.__qualname__ != "ConvLoRALinear":
         return f"which is not the class of {_LAYERS}, and samfast trusts no other"
@@ -70,19 +70,19 @@ def objection(module: Foreign) -> str | None:
 
 
 def _stock(module: Foreign) -> Any:
-    """The class that it has, or had before it was swapped."""
+    """Return the class that it has, or had before the swap."""
     made_of = swapped(module)
     return type(module) if made_of is None else made_of.stock
 
 
 def _helpers(module: Foreign, kind: type[nn.Module]) -> tuple[Any, Any]:
-    """The classes that its forward uses: of its gate, and of what sorts samples by expert."""
+    """Return the classes of its gate and of what sorts samples by expert."""
     forward: Any = kind.forward
     return type(module.lora_moe_gating), forward.__globals__.get("SparseDispatcher")
 
 
 def _replaced(kind: Any) -> str | None:
-    """The name of a class that is not AutoGluon's, or of its method that is not."""
+    """Return the name of a class that is not AutoGluon's, or of its method that is not."""
     if not isinstance(kind, type) or kind.__module__ != _LAYERS:
         return getattr(kind, "__name__", type(kind).__name__)
     method = foreign_method(kind)
@@ -90,7 +90,7 @@ def _replaced(kind: Any) -> str | None:
 
 
 def build_problem(module: Foreign) -> str | None:
-    """What is not as AutoGluon builds it, or has changed since, None if nothing."""
+    """Say what is not as AutoGluon builds it, now or since a change; None if nothing."""
     children = ["lora_moe_gating", "lora_moe_experts"]
     dropout = getattr(module, "lora_dropout", None)
     if isinstance(dropout, nn.Module):
@@ -132,13 +132,13 @@ def _dropout_problem(module: Foreign, dropout: Any) -> str | None:
 
 
 def experts_of(module: Foreign) -> list[Foreign]:
-    """The convolutions of the experts."""
+    """Return the convolutions of the experts."""
     experts: Foreign = module._modules["lora_moe_experts"]
     return [expert._modules["0"] for expert in experts._modules.values()]
 
 
 def tensors_of(module: Foreign) -> dict[str, Tensor]:
-    """What its forward reads, by name."""
+    """Return the tensors that its forward reads, by name."""
     gate = module._modules["lora_moe_gating"]
     found = {name: p for name, p in module._parameters.items() if p is not None}
     found |= {"w_gate": gate.w_gate, "w_noise": gate.w_noise}
@@ -222,9 +222,10 @@ def _first(experts: int, device: torch.device) -> int:
 
 
 def first_of_equals(experts: int, device: torch.device) -> int:
-    """The expert that AutoGluon's topk takes where all are equal, as an untrained gate makes them.
+    """Return the expert that AutoGluon's topk takes if all logits are equal.
 
-    samfast's gate takes the first of equals, so the layer gives it this expert first.
+    An untrained gate makes them so. samfast's gate takes the first of equals, so the layer gives
+    it this expert first.
     """
     return _first(experts, device)
 
@@ -233,7 +234,7 @@ first_of_equals._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 
 
 
 class _Joined(nn.Module):
-    """Result and loss of a layer as one tensor, with seeded noise."""
+    """Gives result and loss of a layer as one tensor, with seeded noise."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -249,7 +250,7 @@ def _joined(y: Tensor, loss: Tensor) -> Tensor:
 
 
 def _probed(kind: type[nn.Module], gate: type[nn.Module], rank: int, experts: int) -> str | None:
-    """What differs from the formula in a layer of that class with tensors of its own."""
+    """Say what differs from the formula in a layer of that class with tensors of its own."""
     torch.manual_seed(_SEED)
     module = _Joined(_stand_in(kind, gate, rank, experts))
     samples = 4 * experts

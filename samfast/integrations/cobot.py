@@ -28,24 +28,24 @@ _MIXINS: dict[str, type[Wrapper]] = {
 
 
 def objection(module: nn.Module) -> str | None:
-    """Why a module of a name of SAM-COBOT's is not fused; None where it is."""
+    """Say why a module with one of SAM-COBOT's names is not fused; None if it is."""
     reason = problem(module, mixin_of(module))
     return None if reason is None else f"which {reason}"
 
 
 def mixin_of(module: nn.Module) -> type[Wrapper]:
-    """The mixin for a module of SAM-COBOT's."""
+    """Return the mixin for a module of SAM-COBOT's."""
     names = [base.__name__ for base in stock_of(module).__mro__]
     return next(_MIXINS[name] for name in names if name in _MIXINS)
 
 
 def kind_of(module: nn.Module) -> str:
-    """What sentences call the module."""
+    """Return what sentences call the module."""
     return stock_of(module).__name__
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All but those of the layers it adapts."""
+    """Yield all but those of the layers it adapts."""
     for name, parameter in module.named_parameters():
         if name.partition(".")[0] not in _ADAPTED:
             yield name, parameter

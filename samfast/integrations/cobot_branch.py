@@ -90,7 +90,7 @@ class FusedAdapter(ForeignModule):
     )
 
     def forward(self, x: Tensor, add_residual: bool = True, residual: Any = None) -> Tensor:
-        """x: (..., D) -> (..., D), fused where nothing stands against it."""
+        """Run x: (..., D) -> (..., D), fused if nothing prevents it."""
         asked = add_residual is True and residual is None
         if not asked or not takes(x, self._down_weight()) or self.block_problem() is not None:
             return super().forward(x, add_residual, residual)
@@ -112,40 +112,40 @@ class FusedAdapter(ForeignModule):
         return weight_of(self._modules["down_proj"])
 
     def _down(self) -> tuple[Tensor, Tensor]:
-        """down and its bias as the branch takes them."""
+        """Return down and its bias as the branch takes them."""
         down: Foreign = self._modules["down_proj"]
         return down.weight, down.bias
 
     @property
     def lin1(self) -> nn.Module:
-        """The first layer of the MLP inside."""
+        """Return the first layer of the MLP inside."""
         return self._inside().lin1
 
     @property
     def lin2(self) -> nn.Module:
-        """The second layer of the MLP inside."""
+        """Return the second layer of the MLP inside."""
         return self._inside().lin2
 
     @property
     def act(self) -> nn.Module:
-        """The activation of the MLP inside."""
+        """Return the activation of the MLP inside."""
         return self._inside().act
 
     def _inside(self) -> Foreign:
-        """The MLP."""
+        """Return the MLP inside."""
         return self._modules["mlp"]
 
     def block_problem(self) -> str | None:
-        """Why the owner's forward runs, None where this class's does."""
+        """Say why the owner's forward runs; None if this class's does."""
         return own_problem(self) or now_problem_of(self._read(), self._parts())
 
     @property
     def mlp_inside(self) -> nn.Module:
-        """The MLP, whose class a fused block asks for too."""
+        """Return the MLP inside, whose class a fused block checks."""
         return self._inside()
 
     def side_problem(self) -> str | None:
-        """Why it cannot take part in a fused block, None where it can."""
+        """Say why it cannot take part in a fused block; None if it can."""
         if (problem := self.block_problem()) is not None:
             return f"mlp {problem}"
         inside = self._inside()
@@ -155,7 +155,7 @@ class FusedAdapter(ForeignModule):
         return problem and f"mlp {problem}"
 
     def block_side(self, x: Tensor) -> BlockSide:
-        """The branch's part in a fused block; x as the block's products take it."""
+        """Return what the branch passes to a fused block; x is the input of the products."""
         parts: dict[str, Foreign] = self._modules
         norm, up, scale = parts[_NORM], parts["up_proj"], self.scale
         dropout = float(self.dropout) if self.training else 0.0
@@ -168,7 +168,7 @@ class FusedAdapter(ForeignModule):
         return {name: parts[name] for name in (_NORM, *_LAYERS, _ACT, *self.more)}
 
     def _read(self) -> dict[str, Tensor]:
-        """The tensors of the branch."""
+        """Return the tensors of the branch."""
         found = {name: getattr(self, name) for name in self.tensors}
         if isinstance(self.scale, Tensor):
             found["scale"] = self.scale
@@ -177,7 +177,7 @@ class FusedAdapter(ForeignModule):
         return found
 
     def backends(self) -> dict[str, str]:
-        """Which backend would run the branch here, by operation."""
+        """Map each operation to the backend that would run the branch here."""
         if self.block_problem() is not None:
             return {}
         weight = self._down_weight()
@@ -199,7 +199,7 @@ class FusedAdapter(ForeignModule):
 
     @classmethod
     def codes(cls, module: Foreign) -> list[PlainCode]:
-        """The code of the norm and of the activation."""
+        """Return the code of the norm and of the activation."""
         return list(_INSIDE)
 
     @classmethod
@@ -247,7 +247,7 @@ class FusedAdapter(ForeignModule):
 
     @classmethod
     def runs(cls, sizes: AdapterSizes) -> list[Run]:
-        """In eval, in training with the owner's random numbers, and at its own size."""
+        """Compare in eval, in training with the owner's random numbers, and at full size."""
         small = cls.small(sizes)
         dropped = small._replace(dropout=0.5)
         return [
@@ -286,12 +286,12 @@ class FusedAdapter(ForeignModule):
     def relation(
         cls, sizes: AdapterSizes, generator: torch.Generator
     ) -> dict[str, nn.Module | nn.Parameter]:
-        """Further parts of a stand-in."""
+        """Return further parts of a stand-in."""
         return {}
 
     @classmethod
     def between(cls, sizes: AdapterSizes, given: Mapping[str, Tensor], h: Tensor) -> Tensor:
-        """What the bottleneck goes through before the ReLU."""
+        """Return what the ReLU takes."""
         return h
 
     @classmethod
@@ -335,7 +335,7 @@ class FusedRelatedAdapter(FusedAdapter):
         return folded[0], shifts[0]
 
     def backends(self) -> dict[str, str]:
-        """Which backend would run the branch here, by operation."""
+        """Map each operation to the backend that would run the branch here."""
         found = super().backends()
         return found and {**found, "cobot_fold": fold_choice(self, self._down_weight())}
 
@@ -345,7 +345,7 @@ class FusedRelatedAdapter(FusedAdapter):
 
     @classmethod
     def codes(cls, module: Foreign) -> list[PlainCode]:
-        """The code of the norm, of the activation and of the head."""
+        """Return the code of the norm, of the activation and of the head."""
         head = module._modules.get("FacT_d1")
         return [*_INSIDE, *([] if head is None else [code_of(type(head))])]
 
@@ -403,7 +403,7 @@ def _in_eval(
 def _seeded(
     module: nn.Module, formula: Callable[[Tensor, Mapping[str, Tensor]], Tensor], x: Tensor
 ) -> str | None:
-    """As ``difference`` in train mode, with the random numbers of one seed."""
+    """Run ``difference`` in train mode with the random numbers of one seed."""
     module.register_forward_pre_hook(_seed)
     return difference(module, formula, x, (True,))
 

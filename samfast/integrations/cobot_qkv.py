@@ -65,21 +65,21 @@ class FusedRelatedQkv(FusedPackedQkv):
     )
 
     def block_problem(self) -> str | None:
-        """Why the owner's forward runs, None where the layer can take part in a fused block."""
+        """Say why the owner's forward runs; None if the layer can take part in a fused block."""
         return super().block_problem() or now_problem_of(self._read(), self._heads())
 
     def _heads(self) -> dict[str, Foreign]:
         return {name: self._modules[name] for name in _HEADS}
 
     def _read(self) -> dict[str, Tensor]:
-        """The tensors that the fold reads, and the packed weight."""
+        """Return the tensors that the fold reads, and the packed weight."""
         found = {name: getattr(self, name) for name in RELATION}
         for name, head in self._heads().items():
             found |= {f"{part} of {name}": p for part, p in head.named_parameters()}
         return {"weight": self.weight, **found}
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """The updates' A below each other, and their B with coefficients and heads folded in."""
+        """Return the updates' A below each other, and their B with the fold in it."""
         lora_a, lora_b = super()._factors()
         heads = quarters_of(self._heads().values())
         folded, _ = cobot_fold(
@@ -88,7 +88,7 @@ class FusedRelatedQkv(FusedPackedQkv):
         return lora_a, folded[0]
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         found = super().backends()
         return found and {**found, "cobot_fold": fold_choice(self, weight_of(self.linear_b_q))}
 
@@ -111,7 +111,7 @@ class FusedRelatedQkv(FusedPackedQkv):
 
     @classmethod
     def codes(cls, module: Foreign) -> list[PlainCode]:
-        """The code of the heads."""
+        """Return the code of the heads."""
         heads = [module._modules.get(name) for name in _HEADS]
         return [code_of(type(head)) for head in heads if head is not None]
 
@@ -165,7 +165,7 @@ class FusedRelatedQkv(FusedPackedQkv):
 
 
 def fold_choice(module: Foreign, factor: Tensor) -> str:
-    """Which backend would fold here."""
+    """Return the backend that would fold here, or why there is none."""
     try:
         return fold_backend(requested("auto"), module.FacT_c, factor)
     except RuntimeError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SAM-COBOT's layers have in common: coefficients of all blocks and quaternion heads.
+"""Check and read what SAM-COBOT's layers share: coefficients of all blocks, quaternion heads.
 
 FacT_c (1, V, S) and FacT_p (S, S) are the same Parameters in all layers of a model. Each layer
 folds its own slices, so their gradients add up by themselves.
@@ -42,12 +42,12 @@ class Head(NamedTuple):
 
 
 def head_of(head: nn.Module) -> Head:
-    """The class and the numbers of a head."""
+    """Return the class and the numbers of a head."""
     return Head(type(head), tuple(vars(head).get(name) for name in _SIZES))
 
 
 def head_stamp(head: nn.Module | None) -> tuple[Any, ...]:
-    """What tells a head's build from another's."""
+    """Return a mark that differs between builds of a head."""
     if head is None:
         return ()
     shapes = tuple((n, None if p is None else p.shape) for n, p in head._parameters.items())
@@ -56,7 +56,7 @@ def head_stamp(head: nn.Module | None) -> tuple[Any, ...]:
 
 
 def head_problem(name: str, head: nn.Module, width: int) -> str | None:
-    """Why the head is not a quaternion layer of as many outputs as inputs, without a bias."""
+    """Say why the head is not a quaternion layer of that width without a bias."""
     if (reason := held_problem(head, (), QUARTERS)) is not None:
         return f"has a {name} that {reason}"
     if "bias" in vars(head):
@@ -71,7 +71,7 @@ def head_problem(name: str, head: nn.Module, width: int) -> str | None:
 
 
 def relation_problem(module: Foreign, width: int, slices: int) -> str | None:
-    """Why the coefficients do not fit a layer with that many slices of that width."""
+    """Say why the coefficients do not fit a layer with that many slices of that width."""
     c, p, gamma = (module._parameters.get(name) for name in RELATION)
     if width % 4 or width == 0:
         return f"has a bottleneck of {width}, which four does not divide"
@@ -91,12 +91,12 @@ def relation_problem(module: Foreign, width: int, slices: int) -> str | None:
 
 @cache
 def code_of(kind: type[nn.Module]) -> PlainCode:
-    """The code of a class of heads."""
+    """Return the code of a class of heads."""
     return PlainCode(kind, frozenset(_IN_HEADS))
 
 
 def drawn_head(head: Head, width: int, draw: Any) -> nn.Module:
-    """A head of the class with weights of its own; draw: takes a shape."""
+    """Make a head of the class with weights of its own; draw: takes a shape."""
     quarter = width // 4
     parts = {name: nn.Parameter(draw(quarter, quarter)) for name in QUARTERS}
     numbers = dict(zip(_SIZES, head.numbers, strict=True))
@@ -106,13 +106,13 @@ def drawn_head(head: Head, width: int, draw: Any) -> nn.Module:
 
 
 def quarters_of(heads: Iterable[Foreign]) -> Tensor:
-    """(heads, 4, V/4, V/4)"""
+    """Return the quarters as (heads, 4, V/4, V/4)."""
     quarters = [getattr(head, quarter) for head in heads for quarter in QUARTERS]
     return torch.stack(quarters).unflatten(0, (-1, 4))
 
 
 def now_problem_of(tensors: dict[str, Tensor], parts: dict[str, Foreign]) -> str | None:
-    """What stands against the tensors and parts at the moment."""
+    """Say which of the tensors and parts prevents fusing now."""
     if (reason := hook_problem(parts)) is not None:
         return reason
     for name, tensor in tensors.items():

@@ -108,7 +108,7 @@ def pair_problem(
 
 
 def value_problem(module: object, wanted: Mapping[str, Any]) -> str | None:
-    """Which attribute is not what it has to be."""
+    """Say which attribute does not have its value."""
     for name, value in wanted.items():
         found = getattr(module, name, None)
         alike = isinstance(found, bool) == isinstance(value, bool)
@@ -118,7 +118,7 @@ def value_problem(module: object, wanted: Mapping[str, Any]) -> str | None:
 
 
 def shape_problem(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) -> str | None:
-    """Which tensor is missing, or not of the shape beside it."""
+    """Say which tensor is missing or has another shape than the one next to it."""
     for name, (tensor, shape) in tensors.items():
         if tensor is None:
             return f"has no {name}"
@@ -128,14 +128,14 @@ def shape_problem(tensors: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]) 
 
 
 def number_problem(name: str, value: object) -> str | None:
-    """Why an attribute is not a number."""
+    """Say if an attribute is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"has a {name} that is a {type(value).__name__}, not a number"
     return None
 
 
 def hook_problem(parts: Mapping[str, nn.Module]) -> str | None:
-    """Which part does more than its class says when it is called."""
+    """Say which part has hooks, or a forward of its own."""
     for name, part in parts.items():
         if altered(part):
             return f"has hooks or a forward of its own on {name}"
@@ -143,12 +143,12 @@ def hook_problem(parts: Mapping[str, nn.Module]) -> str | None:
 
 
 def kind_problem(name: str, part: nn.Module | None, kind: str) -> str:
-    """That a part is of another class."""
+    """Say that a part has another class."""
     return f"has {'none' if part is None else kind_of(part)} as {name}, not {kind}"
 
 
 def dropout_problem(name: str, dropout: object, idle: bool) -> str | None:
-    """Why a dropout is not one; idle: whether it is a function that changes nothing."""
+    """Say why it is not a dropout; idle: True for a function that changes nothing."""
     if type(dropout) is nn.Dropout:
         return f"has a dropout of {dropout.p}" if dropout.p >= 1.0 else None
     if idle:

@@ -78,7 +78,7 @@ class FusedTuckerLinear(ForeignModule):
     )
 
     def forward(self, x: Tensor, task_idx: int = -1) -> Tensor:
-        """x: (..., D) -> (..., O), fused where nothing stands against it."""
+        """Run x: (..., D) -> (..., O), fused if nothing prevents it."""
         entries = self._entries(x, task_idx)
         if entries is None or not takes(x, self.weight) or self.block_problem() is not None:
             return super().forward(x, task_idx)
@@ -91,7 +91,7 @@ class FusedTuckerLinear(ForeignModule):
         )  # fmt: skip
 
     def _entries(self, x: Tensor, task: Any) -> Tensor | None:
-        """The tasks of equal parts of the batch; None where MTSAM's forward may have to fail."""
+        """Return the tasks of equal parts of the batch; None if MTSAM's forward may fail."""
         count = self.task_num
         if type(task) is not int or 0 in x.shape:
             return None
@@ -102,17 +102,17 @@ class FusedTuckerLinear(ForeignModule):
         return None
 
     def _slices(self) -> list[Range] | None:
-        """The outputs that are updated, None for all."""
+        """Return the outputs that are updated; None for all."""
         return None
 
     def block_problem(self) -> str | None:
-        """Why MTSAM's own forward runs, None where this class's does."""
+        """Say why MTSAM's own forward runs; None if this class's does."""
         tensors = {name: getattr(self, name) for name in ("weight", *_FACTORS)}
         parts: dict[str, Foreign] = {n: m for n, m in self._modules.items() if m is not None}
         return own_problem(self) or now_problem_of(tensors, parts)
 
     def backends(self) -> dict[str, str]:
-        """What a forward would choose here and now, for an x as autocast would have it."""
+        """Map each operation to the backend that a forward would choose now, under autocast too."""
         if self.block_problem() is not None:
             return {}
         try:
@@ -168,7 +168,7 @@ class FusedTuckerLinear(ForeignModule):
 
     @classmethod
     def _updated(cls, module: Foreign) -> int:
-        """How many outputs have an update."""
+        """Return how many outputs have an update."""
         return module.weight.shape[0]
 
     @classmethod
@@ -200,7 +200,7 @@ class FusedTuckerLinear(ForeignModule):
 
     @classmethod
     def runs(cls, sizes: TuckerSizes) -> list[Run]:
-        """All tasks at once and each alone, then the largest at its own size."""
+        """Compare all tasks at once and each alone, then the last at full size."""
         small = cls.small(sizes)
         found = []
         for task in (-1, *range(_TASKS)):
@@ -238,7 +238,7 @@ class FusedTuckerLinear(ForeignModule):
 
     @classmethod
     def formula(cls, sizes: TuckerSizes) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
-        """Of all tasks."""
+        """Return the formula for all tasks."""
         return cls._formula(sizes, -1)
 
     @classmethod
@@ -311,12 +311,12 @@ _MIXINS = {"QKVLinear": FusedTuckerQkv, "TDLinear": FusedTuckerLinear}
 
 
 def _mask(enabled: tuple[bool, ...], outputs: int) -> Tensor:
-    """Which outputs have an update."""
+    """Return a mask of the outputs that have an update."""
     return torch.tensor(enabled).repeat_interleave(outputs // len(enabled))
 
 
 def _values(mask: Tensor) -> bytes:
-    """A mask as something that is quick to compare."""
+    """Return a mask as bytes, which are quick to compare."""
     return bytes(mask.detach().cpu().to(torch.uint8).flatten().tolist()) + str(mask.dtype).encode()
 
 
@@ -325,7 +325,7 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def _changes_nothing(function: object) -> bool:
-    """Whether it is a function that gives back what it is given, as MTSAM has without dropout."""
+    """True for a function that returns its argument, as MTSAM has without dropout."""
     if not isinstance(function, FunctionType) or function.__closure__ is not None:
         return False
     code = function.__code__
@@ -354,24 +354,24 @@ def _of_task(
 
 
 def objection(module: nn.Module) -> str | None:
-    """Why a module of a name of MTSAM's is not fused; None where it is."""
+    """Say why a module with one of MTSAM's names is not fused; None if it is."""
     reason = problem(module, mixin_of(module))
     return None if reason is None else f"which {reason}"
 
 
 def mixin_of(module: nn.Module) -> type[FusedTuckerLinear]:
-    """The mixin for a module of MTSAM's."""
+    """Return the mixin for a module of MTSAM's."""
     names = [base.__name__ for base in stock_of(module).__mro__]
     return next(_MIXINS[name] for name in names if name in _MIXINS)
 
 
 def kind_of(module: nn.Module) -> str:
-    """What sentences call the module."""
+    """Return what sentences call the module."""
     return stock_of(module).__name__
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The factors."""
+    """Yield the factors."""
     for name, parameter in module.named_parameters():
         if name.startswith("td_"):
             yield name, parameter

@@ -115,7 +115,7 @@ class FusedPackedQkv(ForeignModule):
 
     @classmethod
     def _linears(cls, module: Foreign) -> dict[str, nn.Module]:
-        """The packed layer and those of the updates."""
+        """Return the packed layer and those of the updates."""
         return {name: layer for name, layer in held(module).items() if name not in cls.more}
 
     def _starts(self) -> tuple[int, ...]:

@@ -248,7 +248,7 @@ def _of_torch(value: Any) -> bool:
 
 
 def _is_autograd_function(value: Any) -> bool:
-    """Whether it is a class of torch.autograd.Function with a forward and a backward alone."""
+    """True for a class of torch.autograd.Function with only a forward and a backward."""
     if not isinstance(value, type) or value.__mro__[1:2] != (torch.autograd.Function,):
         return False
     methods = {name for name, part in vars(value).items() if callable(part) and name[0] != "_"}

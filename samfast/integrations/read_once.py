@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the values of a tensor say, asked again only once the tensor was written to."""
+"""Read the values of a tensor again only when it was written to."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ _known: Any = WeakTensorKeyDictionary()
 
 
 def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
-    """What ``read`` gives of the tensor; None where it has no values."""
+    """Return what ``read`` gives of the tensor; None if it has no values."""
     if tensor.is_meta:
         return None
     if tensor.is_inference():  # which counts no writes
