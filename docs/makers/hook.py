@@ -20,8 +20,11 @@ PAGES = {  # by their places in docs/
 FITS = re.compile(r"The largest batch, counted:.*?(?=<!-- end of what fits)", re.DOTALL)
 
 
-def on_config(config):
-    """Put samfast and kernels into one package, as a wheel has them, for mkdocstrings to read."""
+def on_startup(command, dirty):
+    """Put samfast and kernels into one package, as a wheel has them, for mkdocstrings to read.
+
+    It looks for the folder when it is configured, before any hook's ``on_config``.
+    """
     target = ROOT / "build" / "sources" / "samfast"
     shutil.rmtree(target, ignore_errors=True)
     for folder, place in ((ROOT / "samfast", target), (ROOT / "kernels", target / "kernels")):
@@ -32,7 +35,6 @@ def on_config(config):
     for folder in (target, *(path for path in target.rglob("*") if path.is_dir())):
         if not (folder / "__init__.py").exists():
             (folder / "__init__.py").touch()
-    return config
 
 
 def on_files(files, config):
