@@ -15,15 +15,15 @@ import numpy as np
 
 from samfast.training.coco_items import (
     CocoMask,
+    MaskSource,
     check_no_stacks,
     check_no_suffix,
     coco_parts,
     is_coco,
 )
-from samfast.training.file_pairs import MASK_SUFFIXES, STACK_SUFFIXES
+from samfast.training.file_pairs import MASK_SUFFIXES, STACK_SUFFIXES, Marked
 from samfast.training.folders import (
     CheckedPair,
-    Pair,
     Split,
     check_sizes,
     few_levels,
@@ -48,7 +48,7 @@ from samfast.training.split_checks import (
     missing_sentence,
     missing_values,
 )
-from samfast.training.stacks import Source, check_as_many, image_slices, mask_slices
+from samfast.training.stacks import Source, check_as_many, file_of, image_slices, mask_slices
 from samfast.training.tasks import UNLABELLED, TaskSpec
 
 _ADVICE = (
@@ -65,7 +65,7 @@ class Item:
 
     stem: str
     image: Source
-    targets: dict[str, Source | CocoMask] = field(hash=False)
+    targets: dict[str, MaskSource] = field(hash=False)
 
 
 def find_items(
@@ -77,7 +77,7 @@ def find_items(
     only_score: bool = False,
     mask_suffix: str | None = None,
     stacks: bool = False,
-) -> Split:
+) -> Split[Item]:
     """Find the images of all tasks and split them; no image is decoded.
 
     What lies in train/ and val/ is split already. The rest is split by ``seed``, images that have
@@ -104,7 +104,7 @@ def _find_files(
     only_score: bool,
     mask_suffix: str | None,
     stacks: bool,
-) -> Split:
+) -> Split[Item]:
     """``find_items``, of files whose stacks are whole."""
     parts: dict[str, dict[Path, Item]] = {"train": {}, "val": {}, "": {}}
     if all(spec.of_objects for spec in specs) and is_coco(folder):
@@ -123,7 +123,8 @@ def _find_files(
                 )
         for part in given_parts(folder) or ("",):
             for pair in find_pairs(folder / part, mask_suffix, stacks):
-                parts[part][pair.image] = _item(pair.image, specs, pair.mask)
+                image = file_of(pair.image)
+                parts[part][image] = _item(image, specs, pair.mask)
         return _split(parts, val_fraction, seed, only_score, stacks)
     shared: set[tuple[str, Path]] = set()
     for spec in specs:
@@ -173,10 +174,11 @@ def _slice_items(items: Sequence[Item], specs: Sequence[TaskSpec]) -> tuple[Item
     }
     found = []
     for item in items:
-        images = image_slices(item.image)
-        own: list[dict] = [{} for _ in images]
+        images = image_slices(file_of(item.image))
+        own: list[dict[str, MaskSource]] = [{} for _ in images]
         for name, path in item.targets.items():
-            masks = mask_slices(path, channels[name])
+            assert not isinstance(path, CocoMask), path  # see check_no_stacks
+            masks = mask_slices(file_of(path), channels[name])
             check_as_many(item.image, path, len(images), len(masks))
             for targets, mask in zip(own, masks, strict=True):
                 targets[name] = mask
@@ -186,9 +188,9 @@ def _slice_items(items: Sequence[Item], specs: Sequence[TaskSpec]) -> tuple[Item
     return tuple(found)
 
 
-def _item(image: Path, specs: Sequence[TaskSpec], mask: Path | CocoMask) -> Item:
+def _item(image: Path, specs: Sequence[TaskSpec], mask: MaskSource) -> Item:
     """An image with one mask for all tasks."""
-    return Item(image.stem, image, dict.fromkeys((spec.name for spec in specs), mask))
+    return Item(image.stem, image, {spec.name: mask for spec in specs})
 
 
 def _root(folder: Path, spec: TaskSpec) -> tuple[Path, bool]:
@@ -207,7 +209,7 @@ def _split(
     seed: int,
     only_score: bool,
     stacks: bool,
-) -> Split:
+) -> Split[Item]:
     def ordered(name: str) -> tuple[Item, ...]:
         return tuple(parts[name][path] for path in sorted(parts[name]))
 
@@ -226,7 +228,7 @@ def _split(
     return Split(train, val)
 
 
-def read_stored(spec: TaskSpec, path: Source | CocoMask) -> np.ndarray:
+def read_stored(spec: TaskSpec, path: MaskSource) -> np.ndarray:
     """What a task's file stores: (H, W), of regression float32 (H, W, channels); of annotations
     the objects, -1 where nothing counts."""
     if isinstance(path, CocoMask):
@@ -257,7 +259,7 @@ def check_items(
 
     Returns what each item holds of each task, by its name. threads: as in ``check_pairs``
     """
-    seen: dict[str, dict[float, Path]] = {spec.name: {} for spec in specs}
+    seen: dict[str, dict[float, MaskSource]] = {spec.name: {} for spec in specs}
     found: list[dict[str, CheckedPair]] = []
 
     def checked(item: Item) -> dict[str, CheckedPair]:
@@ -290,7 +292,7 @@ def check_items(
     return found
 
 
-def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, Path]) -> None:
+def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, MaskSource]) -> None:
     """Add a mask's values to those of its task; raises ValueError if they have no obvious
     foreground."""
     path = item.targets[spec.name]
@@ -300,7 +302,7 @@ def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, Path])
             seen.setdefault(value, path)
         return
     try:
-        pair = Pair(item.stem, item.image, path)
+        pair = Marked(item.stem, item.image, path)
         note_values(pair, own, seen, spec.rule is None, _ADVICE)
     except ValueError as error:
         raise ValueError(f"task {spec.name}: {error}") from None
@@ -316,7 +318,7 @@ def _checked(
     """The values of a task's file that count, in order; only whether there are any, of measured
     ones. scaled: what the image was scaled from, None where it was not."""
     path = item.targets[spec.name]
-    pair = Pair(item.stem, item.image, path)
+    pair = Marked(item.stem, item.image, path)
     if isinstance(path, CocoMask):
         labels = path.labels()
         check_sizes(pair, image, labels)
@@ -342,7 +344,7 @@ def _checked(
     return CheckedPair(values, mask.lossy, mask.exact, few, mask.blurred)
 
 
-def _classes(spec: TaskSpec, path: Path, values: list[float]) -> list[float]:
+def _classes(spec: TaskSpec, path: Source, values: list[float]) -> list[float]:
     """The classes among a mask's values; ValueError for a value that is none."""
     values = [value for value in values if value != UNLABELLED]
     most = spec.channels - 1 if spec.kind == "semantic" else None
@@ -369,20 +371,19 @@ def remarks(
         [own[spec.name] for own in part if spec.name in own]
         for part in (found[:count], found[count:])
     )
-    named = spec.rule if isinstance(spec.rule, tuple) else ()
+    named: Sequence[float] = spec.rule if isinstance(spec.rule, tuple) else ()
     what = "foreground value"
     if spec.kind == "semantic":
         named, what = range(spec.channels), "class"
     elif spec.kind == "binary" and not spec.labels:
         check_foreground(train, spec.rule, "training", f" of task {spec.name}")
         own = [item for item in items if spec.name in item.targets]
-        pairs = [Pair(item.stem, item.image, item.targets[spec.name]) for item in own]
-        yield from few_levels_sentence(pairs, [*train, *val])
+        yield from few_levels_sentence(own, [*train, *val])
     missing = missing_values([p.values for p in train], [p.values for p in val], named)
     yield from missing_sentence(missing, f"task {spec.name}: {what}")
 
 
-def _check_something(spec: TaskSpec, seen: dict[float, Path]) -> None:
+def _check_something(spec: TaskSpec, seen: dict[float, MaskSource]) -> None:
     if not seen:
         raise ValueError(f"no mask of task {spec.name} has a pixel that counts")
     if spec.kind != "binary" or spec.labels or has_foreground(seen, spec.rule):

@@ -71,7 +71,7 @@ class TaskSpec:
     offset: float = 0.0
     classes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         task = self.task  # checks name, kind and channels
         losses = TASK_LOSSES[self.kind]
         object.__setattr__(self, "loss", self.loss or losses[0])
@@ -88,7 +88,7 @@ class TaskSpec:
             )
         if not math.isfinite(self.offset):
             raise ValueError(f"task {task.name} has offset {self.offset:g}; it must be finite")
-        made = (DERIVED | OF_OBJECTS).get(self.derive)
+        made = (DERIVED | OF_OBJECTS).get(self.derive or "")
         if self.derive is not None and (self.kind, self.channels) != (made, 1):
             raise ValueError(
                 f"task {task.name} is {self.kind} with {self.channels} channels, but derive "
@@ -146,6 +146,11 @@ class TaskSpec:
     def of_objects(self) -> bool:
         """Whether its files hold the numbers of objects."""
         return self.derive in OF_OBJECTS
+
+    @property
+    def object_map(self) -> str:
+        """Which map of the objects it predicts; "" of a task that is not of objects."""
+        return self.derive or ""
 
     @property
     def rule(self) -> Foreground:
@@ -241,7 +246,7 @@ def read_tasks(path: Path | str) -> tuple[TaskSpec, ...]:
     class Loader(yaml.SafeLoader):
         """Notices a key that stands twice in one place, of which YAML keeps the last."""
 
-        def compose_mapping_node(self, anchor):
+        def compose_mapping_node(self, anchor: str | None) -> Any:
             node = super().compose_mapping_node(anchor)  # before << brings keys from elsewhere
             twice.extend(_keys_given_twice(node))
             return node
@@ -358,10 +363,10 @@ def _spec(entry: dict, entries: dict[str, dict]) -> TaskSpec:
             raise ValueError(f"task {name} has from {source!r}, but no derive")
         origin = entries.get(source)
         if origin is None or origin.get("kind") != "semantic":
-            known = [n for n, other in entries.items() if other.get("kind") == "semantic"]
+            classes = [n for n, other in entries.items() if other.get("kind") == "semantic"]
             raise ValueError(
                 f"task {name} is derived from {source!r}, which is not a semantic task; "
-                + (f"semantic tasks are {', '.join(known)}" if known else "there is none")
+                + (f"semantic tasks are {', '.join(classes)}" if classes else "there is none")
             )
         for key in ("folder", "ignore"):
             if key in entry:
