@@ -74,7 +74,7 @@ class Run:
         self.goal = goal
         self.callbacks = tuple(callbacks)
         side = image_size(sam)
-        named = samfast.trainable_parameters(sam)
+        named = list(samfast.trainable_parameters(sam))
         names = tuple(name for name, _ in named)
         self.parameters = tuple(parameter for _, parameter in named)
         assert settings.lr is not None and settings.schedule is not None  # the recipe has them
