@@ -50,8 +50,5 @@ def attach_method(
         binary_head(sam)
     method.check_options(partial(find_layers, sam))
     samfast.attach(sam, method, train=train, base_dtype=base_dtype)
-    return (
-        samfast.fuse(sam, memory=cast("Memory", settings.memory or MEMORY[0]))
-        if settings.fuse
-        else sam
-    )
+    memory = cast("Memory", settings.memory or MEMORY[0])
+    return samfast.fuse(sam, memory=memory) if settings.fuse else sam

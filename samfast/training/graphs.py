@@ -70,9 +70,8 @@ class GraphedEncoder:
         self.told = self.left_out = False
         self.skips: int | None = None  # before the first compiled step
 
-        def whole(
-            *args: Any, **kwargs: Any
-        ) -> Any:  # by itself _call_impl is left out, and each hook compiled
+        # By itself _call_impl would be left out, and each hook compiled.
+        def whole(*args: Any, **kwargs: Any) -> Any:
             return encoder._call_impl(*args, **kwargs)
 
         self.compiled: Callable[..., Any] | None = torch.compile(whole, **OPTIONS)

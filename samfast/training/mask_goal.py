@@ -198,9 +198,7 @@ class MaskGoal(Generic[V]):
             yield pair.stem, titled(f"{pair.image.name}  {listed(scores)}", drawn)
 
 
-def baseline_of(
-    masks: Iterable[tuple[np.ndarray, np.ndarray | None]],
-) -> dict[str, float]:
+def baseline_of(masks: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, float]:
     """Dice and IoU of calling all foreground; masks: as ``counted_mask`` gives them."""
     truths = (truth if ignored is None else truth[~ignored] for truth, ignored in masks)
     dice, iou = all_foreground_scores(torch.from_numpy(truth) for truth in truths)

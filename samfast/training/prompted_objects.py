@@ -260,9 +260,8 @@ class PromptedObjects:
 
     def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
         loss = None if self.settings.loss is None else chosen_loss(self.settings.loss)
-        found = score_objects(
-            cast("PromptedSegmenter", model), loader, self.kinds, self.rounds, loss, tick
-        )
+        segmenter = cast("PromptedSegmenter", model)
+        found = score_objects(segmenter, loader, self.kinds, self.rounds, loss, tick)
         row = {} if found.loss is None else {"val_loss": found.loss}
         row[self.score] = sum(found.iou.values()) / len(found.iou)
         row |= {f"val_miou_{kind}": value for kind, value in found.iou.items()}

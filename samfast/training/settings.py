@@ -355,7 +355,7 @@ def _of_finetune(name: str) -> tuple[str, Any, Any]:
 
 
 if TYPE_CHECKING:
-    # As above.
+    # As MethodSettings above.
     @dataclass(frozen=True, kw_only=True)
     class WarmupSettings(MethodSettings):
         """Compile the kernels of a training run before it begins."""

@@ -276,9 +276,8 @@ class TaskStep(CountedStep[TaskBatch]):
         return tasks_loss(self.model, self.batch, self.specs) + samfast.aux_loss(self.model.sam)
 
     def encoded(self, images: Tensor) -> dict[int, Tensor]:
-        return cast("MultiTaskSam", self.model.sam).encode_for(
-            images, dict.fromkeys(range(len(self.specs)))
-        )
+        sam = cast("MultiTaskSam", self.model.sam)
+        return sam.encode_for(images, dict.fromkeys(range(len(self.specs))))
 
 
 @contextlib.contextmanager

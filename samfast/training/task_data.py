@@ -195,9 +195,7 @@ class TargetDataset(Dataset[TaskSample], Generic[T]):
         truths: dict[str, np.ndarray] = {}
         targets: dict[str, np.ndarray] = {}
         files: dict[tuple[MaskSource, bool], np.ndarray] = {}
-        maps: dict[
-            tuple[MaskSource, bool], _Maps
-        ] = {}  # of each file of objects, once for all tasks
+        maps: dict[tuple[MaskSource, bool], _Maps] = {}  # once for all tasks
         for spec in self.specs:
             if spec.name in item.targets:
                 file = item.targets[spec.name], spec.labels or spec.kind == "binary"

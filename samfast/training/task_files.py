@@ -6,7 +6,7 @@ A task's folder lies beside ``images/`` and holds a file for some or all of thes
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,9 @@ class Item:
     targets: dict[str, MaskSource] = field(hash=False)
 
 
+Parts = dict[str, dict[Path, Item]]  # "train", "val" and, of what is not split, "": by image
+
+
 def find_items(
     folder: Path | str,
     specs: Sequence[TaskSpec],
@@ -106,56 +109,14 @@ def _find_files(
     stacks: bool,
 ) -> Split[Item]:
     """``find_items``, of files whose stacks are whole."""
-    parts: dict[str, dict[Path, Item]] = {"train": {}, "val": {}, "": {}}
     if all(spec.of_objects for spec in specs) and is_coco(folder):
         check_no_suffix(mask_suffix)
         check_no_stacks(stacks)
-        for part, masks in coco_parts(folder).items():
-            for image, mask in masks:
-                parts[part][image] = _item(image, specs, mask)
-        return _split(parts, val_fraction, seed, only_score, stacks)
-    if mask_suffix is not None:
-        for spec in specs:
-            if spec.folder != "masks":
-                raise ValueError(
-                    f"mask_suffix is {mask_suffix}, but masks of task {spec.name} are in "
-                    f"{spec.folder}; leave it out"
-                )
-        for part in given_parts(folder) or ("",):
-            for pair in find_pairs(folder / part, mask_suffix, stacks):
-                image = file_of(pair.image)
-                parts[part][image] = _item(image, specs, pair.mask)
-        return _split(parts, val_fraction, seed, only_score, stacks)
-    shared: set[tuple[str, Path]] = set()
-    for spec in specs:
-        root, own = _root(folder, spec)
-        for part in given_parts(root) or ("",):
-            place = root / part
-            images = files_by_stem(place, "images", STACK_SUFFIXES if stacks else SUFFIXES)
-            shared |= set() if own else {(part, path) for path in images.values()}
-            suffixes = (
-                VALUE_SUFFIXES if spec.kind == "regression" and not spec.labels else MASK_SUFFIXES
-            )
-            name = "masks" if own else spec.folder
-            if not (place / name).is_dir():
-                raise FileNotFoundError(f"task {spec.name} has no folder {place / name}")
-            targets = files_by_stem(place, name, suffixes)
-            for stem, path in targets.items():
-                if stem not in images:
-                    raise ValueError(
-                        f"{path} of task {spec.name} has no image with the same stem in "
-                        f"{place / 'images'}"
-                    )
-                item = Item(stem, images[stem], {})
-                parts[part].setdefault(images[stem], item).targets[spec.name] = path
-            if own and len(images) > len(targets):
-                stem = next(stem for stem in images if stem not in targets)
-                raise ValueError(
-                    f"image {images[stem]} has no mask with the same stem in {place / name}"
-                )
-    for part, path in sorted(shared):
-        if path not in parts[part] and not only_score:
-            raise ValueError(f"image {path} has no mask with the same stem in any task's folder")
+        parts = _annotated(folder, specs)
+    elif mask_suffix is not None:
+        parts = _suffixed(folder, specs, mask_suffix, stacks)
+    else:
+        parts = _in_folders(folder, specs, only_score, stacks)
     split = _split(parts, val_fraction, seed, only_score, stacks)
     for spec in specs:
         for name, items in (("train", split.train), ("validate", split.val)):
@@ -164,6 +125,71 @@ def _find_files(
             if not any(spec.name in item.targets for item in items):
                 raise ValueError(f"task {spec.name} has no image to {name} in {folder}")
     return split
+
+
+def _annotated(folder: Path, specs: Sequence[TaskSpec]) -> Parts:
+    """The images that annotations in COCO's format list."""
+    parts = _no_items()
+    for part, masks in coco_parts(folder).items():
+        for image, mask in masks:
+            parts[part][image] = _item(image, specs, mask)
+    return parts
+
+
+def _suffixed(folder: Path, specs: Sequence[TaskSpec], suffix: str, stacks: bool) -> Parts:
+    """The images of one folder of masks with a suffix, which all tasks share."""
+    for spec in specs:
+        if spec.folder != "masks":
+            raise ValueError(
+                f"mask_suffix is {suffix}, but masks of task {spec.name} are in {spec.folder}; "
+                "leave it out"
+            )
+    parts = _no_items()
+    for part in given_parts(folder) or ("",):
+        for pair in find_pairs(folder / part, suffix, stacks):
+            image = file_of(pair.image)
+            parts[part][image] = _item(image, specs, pair.mask)
+    return parts
+
+
+def _in_folders(folder: Path, specs: Sequence[TaskSpec], only_score: bool, stacks: bool) -> Parts:
+    """The images of the tasks' folders; with ``only_score``, some may have no truth."""
+    parts = _no_items()
+    shared: set[tuple[str, Path]] = set()
+    for spec in specs:
+        root, own = _root(folder, spec)
+        for part in given_parts(root) or ("",):
+            images = files_by_stem(root / part, "images", STACK_SUFFIXES if stacks else SUFFIXES)
+            shared |= set() if own else {(part, path) for path in images.values()}
+            for stem, path in _targets(root / part, spec, own, images).items():
+                item = Item(stem, images[stem], {})
+                parts[part].setdefault(images[stem], item).targets[spec.name] = path
+    for part, path in sorted(shared):
+        if path not in parts[part] and not only_score:
+            raise ValueError(f"image {path} has no mask with the same stem in any task's folder")
+    return parts
+
+
+def _targets(place: Path, spec: TaskSpec, own: bool, images: Mapping[str, Path]) -> dict[str, Path]:
+    """The files with a task's truth by stem, each of an image; of its own images, of each."""
+    name = "masks" if own else spec.folder
+    if not (place / name).is_dir():
+        raise FileNotFoundError(f"task {spec.name} has no folder {place / name}")
+    values = spec.kind == "regression" and not spec.labels
+    targets = files_by_stem(place, name, VALUE_SUFFIXES if values else MASK_SUFFIXES)
+    for stem, path in targets.items():
+        if stem not in images:
+            raise ValueError(
+                f"{path} of task {spec.name} has no image with the same stem in {place / 'images'}"
+            )
+    for stem, image in images.items():
+        if own and stem not in targets:
+            raise ValueError(f"image {image} has no mask with the same stem in {place / name}")
+    return targets
+
+
+def _no_items() -> Parts:
+    return {"train": {}, "val": {}, "": {}}
 
 
 def _slice_items(items: Sequence[Item], specs: Sequence[TaskSpec]) -> tuple[Item, ...]:
@@ -204,7 +230,7 @@ def _root(folder: Path, spec: TaskSpec) -> tuple[Path, bool]:
 
 
 def _split(
-    parts: dict[str, dict[Path, Item]],
+    parts: Parts,
     val_fraction: float,
     seed: int,
     only_score: bool,

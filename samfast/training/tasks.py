@@ -80,14 +80,7 @@ class TaskSpec:
                 f"task {task.name} has loss {self.loss!r}; known for {self.kind} tasks are "
                 f"{', '.join(losses)}"
             )
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"task {task.name} has weight {self.weight:g}; it must be above 0")
-        if self.scale == 0 or not math.isfinite(self.scale):
-            raise ValueError(
-                f"task {task.name} has scale {self.scale:g}; it must be a finite number, not 0"
-            )
-        if not math.isfinite(self.offset):
-            raise ValueError(f"task {task.name} has offset {self.offset:g}; it must be finite")
+        self._check_numbers()
         made = (DERIVED | OF_OBJECTS).get(self.derive or "")
         if self.derive is not None and (self.kind, self.channels) != (made, 1):
             raise ValueError(
@@ -115,6 +108,16 @@ class TaskSpec:
                 f"task {task.name} has folder {self.folder!r}, which is not a folder inside the "
                 "data folder"
             )
+
+    def _check_numbers(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"task {self.name} has weight {self.weight:g}; it must be above 0")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(
+                f"task {self.name} has scale {self.scale:g}; it must be a finite number, not 0"
+            )
+        if not math.isfinite(self.offset):
+            raise ValueError(f"task {self.name} has offset {self.offset:g}; it must be finite")
 
     def _check_classes(self) -> None:
         if len(self.classes) != self.channels:
