@@ -22,10 +22,7 @@ from samfast.training.chosen_tasks import masks_of
 from samfast.training.data import Collate, MaskDataset
 from samfast.training.fingerprints import of_arrays
 from samfast.training.folders import ADVICE, CheckedPair, Split, listed
-from samfast.training.foreground import (
-    Foreground,
-    counted_mask,
-)
+from samfast.training.foreground import Foreground, counted_mask
 from samfast.training.mask_goal import MaskGoal, baseline_of
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import check_foreground

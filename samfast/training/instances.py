@@ -21,7 +21,8 @@ from samfast.training.object_scores import ObjectScores, matched, object_scores
 from samfast.training.panels import titled
 from samfast.training.pictures import objects_over
 from samfast.training.scored import DataFacts
-from samfast.training.task_files import Item, read_stored
+from samfast.training.task_files import read_stored
+from samfast.training.task_items import Item
 from samfast.training.task_scores import TaskScores, listed, predictions
 from samfast.training.tasks import OF_OBJECTS, TaskSpec
 from samfast.training.watershed import objects_of_maps

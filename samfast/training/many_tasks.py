@@ -41,7 +41,8 @@ from samfast.training.task_data import (
     check_follows,
     truth_of,
 )
-from samfast.training.task_files import Item, check_items, find_items, read_stored, remarks
+from samfast.training.task_files import check_items, read_stored, remarks
+from samfast.training.task_items import Item, find_items
 from samfast.training.task_scores import (
     TaskScores,
     listed,

@@ -15,19 +15,9 @@ from torch.utils.data import DataLoader
 
 from samfast.training import pictures
 from samfast.training.data import Batch, MaskDataset, counting
-from samfast.training.evaluate import (
-    counted,
-    judged_masks,
-    judged_of,
-    logits_of,
-    scoring,
-)
+from samfast.training.evaluate import counted, judged_masks, judged_of, logits_of, scoring
 from samfast.training.folders import Split, V
-from samfast.training.foreground import (
-    chosen_foreground,
-    chosen_ignore,
-    foreground_config,
-)
+from samfast.training.foreground import chosen_foreground, chosen_ignore, foreground_config
 from samfast.training.goal import Stemmed
 from samfast.training.image_options import image_options
 from samfast.training.losses import chosen_loss

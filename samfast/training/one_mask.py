@@ -11,14 +11,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from samfast.training.data import Collate, MaskDataset, PairDataset
-from samfast.training.evaluate import (
-    validation_loader,
-)
+from samfast.training.evaluate import validation_loader
 from samfast.training.fingerprints import of_pairs
 from samfast.training.folders import Pair, Split, check_pairs, find_scored, find_split
-from samfast.training.foreground import (
-    counted_mask,
-)
+from samfast.training.foreground import counted_mask
 from samfast.training.images import read_image, read_mask
 from samfast.training.label_files import read_labels
 from samfast.training.mask_goal import MaskGoal, baseline_of

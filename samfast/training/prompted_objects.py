@@ -18,13 +18,7 @@ from torch.utils.data import DataLoader
 from samfast.training.coco_items import check_no_stacks, check_no_suffix, coco_parts, is_coco
 from samfast.training.file_pairs import Marked
 from samfast.training.fingerprints import of_pairs
-from samfast.training.folders import (
-    Split,
-    check_sizes,
-    find_scored,
-    find_split,
-    split_pairs,
-)
+from samfast.training.folders import Split, check_sizes, find_scored, find_split, split_pairs
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
 from samfast.training.losses import Loss, chosen_loss

@@ -21,7 +21,8 @@ from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image
 from samfast.training.object_maps import object_maps
 from samfast.training.object_numbers import numbered
-from samfast.training.task_files import Item, is_ignored, read_stored
+from samfast.training.task_files import is_ignored, read_stored
+from samfast.training.task_items import Item
 from samfast.training.tasks import UNLABELLED, TaskSpec
 
 _AS_TAGGED = ImageOptions()

@@ -15,7 +15,8 @@ from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image, read_mask
 from samfast.training.object_maps import object_maps
 from samfast.training.task_data import TargetDataset, truth_of
-from samfast.training.task_files import Item, read_stored
+from samfast.training.task_files import read_stored
+from samfast.training.task_items import Item
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import Tile
 

@@ -20,7 +20,7 @@ from samfast.training.object_scores import matched, object_scores
 from samfast.training.panels import titled
 from samfast.training.scored import Scored, Tick
 from samfast.training.task_data import TaskCollate, labels_of, truth_of
-from samfast.training.task_files import Item
+from samfast.training.task_items import Item
 from samfast.training.task_scores import TaskScores, listed, predicted, task_logits
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiled_data import Cut, TiledItems
