@@ -4,18 +4,27 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from samfast.training.object_numbers import kept_objects
+from samfast.training.settings import EvaluateSettings, PredictSettings
 
 GRID = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")  # options of prediction
 
 
-def check_grid(settings: Any) -> None:
+class Grid(TypedDict, total=False):
+    """Grid options as ``automatic_objects`` takes them."""
+
+    points_per_side: int
+    pred_iou_thresh: float
+    stability_score_thresh: float
+
+
+def check_grid(settings: EvaluateSettings | PredictSettings) -> None:
     """Raise ValueError for grid options that are not numbers or lack --automatic."""
     for name in GRID:
         value = getattr(settings, name)
@@ -25,10 +34,16 @@ def check_grid(settings: Any) -> None:
             raise ValueError(f"{name} is {value}; it must be a finite number")
 
 
-def grid_of(settings: Any) -> dict[str, float]:
+def grid_of(settings: EvaluateSettings | PredictSettings) -> Grid:
     """Return the grid options that are given."""
-    given = {name: getattr(settings, name) for name in GRID}
-    return {name: value for name, value in given.items() if value is not None}
+    given: Grid = {}
+    if settings.points_per_side is not None:
+        given["points_per_side"] = settings.points_per_side
+    if settings.pred_iou_thresh is not None:
+        given["pred_iou_thresh"] = settings.pred_iou_thresh
+    if settings.stability_score_thresh is not None:
+        given["stability_score_thresh"] = settings.stability_score_thresh
+    return given
 
 
 def automatic_objects(
@@ -60,7 +75,7 @@ def automatic_objects(
     )
     of_three = generator.predictor.predict_torch
 
-    def of_one(*arguments, multimask_output, **options):
+    def of_one(*arguments: Any, multimask_output: bool, **options: Any) -> Any:
         """Return only the mask of the token that fine-tuning trains, not the three others."""
         return of_three(*arguments, multimask_output=False, **options)
 

@@ -12,11 +12,15 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from samfast.files.placing import named
 from samfast.training.pictures import png_bytes
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
 
 
 class Board:
@@ -59,7 +63,7 @@ class Board:
         summary = Summary(value=[Summary.Value(tag=name, image=picture)])
         self._append(Event(wall_time=time.time(), step=step, summary=summary))
 
-    def _append(self, event) -> None:
+    def _append(self, event: "Event") -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         record = io.BytesIO()

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from samfast.models import TRAINED_DECODER, MultiTaskSam, Task, binary_head, bui
 from samfast.models.sam3 import is_tracker
 from samfast.training.recipe import method_of
 from samfast.training.settings import MEMORY, FinetuneSettings
+
+if TYPE_CHECKING:
+    from samfast.kernels.sam_block.plan import Memory
 
 
 def build_base(settings: FinetuneSettings, tasks: Sequence[Task] | None = None) -> nn.Module:
@@ -37,7 +41,7 @@ def attach_method(
 ) -> nn.Module:
     """Freeze the model, add the settings' adapters, leave the mask decoder to be trained; fuse."""
     method = method_of(settings, getattr(sam, "tasks", None))
-    train = TRAINED_DECODER
+    train: tuple[str, ...] = TRAINED_DECODER
     if isinstance(sam, MultiTaskSam):
         train = sam.trained_parts()
     elif is_tracker(sam):
@@ -46,4 +50,5 @@ def attach_method(
         binary_head(sam)
     method.check_options(partial(find_layers, sam))
     samfast.attach(sam, method, train=train, base_dtype=base_dtype)
-    return samfast.fuse(sam, memory=settings.memory or MEMORY[0]) if settings.fuse else sam
+    memory = cast("Memory", settings.memory or MEMORY[0])
+    return samfast.fuse(sam, memory=memory) if settings.fuse else sam

@@ -34,12 +34,7 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     architecture(settings.model)
     _check_choices(settings)
     _check_method_options(settings)
-    if settings.memory is not None and not settings.fuse:
-        raise ValueError(
-            f"memory is {settings.memory}, which only the fused encoder has; leave out --no-fuse"
-        )
-    if settings.graph == "on" and not settings.fuse:
-        raise ValueError("graph is on, which only the fused encoder has; leave out --no-fuse")
+    _check_encoder(settings)
     if settings.prompt not in ("box", "mixed") and settings.box_jitter is not None:
         raise ValueError(
             f"box_jitter is {settings.box_jitter}, but prompt {settings.prompt} has no box"
@@ -54,6 +49,27 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
     check_for_model(settings)
     if settings.schedule is not None:
         check_schedule(settings.schedule)
+    _check_states(settings)
+    chosen_ignore(settings.ignore, chosen_foreground(settings.foreground, settings.threshold))
+    image_options(settings.bands, settings.range)
+    if settings.data is None and needs_data and not settings.dry_run:
+        raise ValueError("no data folder is named; give it with --data")
+    _check_limits(settings)
+    _check_numbers(settings)
+
+
+def _check_encoder(settings: FinetuneSettings) -> None:
+    """Raise ValueError for what only the fused encoder has, if it is not fused."""
+    if settings.memory is not None and not settings.fuse:
+        raise ValueError(
+            f"memory is {settings.memory}, which only the fused encoder has; leave out --no-fuse"
+        )
+    if settings.graph == "on" and not settings.fuse:
+        raise ValueError("graph is on, which only the fused encoder has; leave out --no-fuse")
+
+
+def _check_states(settings: FinetuneSettings) -> None:
+    """Raise ValueError for options that contradict each other about saved states."""
     if settings.resume is not None and settings.overwrite:
         raise ValueError(
             "--resume continues the run that --overwrite would replace; leave out one of them"
@@ -65,11 +81,10 @@ def check_settings(settings: FinetuneSettings, needs_data: bool = True) -> None:
             f"save_every is {settings.save_every}, but keep is 0, which saves no state; give "
             "--keep 1 or more"
         )
-    chosen_ignore(settings.ignore, chosen_foreground(settings.foreground, settings.threshold))
-    image_options(settings.bands, settings.range)
-    if settings.data is None and needs_data and not settings.dry_run:
-        raise ValueError("no data folder is named; give it with --data")
-    _check_limits(settings)
+
+
+def _check_numbers(settings: FinetuneSettings) -> None:
+    """Raise ValueError for numbers whose limits are no whole numbers, or depend on the model."""
     side = model_side(settings)
     if settings.box_jitter is not None and settings.box_jitter > side:
         raise ValueError(

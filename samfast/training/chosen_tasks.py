@@ -40,7 +40,7 @@ def specs_of(settings: FinetuneSettings) -> tuple[TaskSpec, ...] | None:
         return read_tasks(settings.tasks)
     if masks_of(settings) == CLASSES:
         ignore = settings.ignore or ()
-        return (TaskSpec(CLASSES, kind="semantic", channels=settings.classes, ignore=ignore),)
+        return (TaskSpec(CLASSES, kind="semantic", channels=_classes(settings), ignore=ignore),)
     return INSTANCES
 
 
@@ -55,8 +55,8 @@ def check_masks(settings: FinetuneSettings) -> None:
                     "leave out one of them"
                 )
         return
-    if masks == CLASSES and classes is None:
-        raise ValueError("masks is classes, but their number is missing; give --classes N")
+    if masks == CLASSES:
+        _classes(settings)
     if masks != CLASSES and classes is not None:
         raise ValueError(f"classes is {classes}, but masks is {masks}; give --masks classes")
     if masks == CLASSES and settings.prompt != "none":
@@ -79,6 +79,13 @@ def check_masks(settings: FinetuneSettings) -> None:
         raise ValueError(
             f"loss is {settings.loss}, an option for one mask, but masks is {masks}; leave it out"
         )
+
+
+def _classes(settings: FinetuneSettings) -> int:
+    """The number of classes; raises ValueError if it is not given."""
+    if settings.classes is None:
+        raise ValueError("masks is classes, but their number is missing; give --classes N")
+    return settings.classes
 
 
 def _check_prompts(settings: FinetuneSettings, masks: str) -> None:

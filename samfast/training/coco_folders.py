@@ -3,6 +3,7 @@
 
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from samfast.training.rle import shown
 
@@ -104,7 +105,7 @@ def _single(folder: Path) -> dict[str, Path]:
     return {"all": files[0]} if files else {}
 
 
-def image_file(folder: Path, name: str) -> Path:
+def image_file(folder: Path, name: Any) -> Path:
     """Return the file of an image that a JSON file names; it must be inside the folder.
 
     Nothing is opened. Raises ValueError, a phrase that follows the image's name, or

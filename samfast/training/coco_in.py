@@ -114,10 +114,10 @@ def _images(path: Path, content: dict[str, Any], folder: Path) -> dict[int, _Ima
     owners: dict[Path, int] = {}
     for own, record in _records(path, content, "images", "image"):
         with _about(f"{path}, image {own}"):
-            size = [record.get("height"), record.get("width")]
-            if None in size:
+            sides = [record.get("height"), record.get("width")]
+            if None in sides:
                 raise ValueError(f"has no height or no width; {_ADVICE}")
-            size = check_size(size)
+            size = check_size(sides)
             file = image_file(folder, record.get("file_name"))
             other = owners.setdefault(file.resolve(), own)
             if other != own:

@@ -9,6 +9,7 @@ import numpy as np
 
 from samfast.training.coco_folders import find_coco, images_folder
 from samfast.training.coco_in import CocoImage, read_coco
+from samfast.training.stacks import Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,9 @@ class CocoMask:
         """Hash the annotations of the image."""
         said = (self.image.size, self.image.ids, self.image.shapes, self.image.crowds)
         return hashlib.blake2b(repr(said).encode()).digest()
+
+
+MaskSource = Source | CocoMask  # what the truth of an image is read from
 
 
 def is_coco(folder: Path) -> bool:
@@ -86,18 +90,19 @@ def coco_parts(folder: Path) -> dict[str, list[tuple[Path, CocoMask]]]:
         del found["test"]
     parts = {"" if name in ("all", "test") else name: path for name, path in found.items()}
     if "" not in parts and len(parts) == 1:
-        (name, path), other = next(iter(parts.items())), {"train": "val", "val": "train"}
-        raise FileNotFoundError(f"{folder} has {path} but no annotations for {other[name]}")
+        name, path = next(iter(parts.items()))
+        other = {"train": "val", "val": "train"}[name]
+        raise FileNotFoundError(f"{folder} has {path} but no annotations for {other}")
     made = {}
     for name, path in parts.items():
         images = read_coco(path, images_folder(path))
         made[name] = [(image.path, CocoMask(path, image)) for image in images]
         known: dict[str, Path] = {}
         for image in images:
-            other = known.setdefault(image.path.stem, image.path)
-            if other is not image.path:
+            first = known.setdefault(image.path.stem, image.path)
+            if first is not image.path:
                 raise ValueError(
-                    f"{path} lists two images with the stem {image.path.stem}, {other} and "
+                    f"{path} lists two images with the stem {image.path.stem}, {first} and "
                     f"{image.path}; rename or leave out one"
                 )
     return made

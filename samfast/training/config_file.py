@@ -69,7 +69,7 @@ def settings_from_file(path: Path | str) -> dict[str, Any]:
         if name in found:
             raise ValueError(f"{path} gives {_twice(found[name], entry)}")
         found[name] = entry
-    given = {}
+    given: dict[str, Any] = {}
     for name, entry in found.items():
         alone, value = options[name].alone, entry.value
         if alone is not None and isinstance(value, _Scalar) and value.kind == "bool":
@@ -233,8 +233,9 @@ def _from_json(text: str) -> Any:
             return _Scalar(json.dumps(value), kind)
         return _Scalar(value, "text")
 
-    words = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str)
-    content = json.loads(text, object_pairs_hook=_Mapping, **words)
+    content = json.loads(
+        text, object_pairs_hook=_Mapping, parse_int=str, parse_float=str, parse_constant=str
+    )
     if isinstance(content, _Mapping):
         return _Mapping(_Entry(key, of(value), None) for key, value in content)
     return of(content)

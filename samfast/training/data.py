@@ -6,7 +6,7 @@ masks), the rest of the square (right and bottom) is padding, which loss and met
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,14 +31,14 @@ def model_size(height: int, width: int, image_size: int) -> tuple[int, int]:
 
 def resize_image(image: np.ndarray, image_size: int) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 (h, w, 3), longest side ``image_size``, PIL's bilinear filter."""
-    height, width = model_size(*image.shape[:2], image_size)
+    height, width = model_size(image.shape[0], image.shape[1], image_size)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
 
 def resize_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
     """(H, W) -> (h, w), bool, int32 or float32, longest side ``image_size``, nearest neighbour."""
-    height, width = model_size(*mask.shape, image_size)
+    height, width = model_size(mask.shape[0], mask.shape[1], image_size)
     # Pillow's own bool has the byte 255 for True, which not all code takes for 1.
     stored = mask.view(np.uint8) if mask.dtype == bool else mask
     resized = Image.fromarray(stored).resize((width, height), Image.Resampling.NEAREST)
@@ -81,7 +81,7 @@ class Batch(NamedTuple):
     truths_ignored: Sequence[Tensor] = ()  # of each truth the same; empty: nothing
 
 
-class EpochSampler(Sampler):
+class EpochSampler(Sampler[tuple[int, int]]):
     """``repeats`` passes over all indices for each epoch, each in an order of its own.
 
     Yields (index, pass) keys; pass numbers never return in later epochs. Order is a function of
@@ -107,8 +107,13 @@ class EpochSampler(Sampler):
             yield from ((index, number) for index in order.tolist())
 
 
-class PairDataset(Dataset):
-    """The pairs of a split as samples; a key is an index or (index, pass).
+V = TypeVar("V")
+
+
+class MaskDataset(Dataset[Sample], Generic[V]):
+    """The views of a split as samples; a key is an index or (index, pass).
+
+    What ``read`` makes of a view is a subclass's matter.
 
     With ``flips``, each sample is mirrored left-right and top-bottom with probability 1/2 each, a
     function of (seed, pass, index): the same in every run and for any number of workers.
@@ -128,7 +133,7 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[V],
         image_size: int,
         *,
         foreground: Foreground = None,
@@ -167,7 +172,8 @@ class PairDataset(Dataset):
         image, values, name = self.read(pair, number)
         truth, ignored = counted_mask(values, self.foreground, self.ignore)
         axes = flipped_axes(self.seed, number, index) if self.flips else []
-        image, truth, ignored = (_mirrored(part, axes) for part in (image, truth, ignored))
+        image, truth = _mirrored(image, axes), _mirrored(truth, axes)
+        ignored = None if ignored is None else _mirrored(ignored, axes)
         change = change_of(self.augment, self.seed, number, index)
         if change is not None and change.moves:
             ignored = np.zeros(truth.shape, bool) if ignored is None else ignored
@@ -197,15 +203,22 @@ class PairDataset(Dataset):
             box = jittered_box(box, self.box_jitter, size, rng)
         return box
 
-    def read(self, pair: Pair, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
+    def read(self, pair: V, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
         """Image and mask values as they are before flips; a name where a sample never changes."""
+        raise NotImplementedError
+
+
+class PairDataset(MaskDataset[Pair]):
+    """``MaskDataset`` of pairs of files."""
+
+    def read(self, pair: Pair, number: int) -> tuple[np.ndarray, np.ndarray, str | None]:
         image = read_image(pair.image, self.options)
         values = read_mask(pair.mask, self.foreground, self.ignore)
         return image, values, None if self.changes else str(pair.image)
 
 
-def _mirrored(values: np.ndarray | None, axes: Sequence[int]) -> np.ndarray | None:
-    return None if values is None else np.ascontiguousarray(np.flip(values, axes))
+def _mirrored(values: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    return np.ascontiguousarray(np.flip(values, tuple(axes)))
 
 
 class Collate:
@@ -227,11 +240,16 @@ class Collate:
         truths = [torch.from_numpy(sample.truth) for sample in samples] if self.truths else []
         boxes = None
         if samples and samples[0].box is not None:
-            boxes = torch.from_numpy(np.stack([s.box for s in samples]).astype(np.float32))
-        names = tuple(sample.name for sample in samples)
-        names = () if None in names else names
-        parts = (torch.from_numpy(a) for a in (images, masks, sizes))
-        return Batch(*parts, truths, boxes, names, *self._ignored(samples))
+            boxes = torch.from_numpy(np.array([sample.box for sample in samples], np.float32))
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(masks),
+            torch.from_numpy(sizes),
+            truths,
+            boxes,
+            names_of(samples),
+            *self._ignored(samples),
+        )
 
     def _ignored(self, samples: Sequence[Sample]) -> tuple[Tensor | None, Sequence[Tensor]]:
         """What counts nowhere, of the batch and of each truth; (None, ()) where all counts."""
@@ -249,6 +267,19 @@ class Collate:
                 own = none if sample.truth_ignored is None else sample.truth_ignored
                 truths.append(torch.from_numpy(own))
         return torch.from_numpy(ignored), truths
+
+
+class Named(Protocol):
+    """A sample with the name of its image, if that is the same in every pass."""
+
+    @property
+    def name(self) -> str | None: ...
+
+
+def names_of(samples: Sequence[Named]) -> tuple[str, ...]:
+    """The names of all samples; () where one has none."""
+    names = tuple(sample.name for sample in samples if sample.name is not None)
+    return names if len(names) == len(samples) else ()
 
 
 def counting(batch: Batch, valid: Tensor) -> Tensor:

@@ -112,3 +112,10 @@ class DataSettings:
         most=1024,
         hint="default: 0 on a CPU, up to 8 on a GPU",
     )
+
+    @property
+    def folder(self) -> Path:
+        """``data``, for what reads files; raises ValueError if it is not set."""
+        if self.data is None:
+            raise ValueError("expected a folder of images and masks, got none; set data")
+        return self.data

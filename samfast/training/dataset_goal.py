@@ -6,7 +6,7 @@ of loader processes or on resuming.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from samfast.training.chosen_tasks import masks_of
-from samfast.training.data import Collate, PairDataset
+from samfast.training.data import Collate, MaskDataset
 from samfast.training.fingerprints import of_arrays
 from samfast.training.folders import ADVICE, CheckedPair, Split, listed
-from samfast.training.foreground import (
-    Foreground,
-    chosen_foreground,
-    chosen_ignore,
-    counted_mask,
-)
-from samfast.training.image_options import image_options
-from samfast.training.one_mask import OneMask, baseline_of
+from samfast.training.foreground import Foreground, counted_mask
+from samfast.training.mask_goal import MaskGoal, baseline_of
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import check_foreground
 from samfast.training.stopping import ignore_signals
@@ -55,8 +49,8 @@ class Item:
         return Path(self.stem)
 
 
-class DatasetGoal(OneMask):
-    """``OneMask`` of a dataset whose items are (image, mask) or have the keys image and mask.
+class DatasetGoal(MaskGoal[Item]):
+    """``MaskGoal`` of a dataset whose items are (image, mask) or have the keys image and mask.
 
     An image is uint8 (H, W, 3) or (H, W), a uint8 tensor (3, H, W), or a PIL image; a mask is bool
     or whole numbers (H, W), as an array, a tensor or a PIL image. dataset: one, which is split by
@@ -65,12 +59,7 @@ class DatasetGoal(OneMask):
 
     def __init__(self, settings: FinetuneSettings, dataset: Any):
         check_of_dataset(settings)
-        self.settings = settings
-        self.foreground = chosen_foreground(settings.foreground, settings.threshold)
-        self.ignore = chosen_ignore(settings.ignore, self.foreground)
-        self.options = image_options(settings.bands, settings.range)
-        self.loss_name = settings.loss
-        self.tasks = None
+        super().__init__(settings)
         self.split = _split(dataset, settings.val_fraction, settings.seed)
 
     def fingerprints(self) -> dict[str, str]:
@@ -93,7 +82,7 @@ class DatasetGoal(OneMask):
         self.remarks = []
         self.baseline = baseline_of(truths)
 
-    def training_data(self, side: int) -> tuple[PairDataset, Collate]:
+    def training_data(self, side: int) -> tuple[MaskDataset[Any], Collate]:
         settings = self.settings
         return self._items(
             self.split.train,
@@ -108,10 +97,10 @@ class DatasetGoal(OneMask):
         return 0  # the dataset may draw
 
     def validation_loader(
-        self, pairs: Any, side: int, batch_size: int, workers: int = 0
+        self, items: Sequence[Item], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:
         return DataLoader(
-            self._items(pairs, side),
+            self._items(items, side),
             batch_size=batch_size,
             collate_fn=Collate(side, truths=True),
             num_workers=workers,
@@ -121,7 +110,9 @@ class DatasetGoal(OneMask):
     def image_of(self, pair: Item) -> np.ndarray:
         return read_item(pair, self.settings.seed)[0]
 
-    def _items(self, items: Any, side: int, *, same: bool = True, **more: Any) -> "ItemDataset":
+    def _items(
+        self, items: Sequence[Item], side: int, *, same: bool = True, **more: Any
+    ) -> "ItemDataset":
         return ItemDataset(
             items,
             side,
@@ -134,10 +125,10 @@ class DatasetGoal(OneMask):
         )
 
 
-class ItemDataset(PairDataset):
-    """``PairDataset`` of ``Item``. same: whether an image is the same in every pass"""
+class ItemDataset(MaskDataset[Item]):
+    """``MaskDataset`` of ``Item``. same: whether an image is the same in every pass"""
 
-    def __init__(self, items: Any, image_size: int, *, same: bool, **more: Any):
+    def __init__(self, items: Sequence[Item], image_size: int, *, same: bool, **more: Any):
         super().__init__(items, image_size, **more)
         self.same = same and not self.changes
 
@@ -185,7 +176,7 @@ def read_item(item: Item, seed: int, number: int = 0) -> tuple[np.ndarray, np.nd
     return image, values
 
 
-def _split(dataset: Any, val_fraction: float, seed: int) -> Split:
+def _split(dataset: Any, val_fraction: float, seed: int) -> Split[Item]:
     if isinstance(dataset, Mapping):
         if set(dataset) != set(PARTS):
             raise ValueError(

@@ -95,6 +95,7 @@ def decoded_files(output: Path, processes: int, first: bool) -> Iterator[Decoded
         return
     told: list[str | None] = [None]
     broadcast_object_list(told)
+    assert told[0] is not None, told  # the first process has said where
     folder = Path(told[0])
     if folder.is_dir():
         yield Decoded(folder)

@@ -8,9 +8,11 @@ alone, and LoRA adapters trained with it for as many steps; then it looks inside
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
@@ -25,9 +27,9 @@ from samfast.training.segmenters import Segmenter
 from samfast.training.settings import FinetuneSettings
 
 WANTED = 0.95
-TRAINING = {"model": "vit_tiny", "epochs": 10, "repeats": 1, "batch_size": 4}
+TRAINING: dict[str, Any] = {"model": "vit_tiny", "epochs": 10, "repeats": 1, "batch_size": 4}
 # A random encoder has more to learn than a trained one: adapters everywhere, and a large scaling.
-LORA = {"rank": 16, "alpha": 64.0, "target": ("qkv", "proj", "lin1", "lin2")}
+LORA: dict[str, Any] = {"rank": 16, "alpha": 64.0, "target": ("qkv", "proj", "lin1", "lin2")}
 
 
 def run(output: Path, seed: int = 0) -> bool:
@@ -37,7 +39,7 @@ def run(output: Path, seed: int = 0) -> bool:
     data = write_coins(output / "data")
     print(f"photographs of coins and their masks are in {data}")
     lora = FinetuneSettings(data=data, output=output, overwrite=True, seed=seed, **TRAINING, **LORA)
-    alone = {
+    alone: dict[str, Any] = {
         "method": "decoder",
         "rank": None,
         "alpha": None,
@@ -77,14 +79,14 @@ def _untrained(settings: FinetuneSettings) -> Segmenter:
     return Segmenter(attach_method(sam, settings))
 
 
-def _cost(result: dict) -> str:
+def _cost(result: dict[str, Any]) -> str:
     return (
         f"  best of {result['epochs']} epochs, {result['steps']} steps, {result['seconds']:.0f} s, "
         f"{result['trained_parameters']:,} trained parameters"
     )
 
 
-def _look_inside(adapted: nn.Module, untrained: nn.Module, loader) -> None:
+def _look_inside(adapted: Segmenter, untrained: Segmenter, loader: DataLoader) -> None:
     """How far the adapter's tensors moved, and what the masks are without them."""
     before = _adapter_tensors(untrained.sam)
     after = _adapter_tensors(adapted.sam)

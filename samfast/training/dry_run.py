@@ -96,6 +96,7 @@ def dry_run(settings: FinetuneSettings) -> dict:
 def _objects(settings: FinetuneSettings, tasks: Sequence[Task] | None) -> int:
     """How many objects of an image the mask decoder works on."""
     if has_prompted_objects(settings):
+        assert settings.objects is not None  # the recipe fills it in
         return settings.objects
     return 1 if tasks is None else sum(task.channels for task in tasks)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.models import encode
 from samfast.models.sam3 import is_tracker
 from samfast.training.chosen_tasks import has_tasks
-from samfast.training.segmenters import Segmenter
+from samfast.training.segmenters import SamSegmenter
 from samfast.training.settings import FinetuneSettings
 
 _SHARE = 2  # at most one half of what is free
@@ -26,7 +27,7 @@ class KeptEmbeddings:
     on the batch it was first met in: a matrix product rounds by the number of its rows.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.by_name: dict[str, Tensor] = {}
 
     def __call__(self, sam: nn.Module, images: Tensor, names: Sequence[str]) -> Tensor:
@@ -41,7 +42,7 @@ class KeptEmbeddings:
 
 
 def keep_embeddings(
-    model: Segmenter,
+    model: SamSegmenter,
     settings: FinetuneSettings,
     steady: int,
     val: int,
@@ -73,7 +74,8 @@ def keeps_embeddings(sam: nn.Module, settings: FinetuneSettings) -> bool:
     """True if a run may keep embeddings: its encoder is frozen."""
     if is_tracker(sam):  # its decoder has a part in them
         return False
-    frozen = not any(p.requires_grad for p in sam.image_encoder.parameters())
+    encoder: Foreign = sam.image_encoder
+    frozen = not any(p.requires_grad for p in encoder.parameters())
     return settings.cache and not has_tasks(settings) and frozen
 
 
@@ -83,15 +85,17 @@ def keeps_training_images(sam: nn.Module, settings: FinetuneSettings) -> bool:
 
 
 @torch.no_grad()
-def embedding_bytes(model: Segmenter) -> int:
+def embedding_bytes(model: SamSegmenter) -> int:
     """Return the size of one image's embedding, in the dtype that the encoder gives."""
-    encoder, dtype = model.sam.image_encoder, model.dtype
+    encoder: Foreign = model.sam.image_encoder
+    dtype = model.dtype
     weight = encoder.patch_embed.proj.weight
     cell = weight.new_zeros(1, weight.shape[0], 1, 1)
     with torch.autocast(cell.device.type, dtype=dtype, enabled=dtype != torch.float32):
         cell = encoder.neck(cell)
     side = encoder.img_size // encoder.patch_embed.proj.stride[0]
-    return side * side * cell.nbytes
+    size: int = side * side * cell.nbytes
+    return size
 
 
 def free_memory() -> int | None:

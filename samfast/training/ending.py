@@ -14,9 +14,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from samfast.training.launched import Launched
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 SECONDS_FOR_WORD = 10
 _SAID = "said"
@@ -83,7 +86,7 @@ def _agreed(place: Launched, ending: Ending, say: Say) -> Ending:
         return ending
 
 
-def _of_all(store, place: Launched, own: Ending, say: Say) -> Ending:
+def _of_all(store: "Store", place: Launched, own: Ending, say: Say) -> Ending:
     store.set(_key(place.rank), json.dumps(own))
     patience = 0 if place.first else 2 * SECONDS_FOR_WORD
     if (said := _word(store, _SAID, patience)) is not None:
@@ -102,14 +105,14 @@ def _of_all(store, place: Launched, own: Ending, say: Say) -> Ending:
     return found
 
 
-def _words(store, keys: Iterable[str]) -> dict[str, Ending]:
+def _words(store: "Store", keys: Iterable[str]) -> dict[str, Ending]:
     """What comes under these keys while there is patience."""
     until = time.monotonic() + SECONDS_FOR_WORD
     found = {key: _word(store, key, until - time.monotonic()) for key in keys}
     return {key: word for key, word in found.items() if word is not None}
 
 
-def _word(store, key: str, patience: float) -> Ending | None:
+def _word(store: "Store", key: str, patience: float) -> Ending | None:
     """What is left under a key within so many seconds, None for nothing."""
     until = time.monotonic() + patience
     while not store.check([key]):

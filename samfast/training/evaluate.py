@@ -113,7 +113,7 @@ def masks_of(batch: Batch, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def judged_of(batch: Batch, logits: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """``masks_of``, each with what counts nowhere, bool (H, W); None where all counts."""
-    ignored = batch.truths_ignored or [None] * len(batch.truths)
+    ignored: Sequence[Tensor | None] = batch.truths_ignored or [None] * len(batch.truths)
     for (predicted, truth), own in zip(masks_of(batch, logits), ignored, strict=True):
         yield predicted, truth, None if own is None else own.to(logits.device)
 

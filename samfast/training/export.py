@@ -3,7 +3,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from samfast.export.form import export_form
 from samfast.files.format import read_adapter
 from samfast.files.placing import refuse_existing
 from samfast.files.temporary import temporary_folder
-from samfast.models import encode, image_size
+from samfast.models import MultiTaskSam, encode, image_size
 from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.adapted import adapter_folder, base_of
 from samfast.training.export_settings import NEWEST, OLDEST, ExportSettings
@@ -102,5 +102,6 @@ def _embeddings_of(model: nn.Module, images: torch.Tensor, task: str | None) -> 
     """As samfast computes them, for a task where there are several."""
     if task is None:
         return encode(model, images)
-    index = model.index_of(task)
-    return model.encode_for(images, {index: None})[index]
+    sam = cast("MultiTaskSam", model)
+    index = sam.index_of(task)
+    return sam.encode_for(images, {index: None})[index]

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from samfast.training.coco_items import MaskSource
 from samfast.training.image_files import MASK_ONLY, SUFFIXES
-from samfast.training.stacks import Source, check_as_many, image_slices, mask_slices
+from samfast.training.stacks import Source, check_as_many, file_of, image_slices, mask_slices
 
 _DESKTOP_FILES = ("thumbs.db", "desktop.ini")
 MASK_SUFFIXES = (*SUFFIXES, *MASK_ONLY)
@@ -17,11 +18,18 @@ STACK_SUFFIXES = (*SUFFIXES, ".npy")  # of images, with --stacks
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One image and its mask: files, or slices of files."""
+class Marked:
+    """One image and its truth: a mask, or the annotations of its objects."""
 
     stem: str
     image: Source
+    mask: MaskSource
+
+
+@dataclass(frozen=True)
+class Pair(Marked):
+    """One image and its mask: files, or slices of files."""
+
     mask: Source
 
 
@@ -57,7 +65,7 @@ def slice_pairs(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
     """
     found = []
     for pair in pairs:
-        images, masks = image_slices(pair.image), mask_slices(pair.mask)
+        images, masks = image_slices(file_of(pair.image)), mask_slices(file_of(pair.mask))
         check_as_many(pair.image, pair.mask, len(images), len(masks))
         found += [Pair(own.stem, own, mask) for own, mask in zip(images, masks, strict=True)]
     return tuple(found)

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from samfast.training.file_pairs import Pair, files_by_stem, find_pairs, slice_pairs
+from samfast.training.coco_items import MaskSource
+from samfast.training.file_pairs import Marked, Pair, files_by_stem, find_pairs, slice_pairs
 from samfast.training.foreground import (
     Above,
     Foreground,
@@ -26,6 +27,7 @@ from samfast.training.foreground import (
 )
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import load_image, load_mask
+from samfast.training.stacks import Source
 
 __all__ = [
     "ADVICE",
@@ -61,12 +63,25 @@ _LOSSY_STEPS = 5  # by which a value differs from one lossy mask to the next
 _ROUGHLY = 0.5  # the same as a share, where no pixel of an object is flat
 
 
-@dataclass(frozen=True)
-class Split:
-    """Which pairs train and which validate."""
+class View(Protocol):
+    """An image of a split, with the stem that names it."""
 
-    train: tuple[Pair, ...]
-    val: tuple[Pair, ...]
+    @property
+    def stem(self) -> str: ...
+    @property
+    def image(self) -> Source: ...
+
+
+V = TypeVar("V", bound=View)
+V_co = TypeVar("V_co", bound=View, covariant=True)
+
+
+@dataclass(frozen=True)
+class Split(Generic[V_co]):
+    """Which images train and which validate."""
+
+    train: tuple[V_co, ...]
+    val: tuple[V_co, ...]
 
 
 def find_split(
@@ -76,7 +91,7 @@ def find_split(
     seed: int = 0,
     mask_suffix: str | None = None,
     stacks: bool = False,
-) -> Split:
+) -> Split[Pair]:
     """Find the pairs of a data folder by their names, and split them; no image is decoded.
 
     folder holds ``images/`` and ``masks/``, split here at random by ``seed`` (the same for equal
@@ -90,8 +105,8 @@ def find_split(
     if not given_parts(folder):
         split = split_pairs(find_pairs(folder, mask_suffix, stacks), val_fraction, seed, stacks)
     else:
-        parts = (find_pairs(folder / part, mask_suffix, stacks) for part in ("train", "val"))
-        split = Split(*parts)
+        train, val = (find_pairs(folder / part, mask_suffix, stacks) for part in ("train", "val"))
+        split = Split(train, val)
     return Split(slice_pairs(split.train), slice_pairs(split.val)) if stacks else split
 
 
@@ -131,7 +146,7 @@ def load_split(
     seed: int = 0,
     foreground: Foreground = None,
     options: ImageOptions = _AS_TAGGED,
-) -> Split:
+) -> Split[Pair]:
     """``find_split``, with every file decoded and checked."""
     split = find_split(folder, val_fraction=val_fraction, seed=seed)
     check_pairs((*split.train, *split.val), foreground, options)
@@ -168,7 +183,7 @@ def check_pairs(
     """
     rule = chosen_foreground(foreground)
     ignore = chosen_ignore(ignore, rule)
-    seen: dict[float, Path] = {}  # mask value -> the first mask that holds it
+    seen: dict[float, MaskSource] = {}  # mask value -> the first mask that holds it
     found: list[CheckedPair] = []
     check = partial(_check_pair, rule=rule, options=options, ignore=ignore)
     with ThreadPoolExecutor(threads) as pool:
@@ -234,7 +249,7 @@ def few_levels(image: np.ndarray, stored: np.ndarray, inside: np.ndarray) -> int
     return kept if kept <= _FEW_LEVELS and had >= 4 * _FEW_LEVELS else None
 
 
-def warn_of_blurred(masks: Sequence[Path], found: Sequence[CheckedPair]) -> None:
+def warn_of_blurred(masks: Sequence[MaskSource], found: Sequence[CheckedPair]) -> None:
     """Say once that lossy compression may have moved pixels from one value to the other."""
     blurred = [(mask, own.blurred) for mask, own in zip(masks, found, strict=True) if own.blurred]
     if blurred:
@@ -254,7 +269,11 @@ def warn_of_blurred(masks: Sequence[Path], found: Sequence[CheckedPair]) -> None
 
 
 def note_values(
-    pair: Pair, checked: CheckedPair, seen: dict[float, Path], binary: bool, advice: str = ADVICE
+    pair: Marked,
+    checked: CheckedPair,
+    seen: dict[float, MaskSource],
+    binary: bool,
+    advice: str = ADVICE,
 ) -> None:
     """Add a mask's values to those seen; with ``binary``, ValueError where they have no obvious
     foreground. Values of lossy masks are those seen that are near."""
@@ -276,7 +295,7 @@ def _as_seen(value: float, seen: Iterable[float], exact: bool) -> float:
     return near if abs(near - value) <= reach else value
 
 
-def check_sizes(pair: Pair, image: np.ndarray, mask: np.ndarray) -> None:
+def check_sizes(pair: Marked, image: np.ndarray, mask: np.ndarray) -> None:
     """Raise ValueError when image and mask have different heights or widths."""
     if image.shape[:2] != mask.shape[:2]:
         raise ValueError(
@@ -293,7 +312,7 @@ def values_of(mask: np.ndarray) -> list[float]:
 
 
 def check_binary(
-    pair: Pair, values: list[float], seen: dict[float, Path], advice: str = ADVICE
+    pair: Marked, values: list[float], seen: dict[float, MaskSource], advice: str = ADVICE
 ) -> None:
     """Raise ValueError when a mask's values, together with those seen so far, have no obvious
     foreground. advice: what the sentence ends with."""
@@ -321,8 +340,8 @@ def listed(values: Sequence[float]) -> str:
 
 
 def split_pairs(
-    pairs: Sequence[Pair], val_fraction: float, seed: int, stacks: bool = False
-) -> Split:
+    pairs: Sequence[V], val_fraction: float, seed: int, stacks: bool = False
+) -> Split[V]:
     """Split at random by ``seed``: round(n · val_fraction) pairs validate, at least one each.
 
     stacks: a pair may be of stacks, which the sentence about too few says

@@ -97,7 +97,8 @@ def _affine(page: Page) -> Affine | None:
         m = page.numbers(MATRIX)
         if len(m) != 16:
             raise ValueError(f"its matrix has {len(m)} numbers; expected 16")
-        return tuple(float(m[i]) for i in (0, 1, 3, 4, 5, 7))
+        a, b, c, d, e, f = (float(m[i]) for i in (0, 1, 3, 4, 5, 7))
+        return a, b, c, d, e, f
     scale, ties = page.numbers(SCALE), page.numbers(TIE_POINTS)
     if not scale or len(ties) != 6:  # many tie points do not make an affine map
         return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training and scoring ask of a goal: one mask per image, or several tasks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.models import Task
+from samfast.training.folders import Split
 from samfast.training.scored import DataFacts, Scored, Tick
+from samfast.training.segmenters import SamSegmenter
 
 
-class Split(Protocol):
-    """Files for training and for validation; each file has a ``stem``."""
+class Stemmed(Protocol):
+    """What the model sees as one image: a file or a tile of one."""
 
-    train: Sequence[Any]
-    val: Sequence[Any]
+    @property
+    def stem(self) -> str: ...
 
 
 class Goal(Protocol):
@@ -37,13 +39,20 @@ class Goal(Protocol):
         or over each batch
     """
 
-    score: str
-    columns: Sequence[str]
-    curves: Sequence[tuple[str, str]]
-    loss_name: str
-    tasks: Sequence[Task] | None
-    split: Split
-    joins_steps: bool
+    @property
+    def score(self) -> str: ...
+    @property
+    def columns(self) -> Sequence[str]: ...
+    @property
+    def curves(self) -> Sequence[tuple[str, str]]: ...
+    @property
+    def loss_name(self) -> str | None: ...
+    @property
+    def tasks(self) -> Sequence[Task] | None: ...
+    @property
+    def split(self) -> Split[Any]: ...
+    @property
+    def joins_steps(self) -> bool: ...
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file's content, or of each item's, by part and stem."""
@@ -51,14 +60,14 @@ class Goal(Protocol):
     def check(self) -> None:
         """Decode every file and check it; raise ValueError for the first broken rule."""
 
-    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> SamSegmenter:
         """The model that is trained: padded images in, logits out, under autocast of ``dtype``."""
 
-    def views(self, part: str) -> Sequence[Any]:
+    def views(self, part: str) -> Sequence[Stemmed]:
         """Return what the model sees of the "train" or "val" files, each with a ``stem``: the
         files, or their tiles."""
 
-    def training_data(self, side: int) -> tuple[Dataset, Any]:
+    def training_data(self, side: int) -> tuple[Dataset[Any], Callable[[Any], Any]]:
         """The training views at ``side`` pixels, and the function that makes batches of them.
 
         The dataset is asked for (index, pass) keys, see ``EpochSampler``; a batch has ``images``.

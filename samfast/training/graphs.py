@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samfast.adapters.foreign import Foreign
 from samfast.models.sam3 import is_tracker
 from samfast.training.settings import FinetuneSettings
 
@@ -42,7 +43,7 @@ def graphed(
     """
     if settings.graph != "on":
         return None
-    encoder = sam.vision_encoder if is_tracker(sam) else sam.image_encoder
+    encoder: Foreign = sam.vision_encoder if is_tracker(sam) else sam.image_encoder
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
         say("graph is on, but the encoder is frozen, so it runs without CUDA graphs")
         return None
@@ -65,14 +66,15 @@ class GraphedEncoder:
     ):
         self.encoder, self.images, self.accumulates, self.say = encoder, images, accumulates, say
         layers = (m for m in encoder.modules() if getattr(m, "depends_on_task", False))
-        self.by_task = next(layers, None)
+        self.by_task: Foreign = next(layers, None)
         self.told = self.left_out = False
         self.skips: int | None = None  # before the first compiled step
 
-        def whole(*args, **kwargs):  # by itself _call_impl is left out, and each hook compiled
+        # By itself _call_impl would be left out, and each hook compiled.
+        def whole(*args: Any, **kwargs: Any) -> Any:
             return encoder._call_impl(*args, **kwargs)
 
-        self.compiled: Callable | None = torch.compile(whole, **OPTIONS)
+        self.compiled: Callable[..., Any] | None = torch.compile(whole, **OPTIONS)
         encoder._compiled_call_impl = self  # as nn.Module.compile does; no copy or file has it
 
     def begin_step(self) -> None:
@@ -89,7 +91,7 @@ class GraphedEncoder:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
 
-    def __call__(self, images: Tensor, **options) -> Any:
+    def __call__(self, images: Tensor, **options: Any) -> Any:
         encoder = self.encoder
         if self.compiled is None or not (encoder.training and torch.is_grad_enabled()):
             return encoder._call_impl(images, **options)

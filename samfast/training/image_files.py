@@ -94,7 +94,7 @@ def read_samples(path: Source, *, as_image: bool) -> Samples:
     except _Sentence as error:
         raise ValueError(str(error)) from None
     except UnidentifiedImageError:
-        formats = ", ".join((*_formats(path, as_image), "TIFF"))
+        formats = ", ".join((*_formats(file, as_image), "TIFF"))
         raise ValueError(f"{path} cannot be decoded: it is not a {formats} file") from None
     except _DAMAGE as error:
         raise ValueError(f"{path} cannot be decoded: {_one_line(error)}") from None

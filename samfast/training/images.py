@@ -128,17 +128,17 @@ def _found_again(
 ) -> StoredMask:
     """The values that a lossy mask had."""
     above = isinstance(foreground, Above)
-    if above and not foreground.any:
+    if isinstance(foreground, Above) and not foreground.any:
         return StoredMask(grey, lossy=True)
     levels = find_levels(grey, coding) if grey.dtype == np.uint8 else None
     if levels is None and foreground is None:
         return StoredMask(grey, lossy=True)  # more than two values, which the caller refuses
     count = 0 if levels is None else len(levels.values)
-    if count == 0 or (count > 2 and not above and foreground is not None):
+    if levels is None or count == 0 or (count > 2 and not above and foreground is not None):
         held = f"its {count} values blend" if count else "its values cannot be told apart"
         advice = "save it as PNG, or give --threshold T (every value above T)"
         raise ValueError(f"mask {path} lost values to compression: {held}; {advice}")
-    wanted = () if above or foreground is None else foreground
+    wanted = foreground if isinstance(foreground, tuple) else ()
     levels = named(levels, (*wanted, *also))
     return StoredMask(
         levels.nearest(grey),

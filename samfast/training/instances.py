@@ -4,7 +4,8 @@
 Scored by the objects that a watershed makes of the maps, see ``watershed`` and ``object_scores``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from samfast.training.chosen_tasks import INSTANCES
 from samfast.training.images import read_image
 from samfast.training.many_tasks import ManyTasks
+from samfast.training.metrics import MeanLoss
 from samfast.training.object_numbers import numbered
 from samfast.training.object_scores import ObjectScores, matched, object_scores
 from samfast.training.panels import titled
 from samfast.training.pictures import objects_over
 from samfast.training.scored import DataFacts
-from samfast.training.task_files import Item, read_stored
-from samfast.training.task_scores import listed, predictions
+from samfast.training.task_files import read_stored
+from samfast.training.task_items import Item
+from samfast.training.task_scores import TaskScores, listed, predictions
 from samfast.training.tasks import OF_OBJECTS, TaskSpec
 from samfast.training.watershed import objects_of_maps
 
@@ -30,7 +33,7 @@ def are_instances(specs: Sequence[TaskSpec]) -> bool:
     return {spec.derive for spec in specs} == set(OF_OBJECTS)
 
 
-def objects_of(predicted: dict[str, np.ndarray], min_size: int = 0) -> np.ndarray:
+def objects_of(predicted: Mapping[str, np.ndarray], min_size: int = 0) -> np.ndarray:
     """int32 (H, W) from what each task predicts at the file's size, by ``derive``."""
     maps = [np.asarray(predicted[name]) for name in ("centre", "depth")]
     centre, depth = (values[0] if values.ndim == 3 else values for values in maps)
@@ -76,7 +79,7 @@ class Instances(ManyTasks):
                 "train with --masks binary"
             )
 
-    def _row(self, scores, losses) -> dict[str, float]:
+    def _row(self, scores: dict[str, TaskScores], losses: dict[str, MeanLoss]) -> dict[str, float]:
         row = super()._row(scores, losses)
         del row[self.score]  # the tasks' mean, in whose place is what the objects score
         return row
@@ -88,39 +91,39 @@ class Instances(ManyTasks):
         """int32 (H, W): the objects of an item's file, numbered from 1 on."""
         return numbered(read_stored(INSTANCES[0], next(iter(item.targets.values()))))[0]
 
-    def epoch_text(self, row: dict) -> str:
+    def epoch_text(self, row: Mapping[str, Any]) -> str:
         own = {"AP50": row[self.score], "PQ": row["val_pq"]}
         return f"val loss {row['val_loss']:.4f}  {listed(own)}"
 
-    def closing(self, best: dict) -> str:
+    def closing(self, best: Mapping[str, Any]) -> str:
         return (
             f"best validation AP50 {best[self.score]:.4f}, PQ {best['val_pq']:.4f} in epoch "
             f"{best['epoch']}"
         )
 
-    def table(self, row: dict) -> str:
+    def table(self, row: Mapping[str, Any]) -> str:
         own = {"AP50": row[self.score], "PQ": row["val_pq"]}
         return f"objects  {listed(own)}\n{super().table(row)}"
 
-    def summary(self, best: dict) -> dict:
+    def summary(self, best: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().summary(best), "val_pq": best["val_pq"]}
 
     def facts(self) -> DataFacts:
         train, val = (sum(self.counts_of_objects[part]) for part in ("train", "val"))
         return super().facts()._replace(objects=(train, val))
 
-    def remembered(self) -> dict:
+    def remembered(self) -> dict[str, Any]:
         return {**super().remembered(), "masks": "instances"}
 
     def overlays(
-        self, model: nn.Module, items: list[Item], side: int
+        self, model: nn.Module, items: Sequence[Item], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
         """(name, titled image | true objects | predicted objects) for each item."""
         found: dict[int, dict[str, np.ndarray]] = {}
         loader = self.validation_loader(items, side, 1)
         for spec, number, prediction, _ in predictions(model, loader):
             maps = found.setdefault(number, {})
-            maps[spec.derive] = prediction.cpu().numpy()
+            maps[spec.object_map] = prediction.cpu().numpy()
             if len(maps) < len(self.specs):
                 continue
             item, objects = items[number], objects_of(found.pop(number))
@@ -138,11 +141,11 @@ class _Objects:
         self._labels = labels
         self._scores = ObjectScores(device)
         self._maps: dict[int, dict[str, np.ndarray]] = {}
-        self._images: list[dict] = []
+        self._images: list[dict[str, Any]] = []
 
     def add(self, item: Item, spec: TaskSpec, prediction: Tensor) -> None:
         maps = self._maps.setdefault(id(item), {})
-        maps[spec.derive] = prediction.cpu().numpy()
+        maps[spec.object_map] = prediction.cpu().numpy()
         if len(maps) == len(OF_OBJECTS):
             counts = matched(objects_of(self._maps.pop(id(item))), self._labels(item))
             self._scores.update(counts)
@@ -153,5 +156,5 @@ class _Objects:
     def row(self) -> dict[str, float]:
         return {f"val_{name}": value for name, value in self._scores.compute().items()}
 
-    def images(self, rows: list[dict]) -> list[dict]:
+    def images(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [*self._images, *rows]

@@ -2,12 +2,16 @@
 """One batch spread over several processes, so that they train as one process would."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from samfast.training.data import EpochSampler
 from samfast.training.launched import Launched
+
+if TYPE_CHECKING:
+    from accelerate.data_loader import DataLoaderShard
 
 Counts = Callable[[Sequence[int]], Sequence[int]]
 
@@ -83,7 +87,7 @@ class JoinedBatches(Sampler):
         return joined[first:last]
 
 
-def own_loader(loader: DataLoader, device: torch.device) -> DataLoader:
+def own_loader(loader: DataLoader, device: torch.device) -> "DataLoaderShard":
     """accelerate's loader of batches that are this process's already."""
     from accelerate.data_loader import prepare_data_loader
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from samfast.training.stopping import ignore_signals
 
 MOST_PROCESSES = 16  # each imports torch, which takes about half a GB
-_ZEROED = (
+_ZEROED: tuple[tuple[Any, str, Callable[..., Tensor]], ...] = (
     (torch, "empty", torch.zeros),
     (torch, "empty_like", torch.zeros_like),
     (Tensor, "new_empty", Tensor.new_zeros),

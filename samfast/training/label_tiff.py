@@ -7,6 +7,7 @@ Pillow writes 32 bits as signed only, so that the few tags are laid out here.
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -45,6 +46,9 @@ def is_big(values: int) -> bool:
     return 4 * values > _MOST - (_MOST >> 4)  # what cannot be compressed grows a little
 
 
+_Values = bytes | Sequence[float]  # of a tag: a text, or numbers
+
+
 class Pages:
     """Writes pages to an open file, one after the other; after each the file is a whole TIFF.
 
@@ -71,7 +75,7 @@ class Pages:
             places.append(self._append(data))
             lengths.append(len(data))
         at = _LONG8 if self._place == "<Q" else _LONG
-        tags = {256: (_LONG, [width]), 257: (_LONG, [height])}
+        tags: dict[int, tuple[int, _Values]] = {256: (_LONG, [width]), 257: (_LONG, [height])}
         tags |= {258: (_SHORT, [8 * values.itemsize]), 259: (_SHORT, [8]), 262: (_SHORT, [1])}
         tags |= {273: (at, places), 277: (_SHORT, [1]), 278: (_LONG, [rows])}
         tags |= {279: (at, lengths), 284: (_SHORT, [1]), 317: (_SHORT, [1 if floats else 2])}
@@ -85,7 +89,7 @@ class Pages:
         self.file.write(data + bytes(len(data) % 2))
         return place
 
-    def _link_to(self, tags: dict) -> None:
+    def _link_to(self, tags: dict[int, tuple[int, _Values]]) -> None:
         """Write a page's directory and let the page before it, or the header, point there."""
         entries, pointer = b"", struct.calcsize(self._place)
         for tag in sorted(tags):
@@ -108,8 +112,8 @@ def _steps(strip: np.ndarray) -> np.ndarray:
     return steps.astype(steps.dtype.newbyteorder("<"))
 
 
-def _packed(kind: int, values) -> tuple[bytes, int]:
+def _packed(kind: int, values: _Values) -> tuple[bytes, int]:
     """The bytes of a tag's values, and how many values these are."""
-    if kind == _TEXT:
+    if isinstance(values, bytes):  # of kind _TEXT
         return values + b"\0", len(values) + 1
     return struct.pack(f"<{len(values)}{_LETTERS[kind]}", *values), len(values)

@@ -71,7 +71,7 @@ def finetune(
     """
     if settings.dry_run:
         return dry_run(settings)
-    if settings.resume is True:  # as for the option that stands alone
+    if isinstance(settings.resume, bool) and settings.resume:  # as for the option that stands alone
         settings = dataclasses.replace(settings, resume=NEWEST)
     check_settings(settings, needs_data=dataset is None)
     check_augment(settings.augment)
@@ -107,7 +107,7 @@ def finetune(
 def _goal(settings: FinetuneSettings) -> Goal:
     """Return the goal of the settings for a folder; finds its files."""
     if masks_of(settings) != "instances" and settings.tasks is None:
-        check_no_annotations(settings.data, settings.mask_suffix)
+        check_no_annotations(settings.folder, settings.mask_suffix)
     return goal_of(settings, specs_of(settings))
 
 
@@ -193,7 +193,8 @@ def _state(
         return None
     from accelerate.utils import broadcast_object_list
 
-    state, remarks = None, []
+    state: State | None = None
+    remarks: list[str] = []
     if accelerator.is_main_process:
         state, remarks = state_for(settings, folder.folder)
     named = [None if state is None else str(state.folder)]

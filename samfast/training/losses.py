@@ -146,6 +146,13 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+def chosen_loss(name: str | None) -> Loss:
+    """The loss of this name, which training's recipe fills in where the settings leave it open."""
+    if name is None:
+        raise ValueError(f"expected the name of a loss, got none; known are {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
 def _prepared(logits: Tensor, masks: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, target and valid, all (B, H, W) of the logits' dtype widened, 0 in the padding."""
     if logits.shape != masks.shape or (valid is not None and valid.shape != logits.shape):

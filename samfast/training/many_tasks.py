@@ -5,38 +5,44 @@ A goal, see ``samfast.training.goal``.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from samfast.training import pictures
 from samfast.training.chosen_tasks import specs_of
+from samfast.training.coco_items import CocoMask
 from samfast.training.evaluate import scoring
-from samfast.training.fingerprints import of_all
+from samfast.training.fingerprints import of_all, read_from
+from samfast.training.goal import Stemmed
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
 from samfast.training.losses import LOSSES, class_loss, direction_loss, value_loss
 from samfast.training.metrics import MeanLoss
 from samfast.training.panels import titled
 from samfast.training.scored import DataFacts, Scored, Tick
-from samfast.training.segmenters import TaskSegmenter
+from samfast.training.segmenters import SamSegmenter, TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.split_checks import without_foreground
 from samfast.training.stacks import file_of
 from samfast.training.stopping import ignore_signals
 from samfast.training.task_data import (
+    HasTargets,
+    TargetDataset,
     TaskBatch,
     TaskCollate,
     TaskDataset,
     check_follows,
     truth_of,
 )
-from samfast.training.task_files import Item, check_items, find_items, read_stored, remarks
+from samfast.training.task_files import check_items, read_stored, remarks
+from samfast.training.task_items import Item, find_items
 from samfast.training.task_scores import (
     TaskScores,
     listed,
@@ -75,10 +81,15 @@ def tasks_loss(
     logits = model(batch.images, batch.sizes, batch.rows)
     losses = [task_loss(spec, logits[spec.name], batch.targets[spec.name]) for spec in specs]
     factors = [1.0] * len(specs) if weights is None else weights
-    return sum(
+    weighted = (
         spec.weight * factor * loss
         for spec, factor, loss in zip(specs, factors, losses, strict=True)
     )
+    return cast("Tensor", sum(weighted))  # 0 only without tasks
+
+
+class TaskView(Stemmed, HasTargets, Protocol):
+    """What the model sees as one image, with what its tasks are read from."""
 
 
 class Together(Protocol):
@@ -90,7 +101,7 @@ class Together(Protocol):
     def row(self) -> dict[str, float]:
         """The scores over all images."""
 
-    def images(self, rows: list[dict]) -> list[dict]:
+    def images(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of each image and task, with those of each image."""
 
 
@@ -117,11 +128,13 @@ class ManyTasks:
         """
         self.settings = settings
         self.options = image_options(settings.bands, settings.range)
-        self.specs = tuple(specs_of(settings) if specs is None else specs)
+        specs = specs_of(settings) if specs is None else specs
+        assert specs is not None, settings.masks
+        self.specs = tuple(specs)
         self.tasks = tuple(spec.task for spec in self.specs)
         check_follows(self.specs, settings.augment)
         self.split = find_items(
-            settings.data,
+            settings.folder,
             self.specs,
             val_fraction=settings.val_fraction,
             seed=settings.seed,
@@ -144,10 +157,10 @@ class ManyTasks:
         self.loss_name = "+".join(dict.fromkeys(spec.loss for spec in self.specs))
 
     def fingerprints(self) -> dict[str, str]:
-        files = {}
+        files: dict[str, list[Path | CocoMask]] = {}
         for part, items in (("train", self.split.train), ("val", self.split.val)):
             for item in items:  # a derived task has the file that it is derived from
-                targets = (file_of(item.targets[name]) for name in sorted(item.targets))
+                targets = (read_from(item.targets[name]) for name in sorted(item.targets))
                 image = file_of(item.image)
                 files[f"{part}/{image}"] = [image, *dict.fromkeys(targets)]
         return of_all(files)
@@ -179,7 +192,9 @@ class ManyTasks:
                 raise ValueError(without_foreground("validation", f" of task {spec.name}"))
             constant = torch.tensor(True)
         elif spec.kind == "semantic":
-            counts = sum(t[t >= 0].long().bincount(minlength=spec.channels) for t in truths())
+            counts = torch.zeros(spec.channels, dtype=torch.int64)
+            for t in truths():
+                counts += t[t >= 0].long().bincount(minlength=spec.channels)
             constant = counts.argmax()
         else:
             flat = torch.cat([_sample(truth) for truth in truths()], dim=1)
@@ -213,13 +228,13 @@ class ManyTasks:
                 f"best constant prediction scores {listed(self.baseline[spec.name])}"
             )
 
-    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> SamSegmenter:
         return TaskSegmenter(sam, dtype, self.settings.decoder_chunk)
 
-    def views(self, part: str) -> Sequence[Item]:
+    def views(self, part: str) -> Sequence[TaskView]:
         return getattr(self.split, part)
 
-    def training_data(self, side: int) -> tuple[Dataset, TaskCollate]:
+    def training_data(self, side: int) -> tuple[TargetDataset[Any], TaskCollate]:
         settings = self.settings
         data = TaskDataset(
             self.split.train,
@@ -261,7 +276,9 @@ class ManyTasks:
         device = next(model.parameters()).device
         scores = {spec.name: TaskScores(spec, device) for spec in self.specs}
         losses = {spec.name: MeanLoss(device) for spec in self.specs}
-        sums, first, together = {}, 0, self.together(device)
+        sums: dict[tuple[int, str], Tensor] = {}
+        first, together = 0, self.together(device)
+        items = cast("TargetDataset[Item]", loader.dataset).items
         with scoring(model):
             for batch in loader:
                 logits = task_logits(model, batch, device)
@@ -270,14 +287,14 @@ class ManyTasks:
                     own = scores[spec.name].update(prediction, truth)
                     sums[first + i, spec.name] = own
                     if together is not None:
-                        together.add(loader.dataset.items[first + i], spec, prediction)
+                        together.add(items[first + i], spec, prediction)
                 first += len(batch.images)
                 if tick is not None:
                     tick(len(batch.images))
         images = [
             {"image": self._name(item), "task": spec.name}
             | scores[spec.name].image(sums[number, spec.name])
-            for number, item in enumerate(loader.dataset.items)
+            for number, item in enumerate(items)
             for spec in self.specs
             if spec.name in item.targets
         ]
@@ -319,19 +336,19 @@ class ManyTasks:
             return f"{item.image.parent.parent.name}-{item.stem}"
         return item.stem
 
-    def _of_row(self, task: str, row: dict) -> dict[str, float]:
+    def _of_row(self, task: str, row: Mapping[str, Any]) -> dict[str, float]:
         return {name: row[f"val_{task}_{name}"] for name in self.score_names[task]}
 
-    def epoch_text(self, row: dict) -> str:
+    def epoch_text(self, row: Mapping[str, Any]) -> str:
         parts = [f"{spec.name} {listed(self._of_row(spec.name, row))}" for spec in self.specs]
         score = f"val loss {row['val_loss']:.4f}  score {row[self.score]:.4f}"
         return "  ".join([score, *parts])
 
-    def closing(self, best: dict) -> str:
+    def closing(self, best: Mapping[str, Any]) -> str:
         score = f"best validation score {best[self.score]:.4f} in epoch {best['epoch']}"
         return f"{self.table(best)}\n{score}"
 
-    def table(self, row: dict) -> str:
+    def table(self, row: Mapping[str, Any]) -> str:
         """A line for each task, with what the best constant prediction scores."""
         width = max(len(spec.name) for spec in self.specs)
         return "\n".join(
@@ -340,7 +357,7 @@ class ManyTasks:
             for spec in self.specs
         )
 
-    def summary(self, best: dict) -> dict:
+    def summary(self, best: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "val_loss": best["val_loss"],
             self.score: best[self.score],
@@ -356,16 +373,16 @@ class ManyTasks:
         }
         return DataFacts(baseline="best constant", baselines=named)
 
-    def remembered(self) -> dict:
+    def remembered(self) -> dict[str, Any]:
         """What the adapter's folder keeps for evaluation and prediction."""
         tasks = [spec.config() for spec in self.specs]
         return {"tasks": tasks, "prompt": "none", **self.options.config()}
 
-    def baseline_line(self) -> None:
+    def baseline_line(self) -> tuple[float, str] | None:
         return None
 
     def overlays(
-        self, model: nn.Module, items: list[Item], side: int
+        self, model: nn.Module, items: Sequence[Item], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
         """(name, titled image | truth | prediction at the image's size) by item and task."""
         loader = self.validation_loader(items, side, 1)

@@ -4,7 +4,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import samfast
 from samfast.adapters.adapter import adapters
+from samfast.adapters.foreign import Foreign
 from samfast.files.format import AdapterFile, read_adapter
 from samfast.files.model_card import CARD, check_license
 from samfast.files.placing import refuse_existing, write_together
@@ -66,7 +67,7 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
     if channel is None:
         state = _plain_state(model, folder)
     else:
-        state = _state_of_task(model, folder, prompts, *channel)
+        state = _state_of_task(cast("MultiTaskSam", model), folder, prompts, *channel)
     text = merged_card(
         adapter,
         settings.checkpoint,
@@ -77,6 +78,7 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
     if name == SAM3:
         _write_sam3(model, state, output, settings.checkpoint, text)
     elif as_folder:
+        assert size is not None, name
         files = hugging_face_files(state, ARCHITECTURES[name], size)
         write_together(output, {CARD: text, **files})
     else:
@@ -213,7 +215,7 @@ def _write_file(state: Mapping[str, Tensor], output: Path) -> None:
 
 
 def _write_sam3(
-    model: nn.Module,
+    model: Foreign,
     state: Mapping[str, Tensor],
     output: Path,
     checkpoint: Path | None,
@@ -229,7 +231,7 @@ def _write_sam3(
         os.replace(place, output)
 
 
-def _how_it_opens(name: str, image_size: int, output: Path, as_folder: bool) -> str:
+def _how_it_opens(name: str, image_size: int | None, output: Path, as_folder: bool) -> str:
     """A line of Python that opens what was written."""
     if name == SAM3:
         return f'transformers.Sam3TrackerModel.from_pretrained("{output}")'

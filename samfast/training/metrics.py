@@ -2,7 +2,7 @@
 """Scores and losses over a whole validation set, from sums over its images."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,9 @@ class ClassScores:
         return class_counts(*(count.tolist() for count in counts))
 
 
-def class_counts(right: list, pixels: list, predicted: list) -> list[ClassCounts]:
+def class_counts(
+    right: Sequence[float], pixels: Sequence[float], predicted: Sequence[float]
+) -> list[ClassCounts]:
     """Counts of each class from its pixels that are right, in the truth and in the prediction."""
     found = []
     for r, t, p in zip(right, pixels, predicted, strict=True):

@@ -42,10 +42,10 @@ def read_mask_array(path: Path, index: int | None = None) -> np.ndarray:
     index: of a slice, of which only that is read
     """
     values = _array(path) if index is None else read_array(path, index, 2)
-    path = path if index is None else f"{path}[{index}]"
+    name = path if index is None else f"{path}[{index}]"
     if values.dtype.kind not in "biu" or values.ndim != 2 or values.size == 0:
         raise ValueError(
-            f"mask {path} holds {values.dtype} {values.shape}; expected bool or whole numbers, "
+            f"mask {name} holds {values.dtype} {values.shape}; expected bool or whole numbers, "
             "(height, width)"
         )
     if values.dtype == bool:
@@ -53,7 +53,7 @@ def read_mask_array(path: Path, index: int | None = None) -> np.ndarray:
     for value in (int(values.min()), int(values.max())):
         if not -_MOST - 1 <= value <= _MOST:
             raise ValueError(
-                f"mask {path} holds the value {value}; expected at most 32 bits, {-_MOST - 1} to "
+                f"mask {name} holds the value {value}; expected at most 32 bits, {-_MOST - 1} to "
                 f"{_MOST}"
             )
     return values.astype(np.int32 if values.itemsize > 2 else values.dtype.newbyteorder("="))

@@ -38,7 +38,7 @@ def _small(objects: Objects) -> Objects:
     """The same objects as run lengths, which take little memory."""
     pixels = objects.size[0] * objects.size[1]
     counts = [counts_of_runs(*objects.runs(i), pixels) for i in range(len(objects))]
-    rles = [{"size": list(objects.size), "counts": compressed(own)} for own in counts]
+    rles = [{"size": list(objects.size), "counts": compressed(own.tolist())} for own in counts]
     return Objects.from_rles(objects.size, rles)
 
 
@@ -86,11 +86,11 @@ class ObjectFiles:
                 write_labels(made["labels"], labels, place)
         if "csv" in self.formats:
             made["csv"] = str(self.folder / f"{name.image}_objects.csv")
-            table = csv_text(objects, ids=objects.ids)
+            table = csv_text(objects, ids=objects.ids.tolist())
             write_whole(Path(made["csv"]), table.encode(), durable=False)
         if "geojson" in self.formats:
             made["geojson"] = str(self.folder / f"{name.image}_objects.geojson")
-            text = geojson(objects, georeference=place, ids=objects.ids)
+            text = geojson(objects, georeference=place, ids=objects.ids.tolist())
             write_whole(Path(made["geojson"]), text.encode(), durable=False)
         if "coco" in self.formats:
             self._found.append(ImageObjects(path.name, _small(objects)))

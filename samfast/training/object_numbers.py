@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Label images: (H, W) whole numbers, the number of an object in each of its pixels, 0 for none."""
 
-from pathlib import Path
-
 import numpy as np
+
+from samfast.training.stacks import Source
 
 
 def numbered(labels: np.ndarray) -> tuple[np.ndarray, int]:
@@ -28,7 +28,7 @@ def kept_objects(labels: np.ndarray, min_size: int = 0) -> np.ndarray:
     return new[inverse.reshape(labels.shape)]
 
 
-def check_numbers(path: Path, values: np.ndarray) -> None:
+def check_numbers(path: Source, values: np.ndarray) -> None:
     """ValueError where a mask holds what cannot be the number of an object."""
     if (values < 0).any():
         raise ValueError(

@@ -18,6 +18,7 @@ import numpy as np
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.points import check_point, parsed_point
 from samfast.training.settings import PredictSettings
+from samfast.training.stacks import Source
 
 FORMS = {"box": "image,x0,y0,x1,y1", "point": "image,x,y[,label[,object]]"}
 _MANY = {"box": "boxes", "point": "points"}
@@ -34,7 +35,7 @@ class ObjectPrompt(NamedTuple):
     points: np.ndarray
 
 
-Prompts = dict[Path, list[ObjectPrompt]]
+Prompts = dict[Source, list[ObjectPrompt]]
 
 
 def named_prompts(settings: PredictSettings) -> list[str]:
@@ -49,7 +50,7 @@ def named_prompts(settings: PredictSettings) -> list[str]:
 
 
 def object_prompts(
-    settings: PredictSettings, kinds: tuple[str, ...], sizes: Mapping[Path, tuple[int, int]]
+    settings: PredictSettings, kinds: tuple[str, ...], sizes: Mapping[Source, tuple[int, int]]
 ) -> Prompts:
     """The objects of each image, in the order of their prompts.
 
@@ -88,7 +89,9 @@ def _of_point(point: np.ndarray) -> ObjectPrompt:
     return ObjectPrompt(None, point[None])
 
 
-def _spread(given: list[ObjectPrompt], kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Prompts:
+def _spread(
+    given: list[ObjectPrompt], kind: str, sizes: Mapping[Source, tuple[int, int]]
+) -> Prompts:
     """Give one image all prompts as its objects, several images one each or all the same one."""
     if len(sizes) == 1:
         found = {path: given for path in sizes}
@@ -114,10 +117,10 @@ def _check(prompt: ObjectPrompt, size: tuple[int, int], name: str) -> None:
         check_point(point, size, name)
 
 
-def _of_file(path: Path, kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Prompts:
+def _of_file(path: Path, kind: str, sizes: Mapping[Source, tuple[int, int]]) -> Prompts:
     """The objects of each image that a file names; none for an image that it does not name."""
     named = _by_name(sizes)
-    groups: dict[Path, dict[Any, list[np.ndarray]]] = {image: {} for image in sizes}
+    groups: dict[Source, dict[Any, list[np.ndarray]]] = {image: {} for image in sizes}
     for where, name, numbers in _rows(path, kind):
         image = named.get(name)
         if image is None:
@@ -139,9 +142,9 @@ def _of_file(path: Path, kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Pr
             found[image] = [_of_box(values) for (values,) in rows]
         else:
             found[image] = [ObjectPrompt(None, np.stack([v[:3] for v in own])) for own in rows]
-            for own in found[image]:
-                if not own.points[:, 2].any():
-                    x, y, _ = own.points[0]
+            for one in found[image]:
+                if not one.points[:, 2].any():
+                    x, y, _ = one.points[0]
                     raise ValueError(
                         f"the object of point {x:g},{y:g} of image {image} has no point with "
                         "label 1 (on the object); add one"
@@ -149,9 +152,9 @@ def _of_file(path: Path, kind: str, sizes: Mapping[Path, tuple[int, int]]) -> Pr
     return found
 
 
-def _by_name(sizes: Mapping[Path, Any]) -> dict[str, Path | None]:
+def _by_name(sizes: Mapping[Source, Any]) -> dict[str, Source | None]:
     """Images by their paths and by their file names; None for a name that two have."""
-    found: dict[str, Path | None] = {}
+    found: dict[str, Source | None] = {}
     for path in sizes:
         found[path.name] = None if path.name in found else path
     return found | {str(path): path for path in sizes}

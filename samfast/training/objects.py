@@ -104,12 +104,12 @@ class _Labelled(Objects):
     def __init__(self, labels: np.ndarray):
         ids, self._labels = _numbered(labels)
         areas = np.bincount(self._labels.ravel(), minlength=len(ids) + 1)[1:].astype(np.int64)
-        boxes = [
+        corners = [
             (x.start, y.start, x.stop - 1, y.stop - 1)
             for y, x in ndimage.find_objects(self._labels, len(ids))
         ]
-        boxes = np.array(boxes, np.float64).reshape(-1, 4)
-        super().__init__(labels.shape, boxes, areas, ids)
+        boxes = np.array(corners, np.float64).reshape(-1, 4)
+        super().__init__((labels.shape[0], labels.shape[1]), boxes, areas, ids)
 
     def crop(self, i: int) -> np.ndarray:
         return self._labels[self.window(i)] == i + 1

@@ -95,7 +95,8 @@ def coco_json(entries: Iterable[ImageObjects], categories: Sequence[str] | None 
             + (f"{wrong[0]} is missing" if wrong else "name each only once")
         )
     ids = {name: i for i, name in enumerate(known, 1)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for i, entry in enumerate(entries, 1):
         height, width = entry.objects.size
         images.append({"id": i, "file_name": entry.name, "height": height, "width": width})
@@ -121,7 +122,7 @@ def _annotations(entry: ImageObjects, image: int, ids: dict[str, int]) -> Iterab
         yield {
             "image_id": image,
             "category_id": ids[entry.classes[i] if entry.classes is not None else CLASS],
-            "segmentation": {"size": [height, width], "counts": compressed(counts)},
+            "segmentation": {"size": [height, width], "counts": compressed(counts.tolist())},
             "bbox": [x0, y0, x1 - x0 + 1, y1 - y0 + 1],
             "area": int(objects.areas[i]),
             "iscrowd": 0,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Outlines of masks along the corners of pixels: polygons that hold the same pixels exactly."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy import ndimage
 
@@ -41,9 +43,9 @@ def _edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     width = mask.shape[1]
     padded = np.pad(mask, 1)
     beyond = (padded[:-2, 1:-1], padded[1:-1, 2:], padded[2:, 1:-1], padded[1:-1, :-2])
-    pixels = [np.flatnonzero(mask & ~other) for other in beyond]
-    directions = np.repeat(np.arange(4), [len(own) for own in pixels])
-    pixels = np.concatenate(pixels)
+    found = [np.flatnonzero(mask & ~other) for other in beyond]
+    directions = np.repeat(np.arange(4), [len(own) for own in found])
+    pixels = np.concatenate(found)
     y, x = np.divmod(pixels, width)
     start = np.stack([x, y], 1) + np.array(_STARTS)[directions]
     end = start + np.array(_STEPS)[directions]
@@ -61,13 +63,14 @@ def _edges(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pixels, directions, following
 
 
-def _chains(directions: list[int], following: list[int]):
+def _chains(directions: list[int], following: list[int]) -> Iterator[tuple[int, list[int]]]:
     """(an edge, the edges of its outline at which the direction changes), of each outline."""
     done = bytearray(len(following))
     for first in range(len(following)):
         if done[first]:
             continue
-        chain, edge = [], first
+        chain: list[int] = []
+        edge = first
         while not done[edge]:
             done[edge] = 1
             after = following[edge]

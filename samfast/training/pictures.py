@@ -3,7 +3,8 @@
 
 import colorsys
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,11 +23,11 @@ _AXES = tuple(zip(np.eye(3, dtype=np.float32), ("x (right)", "y (down)", "z"), s
 
 def tinted(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     """uint8 (H, W, 3) with ``mask``, bool (H, W), tinted and its border drawn."""
-    colour = np.asarray(colour, np.float32)
+    rgb = np.asarray(colour, np.float32)
     out = image.astype(np.float32)
-    out[mask] = 0.6 * out[mask] + 0.4 * colour
+    out[mask] = 0.6 * out[mask] + 0.4 * rgb
     width = max(1, round(max(mask.shape) / 400))
-    out[_border(mask, width)] = colour
+    out[_border(mask, width)] = rgb
     return out.round().astype(np.uint8)
 
 
@@ -130,19 +131,20 @@ def task_pictures(
     """Image, truth and prediction, and what their colours mean."""
     if spec.kind == "regression":
         truth = spec.stored_units(truth)
-    truth, prediction = truth.cpu().numpy(), prediction.cpu().numpy()
+    expected, found = truth.cpu().numpy(), prediction.cpu().numpy()
     if spec.kind == "binary":
-        return overlay_pictures(image, truth == 1, prediction), []
-    limits, legend = None, []
+        return overlay_pictures(image, expected == 1, found), []
+    limits: tuple[float, float] | None = None
+    legend: list[Mark] = []
     if spec.kind == "semantic":
-        legend = class_legend(spec.class_names, truth, prediction)
+        legend = class_legend(spec.class_names, expected, found)
     elif spec.loss == "cosine":
         legend = [Mark(directions(axis[:, None, None])[0], name) for axis, name in _AXES]
     else:
-        limits = _limits(truth[0] if np.isfinite(truth[0]).any() else prediction[0])
+        limits = _limits(expected[0] if np.isfinite(expected[0]).any() else found[0])
         legend = [_range_mark(spec, limits)]
     draw = task_picture(spec, limits)
-    return (image, draw(image, truth), draw(image, prediction)), legend
+    return (image, draw(image, expected), draw(image, found)), legend
 
 
 def class_legend(names: Sequence[str], *maps: np.ndarray) -> list[Mark]:
@@ -180,8 +182,8 @@ _LOSS_CURVES = (("train_loss", "training", "o", "C0"), ("val_loss", "validation"
 
 
 def curves_png(
-    rows: Sequence[dict],
-    loss: str,
+    rows: Sequence[Mapping[str, Any]],
+    loss: str | None,
     scores: Sequence[tuple[str, str]],
     baseline: tuple[float, str] | None = None,
 ) -> bytes:

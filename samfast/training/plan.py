@@ -13,13 +13,14 @@ optimizer step, which are --batch-size times --accumulate.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from samfast.training.card import CONTEXT, WASTE, card_bytes, decimal, needed, room
-from samfast.training.chosen_tasks import has_prompted_objects, has_tasks, specs_of
+from samfast.training.chosen_tasks import has_prompted_objects, specs_of
 from samfast.training.settings import MEMORY, FinetuneSettings
 from samfast.training.step_counts import Worst, counted_step
 
@@ -39,7 +40,7 @@ class Plan:
     def options(self) -> str:
         """The plan as options of the command line."""
         settings = self.settings
-        words = [] if settings.memory is None else ["--memory", settings.memory]
+        words: list[object] = [] if settings.memory is None else ["--memory", settings.memory]
         words += ["--batch-size", settings.batch_size, "--accumulate", settings.accumulate]
         if settings.decoder_chunk is not None:
             words += ["--decoder-chunk", settings.decoder_chunk]
@@ -52,7 +53,7 @@ class Plan:
             f"and {WASTE:.0%} for allocator overhead"
         )
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "card_bytes": self.card,
@@ -124,6 +125,7 @@ def _search(settings: FinetuneSettings, device: torch.device, card: int) -> Plan
                 found.append(tried.seconds_and_plan(_largest(sizes, tried.fits)))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
+    assert least is not None, modes
     raise ValueError(_nothing_fits(settings, card, least))
 
 
@@ -133,13 +135,14 @@ def _chunks(settings: FinetuneSettings, batch: int) -> list[int | None]:
         return [settings.decoder_chunk]
     objects = batch
     if has_prompted_objects(settings):
+        assert settings.objects is not None  # the recipe fills it in
         objects *= settings.objects
-    if has_tasks(settings):
-        objects *= sum(spec.task.channels for spec in specs_of(settings))
+    if (specs := specs_of(settings)) is not None:
+        objects *= sum(spec.task.channels for spec in specs)
     return [chunk for chunk in _CHUNKS if chunk is None or chunk < objects]
 
 
-def _largest(sizes: Sequence[int], fits) -> int:
+def _largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     """The largest of ascending sizes that fits, where the first does."""
     low, high = 0, len(sizes) - 1
     while low < high:

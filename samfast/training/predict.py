@@ -119,7 +119,7 @@ def find_images(given: Sequence[Path], stacks: bool = False) -> list[Source]:
             paths.append(path)
         else:
             raise FileNotFoundError(f"{path} does not exist")
-    return [own for path in paths for own in image_slices(path)] if stacks else paths
+    return [own for path in paths for own in (image_slices(path) if stacks else (path,))]
 
 
 def _output_names(paths: Sequence[Source]) -> list[Name]:

@@ -4,6 +4,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,20 +39,21 @@ class Results:
         self.settings, self.specs, self.folder = settings, specs, settings.output
         placed = numbered or settings.probabilities
         self.places = {path: read_georeference(path) for path in paths} if placed else {}
-        self.stacks, self.files = StackFiles(of_stacks(paths)), None
+        self.stacks = StackFiles(of_stacks(paths))
+        self.files: ObjectFiles | None = None
         if numbered:
             self.files = ObjectFiles(self.folder, settings.formats, self.places, self.stacks)
 
     def write(
         self, name: Name, path: Source, image: np.ndarray, maps: dict[str, np.ndarray]
-    ) -> dict:
+    ) -> dict[str, Any]:
         """Write what one image is predicted; returns the files' names and what they hold."""
         if "objects" in maps:
-            return self.files.write(name, path, image, maps["objects"])
+            return self._objects(name, path, image, maps["objects"])
         if self.specs and are_instances(self.specs):
-            by_map = {spec.derive: maps[spec.name] for spec in self.specs}
+            by_map = {spec.object_map: maps[spec.name] for spec in self.specs}
             objects = objects_of(by_map, self.settings.min_size)
-            made = self.files.write(name, path, image, objects)
+            made = self._objects(name, path, image, objects)
             foreground = next(spec.name for spec in self.specs if spec.derive == "foreground")
             return made | self._probability(name, path, maps, foreground, "")
         if self.specs:
@@ -60,10 +62,18 @@ class Results:
         made |= self._probability(name, path, maps, "", "")
         if self.settings.instances:
             objects = parts(maps[""], self.settings.min_size)
-            return made | self.files.write(name, path, image, objects)
+            return made | self._objects(name, path, image, objects)
         return made
 
-    def _mask(self, name: Name, path: Source, image: np.ndarray, mask: np.ndarray) -> dict:
+    def _objects(
+        self, name: Name, path: Source, image: np.ndarray, labels: np.ndarray
+    ) -> dict[str, Any]:
+        assert self.files is not None, labels.shape  # where objects are numbered
+        return self.files.write(name, path, image, labels)
+
+    def _mask(
+        self, name: Name, path: Source, image: np.ndarray, mask: np.ndarray
+    ) -> dict[str, Any]:
         mask_path = self._pixels(name, path, "_mask", mask.astype(np.uint8) * 255)
         overlay_path = self.folder / f"{name.image}_overlay.png"
         overlay = tinted(image, mask, PREDICTION_COLOUR)
@@ -77,7 +87,7 @@ class Results:
 
     def _tasks(
         self, name: Name, path: Source, image: np.ndarray, maps: dict[str, np.ndarray]
-    ) -> dict:
+    ) -> dict[str, Any]:
         """A file of each task with its classes or values, and a picture of it."""
         tasks = {}
         for spec in self.specs:
@@ -115,7 +125,7 @@ class Results:
 
     def _probability(
         self, name: Name, path: Source, maps: dict[str, np.ndarray], task: str, what: str
-    ) -> dict:
+    ) -> dict[str, Any]:
         """Write a task's probabilities where there are some; returns the file by what it is."""
         values = maps.get(key_of(task))
         if values is None:
@@ -130,7 +140,7 @@ class Results:
         return {"probability": str(file)}
 
 
-def said_of(made: dict) -> str:
+def said_of(made: dict[str, Any]) -> str:
     """What a line of output says of an image."""
     if "tasks" in made:
         return ", ".join(task["mask"] for task in made["tasks"].values())

@@ -20,8 +20,10 @@ from samfast.training.points import resized_point
 from samfast.training.predict_tiles import predicted_by_tiles
 from samfast.training.progress import Progress
 from samfast.training.prompted_predict import predicted_objects
+from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.prompted_tiles import Places, objects_in_tiles
 from samfast.training.remembered import Remembered
+from samfast.training.segmenters import SamSegmenter
 from samfast.training.settings import PredictSettings
 from samfast.training.stacks import Source
 from samfast.training.task_scores import predicted_tasks, read_off
@@ -30,7 +32,7 @@ from samfast.training.tiles import chosen_tiles, count_of
 
 def predicted_maps(
     settings: PredictSettings,
-    model: nn.Module,
+    model: SamSegmenter,
     kept: Remembered,
     shapes: dict[Source, tuple[int, int]],
     boxes: Sequence[np.ndarray] = (),
@@ -57,6 +59,7 @@ def predicted_maps(
             yield {"objects": found}
         return
     if objects is not None:
+        assert isinstance(model, PromptedSegmenter), type(model)
         side, batch = image_size(model.sam), settings.batch_size
         if places is not None:
             for path in paths:
@@ -102,7 +105,7 @@ def _predicted_masks(
     for batch in loader:
         logits = logits_of(model, batch, device)[0]
         for one, size, truth in zip(logits, batch.sizes.tolist(), batch.truths, strict=True):
-            yield read_off(None, full_size(one[None], *size, truth.shape), probable)
+            yield read_off(None, full_size(one[None], size[0], size[1], truth.shape), probable)
 
 
 class _Photographs(Dataset):

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from samfast.models import image_size
 from samfast.training.data import Collate, Sample, resize_image
 from samfast.training.evaluate import full_size
+from samfast.training.segmenters import SamSegmenter
 from samfast.training.task_scores import read_off
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import Tile, blended
@@ -17,7 +17,7 @@ from samfast.training.tiles import Tile, blended
 
 @torch.no_grad()
 def predicted_by_tiles(
-    model: nn.Module,
+    model: SamSegmenter,
     image: np.ndarray,
     specs: Sequence[TaskSpec],
     tile: int,
@@ -44,7 +44,9 @@ def predicted_by_tiles(
         for first in range(0, len(line), batch_size):
             own = line[first : first + batch_size]
             crops = [resize_image(image[t.top : t.bottom, t.left : t.right], side) for t in own]
-            batch = collate([Sample(crop, np.zeros(crop.shape[:2], bool), None) for crop in crops])
+            masks = [np.zeros(crop.shape[:2], bool) for crop in crops]  # for their sizes only
+            pairs = zip(crops, masks, strict=True)
+            batch = collate([Sample(crop, mask, mask) for crop, mask in pairs])
             images, sizes = batch.images.to(device), batch.sizes.to(device)
             if specs:
                 rows = {spec.name: list(range(len(own))) for spec in specs}
@@ -54,14 +56,15 @@ def predicted_by_tiles(
                 logits = model(images, sizes)[0][:, None]
             for t, one, size in zip(own, logits, batch.sizes.tolist(), strict=True):
                 shape = t.bottom - t.top, t.right - t.left
-                yield full_size(one, *size, shape).cpu().numpy()
+                yield full_size(one, size[0], size[1], shape).cpu().numpy()
             if tick is not None:
                 tick(len(own))
 
     strips: dict[str, list[np.ndarray]] = {}
+    tasks: Sequence[TaskSpec | None] = specs or [None]
     for maps in blended(image.shape[:2], tile, overlap, maps_of):
         strip = torch.from_numpy(maps)
-        for spec, own in zip(specs or [None], strip.split(channels or [1]), strict=True):
+        for spec, own in zip(tasks, strip.split(channels or [1]), strict=True):
             for name, values in read_off(spec, own, probable).items():
                 strips.setdefault(name, []).append(values)
     return {name: np.concatenate(parts, axis=-2) for name, parts in strips.items()}

@@ -18,7 +18,7 @@ class Progress:
         self.total = images
         self.hidden = None if main else True  # None: tqdm decides by the terminal
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         from tqdm import tqdm
 
         self.bar = tqdm(
@@ -28,7 +28,7 @@ class Progress:
         self.began = self.shown = time.perf_counter()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
     def advance(self, images: int) -> bool:

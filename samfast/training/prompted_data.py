@@ -2,7 +2,6 @@
 """Images with their objects as batches for SAM, each object with a prompt of its own."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +13,10 @@ from torch.utils.data import Dataset
 from samfast.models.prompted import FirstPrompts
 from samfast.training.augment import change_of
 from samfast.training.boxes import foreground_box, jittered_box, resized_box
-from samfast.training.coco_items import CocoMask
+from samfast.training.coco_items import CocoMask, MaskSource
 from samfast.training.corrective_clicks import point_in
-from samfast.training.data import flipped_axes, model_size, resize_image
-from samfast.training.folders import Pair
+from samfast.training.data import flipped_axes, model_size, names_of, resize_image
+from samfast.training.file_pairs import Marked
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image
 from samfast.training.label_files import read_labels
@@ -62,7 +61,7 @@ class ObjectBatch(NamedTuple):
     objects: tuple[Objects, ...] = ()
 
 
-def read_objects(path: Path | CocoMask) -> Objects:
+def read_objects(path: MaskSource) -> Objects:
     """The objects of a file of their numbers, or of annotations; ValueError with the file for one
     that has none."""
     if isinstance(path, CocoMask):
@@ -121,7 +120,7 @@ def exact_prompt(kind: str, mask: np.ndarray, after: Sequence[int]) -> np.ndarra
     return np.append(resized_point(point_in(mask), mask.shape, after), 0.0)
 
 
-class ObjectDataset(Dataset):
+class ObjectDataset(Dataset[ObjectSample]):
     """The pairs of a split for training; a key is an index or (index, pass).
 
     Each sample has at most ``objects`` of its image's objects, drawn anew in each pass, of those
@@ -133,7 +132,7 @@ class ObjectDataset(Dataset):
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[Marked],
         side: int,
         *,
         prompt: str,
@@ -165,7 +164,7 @@ class ObjectDataset(Dataset):
         image = resize_image(read_image(pair.image, self.options), self.side)
         resized = ResizedObjects(read_objects(pair.mask), self.side)
         # Flipped after the resize, so that the objects that are left are the same in every pass.
-        axes = flipped_axes(self.seed, number, index) if self.flips else []
+        axes = tuple(flipped_axes(self.seed, number, index)) if self.flips else ()
         rng = np.random.default_rng((self.seed, number, index, _OBJECT_STREAM))
         chosen = rng.permutation(np.flatnonzero(resized.there()))[: self.objects]
         masks = np.zeros((len(chosen), *resized.size), bool)
@@ -195,10 +194,10 @@ class ObjectDataset(Dataset):
         return jittered_box(box, self.box_jitter, size, rng) if self.box_jitter > 0 else box
 
 
-class ScoredObjects(Dataset):
+class ScoredObjects(Dataset[ObjectSample]):
     """The pairs of a split for scoring: images at the model's size, objects at the files' own."""
 
-    def __init__(self, pairs: Sequence[Pair], side: int, options: ImageOptions = _AS_TAGGED):
+    def __init__(self, pairs: Sequence[Marked], side: int, options: ImageOptions = _AS_TAGGED):
         self.pairs = tuple(pairs)
         self.side = side
         self.options = options
@@ -241,7 +240,6 @@ class ObjectCollate:
             np.concatenate([getattr(sample, name) for sample in samples])
             for name in ("is_box", "draws")
         )
-        names = tuple(sample.name for sample in samples)
         return ObjectBatch(
             torch.from_numpy(images),
             torch.from_numpy(sizes),
@@ -249,6 +247,6 @@ class ObjectCollate:
             torch.from_numpy(masks),
             FirstPrompts(torch.from_numpy(given), torch.from_numpy(is_box)),
             torch.from_numpy(draws),
-            () if None in names else names,
+            names_of(samples),
             tuple(sample.objects for sample in samples if sample.objects is not None),
         )

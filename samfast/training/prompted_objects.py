@@ -5,29 +5,23 @@ A goal, see ``samfast.training.goal``. A mask file holds the number of an object
 pixels. Each object has a prompt of its own, a box or a point, and is one mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from samfast.training.coco_items import check_no_stacks, check_no_suffix, coco_parts, is_coco
+from samfast.training.file_pairs import Marked
 from samfast.training.fingerprints import of_pairs
-from samfast.training.folders import (
-    Pair,
-    Split,
-    check_sizes,
-    find_scored,
-    find_split,
-    split_pairs,
-)
+from samfast.training.folders import Split, check_sizes, find_scored, find_split, split_pairs
 from samfast.training.image_options import image_options
 from samfast.training.images import read_image
-from samfast.training.losses import LOSSES, Loss
+from samfast.training.losses import Loss, chosen_loss
 from samfast.training.panels import titled
 from samfast.training.pictures import classes_over
 from samfast.training.prompted_data import (
@@ -41,6 +35,7 @@ from samfast.training.prompted_data import (
 from samfast.training.prompted_scores import kinds_of, predicted_labels, score_objects
 from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.scored import DataFacts, Scored, Tick
+from samfast.training.segmenters import SamSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.sides import model_side
 from samfast.training.stopping import ignore_signals
@@ -78,18 +73,18 @@ def objects_loss(model: nn.Module, batch: ObjectBatch, loss: Loss) -> Tensor:
         batch.names,
     )
     if not len(batch.masks):
-        return sum(logits.sum() for logits in rounds)
-    return sum(loss(logits, batch.masks, valid) for logits in rounds) / len(rounds)
+        return cast("Tensor", sum(logits.sum() for logits in rounds))
+    return cast("Tensor", sum(loss(logits, batch.masks, valid) for logits in rounds)) / len(rounds)
 
 
-def _split(settings: FinetuneSettings, only_score: bool) -> Split:
+def _split(settings: FinetuneSettings, only_score: bool) -> Split[Marked]:
     """The pairs of images and masks, or annotations, by their names."""
     suffix, fraction, seed = settings.mask_suffix, settings.val_fraction, settings.seed
-    if not is_coco(settings.data):
+    if not is_coco(settings.folder):
         if only_score:
-            return Split((), find_scored(settings.data, suffix, settings.stacks))
+            return Split((), find_scored(settings.folder, suffix, settings.stacks))
         return find_split(
-            settings.data,
+            settings.folder,
             val_fraction=fraction,
             seed=seed,
             mask_suffix=suffix,
@@ -98,12 +93,14 @@ def _split(settings: FinetuneSettings, only_score: bool) -> Split:
     check_no_suffix(suffix)
     check_no_stacks(settings.stacks)
     parts = {
-        name: tuple(Pair(image.stem, image, mask) for image, mask in own)
-        for name, own in coco_parts(settings.data).items()
+        name: tuple(Marked(image.stem, image, mask) for image, mask in own)
+        for name, own in coco_parts(settings.folder).items()
     }
     if only_score:
         return Split((), parts.get("val") or parts[""])
-    return split_pairs(parts[""], fraction, seed) if "" in parts else Split(**parts)
+    if "" in parts:
+        return split_pairs(parts[""], fraction, seed)
+    return Split(parts["train"], parts["val"])
 
 
 class PromptedObjects:
@@ -116,6 +113,7 @@ class PromptedObjects:
 
     score = "val_miou"
     joins_steps = True
+    tasks = None
 
     def __init__(self, settings: FinetuneSettings, only_score: bool = False):
         """Find the files without decoding them. only_score: nothing is trained."""
@@ -125,7 +123,6 @@ class PromptedObjects:
         self.kinds = kinds_of(settings.prompt)
         self.rounds = settings.prompt_rounds or 1
         self.loss_name = settings.loss
-        self.tasks = None
         scores = [f"val_miou_{kind}" for kind in self.kinds]
         scores += ["val_miou_rounds"] if self.rounds > 1 else []
         loss = [] if settings.loss is None else ["val_loss"]
@@ -155,30 +152,30 @@ class PromptedObjects:
                     "if samfast makes the split"
                 )
         there = left[: len(train)]
-        for name, own in (("training", there), ("validation", left[len(train) :])):
-            if own and not any(own):
+        for name, counts in (("training", there), ("validation", left[len(train) :])):
+            if counts and not any(counts):
                 raise ValueError(
                     f"no {name} object has a pixel left at {model_side(self.settings)} pixels; "
                     "take a larger --image-size"
                 )
         self.there = there
-        self.objects = tuple(sum(one.objects for one in own) for own in (trained, scored))
+        self.objects = sum(one.objects for one in trained), sum(one.objects for one in scored)
         self.lost = self.objects[0] - sum(there)
         self.filled_boxes = float(np.concatenate([one.boxes for one in scored]).mean())
 
-    def _checked(self, pair: Pair) -> _Found:
+    def _checked(self, pair: Marked) -> _Found:
         image, objects = read_image(pair.image, self.options), read_objects(pair.mask)
         check_sizes(pair, image, np.broadcast_to(False, objects.size))
         x0, y0, x1, y1 = objects.boxes.T
         boxes = objects.areas / ((x1 - x0 + 1) * (y1 - y0 + 1))
         return _Found(len(objects), boxes)
 
-    def _there(self, pair: Pair) -> int:
+    def _there(self, pair: Marked) -> int:
         """Count the objects that keep a pixel at the model's size."""
         resized = ResizedObjects(read_objects(pair.mask), model_side(self.settings))
         return int(resized.there().sum())
 
-    def labels(self, pair: Pair) -> np.ndarray:
+    def labels(self, pair: Marked) -> np.ndarray:
         """int32 (H, W): the objects of a pair's file, from 1 on."""
         return read_objects(pair.mask).labels()
 
@@ -204,19 +201,19 @@ class PromptedObjects:
             return ""
         return f"{before}the filled box of each object scores mean IoU {self.filled_boxes:.4f}"
 
-    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def segmenter(self, sam: nn.Module, dtype: torch.dtype) -> SamSegmenter:
         return PromptedSegmenter(sam, dtype, self.settings.decoder_chunk)
 
-    def views(self, part: str) -> Sequence[Pair]:
+    def views(self, part: str) -> Sequence[Marked]:
         return getattr(self.split, part)
 
-    def training_data(self, side: int) -> tuple[Dataset, ObjectCollate]:
+    def training_data(self, side: int) -> tuple[ObjectDataset, ObjectCollate]:
         settings = self.settings
         data = ObjectDataset(
             self.split.train,
             side,
             prompt=settings.prompt,
-            objects=settings.objects,
+            objects=self._objects(),
             rounds=self.rounds,
             box_jitter=settings.box_jitter or 0.0,
             flips=settings.flips,
@@ -231,10 +228,10 @@ class PromptedObjects:
         return 0 if changes else len(self.split.train)
 
     def validation_loader(
-        self, pairs: Sequence[Pair], side: int, batch_size: int, workers: int = 0
+        self, items: Sequence[Marked], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:
         return DataLoader(
-            ScoredObjects(pairs, side, self.options),
+            ScoredObjects(items, side, self.options),
             batch_size=batch_size,
             collate_fn=ObjectCollate(side),
             num_workers=workers,
@@ -242,43 +239,50 @@ class PromptedObjects:
         )
 
     def counts(self, indices: Sequence[int]) -> list[int]:
-        return [sum(min(self.settings.objects, self.there[i]) for i in indices)]
+        return [sum(min(self._objects(), self.there[i]) for i in indices)]
+
+    def _objects(self) -> int:
+        """The most objects of an image and pass, as the settings or else the recipe have it."""
+        assert self.settings.objects is not None
+        return self.settings.objects
 
     def loss(
         self, model: nn.Module, batch: ObjectBatch, weights: Sequence[float] | None = None
     ) -> Tensor:
-        loss = objects_loss(model, batch, LOSSES[self.settings.loss])
+        loss = objects_loss(model, batch, chosen_loss(self.settings.loss))
         return loss if weights is None else weights[0] * loss
 
     def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
-        loss = None if self.settings.loss is None else LOSSES[self.settings.loss]
-        found = score_objects(model, loader, self.kinds, self.rounds, loss, tick)
+        loss = None if self.settings.loss is None else chosen_loss(self.settings.loss)
+        segmenter = cast("PromptedSegmenter", model)
+        found = score_objects(segmenter, loader, self.kinds, self.rounds, loss, tick)
         row = {} if found.loss is None else {"val_loss": found.loss}
         row[self.score] = sum(found.iou.values()) / len(found.iou)
         row |= {f"val_miou_{kind}": value for kind, value in found.iou.items()}
         row |= {"val_miou_rounds": found.rounds} if self.rounds > 1 else {}
+        pairs = cast("ScoredObjects", loader.dataset).pairs
         images = [
             {"image": pair.stem, "objects": objects, "miou": miou}
-            for pair, (objects, miou) in zip(loader.dataset.pairs, found.images, strict=True)
+            for pair, (objects, miou) in zip(pairs, found.images, strict=True)
         ]
         return Scored(row, images)
 
-    def _listed(self, row: dict) -> str:
+    def _listed(self, row: Mapping[str, Any]) -> str:
         """Each score by its name."""
         names = [name for name in self.columns if name.startswith("val_miou_")]
         parts = [f"{name.removeprefix('val_miou_')} {row[name]:.4f}" for name in names]
         return f"mean IoU {row[self.score]:.4f} ({', '.join(parts)})"
 
-    def epoch_text(self, row: dict) -> str:
+    def epoch_text(self, row: Mapping[str, Any]) -> str:
         return f"val loss {row['val_loss']:.4f}  {self._listed(row)}"
 
-    def closing(self, best: dict) -> str:
+    def closing(self, best: Mapping[str, Any]) -> str:
         return f"best validation {self._listed(best)} in epoch {best['epoch']}{self._boxes('; ')}"
 
-    def table(self, row: dict) -> str:
+    def table(self, row: Mapping[str, Any]) -> str:
         return f"{self._listed(row)}  {self.objects[1]} objects{self._boxes('; ')}"
 
-    def summary(self, best: dict) -> dict[str, Any]:
+    def summary(self, best: Mapping[str, Any]) -> dict[str, Any]:
         return {
             **{name: best[name] for name in self.columns},
             "objects": self.objects[1],
@@ -306,13 +310,13 @@ class PromptedObjects:
         return self.filled_boxes, "mean IoU of filled boxes"
 
     def overlays(
-        self, model: nn.Module, pairs: Sequence[Pair], side: int
+        self, model: nn.Module, items: Sequence[Marked], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
-        """(name, titled image | truth | prediction by the first kind of prompt) for each pair."""
-        loader = self.validation_loader(pairs, side, 1)
+        """(name, titled image | truth | prediction by the first kind of prompt) for each image."""
+        loader = self.validation_loader(items, side, 1)
         kind = self.kinds[0]
-        found = predicted_labels(model, loader, kind)
-        for pair, (objects, labels, ious) in zip(pairs, found, strict=True):
+        found = predicted_labels(cast("PromptedSegmenter", model), loader, kind)
+        for pair, (objects, labels, ious) in zip(items, found, strict=True):
             image = read_image(pair.image, self.options)
             drawn = [classes_over(image, own - 1) for own in (objects.labels(), labels)]
             scores = {"miou": sum(ious) / len(ious)} if ious else {}

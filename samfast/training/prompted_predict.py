@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objects in new photographs by prompts, as label images."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from samfast.training.points import resized_point
 from samfast.training.prompted_data import ObjectCollate, ObjectSample, unprompted
 from samfast.training.prompted_scores import AT_ONCE, LabelMap, first_prompts
 from samfast.training.prompted_segmenter import PromptedSegmenter
+from samfast.training.stacks import Source
 
 
 class _Photographs(Dataset):
     """Images at the model's size, without objects."""
 
-    def __init__(self, paths: Sequence[Path], side: int, options: ImageOptions):
+    def __init__(self, paths: Sequence[Source], side: int, options: ImageOptions):
         self.paths, self.side, self.options = paths, side, options
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class _Photographs(Dataset):
 def predicted_objects(
     model: PromptedSegmenter,
     prompts: Prompts,
-    shapes: dict[Path, tuple[int, int]],
+    shapes: Mapping[Source, tuple[int, int]],
     side: int,
     options: ImageOptions,
     batch_size: int,

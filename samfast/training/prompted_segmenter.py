@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samfast.models import encode, image_size, pixel_mean
 from samfast.models.prompted import FirstPrompts, decode_each
@@ -14,6 +14,7 @@ from samfast.models.reading import check_all_read
 from samfast.models.segment import upscale
 from samfast.training.corrective_clicks import random_clicks
 from samfast.training.data import padded_images, valid_region
+from samfast.training.segmenters import SamSegmenter
 
 # logits (M, S, S) of a round -> the click on each object, float32 (M, 3)
 Clicks = Callable[[Tensor], Tensor]
@@ -29,29 +30,15 @@ class Round(NamedTuple):
     clicks: Tensor | None
 
 
-class PromptedSegmenter(nn.Module):
+class PromptedSegmenter(SamSegmenter):
     """Single objects by prompts: the encoder runs once an image, the decoder once an object.
 
     forward: images (B, 3, S, S) uint8, sizes int64 (B, 2), counts: the objects of each image, first
     prompts of M objects, masks bool (M, S, S), draws (M, rounds - 1), names of images that never
-    change or none -> logits float32 (M, S, S) of each round, valid bool (M, S, S). Runs under
-    autocast of ``dtype`` unless that is float32; decoder_chunk: as in ``decode_each``.
+    change or none -> logits float32 (M, S, S) of each round, valid bool (M, S, S).
 
-    kept: in place of ``encode``, called with the images' names too, see ``keep_embeddings``
+    decoder_chunk: as in ``decode_each``
     """
-
-    kept: Callable[[nn.Module, Tensor, Sequence[str]], Tensor] | None = None
-
-    def __init__(
-        self,
-        sam: nn.Module,
-        dtype: torch.dtype = torch.float32,
-        decoder_chunk: int | None = None,
-    ):
-        super().__init__()
-        self.sam = sam
-        self.dtype = dtype
-        self.decoder_chunk = decoder_chunk
 
     def forward(
         self,
@@ -110,6 +97,7 @@ class PromptedSegmenter(nn.Module):
                 logits = _wide(upscale(low, (side, side), side))
             yield Round(logits, given)
             if number + 1 < rounds:
+                assert clicks is not None, rounds
                 one = clicks(logits.detach())[:, None]
                 given = one if given is None else torch.cat([given, one], dim=1)
 

@@ -6,7 +6,7 @@ the gates' noise and a user's own code do.
 """
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ _CPU = "torch"
 def random_states(device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON values, uint8 tensors) that say where all generators of this process are."""
     version, words, gauss = random.getstate()
-    kind, numbers, *rest = np.random.get_state()
+    kind, numbers, *rest = cast("tuple[Any, ...]", np.random.get_state())
     values = {
         "python": [version, list(words), gauss],
         "numpy": [kind, numbers.tolist(), *rest],

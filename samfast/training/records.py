@@ -54,7 +54,7 @@ def _name(settings: FinetuneSettings) -> str:
     masks = masks_of(settings)
     prompt = prompt if masks == "binary" else f"-{masks}{prompt}"
     prompt = prompt if settings.tasks is None else f"-{settings.tasks.stem}"
-    data = Path(os.path.realpath(settings.data)).name
+    data = Path(os.path.realpath(settings.folder)).name
     return f"{data}-{settings.model}-{method}{prompt}"
 
 
@@ -70,9 +70,9 @@ class RunFolder:
     def __init__(
         self,
         folder: Path,
-        settings: dict,
+        settings: Mapping[str, Any],
         scores: Sequence[str],
-        draw: Callable[[list[dict]], bytes],
+        draw: Callable[[list[dict[str, Any]]], bytes],
         *,
         overwrite: bool = False,
         decoders: int = 1,
@@ -84,7 +84,7 @@ class RunFolder:
         self.settings = settings
         self.columns = (*COLUMNS_BEFORE, *scores, *COLUMNS_AFTER)
         self.draw = draw
-        self.rows: list[dict] = []
+        self.rows: list[dict[str, Any]] = []
         self.decoders = decoders
         self._claimed = ClaimedFolder(folder, overwrite, resume, keep) if main else None
         self.states = folder / STATES
@@ -96,7 +96,7 @@ class RunFolder:
             self._claimed.open(_json(self.settings), self.decoders)
         return self
 
-    def __exit__(self, kind, error, _) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         """Finish the curves; without a result nothing stays."""
         if self._claimed is None:
             return
@@ -115,7 +115,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Make way for the first result."""
-        self._claimed.begin()
+        self._own().begin()
 
     def save_settings(self) -> None:
         """Write the settings with which a run goes on."""
@@ -123,17 +123,22 @@ class RunFolder:
             self.write_json(SETTINGS, self.settings)
 
     def save_state(
-        self, name: str, model: nn.Module, record: dict, tensors: dict[str, Tensor], keep: int
+        self,
+        name: str,
+        model: nn.Module,
+        record: dict[str, Any],
+        tensors: dict[str, Tensor],
+        keep: int,
     ) -> Path:
         """Put a state of the run in place, see ``samfast.training.states``; returns its folder."""
         self.begin()
         self.states.mkdir(exist_ok=True)
         folder = self.states / name
         folder = save_state(folder, adapter_files(model, folder), record, tensors, keep)
-        self._claimed.keep()
+        self._own().keep()
         return folder
 
-    def add_epoch(self, row: dict) -> None:
+    def add_epoch(self, row: dict[str, Any]) -> None:
         """Append one row (the keys are the columns) to table, curves and TensorBoard."""
         self.rows.append(row)
         table = io.StringIO()
@@ -144,7 +149,7 @@ class RunFolder:
         if time.perf_counter() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
         self._add_to_board(row)
-        self._claimed.keep()
+        self._own().keep()
 
     def add_overlay(self, name: str, panel: Image.Image) -> None:
         """Write or replace ``overlays/<name>.png``; TensorBoard gets it at the last epoch.
@@ -168,10 +173,15 @@ class RunFolder:
         for name, data in score_files(images, classes).items():
             write_whole(self.folder / name, data)
 
-    def write_json(self, name: str, content: dict) -> None:
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         write_whole(self.folder / name, _json(content))
 
-    def _add_to_board(self, row: dict) -> None:
+    def _own(self) -> ClaimedFolder:
+        """The folder as this process, which writes, has claimed it."""
+        assert self._claimed is not None, self.folder
+        return self._claimed
+
+    def _add_to_board(self, row: dict[str, Any]) -> None:
         self._open_board().add({name: row[name] for name in self.columns[2:]}, int(row["epoch"]))
 
     def _open_board(self) -> Board:
@@ -198,5 +208,5 @@ def _at_most(image: Image.Image, size: int) -> Image.Image:
     return smaller
 
 
-def _json(content: dict) -> bytes:
+def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, default=str) + "\n").encode()

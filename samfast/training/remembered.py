@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 from samfast.files.format import AdapterFile
 from samfast.training.foreground import ANY, Foreground, chosen_foreground, chosen_ignore
@@ -26,7 +26,7 @@ class Remembered:
 
     prompt: str
     options: ImageOptions
-    foreground: tuple[int | str, ...] | None
+    foreground: tuple[int | Literal["any"], ...] | None
     threshold: float | None
     specs: tuple[TaskSpec, ...]
     loss: str | None = None
@@ -85,7 +85,7 @@ def prompt_of(adapter: AdapterFile) -> str:
 
 def _foreground(
     foreground: Any, threshold: Any
-) -> tuple[tuple[int | str, ...] | None, float | None]:
+) -> tuple[tuple[int | Literal["any"], ...] | None, float | None]:
     if foreground is not None:
         values = foreground if isinstance(foreground, list) else [None]
         if values != [ANY] and not all(isinstance(v, int) for v in values):
@@ -110,7 +110,7 @@ def _tiles(tile: Any, overlap: Any) -> tuple[int, int] | None:
 def _ignore(given: Any, rule: Foreground) -> tuple[float, ...] | None:
     if given is None:
         return None
-    values = given if isinstance(given, list) else [None]
+    values: list[Any] = given if isinstance(given, list) else [None]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"its ignore is {given!r}; expected a list of mask values")
     return chosen_ignore(values, rule)

@@ -99,6 +99,7 @@ def check_resumable(folder: Path) -> None:
 
 def state_for(settings: FinetuneSettings, folder: Path) -> tuple[State | None, list[str]]:
     """The state that ``resume`` names, or the newest complete one; and what to say about it."""
+    assert settings.resume is not None
     if settings.resume == NEWEST or Path(settings.resume).parent.name != STATES:
         found, left_out = newest_state(folder)
         if found is None and (left_out or settings.resume != NEWEST):

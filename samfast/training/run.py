@@ -5,10 +5,10 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,10 @@ class Run:
         self.goal = goal
         self.callbacks = tuple(callbacks)
         side = image_size(sam)
-        named = samfast.trainable_parameters(sam)
-        names, self.parameters = zip(*named, strict=True) if named else ((), ())
+        named = list(samfast.trainable_parameters(sam))
+        names = tuple(name for name, _ in named)
+        self.parameters = tuple(parameter for _, parameter in named)
+        assert settings.lr is not None and settings.schedule is not None  # the recipe has them
         groups = samfast.parameter_groups(
             sam, settings.lr, settings.weight_decay, relation_lr=settings.relation_lr
         )
@@ -83,8 +85,9 @@ class Run:
         workers = _workers(settings, accelerator.device)
         data, collate = goal.training_data(side)
         place = Launched(accelerator.process_index, accelerator.num_processes)
-        repeats = _repeats(settings, len(data), place.processes)
-        sampler = EpochSampler(len(data), settings.seed, repeats)
+        images = len(cast("Sized", data))
+        repeats = _repeats(settings, images, place.processes)
+        sampler = EpochSampler(images, settings.seed, repeats)
         self.batches = JoinedBatches(sampler, settings.batch_size, place)
         loader = DataLoader(
             data,
@@ -154,7 +157,7 @@ class Run:
             self.say(f"{wrong}: the next epoch replaces it")
             self.best = self.scored = None
 
-    def train(self, folder: RunFolder, asked: StopAsked) -> dict:
+    def train(self, folder: RunFolder, asked: StopAsked) -> dict[str, Any]:
         settings, goal = self.settings, self.goal
         asked.saving = True
         self._began, done = time.perf_counter(), len(self.rows)
@@ -187,11 +190,12 @@ class Run:
         summary = self._summary(folder)
         if self.accelerator.is_main_process:
             folder.write_json("summary.json", summary)
+        assert self.best is not None, self.rows  # at least one epoch is done
         self.say(f"{goal.closing(self.best)}; results are in {folder.folder}")
         self._call("on_end", summary)
         return summary
 
-    def train_epoch(self, folder: RunFolder, asked: StopAsked) -> dict:
+    def train_epoch(self, folder: RunFolder, asked: StopAsked) -> dict[str, Any]:
         """The rest of the epoch at hand; returns its row of the table, without scores."""
         accelerator, settings, losses = self.accelerator, self.settings, self.losses
         if accelerator.device.type == "cuda":
@@ -209,8 +213,8 @@ class Run:
             Progress(title, total, main=accelerator.is_main_process) as progress,
         ):
             self._progress = progress
-            for batch, (images, weights) in zip(self.loader, parts, strict=True):
-                self._train_batch(batch, images, weights)
+            for batch, (count, own) in zip(self.loader, parts, strict=True):
+                self._train_batch(batch, count, own)
                 if losses.due():
                     losses.look()
                 if accelerator.sync_gradients:
@@ -232,7 +236,7 @@ class Run:
             "lr": self.lr,
         }
 
-    def loss(self, batch, weights: Sequence[float] | None = None) -> Tensor:
+    def loss(self, batch: Any, weights: Sequence[float] | None = None) -> Tensor:
         """The goal's loss, and what the adapters add to it.
 
         weights: of this process's means in the mean over processes, the images' first
@@ -247,7 +251,7 @@ class Run:
         from accelerate.utils import gather_object
 
         title = f"validation {self.epoch}/{self.settings.epochs}"
-        images = len(self.val_loader.dataset)
+        images = len(cast("Sized", self.val_loader.dataset))
         alone = self.accelerator.num_processes == 1  # several have to stop at the same point
 
         def tick(count: int) -> None:
@@ -264,7 +268,7 @@ class Run:
                 raise
         return scored._replace(images=gather_object(scored.images))
 
-    def _train_batch(self, batch, images: int, weights: Sequence[float] | None) -> None:
+    def _train_batch(self, batch: Any, images: int, weights: Sequence[float] | None) -> None:
         accelerator = self.accelerator
         if self.graph is not None:
             self.graph.begin_step()
@@ -325,7 +329,7 @@ class Run:
             self._saved_at = f"{where} is kept"
         self._place = (self.epoch, self.batch)
 
-    def _finish_epoch(self, folder: RunFolder, row: dict) -> None:
+    def _finish_epoch(self, folder: RunFolder, row: dict[str, Any]) -> None:
         """Write the results of an epoch; to write them again changes nothing."""
         if self.accelerator.is_main_process:
             folder.begin()
@@ -335,16 +339,18 @@ class Run:
                 self.save(adapters / "best", row)
             folder.add_epoch(row)
             if row is self.best:
+                assert self.scored is not None, row
                 folder.write_scores(self.scored.images, self.scored.classes)
                 with self._undrawn():
                     self.draw_overlays(folder)
         self.accelerator.wait_for_everyone()
 
-    def save(self, folder, row: dict) -> None:
+    def save(self, folder: Path, row: dict[str, Any]) -> None:
         scores = {name: row[name] for name in ("epoch", *self.goal.columns)}
         files = adapter_files(self.sam, folder, **scores, **self.goal.remembered())
         trained = sum(parameter.numel() for parameter in self.parameters)
-        classes = self.scored.classes if row is self.best else ()
+        best = self.scored if row is self.best else None
+        classes = best.classes if best is not None else ()
         files = files_with_card(
             self.settings, self.goal, row, files, trained=trained, classes=classes
         )
@@ -369,12 +375,13 @@ class Run:
                 self.stop(f"stopped early: no better validation score in {since} epochs")
         return bool(self.stop_reason)
 
-    def _summary(self, folder: RunFolder) -> dict:
-        row = self.rows[-1]
+    def _summary(self, folder: RunFolder) -> dict[str, Any]:
+        row, best = self.rows[-1], self.best
+        assert best is not None, row
         return {
             "output": str(folder.folder),
-            "best_epoch": self.best["epoch"],
-            **self.goal.summary(self.best),
+            "best_epoch": best["epoch"],
+            **self.goal.summary(best),
             "epochs": len(self.rows),
             "steps": self.step,
             "trained_parameters": sum(parameter.numel() for parameter in self.parameters),

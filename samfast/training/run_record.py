@@ -29,7 +29,10 @@ def run_record(device: torch.device, processes: int, command: Sequence[str] | No
 
 def versions() -> dict[str, str | None]:
     """By package; None for one without a version on record."""
-    found = {"samfast": samfast.__version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "samfast": samfast.__version__,
+        "python": platform.python_version(),
+    }
     found["torch"] = torch.__version__
     for name in _PACKAGES:
         try:

@@ -32,8 +32,8 @@ def for_sam3(method: Method) -> Method:
     if "target" not in {field.name for field in dataclasses.fields(method)}:
         return method  # which adapts no layer
     target = method.target
-    if getattr(method, "slices", None) is not None:
-        names = tuple(_SLICES[name] for name in method.slices)
+    if (slices := getattr(method, "slices", None)) is not None:
+        names = tuple(_SLICES[name] for name in slices)
         return dataclasses.replace(method, slices=None, target=names)
     given = (target,) if isinstance(target, str) else target
     names = tuple(new for name in given for new in _LAYERS.get(name, (name,)))

@@ -53,7 +53,9 @@ def picture(samples: Samples, options: ImageOptions) -> tuple[np.ndarray, np.nda
     elif plan.direct:
         shown = values if tags.bits == 8 else np.rint(values * (255 / tags.top)).astype(np.uint8)
     else:
-        values = values if not plan.premultiplied else _divided(values, alpha)
+        if plan.premultiplied:
+            assert alpha is not None, tags
+            values = _divided(values, alpha)
         shown = _scaled(values, missing, alpha, options, tags)
     if plan.inverted:
         shown = 255 - shown

@@ -6,9 +6,13 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samfast.training.settings import SCHEDULES
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 # What ends with the run unless told otherwise.
 _LENGTHS = {
@@ -28,7 +32,12 @@ def parsed_schedule(text: str) -> tuple[str, dict[str, Any]]:
         if isinstance(call, ast.Name):
             return call.id, {}
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
-            return call.func.id, {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+            arguments: dict[str, Any] = {}
+            for word in call.keywords:
+                if word.arg is None:  # of **
+                    raise _unknown(text)
+                arguments[word.arg] = ast.literal_eval(word.value)
+            return call.func.id, arguments
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         pass
     raise _unknown(text)
@@ -69,33 +78,36 @@ class Schedule:
     Raises ValueError when torch has no such schedule; wrong arguments raise what torch raises.
     """
 
-    def __init__(self, optimizer, name: str, steps: int):
+    def __init__(self, optimizer: "Optimizer", name: str, steps: int):
         from torch.optim import lr_scheduler
 
         self.optimizer = optimizer
+        self.scheduler: LRScheduler
         if name in SCHEDULES:
             self.scheduler = lr_scheduler.LambdaLR(optimizer, _factor(name, steps))
         else:
             self.scheduler = _of_torch(optimizer, name, steps)
-        self._by_epoch = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
+        plateau = lr_scheduler.ReduceLROnPlateau
+        self._by_epoch = self.scheduler if isinstance(self.scheduler, plateau) else None
         self.done = 0
         self.scores: list[float] = []
 
     def lr(self) -> float:
         """Return the rate of the first group in the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
 
     def step(self) -> None:
         """Advance after an optimizer step."""
         self.done += 1
-        if not self._by_epoch:
+        if self._by_epoch is None:
             self.scheduler.step()
 
     def end_epoch(self, score: float) -> None:
         """Advance after an epoch; ReduceLROnPlateau uses its score."""
         self.scores.append(score)
-        if self._by_epoch:
-            self.scheduler.step(score)
+        if self._by_epoch is not None:
+            self._by_epoch.step(score)
 
     def go_on(self, steps: int, scores: Sequence[float]) -> None:
         """Take so many steps and epochs at once, with the same bits as one by one in a run."""
@@ -107,11 +119,11 @@ class Schedule:
                 self.end_epoch(score)
 
 
-def _of_torch(optimizer, text: str, steps: int):
+def _of_torch(optimizer: "Optimizer", text: str, steps: int) -> "LRScheduler":
     from torch.optim import lr_scheduler
 
     name, arguments = parsed_schedule(text)
-    kind = getattr(lr_scheduler, name, None)
+    kind: Any = getattr(lr_scheduler, name, None)
     usable = inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler)
     if not usable or kind is lr_scheduler.LRScheduler:
         raise _unknown(text)
@@ -122,9 +134,10 @@ def _of_torch(optimizer, text: str, steps: int):
         arguments.setdefault("max_lr", [group["lr"] for group in optimizer.param_groups])
     if name == "ReduceLROnPlateau":
         arguments.setdefault("mode", "max")  # of the score
-    if (own := _LENGTHS.get(name)) is not None and not {own, "epochs"} & set(arguments):
-        arguments[own] = steps
-    return kind(optimizer, **arguments)
+    if (length := _LENGTHS.get(name)) is not None and not {length, "epochs"} & set(arguments):
+        arguments[length] = steps
+    made: LRScheduler = kind(optimizer, **arguments)
+    return made
 
 
 def _factor(name: str, steps: int) -> Callable[[int], float]:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a saved adapter on a folder of images and masks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from samfast.training.tiles import chosen_tiles, said_of_tiles
 from samfast.training.try_out import backend_asked_for
 
 
-def score(settings: EvaluateSettings) -> dict:
+def score(settings: EvaluateSettings) -> dict[str, Any]:
     """Return the scores as in a run's ``summary.json``, and a table of them as text.
 
     per_image and per_class are those of ``Scored``. An adapter of one mask that does not record its
@@ -74,13 +74,13 @@ def score(settings: EvaluateSettings) -> dict:
         model = goal.segmenter(sam, dtype).to(device)
         items, side = goal.split.val, image_size(sam)
         loader = goal.validation_loader(items, side, settings.batch_size)
-        with Progress("evaluation", len(loader.dataset), main=True) as progress:
+        with Progress("evaluation", len(cast("Sized", loader.dataset)), main=True) as progress:
             scored = goal.scores(model, loader, progress.advance)
         row, images, table = scored.row, list(scored.images), goal.table(scored.row)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             remove_dead(output)
-        automatic = {}
+        automatic: dict[str, dict[str, float]] = {}
         if points is not None:
             automatic, rows = _automatic(settings, points, goal)
             images += rows
@@ -151,7 +151,7 @@ def tiles_for(settings: EvaluateSettings, kept: Remembered) -> tuple[int, int] |
             f"tile is {settings.tile}, but adapter {settings.adapter} needs prompts, which are "
             "for whole images; leave out --tile"
         )
-    if tiles and settings.tile is None and not settings.json:
+    if kept.tiles is not None and settings.tile is None and not settings.json:
         print(said_of_tiles(kept.tiles, settings.overlap), flush=True)
     return tiles
 

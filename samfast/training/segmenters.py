@@ -2,6 +2,7 @@
 """Padded images in, maps of logits out: the models that are trained, around a SAM."""
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,10 @@ from samfast.models.reading import check_all_read
 from samfast.training.data import padded_images, valid_region
 
 
-class Segmenter(nn.Module):
-    """Binary segmentation: padded images in, one map of logits out, prompted by a box, a
-    point or nothing.
+class SamSegmenter(nn.Module):
+    """A SAM, and how it computes: under autocast of ``dtype`` unless that is float32.
 
-    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4), or points (B, 3)
-    with their labels, names of images that never change or none -> logits float32 (B, S, S), valid
-    bool (B, S, S). The map is that of SAM's first mask token, the one for a single mask, with
-    prompts and without. Runs under autocast of ``dtype`` unless that is float32; decoder_chunk as
-    in ``segment``.
-
+    decoder_chunk: as in ``segment``
     kept: in place of ``encode``, called with the images' names too, see ``keep_embeddings``
     """
 
@@ -36,6 +31,17 @@ class Segmenter(nn.Module):
         self.sam = sam
         self.dtype = dtype
         self.decoder_chunk = decoder_chunk
+
+
+class Segmenter(SamSegmenter):
+    """Binary segmentation: padded images in, one map of logits out, prompted by a box, a
+    point or nothing.
+
+    images (B, 3, S, S) uint8, sizes int64 (B, 2), boxes None or float32 (B, 4), or points (B, 3)
+    with their labels, names of images that never change or none -> logits float32 (B, S, S), valid
+    bool (B, S, S). The map is that of SAM's first mask token, the one for a single mask, with
+    prompts and without.
+    """
 
     def forward(
         self,
@@ -57,33 +63,39 @@ class Segmenter(nn.Module):
                 logits = decode(
                     self.sam,
                     self.kept(self.sam, images, names),
-                    tuple(images.shape[2:]),
+                    (images.shape[2], images.shape[3]),
                     **prompts_of(boxes),
                     decoder_chunk=self.decoder_chunk,
                 )
         return logits[:, 0].float(), valid
 
 
-def prompts_of(given: Tensor | None) -> dict:
+class Prompts(TypedDict, total=False):
+    """Prompts as ``segment`` takes them."""
+
+    boxes: Tensor | None
+    points: tuple[Tensor, Tensor]
+
+
+def prompts_of(given: Tensor | None) -> Prompts:
     """Boxes (B, 4), or points (B, 3) with their labels, as ``segment`` takes them."""
     if given is None or given.shape[1] == 4:
         return {"boxes": given}
     return {"points": (given[:, None, :2], given[:, None, 2].long())}
 
 
-class TaskSegmenter(Segmenter):
+class TaskSegmenter(SamSegmenter):
     """Several tasks: padded images in, maps of every task out.
 
     images (B, 3, S, S) uint8, sizes int64 (B, 2), rows: by task, its images -> {task: logits
-    float32 (rows, channels, S, S)}. Runs under autocast of ``dtype`` unless that is float32;
-    decoder_chunk as in ``segment``.
+    float32 (rows, channels, S, S)}.
     """
 
     def forward(
         self, images: Tensor, sizes: Tensor, rows: dict[str, list[int]]
     ) -> dict[str, Tensor]:
         valid = valid_region(sizes, image_size(self.sam))
-        images = padded_images(images, valid, self.sam.pixel_mean)
+        images = padded_images(images, valid, cast("Tensor", self.sam.pixel_mean))
         lower = self.dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=lower):
             logits = self.sam(images, rows, decoder_chunk=self.decoder_chunk)

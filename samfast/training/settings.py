@@ -7,7 +7,7 @@ Importing this does not load torch, so ``--help`` is quick.
 import dataclasses
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samfast.adapters.options import Option, option
 from samfast.methods.registry import VARIANTS
@@ -119,23 +119,44 @@ def _method_fields() -> list[tuple[str, Any, Any]]:
     ]
 
 
-MethodSettings = make_dataclass(
-    "MethodSettings",
-    [
-        (
-            "method",
-            str,
-            option("lora", "Train this in addition to the mask decoder", choices=METHODS),
-        ),
-        *_method_fields(),
-    ],
-    namespace={
-        "__doc__": "The adapters that are trained, and their options.",
-        "__module__": __name__,
-    },
-    frozen=True,
-    kw_only=True,
-)
+if TYPE_CHECKING:
+    # For readers of types, who do not run what makes the fields; a test compares the two.
+    @dataclass(frozen=True, kw_only=True)
+    class MethodSettings:
+        """The adapters that are trained, and their options."""
+
+        method: str = "lora"
+        rank: int | None = None
+        alpha: float | None = None
+        dropout: float | None = None
+        target: tuple[str, ...] | None = None
+        slices: tuple[str, ...] | None = None
+        experts: int | None = None
+        depthwise: bool = False
+        zero_start: bool = False
+        relation_lr: float | None = None
+        bottleneck: int | None = None
+        kron_n: int | None = None
+        orthogonality: float | None = None
+
+else:
+    MethodSettings = make_dataclass(
+        "MethodSettings",
+        [
+            (
+                "method",
+                str,
+                option("lora", "Train this in addition to the mask decoder", choices=METHODS),
+            ),
+            *_method_fields(),
+        ],
+        namespace={
+            "__doc__": "The adapters that are trained, and their options.",
+            "__module__": __name__,
+        },
+        frozen=True,
+        kw_only=True,
+    )
 
 
 def _recipes(name: str) -> dict[str, Any]:
@@ -333,36 +354,58 @@ def _of_finetune(name: str) -> tuple[str, Any, Any]:
     return name, field.type, dataclasses.field(default=field.default, metadata=field.metadata)
 
 
-WarmupSettings = make_dataclass(
-    "WarmupSettings",
-    [
-        (
-            "model",
-            str,
-            option(
-                "vit_b",
-                "Image encoder, with random weights: kernels depend only on its sizes",
-                metavar=f"{{{','.join(MODELS)}}}",
+if TYPE_CHECKING:
+    # As MethodSettings above.
+    @dataclass(frozen=True, kw_only=True)
+    class WarmupSettings(MethodSettings):
+        """Compile the kernels of a training run before it begins."""
+
+        model: str = "vit_b"
+        image_size: int | None = None
+        tasks: Path | None = None
+        masks: str | None = None
+        classes: int | None = None
+        batch_size: int = 2
+        accumulate: int = 1
+        precision: str = "auto"
+        base_dtype: str = "auto"
+        memory: str | None = None
+        fit: str | None = None
+        decoder_chunk: int | None = None
+        fuse: bool = True
+        json: bool = False
+
+else:
+    WarmupSettings = make_dataclass(
+        "WarmupSettings",
+        [
+            (
+                "model",
+                str,
+                option(
+                    "vit_b",
+                    "Image encoder, with random weights: kernels depend only on its sizes",
+                    metavar=f"{{{','.join(MODELS)}}}",
+                ),
             ),
-        ),
-        *map(_of_finetune, ("image_size", "tasks", "masks", "classes")),
-        *map(_of_finetune, MethodSettings.__dataclass_fields__),
-        *map(_of_finetune, ("batch_size", "accumulate", "precision", "base_dtype")),
-        *map(_of_finetune, ("memory", "fit", "decoder_chunk", "fuse")),
-        ("json", bool, option(False, "Print a summary as JSON to stdout")),
-    ],
-    namespace={
-        "__doc__": """Compile the kernels of a training run before it begins.
+            *map(_of_finetune, ("image_size", "tasks", "masks", "classes")),
+            *map(_of_finetune, MethodSettings.__dataclass_fields__),
+            *map(_of_finetune, ("batch_size", "accumulate", "precision", "base_dtype")),
+            *map(_of_finetune, ("memory", "fit", "decoder_chunk", "fuse")),
+            ("json", bool, option(False, "Print a summary as JSON to stdout")),
+        ],
+        namespace={
+            "__doc__": """Compile the kernels of a training run before it begins.
 
     Pass the options that you will pass to finetune. This finds the kernels of a training step and
     compiles them in parallel into Triton's cache on disk. Later runs at these sizes on this GPU
     then start at once. Needs a GPU with as much memory as the training, but no files.
                        """,
-        "__module__": __name__,
-    },
-    frozen=True,
-    kw_only=True,
-)
+            "__module__": __name__,
+        },
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,8 @@
 """What a run's two parts hold of what is scored, and sentences about what they lack."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-from samfast.training.folders import CheckedPair, Pair, listed
+from samfast.training.folders import CheckedPair, Split, View, listed
 from samfast.training.foreground import Above, Foreground
 from samfast.training.stacks import of_stacks
 
@@ -57,17 +56,14 @@ def missing_sentence(values: Sequence[float], what: str) -> Iterator[str]:
         )
 
 
-def stacks_sentence(split: Any) -> Iterator[str]:
-    """How many stacks the images of a split are slices of; nothing where they are none.
-
-    split: with train and val, of what has an ``image``
-    """
+def stacks_sentence(split: Split[View]) -> Iterator[str]:
+    """How many stacks the images of a split are slices of; nothing where they are none."""
     train, val = (len(of_stacks(own.image for own in part)) for part in (split.train, split.val))
     if train or val:
         yield f"images are slices of stacks: {train} for training and {val} for validation"
 
 
-def few_levels_sentence(pairs: Sequence[Pair], found: Sequence[CheckedPair]) -> Iterator[str]:
+def few_levels_sentence(pairs: Sequence[View], found: Sequence[CheckedPair]) -> Iterator[str]:
     """That scaling leaves objects in a few grey values; nothing where it does not."""
     few = [(own.few, pair) for own, pair in zip(found, pairs, strict=True) if own.few is not None]
     if few:

@@ -44,7 +44,7 @@ class StackFiles:
     def __enter__(self) -> "StackFiles":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for growing in self._growing.values():
             growing.give_up()
         self._growing.clear()

@@ -134,7 +134,7 @@ def mask_slices(path: Path, channels: int = 1) -> tuple[Source, ...]:
     return _slices(path, 1 if len(shape) == own else shape[0])
 
 
-def check_as_many(image: Path, mask: Path, images: int, masks: int) -> None:
+def check_as_many(image: Source, mask: Source, images: int, masks: int) -> None:
     """Raise ValueError if an image and its mask differ in their numbers of slices."""
     if images != masks:
         raise ValueError(

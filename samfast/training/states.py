@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ import safetensors
 import torch
 from safetensors.torch import save
 
+from samfast.adapters.foreign import Foreign
 from samfast.files.format import CONFIG, TENSORS, digest, read_adapter
 from samfast.files.placing import write_together
 from samfast.training.run_folder import STATES
 
 TRAINING = "training.safetensors"
 VERSION = 1
+_Place = tuple[int, int, float]  # epoch, batches of it that are done, when it was saved
 _NAME = re.compile(r"(step|epoch)-\d+(-\d+)?")
 
 
@@ -77,10 +79,11 @@ def save_state(
         number += 1
         folder = folder.with_name(f"{name}-{number}")
     write_together(folder, files)
-    found = dict(_places(folder.parent))
-    now = found[folder][:2]
-    earlier = sorted((own for own in found if found[own] and found[own][:2] < now), key=found.get)
-    for old in set(found) - {folder, *earlier[max(0, len(earlier) - keep + 1) :]}:
+    places = dict(_places(folder.parent))
+    complete = _complete(places)
+    now = complete[folder][:2]
+    earlier = [own for own in sorted(complete, key=complete.__getitem__) if complete[own][:2] < now]
+    for old in set(places) - {folder, *earlier[max(0, len(earlier) - keep + 1) :]}:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -89,7 +92,8 @@ def newest_state(run: Path) -> tuple[State | None, list[str]]:
     """The newest complete state of a run's folder, and why others were left out."""
     places = dict(_places(run / STATES))
     left_out = [f"state {folder} is not complete" for folder, own in places.items() if own is None]
-    for folder in sorted(filter(places.get, places), key=places.get, reverse=True):
+    complete = _complete(places)
+    for folder in sorted(complete, key=complete.__getitem__, reverse=True):
         try:
             return read_state(folder), left_out
         except (ValueError, OSError) as error:
@@ -127,7 +131,12 @@ def read_state(folder: Path) -> State:
     return State(folder, record, tensors)
 
 
-def _places(states: Path) -> Iterator[tuple[Path, tuple[int, int, float] | None]]:
+def _complete(places: Mapping[Path, _Place | None]) -> dict[Path, _Place]:
+    """The places of what is complete."""
+    return {folder: place for folder, place in places.items() if place is not None}
+
+
+def _places(states: Path) -> Iterator[tuple[Path, _Place | None]]:
     """(folder, (epoch, batch, when)) of what has a state's name; None for what is not complete."""
     if not states.is_dir():
         return
@@ -144,7 +153,7 @@ def _places(states: Path) -> Iterator[tuple[Path, tuple[int, int, float] | None]
         yield folder, place if complete else None
 
 
-def _header(file) -> tuple[dict[str, Any], str]:
+def _header(file: Foreign) -> tuple[dict[str, Any], str]:
     """The record of a training file and its digest; ValueError, TypeError, KeyError without."""
     content = json.loads(file.metadata()["samfast"])
     return content["record"], content["sha256"]

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from samfast.counters import Counts, Living, counting, saved_bytes
 from samfast.kernels.relpos_attention import flops as attention_flops
 from samfast.kernels.relpos_attention import torch_path
 from samfast.kernels.window_attention import flops as plain_flops
-from samfast.models import build_sam, encode, image_size, pixel_mean
+from samfast.models import MultiTaskSam, build_sam, encode, image_size, pixel_mean
 from samfast.models.prompted import FirstPrompts
 from samfast.models.sam3_folder import NAME as SAM3
 from samfast.training.build import attach_method, for_tasks
@@ -27,13 +28,13 @@ from samfast.training.chosen_tasks import has_prompted_objects, specs_of
 from samfast.training.data import Batch, padded_images, valid_region
 from samfast.training.embeddings import KeptEmbeddings, keeps_training_images
 from samfast.training.gpu_autocast import GpuAutocast, enter_in_decoders
-from samfast.training.losses import LOSSES
+from samfast.training.losses import chosen_loss
 from samfast.training.many_tasks import tasks_loss
 from samfast.training.precision import autocast_dtype, base_dtype
 from samfast.training.prompted_data import ObjectBatch
 from samfast.training.prompted_objects import objects_loss
 from samfast.training.prompted_segmenter import PromptedSegmenter
-from samfast.training.segmenters import Segmenter, TaskSegmenter
+from samfast.training.segmenters import SamSegmenter, Segmenter, TaskSegmenter
 from samfast.training.settings import FinetuneSettings
 from samfast.training.task_data import TaskBatch
 from samfast.training.tasks import TaskSpec
@@ -48,7 +49,7 @@ KERNELS = (*attention_flops.OPERATORS, *plain_flops.OPERATORS, *_OTHERS)
 
 
 @contextlib.contextmanager
-def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["CountedStep"]:
+def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["CountedStep[Any]"]:
     """A step of these settings, which have their recipe, on fake tensors of the device.
 
     A GPU that is not here is stood for by a CPU that computes in its dtypes, autocast's too.
@@ -73,19 +74,17 @@ def counted_step(settings: FinetuneSettings, device: torch.device) -> Iterator["
         _stand_for(sam, here)
         # Either 16-bit dtype stands for the other; a cast to float16 would look at values.
         half = {torch.float16: torch.bfloat16}
-        attach_method(sam, settings, half.get(base, base))
+        attach_method(sam, settings, None if base is None else half.get(base, base))
         if absent:
             enter_in_decoders(sam)
-        by_object = has_prompted_objects(settings)
-        kind = Segmenter if specs is None else TaskSegmenter
-        kind = PromptedSegmenter if by_object else kind
-        model = kind(sam, half.get(dtype, dtype), settings.decoder_chunk).train()
-        if by_object:
-            step = ObjectStep(model, settings, here)
+        how = sam, half.get(dtype, dtype), settings.decoder_chunk
+        step: CountedStep[Any]
+        if has_prompted_objects(settings):
+            step = ObjectStep(PromptedSegmenter(*how).train(), settings, here)
         elif specs is None:
-            step = MaskStep(model, settings, here)
+            step = MaskStep(Segmenter(*how).train(), settings, here)
         else:
-            step = TaskStep(model, settings, here, specs)
+            step = TaskStep(TaskSegmenter(*how).train(), settings, here, specs)
         step.closed = closed
         step.reads_ahead = device.type == "cpu"
         yield step
@@ -132,7 +131,10 @@ class Worst:
         return self.forward.total_launches + self.backward.total_launches
 
 
-class CountedStep:
+AnyBatch = TypeVar("AnyBatch", Batch, ObjectBatch, TaskBatch)
+
+
+class CountedStep(Generic[AnyBatch]):
     """A training step of a model of fake tensors.
 
     model: what is trained   given: the tensors of a batch   closed: operators that make nothing but
@@ -144,12 +146,13 @@ class CountedStep:
 
     def __init__(
         self,
-        model: Segmenter,
+        model: SamSegmenter,
         settings: FinetuneSettings,
-        batch: Batch | TaskBatch,
+        batch: AnyBatch,
         given: list[Tensor],
     ):
-        self.model, self.settings, self.batch, self.given = model, settings, batch, given
+        self.model, self.settings, self.given = model, settings, given
+        self.batch: AnyBatch = batch
         self.trained = [p for _, p in samfast.trainable_parameters(model.sam)]
         self.own = [*model.parameters(), *model.buffers()]
 
@@ -177,11 +180,11 @@ class CountedStep:
 
     def worst(self, saved: int | None = None) -> Worst:
         """Run a step and look when most is alive. saved: bytes kept for the backward, if known."""
-        earlier = []
+        earlier: list[Tensor] = []
         if self.settings.accumulate > 1:  # gradients of the batches before, which are added to
             for parameter in self.trained:
-                parameter.grad = torch.zeros_like(parameter)
-            earlier = [parameter.grad for parameter in self.trained]
+                earlier.append(torch.zeros_like(parameter))
+                parameter.grad = earlier[-1]
         with Living([*self.own, *self.given, *earlier], self.batch.images.device.type) as living:
             with counting(self.closed) as forward:
                 loss = self.loss()
@@ -209,7 +212,7 @@ class CountedStep:
         return Worst(peak, forward, backward)
 
 
-class MaskStep(CountedStep):
+class MaskStep(CountedStep[Batch]):
     """Count what one mask takes."""
 
     def __init__(self, model: Segmenter, settings: FinetuneSettings, device: torch.device):
@@ -227,14 +230,14 @@ class MaskStep(CountedStep):
         self.model.kept = KeptEmbeddings() if self.names else None  # met for the first time
         batch = self.batch
         logits, valid = self.model(batch.images, batch.sizes, batch.boxes, self.names)
-        loss = LOSSES[self.settings.loss](logits, batch.masks, valid)
+        loss = chosen_loss(self.settings.loss)(logits, batch.masks, valid)
         return loss + samfast.aux_loss(self.model.sam)
 
     def encoded(self, images: Tensor) -> Tensor:
         return encode(self.model.sam, images)
 
 
-class ObjectStep(CountedStep):
+class ObjectStep(CountedStep[ObjectBatch]):
     """Count what single objects take, as many of each image as a pass may have."""
 
     def __init__(self, model: PromptedSegmenter, settings: FinetuneSettings, device: torch.device):
@@ -247,14 +250,14 @@ class ObjectStep(CountedStep):
 
     def loss(self) -> Tensor:
         self.model.kept = KeptEmbeddings() if self.batch.names else None  # met for the first time
-        own = LOSSES[self.settings.loss]
+        own = chosen_loss(self.settings.loss)
         return objects_loss(self.model, self.batch, own) + samfast.aux_loss(self.model.sam)
 
     def encoded(self, images: Tensor) -> Tensor:
         return encode(self.model.sam, images)
 
 
-class TaskStep(CountedStep):
+class TaskStep(CountedStep[TaskBatch]):
     """Count what the masks of several tasks take, which every image has."""
 
     def __init__(
@@ -273,7 +276,8 @@ class TaskStep(CountedStep):
         return tasks_loss(self.model, self.batch, self.specs) + samfast.aux_loss(self.model.sam)
 
     def encoded(self, images: Tensor) -> dict[int, Tensor]:
-        return self.model.sam.encode_for(images, dict.fromkeys(range(len(self.specs))))
+        sam = cast("MultiTaskSam", self.model.sam)
+        return sam.encode_for(images, dict.fromkeys(range(len(self.specs))))
 
 
 @contextlib.contextmanager
@@ -322,17 +326,19 @@ def _batch(count: int, side: int, device: torch.device, prompt: str) -> Batch:
 
 def _object_batch(settings: FinetuneSettings, side: int, device: torch.device) -> ObjectBatch:
     """As ObjectCollate makes it of images that have objects enough."""
-    count, total = settings.batch_size, settings.batch_size * settings.objects
+    count, objects, rounds = settings.batch_size, settings.objects, settings.prompt_rounds
+    assert objects is not None and rounds is not None  # the recipe fills them in
+    total = count * objects
     return ObjectBatch(
         torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device),
         torch.zeros(count, 2, dtype=torch.int64, device=device),
-        (settings.objects,) * count,
+        (objects,) * count,
         torch.zeros(total, side, side, dtype=torch.bool, device=device),
         FirstPrompts(
             torch.zeros(total, 4, device=device),
             torch.zeros(total, dtype=torch.bool, device=device),
         ),
-        torch.zeros(total, settings.prompt_rounds - 1, dtype=torch.float64, device=device),
+        torch.zeros(total, rounds - 1, dtype=torch.float64, device=device),
     )
 
 

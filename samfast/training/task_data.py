@@ -5,8 +5,8 @@ A truth is int32 (H, W) of binary (0, 1) and semantic tasks, -1 where nothing co
 (C, H, W) of regression, NaN where there is no value.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from samfast.training.augment import Change, change_of
+from samfast.training.coco_items import MaskSource
 from samfast.training.data import flipped_axes, resize_image, resize_mask
 from samfast.training.foreground import binary_mask
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image
 from samfast.training.object_maps import object_maps
 from samfast.training.object_numbers import numbered
-from samfast.training.task_files import Item, is_ignored, read_stored
+from samfast.training.task_files import is_ignored, read_stored
+from samfast.training.task_items import Item
 from samfast.training.tasks import UNLABELLED, TaskSpec
 
 _AS_TAGGED = ImageOptions()
@@ -73,7 +75,7 @@ def truth_of(spec: TaskSpec, stored: np.ndarray) -> np.ndarray:
 
 def of_objects(spec: TaskSpec, maps: dict[str, np.ndarray]) -> np.ndarray:
     """The truth of a task of objects from all of their maps."""
-    values = maps[spec.derive]
+    values = maps[spec.object_map]
     if spec.kind == "binary":
         return values
     return spec.scale * values[None] + np.float32(spec.offset)
@@ -126,19 +128,40 @@ class TaskBatch(NamedTuple):
     truths: dict[str, list[Tensor]]  # at the files' own sizes; empty in training
 
 
-class TaskDataset(Dataset):
-    """Items as samples; a key is an index or (index, pass), and flips are as in PairDataset.
+class _Maps(NamedTuple):
+    """The maps of a file's objects at the model's size and, unless left out, at its own."""
+
+    target: dict[str, np.ndarray]
+    truth: dict[str, np.ndarray]
+
+
+class HasTargets(Protocol):
+    """An image with what each of its tasks is read from, by the task's name."""
+
+    @property
+    def targets(self) -> Mapping[str, MaskSource]: ...
+
+
+T = TypeVar("T", bound=HasTargets)
+
+
+class TargetDataset(Dataset[TaskSample], Generic[T]):
+    """Images with their targets as samples; a key is an index or (index, pass).
+
+    Flips are as in PairDataset.
 
     So is ``augment``. Derived maps are made of the changed labels; what comes in from outside
     counts nowhere. Measured values do not follow "strong", see ``check_follows``.
 
     Every file is read once, whatever the number of tasks it serves. truths: whether samples have
     objects' maps at the files' own size, which take long and which training does not need.
+
+    How ``read_image`` and ``read_stored`` read is a subclass's matter.
     """
 
     def __init__(
         self,
-        items: Sequence[Item],
+        items: Sequence[T],
         specs: Sequence[TaskSpec],
         image_size: int,
         *,
@@ -170,17 +193,21 @@ class TaskDataset(Dataset):
         change = change_of(self.augment, self.seed, number, index)
         if change is not None:
             image = change.moved(np.ascontiguousarray(image))
-        truths, targets, files = {}, {}, {}
+        truths: dict[str, np.ndarray] = {}
+        targets: dict[str, np.ndarray] = {}
+        files: dict[tuple[MaskSource, bool], np.ndarray] = {}
+        maps: dict[tuple[MaskSource, bool], _Maps] = {}  # once for all tasks
         for spec in self.specs:
             if spec.name in item.targets:
                 file = item.targets[spec.name], spec.labels or spec.kind == "binary"
                 if file not in files:
                     files[file] = self.read_stored(item, spec)
                 if spec.of_objects:  # made anew of objects as large as the model sees them
-                    self._add_maps(files, file, axes, change)
-                    targets[spec.name] = of_objects(spec, files[file, "target"])
+                    if file not in maps:
+                        maps[file] = self._maps(files[file], axes, change)
+                    targets[spec.name] = of_objects(spec, maps[file].target)
                     if self.truths:
-                        truths[spec.name] = of_objects(spec, files[file, "truth"])
+                        truths[spec.name] = of_objects(spec, maps[file].truth)
                     continue
                 truths[spec.name], targets[spec.name] = self._truth(spec, files[file], axes, change)
         image = resize_image(np.ascontiguousarray(image), self.image_size)
@@ -188,23 +215,21 @@ class TaskDataset(Dataset):
             image = change.coloured(image)
         return TaskSample(image, targets, truths)
 
-    def read_image(self, item: Item) -> np.ndarray:
+    def read_image(self, item: T) -> np.ndarray:
         """uint8 (H, W, 3) of an item, before flips."""
-        return read_image(item.image, self.options)
+        raise NotImplementedError
 
-    def read_stored(self, item: Item, spec: TaskSpec) -> np.ndarray:
+    def read_stored(self, item: T, spec: TaskSpec) -> np.ndarray:
         """What the file of a task stores, see ``task_files.read_stored``."""
-        return read_stored(spec, item.targets[spec.name])
+        raise NotImplementedError
 
-    def _add_maps(self, files: dict, file: Any, axes: Iterable[int], change: Change | None) -> None:
-        """The maps of a file of objects, once for all tasks."""
-        if (file, "target") not in files:
-            labels = np.ascontiguousarray(np.flip(numbered(files[file])[0], tuple(axes)))
-            if change is not None:
-                labels = change.moved(labels, fill=-1)
-            files[file, "target"] = object_maps(resize_mask(labels, self.image_size))
-            if self.truths:
-                files[file, "truth"] = object_maps(labels)
+    def _maps(self, stored: np.ndarray, axes: Iterable[int], change: Change | None) -> _Maps:
+        """The maps of the objects that a file stores."""
+        labels = np.ascontiguousarray(np.flip(numbered(stored)[0], tuple(axes)))
+        if change is not None:
+            labels = change.moved(labels, fill=-1)
+        target = object_maps(resize_mask(labels, self.image_size))
+        return _Maps(target, object_maps(labels) if self.truths else {})
 
     def _truth(
         self, spec: TaskSpec, stored: np.ndarray, axes: Iterable[int], change: Change | None
@@ -222,6 +247,16 @@ class TaskDataset(Dataset):
         if spec.derive == "boundary":  # a line of a few pixels, which resizing would break
             return truth, boundary(resized(labels, self.image_size))
         return truth, resized(truth, self.image_size)
+
+
+class TaskDataset(TargetDataset[Item]):
+    """``TargetDataset`` of files."""
+
+    def read_image(self, item: Item) -> np.ndarray:
+        return read_image(item.image, self.options)
+
+    def read_stored(self, item: Item, spec: TaskSpec) -> np.ndarray:
+        return read_stored(spec, item.targets[spec.name])
 
 
 def check_follows(specs: Iterable[TaskSpec], augment: str) -> None:

@@ -1,44 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of several tasks: one item for each image, with the truth of every task that has it.
+"""What the files of several tasks hold, checked before training; ``task_items`` finds them."""
 
-A task's folder lies beside ``images/`` and holds a file for some or all of these, or it has
-``images/`` and ``masks/`` of its own. Each broken rule is one sentence, found before training.
-"""
-
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from samfast.training.coco_items import (
-    CocoMask,
-    check_no_stacks,
-    check_no_suffix,
-    coco_parts,
-    is_coco,
-)
-from samfast.training.file_pairs import MASK_SUFFIXES, STACK_SUFFIXES
+from samfast.training.coco_items import CocoMask, MaskSource
+from samfast.training.file_pairs import Marked
 from samfast.training.folders import (
     CheckedPair,
-    Pair,
-    Split,
     check_sizes,
     few_levels,
-    files_by_stem,
-    find_pairs,
-    given_parts,
     listed,
     note_values,
-    split_pairs,
     values_of,
     warn_of_blurred,
 )
 from samfast.training.foreground import among, binary_mask
 from samfast.training.image_options import ImageOptions
-from samfast.training.images import SUFFIXES, StoredMask, load_image, load_mask, read_values
+from samfast.training.images import StoredMask, load_image, load_mask, read_values
 from samfast.training.label_files import read_labels
 from samfast.training.object_numbers import check_numbers
 from samfast.training.split_checks import (
@@ -48,185 +29,20 @@ from samfast.training.split_checks import (
     missing_sentence,
     missing_values,
 )
-from samfast.training.stacks import Source, check_as_many, image_slices, mask_slices
+from samfast.training.stacks import Source
+from samfast.training.task_items import Item, find_items
 from samfast.training.tasks import UNLABELLED, TaskSpec
+
+__all__ = ["Item", "check_items", "find_items", "is_ignored", "read_stored", "remarks"]
 
 _ADVICE = (
     "say what is foreground: foreground: any (every value above 0), threshold: T (every value "
     "above T) or foreground: [VALUES] (only these)"
 )
 _AS_TAGGED = ImageOptions()
-VALUE_SUFFIXES = (*SUFFIXES, ".npy")
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image and the files with the truth of its tasks, by their names; or slices of files."""
-
-    stem: str
-    image: Source
-    targets: dict[str, Source | CocoMask] = field(hash=False)
-
-
-def find_items(
-    folder: Path | str,
-    specs: Sequence[TaskSpec],
-    *,
-    val_fraction: float = 0.2,
-    seed: int = 0,
-    only_score: bool = False,
-    mask_suffix: str | None = None,
-    stacks: bool = False,
-) -> Split:
-    """Find the images of all tasks and split them; no image is decoded.
-
-    What lies in train/ and val/ is split already. The rest is split by ``seed``, images that have
-    the same tasks together, so that each task has its share; with ``only_score`` all the rest
-    validates and nothing is trained. Raises ValueError or FileNotFoundError for an image without
-    truth, truth without an image, and a task that has no image to train or none to validate.
-    mask_suffix: as in ``find_pairs``, of tasks that share one folder of masks
-    stacks: take each slice of a stack as an image; stacks are split, not their slices
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist or is not a folder")
-    split = _find_files(folder, specs, val_fraction, seed, only_score, mask_suffix, stacks)
-    if not stacks:
-        return split
-    return Split(_slice_items(split.train, specs), _slice_items(split.val, specs))
-
-
-def _find_files(
-    folder: Path,
-    specs: Sequence[TaskSpec],
-    val_fraction: float,
-    seed: int,
-    only_score: bool,
-    mask_suffix: str | None,
-    stacks: bool,
-) -> Split:
-    """``find_items``, of files whose stacks are whole."""
-    parts: dict[str, dict[Path, Item]] = {"train": {}, "val": {}, "": {}}
-    if all(spec.of_objects for spec in specs) and is_coco(folder):
-        check_no_suffix(mask_suffix)
-        check_no_stacks(stacks)
-        for part, masks in coco_parts(folder).items():
-            for image, mask in masks:
-                parts[part][image] = _item(image, specs, mask)
-        return _split(parts, val_fraction, seed, only_score, stacks)
-    if mask_suffix is not None:
-        for spec in specs:
-            if spec.folder != "masks":
-                raise ValueError(
-                    f"mask_suffix is {mask_suffix}, but masks of task {spec.name} are in "
-                    f"{spec.folder}; leave it out"
-                )
-        for part in given_parts(folder) or ("",):
-            for pair in find_pairs(folder / part, mask_suffix, stacks):
-                parts[part][pair.image] = _item(pair.image, specs, pair.mask)
-        return _split(parts, val_fraction, seed, only_score, stacks)
-    shared: set[tuple[str, Path]] = set()
-    for spec in specs:
-        root, own = _root(folder, spec)
-        for part in given_parts(root) or ("",):
-            place = root / part
-            images = files_by_stem(place, "images", STACK_SUFFIXES if stacks else SUFFIXES)
-            shared |= set() if own else {(part, path) for path in images.values()}
-            suffixes = (
-                VALUE_SUFFIXES if spec.kind == "regression" and not spec.labels else MASK_SUFFIXES
-            )
-            name = "masks" if own else spec.folder
-            if not (place / name).is_dir():
-                raise FileNotFoundError(f"task {spec.name} has no folder {place / name}")
-            targets = files_by_stem(place, name, suffixes)
-            for stem, path in targets.items():
-                if stem not in images:
-                    raise ValueError(
-                        f"{path} of task {spec.name} has no image with the same stem in "
-                        f"{place / 'images'}"
-                    )
-                item = Item(stem, images[stem], {})
-                parts[part].setdefault(images[stem], item).targets[spec.name] = path
-            if own and len(images) > len(targets):
-                stem = next(stem for stem in images if stem not in targets)
-                raise ValueError(
-                    f"image {images[stem]} has no mask with the same stem in {place / name}"
-                )
-    for part, path in sorted(shared):
-        if path not in parts[part] and not only_score:
-            raise ValueError(f"image {path} has no mask with the same stem in any task's folder")
-    split = _split(parts, val_fraction, seed, only_score, stacks)
-    for spec in specs:
-        for name, items in (("train", split.train), ("validate", split.val)):
-            if only_score and name == "train":
-                continue
-            if not any(spec.name in item.targets for item in items):
-                raise ValueError(f"task {spec.name} has no image to {name} in {folder}")
-    return split
-
-
-def _slice_items(items: Sequence[Item], specs: Sequence[TaskSpec]) -> tuple[Item, ...]:
-    """``slice_pairs`` of items, all of whose files have as many slices."""
-    channels = {
-        spec.name: spec.channels if spec.kind == "regression" and not spec.labels else 1
-        for spec in specs
-    }
-    found = []
-    for item in items:
-        images = image_slices(item.image)
-        own: list[dict] = [{} for _ in images]
-        for name, path in item.targets.items():
-            masks = mask_slices(path, channels[name])
-            check_as_many(item.image, path, len(images), len(masks))
-            for targets, mask in zip(own, masks, strict=True):
-                targets[name] = mask
-        found += [
-            Item(image.stem, image, targets) for image, targets in zip(images, own, strict=True)
-        ]
-    return tuple(found)
-
-
-def _item(image: Path, specs: Sequence[TaskSpec], mask: Path | CocoMask) -> Item:
-    """An image with one mask for all tasks."""
-    return Item(image.stem, image, dict.fromkeys((spec.name for spec in specs), mask))
-
-
-def _root(folder: Path, spec: TaskSpec) -> tuple[Path, bool]:
-    """The folder with the task's images, and whether these are its own."""
-    own = folder / spec.folder
-    if not Path(os.path.realpath(own)).is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"folder {own} of task {spec.name} lies outside the data folder")
-    if any((own / name).is_dir() for name in ("images", "train", "val")):
-        return own, True
-    return folder, False
-
-
-def _split(
-    parts: dict[str, dict[Path, Item]],
-    val_fraction: float,
-    seed: int,
-    only_score: bool,
-    stacks: bool,
-) -> Split:
-    def ordered(name: str) -> tuple[Item, ...]:
-        return tuple(parts[name][path] for path in sorted(parts[name]))
-
-    train, val, rest = map(ordered, ("train", "val", ""))
-    if only_score:
-        return Split((), val + rest)
-    alike: dict[tuple[str, ...], list[Item]] = {}
-    for item in rest:
-        alike.setdefault(tuple(sorted(item.targets)), []).append(item)
-    for items in alike.values():
-        if len(items) == 1 and len(alike) > 1:
-            train += tuple(items)
-            continue
-        own = split_pairs(items, val_fraction, seed, stacks)
-        train, val = train + own.train, val + own.val
-    return Split(train, val)
-
-
-def read_stored(spec: TaskSpec, path: Source | CocoMask) -> np.ndarray:
+def read_stored(spec: TaskSpec, path: MaskSource) -> np.ndarray:
     """What a task's file stores: (H, W), of regression float32 (H, W, channels); of annotations
     the objects, -1 where nothing counts."""
     if isinstance(path, CocoMask):
@@ -257,7 +73,7 @@ def check_items(
 
     Returns what each item holds of each task, by its name. threads: as in ``check_pairs``
     """
-    seen: dict[str, dict[float, Path]] = {spec.name: {} for spec in specs}
+    seen: dict[str, dict[float, MaskSource]] = {spec.name: {} for spec in specs}
     found: list[dict[str, CheckedPair]] = []
 
     def checked(item: Item) -> dict[str, CheckedPair]:
@@ -290,7 +106,7 @@ def check_items(
     return found
 
 
-def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, Path]) -> None:
+def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, MaskSource]) -> None:
     """Add a mask's values to those of its task; raises ValueError if they have no obvious
     foreground."""
     path = item.targets[spec.name]
@@ -300,7 +116,7 @@ def _note(spec: TaskSpec, item: Item, own: CheckedPair, seen: dict[float, Path])
             seen.setdefault(value, path)
         return
     try:
-        pair = Pair(item.stem, item.image, path)
+        pair = Marked(item.stem, item.image, path)
         note_values(pair, own, seen, spec.rule is None, _ADVICE)
     except ValueError as error:
         raise ValueError(f"task {spec.name}: {error}") from None
@@ -316,7 +132,7 @@ def _checked(
     """The values of a task's file that count, in order; only whether there are any, of measured
     ones. scaled: what the image was scaled from, None where it was not."""
     path = item.targets[spec.name]
-    pair = Pair(item.stem, item.image, path)
+    pair = Marked(item.stem, item.image, path)
     if isinstance(path, CocoMask):
         labels = path.labels()
         check_sizes(pair, image, labels)
@@ -342,7 +158,7 @@ def _checked(
     return CheckedPair(values, mask.lossy, mask.exact, few, mask.blurred)
 
 
-def _classes(spec: TaskSpec, path: Path, values: list[float]) -> list[float]:
+def _classes(spec: TaskSpec, path: Source, values: list[float]) -> list[float]:
     """The classes among a mask's values; ValueError for a value that is none."""
     values = [value for value in values if value != UNLABELLED]
     most = spec.channels - 1 if spec.kind == "semantic" else None
@@ -369,20 +185,19 @@ def remarks(
         [own[spec.name] for own in part if spec.name in own]
         for part in (found[:count], found[count:])
     )
-    named = spec.rule if isinstance(spec.rule, tuple) else ()
+    named: Sequence[float] = spec.rule if isinstance(spec.rule, tuple) else ()
     what = "foreground value"
     if spec.kind == "semantic":
         named, what = range(spec.channels), "class"
     elif spec.kind == "binary" and not spec.labels:
         check_foreground(train, spec.rule, "training", f" of task {spec.name}")
         own = [item for item in items if spec.name in item.targets]
-        pairs = [Pair(item.stem, item.image, item.targets[spec.name]) for item in own]
-        yield from few_levels_sentence(pairs, [*train, *val])
+        yield from few_levels_sentence(own, [*train, *val])
     missing = missing_values([p.values for p in train], [p.values for p in val], named)
     yield from missing_sentence(missing, f"task {spec.name}: {what}")
 
 
-def _check_something(spec: TaskSpec, seen: dict[float, Path]) -> None:
+def _check_something(spec: TaskSpec, seen: dict[float, MaskSource]) -> None:
     if not seen:
         raise ValueError(f"no mask of task {spec.name} has a pixel that counts")
     if spec.kind != "binary" or spec.labels or has_foreground(seen, spec.rule):

@@ -2,7 +2,7 @@
 """What a model predicts for several tasks, and the scores of each kind of task."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from samfast.training.scored import (
     foreground_sums,
     value_scores,
 )
-from samfast.training.task_data import TaskBatch
+from samfast.training.task_data import TaskBatch, TaskCollate
 from samfast.training.tasks import TaskSpec
 
 _TITLES = {"dice": "Dice", "iou": "IoU", "miou": "mIoU"}
@@ -56,7 +56,7 @@ def predictions(
 ) -> Iterator[tuple[TaskSpec, int, Tensor, Tensor]]:
     """(task, number of the image, prediction, truth) at the files' own sizes, in eval mode."""
     device = next(model.parameters()).device
-    specs = loader.collate_fn.specs
+    specs = cast("TaskCollate", loader.collate_fn).specs
     training, first = model.training, 0
     model.eval()
     try:
@@ -82,7 +82,8 @@ def predictions_of(
     for spec in specs:
         own, truths = logits[spec.name], batch.truths[spec.name]
         for i, one, truth in zip(batch.rows[spec.name], own, truths, strict=True):
-            maps = full_size(one, *sizes[i], truth.shape[-2:])
+            height, width = sizes[i]
+            maps = full_size(one, height, width, truth.shape[-2:])
             yield spec, i, predicted(spec, maps), truth.to(one.device)
 
 
@@ -96,10 +97,12 @@ def predicted_tasks(
     for batch in loader:
         rows = {spec.name: list(range(len(batch.images))) for spec in specs}
         logits = model(batch.images.to(device), batch.sizes.to(device), rows)
-        for i, (size, truth) in enumerate(zip(batch.sizes.tolist(), batch.truths, strict=True)):
+        for i, ((height, width), truth) in enumerate(
+            zip(batch.sizes.tolist(), batch.truths, strict=True)
+        ):
             found: dict[str, np.ndarray] = {}
             for spec in specs:
-                maps = full_size(logits[spec.name][i], *size, truth.shape)
+                maps = full_size(logits[spec.name][i], height, width, truth.shape)
                 found |= read_off(spec, maps, probable)
             yield found
 
@@ -115,6 +118,7 @@ class TaskScores:
 
     def __init__(self, spec: TaskSpec, device: torch.device | str = "cpu"):
         self.spec = spec
+        self._scores: ForegroundScores | ClassScores | ValueScores
         if spec.kind == "binary":
             self._scores = ForegroundScores(device)
         elif spec.kind == "semantic":
@@ -135,9 +139,9 @@ class TaskScores:
         elif self.spec.kind == "regression":
             truth = self.spec.stored_units(truth)
         self._scores.update(prediction, truth)
-        if self.spec.kind == "binary":
+        if isinstance(self._scores, ForegroundScores):
             return foreground_sums(prediction, truth)
-        if self.spec.kind == "semantic":
+        if isinstance(self._scores, ClassScores):
             return class_sums(prediction, truth, self.spec.channels)
         return self._scores.sums(prediction, truth)
 
@@ -152,7 +156,7 @@ class TaskScores:
 
     def classes(self) -> list[dict[str, Any]]:
         """What was counted for each class of a semantic task, in every process; else nothing."""
-        if self.spec.kind != "semantic":
+        if not isinstance(self._scores, ClassScores):
             return []
         names = self.spec.classes or [None] * self.spec.channels
         return [

@@ -71,7 +71,7 @@ class TaskSpec:
     offset: float = 0.0
     classes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         task = self.task  # checks name, kind and channels
         losses = TASK_LOSSES[self.kind]
         object.__setattr__(self, "loss", self.loss or losses[0])
@@ -80,15 +80,8 @@ class TaskSpec:
                 f"task {task.name} has loss {self.loss!r}; known for {self.kind} tasks are "
                 f"{', '.join(losses)}"
             )
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"task {task.name} has weight {self.weight:g}; it must be above 0")
-        if self.scale == 0 or not math.isfinite(self.scale):
-            raise ValueError(
-                f"task {task.name} has scale {self.scale:g}; it must be a finite number, not 0"
-            )
-        if not math.isfinite(self.offset):
-            raise ValueError(f"task {task.name} has offset {self.offset:g}; it must be finite")
-        made = (DERIVED | OF_OBJECTS).get(self.derive)
+        self._check_numbers()
+        made = (DERIVED | OF_OBJECTS).get(self.derive or "")
         if self.derive is not None and (self.kind, self.channels) != (made, 1):
             raise ValueError(
                 f"task {task.name} is {self.kind} with {self.channels} channels, but derive "
@@ -115,6 +108,16 @@ class TaskSpec:
                 f"task {task.name} has folder {self.folder!r}, which is not a folder inside the "
                 "data folder"
             )
+
+    def _check_numbers(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"task {self.name} has weight {self.weight:g}; it must be above 0")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(
+                f"task {self.name} has scale {self.scale:g}; it must be a finite number, not 0"
+            )
+        if not math.isfinite(self.offset):
+            raise ValueError(f"task {self.name} has offset {self.offset:g}; it must be finite")
 
     def _check_classes(self) -> None:
         if len(self.classes) != self.channels:
@@ -146,6 +149,11 @@ class TaskSpec:
     def of_objects(self) -> bool:
         """Whether its files hold the numbers of objects."""
         return self.derive in OF_OBJECTS
+
+    @property
+    def object_map(self) -> str:
+        """Which map of the objects it predicts; "" of a task that is not of objects."""
+        return self.derive or ""
 
     @property
     def rule(self) -> Foreground:
@@ -241,7 +249,7 @@ def read_tasks(path: Path | str) -> tuple[TaskSpec, ...]:
     class Loader(yaml.SafeLoader):
         """Notices a key that stands twice in one place, of which YAML keeps the last."""
 
-        def compose_mapping_node(self, anchor):
+        def compose_mapping_node(self, anchor: str | None) -> Any:
             node = super().compose_mapping_node(anchor)  # before << brings keys from elsewhere
             twice.extend(_keys_given_twice(node))
             return node
@@ -358,10 +366,10 @@ def _spec(entry: dict, entries: dict[str, dict]) -> TaskSpec:
             raise ValueError(f"task {name} has from {source!r}, but no derive")
         origin = entries.get(source)
         if origin is None or origin.get("kind") != "semantic":
-            known = [n for n, other in entries.items() if other.get("kind") == "semantic"]
+            classes = [n for n, other in entries.items() if other.get("kind") == "semantic"]
             raise ValueError(
                 f"task {name} is derived from {source!r}, which is not a semantic task; "
-                + (f"semantic tasks are {', '.join(known)}" if known else "there is none")
+                + (f"semantic tasks are {', '.join(classes)}" if classes else "there is none")
             )
         for key in ("folder", "ignore"):
             if key in entry:

@@ -29,13 +29,16 @@ _TYPES |= {16: "Q", 17: "q", 18: "Q"}
 _DOUBLE = 12  # of tags that are asked for only
 
 
+TagValues = dict[int, tuple[int, ...] | bytes]  # by number
+
+
 @dataclass(frozen=True)
 class Page:
     """order: "<" or ">"   tags: by number, texts as bytes and all else as tuples of integers, or of
     floats where ``also`` asked for the tag"""
 
     order: str
-    tags: dict[int, tuple[int, ...] | bytes]
+    tags: TagValues
 
     def numbers(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """The values of a tag; raises ValueError if it holds none."""
@@ -91,7 +94,7 @@ def read_pages(file: BinaryIO, also: Collection[int] = ()) -> list[Page]:
 
 def _directory(
     file: BinaryIO, offset: int, size: int, order: str, big: bool, also: Collection[int]
-):
+) -> tuple[TagValues, int]:
     """The kept tags of one page, and where the next page begins."""
     entry, pointer = ("HHQ8s", "Q") if big else ("HHI4s", "I")
     head, entry_size = struct.calcsize("=Q" if big else "=H"), struct.calcsize("=" + entry)
@@ -100,7 +103,7 @@ def _directory(
         raise ValueError(f"a page of it has {count} tags")
     length = count * entry_size + struct.calcsize("=" + pointer)
     table = _taken(file, offset + head, length, size)
-    tags: dict[int, tuple[int, ...] | bytes] = {}
+    tags: TagValues = {}
     for i in range(count):
         tag, kind, number, value = struct.unpack_from(order + entry, table, i * entry_size)
         letter = "d" if tag in also and kind == _DOUBLE else _TYPES.get(kind)

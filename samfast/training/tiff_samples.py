@@ -36,7 +36,7 @@ def sample_type(page: Page) -> tuple[int, int, str]:
     bits, formats = page.numbers(t.BITS, (1,)), page.numbers(t.FORMAT, (1,))
     if len(set(bits)) > 1 or len(set(formats)) > 1:
         raise ValueError(f"its samples have different types ({bits} bits, formats {formats})")
-    kind = {1: "u", 2: "i", 3: "f", 4: "u"}.get(formats[0])
+    kind = {1: "u", 2: "i", 3: "f", 4: "u"}.get(formats[0], "")
     whole = bits[0] in (8, 16, 32, 64)
     known = {"u": whole or 0 < bits[0] < 16, "i": whole, "f": bits[0] in (16, 32, 64)}
     if samples < 1 or not known.get(kind, False):

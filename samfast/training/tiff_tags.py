@@ -131,7 +131,7 @@ def mask_bands(tags: Tags) -> tuple[int, ...]:
 
 def _check_tags(tags: Tags) -> None:
     """Raise ValueError if the numbers of samples contradict each other."""
-    colours = {RGB: 3, YCBCR: 3, INKS: 1}.get(tags.photometric, 1)
+    colours = {RGB: 3, YCBCR: 3, INKS: 1}.get(tags.photometric or 0, 1)
     if tags.samples - len(tags.extra) < colours:
         raise ValueError(
             f"holds {tags.samples} samples, of which ExtraSamples takes {len(tags.extra)}; "

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from samfast.training.data import PairDataset
+from samfast.training.data import MaskDataset
 from samfast.training.decoded import Decoded
 from samfast.training.folders import Pair
 from samfast.training.foreground import Foreground
 from samfast.training.image_options import ImageOptions
 from samfast.training.images import read_image, read_mask
 from samfast.training.object_maps import object_maps
-from samfast.training.task_data import TaskDataset, truth_of
-from samfast.training.task_files import Item, read_stored
+from samfast.training.task_data import TargetDataset, truth_of
+from samfast.training.task_files import read_stored
+from samfast.training.task_items import Item
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import Tile
 
@@ -51,7 +52,8 @@ class Arrays:
 
     def size(self, item: Pair | Item) -> tuple[int, int]:
         """(height, width)"""
-        return self.image(item).shape[:2]
+        height, width = self.image(item).shape[:2]
+        return height, width
 
     def mask(self, pair: Pair, rule: Foreground, ignore: Sequence[float]) -> np.ndarray:
         """What ``read_mask`` says of a pair's mask."""
@@ -72,7 +74,7 @@ class Arrays:
                 labels = np.asarray(self.stored(item, spec)[lines])
                 return np.where(labels < 0, np.int32(-1), (labels > 0).astype(np.int32))
             made = self.decoded.array(item.image, "maps", partial(_maps, self.stored(item, spec)))
-            values = np.array(made[_MAPS.index(spec.derive), lines])
+            values = np.array(made[_MAPS.index(spec.object_map), lines])
             return spec.scale * values[None] + np.float32(spec.offset)
         stored = self.stored(item, spec)
         if spec.derive is None:  # of a pixel by itself
@@ -88,8 +90,8 @@ def _maps(labels: np.ndarray) -> np.ndarray:
     return np.stack([maps[name] for name in _MAPS])
 
 
-class TiledPairs(PairDataset):
-    """``PairDataset`` of tiles, which a sample's name tells apart."""
+class TiledPairs(MaskDataset[Cut]):
+    """``MaskDataset`` of tiles, which a sample's name tells apart."""
 
     def __init__(self, cuts: Sequence[Cut], image_size: int, arrays: Arrays, **more: Any):
         super().__init__(cuts, image_size, options=arrays.options, **more)
@@ -102,8 +104,8 @@ class TiledPairs(PairDataset):
         return image, values, None if self.changes else f"{item.image} {tuple(tile)}"
 
 
-class TiledItems(TaskDataset):
-    """``TaskDataset`` of tiles; what is derived of masks is derived of each tile by itself."""
+class TiledItems(TargetDataset[Cut]):
+    """``TargetDataset`` of tiles; what is derived of masks is derived of each tile by itself."""
 
     def __init__(
         self,

@@ -6,9 +6,9 @@ as an image is. The maps of a validation image's tiles are blended into one map 
 as prediction does, and scores are of that. ``val_loss`` is the mean over tiles.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from samfast.training.decoded import Decoded
 from samfast.training.evaluate import full_size
+from samfast.training.folders import Split
+from samfast.training.image_options import ImageOptions
 from samfast.training.settings import FinetuneSettings
 from samfast.training.stopping import ignore_signals
 from samfast.training.tiled_data import Arrays, Cut
@@ -34,18 +36,45 @@ class Strip(NamedTuple):
     maps: Tensor
 
 
-class Tiled:
+if TYPE_CHECKING:
+
+    class _Goal:
+        """The goal behind ``Tiled``, of whole images."""
+
+        settings: FinetuneSettings
+        options: ImageOptions
+        split: Split[Any]
+
+        def __init__(self, settings: FinetuneSettings, *more: Any, **others: Any) -> None: ...
+        def check(self) -> None:
+            """See ``Goal``."""
+
+        def sentences(self) -> Iterator[str]:
+            """See ``Goal``."""
+            yield ""
+
+        def remembered(self) -> dict[str, Any]:
+            """See ``Goal``."""
+            return {}
+
+else:
+    _Goal = object
+
+
+class Tiled(_Goal):
     """What goals of tiles have in common; a base in front of a goal.
 
     decoded: where images and masks are kept, which is set before ``check``
     """
 
     decoded: Decoded
-    decoding_threads = 1  # images are large
+    decoding_threads: int | None = 1  # images are large
 
     def __init__(self, settings: FinetuneSettings, *more: Any, **others: Any):
         super().__init__(settings, *more, **others)
-        self.tile, self.overlap = chosen_tiles(settings.tile, settings.overlap)
+        tiles = chosen_tiles(settings.tile, settings.overlap)
+        assert tiles is not None, settings.tile
+        self.tile, self.overlap = tiles
         self._views: dict[str, list[Cut]] = {}
 
     @property
@@ -96,10 +125,12 @@ class Tiled:
             "each counts as an image; scores are for the reassembled images"
         )
 
-    def remembered(self) -> dict:
+    def remembered(self) -> dict[str, Any]:
         return {**super().remembered(), "tile": self.tile, "overlap": self.overlap}
 
-    def _loader(self, data: Dataset, batch_size: int, collate: Any, workers: int) -> DataLoader:
+    def _loader(
+        self, data: Dataset[Any], batch_size: int, collate: Callable[[Any], Any], workers: int
+    ) -> DataLoader:
         return DataLoader(
             data,
             batch_size=batch_size,
@@ -133,4 +164,4 @@ class Tiled:
 def at_size(maps: Tensor, size: Sequence[int], tile: Tile) -> np.ndarray:
     """Maps (C, S, S) of a tile at its own size."""
     shape = tile.bottom - tile.top, tile.right - tile.left
-    return full_size(maps, *size, shape).float().cpu().numpy()
+    return full_size(maps, size[0], size[1], shape).float().cpu().numpy()

@@ -2,17 +2,18 @@
 """``OneMask`` whose images are cut into tiles."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from samfast.training import pictures
 from samfast.training.data import Collate, counting
 from samfast.training.evaluate import logits_of, scoring
+from samfast.training.folders import Pair
 from samfast.training.foreground import counted_mask
 from samfast.training.metrics import ForegroundScores, MeanLoss
 from samfast.training.one_mask import OneMask
@@ -37,18 +38,18 @@ class TiledMask(Tiled, OneMask):
         return bool(counted_mask(values, self.foreground, self.ignore)[0].any())
 
     def _data(self, cuts: Sequence[Cut], side: int, **more: Any) -> TiledPairs:
-        rules = {"foreground": self.foreground, "ignore": self.ignore}
-        return TiledPairs(cuts, side, self.arrays, **rules, **more)
+        rule, ignore = self.foreground, self.ignore
+        return TiledPairs(cuts, side, self.arrays, foreground=rule, ignore=ignore, **more)
 
-    def training_data(self, side: int) -> tuple[Dataset, Collate]:
+    def training_data(self, side: int) -> tuple[TiledPairs, Collate]:
         settings = self.settings
         more = {"flips": settings.flips, "augment": settings.augment, "seed": settings.seed}
         return self._data(self.views("train"), side, **more), Collate(side, truths=False)
 
     def validation_loader(
-        self, pairs: Sequence[Any], side: int, batch_size: int, workers: int = 0
+        self, items: Sequence[Pair], side: int, batch_size: int, workers: int = 0
     ) -> DataLoader:
-        data = self._data(self._cuts(pairs), side)
+        data = self._data(self._cuts(items), side)
         return self._loader(data, batch_size, Collate(side, truths=False), workers)
 
     def _maps(
@@ -56,7 +57,7 @@ class TiledMask(Tiled, OneMask):
     ) -> Iterator[np.ndarray]:
         """Logits of each tile at its own size, (1, h, w)."""
         device = next(model.parameters()).device
-        tiles = (cut.tile for cut in loader.dataset.pairs)
+        tiles = (cut.tile for cut in _cuts_of(loader))
         for batch in loader:
             logits, valid = logits_of(model, batch, device)
             self._add_losses(losses, logits, batch.masks.to(device), counting(batch, valid))
@@ -69,11 +70,11 @@ class TiledMask(Tiled, OneMask):
         """Prediction and truth where the truth counts, bool (pixels,)."""
         values = self.arrays.mask(strip.item, self.foreground, self.ignore)[strip.lines]
         truth, ignored = counted_mask(np.array(values), self.foreground, self.ignore)
-        found, truth = strip.maps[0].to(device) > 0, torch.from_numpy(truth).to(device)
+        found, expected = strip.maps[0].to(device) > 0, torch.from_numpy(truth).to(device)
         if ignored is None:
-            return found.flatten(), truth.flatten()
+            return found.flatten(), expected.flatten()
         counts = torch.from_numpy(~ignored).to(device)
-        return found[counts], truth[counts]
+        return found[counts], expected[counts]
 
     def scores(self, model: nn.Module, loader: DataLoader, tick: Tick | None = None) -> Scored:
         device = next(model.parameters()).device
@@ -81,11 +82,12 @@ class TiledMask(Tiled, OneMask):
         sums: dict[str, Tensor] = {}
         with scoring(model):
             maps = self._maps(model, loader, losses, tick)
-            for strip in self.strips(loader.dataset.pairs, maps):
+            for strip in self.strips(_cuts_of(loader), maps):
                 judged = self._judged(strip, device)
                 scores.update(*judged)
                 stem = strip.item.stem
-                sums[stem] = sums.get(stem, 0) + foreground_sums(*judged)
+                own = foreground_sums(*judged)
+                sums[stem] = sums[stem] + own if stem in sums else own
         dice, iou = scores.compute()
         loss = {} if self.settings.loss is None else {"val_loss": losses.compute()}
         images = [{"image": stem, **foreground_scores(own.tolist())} for stem, own in sums.items()]
@@ -93,21 +95,27 @@ class TiledMask(Tiled, OneMask):
 
     @torch.no_grad()
     def overlays(
-        self, model: nn.Module, pairs: Sequence[Any], side: int
+        self, model: nn.Module, items: Sequence[Pair], side: int
     ) -> Iterator[tuple[str, Image.Image]]:
         device = next(model.parameters()).device
-        for pair in pairs:
+        for pair in items:
             loader = self.validation_loader([pair], side, 1)
             step, image = self.shown(pair)
-            sums, found = 0, []
+            sums: list[Tensor] = []
+            found: list[np.ndarray] = []
             with scoring(model):
                 maps = self._maps(model, loader, MeanLoss(device))
-                for strip in self.strips(loader.dataset.pairs, maps):
-                    sums = sums + foreground_sums(*self._judged(strip, device))
+                for strip in self.strips(_cuts_of(loader), maps):
+                    sums.append(foreground_sums(*self._judged(strip, device)))
                     found.append((strip.maps[0] > 0).numpy())
             values = self.arrays.mask(pair, self.foreground, self.ignore)[::step, ::step]
             truth = counted_mask(np.array(values), self.foreground, self.ignore)[0]
             predicted = np.concatenate(found)[::step, ::step]
             drawn = pictures.overlay_pictures(image, truth, predicted)
-            scored = listed(foreground_scores(sums.tolist()))
+            scored = listed(foreground_scores(torch.stack(sums).sum(0).tolist()))
             yield pair.stem, titled(f"{pair.image.name}  {scored}", drawn)
+
+
+def _cuts_of(loader: DataLoader) -> tuple[Cut, ...]:
+    """The tiles that a loader of this goal has, in their order."""
+    return cast("TiledPairs", loader.dataset).pairs

@@ -2,13 +2,13 @@
 """``ManyTasks`` and ``Instances`` whose images are cut into tiles."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from samfast.training import pictures
 from samfast.training.evaluate import scoring
@@ -20,7 +20,7 @@ from samfast.training.object_scores import matched, object_scores
 from samfast.training.panels import titled
 from samfast.training.scored import Scored, Tick
 from samfast.training.task_data import TaskCollate, labels_of, truth_of
-from samfast.training.task_files import Item
+from samfast.training.task_items import Item
 from samfast.training.task_scores import TaskScores, listed, predicted, task_logits
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiled_data import Cut, TiledItems
@@ -46,7 +46,7 @@ class TiledTasks(Tiled, ManyTasks):
             if spec.name in cut.targets
         )
 
-    def training_data(self, side: int) -> tuple[Dataset, TaskCollate]:
+    def training_data(self, side: int) -> tuple[TiledItems, TaskCollate]:
         settings = self.settings
         data = TiledItems(
             self.views("train"),
@@ -75,7 +75,7 @@ class TiledTasks(Tiled, ManyTasks):
     ) -> Iterator[np.ndarray]:
         """Logits of each tile at its own size, the channels of the tasks that its image has."""
         device = next(model.parameters()).device
-        cuts = iter(loader.dataset.items)
+        cuts = iter(_cuts_of(loader))
         for batch in loader:
             logits = task_logits(model, batch, device)
             if losses is not None:
@@ -105,11 +105,12 @@ class TiledTasks(Tiled, ManyTasks):
         whole = _Whole(None if together is None else together.add, self.arrays.size)
         with scoring(model):
             maps = self._maps(model, loader, losses, tick)
-            for strip in self.strips(loader.dataset.items, maps):
+            for strip in self.strips(_cuts_of(loader), maps):
                 for spec, found in self.predicted(strip):
                     truth = self.truth(strip.item, spec, strip.lines).to(device)
                     key = self._name(strip.item), spec.name
-                    sums[key] = sums.get(key, 0) + scores[spec.name].update(found.to(device), truth)
+                    own = scores[spec.name].update(found.to(device), truth)
+                    sums[key] = sums[key] + own if key in sums else own
                     whole.add(strip, spec, found)
         images = [
             {"image": name, "task": task} | scores[task].image(own)
@@ -131,8 +132,8 @@ class TiledTasks(Tiled, ManyTasks):
                 scores = listed(TaskScores(spec).image(sums))
                 lines = self.lines_of(self.arrays.size(item)[0])
                 truth = torch.cat([self.truth(item, spec, own) for own in lines], -2)
-                parts = (values[..., ::step, ::step] for values in (truth, found))
-                drawn, legend = pictures.task_pictures(spec, image, *parts)
+                truth, found = truth[..., ::step, ::step], found[..., ::step, ::step]
+                drawn, legend = pictures.task_pictures(spec, image, truth, found)
                 title = f"{item.image.name}  {spec.name}  {scores or 'no pixel counts'}"
                 yield f"{self._name(item)}-{spec.name}", titled(title, drawn, legend)
 
@@ -141,14 +142,15 @@ class TiledTasks(Tiled, ManyTasks):
     ) -> Iterator[tuple[TaskSpec, Tensor, Tensor]]:
         """(task, prediction at the image's size, its sums) of one image."""
         loader = self.validation_loader([item], side, 1)
-        sums: dict[str, Any] = {}
+        sums: dict[str, Tensor] = {}
         kept: list[tuple[TaskSpec, Tensor]] = []
         whole = _Whole(lambda _, spec, found: kept.append((spec, found)), self.arrays.size)
         with scoring(model):
-            for strip in self.strips(loader.dataset.items, self._maps(model, loader)):
+            for strip in self.strips(_cuts_of(loader), self._maps(model, loader)):
                 for spec, found in self.predicted(strip):
                     own = TaskScores(spec).update(found, self.truth(item, spec, strip.lines))
-                    sums[spec.name] = sums.get(spec.name, 0) + own
+                    name = spec.name
+                    sums[name] = sums[name] + own if name in sums else own
                     whole.add(strip, spec, found)
         for spec, found in kept:
             yield spec, found, sums[spec.name]
@@ -166,7 +168,9 @@ class TiledInstances(TiledTasks, Instances):
     ) -> Iterator[tuple[str, Image.Image]]:
         for item in items:
             step, image = self.shown(item)
-            found = {spec.derive: maps.numpy() for spec, maps, _ in self._whole(model, item, side)}
+            found = {
+                spec.object_map: maps.numpy() for spec, maps, _ in self._whole(model, item, side)
+            }
             objects, truth = objects_of(found), self.labels(item)
             scores = listed(object_scores(*matched(objects, truth)))
             parts = (pictures.objects_over(image, o[::step, ::step]) for o in (truth, objects))
@@ -184,7 +188,7 @@ class _Whole:
 
     def __init__(
         self,
-        done: Callable[[Item, TaskSpec, Tensor], Any] | None,
+        done: Callable[[Item, TaskSpec, Tensor], object] | None,
         size: Callable[[Item], tuple[int, int]],
     ):
         self.done, self.size = done, size
@@ -200,6 +204,11 @@ class _Whole:
         self._maps[spec.name][..., strip.lines, :] = found
         if strip.lines.stop == height:
             self.done(strip.item, spec, self._maps.pop(spec.name))
+
+
+def _cuts_of(loader: DataLoader) -> tuple[Cut, ...]:
+    """The tiles that a loader of this goal has, in their order."""
+    return cast("TiledItems", loader.dataset).items
 
 
 def _holds_something(spec: TaskSpec, stored: np.ndarray) -> bool:

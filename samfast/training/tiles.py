@@ -64,13 +64,13 @@ def blended(
     tops, lefts = starts(height, tile, overlap), starts(width, tile, overlap)
     high, wide = min(tile, height), min(tile, width)
     down, across = ramps(tops, high), ramps(lefts, wide)
-    total = weight = None
+    total = np.zeros((0, high, width), np.float32)  # the first tile says how many channels
+    weight = np.zeros((high, width), np.float32)
     for i, top in enumerate(tops):
         line = [Tile(top, left, top + high, left + wide) for left in lefts]
         for own, part, values in zip(line, across, maps_of(line), strict=True):
-            if total is None:
+            if not len(total):
                 total = np.zeros((len(values), high, width), np.float32)
-                weight = np.zeros((high, width), np.float32)
             share = down[i][:, None] * part
             total[:, :, own.left : own.right] += share * values
             weight[:, own.left : own.right] += share
@@ -117,7 +117,9 @@ def chosen_tiles(
 
 def said_of_tiles(kept: tuple[int, int], overlap: int | None) -> str:
     """What evaluation and prediction say of the training's tiles, which they take."""
-    tile, own = chosen_tiles(None, overlap, kept)
+    tiles = chosen_tiles(None, overlap, kept)
+    assert tiles is not None, kept
+    tile, own = tiles
     return (
         f"tiles of {tile} pixels, overlapping by {own}, as in training; --tile 0 uses whole images"
     )

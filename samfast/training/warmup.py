@@ -100,7 +100,8 @@ class Steps:
         sam = build_base(settings, tasks)
         attach_method(sam, settings, base_dtype(settings.base_dtype, self.dtype, device))
         kind = Segmenter if self.specs is None else TaskSegmenter
-        self.model = kind(sam, self.dtype, settings.decoder_chunk).to(device).train()
+        model: Segmenter | TaskSegmenter = kind(sam, self.dtype, settings.decoder_chunk)
+        self.model = model.to(device).train()
 
     def run(self, count: int) -> None:
         """One batch of ``count`` images: forward, backward, and once more as in validation."""
@@ -118,10 +119,11 @@ class Steps:
                 self.run(count)
         return list(forms.values())
 
-    def _step(self, count: int) -> CountedStep:
+    def _step(self, count: int) -> CountedStep[Any]:
         settings = dataclasses.replace(self.settings, batch_size=count)
-        if self.specs is None:
+        if isinstance(self.model, Segmenter):
             return MaskStep(self.model, settings, self.device)
+        assert self.specs is not None, self.model
         return TaskStep(self.model, settings, self.device, self.specs)
 
 

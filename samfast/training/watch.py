@@ -60,6 +60,7 @@ class Losses:
         """Wait for the device; NotFinite for the first loss that is not finite."""
         if not self._steps:
             return
+        assert self._losses is not None, self._steps
         steps, self._steps = self._steps, []
         values = self.reduce(self._losses[: len(steps)].clone(), reduction="mean").tolist()
         for value, step in zip(values, steps, strict=True):
@@ -81,6 +82,7 @@ class Losses:
         known = [s for s in self._known if s < step] or [s for s in self._known if s == step]
         if not known:
             return ""
+        assert self._norms is not None, known
         which = max(known)
         norms = self._norms[which % len(self._norms)]
         bad = (~norms.isfinite()).nonzero().flatten().tolist()
@@ -96,7 +98,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     limit: as in ``torch.nn.utils.clip_grad_norm_``, whose bits these are; 0 does not clip
     """
     with_gradient = [p for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([p.grad for p in with_gradient]))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
     if limit > 0:
         total = torch.linalg.vector_norm(norms)
         torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, total)

@@ -24,7 +24,7 @@ import samfast
 from samfast import cli, command_line  # noqa: F401
 from samfast.integrations import segment_anything
 from samfast.integrations.torchvision import declare_missing_schemas
-from samfast.training import build, loop, one_mask
+from samfast.training import build, loop, mask_goal, one_mask
 from samfast.training.scored import Scored
 
 RANKS = 2
@@ -85,7 +85,7 @@ def light(patch) -> None:
     patch.setattr(build, "build_sam", short)
     row = dict.fromkeys(one_mask.OneMask.columns, 0.5)
     patch.setattr(one_mask.OneMask, "scores", lambda *_: Scored(row, []))
-    patch.setattr(one_mask, "all_foreground_scores", lambda *_: (0.5, 0.5))
+    patch.setattr(mask_goal, "all_foreground_scores", lambda *_: (0.5, 0.5))
 
 
 def second_fails(patch) -> None:

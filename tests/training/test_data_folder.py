@@ -70,6 +70,12 @@ def test_missing_folders(data, tmp_path):
         shutil.move(tmp_path / kind, data / kind)
 
 
+def test_files_need_a_folder(tmp_path):
+    assert FinetuneSettings(data=tmp_path).folder == tmp_path
+    with pytest.raises(ValueError, match="expected a folder of images and masks, got none"):
+        OneMask(FinetuneSettings())
+
+
 def test_unpaired_files(data):
     (data / "masks" / "p2.png").rename(data / "masks" / "q.png")
     with pytest.raises(ValueError, match=r"image .*p2\.png has no mask"):

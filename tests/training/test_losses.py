@@ -10,7 +10,13 @@ from budgets import all_within_budget, keep
 
 from samfast.kernels._common.budget import Budget
 from samfast.training.data import valid_region
-from samfast.training.losses import LOSSES, balanced_bce_loss, bce_dice_loss, structure_loss
+from samfast.training.losses import (
+    LOSSES,
+    balanced_bce_loss,
+    bce_dice_loss,
+    chosen_loss,
+    structure_loss,
+)
 from samfast.training.settings import LOSSES as NAMES
 
 SIZES = torch.tensor([[16, 16], [16, 9], [1, 16]])
@@ -217,3 +223,9 @@ def test_shapes_must_agree():
         bce_dice_loss(logits, masks[:2])
     with pytest.raises(ValueError, match="different shapes"):
         bce_dice_loss(logits, masks, VALID[:, :1])
+
+
+def test_a_loss_has_a_name():
+    assert all(chosen_loss(name) is loss for name, loss in LOSSES.items())
+    with pytest.raises(ValueError, match="expected the name of a loss, got none; known are bce-"):
+        chosen_loss(None)

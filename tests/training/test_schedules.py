@@ -88,6 +88,7 @@ def test_a_plateau_is_one_of_the_score():
         ("StepLR", "schedule 'StepLR', in 10 steps: .*step_size"),
         ("StepLR(5)", r"unknown schedule 'StepLR\(5\)'"),
         ("StepLR(step_size=many)", "unknown schedule"),
+        ("StepLR(**{'step_size': 5})", "unknown schedule"),
         ("StepLR(step_size='many')", "schedule .*StepLR"),
         ("StepLR(step_size=0)", "schedule .*StepLR"),
         ("LRScheduler", "unknown schedule"),
