@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samfast.training.adapter_settings import EvaluateSettings, PredictSettings
 from samfast.training.object_numbers import kept_objects
-from samfast.training.settings import EvaluateSettings, PredictSettings
 
 GRID = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")  # options of prediction
 

@@ -15,6 +15,7 @@ from torch import nn
 from samfast.adapters.adapter import adapters
 from samfast.models import MultiTaskSam
 from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.adapter_settings import EvaluateSettings
 from samfast.training.automatic import automatic_objects, grid_of
 from samfast.training.foreground import Above
 from samfast.training.images import read_image
@@ -24,7 +25,6 @@ from samfast.training.panels import titled
 from samfast.training.pictures import objects_over
 from samfast.training.progress import Progress
 from samfast.training.remembered import Remembered
-from samfast.training.settings import EvaluateSettings
 from samfast.training.task_scores import listed
 
 NAME = "automatic"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samfast.adapters.options import option
-from samfast.training.settings import ADAPTER, CHECKPOINT, NOT_RANDOM
+from samfast.training.shared_options import ADAPTER, CHECKPOINT, NOT_RANDOM
 
 OLDEST, NEWEST = 18, 23  # of the opsets that torch.onnx writes
 

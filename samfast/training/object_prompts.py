@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from samfast.training.adapter_settings import PredictSettings
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.points import check_point, parsed_point
-from samfast.training.settings import PredictSettings
 from samfast.training.stacks import Source
 
 FORMS = {"box": "image,x0,y0,x1,y1", "point": "image,x,y[,label[,object]]"}

@@ -11,6 +11,7 @@ import torch
 from samfast.files.format import read_adapter
 from samfast.files.temporary import remove_dead
 from samfast.training.adapted import adapter_folder, load_adapted
+from samfast.training.adapter_settings import PredictSettings
 from samfast.training.checks import check_prediction
 from samfast.training.file_pairs import STACK_SUFFIXES
 from samfast.training.images import SUFFIXES, read_image
@@ -32,7 +33,6 @@ from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.remembered import remembered
 from samfast.training.run_folder import check_folder
 from samfast.training.segmenters import Segmenter, TaskSegmenter
-from samfast.training.settings import PredictSettings
 from samfast.training.stack_files import Name
 from samfast.training.stacks import Slice, Source, file_of, image_slices
 from samfast.training.tiles import said_of_tiles

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from samfast.models.sam3_folder import NAME as SAM3
+from samfast.training.adapter_settings import PredictSettings
 from samfast.training.automatic import check_grid
 from samfast.training.boxes import check_box, parsed_box
 from samfast.training.instances import are_instances
@@ -14,7 +15,6 @@ from samfast.training.points import check_point, parsed_point
 from samfast.training.probabilities import has_probability
 from samfast.training.prompted_tiles import Places, places_of
 from samfast.training.remembered import Remembered
-from samfast.training.settings import PredictSettings
 from samfast.training.stacks import Source
 from samfast.training.tasks import TaskSpec
 from samfast.training.tiles import chosen_tiles

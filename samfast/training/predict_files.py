@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 from samfast.files.placing import write_whole
+from samfast.training.adapter_settings import PredictSettings
 from samfast.training.georeference import read_georeference
 from samfast.training.instances import are_instances, objects_of
 from samfast.training.object_files import ObjectFiles, parts
 from samfast.training.pictures import PREDICTION_COLOUR, png_bytes, task_picture, tinted
 from samfast.training.probabilities import key_of
-from samfast.training.settings import PredictSettings
 from samfast.training.stack_files import Name, StackFiles, write_pages
 from samfast.training.stacks import Slice, Source, of_stacks
 from samfast.training.tasks import TaskSpec

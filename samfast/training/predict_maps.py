@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from samfast.models import image_size
+from samfast.training.adapter_settings import PredictSettings
 from samfast.training.automatic import automatic_objects, grid_of
 from samfast.training.boxes import resized_box
 from samfast.training.data import Collate, Sample, resize_image
@@ -24,7 +25,6 @@ from samfast.training.prompted_segmenter import PromptedSegmenter
 from samfast.training.prompted_tiles import Places, objects_in_tiles
 from samfast.training.remembered import Remembered
 from samfast.training.segmenters import SamSegmenter
-from samfast.training.settings import PredictSettings
 from samfast.training.stacks import Source
 from samfast.training.task_scores import predicted_tasks, read_off
 from samfast.training.tiles import chosen_tiles, count_of

@@ -17,6 +17,7 @@ from samfast.files.temporary import remove_dead
 from samfast.integrations.torchvision import declare_missing_schemas
 from samfast.models import image_size
 from samfast.training.adapted import adapter_folder, base_of, load_adapted
+from samfast.training.adapter_settings import EvaluateSettings
 from samfast.training.automatic import check_grid
 from samfast.training.automatic_scores import automatic_found, check_automatic, with_prompts
 from samfast.training.automatic_scores import text as automatic_text
@@ -32,7 +33,7 @@ from samfast.training.progress import Progress
 from samfast.training.remembered import Remembered, remembered
 from samfast.training.run_folder import check_folder
 from samfast.training.score_files import score_files
-from samfast.training.settings import EvaluateSettings, FinetuneSettings
+from samfast.training.settings import FinetuneSettings
 from samfast.training.tiled_goal import Tiled
 from samfast.training.tiles import chosen_tiles, said_of_tiles
 from samfast.training.try_out import backend_asked_for
