@@ -40,7 +40,7 @@ from samfast.integrations.linears import (
     weight_of,
 )
 from samfast.integrations.plain_code import PlainCode
-from samfast.integrations.probe import deviation, difference, shell
+from samfast.integrations.probe import deviation, difference, shell, where_it_runs
 from samfast.integrations.wrapper_proof import Run, draw, drawn_linear, own_problem
 from samfast.kernels._common.autocast import autocast_dtype, autocast_input
 from samfast.kernels.adapt_former.engine import backend_of
@@ -247,15 +247,19 @@ class FusedAdapter(ForeignModule):
 
     @classmethod
     def runs(cls, sizes: AdapterSizes) -> list[Run]:
-        """Compare in eval, in training with the owner's random numbers, and at full size."""
+        """Compare in eval, in training with the owner's random numbers, and at full size.
+
+        Maps are square, since quaternion layers may take no others.
+        """
         small = cls.small(sizes)
         dropped = small._replace(dropout=0.5)
+        formula, in_eval = cls.formula(small), {"modes": (False,)}
         return [
-            Run(
-                small, cls.formula(small), functools.partial(difference, modes=(False,)), (3, 6, 7)
-            ),
-            Run(dropped, cls.formula(dropped), _seeded, (3, 6, 7)),
-            Run(sizes, cls.formula(sizes), deviation, (1, 5, 2)),
+            Run(small, formula, functools.partial(difference, **in_eval), (3, 7, 7)),
+            Run(small, formula, functools.partial(where_it_runs, **in_eval), (3, 6, 7)),
+            Run(small, formula, deviation, (2, 5, 5)),
+            Run(dropped, cls.formula(dropped), _seeded, (3, 7, 7)),
+            Run(sizes, cls.formula(sizes), deviation, (1, 5, 5)),
         ]
 
     @classmethod
@@ -392,12 +396,6 @@ def _numbers_problem(module: Foreign) -> str | None:
     if type(dropout) not in (int, float) or not 0.0 <= dropout < 1.0:
         return f"has a dropout of {dropout!r}"
     return None
-
-
-def _in_eval(
-    module: nn.Module, formula: Callable[[Tensor, Mapping[str, Tensor]], Tensor], x: Tensor
-) -> str | None:
-    return difference(module, formula, x, (False,))
 
 
 def _seeded(

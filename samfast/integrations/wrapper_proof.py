@@ -147,7 +147,7 @@ def _signature_problem(kind: type[nn.Module], mixin: type[Wrapper]) -> str | Non
 
 
 def _probed(kind: type[nn.Module], mixin: type[Wrapper], sizes: Any) -> str | None:
-    """Run a small module in both modes with all gradients, then one of full size, on maps."""
+    """Run small modules in both modes with all gradients, then one of full size, on maps."""
     generator = torch.Generator("cpu").manual_seed(0)
     for run in getattr(mixin, "runs", functools.partial(_runs, mixin))(sizes):
         tested = mixin.stand_in(kind, run.sizes, generator)
@@ -162,6 +162,7 @@ def _runs(mixin: type[Wrapper], sizes: Any) -> list[Run]:
     small = mixin.small(sizes)
     return [
         Run(small, mixin.formula(small), difference, (3, 6, 7)),
+        Run(small, mixin.formula(small), deviation, (2, 3, 4)),
         Run(sizes, mixin.formula(sizes), deviation, (1, 5, 2)),
     ]
 

@@ -72,6 +72,17 @@ def test_every_gradient(kind, head):
     as_exact_as(fused, stock, maps())
 
 
+@pytest.mark.parametrize("kind", ["lora", "related"])
+def test_a_head_that_takes_square_maps_only(kind):
+    """SAM-COBOT's own unpacks its input as (batch, side, side, features)."""
+    stock = layer_of(MODELS[kind](cobot.OnSquares).eval(), kind)
+    fused = fused_of(stock)
+    assert {*samfast.report(fused).others.values()} == {f"fused: literal_cobot's {KINDS[kind]}"}
+    with pytest.raises(RuntimeError, match="shape"), torch.no_grad():
+        stock(maps())
+    as_exact_as(fused, stock, maps()[:, :, :5])
+
+
 @pytest.mark.parametrize("scale", ["1.0", "0.5", "learnable_scalar"])
 def test_every_gradient_of_an_adapter(scale):
     stock = adapters(adapter_scalar=scale).eval()
