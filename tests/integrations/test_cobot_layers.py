@@ -185,6 +185,25 @@ def test_other_arguments_run_the_owners_forward():
     assert torch.equal(fused_of(layer)(rows), layer(rows))
 
 
+def replica(module):
+    """As DataParallel makes it: parameters are plain tensors, with a graph to the module's."""
+    made = {part: part._replicate_for_data_parallel() for part in module.modules()}
+    for part, copied in made.items():
+        for name, child in part._modules.items():
+            setattr(copied, name, made[child])
+        for name, parameter in part._parameters.items():
+            setattr(copied, name, parameter * 1.0)
+    return made[module]
+
+
+@pytest.mark.parametrize("scale", ["0.5", "learnable_scalar"])
+def test_a_replica_runs_the_owners_forward(scale):
+    stock = adapters(dropout=0.0, adapter_scalar=scale).blocks[0].mlp
+    fused = replica(fused_of(stock))
+    assert fused.block_problem().startswith("is a replica of nn.DataParallel")
+    assert torch.equal(fused(maps()), stock(maps()))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_unfuse_gives_the_same_bits(kind):
     stock, x = MODELS[kind]().eval(), maps()
