@@ -16,6 +16,7 @@ from samfast.backends import requested, resolve
 from samfast.functional import conv_lora_linear
 from samfast.integrations.autogluon_proof import (
     build_problem,
+    code_problem,
     experts_of,
     first_of_equals,
     objection,
@@ -84,7 +85,7 @@ class FusedConvLora(ForeignModule):
         """Say why AutoGluon's own forward runs; None if this class's does."""
         if (method := patched(self)) is not None:
             return f"has another {method} than its class had; undo that to fuse it"
-        return build_problem(self) or _now_problem(self)
+        return build_problem(self) or code_problem(self) or _now_problem(self)
 
     def backends(self) -> dict[str, str]:
         """Map each operation to the backend that a forward would choose now, under autocast too."""
