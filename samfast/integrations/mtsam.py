@@ -26,6 +26,7 @@ from samfast.integrations.linears import (
     takes,
     value_problem,
 )
+from samfast.integrations.plain_code import LARGEST_NUMBER
 from samfast.integrations.probe import Marking, deviation, difference, shell
 from samfast.integrations.read_once import read_once
 from samfast.integrations.wrapper_proof import Run, draw, own_problem, problem, stock_of
@@ -41,8 +42,8 @@ CALLS = {
     "loss": "a penalty on their factors is your program's, so leave aux_loss out",
 }
 _FACTORS = ("td_G", "td_U1", "td_U2", "td_U3")
-_TASKS = 3  # of small modules
 Range = tuple[int, int]
+Compare = Callable[..., str | None]
 
 
 class TuckerSizes(NamedTuple):
@@ -191,7 +192,7 @@ class FusedTuckerLinear(ForeignModule):
     @staticmethod
     def small(sizes: TuckerSizes) -> TuckerSizes:
         parts = len(sizes.enabled or ())
-        small = {"inputs": 6, "outputs": 4 * (parts or 1), "ranks": (2, 3, 2), "tasks": _TASKS}
+        small = {"inputs": 6, "outputs": 4 * (parts or 1), "ranks": (2, 3, 2)}
         return sizes._replace(**small)  # type: ignore[arg-type]  # of two kinds
 
     @staticmethod
@@ -200,15 +201,26 @@ class FusedTuckerLinear(ForeignModule):
 
     @classmethod
     def runs(cls, sizes: TuckerSizes) -> list[Run]:
-        """Compare all tasks at once and each alone, then the last at full size."""
-        small = cls.small(sizes)
-        found = []
-        for task in (-1, *range(_TASKS)):
-            compare = functools.partial(_of_task, task=task, compare=difference)
-            found.append(Run(small, cls._formula(small, task), compare, (2 * _TASKS, 3, 7)))
-        last = sizes.tasks - 1
-        compare = functools.partial(_of_task, task=last, compare=deviation)
-        return [*found, Run(sizes, cls._formula(sizes, last), compare, (1, 5, 2))]
+        """Compare all tasks at once and tasks alone, then the last at full size.
+
+        There are as many tasks as the user has. Alone run the last two, and those whose numbers
+        the code may name; see ``LARGEST_NUMBER``.
+        """
+        small, tasks = cls.small(sizes), sizes.tasks
+
+        def run(made: TuckerSizes, task: int, compare: Compare, *shape: int) -> Run:
+            compare = functools.partial(_of_task, task=task, compare=compare)
+            return Run(made, cls._formula(made, task), compare, shape)
+
+        alone = {*range(min(tasks, LARGEST_NUMBER + 1)), max(tasks - 2, 0), tasks - 1}
+        return [
+            run(small, -1, difference, 2 * tasks, 3, 7),
+            run(small, -1, deviation, tasks, 2, 3),
+            run(small, 0, difference, 6, 3, 7),
+            run(small, tasks - 1, difference, 6, 3, 7),
+            *[run(small, task, deviation, 2, 3, 4) for task in sorted(alone)],
+            run(sizes, tasks - 1, deviation, 1, 5, 2),
+        ]
 
     @classmethod
     def stand_in(

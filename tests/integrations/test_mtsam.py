@@ -11,11 +11,14 @@ import pytest
 import torch
 from black_box import Subject
 from budgets import all_within_budget
+from literal_mtsam import spread
 from torch import nn
+from torch.nn import functional as F
 
 import samfast
 
 WIDTH, TASKS = 32, 3
+generated = mtsam.TDLinear.generate_tensor
 CONFIG = {"R1": 5, "R2": 4, "R3": 2, "task_num": TASKS, "scaling": 0.5, "dropout_rate": 0.0}
 QUICK = ("qv-autocast", "qv-checkpointing", "all-error_budget", "linear-autocast")
 
@@ -196,6 +199,45 @@ def test_other_tasks_and_shapes_run_the_owners_forward():
         for module in (stock, fused):
             with pytest.raises((RuntimeError, IndexError, ValueError)):
                 module(*given)
+
+
+def of_a_later_task(self):
+    tensor = generated(self)
+    return torch.cat([tensor[:3], 2 * tensor[3:]])
+
+
+def of_the_last_task_alone(self, x, task_idx=-1):
+    tensor = self.generate_tensor()
+    y = F.linear(x, self.weight, bias=self.bias)
+    if task_idx == self.task_num - 1:
+        return y + F.linear(x, 2 * tensor[task_idx])
+    return y + spread(self, x, tensor, task_idx)
+
+
+def of_two_maps(self, x, task_idx=-1):
+    update = spread(self, x, self.generate_tensor(), task_idx)
+    if x.shape[0] == 2:
+        update = 2 * update
+    return F.linear(x, self.weight, bias=self.bias) + update
+
+
+@pytest.mark.parametrize(
+    "method", [of_a_later_task, of_the_last_task_alone, of_two_maps], ids=lambda m: m.__name__
+)
+def test_what_only_some_tasks_or_batches_show(method):
+    """Runs have the user's own count of tasks."""
+    name = "generate_tensor" if method is of_a_later_task else "forward"
+    stock = linear(named(mtsam.TDLinear, **{name: method}), task_num=7)
+    fused = samfast.fuse(nn.ModuleList([copy.deepcopy(stock), linear()]))[0]
+    assert type(fused) is type(stock)
+    assert _RUN in samfast.report(fused).others[""]
+
+
+def test_many_tasks():
+    stock = qkv(True, False, True, task_num=9)
+    fused, x = fused_of(stock), maps(6)
+    for task in (-1, 6, 8):
+        as_exact_as(fused, stock, x, task)
 
 
 def named(base, **names):
