@@ -74,11 +74,11 @@ class AdapterSizes(NamedTuple):
 class FusedAdapter(ForeignModule):
     """SAM-COBOT's AdaptFormer around an MLP, by samfast's operators.
 
-    x: (..., D) -> (..., D) = mlp(x) + s · (drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up)
+    x: (B, H, W, D) -> (B, H, W, D) = mlp(x) + s · (drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up)
 
     Alone it runs the MLP inside as that is; a fused block takes both. Dropout has the same
     distribution as the owner's, but other random numbers. With ``add_residual`` or ``residual``
-    given the owner's forward runs.
+    given, or an x that is not a batch of maps, the owner's forward runs.
     """
 
     takes = "(self, x, add_residual=True, residual=None)"
@@ -90,8 +90,8 @@ class FusedAdapter(ForeignModule):
     )
 
     def forward(self, x: Tensor, add_residual: bool = True, residual: Any = None) -> Tensor:
-        """Run x: (..., D) -> (..., D), fused if nothing prevents it."""
-        asked = add_residual is True and residual is None
+        """Run x: (B, H, W, D) -> (B, H, W, D), fused if nothing prevents it."""
+        asked = x.dim() == 4 and add_residual is True and residual is None
         if not asked or not takes(x, self._down_weight()) or self.block_problem() is not None:
             return super().forward(x, add_residual, residual)
         base = self.mlp(x)
@@ -318,7 +318,7 @@ class FusedAdapter(ForeignModule):
 class FusedRelatedAdapter(FusedAdapter):
     """SAM-COBOT's AdaptFormer with coefficients related across blocks and a head.
 
-    x: (..., D) -> (..., D) = mlp(x) + s · (drop(ReLU(((c + γ) ⊙ h) W)) upᵀ + b_up)
+    x: (B, H, W, D) -> (B, H, W, D) = mlp(x) + s · (drop(ReLU(((c + γ) ⊙ h) W)) upᵀ + b_up)
     with h = LN(x) downᵀ + b_down
 
     See ``FusedAdapter`` and ``CobotAdaptFormerMlp``. Coefficients and head are folded into down at

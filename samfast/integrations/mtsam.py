@@ -61,14 +61,15 @@ class TuckerSizes(NamedTuple):
 class FusedTuckerLinear(ForeignModule):
     """MTSAM's linear layer with an update for each task, by samfast's operators.
 
-    x: (..., D) -> (..., O) = x Wᵀ + b + s · ((drop(x) U1) M_t) U2ᵀ, M_t = Σ_v U3[t, v] G[:, :, v]
+    x: (B, H, W, D) -> (B, H, W, O) = x Wᵀ + b + s · ((drop(x) U1) M_t) U2ᵀ
+    with M_t = Σ_v U3[t, v] G[:, :, v]
 
-    task_idx: of the task t. With -1 x is a batch of maps in ``task_num`` equal groups, one for each
+    task_idx: of the task t. With -1 the batch is in ``task_num`` equal groups, one for each
     task in order. The update's weights, which MTSAM forms for all tasks, are never formed. Dropout
     has the same distribution, but other random numbers.
 
-    It fuses the Tucker form. In every other case MTSAM's forward runs, and ``block_problem`` says
-    why. Every tensor is read at every forward.
+    It fuses the Tucker form, on maps. In every other case MTSAM's forward runs, and
+    ``block_problem`` says why, except for x. Every tensor is read at every forward.
     """
 
     takes = "(self, x, task_idx=-1)"
@@ -79,7 +80,7 @@ class FusedTuckerLinear(ForeignModule):
     )
 
     def forward(self, x: Tensor, task_idx: int = -1) -> Tensor:
-        """Run x: (..., D) -> (..., O), fused if nothing prevents it."""
+        """Run x: (B, H, W, D) -> (B, H, W, O), fused if nothing prevents it."""
         entries = self._entries(x, task_idx)
         if entries is None or not takes(x, self.weight) or self.block_problem() is not None:
             return super().forward(x, task_idx)
@@ -92,11 +93,11 @@ class FusedTuckerLinear(ForeignModule):
         )  # fmt: skip
 
     def _entries(self, x: Tensor, task: Any) -> Tensor | None:
-        """Return the tasks of equal parts of the batch; None if MTSAM's forward may fail."""
+        """Return the tasks of equal parts of the batch; None if only MTSAM's forward is sure."""
         count = self.task_num
-        if type(task) is not int or 0 in x.shape:
+        if type(task) is not int or 0 in x.shape or x.dim() != 4:
             return None
-        if task == -1 and x.dim() == 4 and x.shape[0] % count == 0:
+        if task == -1 and x.shape[0] % count == 0:
             return torch.arange(count, device=x.device)
         if 0 <= task < count:
             return torch.full((1,), task, dtype=torch.int64, device=x.device)
