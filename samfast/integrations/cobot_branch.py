@@ -97,7 +97,7 @@ class FusedAdapter(ForeignModule):
         base = self.mlp(x)
         narrow = autocast_dtype(x.device.type) is not None
         if base.shape != x.shape or not (narrow or base.dtype == x.dtype):
-            return super().forward(x, add_residual, base)
+            return super().forward(x)  # runs the MLP again: with base given it may do other things
         parts: dict[str, Foreign] = self._modules
         norm, up, scale = parts[_NORM], parts["up_proj"], self.scale
         y = adapt_former(

@@ -186,6 +186,30 @@ def test_other_arguments_run_the_owners_forward():
         assert torch.equal(fused_of(layer)(rows), layer(rows))
 
 
+class Narrow(nn.Module):
+    """An MLP whose result has another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin1, self.lin2, self.act = nn.Linear(WIDTH, 8), nn.Linear(8, 1), nn.GELU()
+
+    def forward(self, x):
+        return self.lin2(self.act(self.lin1(x)))
+
+
+def test_an_mlp_of_another_shape_runs_the_owners_forward_as_it_was_called():
+    stock = adapters(dropout=0.0).blocks[0].mlp
+    forward = cobot.Adapter.forward
+
+    def of_another_residual(self, x, add_residual=True, residual=None):
+        return forward(self, x) if residual is None else 2 * forward(self, x)
+
+    stock.__class__, stock.mlp = named(type(stock), of_another_residual), Narrow()
+    fused = fused_of(stock)
+    assert fused.block_problem() is None
+    assert torch.equal(fused(maps()), stock(maps()))
+
+
 def twice_on_rows(forward):
     """No run shows what a forward does with x that is not a map."""
 
