@@ -146,6 +146,14 @@ def test_what_the_owner_leaves_behind_is_not():
     copy.deepcopy(fused)
 
 
+def test_what_the_owner_left_behind_is_dropped():
+    stock = lora()
+    stock(maps())
+    fused = samfast.fuse(stock)
+    assert not hasattr(fused.blocks[0].attn.qkv, "CP")
+    copy.deepcopy(fused)
+
+
 def hooked_mlp(mlp):
     mlp.register_forward_hook(lambda module, args, y: 2 * y)
     return "mlp has hooks or a forward of its own on mlp"
@@ -313,6 +321,33 @@ def of_x_itself(self, x, add_residual=True, residual=None):
     return y * self.scale + self.mlp(x) + x
 
 
+def asked_for(self, x, add_residual=True, residual=None):
+    if not hasattr(self, "CP"):
+        self.CP = (self.FacT_c @ self.FacT_p)[..., self.idx]
+    return of_cp(self, x)
+
+
+def set_in_training(self, x, add_residual=True, residual=None):
+    if self.training:
+        self.CP = (self.FacT_c @ self.FacT_p)[..., self.idx]
+    z = self.FacT_d1(self.down_proj(self.adapter_layer_norm_before(x)) * (self.CP + self.gamma))
+    z = nn.functional.dropout(self.non_linear_func(z), p=self.dropout, training=self.training)
+    return self.up_proj(z) * self.scale + self.mlp(x)
+
+
+def read_first(self, x, add_residual=True, residual=None):
+    y = of_cp(self, x)
+    self.CP = (self.FacT_c @ self.FacT_p)[..., self.idx]
+    return y
+
+
+def of_cp(self, x):
+    h = self.down_proj(self.adapter_layer_norm_before(x))
+    z = self.non_linear_func(self.FacT_d1(h * (self.CP + self.gamma)))
+    z = nn.functional.dropout(z, p=self.dropout, training=self.training)
+    return self.up_proj(z) * self.scale + self.mlp(x)
+
+
 def of_one_argument(self, x):
     return self.mlp(x)
 
@@ -325,6 +360,9 @@ FORWARDS = {
     by_a_switch: ("lora", f"{_CODE}_LoRA_qkv_relation_add uses relation"),
     dropped_late: ("adapter", _RUN),
     of_x_itself: ("adapter", _RUN),
+    asked_for: ("related", f"{_CODE}Adapter_relation uses hasattr, and 'CP'"),
+    set_in_training: ("related", f"{_CODE}Adapter_relation uses CP, which it does not set at each"),
+    read_first: ("related", f"{_CODE}Adapter_relation uses CP before it is set"),
     of_one_argument: (
         "adapter",
         "has a forward that takes (self, x), not (self, x, add_residual=True, residual=None)",
@@ -348,7 +386,7 @@ def test_forwards_of_other_programs(forward):
     stock = MODELS[kind]().eval()
     layer = layer_of(stock, kind)
     layer.__class__ = named(getattr(cobot, KINDS[kind]), forward)
-    layer.relation = True
+    layer.relation, layer.CP = True, torch.ones(1, 16)
     assert left_alone(stock, kind).startswith(reason)
 
 
