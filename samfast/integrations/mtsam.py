@@ -26,7 +26,7 @@ from samfast.integrations.linears import (
     takes,
     value_problem,
 )
-from samfast.integrations.plain_code import LARGEST_NUMBER
+from samfast.integrations.plain_code import LARGEST_NUMBER, PlainCode
 from samfast.integrations.probe import Marking, deviation, difference, shell
 from samfast.integrations.read_once import read_once
 from samfast.integrations.wrapper_proof import Run, draw, own_problem, problem, stock_of
@@ -41,6 +41,7 @@ CALLS = {
     "merge": "MTSAM has no call that folds them into the weights",
     "loss": "a penalty on their factors is your program's, so leave aux_loss out",
 }
+_DROPOUT = PlainCode(nn.Dropout, frozenset(("p", "training", "inplace", "dropout")))
 _FACTORS = ("td_G", "td_U1", "td_U2", "td_U3")
 Range = tuple[int, int]
 Compare = Callable[..., str | None]
@@ -137,6 +138,11 @@ class FusedTuckerLinear(ForeignModule):
         numbers = [vars(module).get(name) for name in ("scaling", "task_num", "type")]
         plain = [(type(n), n if isinstance(n, (int, float, str)) else None) for n in numbers]
         return *own, *buffers, *parts, code, chance, *plain
+
+    @classmethod
+    def codes(cls, module: Foreign) -> list[PlainCode]:
+        """Return the code of the dropout."""
+        return [_DROPOUT]
 
     @classmethod
     def structure(cls, module: Foreign) -> str | None:

@@ -181,8 +181,13 @@ class PlainCode:
         if name not in TENSORS and name not in self.names:
             raise self._uses(name)
         self.attributes.add(name)
-        for module in modules:
+        for module in tuple(modules):
             value = self._look_up(vars(module), name)
+            if isinstance(value, ModuleType):
+                if value.__name__.partition(".")[0] != "torch":
+                    raise self._uses(f"{module.__name__}.{name}, which was replaced")
+                if value.__name__ in _MODULES and value not in modules:
+                    modules.append(value)  # nn.functional, of which the code takes a function
             if isinstance(value, FunctionType) and not _of_torch(value):
                 raise self._uses(f"{module.__name__}.{name}, which was replaced")
             found.append(_Same(value))

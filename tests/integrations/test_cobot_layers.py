@@ -558,6 +558,15 @@ def test_a_patched_head_runs_as_it_is_patched(monkeypatch):
     assert state.startswith("not fused: literal_cobot's Adapter_relation is not what its name says")
 
 
+def test_a_patched_dropout_runs_as_it_is_patched(monkeypatch):
+    """Which the owner calls as nn.functional.dropout."""
+    stock = adapters(dropout=0.5).blocks[0].mlp
+    fused = fused_of(stock)
+    monkeypatch.setattr(nn.functional, "dropout", lambda z, p, training: 5 * z)
+    assert fused.block_problem().endswith("torch.nn.functional.dropout, which was replaced")
+    assert torch.equal(fused(maps()), stock(maps()))
+
+
 def test_calls_of_the_owner_are_named(tmp_path):
     model = samfast.fuse(related())
     owners = "the adapters of this Trunk are literal_cobot's; "

@@ -396,6 +396,18 @@ def test_a_patched_method_runs_as_it_is_patched(monkeypatch):
     assert samfast.report(fused).others[""].startswith("not fused: literal_mtsam's TDLinear ")
 
 
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_a_patched_dropout_runs_as_it_is_patched(monkeypatch, name):
+    stock = linear(dropout_rate=0.5)
+    fused = fused_of(stock)
+    monkeypatch.setattr(nn.Dropout, name, lambda self, x: 5 * x)
+    reason = samfast.report(fused).others[""]
+    assert (
+        "another forward than torch's" if name == "forward" else "Dropout has a __call"
+    ) in reason
+    assert torch.equal(fused(maps()), stock(maps()))
+
+
 def test_a_class_of_that_name_without_a_core_is_nothing_to_samfast():
     class QKVLinear(nn.Linear):
         pass
