@@ -52,7 +52,8 @@ class FusedConvLora(ForeignModule):
     An expert that no sample chose gets a gradient of zeros, where AutoGluon's gets none.
 
     It fuses float32, with or without autocast. In every other case AutoGluon's forward runs, and
-    ``block_problem`` says why. Every tensor is read at every forward.
+    ``block_problem`` says why. Every tensor is read at every forward, with one exception: on other
+    devices than a CPU, a write to the gate's ``mean`` or ``std`` through ``.data`` goes unnoticed.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

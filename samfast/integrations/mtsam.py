@@ -284,7 +284,8 @@ class FusedTuckerLinear(ForeignModule):
 class FusedTuckerQkv(FusedTuckerLinear):
     """MTSAM's packed qkv layer, whose update is for some of q, k and v.
 
-    See ``FusedTuckerLinear``. U2 has rows for what is enabled.
+    See ``FusedTuckerLinear``. U2 has rows for what is enabled. Every forward compares ``ind`` on a
+    CPU; on other devices a write through ``.data`` goes unnoticed.
     """
 
     methods = ("generate_tensor", "zero_pad")
@@ -336,7 +337,7 @@ def _mask(enabled: tuple[bool, ...], outputs: int) -> Tensor:
 
 def _values(mask: Tensor) -> bytes:
     """Return a mask as bytes, which are quick to compare."""
-    return bytes(mask.detach().cpu().to(torch.uint8).flatten().tolist()) + str(mask.dtype).encode()
+    return mask.detach().cpu().to(torch.uint8).numpy().tobytes() + str(mask.dtype).encode()
 
 
 def _identity(x: Tensor) -> Tensor:

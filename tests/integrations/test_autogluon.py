@@ -353,7 +353,12 @@ def scaled_noise(module):
     return "has std=[3.0], not [1.0]"
 
 
-@pytest.mark.parametrize("change", [doubled, scaled_noise])
+def scaled_noise_as_data(module):
+    module.lora_moe_gating.std.data.mul_(3)
+    return "has std=[3.0], not [1.0]"
+
+
+@pytest.mark.parametrize("change", [doubled, scaled_noise, scaled_noise_as_data])
 def test_what_is_changed_after_fuse_runs_the_owners_forward(twin, change):
     stock = layer(twin)
     fused = pair(stock)
