@@ -332,7 +332,7 @@ _MIXINS = {"QKVLinear": FusedTuckerQkv, "TDLinear": FusedTuckerLinear}
 
 def _mask(enabled: tuple[bool, ...], outputs: int) -> Tensor:
     """Return a mask of the outputs that have an update."""
-    return torch.tensor(enabled).repeat_interleave(outputs // len(enabled))
+    return torch.tensor(enabled, device="cpu").repeat_interleave(outputs // len(enabled))
 
 
 def _values(mask: Tensor) -> bytes:

@@ -419,6 +419,13 @@ def test_a_patched_dropout_runs_as_it_is_patched(monkeypatch, name):
     assert torch.equal(fused(maps()), stock(maps()))
 
 
+def test_fuse_under_another_default_device():
+    stock = qv()
+    with torch.device("meta"):
+        fused = samfast.fuse(copy.deepcopy(stock))
+    as_exact_as(fused, stock, maps())
+
+
 def test_a_class_of_that_name_without_a_core_is_nothing_to_samfast():
     class QKVLinear(nn.Linear):
         pass
