@@ -393,5 +393,5 @@ def kind_of(module: nn.Module) -> str:
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the factors."""
     for name, parameter in module.named_parameters():
-        if name.startswith("td_"):
+        if name.removeprefix("parametrizations.").startswith("td_"):
             yield name, parameter

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from samfast.adapters.foreign import Foreign, cache
+from samfast.adapters.stand_in import bare_kind
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import apart, deviation, difference
 from samfast.integrations.swap import swapped
@@ -126,7 +127,7 @@ own_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torc
 def stock_of(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module has, or had before the swap."""
     made_of = swapped(module)
-    return type(module) if made_of is None else made_of.stock
+    return bare_kind(module) if made_of is None else made_of.stock
 
 
 @cache

@@ -14,6 +14,7 @@ from budgets import all_within_budget
 from literal_mtsam import spread
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import samfast
 
@@ -381,6 +382,35 @@ def test_builds_of_other_programs(change):
     reason = change(stock)
     found, fused = left_alone(stock)
     assert found == reason
+    same_bits(run(fused, maps(), 1), run(stock, maps(), 1))
+
+
+class Halved(nn.Module):
+    def forward(self, core):
+        return core / 2
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_parametrized_core_is_left_alone(kind):
+    """Whose class is torch's, derived from the owner's."""
+    stock = LAYERS[kind]()
+    parametrize.register_parametrization(stock, "td_G", Halved())
+    fused = samfast.fuse(nn.ModuleList([copy.deepcopy(stock), linear()]))
+    owner = "QKVLinear" if kind != "linear" else "TDLinear"
+    reason = "which has a child parametrizations, which would be left out"
+    state = samfast.report(fused).others["0"]
+    assert state == f"not fused: literal_mtsam's {owner}, {reason}"
+    counts = (samfast.report(layer).adapter_parameters for layer in (fused[0], LAYERS[kind]()))
+    assert len({*counts}) == 1
+    same_bits(run(fused[0], maps(), 1), run(stock, maps(), 1))
+
+
+def test_a_core_that_is_parametrized_after_fuse():
+    stock = qv()
+    fused = fused_of(stock)
+    for module in (stock, fused):
+        parametrize.register_parametrization(module, "td_G", Halved())
+    assert samfast.report(fused).others[""].startswith("not fused: literal_mtsam's QKVLinear has a")
     same_bits(run(fused, maps(), 1), run(stock, maps(), 1))
 
 
