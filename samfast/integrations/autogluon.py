@@ -47,8 +47,9 @@ class FusedConvLora(ForeignModule):
 
     x: (N, H, W, in_features), or (N, side², in_features) -> ((…, out_features), moe_loss)
 
-    See ``ConvLoraLinear`` for the formula. The gate's noise is drawn as AutoGluon draws it, so the
-    same seed gives the same choices. Dropout has the same distribution, but other random numbers.
+    See ``ConvLoraLinear`` for the formula. The gate's noise is drawn as AutoGluon draws it. Without
+    ``lora_dropout`` the same seed gives the same choices. Dropout has the same distribution, but
+    other random numbers.
     An expert that no sample chose gets a gradient of zeros, where AutoGluon's gets none.
 
     It fuses float32, with or without autocast. In every other case AutoGluon's forward runs, and
