@@ -253,10 +253,13 @@ class FusedAdapter(ForeignModule):
         """
         small = cls.small(sizes)
         dropped = small._replace(dropout=0.5)
-        formula, in_eval = cls.formula(small), {"modes": (False,)}
+        formula = cls.formula(small)
+        in_eval, runs_in_eval = (
+            functools.partial(compare, modes=(False,)) for compare in (difference, where_it_runs)
+        )
         return [
-            Run(small, formula, functools.partial(difference, **in_eval), (3, 7, 7)),
-            Run(small, formula, functools.partial(where_it_runs, **in_eval), (3, 6, 7)),
+            Run(small, formula, in_eval, (3, 7, 7)),
+            Run(small, formula, runs_in_eval, (3, 6, 7)),
             Run(small, formula, deviation, (2, 5, 5)),
             Run(dropped, cls.formula(dropped), _seeded, (3, 7, 7)),
             Run(sizes, cls.formula(sizes), deviation, (1, 5, 5)),

@@ -46,7 +46,9 @@ class CodeWatch:
         by_read: dict[Callable[..., Any], list[Any]] = {}
         for read, *entry in self._entries.values():
             by_read.setdefault(read, []).append(entry)
-        self._columns = [(read, *zip(*rows, strict=True)) for read, rows in by_read.items()]
+        self._columns: list[Any] = [
+            (read, *zip(*rows, strict=True)) for read, rows in by_read.items()
+        ]
         self.key = tuple(id(value) for *_, value in self._entries.values())
 
     def unchanged(self) -> bool:

@@ -73,10 +73,10 @@ def library_of(module: nn.Module) -> Library | None:
 def _holds(module: nn.Module, part: str) -> bool:
     """Say if it has such a child or parameter, also one that torch computes at each read."""
     computed = module._modules.get("parametrizations")
-    held = module._modules.get(part), module._parameters.get(part)
-    if isinstance(computed, nn.ModuleDict):
-        held = *held, computed._modules.get(part)
-    return any(value is not None for value in held)
+    stores: list[Mapping[str, object]] = [module._modules, module._parameters]
+    if computed is not None:
+        stores.append(computed._modules)
+    return any(store.get(part) is not None for store in stores)
 
 
 def _known(module: nn.Module) -> Library:
