@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 Module = TypeVar("Module", bound=nn.Module)
 _CHECKPOINTING = "transformers.modeling_layers"
@@ -29,6 +30,12 @@ def kind_of(module: nn.Module) -> str:
     """Name the class and its package, as a phrase."""
     kind = type(module)
     return f"{whose(kind.__module__.partition('.')[0])} {kind.__name__}"
+
+
+def bare_kind(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class; the owner's, if torch made a parametrized one of that."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 def whose(package: str) -> str:

@@ -16,6 +16,7 @@ from samfast.backends import requested, resolve
 from samfast.functional import conv_lora_linear
 from samfast.integrations.autogluon_proof import (
     build_problem,
+    code_problem,
     experts_of,
     first_of_equals,
     objection,
@@ -46,12 +47,14 @@ class FusedConvLora(ForeignModule):
 
     x: (N, H, W, in_features), or (N, side², in_features) -> ((…, out_features), moe_loss)
 
-    See ``ConvLoraLinear`` for the formula. The gate's noise is drawn as AutoGluon draws it, so the
-    same seed gives the same choices. Dropout has the same distribution, but other random numbers.
+    See ``ConvLoraLinear`` for the formula. The gate's noise is drawn as AutoGluon draws it. Without
+    ``lora_dropout`` the same seed gives the same choices. Dropout has the same distribution, but
+    other random numbers.
     An expert that no sample chose gets a gradient of zeros, where AutoGluon's gets none.
 
     It fuses float32, with or without autocast. In every other case AutoGluon's forward runs, and
-    ``block_problem`` says why. Every tensor is read at every forward.
+    ``block_problem`` says why. Every tensor is read at every forward, with one exception: on other
+    devices than a CPU, a write to the gate's ``mean`` or ``std`` through ``.data`` goes unnoticed.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +87,7 @@ class FusedConvLora(ForeignModule):
         """Say why AutoGluon's own forward runs; None if this class's does."""
         if (method := patched(self)) is not None:
             return f"has another {method} than its class had; undo that to fuse it"
-        return build_problem(self) or _now_problem(self)
+        return build_problem(self) or code_problem(self) or _now_problem(self)
 
     def backends(self) -> dict[str, str]:
         """Map each operation to the backend that a forward would choose now, under autocast too."""

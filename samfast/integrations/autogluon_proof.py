@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from samfast.adapters.foreign import Foreign
 from samfast.functional import conv_lora_linear
+from samfast.integrations.code_watch import CodeWatch
 from samfast.integrations.linears import (
     dropout_problem,
     held_problem,
@@ -24,7 +25,7 @@ from samfast.integrations.linears import (
 )
 from samfast.integrations.probe import apart, difference, shell
 from samfast.integrations.read_once import read_once
-from samfast.integrations.swap import foreign_method, methods_of, own_method, swapped
+from samfast.integrations.swap import methods_of, own_method, swapped
 from samfast.kernels._common.windows import Windows
 from samfast.kernels.conv_experts.op import MAX_RATIO
 
@@ -46,7 +47,9 @@ _CONV: dict[str, Any] = {
     "groups": 1,
     "padding_mode": "zeros",
 }
-_verdicts: dict[tuple[Any, ...], str | None] = {}
+_TORCHS = (nn.AdaptiveAvgPool2d, nn.Softplus, nn.Softmax, nn.Conv2d, nn.GELU, nn.Dropout)
+_watches: dict[tuple[Any, Any], CodeWatch] = {}
+_verdicts: dict[tuple[Any, ...], tuple[CodeWatch, str | None]] = {}
 
 
 def objection(module: Foreign) -> str | None:
@@ -56,17 +59,49 @@ def objection(module: Foreign) -> str | None:
         return f"which is not the class of {_LAYERS}, and samfast trusts no other"
     if (reason := build_problem(module)) is not None:
         return f"which {reason}"
-    parts = kind, *_helpers(module, kind)
-    changed = own_method(module, methods_of(kind)), *map(_replaced, parts)
-    if (method := next((m for m in changed if m is not None), None)) is not None:
+    watch = _watch(*_kinds(module))
+    method = own_method(module, methods_of(kind)) or _replaced(module, watch)
+    if method is not None:
         return f"whose {method} was replaced"
-    code = [(name, method) for part in parts for name, method in methods_of(part).items()]
-    rank, experts = module.lora_A.shape[0], len(module.upsample_ratios)
-    key = *parts, *code, rank, experts
-    if key not in _verdicts:
-        _verdicts[key] = apart(lambda: _probed(kind, parts[1], rank, experts))
-    problem = _verdicts[key]
+    problem = _run_problem(module, watch)
     return None if problem is None else f"but {problem}"
+
+
+def code_problem(module: Foreign) -> str | None:
+    """Say what is wrong now with the code of a layer that is fused; None if nothing."""
+    watch = _watch(*_kinds(module))
+    if (part := _replaced(module, watch)) is not None:
+        return f"has another {part} than AutoGluon's; undo that to fuse it"
+    problem = _run_problem(module, watch)
+    return None if problem is None else f"is not what its name says: {problem}"
+
+
+# torch.compile calls this while tracing, and does not trace it.
+code_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch reads it
+
+
+def _run_problem(module: Foreign, watch: CodeWatch) -> str | None:
+    """Say what a run with the code of now finds; it is remembered while the code is the same."""
+    kind, gate = _kinds(module)
+    rank, experts = module.lora_A.shape[0], len(module.upsample_ratios)
+    key = kind, gate, watch.key, rank, experts
+    if key not in _verdicts:
+        _verdicts[key] = watch, apart(lambda: _probed(kind, gate, rank, experts))
+    return _verdicts[key][1]
+
+
+def _kinds(module: Foreign) -> tuple[Any, Any]:
+    """Return the classes of the layer and of its gate."""
+    return _stock(module), type(module._modules["lora_moe_gating"])
+
+
+def _watch(kind: Any, gate: Any) -> CodeWatch:
+    """Return the watch over these classes and all that they use, made anew after a change."""
+    watch = _watches.get((kind, gate))
+    if watch is None or not watch.unchanged():
+        sorts = kind.forward.__globals__.get("SparseDispatcher")
+        watch = _watches[kind, gate] = CodeWatch((kind, gate, sorts), _TORCHS)
+    return watch
 
 
 def _stock(module: Foreign) -> Any:
@@ -75,18 +110,12 @@ def _stock(module: Foreign) -> Any:
     return type(module) if made_of is None else made_of.stock
 
 
-def _helpers(module: Foreign, kind: type[nn.Module]) -> tuple[Any, Any]:
-    """Return the classes of its gate and of what sorts samples by expert."""
-    forward: Any = kind.forward
-    return type(module.lora_moe_gating), forward.__globals__.get("SparseDispatcher")
-
-
-def _replaced(kind: Any) -> str | None:
-    """Return the name of a class that is not AutoGluon's, or of its method that is not."""
-    if not isinstance(kind, type) or kind.__module__ != _LAYERS:
-        return getattr(kind, "__name__", type(kind).__name__)
-    method = foreign_method(kind)
-    return method and f"{kind.__name__}.{method}"
+def _replaced(module: Foreign, watch: CodeWatch) -> str | None:
+    """Return the name of a class, method or function that is not AutoGluon's or torch's."""
+    own = vars(module._modules["lora_moe_gating"])
+    if not watch.methods.isdisjoint(own):
+        return f"lora_moe_gating.{sorted(watch.methods & own.keys())[0]}"
+    return watch.replaced
 
 
 def build_problem(module: Foreign) -> str | None:

@@ -40,7 +40,7 @@ from samfast.integrations.linears import (
     weight_of,
 )
 from samfast.integrations.plain_code import PlainCode
-from samfast.integrations.probe import deviation, difference, shell
+from samfast.integrations.probe import deviation, difference, shell, where_it_runs
 from samfast.integrations.wrapper_proof import Run, draw, drawn_linear, own_problem
 from samfast.kernels._common.autocast import autocast_dtype, autocast_input
 from samfast.kernels.adapt_former.engine import backend_of
@@ -74,11 +74,11 @@ class AdapterSizes(NamedTuple):
 class FusedAdapter(ForeignModule):
     """SAM-COBOT's AdaptFormer around an MLP, by samfast's operators.
 
-    x: (..., D) -> (..., D) = mlp(x) + s · (drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up)
+    x: (B, H, W, D) -> (B, H, W, D) = mlp(x) + s · (drop(ReLU(LN(x) downᵀ + b_down)) upᵀ + b_up)
 
     Alone it runs the MLP inside as that is; a fused block takes both. Dropout has the same
     distribution as the owner's, but other random numbers. With ``add_residual`` or ``residual``
-    given the owner's forward runs.
+    given, or an x that is not a batch of maps, the owner's forward runs.
     """
 
     takes = "(self, x, add_residual=True, residual=None)"
@@ -90,14 +90,14 @@ class FusedAdapter(ForeignModule):
     )
 
     def forward(self, x: Tensor, add_residual: bool = True, residual: Any = None) -> Tensor:
-        """Run x: (..., D) -> (..., D), fused if nothing prevents it."""
-        asked = add_residual is True and residual is None
+        """Run x: (B, H, W, D) -> (B, H, W, D), fused if nothing prevents it."""
+        asked = x.dim() == 4 and add_residual is True and residual is None
         if not asked or not takes(x, self._down_weight()) or self.block_problem() is not None:
             return super().forward(x, add_residual, residual)
         base = self.mlp(x)
         narrow = autocast_dtype(x.device.type) is not None
         if base.shape != x.shape or not (narrow or base.dtype == x.dtype):
-            return super().forward(x, add_residual, base)
+            return super().forward(x)  # runs the MLP again: with base given it may do other things
         parts: dict[str, Foreign] = self._modules
         norm, up, scale = parts[_NORM], parts["up_proj"], self.scale
         y = adapt_former(
@@ -247,15 +247,22 @@ class FusedAdapter(ForeignModule):
 
     @classmethod
     def runs(cls, sizes: AdapterSizes) -> list[Run]:
-        """Compare in eval, in training with the owner's random numbers, and at full size."""
+        """Compare in eval, in training with the owner's random numbers, and at full size.
+
+        Maps are square, since quaternion layers may take no others.
+        """
         small = cls.small(sizes)
         dropped = small._replace(dropout=0.5)
+        formula = cls.formula(small)
+        in_eval, runs_in_eval = (
+            functools.partial(compare, modes=(False,)) for compare in (difference, where_it_runs)
+        )
         return [
-            Run(
-                small, cls.formula(small), functools.partial(difference, modes=(False,)), (3, 6, 7)
-            ),
-            Run(dropped, cls.formula(dropped), _seeded, (3, 6, 7)),
-            Run(sizes, cls.formula(sizes), deviation, (1, 5, 2)),
+            Run(small, formula, in_eval, (3, 7, 7)),
+            Run(small, formula, runs_in_eval, (3, 6, 7)),
+            Run(small, formula, deviation, (2, 5, 5)),
+            Run(dropped, cls.formula(dropped), _seeded, (3, 7, 7)),
+            Run(sizes, cls.formula(sizes), deviation, (1, 5, 5)),
         ]
 
     @classmethod
@@ -314,7 +321,7 @@ class FusedAdapter(ForeignModule):
 class FusedRelatedAdapter(FusedAdapter):
     """SAM-COBOT's AdaptFormer with coefficients related across blocks and a head.
 
-    x: (..., D) -> (..., D) = mlp(x) + s · (drop(ReLU(((c + γ) ⊙ h) W)) upᵀ + b_up)
+    x: (B, H, W, D) -> (B, H, W, D) = mlp(x) + s · (drop(ReLU(((c + γ) ⊙ h) W)) upᵀ + b_up)
     with h = LN(x) downᵀ + b_down
 
     See ``FusedAdapter`` and ``CobotAdaptFormerMlp``. Coefficients and head are folded into down at
@@ -392,12 +399,6 @@ def _numbers_problem(module: Foreign) -> str | None:
     if type(dropout) not in (int, float) or not 0.0 <= dropout < 1.0:
         return f"has a dropout of {dropout!r}"
     return None
-
-
-def _in_eval(
-    module: nn.Module, formula: Callable[[Tensor, Mapping[str, Tensor]], Tensor], x: Tensor
-) -> str | None:
-    return difference(module, formula, x, (False,))
 
 
 def _seeded(

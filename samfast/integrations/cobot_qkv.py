@@ -26,8 +26,8 @@ from samfast.integrations.cobot_relation import (
 from samfast.integrations.linears import stamp, weight_of
 from samfast.integrations.packed_qkv import FusedPackedQkv
 from samfast.integrations.plain_code import PlainCode
-from samfast.integrations.probe import shell
-from samfast.integrations.wrapper_proof import draw, drawn_linear
+from samfast.integrations.probe import deviation, difference, shell, where_it_runs
+from samfast.integrations.wrapper_proof import Run, draw, drawn_linear
 from samfast.kernels.cobot_fold.op import fold_backend
 from samfast.kernels.cobot_fold.reference import quaternion
 
@@ -126,6 +126,18 @@ class FusedRelatedQkv(FusedPackedQkv):
     @staticmethod
     def small(sizes: Any) -> Any:
         return sizes._replace(inputs=6)
+
+    @classmethod
+    def runs(cls, sizes: Any) -> list[Run]:
+        """Compare on square maps, since quaternion layers may take no others."""
+        small = cls.small(sizes)
+        formula = cls.formula(small)
+        return [
+            Run(small, formula, difference, (3, 7, 7)),
+            Run(small, formula, where_it_runs, (3, 6, 7)),
+            Run(small, formula, deviation, (2, 5, 5)),
+            Run(sizes, cls.formula(sizes), deviation, (1, 5, 5)),
+        ]
 
     @classmethod
     def stand_in(cls, kind: type[nn.Module], sizes: Any, generator: torch.Generator) -> nn.Module:

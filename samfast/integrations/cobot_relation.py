@@ -115,6 +115,8 @@ def now_problem_of(tensors: dict[str, Tensor], parts: dict[str, Foreign]) -> str
     """Say which of the tensors and parts prevents fusing now."""
     if (reason := hook_problem(parts)) is not None:
         return reason
+    if any("_is_replica" in vars(part) for part in parts.values()):
+        return "is a replica of nn.DataParallel; use DistributedDataParallel to fuse it"
     for name, tensor in tensors.items():
         if foreign_tensor(tensor):
             return f"has a weight in {name} that is a {type(tensor).__name__}"

@@ -19,7 +19,7 @@ from typing import Protocol, cast
 from torch import nn
 
 from samfast.adapters.foreign import Foreign
-from samfast.adapters.stand_in import altered, whose
+from samfast.adapters.stand_in import altered, bare_kind, whose
 from samfast.integrations.swap import swapped
 
 LIBRARIES = {  # class -> its file
@@ -64,11 +64,19 @@ def library_of(module: nn.Module) -> Library | None:
         own = base.__module__.partition(".")[0] == "samfast"
         if file is None and base.__name__ in COPIED and not own:
             copied, part = COPIED[base.__name__]
-            held = module._modules.get(part), module._parameters.get(part)
-            file = copied if any(value is not None for value in held) else None
+            file = copied if _holds(module, part) else None
         if file is not None:
             return cast(Library, importlib.import_module(f"samfast.integrations.{file}"))
     return None
+
+
+def _holds(module: nn.Module, part: str) -> bool:
+    """Say if it has such a child or parameter, also one that torch computes at each read."""
+    computed = module._modules.get("parametrizations")
+    stores: list[Mapping[str, object]] = [module._modules, module._parameters]
+    if computed is not None:
+        stores.append(computed._modules)
+    return any(store.get(part) is not None for store in stores)
 
 
 def _known(module: nn.Module) -> Library:
@@ -80,7 +88,7 @@ def _known(module: nn.Module) -> Library:
 
 def owner_of(module: nn.Module) -> str:
     """Name the owner of a layer that another library adapted."""
-    package = type(module).__module__.partition(".")[0]
+    package = bare_kind(module).__module__.partition(".")[0]
     return _known(module).OWNER or ("your program" if package == "__main__" else package)
 
 

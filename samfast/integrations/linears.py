@@ -150,6 +150,8 @@ def kind_problem(name: str, part: nn.Module | None, kind: str) -> str:
 def dropout_problem(name: str, dropout: object, idle: bool) -> str | None:
     """Say why it is not a dropout; idle: True for a function that changes nothing."""
     if type(dropout) is nn.Dropout:
+        if nn.Dropout.forward.__globals__.get("__name__") != nn.Dropout.__module__:
+            return f"has a {name} whose class has another forward than torch's"
         return f"has a dropout of {dropout.p}" if dropout.p >= 1.0 else None
     if idle:
         return None

@@ -48,8 +48,8 @@ class FusedBranchMlp(ForeignModule):
     )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run x: (..., D) -> (..., D), fused if nothing prevents it."""
-        if self.block_problem() is not None:
+        """Run x: (B, H, W, D) -> (B, H, W, D), fused if nothing prevents it."""
+        if x.dim() != 4 or self.block_problem() is not None:
             return super().forward(x)
         base = self.mlp_proj(x)
         z = self.non_linear_func(self.down_proj(x))

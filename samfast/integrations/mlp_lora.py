@@ -48,8 +48,8 @@ class FusedMlpLora(ForeignModule):
     reads: ClassVar[tuple[str, ...]] = ("mlp_layer", "activation", "lin1", "lin2", *_PAIR_NAMES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run x: (..., D) -> (..., D), fused if nothing prevents it."""
-        if self.block_problem() is not None or not takes(x, self.lin1.weight):
+        """Run x: (B, H, W, D) -> (B, H, W, D), fused if nothing prevents it."""
+        if x.dim() != 4 or self.block_problem() is not None or not takes(x, self.lin1.weight):
             return super().forward(x)
         return self.lin2(self.act(self.lin1(x)))
 

@@ -26,6 +26,7 @@ from samfast.integrations.linears import (
     takes,
     value_problem,
 )
+from samfast.integrations.plain_code import LARGEST_NUMBER, PlainCode
 from samfast.integrations.probe import Marking, deviation, difference, shell
 from samfast.integrations.read_once import read_once
 from samfast.integrations.wrapper_proof import Run, draw, own_problem, problem, stock_of
@@ -40,9 +41,10 @@ CALLS = {
     "merge": "MTSAM has no call that folds them into the weights",
     "loss": "a penalty on their factors is your program's, so leave aux_loss out",
 }
+_DROPOUT = PlainCode(nn.Dropout, frozenset(("p", "training", "inplace", "dropout")))
 _FACTORS = ("td_G", "td_U1", "td_U2", "td_U3")
-_TASKS = 3  # of small modules
 Range = tuple[int, int]
+Compare = Callable[..., str | None]
 
 
 class TuckerSizes(NamedTuple):
@@ -60,14 +62,15 @@ class TuckerSizes(NamedTuple):
 class FusedTuckerLinear(ForeignModule):
     """MTSAM's linear layer with an update for each task, by samfast's operators.
 
-    x: (..., D) -> (..., O) = x Wᵀ + b + s · ((drop(x) U1) M_t) U2ᵀ, M_t = Σ_v U3[t, v] G[:, :, v]
+    x: (B, H, W, D) -> (B, H, W, O) = x Wᵀ + b + s · ((drop(x) U1) M_t) U2ᵀ
+    with M_t = Σ_v U3[t, v] G[:, :, v]
 
-    task_idx: of the task t. With -1 x is a batch of maps in ``task_num`` equal groups, one for each
+    task_idx: of the task t. With -1 the batch is in ``task_num`` equal groups, one for each
     task in order. The update's weights, which MTSAM forms for all tasks, are never formed. Dropout
     has the same distribution, but other random numbers.
 
-    It fuses the Tucker form. In every other case MTSAM's forward runs, and ``block_problem`` says
-    why. Every tensor is read at every forward.
+    It fuses the Tucker form, on maps. In every other case MTSAM's forward runs, and
+    ``block_problem`` says why, except for x. Every tensor is read at every forward.
     """
 
     takes = "(self, x, task_idx=-1)"
@@ -78,7 +81,7 @@ class FusedTuckerLinear(ForeignModule):
     )
 
     def forward(self, x: Tensor, task_idx: int = -1) -> Tensor:
-        """Run x: (..., D) -> (..., O), fused if nothing prevents it."""
+        """Run x: (B, H, W, D) -> (B, H, W, O), fused if nothing prevents it."""
         entries = self._entries(x, task_idx)
         if entries is None or not takes(x, self.weight) or self.block_problem() is not None:
             return super().forward(x, task_idx)
@@ -91,11 +94,11 @@ class FusedTuckerLinear(ForeignModule):
         )  # fmt: skip
 
     def _entries(self, x: Tensor, task: Any) -> Tensor | None:
-        """Return the tasks of equal parts of the batch; None if MTSAM's forward may fail."""
+        """Return the tasks of equal parts of the batch; None if only MTSAM's forward is sure."""
         count = self.task_num
-        if type(task) is not int or 0 in x.shape:
+        if type(task) is not int or 0 in x.shape or x.dim() != 4:
             return None
-        if task == -1 and x.dim() == 4 and x.shape[0] % count == 0:
+        if task == -1 and x.shape[0] % count == 0:
             return torch.arange(count, device=x.device)
         if 0 <= task < count:
             return torch.full((1,), task, dtype=torch.int64, device=x.device)
@@ -135,6 +138,11 @@ class FusedTuckerLinear(ForeignModule):
         numbers = [vars(module).get(name) for name in ("scaling", "task_num", "type")]
         plain = [(type(n), n if isinstance(n, (int, float, str)) else None) for n in numbers]
         return *own, *buffers, *parts, code, chance, *plain
+
+    @classmethod
+    def codes(cls, module: Foreign) -> list[PlainCode]:
+        """Return the code of the dropout."""
+        return [_DROPOUT]
 
     @classmethod
     def structure(cls, module: Foreign) -> str | None:
@@ -191,7 +199,7 @@ class FusedTuckerLinear(ForeignModule):
     @staticmethod
     def small(sizes: TuckerSizes) -> TuckerSizes:
         parts = len(sizes.enabled or ())
-        small = {"inputs": 6, "outputs": 4 * (parts or 1), "ranks": (2, 3, 2), "tasks": _TASKS}
+        small = {"inputs": 6, "outputs": 4 * (parts or 1), "ranks": (2, 3, 2)}
         return sizes._replace(**small)  # type: ignore[arg-type]  # of two kinds
 
     @staticmethod
@@ -200,15 +208,26 @@ class FusedTuckerLinear(ForeignModule):
 
     @classmethod
     def runs(cls, sizes: TuckerSizes) -> list[Run]:
-        """Compare all tasks at once and each alone, then the last at full size."""
-        small = cls.small(sizes)
-        found = []
-        for task in (-1, *range(_TASKS)):
-            compare = functools.partial(_of_task, task=task, compare=difference)
-            found.append(Run(small, cls._formula(small, task), compare, (2 * _TASKS, 3, 7)))
-        last = sizes.tasks - 1
-        compare = functools.partial(_of_task, task=last, compare=deviation)
-        return [*found, Run(sizes, cls._formula(sizes, last), compare, (1, 5, 2))]
+        """Compare all tasks at once and tasks alone, then the last at full size.
+
+        There are as many tasks as the user has. Alone run the last two, and those whose numbers
+        the code may name; see ``LARGEST_NUMBER``.
+        """
+        small, tasks = cls.small(sizes), sizes.tasks
+
+        def run(made: TuckerSizes, task: int, compare: Compare, *shape: int) -> Run:
+            compare = functools.partial(_of_task, task=task, compare=compare)
+            return Run(made, cls._formula(made, task), compare, shape)
+
+        alone = {*range(min(tasks, LARGEST_NUMBER + 1)), max(tasks - 2, 0), tasks - 1}
+        return [
+            run(small, -1, difference, 2 * tasks, 3, 7),
+            run(small, -1, deviation, tasks, 2, 3),
+            run(small, 0, difference, 6, 3, 7),
+            run(small, tasks - 1, difference, 6, 3, 7),
+            *[run(small, task, deviation, 2, 3, 4) for task in sorted(alone)],
+            run(sizes, tasks - 1, deviation, 1, 5, 2),
+        ]
 
     @classmethod
     def stand_in(
@@ -265,7 +284,8 @@ class FusedTuckerLinear(ForeignModule):
 class FusedTuckerQkv(FusedTuckerLinear):
     """MTSAM's packed qkv layer, whose update is for some of q, k and v.
 
-    See ``FusedTuckerLinear``. U2 has rows for what is enabled.
+    See ``FusedTuckerLinear``. U2 has rows for what is enabled. Every forward compares ``ind`` on a
+    CPU; on other devices a write through ``.data`` goes unnoticed.
     """
 
     methods = ("generate_tensor", "zero_pad")
@@ -312,12 +332,12 @@ _MIXINS = {"QKVLinear": FusedTuckerQkv, "TDLinear": FusedTuckerLinear}
 
 def _mask(enabled: tuple[bool, ...], outputs: int) -> Tensor:
     """Return a mask of the outputs that have an update."""
-    return torch.tensor(enabled).repeat_interleave(outputs // len(enabled))
+    return torch.tensor(enabled, device="cpu").repeat_interleave(outputs // len(enabled))
 
 
 def _values(mask: Tensor) -> bytes:
     """Return a mask as bytes, which are quick to compare."""
-    return bytes(mask.detach().cpu().to(torch.uint8).flatten().tolist()) + str(mask.dtype).encode()
+    return mask.detach().cpu().to(torch.uint8).numpy().tobytes() + str(mask.dtype).encode()
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -373,5 +393,5 @@ def kind_of(module: nn.Module) -> str:
 def parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the factors."""
     for name, parameter in module.named_parameters():
-        if name.startswith("td_"):
+        if name.removeprefix("parametrizations.").startswith("td_"):
             yield name, parameter

@@ -27,6 +27,7 @@ _BUILTINS = frozenset(
     "Exception NotImplementedError RuntimeError ValueError".split()
 )
 _WRITES = ("STORE_SUBSCR", "STORE_SLICE")
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 _MODULES = ("torch", "torch.nn", "torch.nn.functional", "math")
 _NUMBERS = (bool, int, float, str, type(None))
 _ABSENT = object()
@@ -40,7 +41,8 @@ class PlainCode:
     names: attributes of the class's modules and their parts that it may read
     writes: True if it may write to a part of a tensor, ``t[...] = u``; a run with gradients shows
         if the tensor is its input
-    stores: attributes of its module that it may set   methods: of its class that it may call
+    stores: attributes that it may set, and read after it has set them in any case
+    methods: of its class that it may call
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class PlainCode:
         modules: list[ModuleType] = []
         for inner in _codes(code):
             self._instructions(function, inner, modules, found)
+            self._order(inner)
 
     def _instructions(
         self, function: FunctionType, code: CodeType, modules: list[ModuleType], found: list[Any]
@@ -150,9 +153,26 @@ class PlainCode:
         """Return what hasattr may ask for: any text in the code except docstrings."""
         for text in code.co_consts:
             if isinstance(text, str) and text != function.__doc__:
-                if text not in self.names:
+                if text not in self.names or text in self.stores:
                     raise self._uses(f"hasattr, and {text!r}")
                 self.attributes.add(text)
+
+    def _order(self, code: CodeType) -> None:
+        """Refuse to read one of ``stores`` that an earlier forward may have left behind."""
+        surely: set[str] = set()
+        passed = 0  # the furthest that an instruction so far may jump
+        guarded = bool(getattr(code, "co_exceptiontable", b""))
+        for step in dis.get_instructions(code) if self.stores else ():
+            if step.opcode in _JUMPS:
+                passed = max(passed, step.argval)
+            if step.argval not in self.stores:
+                continue
+            if step.opname == "STORE_ATTR":
+                if guarded or step.offset < passed:
+                    raise self._uses(f"{step.argval}, which it does not set at each call")
+                surely.add(step.argval)
+            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval not in surely:
+                raise self._uses(f"{step.argval} before it is set")
 
     def _attribute(self, name: str, modules: list[ModuleType], found: list[Any]) -> None:
         if name in self.methods:
@@ -161,8 +181,13 @@ class PlainCode:
         if name not in TENSORS and name not in self.names:
             raise self._uses(name)
         self.attributes.add(name)
-        for module in modules:
+        for module in tuple(modules):
             value = self._look_up(vars(module), name)
+            if isinstance(value, ModuleType):
+                if value.__name__.partition(".")[0] != "torch":
+                    raise self._uses(f"{module.__name__}.{name}, which was replaced")
+                if value.__name__ in _MODULES and value not in modules:
+                    modules.append(value)  # nn.functional, of which the code takes a function
             if isinstance(value, FunctionType) and not _of_torch(value):
                 raise self._uses(f"{module.__name__}.{name}, which was replaced")
             found.append(_Same(value))

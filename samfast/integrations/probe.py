@@ -93,6 +93,21 @@ def deviation(
     return f"its forward gives another output ({100 * off:.2g} % off) at this size, under no_grad"
 
 
+def where_it_runs(
+    module: nn.Module,
+    formula: Callable[[Tensor, Tensors], Tensor],
+    x: Tensor,
+    modes: tuple[bool, ...] = (True, False),
+) -> str | None:
+    """Do as ``difference``, except that a forward may refuse an x of this shape."""
+    try:
+        with torch.no_grad():
+            module(x)
+    except Exception:  # the user's code may raise anything
+        return None
+    return difference(module, formula, x, modes)
+
+
 def _difference(
     module: nn.Module, x: Tensor, dy: Tensor, exact: Tensors, others: bool
 ) -> str | None:

@@ -38,8 +38,13 @@ def derived(stock: type[nn.Module], mixin: type) -> type[nn.Module]:
 
 
 def swap(module: nn.Module, mixin: type) -> None:
-    """Give a module the derived class; its forward is then the mixin's."""
+    """Give a module the derived class; its forward is then the mixin's.
+
+    What an earlier forward of the owner's left behind is dropped: nothing would renew it.
+    """
     module.__class__ = derived(type(module), mixin)
+    for name in getattr(mixin, "stores", ()):
+        vars(module).pop(name, None)
 
 
 def swapped(module: nn.Module) -> Swapped | None:

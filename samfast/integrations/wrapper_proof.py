@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from samfast.adapters.foreign import Foreign, cache
+from samfast.adapters.stand_in import bare_kind
 from samfast.integrations.plain_code import PlainCode
 from samfast.integrations.probe import apart, deviation, difference
 from samfast.integrations.swap import swapped
@@ -126,7 +127,7 @@ own_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torc
 def stock_of(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module has, or had before the swap."""
     made_of = swapped(module)
-    return type(module) if made_of is None else made_of.stock
+    return bare_kind(module) if made_of is None else made_of.stock
 
 
 @cache
@@ -147,7 +148,7 @@ def _signature_problem(kind: type[nn.Module], mixin: type[Wrapper]) -> str | Non
 
 
 def _probed(kind: type[nn.Module], mixin: type[Wrapper], sizes: Any) -> str | None:
-    """Run a small module in both modes with all gradients, then one of full size, on maps."""
+    """Run small modules in both modes with all gradients, then one of full size, on maps."""
     generator = torch.Generator("cpu").manual_seed(0)
     for run in getattr(mixin, "runs", functools.partial(_runs, mixin))(sizes):
         tested = mixin.stand_in(kind, run.sizes, generator)
@@ -162,6 +163,7 @@ def _runs(mixin: type[Wrapper], sizes: Any) -> list[Run]:
     small = mixin.small(sizes)
     return [
         Run(small, mixin.formula(small), difference, (3, 6, 7)),
+        Run(small, mixin.formula(small), deviation, (2, 3, 4)),
         Run(sizes, mixin.formula(sizes), deviation, (1, 5, 2)),
     ]
 

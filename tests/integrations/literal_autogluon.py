@@ -99,12 +99,12 @@ class MoEGate(nn.Module):
         self.register_buffer("mean", torch.tensor([0.0]))
         self.register_buffer("std", torch.tensor([1.0]))
 
-    def forward(self, h):
+    def forward(self, h, least=0.01):
         pooled = self.gap(h).flatten(1)
         clean = logits = pooled @ self.w_gate
         noisy = self.training and self.noisy_gating
         if noisy:
-            spread = self.softplus(pooled @ self.w_noise) + 0.01
+            spread = self.softplus(pooled @ self.w_noise) + least
             logits = clean + torch.randn_like(clean) * spread
         top, index = logits.topk(min(self.k + 1, self.M), dim=1)
         zeros = torch.zeros_like(logits, requires_grad=True).float()
@@ -115,15 +115,14 @@ class MoEGate(nn.Module):
             bar = torch.where(inside, top[:, self.k :], top[:, self.k - 1 : self.k])
             standard = torch.distributions.Normal(self.mean, self.std)
             load = standard.cdf((clean - bar) / spread).sum(0)
-        return gates, 0.01 * (variation(gates.sum(0)) + variation(load))
+        return gates, 0.01 * (self.cv_squared(gates.sum(0)) + self.cv_squared(load))
 
-
-def variation(v):
-    """Squared coefficient of variation."""
-    v = v.float()
-    if len(v) == 1:
-        return 0 * v
-    return v.var() / (v.mean() ** 2 + 1e-10)
+    def cv_squared(self, v):
+        """Squared coefficient of variation."""
+        v = v.float()
+        if len(v) == 1:
+            return 0 * v
+        return v.var() / (v.mean() ** 2 + 1e-10)
 
 
 class SparseDispatcher:

@@ -2,7 +2,7 @@
 """Twins of SAM-COBOT's layers, written from their formulas; names of classes and parts are theirs.
 
 Heads come in three kinds: a layer of torch's functions, one of a function of autograd with a
-backward of its own, as quaternion libraries have it, and one that is neither.
+backward of its own, as quaternion libraries have it, and one of that which takes square maps only.
 """
 
 import torch
@@ -67,6 +67,18 @@ def of_a_function():
 
 
 WithFunction = of_a_function()
+
+
+class OnSquares(QuaternionLinear):
+    """Takes square maps, sequences and rows only, as SAM-COBOT's own does."""
+
+    def forward(self, x):
+        lead = x.shape[:-1]
+        if x.dim() == 4:
+            batch, _, side, width = x.shape
+            x = x.reshape(batch * side * side, width)
+        y = Hamilton.apply(x, self.r_weight, self.i_weight, self.j_weight, self.k_weight)
+        return y.reshape(*lead, y.shape[-1])
 
 
 class _LoRA_qkv_relation_add(nn.Module):

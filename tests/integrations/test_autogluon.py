@@ -4,15 +4,18 @@
 import copy
 import functools
 import pickle
+import types
 
 import pytest
 import torch
 from autogluon_layers import MODULE, REAL, TWIN, downloaded, exact, layer, loaded, maps, rows, run
 from budgets import all_within_budget
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import samfast
+from samfast.integrations import autogluon_proof
 
 STATE = "fused: autogluon's ConvLoRALinear"
 
@@ -314,7 +317,7 @@ def test_left_alone(twin, make):
 
 
 OTHER_VERSIONS = {  # what stands in the twin's file: in its place, and what the run finds
-    "0.01 * (variation": ("0.02 * (variation", "another output"),
+    "0.01 * (self.cv": ("0.02 * (self.cv", "another output"),
     "z = h + parts": ("z = parts", "another output"),
     "chosen = gates.argmax(1)": ("chosen = gates.argmin(1)", "another output"),
     "* spread\n": ("* spread.detach()\n", "another gradient of x"),
@@ -350,7 +353,12 @@ def scaled_noise(module):
     return "has std=[3.0], not [1.0]"
 
 
-@pytest.mark.parametrize("change", [doubled, scaled_noise])
+def scaled_noise_as_data(module):
+    module.lora_moe_gating.std.data.mul_(3)
+    return "has std=[3.0], not [1.0]"
+
+
+@pytest.mark.parametrize("change", [doubled, scaled_noise, scaled_noise_as_data])
 def test_what_is_changed_after_fuse_runs_the_owners_forward(twin, change):
     stock = layer(twin)
     fused = pair(stock)
@@ -359,6 +367,86 @@ def test_what_is_changed_after_fuse_runs_the_owners_forward(twin, change):
         reason = change(module)
     assert samfast.report(fused).others[""] == f"not fused: autogluon's ConvLoRALinear {reason}"
     same_bits(run(fused, maps()), run(stock, maps()))
+
+
+def of_a_method_of_the_gate(twin, fused, monkeypatch):
+    monkeypatch.setattr(twin.MoEGate, "cv_squared", lambda self, v: 5 * v.sum())
+    return _ANOTHER.format("MoEGate.cv_squared")
+
+
+def of_a_method_of_this_gate(twin, fused, monkeypatch):
+    fused.lora_moe_gating.cv_squared = lambda v: 5 * v.sum()
+    return _ANOTHER.format("lora_moe_gating.cv_squared")
+
+
+def of_the_class_of_the_gate(twin, fused, monkeypatch):
+    class Gate(twin.MoEGate):
+        def cv_squared(self, v):
+            return 5 * v.sum()
+
+    fused.lora_moe_gating.__class__ = Gate
+    return _ANOTHER.format("Gate")
+
+
+def of_the_class_that_sorts(twin, fused, monkeypatch):
+    class Sorts(twin.SparseDispatcher):
+        def gathered(self, parts):
+            return 2 * super().gathered(parts)
+
+    monkeypatch.setattr(twin, "SparseDispatcher", Sorts)
+    return _ANOTHER.format("SparseDispatcher")
+
+
+def of_torchs_functions(twin, fused, monkeypatch):
+    parts = types.SimpleNamespace(**vars(twin.F))
+    parts.linear = lambda *args: 2 * F.linear(*args)
+    monkeypatch.setattr(twin, "F", parts)
+    return _ANOTHER.format("F")
+
+
+def of_an_activation(twin, fused, monkeypatch):
+    monkeypatch.setattr(nn.GELU, "forward", lambda self, x: 2 * x)
+    return _ANOTHER.format("GELU.forward")
+
+
+def of_a_default(twin, fused, monkeypatch):
+    monkeypatch.setattr(twin.MoEGate.forward, "__defaults__", (0.5,))
+    return "is not what its name says: its forward gives another output"
+
+
+def test_code_is_read_once(twin, monkeypatch):
+    """While nothing was replaced."""
+    fused = pair(layer(twin))
+    monkeypatch.setattr(autogluon_proof, "CodeWatch", lambda *_: pytest.fail("read again"))
+    fused(maps())
+
+
+_ANOTHER = "has another {} than AutoGluon's; undo that to fuse it"
+REPLACED = (
+    of_a_method_of_the_gate,
+    of_a_method_of_this_gate,
+    of_the_class_of_the_gate,
+    of_the_class_that_sorts,
+    of_torchs_functions,
+    of_an_activation,
+    of_a_default,
+)
+
+
+@pytest.mark.parametrize("change", REPLACED, ids=lambda change: change.__name__)
+def test_helpers_that_are_replaced(twin, monkeypatch, change):
+    """After fuse the owner's forward runs; and what is built then is left alone."""
+    fused, fresh = pair(layer(twin)), layer(twin)
+    reason = change(twin, fused, monkeypatch)
+    state = samfast.report(fused).others[""]
+    assert state.startswith(f"not fused: autogluon's ConvLoRALinear {reason}")
+    stock = samfast.unfuse(copy.deepcopy(fused))
+    same_bits(run(fused, maps()), run(stock, maps()))
+    if change not in (of_a_method_of_this_gate, of_the_class_of_the_gate):
+        assert samfast.report(fresh).others[""].endswith(("was replaced", "in train mode"))
+    monkeypatch.undo()
+    if change in (of_the_class_that_sorts, of_a_default):
+        assert samfast.report(fused).others == {"": STATE}
 
 
 def test_other_dtypes_run_the_owners_forward(classes):

@@ -72,6 +72,17 @@ def test_every_gradient(kind, head):
     as_exact_as(fused, stock, maps())
 
 
+@pytest.mark.parametrize("kind", ["lora", "related"])
+def test_a_head_that_takes_square_maps_only(kind):
+    """SAM-COBOT's own unpacks its input as (batch, side, side, features)."""
+    stock = layer_of(MODELS[kind](cobot.OnSquares).eval(), kind)
+    fused = fused_of(stock)
+    assert {*samfast.report(fused).others.values()} == {f"fused: literal_cobot's {KINDS[kind]}"}
+    with pytest.raises(RuntimeError, match="shape"), torch.no_grad():
+        stock(maps())
+    as_exact_as(fused, stock, maps()[:, :, :5])
+
+
 @pytest.mark.parametrize("scale", ["1.0", "0.5", "learnable_scalar"])
 def test_every_gradient_of_an_adapter(scale):
     stock = adapters(adapter_scalar=scale).eval()
@@ -135,6 +146,14 @@ def test_what_the_owner_leaves_behind_is_not():
     copy.deepcopy(fused)
 
 
+def test_what_the_owner_left_behind_is_dropped():
+    stock = lora()
+    stock(maps())
+    fused = samfast.fuse(stock)
+    assert not hasattr(fused.blocks[0].attn.qkv, "CP")
+    copy.deepcopy(fused)
+
+
 def hooked_mlp(mlp):
     mlp.register_forward_hook(lambda module, args, y: 2 * y)
     return "mlp has hooks or a forward of its own on mlp"
@@ -170,8 +189,64 @@ def test_other_arguments_run_the_owners_forward():
     for given in ({"residual": 2 * x}, {"add_residual": False}):
         assert torch.equal(fused(x, **given), stock(x, **given))
     rows = maps().flatten(1, 2)
-    layer = lora().blocks[0].attn.qkv
-    assert torch.equal(fused_of(layer)(rows), layer(rows))
+    for layer in (stock, related(dropout=0.0).blocks[0].mlp, lora().blocks[0].attn.qkv):
+        layer.__class__ = named(type(layer), twice_on_rows(type(layer).forward))
+        assert torch.equal(fused_of(layer)(rows), layer(rows))
+
+
+class Narrow(nn.Module):
+    """An MLP whose result has another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin1, self.lin2, self.act = nn.Linear(WIDTH, 8), nn.Linear(8, 1), nn.GELU()
+
+    def forward(self, x):
+        return self.lin2(self.act(self.lin1(x)))
+
+
+def test_an_mlp_of_another_shape_runs_the_owners_forward_as_it_was_called():
+    stock = adapters(dropout=0.0).blocks[0].mlp
+    forward = cobot.Adapter.forward
+
+    def of_another_residual(self, x, add_residual=True, residual=None):
+        return forward(self, x) if residual is None else 2 * forward(self, x)
+
+    stock.__class__, stock.mlp = named(type(stock), of_another_residual), Narrow()
+    fused = fused_of(stock)
+    assert fused.block_problem() is None
+    assert torch.equal(fused(maps()), stock(maps()))
+
+
+def twice_on_rows(forward):
+    """No run shows what a forward does with x that is not a map."""
+
+    def alone(self, x):
+        return forward(self, x) * (2 if x.dim() == 3 else 1)
+
+    def with_more(self, x, add_residual=True, residual=None):
+        return forward(self, x) * (2 if x.dim() == 3 else 1)
+
+    return alone if "residual" not in forward.__code__.co_varnames else with_more
+
+
+def replica(module):
+    """As DataParallel makes it: parameters are plain tensors, with a graph to the module's."""
+    made = {part: part._replicate_for_data_parallel() for part in module.modules()}
+    for part, copied in made.items():
+        for name, child in part._modules.items():
+            setattr(copied, name, made[child])
+        for name, parameter in part._parameters.items():
+            setattr(copied, name, parameter * 1.0)
+    return made[module]
+
+
+@pytest.mark.parametrize("scale", ["0.5", "learnable_scalar"])
+def test_a_replica_runs_the_owners_forward(scale):
+    stock = adapters(dropout=0.0, adapter_scalar=scale).blocks[0].mlp
+    fused = replica(fused_of(stock))
+    assert fused.block_problem().startswith("is a replica of nn.DataParallel")
+    assert torch.equal(fused(maps()), stock(maps()))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -246,6 +321,33 @@ def of_x_itself(self, x, add_residual=True, residual=None):
     return y * self.scale + self.mlp(x) + x
 
 
+def asked_for(self, x, add_residual=True, residual=None):
+    if not hasattr(self, "CP"):
+        self.CP = (self.FacT_c @ self.FacT_p)[..., self.idx]
+    return of_cp(self, x)
+
+
+def set_in_training(self, x, add_residual=True, residual=None):
+    if self.training:
+        self.CP = (self.FacT_c @ self.FacT_p)[..., self.idx]
+    z = self.FacT_d1(self.down_proj(self.adapter_layer_norm_before(x)) * (self.CP + self.gamma))
+    z = nn.functional.dropout(self.non_linear_func(z), p=self.dropout, training=self.training)
+    return self.up_proj(z) * self.scale + self.mlp(x)
+
+
+def read_first(self, x, add_residual=True, residual=None):
+    y = of_cp(self, x)
+    self.CP = (self.FacT_c @ self.FacT_p)[..., self.idx]
+    return y
+
+
+def of_cp(self, x):
+    h = self.down_proj(self.adapter_layer_norm_before(x))
+    z = self.non_linear_func(self.FacT_d1(h * (self.CP + self.gamma)))
+    z = nn.functional.dropout(z, p=self.dropout, training=self.training)
+    return self.up_proj(z) * self.scale + self.mlp(x)
+
+
 def of_one_argument(self, x):
     return self.mlp(x)
 
@@ -258,6 +360,9 @@ FORWARDS = {
     by_a_switch: ("lora", f"{_CODE}_LoRA_qkv_relation_add uses relation"),
     dropped_late: ("adapter", _RUN),
     of_x_itself: ("adapter", _RUN),
+    asked_for: ("related", f"{_CODE}Adapter_relation uses hasattr, and 'CP'"),
+    set_in_training: ("related", f"{_CODE}Adapter_relation uses CP, which it does not set at each"),
+    read_first: ("related", f"{_CODE}Adapter_relation uses CP before it is set"),
     of_one_argument: (
         "adapter",
         "has a forward that takes (self, x), not (self, x, add_residual=True, residual=None)",
@@ -281,7 +386,7 @@ def test_forwards_of_other_programs(forward):
     stock = MODELS[kind]().eval()
     layer = layer_of(stock, kind)
     layer.__class__ = named(getattr(cobot, KINDS[kind]), forward)
-    layer.relation = True
+    layer.relation, layer.CP = True, torch.ones(1, 16)
     assert left_alone(stock, kind).startswith(reason)
 
 
@@ -451,6 +556,15 @@ def test_a_patched_head_runs_as_it_is_patched(monkeypatch):
     as_exact_as(fused, stock, maps())
     state = samfast.report(fused).others["blocks.0.mlp"]
     assert state.startswith("not fused: literal_cobot's Adapter_relation is not what its name says")
+
+
+def test_a_patched_dropout_runs_as_it_is_patched(monkeypatch):
+    """Which the owner calls as nn.functional.dropout."""
+    stock = adapters(dropout=0.5).blocks[0].mlp
+    fused = fused_of(stock)
+    monkeypatch.setattr(nn.functional, "dropout", lambda z, p, training: 5 * z)
+    assert fused.block_problem().endswith("torch.nn.functional.dropout, which was replaced")
+    assert torch.equal(fused(maps()), stock(maps()))
 
 
 def test_calls_of_the_owner_are_named(tmp_path):

@@ -11,11 +11,15 @@ import pytest
 import torch
 from black_box import Subject
 from budgets import all_within_budget
+from literal_mtsam import spread
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import samfast
 
 WIDTH, TASKS = 32, 3
+generated = mtsam.TDLinear.generate_tensor
 CONFIG = {"R1": 5, "R2": 4, "R3": 2, "task_num": TASKS, "scaling": 0.5, "dropout_rate": 0.0}
 QUICK = ("qv-autocast", "qv-checkpointing", "all-error_budget", "linear-autocast")
 
@@ -107,11 +111,24 @@ def test_every_gradient(kind, task):
     assert {*samfast.report(fused).backends} == {"lora_linear", "task_core"}
 
 
-def test_one_task_takes_any_shape():
+def test_one_task_takes_any_batch():
     stock = qv()
-    fused = fused_of(stock)
-    for x in (maps().flatten(1, 2), maps()[0, 0], maps()[:1]):
-        as_exact_as(fused, stock, x, 1)
+    as_exact_as(fused_of(stock), stock, maps()[:1], 1)
+
+
+def twice_on_rows(self, x, task_idx=-1):
+    y = F.linear(x, self.weight, bias=self.bias)
+    y = y + spread(self, x, self.generate_tensor(), task_idx)
+    return 2 * y if x.dim() == 3 else y
+
+
+def test_what_is_not_a_map_runs_the_owners_forward():
+    """No run shows what it does there."""
+    stock = linear(named(mtsam.TDLinear, forward=twice_on_rows))
+    fused = samfast.fuse(copy.deepcopy(stock))
+    for x in (maps().flatten(1, 2), maps()[0, 0]):
+        same_bits(run(fused, x, 1), run(stock, x, 1))
+    as_exact_as(fused, stock, maps(), 1)
 
 
 def test_groups_are_in_the_order_of_the_tasks():
@@ -198,6 +215,35 @@ def test_other_tasks_and_shapes_run_the_owners_forward():
                 module(*given)
 
 
+def of_a_later_task(self):
+    tensor = generated(self)
+    return torch.cat([tensor[:3], 2 * tensor[3:4], tensor[4:]])
+
+
+def of_two_maps(self, x, task_idx=-1):
+    update = spread(self, x, self.generate_tensor(), task_idx)
+    if x.shape[0] == 2:
+        update = 2 * update
+    return F.linear(x, self.weight, bias=self.bias) + update
+
+
+@pytest.mark.parametrize("method", [of_a_later_task, of_two_maps], ids=lambda m: m.__name__)
+def test_what_only_some_tasks_or_batches_show(method):
+    """Runs have the user's own count of tasks."""
+    name = "generate_tensor" if method is of_a_later_task else "forward"
+    stock = linear(named(mtsam.TDLinear, **{name: method}), task_num=9)
+    fused = samfast.fuse(nn.ModuleList([copy.deepcopy(stock), linear()]))[0]
+    assert type(fused) is type(stock)
+    assert _RUN in samfast.report(fused).others[""]
+
+
+def test_many_tasks():
+    stock = qkv(True, False, True, task_num=9)
+    fused, x = fused_of(stock), maps(6)
+    for task in (-1, 6, 8):
+        as_exact_as(fused, stock, x, task)
+
+
 def named(base, **names):
     """A class of the name with other methods."""
     return type(base.__name__, (base,), {"__module__": __name__, **names})
@@ -278,6 +324,17 @@ def of_a_mask_written_to(layer):
     return "has an ind that is not what enable_qkv says"
 
 
+def of_a_mask_written_to_as_data(layer):
+    layer.ind.data[:WIDTH], layer.ind.data[WIDTH : 2 * WIDTH] = False, True
+    return "has an ind that is not what enable_qkv says"
+
+
+def of_a_mask_written_to_by_numpy(layer):
+    mask = layer.ind.numpy()
+    mask[:WIDTH], mask[WIDTH : 2 * WIDTH] = False, True
+    return "has an ind that is not what enable_qkv says"
+
+
 def of_another_count(layer):
     layer.task_num = 2
     return "has task_num=2, not 3"
@@ -309,6 +366,8 @@ def of_a_tensor(layer):
 CHANGES = (
     of_another_mask,
     of_a_mask_written_to,
+    of_a_mask_written_to_as_data,
+    of_a_mask_written_to_by_numpy,
     of_another_count,
     with_a_child,
     with_a_function,
@@ -323,6 +382,35 @@ def test_builds_of_other_programs(change):
     reason = change(stock)
     found, fused = left_alone(stock)
     assert found == reason
+    same_bits(run(fused, maps(), 1), run(stock, maps(), 1))
+
+
+class Halved(nn.Module):
+    def forward(self, core):
+        return core / 2
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_parametrized_core_is_left_alone(kind):
+    """Whose class is torch's, derived from the owner's."""
+    stock = LAYERS[kind]()
+    parametrize.register_parametrization(stock, "td_G", Halved())
+    fused = samfast.fuse(nn.ModuleList([copy.deepcopy(stock), linear()]))
+    owner = "QKVLinear" if kind != "linear" else "TDLinear"
+    reason = "which has a child parametrizations, which would be left out"
+    state = samfast.report(fused).others["0"]
+    assert state == f"not fused: literal_mtsam's {owner}, {reason}"
+    counts = (samfast.report(layer).adapter_parameters for layer in (fused[0], LAYERS[kind]()))
+    assert len({*counts}) == 1
+    same_bits(run(fused[0], maps(), 1), run(stock, maps(), 1))
+
+
+def test_a_core_that_is_parametrized_after_fuse():
+    stock = qv()
+    fused = fused_of(stock)
+    for module in (stock, fused):
+        parametrize.register_parametrization(module, "td_G", Halved())
+    assert samfast.report(fused).others[""].startswith("not fused: literal_mtsam's QKVLinear has a")
     same_bits(run(fused, maps(), 1), run(stock, maps(), 1))
 
 
@@ -349,6 +437,23 @@ def test_a_patched_method_runs_as_it_is_patched(monkeypatch):
     monkeypatch.setattr(mtsam.TDLinear, "generate_tensor", lambda self: 2 * before(self))
     assert torch.equal(fused(maps()), stock(maps()))
     assert samfast.report(fused).others[""].startswith("not fused: literal_mtsam's TDLinear ")
+
+
+@pytest.mark.parametrize("name", ["forward", "__call__"])
+def test_a_patched_dropout_runs_as_it_is_patched(monkeypatch, name):
+    stock = linear(dropout_rate=0.5)
+    fused = fused_of(stock)
+    monkeypatch.setattr(nn.Dropout, name, lambda self, x: 5 * x)
+    reason = "another forward than torch's" if name == "forward" else "Dropout has a __call__"
+    assert reason in samfast.report(fused).others[""]
+    assert torch.equal(fused(maps()), stock(maps()))
+
+
+def test_fuse_under_another_default_device():
+    stock = qv()
+    with torch.device("meta"):
+        fused = samfast.fuse(copy.deepcopy(stock))
+    as_exact_as(fused, stock, maps())
 
 
 def test_a_class_of_that_name_without_a_core_is_nothing_to_samfast():
