@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models of segment_anything's blocks under SAM-COBOT's layers."""
 
-import literal_cobot as cobot
+import cobot_twins as cobot
 import torch
 from literal_wrappers import linear
 from peft_models import DEPTH, trunk

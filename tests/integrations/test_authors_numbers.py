@@ -7,7 +7,7 @@
 from functools import partial
 from pathlib import Path
 
-import literal_cobot as cobot
+import cobot_twins as cobot
 import literal_mtsam as mtsam
 import pytest
 import safetensors

@@ -5,13 +5,13 @@ import copy
 import pickle
 
 import black_box
-import literal_cobot as cobot
+import cobot_twins as cobot
 import pytest
 import torch
 from black_box import Subject
 from budgets import all_within_budget
 from cobot_models import KINDS, MODELS, WIDTH, adapters, layer_of, lora, related
-from literal_cobot import hamilton
+from cobot_twins import hamilton
 from peft_models import DEPTH, block_calls, maps, run, trunk
 from torch import nn
 from wrapped_models import as_exact_as
