@@ -66,7 +66,7 @@ def test_every_gradient(kind, head):
     fused = fused_of(stock)
     assert block_calls(fused, maps()) == DEPTH
     assert [*fused.state_dict()] == [*stock.state_dict()]
-    assert {*samfast.report(fused).others.values()} == {f"fused: cobot_twins's {KINDS[kind]}"}
+    assert {*samfast.report(fused).others.values()} == {f"fused: cobot_twins' {KINDS[kind]}"}
     first, last = (layer_of(fused, kind, block) for block in (0, -1))
     assert first.FacT_c is last.FacT_c and first.FacT_p is last.FacT_p
     as_exact_as(fused, stock, maps())
@@ -77,7 +77,7 @@ def test_a_head_that_takes_square_maps_only(kind):
     """SAM-COBOT's own unpacks its input as (batch, side, side, features)."""
     stock = layer_of(MODELS[kind](cobot.OnSquares).eval(), kind)
     fused = fused_of(stock)
-    assert {*samfast.report(fused).others.values()} == {f"fused: cobot_twins's {KINDS[kind]}"}
+    assert {*samfast.report(fused).others.values()} == {f"fused: cobot_twins' {KINDS[kind]}"}
     with pytest.raises(RuntimeError, match="shape"), torch.no_grad():
         stock(maps())
     as_exact_as(fused, stock, maps()[:, :, :5])
@@ -178,7 +178,7 @@ def test_another_mlp_inside_runs_in_parts(change):
     fused = fused_of(stock)
     found = samfast.report(fused)
     assert found.blocks["blocks.0"] == f"fused in parts: {reason}"
-    assert {*found.others.values()} == {"fused: cobot_twins's Adapter"}
+    assert {*found.others.values()} == {"fused: cobot_twins' Adapter"}
     assert block_calls(fused, maps()) == DEPTH - 1
     as_exact_as(fused, stock, maps())
 
@@ -540,7 +540,7 @@ def test_what_is_changed_after_fuse_runs_the_owners_forward(kind, change):
         reason = change(layer_of(model, kind))
     name = "blocks.0.attn.qkv" if kind == "lora" else "blocks.0.mlp"
     state = samfast.report(fused).others[name]
-    assert state == f"not fused: cobot_twins's {KINDS[kind]} {reason}"
+    assert state == f"not fused: cobot_twins' {KINDS[kind]} {reason}"
     if change is another_dtype:
         for model in (stock, fused):
             with pytest.raises(RuntimeError, match="dtype"):
@@ -555,7 +555,7 @@ def test_a_patched_head_runs_as_it_is_patched(monkeypatch):
     monkeypatch.setattr(cobot.QuaternionLinear, "forward", lambda self, x: 2 * forward(self, x))
     as_exact_as(fused, stock, maps())
     state = samfast.report(fused).others["blocks.0.mlp"]
-    assert state.startswith("not fused: cobot_twins's Adapter_relation is not what its name says")
+    assert state.startswith("not fused: cobot_twins' Adapter_relation is not what its name says")
 
 
 def test_a_patched_dropout_runs_as_it_is_patched(monkeypatch):
@@ -569,14 +569,14 @@ def test_a_patched_dropout_runs_as_it_is_patched(monkeypatch):
 
 def test_calls_of_the_owner_are_named(tmp_path):
     model = samfast.fuse(related())
-    owners = "the adapters of this Trunk are cobot_twins's; "
+    owners = "the adapters of this Trunk are cobot_twins'; "
     with pytest.raises(ValueError, match=owners + r"save model.state_dict\(\), as SAM-COBOT's"):
         samfast.save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match=owners + "SAM-COBOT has no call that folds them"):
         samfast.merge(model)
     with pytest.raises(ValueError, match=owners + "they add nothing to the loss"):
         samfast.aux_loss(model)
-    with pytest.raises(ValueError, match="already has an adapter, cobot_twins's Adapter_relation"):
+    with pytest.raises(ValueError, match="already has an adapter, cobot_twins' Adapter_relation"):
         samfast.attach(model, samfast.Lora(), train=())
     found = samfast.report(model)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
