@@ -84,7 +84,7 @@ def _check_states(settings: FinetuneSettings) -> None:
 
 
 def _check_numbers(settings: FinetuneSettings) -> None:
-    """Raise ValueError for numbers whose limits are no whole numbers, or depend on the model."""
+    """Raise ValueError for numbers whose limits are not whole numbers, or depend on the model."""
     side = model_side(settings)
     if settings.box_jitter is not None and settings.box_jitter > side:
         raise ValueError(
