@@ -21,6 +21,7 @@ import os
 from pathlib import Path
 
 from benchmarks.sass import Loop, together
+from samfast.kernels.sam_block.costs import NARROW
 
 FILE = Path(__file__).with_name("machine_code.json")
 ARCH = 90
@@ -54,7 +55,9 @@ class Code:
 
     @property
     def tile(self) -> tuple[int, int]:
-        return self["BLOCK_M"], self["BLOCK_N"] * dict(self.constants).get("CHUNKS", 1)
+        constants = dict(self.constants)
+        several = constants.get("CHUNKS", 1) * constants.get("LINES", 1)
+        return self["BLOCK_M"], self["BLOCK_N"] * several
 
     @property
     def shared_by(self) -> float:
@@ -143,8 +146,10 @@ def _of_rows_kept(stage, constants):
         usual = usual and constants["UP"] == ranks
     if not usual:
         return None
-    name = stage.replace("_row", "")
-    return f"{'add_' if constants.get('ADD') else ''}{name} {'adapter' if ranks else 'frozen'}"
+    name, kind = stage.replace("_row", ""), "adapter" if ranks else "frozen"
+    if constants["BLOCK_N"] < constants.get("CHUNKS", 1) * constants["BLOCK_N"] <= NARROW:
+        kind = f"narrow {kind}"
+    return f"{'add_' if constants.get('ADD') else ''}{name} {kind}"
 
 
 def _as_counted(constants, adapter: bool) -> bool:
@@ -170,7 +175,7 @@ def faults(code: Code | None, version: str) -> tuple[str, ...]:
 
 def _twice(code):
     """One for each element; the forward has one more for each of a thread's rows."""
-    most = code["BLOCK_M"] * code["BLOCK_N"] // (WARP * code.warps)
+    most = math.prod(code.tile) // (WARP * code.warps)
     if code.name.startswith("forward"):
         most += 2 * max(1, code["BLOCK_M"] // (ROWS * code.warps // WARPGROUP))
     if code.loop.exponentials > most:
@@ -184,8 +189,11 @@ def _twice(code):
 def needed_products(code: Code) -> dict[str, int]:
     """The WGMMA of a warp for one tile where warpgroups share its rows and none is made twice."""
     stage = code.name.split()[0]
-    rows, columns = code.tile if stage != "dkv" else code.tile[::-1]
+    rows, columns = code["BLOCK_M"], code["BLOCK_N"]
+    if stage == "dkv":
+        rows, columns = columns, rows
     turns = max(1, rows // (ROWS * code.warps // WARPGROUP))
+    turns *= math.prod(code.tile) // (rows * columns)
     head = (code["HEAD_A"] + code["HEAD_B"]) // DEPTH
     hot = 2 * code["REL"] // DEPTH if code["ONE_HOT"] else 0  # rel_h and rel_w
     found = collections.Counter()
@@ -270,7 +278,7 @@ def _integer(code, row, version):
 
 def _as_code(code, row):
     tile = dict(zip(("BLOCK_M", "BLOCK_N"), row["tile"], strict=True))
-    constants = dict(code.constants) | tile | {"CHUNKS": 1}
+    constants = dict(code.constants) | tile | {"CHUNKS": 1, "LINES": 1}
     return Code(
         code.name,
         row["warps"],

@@ -35,9 +35,9 @@ GEMM, ATTENTION, ROWS, ADAPTERS = PARTS = ("GEMM", "attention", "norm/GELU/sum",
 _SCHEDULERS, _WARPGROUP = 4, 4  # of a multiprocessor; warps
 _KINDS = {  # a stage's name -> what bounds it in addition to bytes, and its part
     "forward": ("forward", ATTENTION),
-    "dq(, factors, delta)?": ("dq", ATTENTION),
+    "dq(, factors)?(, delta)?": ("dq", ATTENTION),
     "dk, dv": ("dkv", ATTENTION),
-    "factors(, delta)?": ("bytes", ATTENTION),
+    "factors(, delta| less lse)?": ("bytes", ATTENTION),
     "(norm1|x1 = x [+] update, norm2), h": ("norm", ROWS),
     r"norm\d backward(, rows|, dA)?": ("norm_backward", ROWS),
     "GELU, h": ("gelu", ROWS),
@@ -140,12 +140,19 @@ def _rows(block: Block, kind: str, rates: Rates) -> list[float]:
     width = ENCODERS[block.model].width
     of = "adapter" if block.rank else "frozen"
     gelu, tokens = kind.startswith("gelu"), block.batch * 64 * 64
+    if kind == "norm_backward" and width <= costs.NARROW:
+        of = f"narrow {of}"
     count = rates.count(f"{kind} {of}", *_tile_of_rows(kind, width, block.rank))
     m, n = count["tile"]
     columns = 4 * width if gelu else width
     bounds = []
-    if n == costs.WIDEST:  # a row at once, in the backward a program's rows one after another
-        turns = costs.walked_rows(tokens, block.rank > 0) / m if kind == "norm_backward" else 1
+    if n in (
+        costs.WIDEST,
+        costs.NARROW,
+    ):  # a row at once, in the backward a program's rows one after another
+        turns = (
+            costs.walked_rows(tokens, width, block.rank > 0) / m if kind == "norm_backward" else 1
+        )
         bounds.append(turns * rates[f"trip.{kind}"])
     elif kind != "gelu_backward":
         bounds.append(columns / n * rates[f"trip.{kind}"])
@@ -156,14 +163,21 @@ def _rows(block: Block, kind: str, rates: Rates) -> list[float]:
 
 
 def _tile_of_rows(kind, width, rank):
-    """(BLOCK_M, columns at once) and warps. Counts of rows kept are those of the widest ones."""
+    """(BLOCK_M, columns at once) and warps. Counts of rows kept are those of the widest ones.
+
+    A norm's backward has others for narrow rows.
+    """
     rows = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
     kept = kind.startswith("norm") and costs.in_registers(width, rank)
     low = {"norm": "_down", "gelu": "_down"}.get(kind, "_low")
     stage = kind.replace("norm", "norm_row") if kept else kind + (low if rank else "")
     chosen = low_rank_tile(TILES, stage, max(rank, 1), rows)
-    tile = (chosen["BLOCK_M"], costs.WIDEST if kept else chosen["BLOCK_N"])
-    return tile, chosen["num_warps"]
+    if not kept:
+        return (chosen["BLOCK_M"], chosen["BLOCK_N"]), chosen["num_warps"]
+    if kind == "norm_backward":
+        widest = costs.NARROW if width <= costs.NARROW else costs.WIDEST
+        return (costs.rows_at_once(width), widest), chosen["num_warps"]
+    return (chosen["BLOCK_M"], costs.WIDEST), chosen["num_warps"]
 
 
 def _tile_of_attention(stage, windows, head_dim):
@@ -174,7 +188,8 @@ def _tile_of_attention(stage, windows, head_dim):
         chosen = tiling.blocks(stage, head, windows)
     finally:
         tiling.target = target
-    return (chosen["BLOCK_M"], chosen["BLOCK_N"]), chosen["num_warps"]
+    tile = chosen["BLOCK_M"], chosen["BLOCK_N"] * chosen.get("LINES", 1)
+    return tile, chosen["num_warps"]
 
 
 def block_parts(block: Block, rates: Rates, stages: list[Stage] | None = None) -> dict[str, float]:

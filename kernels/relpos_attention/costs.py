@@ -39,21 +39,26 @@ def stages(
     """Forward and backward on a GPU; tables: whether their gradients are wanted."""
     product, bias, token, pad, factor, number = _sizes(windows, heads, head_dim, itemsize)
     keys = 2 * (token + pad)
-    read = 2 * token + keys + number  # of the forward; the backward has dq and delta too
+    read = 2 * token + keys  # and number, in the forward; dq has dq, and delta too
+    written = 2 * token + 2 * keys  # dk and dv
     if one_hot(windows):  # dq leaves the factors behind, and their gradients where tables want them
         made = [
-            Stage("forward", 2 * product + bias, read, 1),
+            Stage("forward", 2 * product + bias, read + number, 1),
             Stage("dq, factors, delta", 3 * product + 2 * bias,
-                  read + 2 * token + (1 + tables) * factor + number, 1),
+                  read + 2 * token + (1 + tables) * factor + 2 * number, 1),
+            Stage("dk, dv", 4 * product, written + factor + 2 * number, 1),
         ]  # fmt: skip
     else:
+        less_lse = factor + (4 - itemsize) * heads * windows.tokens * windows.height
         made = [
             Stage("factors", bias, token + factor, 1),
-            Stage("forward", 2 * product, read + factor, 1),
-            Stage("factors, delta", bias, 3 * token + factor + number, 1),
-            Stage("dq", 3 * product + bias, read + token + 2 * factor + number, 1),
+            Stage("forward", 2 * product, read + factor + number, 1),
+            Stage("factors less lse", bias, token + less_lse + number, 1),
+            Stage(
+                "dq, delta", 3 * product + bias, read + 2 * token + less_lse + factor + number, 1
+            ),
+            Stage("dk, dv", 4 * product, written + less_lse + number, 1),
         ]
-    made.append(Stage("dk, dv", 4 * product, 2 * token + 2 * keys + factor + 2 * number, 1))
     if tables:
         made.append(Stage("dtables", bias, token + factor, 1))
         made.append(Stage("reduce dtables", 0, 0, 1))

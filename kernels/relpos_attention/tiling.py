@@ -2,7 +2,8 @@
 """Tiles of the Triton kernels: a function of the sizes over tiles.json, no search at run time.
 
 The file: target -> way the bias enters -> stage -> bytes per element -> widest padded head_dim ->
-[BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages]. A target without an entry takes the default's.
+[BLOCK_M, BLOCK_N or BLOCK_T, num_warps, num_stages], and for the forward by rows how many lines of
+keys a turn takes, if not one. A target without an entry takes the default's.
 A way without one takes another's: "uneven_rows" that of "rows", "one_hot_map" (a whole map) and
 "plain" (no bias) that of "one_hot", and "plain_padded" that of "plain".
 """
@@ -88,7 +89,7 @@ def _sizes(name: str, stage: str, way: str, itemsize: str, head_dim: int) -> lis
 
 
 def blocks(stage: str, x: torch.Tensor, windows: Windows, tables: bool = True) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, num_warps and num_stages of a stage; x (…, head_dim).
+    """BLOCK_M, BLOCK_N, num_warps, num_stages and maybe LINES of a stage; x (…, head_dim).
 
     tables: whether there is a bias
     """
@@ -98,7 +99,6 @@ def blocks(stage: str, x: torch.Tensor, windows: Windows, tables: bool = True) -
     if not tables:
         way = "plain_padded" if windows.pads else "plain"
     padded = sum(split(x.shape[-1]))
-    m, n, warps, stages = _sizes(target(x), stage, way, str(x.element_size()), padded)
-    return {
-        "BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS,
-    }  # fmt: skip
+    m, n, warps, stages, *lines = _sizes(target(x), stage, way, str(x.element_size()), padded)
+    block = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    return block | ({"LINES": lines[0]} if lines else {}) | {"maxnreg": REGISTERS}

@@ -3,8 +3,8 @@
 
 With P the weights and dP = dout vᵀ, dS = P · (dP − delta) is the gradient of the logits. dq, dk and
 dv are products with it, the gradients of the factors its sums over lines and over columns. With
-one-hot tiles dq makes the factors again and leaves them for dk and dv. There, and without a bias
-(REL = 0), dq makes delta on its way.
+one-hot tiles dq makes the factors again and leaves them for dk and dv. In 16 bits dq makes delta
+on its way.
 """
 
 import triton
@@ -44,10 +44,6 @@ from samfast.kernels.relpos_attention.triton_small import (
     small_factors,
 )
 from samfast.kernels.relpos_attention.triton_tables import skewed
-
-# How dk and dv add a column and a tile to the logits. From small terms that were added first
-# Triton 3.6 computes the weights twice; later ones do it in fewer instructions so.
-SMALL_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
 
 
 @triton.jit
@@ -144,8 +140,9 @@ def dq_kernel(
     """dq and the gradients of the factors, which lie as the factors do.
 
     ONE_HOT writes the factors to rel_h (batch, heads, tokens, rel), rel_h first and rel_w behind,
-    and their gradients to drel_h where it is given. By rows drel_h is float32 where SEVERAL, for
-    sums stay there from tile to tile; else it has q's dtype.
+    and their gradients to drel_h where it is given. By rows rel_h is less lse, as prepare_kernel
+    leaves it. There drel_h is float32 where SEVERAL, for sums stay there from tile to tile; else
+    it has q's dtype.
 
     out: None where delta is given; else delta = Σ dout · out is made here, for dk and dv too
     share: what the weights that lse gives are multiplied with; None where it makes no difference
@@ -172,7 +169,8 @@ def dq_kernel(
     g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
     g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
     dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
-    lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
+    if ONE_HOT:
+        lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
     if out_ptr is None:
         delta = tl.load(delta_ptr + plane * tokens + token, live, other=0.0)
     else:
@@ -266,7 +264,7 @@ def dq_kernel(
             dtile_w = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             ahead = tl.load(rel_h_ptr + token, live, other=0.0)
             for a in range(0, height):
-                column = ahead.to(tl.float32) * UNIT - lse
+                column = ahead
                 after = tl.minimum(a + 1, height - 1)
                 ahead = tl.load(rel_h_ptr + after * tokens + token, live, other=0.0)
                 now_at = drel_h_ptr + a * tokens + token
@@ -317,6 +315,18 @@ def dq_kernel(
     dq_at = start_of(dq_ptr, image, head, stride_dqb, stride_dqn)
     dq_at = pixels(dq_at, y, x, stride_dqy, stride_dqx, WIDE)
     store_head(dq_at, acc, acc_rest, live, HEAD, HEAD_A, HEAD_B)
+
+
+@triton.jit
+def two_rows(first_ptr, second_ptr, at, live):
+    """What two rows of float32 hold at these places, by one load.
+
+    A load of fewer elements than the program has threads is made by each thread that needs one,
+    again and again.
+    """
+    which = tl.arange(0, 2)[:, None] == 0
+    both = tl.where(which, first_ptr + at[None, :], second_ptr + at[None, :])
+    return tl.split(tl.trans(tl.load(both, live[None, :], other=0.0)))
 
 
 @triton.jit(launch_metadata=launched(__package__, costs.dkv_kernel, "q_ptr"))
@@ -471,19 +481,30 @@ def dkv_kernel(
     if PITCH:
         small_y, small_x = small_places(columns, BLOCK_M)
     for first in range(0, positions(lines, columns, PITCH > 0), BLOCK_M):
-        if PITCH:  # what differs from tile to tile is one number
+        # What differs from tile to tile is one number, but where lines are as long as they are.
+        if PITCH:
             base = first >> shift_of(columns)
             live = (small_y + base < lines) & (small_x < columns)
             y, x = small_y + top, small_x + left
+        elif FLAT:
+            base = first
+            x = tl.arange(0, BLOCK_M)
+            y, live = tl.zeros_like(x), x + first < lines * columns
+            if FULL:
+                live = tl.full((BLOCK_M,), True, tl.int1)
         else:
             base = first * 0
             live, y, x = queries(first, top, left, lines, columns, False, FLAT, FULL, BLOCK_M)
         token = y * image_width + x
-        before = base * image_width
-        q_at = pixels(further(q_ptr, base, stride_qy, WIDE), y, x, stride_qy, stride_qx, WIDE)
+        before = base * (image_width if PITCH else 1)
+        step = stride_qy if PITCH else stride_qx
+        q_at = pixels(further(q_ptr, base, step, WIDE), y, x, stride_qy, stride_qx, WIDE)
         q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
-        lse = tl.load(lse_ptr + before + token, live, other=0.0) * UNIT
         s = dot_nt(k, k_rest, q, q_rest, HEAD_B, PRECISION)  # (BLOCK_N, BLOCK_M)
+        if ONE_HOT:
+            lse = tl.load(lse_ptr + before + token, live, other=0.0) * UNIT
+        else:
+            column, delta = two_rows(rel_h_ptr + before, delta_ptr + before, token, live)
         if REL == 0:
             p = power(s * (scale * UNIT) - lse[None, :], NATURAL)
         elif ONE_HOT:
@@ -493,16 +514,12 @@ def dkv_kernel(
             s = tl.dot(hot, tl.trans(factors), s, input_precision=PRECISION)
             p = power(s * MORE - lse[None, :], NATURAL)
         else:
-            column = tl.load(rel_h_ptr + token, live, other=0.0).to(tl.float32) * UNIT - lse
-            w_at = rel_w_ptr + (token[None, :] * rel + b[:, None])
+            w_at = rel_w_ptr + before * rel + (token[None, :] * rel + b[:, None])
             tile_w = tl.load(w_at, live[None, :] & valid[:, None], other=0.0).to(tl.float32)
-            s *= scale * UNIT
-            if SMALL_FIRST:
-                s += tile_w * UNIT + column[None, :]
-            else:
-                s = s + column[None, :] + tile_w * UNIT
+            s = s * (scale * UNIT) + (tile_w * UNIT + column[None, :])
             p = power(s, NATURAL)
-        g_at = pixels(further(dout_ptr, base, stride_gy, WIDE), y, x, stride_gy, stride_gx, WIDE)
+        step = stride_gy if PITCH else stride_gx
+        g_at = pixels(further(dout_ptr, base, step, WIDE), y, x, stride_gy, stride_gx, WIDE)
         dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
         if share_ptr is not None:
             p *= tl.load(share_ptr + before + token, live, other=0.0)[None, :]
@@ -510,7 +527,8 @@ def dkv_kernel(
         dv = tl.dot(small, dout, dv, input_precision=PRECISION)
         if HEAD_B:
             dv_rest = tl.dot(small, dout_rest, dv_rest, input_precision=PRECISION)
-        delta = tl.load(delta_ptr + before + token, live, other=0.0)
+        if ONE_HOT:
+            delta = tl.load(delta_ptr + before + token, live, other=0.0)
         dp = dot_nt(v, v_rest, dout, dout_rest, HEAD_B, PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)

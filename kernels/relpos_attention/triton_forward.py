@@ -59,19 +59,24 @@ def table_rows(table_ptr, first, size, q, HEAD: tl.constexpr, HEAD_A: tl.constex
 
 
 @triton.jit
-def write_factor(q, q_rest, table_ptr, rel_ptr, row, step, at, live, size, limit, start, stop,
+def write_factor(q, q_rest, table_ptr, rel_ptr, row, step, at, live, size, limit, start, stop, less,
                  HEAD: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr,
-                 BLOCK_T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 BLOCK_T: tl.constexpr, UNIT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """q_i · table[at_i − key + size − 1] to rel_ptr + row_i + step · key; zeros from size to limit.
 
     The product with all rows of the table is stored along its diagonals.
     start, stop: rows of the reversed table that these queries meet
+    less: None, or what each row's products are stored without, after they were rounded and
+        multiplied by UNIT
     """
     for first in tl.range(start, stop, BLOCK_T, num_stages=1):
         u, t, t_rest = table_rows(table_ptr, first, size, q, HEAD, HEAD_A, HEAD_B, BLOCK_T)
         g = dot_nt(q, q_rest, t, t_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_T)
         key = u[None, :] + at[:, None] - (size - 1)
         g = tl.where(key < size, g, 0.0).to(q.dtype)
+        if less is not None:
+            g = g.to(tl.float32) * UNIT - less[:, None]
         mask = live[:, None] & (key >= 0) & (key < limit)
         tl.store(rel_ptr + (row[:, None] + key * step), g, mask)
 
@@ -90,17 +95,11 @@ def prepare_kernel(
     table_w_ptr,
     rel_h_ptr,
     rel_w_ptr,
-    dout_ptr,
-    out_ptr,
-    delta_ptr,
+    lse_ptr,
     stride_qb,
     stride_qy,
     stride_qx,
     stride_qn,
-    stride_gb,
-    stride_gy,
-    stride_gx,
-    stride_gn,
     heads,
     height,
     width,
@@ -112,6 +111,7 @@ def prepare_kernel(
     rel,
     WIDE: tl.constexpr,
     FULL: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_A: tl.constexpr,
@@ -119,10 +119,9 @@ def prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The factors by rows and, for the backward, delta = Σ dout · out of every query.
+    """The factors by rows: rel_h (batch, heads, height, tokens), rel_w (batch, heads, tokens, rel).
 
-    rel_h (batch, heads, height, tokens), rel_w (batch, heads, tokens, rel)
-    delta (batch, heads, tokens)
+    With lse, for the backward, rel_h is float32: rel_h less lse, as the exponents take it.
     """
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     image, head, top, left, lines, columns = place(
@@ -138,45 +137,52 @@ def prepare_kernel(
     q_at = pixels(q_at, y, x, stride_qy, stride_qx, WIDE)
     q, q_rest = load_head(q_at, live, HEAD, HEAD_A, HEAD_B, True)
 
+    UNIT: tl.constexpr = 1.0 if NATURAL else LOG2E
+    less = None
+    if lse_ptr is not None:
+        less = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
     start, stop = lines_met(tile * BLOCK_M, height, lines, columns, BLOCK_M)
     rel_h_ptr += plane * height * tokens
     rel_w_ptr += plane * tokens * rel
     write_factor(
         q, q_rest, table_h_ptr, rel_h_ptr, token, tokens, y - top, live, height, height, start,
-        stop, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        stop, less, HEAD, HEAD_A, HEAD_B, BLOCK_T, UNIT, PRECISION,
     )  # fmt: skip
     write_factor(
         q, q_rest, table_w_ptr, rel_w_ptr, token * rel, 1, x - left, live, width, width,
-        width - columns, 2 * width - 1, HEAD, HEAD_A, HEAD_B, BLOCK_T, PRECISION,
+        width - columns, 2 * width - 1, None, HEAD, HEAD_A, HEAD_B, BLOCK_T, UNIT, PRECISION,
     )  # fmt: skip
-    if dout_ptr is not None:
-        g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
-        g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
-        out_at = out_ptr + (image.to(tl.int64) * tokens * heads + head) * HEAD
-        out_at = pixels(out_at, token * 0, token, 0, heads * HEAD, WIDE)
-        dout = load_rows(g_at, live, 0, HEAD_A, HEAD, True).to(tl.float32)
-        delta = tl.sum(dout * load_rows(out_at, live, 0, HEAD_A, HEAD, True), 1)
-        if HEAD_B:
-            dout = load_rows(g_at, live, HEAD_A, HEAD_B, HEAD, True).to(tl.float32)
-            delta += tl.sum(dout * load_rows(out_at, live, HEAD_A, HEAD_B, HEAD, True), 1)
-        tl.store(delta_ptr + plane * tokens + token, delta, live)
 
 
 @triton.jit
-def attend(s, column, v, v_rest, most, total, acc, acc_rest, MORE: tl.constexpr,
-           NATURAL: tl.constexpr, HEAD_B: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of keys of the running softmax; s (BLOCK_M, BLOCK_N) + column (BLOCK_M).
+def attend(lines, most, total, acc, acc_rest, MORE: tl.constexpr, NATURAL: tl.constexpr,
+           HEAD_B: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """LINES tiles of keys of the running softmax.
 
-    MORE: what turns them into exponents
+    lines: of each its logits s (BLOCK_M, BLOCK_N) and column (BLOCK_M), which add up, v and v_rest
+    MORE: what turns logits into exponents
     """
-    new = tl.maximum(most, tl.max(s, 1) + column)
-    p = power(s * MORE - ((new - column) * MORE)[:, None], NATURAL)
+    new = most
+    for i in tl.static_range(LINES):
+        new = tl.maximum(new, tl.max(lines[i][0], 1) + lines[i][1])
+    weights = ()
+    for i in tl.static_range(LINES):
+        s, column, v, v_rest = lines[i]
+        weights += (power(s * MORE - ((new - column) * MORE)[:, None], NATURAL),)
     shrink = power((most - new) * MORE, NATURAL)
-    total = total * shrink + tl.sum(p, 1)
-    p = p.to(v.dtype)
-    acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)
+    added = weights[0]
+    for i in tl.static_range(1, LINES):
+        added += weights[i]
+    total = total * shrink + tl.sum(added, 1)
+    acc *= shrink[:, None]
     if HEAD_B:
-        acc_rest = tl.dot(p, v_rest, acc_rest * shrink[:, None], input_precision=PRECISION)
+        acc_rest *= shrink[:, None]
+    for i in tl.static_range(LINES):
+        s, column, v, v_rest = lines[i]
+        p = weights[i].to(v.dtype)
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
+        if HEAD_B:
+            acc_rest = tl.dot(p, v_rest, acc_rest, input_precision=PRECISION)
     return new, total, acc, acc_rest
 
 
@@ -254,17 +260,20 @@ def forward_kernel(
     PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     """out (batch, H, W, heads, head_dim) and lse (batch, heads, H · W).
 
     Where dout is given, from lse, delta = Σ P · (dout vᵀ) / Σ P and share = 1 / Σ P instead:
     what lse and out were rounded to would leave gradients less exact than float32 should be.
+    rel_h by rows is then less lse.
 
     NATURAL: logits are kept for base e, not two
     EVEN: tiles of keys are full and all of them are loaded
     REL: columns of rel_h and of rel_w with ONE_HOT; 0 without a bias, which goes with ONE_HOT
     HEIGHT, WIDTH, PITCH: the window's size and how many positions a line of keys takes, where
         ONE_HOT has a bias, which table_h and table_w give; else 0, and rel_h and rel_w give it
+    LINES: lines of keys a turn by rows; they divide the height
     """
     LINE: tl.constexpr = FLAT and REL == 0
     if HEIGHT:
@@ -331,8 +340,9 @@ def forward_kernel(
             )  # fmt: skip
             if dout_ptr is None:
                 most, total, acc, acc_rest = attend(
-                    s, 0.0, v, v_rest, most, total, acc, acc_rest, MORE, NATURAL, HEAD_B, PRECISION
-                )
+                    ((s, 0.0, v, v_rest),), most, total, acc, acc_rest, MORE, NATURAL, HEAD_B, 1,
+                    PRECISION,
+                )  # fmt: skip
             else:
                 weight, total = moment(
                     s, 0.0, dout, dout_rest, v, v_rest, lse, weight, total, MORE, NATURAL, HEAD_B,
@@ -348,43 +358,42 @@ def forward_kernel(
             tile_w = tl.load(w_at, live[:, None] & valid[None, :], other=0.0).to(tl.float32) * UNIT
             if not EVEN:
                 tile_w = tl.where(valid[None, :], tile_w, float("-inf"))  # (BLOCK_M, BLOCK_N)
-            ahead = tl.load(rel_h_ptr + token, live, other=0.0)
-            for a in range(0, height):
-                column = ahead.to(tl.float32) * UNIT
-                after = tl.minimum(a + 1, height - 1)
-                ahead = tl.load(rel_h_ptr + after * tokens + token, live, other=0.0)
-                key_y = tl.zeros_like(b) + top + a
-                inside = valid & (key_y < image_height) & (key_x < image_width)
-                k, k_rest = load_keys(
-                    k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx, stride_pkp,
-                    image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A,
-                    HEAD_B,
-                )  # fmt: skip
-                s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
-                s = s * (scale * UNIT) + tile_w
-                v, v_rest = load_keys(
-                    v_ptr, pad_v_ptr, key_y, key_x, inside, valid, stride_vy, stride_vx, stride_pvp,
-                    image_height, image_width, width, across, PADS, WIDE, EVEN, HEAD, HEAD_A,
-                    HEAD_B,
-                )  # fmt: skip
+            ahead = ()
+            for i in tl.static_range(LINES):
+                ahead += (tl.load(rel_h_ptr + i * tokens + token, live, other=0.0),)
+            for first_line in range(0, height, LINES):
+                tiles_met, following = (), ()
+                for i in tl.static_range(LINES):
+                    a = first_line + i
+                    column = ahead[i].to(tl.float32)
+                    if dout_ptr is None:
+                        column *= UNIT
+                    after = tl.minimum(a + LINES, height - 1)
+                    following += (tl.load(rel_h_ptr + after * tokens + token, live, other=0.0),)
+                    key_y = tl.zeros_like(b) + top + a
+                    inside = valid & (key_y < image_height) & (key_x < image_width)
+                    k, k_rest = load_keys(
+                        k_ptr, pad_k_ptr, key_y, key_x, inside, valid, stride_ky, stride_kx,
+                        stride_pkp, image_height, image_width, width, across, PADS, WIDE, EVEN,
+                        HEAD, HEAD_A, HEAD_B,
+                    )  # fmt: skip
+                    s = dot_nt(q, q_rest, k, k_rest, HEAD_B, PRECISION)  # (BLOCK_M, BLOCK_N)
+                    s = s * (scale * UNIT) + tile_w
+                    v, v_rest = load_keys(
+                        v_ptr, pad_v_ptr, key_y, key_x, inside, valid, stride_vy, stride_vx,
+                        stride_pvp, image_height, image_width, width, across, PADS, WIDE, EVEN,
+                        HEAD, HEAD_A, HEAD_B,
+                    )  # fmt: skip
+                    tiles_met += ((s, column, v, v_rest),)
+                ahead = following
                 if dout_ptr is None:
                     most, total, acc, acc_rest = attend(
-                        s,
-                        column,
-                        v,
-                        v_rest,
-                        most,
-                        total,
-                        acc,
-                        acc_rest,
-                        MORE,
-                        NATURAL,
-                        HEAD_B,
+                        tiles_met, most, total, acc, acc_rest, MORE, NATURAL, HEAD_B, LINES,
                         PRECISION,
-                    )
-                else:
+                    )  # fmt: skip
+                else:  # the column is already less lse
                     weight, total = moment(
-                        s, column, dout, dout_rest, v, v_rest, lse, weight, total, MORE, NATURAL,
+                        s, column, dout, dout_rest, v, v_rest, 0.0, weight, total, MORE, NATURAL,
                         HEAD_B, PRECISION,
                     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def forward(q, k, v, pad_k, pad_v, table_h, table_w, windows, scale):
         tables = [t if t is None else t.contiguous() for t in (table_h, table_w)]
         factors = None, None, 0
         if table_h is not None and not one_hot(windows):
-            factors = _prepare(q, *tables, windows, None, None, None)
+            factors = _prepare(q, *tables, windows)
         _attend(q, k, v, *pads, *tables, *factors, out, lse, None, None, None, windows, scale)
     return out, lse
 
@@ -108,18 +108,16 @@ def backward(
     with _on(q):
         exact = q.dtype == torch.float32
         table_h, table_w = (t if t is None else t.contiguous() for t in (table_h, table_w))
-        made_here = not (tables and not one_hot(windows))  # dq makes factors and delta
         rel_h, rel_w, terms = None, None, 0
-        if not made_here:
-            rounded = (None, None, None) if exact else (dout, out, delta)
-            rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, *rounded)
+        if tables and not one_hot(windows):
+            rel_h, rel_w, terms = _prepare(q, table_h, table_w, windows, lse)
         share = torch.empty_like(delta) if exact else None
         if exact:
             _attend(
                 q, k, v, pads, pad_k, pad_v, table_h, table_w, rel_h, rel_w, terms, None, lse, dout,
                 delta, share, windows, scale,
             )  # fmt: skip
-        if tables and made_here:
+        if tables and one_hot(windows):
             rel_h, terms = _small_factors(q, windows)
         block = blocks("dq", q, windows, tables)
         options = _options(q, windows, pads, block, tables)
@@ -127,9 +125,10 @@ def backward(
         several = rel_w is not None and windows.width > block["BLOCK_N"]
         drel_h = drel_w = None
         if rel_w is not None or need_tables:
-            drel_h, drel_w = _like(rel_h, torch.float32 if several else None), _like(rel_w)
+            drel_h = torch.empty_like(rel_h, dtype=torch.float32 if several else q.dtype)
+            drel_w = _like(rel_w)
         dq_kernel[(tiles * groups,)](
-            dout, out if made_here and not exact else None, q, k, v, pad_k, pad_v, table_h, table_w,
+            dout, None if exact else out, q, k, v, pad_k, pad_v, table_h, table_w,
             rel_h, rel_w, lse, delta, share, drel_h, drel_w, dq, *_strides(dout, q, k, v),
             *_pad_strides(pad_k, pad_v), *_strides(dq), *sizes, tiles, terms, scale,
             FLAT=_flat(windows, tables, (q, dout), (k, v)),
@@ -157,19 +156,22 @@ def backward(
         return _table_grads(q, drel_h, drel_w, windows, terms)
 
 
-def _prepare(q, table_h, table_w, windows, dout, out, delta):
-    """The factors by rows, the elements of a line of rel_w, and delta where dout is given."""
+def _prepare(q, table_h, table_w, windows, lse=None):
+    """The factors by rows, and the elements of a line of rel_w.
+
+    lse: for the backward, whose rel_h is float32 and less lse
+    """
     batch, height, width, heads, _ = q.shape
     of_h, terms = factor_terms(windows)
-    rel_h = q.new_empty(batch, heads, of_h, height * width)
+    kind = q.dtype if lse is None else torch.float32
+    rel_h = q.new_empty(batch, heads, of_h, height * width, dtype=kind)
     rel_w = q.new_empty(batch, heads, height * width, terms)
     block = blocks("prepare", q, windows)
     block["BLOCK_T"] = min(block.pop("BLOCK_N"), _table_block(q, windows))
     tiles = _query_tiles(windows, block)
     prepare_kernel[(tiles * _groups(q, windows),)](
-        q, table_h, table_w, rel_h, rel_w, dout, out, delta,
-        *_strides(q), *((0,) * 4 if dout is None else _strides(dout)), *_sizes(q, windows), tiles,
-        terms, WIDE=_wide(q, dout, out), FULL=_full(windows, block),
+        q, table_h, table_w, rel_h, rel_w, lse, *_strides(q), *_sizes(q, windows), tiles, terms,
+        WIDE=_wide(q), FULL=_full(windows, block), NATURAL=q.dtype == torch.float32,
         PRECISION=_precision(q), **_heads(q), **block,
     )  # fmt: skip
     return rel_h, rel_w, terms
@@ -189,6 +191,8 @@ def _attend(
     """out and lse, or with dout delta and share from lse."""
     tables = table_h is not None
     block = blocks("forward", q, windows, tables)
+    lines = block.pop("LINES", 1)
+    block["LINES"] = lines if dout is None and windows.height % lines == 0 else 1
     options = _options(q, windows, pads, block, tables)
     tiles = _query_tiles(windows, block, options["PITCH"] > 0)
     forward_kernel[(tiles * _groups(q, windows),)](

@@ -21,6 +21,7 @@ MAX_ALONG = 16  # rank of adapters on both sides of GELU whose backward goes in 
 FEW_RANKS = 8  # columns of adapters that multiply-adds take
 MOST_LEFT = 4  # rank of an adapter whose update GELU takes; above it the backward spills
 WIDEST = 1280  # columns up to which a norm's rows stay in registers next to them
+NARROW = 768  # columns up to which its backward keeps four rows at once, else two
 MAX_PARTS = 256  # partial sums of A's gradient that a norm's backward writes
 
 
@@ -39,11 +40,17 @@ def in_registers(columns: int, ranks: int) -> bool:
     return columns <= WIDEST and columns % 16 == 0 and ranks <= FEW_RANKS
 
 
-def walked_rows(tokens: int, need_a: bool, at_once: int = 2) -> int:
+def rows_at_once(columns: int) -> int:
+    """Rows that a turn of norm_row_backward_kernel takes."""
+    return 4 if columns <= NARROW else 2
+
+
+def walked_rows(tokens: int, columns: int, need_a: bool) -> int:
     """Rows that a program of norm_row_backward_kernel walks.
 
     At most MAX_PARTS programs where each writes a partial sum, else at most sixteen rows.
     """
+    at_once = rows_at_once(columns)
     rows = at_once * -(-tokens // (at_once * MAX_PARTS))
     return rows if need_a else min(rows, 16)
 
@@ -171,7 +178,7 @@ def backward(windows: Windows, width: int, heads: int, rank: int, itemsize: int)
 
     kept = in_registers(width, rank)
     if rank and kept:
-        parts = -(-windows.tokens // walked_rows(windows.tokens, True)) * 4 * rank * width
+        parts = -(-windows.tokens // walked_rows(windows.tokens, width, True)) * 4 * rank * width
         for layer in (qkv, lin1):
             layer.da = dataclasses.replace(layer.da, bytes=parts)
     return [

@@ -21,6 +21,7 @@ def launches(quick: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "sam_block bfloat16 r16", partial(run, 1280, 16, bf16, bf16, others=not quick)
     if quick:
         return
+    yield "sam_block bfloat16 r4 768 wide", partial(run, 768, 4, bf16, bf16)
     yield "sam_block bfloat16 r4 float32 residual", partial(run, 768, 4, bf16, fp32)
     for rank in (8, 32, 64, MAX_RANK[2]):
         yield f"sam_block bfloat16 r{rank}", partial(run, 1280, rank, bf16, bf16)

@@ -19,7 +19,13 @@ from samfast.kernels._common.tiles import tile
 from samfast.kernels.lora_linear.engine import Sums
 from samfast.kernels.lora_linear.triton_kernels import add_up, chunk_rows, precision
 from samfast.kernels.sam_block import costs, torch_path
-from samfast.kernels.sam_block.costs import FEW_RANKS, MOST_LEFT, in_registers, walked_rows
+from samfast.kernels.sam_block.costs import (
+    FEW_RANKS,
+    MOST_LEFT,
+    in_registers,
+    rows_at_once,
+    walked_rows,
+)
 from samfast.kernels.sam_block.torch_path import Back, Low, Up
 from samfast.kernels.sam_block.triton_gelu import gelu_backward_kernel, gelu_kernel
 from samfast.kernels.sam_block.triton_norm import norm_backward_kernel, norm_kernel
@@ -140,8 +146,8 @@ def _norm_row_backward(dn, x, weight, bias, eps, residual, dh, lora_a, need_a, w
     da = lora_a.new_empty(lora_a.shape) if need_a else None
     if tokens == 0:
         return dx, rows, None if da is None else da.zero_()
-    block = _row_tile("norm_row_backward", dn)
-    chunk_rows = walked_rows(tokens, need_a, block["BLOCK_M"])
+    block = _row_tile("norm_row_backward", dn) | {"BLOCK_M": rows_at_once(columns)}
+    chunk_rows = walked_rows(tokens, columns, need_a)
     chunks = triton.cdiv(tokens, chunk_rows)
     part = x.new_empty(chunks, *lora_a.shape, dtype=torch.float32) if need_a else None
     with _on(x):

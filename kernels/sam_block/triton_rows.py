@@ -193,8 +193,8 @@ def norm_row_backward_kernel(
     """dx = residual + the gradient of n = LayerNorm(x), dn + dh A, sent through it, and partials
     (programs, RANKS, columns) of dA = dhᵀ n; n may be dn and has its strides.
 
-    A program walks chunk_rows rows, two at a time. Its threads share a row's columns and keep
-    theirs, so that dA adds up where its elements are.
+    A program walks chunk_rows rows, BLOCK_M at a time, an even number. Its threads share a row's
+    columns and keep theirs, so that dA adds up where its elements are.
     AHEAD: whether a turn asks for the next turn's rows before it works
     """
     lanes = tl.arange(0, BLOCK_N)
@@ -251,9 +251,12 @@ def norm_row_backward_kernel(
             shifted += (s_row,)
             grown += (g_row,)
             of_rows += ((sum_s, sum_g, sum_gs),)
-        s0, g0, gs0 = of_rows[0]
-        s1, g1, gs1 = of_rows[1]
-        of_rows = sums_of_two(s0, g0, gs0, s1, g1, gs1)
+        summed = ()
+        for i in tl.static_range(0, BLOCK_M, 2):
+            s0, g0, gs0 = of_rows[i]
+            s1, g1, gs1 = of_rows[i + 1]
+            summed += sums_of_two(s0, g0, gs0, s1, g1, gs1)
+        of_rows = summed
         spreads = ()
         for i in tl.static_range(BLOCK_M):
             mean = of_rows[i][0] / columns
@@ -262,7 +265,10 @@ def norm_row_backward_kernel(
                 apart = beside(shifted[i][c] - mean, c * BLOCK_N + lanes, columns, FULL)
                 spread += apart * apart
             spreads += (spread,)
-        spreads = tl.split(tl.sum(tl.join(spreads[0], spreads[1]), 0))
+        summed = ()
+        for i in tl.static_range(0, BLOCK_M, 2):
+            summed += tl.split(tl.sum(tl.join(spreads[i], spreads[i + 1]), 0))
+        spreads = summed
         if WANT:
             n_at = n_ptr + (start + turn) * stride_dm
             tl.debug_barrier()  # no thread stores over a dn that another has yet to load

@@ -81,8 +81,12 @@ def registered(quick):
     yield "dkv by columns", [attention("dkv", windows, 80, [64, 64, 8, 2])]
     yield "dkv by HMMA", [attention("dkv", whole, 64, [16, 32, 4, 2])]
     forward = attention("forward", windows, 64)
-    product = "acc = tl.dot(p, v, acc * shrink[:, None], input_precision=PRECISION)"
+    product = "acc = tl.dot(p, v, acc, input_precision=PRECISION)"
     exact = product.replace("dot(p, v", "dot(p.to(tl.float32), v.to(tl.float32)")
     yield "a product of attention by FMA", [changed(forward, (product, exact))]
-    order = changed(attention("dkv", whole, 80), ("if SMALL_FIRST:", "if not SMALL_FIRST:"))
-    yield "terms in another order", [order]
+    both = "column, delta = two_rows(rel_h_ptr + before, delta_ptr + before, token, live)"
+    each = (
+        "column = tl.load(rel_h_ptr + before + token, live, other=0.0)\n"
+        "            delta = tl.load(delta_ptr + before + token, live, other=0.0)"
+    )
+    yield "two loads of few elements", [changed(attention("dkv", whole, 80), (both, each))]

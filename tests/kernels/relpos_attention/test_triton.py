@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton path under the guarded interpreter against the literal attention in float64."""
 
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,6 @@ if torch.cuda.is_available() or missing is not None:
 
 from guarded import ORDERS, guarded  # noqa: E402
 
-from samfast.kernels.relpos_attention import triton_backward  # noqa: E402
 from samfast.kernels.relpos_attention import triton_kernels as kernels  # noqa: E402
 
 SLOW = [pytest.mark.slow]
@@ -112,14 +112,6 @@ def test_heads_in_two_parts(windows, head_dim, dtype):
     Call(windows, heads=2, head_dim=head_dim).check(kernels, dtype)
 
 
-@pytest.mark.slow_on_cpu("False")
-@pytest.mark.parametrize("first", [True, False])
-def test_either_order_of_the_logits_terms(first, monkeypatch):
-    """dk and dv add them as suits Triton's version."""
-    monkeypatch.setattr(triton_backward, "SMALL_FIRST", triton_backward.tl.constexpr(first))
-    Call(Windows.whole(1, 2, 17), heads=1).check(kernels, torch.bfloat16)
-
-
 @pytest.mark.slow_on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles_to_a_line(tiles, dtype):
@@ -149,17 +141,38 @@ def test_sums_of_several_tiles_are_rounded_once(tiles, width, head_dim, monkeypa
     drel = made["drel_h_ptr"][0, 0].T  # (queries, lines)
 
     def sums(dtype):
-        """From what the kernel was given: its factors, lse and delta."""
+        """From what the kernel was given: its factors, of which rel_h is less lse, and delta."""
         q, k, v, dout = (made[f"{n}_ptr"].reshape(-1, head_dim).to(dtype) for n in NAMES_IN)
-        rel_h = made["rel_h_ptr"][0, 0].T.to(dtype)
+        rel_h = made["rel_h_ptr"][0, 0].T.to(dtype) * math.log(2)
         rel_w = made["rel_w_ptr"][0, 0, :, :width].to(dtype)
         logits = (q @ k.T * call.scale).unflatten(1, (2, width))
         logits = logits + rel_h[:, :, None] + rel_w[:, None]
-        lse, delta = (made[f"{n}_ptr"][0, 0, :, None, None].to(dtype) for n in ("lse", "delta"))
-        weights = (logits - lse).exp()
+        delta = made["delta_ptr"][0, 0, :, None, None].to(dtype)
+        weights = logits.exp()
         return (weights * ((dout @ v.T).unflatten(1, (2, width)) - delta)).sum(2)
 
     within_budget(drel, partial(sums, torch.float32), partial(sums, torch.float64), torch.float32)
+
+
+@pytest.mark.slow_on_cpu("torch.float32")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("height", "lines"), [(4, 2), (3, 1)])
+def test_lines_of_keys_in_a_turn(height, lines, dtype, monkeypatch):
+    """Of a height that they do not divide the forward takes one at a time."""
+    asked, original = [], kernels.forward_kernel
+
+    class Launch:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                asked.append(constants.get("LINES"))
+                return original[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "forward_kernel", Launch())
+    Call(Windows.whole(1, height, 17), heads=1).check(kernels, dtype)
+    exact = [1] if dtype == torch.float32 else []  # of the weights, in the backward
+    assert asked == [lines, *exact]
 
 
 @pytest.mark.slow_on_cpu
@@ -296,7 +309,7 @@ def test_the_factors_that_int32_counts_are_those_that_are_made(height, width, mo
         if tiling.one_hot(windows):
             made.append(kernels._small_factors(q, windows)[0])
         else:
-            kernels._prepare(q, *tables, windows, None, None, None)
+            kernels._prepare(q, *tables, windows)
         return max(t.numel() for t in made if t is not None)
 
     one = most(Windows(1, height, width, height, width))

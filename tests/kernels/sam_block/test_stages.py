@@ -108,11 +108,13 @@ def test_the_norm_of_a_sum_is_that_of_what_is_stored(path, residual):
 
 
 @pytest.mark.slow_on_cpu("3", "8")
+@pytest.mark.parametrize("narrow", [True, False], ids=["four at once", "two at once"])
 @pytest.mark.parametrize("rank", [0, 3, 8])
-def test_several_turns_of_a_program(rank, monkeypatch):
+def test_several_turns_of_a_program(rank, narrow, monkeypatch):
     """Each asks for the next turn's rows, or not; the last one's are fewer."""
     monkeypatch.setattr(costs, "MAX_PARTS", 3)
-    assert costs.walked_rows(21, True) == 8
+    monkeypatch.setattr(costs, "NARROW", 48 if narrow else 47)
+    assert (costs.rows_at_once(48), costs.walked_rows(21, 48, True)) == (4 if narrow else 2, 8)
     Call(tokens=21, columns=48, rank=rank).check(kernels(), low_rank=True)
 
 
