@@ -33,6 +33,7 @@ from samfast.kernels.sam_block.triton_kernels import TILES
 DEVICES, BATCHES, MOST_RANK = ("H100", "H200"), (1, 4), 16
 GEMM, ATTENTION, ROWS, ADAPTERS = PARTS = ("GEMM", "attention", "norm/GELU/sum", "adapters")
 _SCHEDULERS, _WARPGROUP = 4, 4  # of a multiprocessor; warps
+_TERMS = 64  # that the library's products take at a time
 _KINDS = {  # a stage's name -> what bounds it in addition to bytes, and its part
     "forward": ("forward", ATTENTION),
     "dq(, factors)?(, delta)?": ("dq", ATTENTION),
@@ -43,7 +44,7 @@ _KINDS = {  # a stage's name -> what bounds it in addition to bytes, and its par
     "GELU, h": ("gelu", ROWS),
     "GELU backward(, dA(, dz, dB)?)?": ("gelu_backward", ROWS),
     "y = x1 [+] update": ("bytes", ROWS),
-    r"\w+: (down|up|up_backward|down_backward|dA)": ("bytes", ADAPTERS),
+    r"\w+: (down|\[W \| s B\]|up|up_backward|down_backward|dA)": ("bytes", ADAPTERS),
     r"\w+: reduce .*|B of proj and lin2, transposed": ("reduce", ADAPTERS),
 }
 
@@ -88,7 +89,8 @@ def launch(block: Block, stage: Stage, rates: Rates) -> tuple[str, float]:
     """The part that a launch belongs to, and its µs. ValueError for a stage of unknown name."""
     gap = stage.launches * rates["launch.gap"]
     if stage.product:
-        return GEMM, stage.flops / 1e6 / rates[f"gemm.{block.model}.{block.batch}"] + gap
+        time = stage.flops / 1e6 / rates[f"gemm.{block.model}.{block.batch}"]
+        return GEMM, time * _padded(block, stage) + gap
     found = [named for pattern, named in _KINDS.items() if re.fullmatch(pattern, stage.name)]
     if not found:
         raise ValueError(f"unknown stage {stage.name!r} of costs.py; add it to benchmarks/model.py")
@@ -101,6 +103,15 @@ def launch(block: Block, stage: Stage, rates: Rates) -> tuple[str, float]:
     elif kind != "bytes":
         bounds += _rows(block, kind, rates)
     return part, max(bounds) + gap
+
+
+def _padded(block: Block, stage: Stage) -> float:
+    """How much longer a product takes than its FLOP where its terms are not whole tiles."""
+    if not stage.name.endswith(costs.JOINT):
+        return 1.0
+    width = ENCODERS[block.model].width
+    terms = width + costs.ALIGNED
+    return _TERMS * -(-terms // _TERMS) / terms
 
 
 def _moved(size: float, rates: Rates) -> float:

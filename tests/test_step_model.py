@@ -14,6 +14,7 @@ from benchmarks.rates import Rates
 from benchmarks.shapes import ENCODERS
 from samfast.kernels.lora_linear.costs import Stage
 from samfast.kernels.relpos_attention import tiling
+from samfast.kernels.sam_block import costs
 from samfast.models.architectures import ARCHITECTURES
 
 FIRST = "bc6dec3"
@@ -84,9 +85,17 @@ def test_launches_flop_and_bytes_change_a_time(data):
         (stage,) = (stage for stage in WINDOWS.stages() if stage.name == name)
         return model.launch(WINDOWS, dataclasses.replace(stage, **changes), known)[1]
 
-    assert time("qkv: up", launches=2) == time("qkv: up") + data["rates"]["launch.gap"]["assumed"]
-    assert time("qkv: up", bytes=0) == 1.0
+    gap = data["rates"]["launch.gap"]["assumed"]
+    assert time("proj: down", launches=2) == time("proj: down") + gap
+    assert time("proj: down", bytes=0) == 1.0
     assert time("qkv: dx = dy W", flops=680 * 10**6) == 2.0
+
+
+def test_terms_of_a_product_are_whole_tiles(data):
+    """1280 columns and 16 behind them take 21 tiles of 64 terms."""
+    made = times(data, commit=None)
+    joint, plain = (made[f"qkv: {name}"] - 1 for name in (costs.JOINT, "dx = dy W"))
+    assert round(joint / plain, 9) == round(21 / 20, 9)
 
 
 def test_a_stage_nobody_knows_is_refused(data):

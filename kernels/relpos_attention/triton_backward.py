@@ -321,8 +321,8 @@ def dq_kernel(
 def two_rows(first_ptr, second_ptr, at, live):
     """What two rows of float32 hold at these places, by one load.
 
-    A load of fewer elements than the program has threads is made by each thread that needs one,
-    again and again.
+    Triton makes a load of fewer elements than there are threads once for each thread that needs
+    one, as often as it needs them.
     """
     which = tl.arange(0, 2)[:, None] == 0
     both = tl.where(which, first_ptr + at[None, :], second_ptr + at[None, :])
@@ -409,6 +409,7 @@ def dkv_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
+    PAIR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -416,6 +417,7 @@ def dkv_kernel(
 
     NATURAL, EVEN, REL, HEIGHT, WIDTH, PITCH: as in the forward; factors lie as dq writes them
     NEED_K, NEED_V: GIVEN_PADS where the padding's is wanted, else NO_PADS
+    PAIR: by rows, whether rel_h and delta of a tile are as many numbers as there are threads
     """
     if HEIGHT:
         height, width = HEIGHT, WIDTH
@@ -503,8 +505,10 @@ def dkv_kernel(
         s = dot_nt(k, k_rest, q, q_rest, HEAD_B, PRECISION)  # (BLOCK_N, BLOCK_M)
         if ONE_HOT:
             lse = tl.load(lse_ptr + before + token, live, other=0.0) * UNIT
-        else:
+        elif PAIR:
             column, delta = two_rows(rel_h_ptr + before, delta_ptr + before, token, live)
+        else:
+            column = tl.load(rel_h_ptr + before + token, live, other=0.0)
         if REL == 0:
             p = power(s * (scale * UNIT) - lse[None, :], NATURAL)
         elif ONE_HOT:
@@ -527,7 +531,7 @@ def dkv_kernel(
         dv = tl.dot(small, dout, dv, input_precision=PRECISION)
         if HEAD_B:
             dv_rest = tl.dot(small, dout_rest, dv_rest, input_precision=PRECISION)
-        if ONE_HOT:
+        if ONE_HOT or not PAIR:
             delta = tl.load(delta_ptr + before + token, live, other=0.0)
         dp = dot_nt(v, v_rest, dout, dout_rest, HEAD_B, PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)

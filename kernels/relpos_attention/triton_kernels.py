@@ -35,6 +35,7 @@ from samfast.kernels.relpos_attention.triton_tables import reduce_kernel, tables
 
 MOST = 2**31 - 1  # programs of a grid; what the kernels count in int32
 FLOAT32_HEAD = 64  # float32 products are made without tensor cores; wider heads spill
+WARP = 32  # threads
 LEAST = 16  # keys of a tile, at least
 MAX_CHUNKS = 64  # partials of the gradients of the tables
 TABLE_BLOCK = {2: 32, 4: 16}  # rows of a table at a time in the epilogue of dq, by bytes
@@ -145,6 +146,7 @@ def backward(
             *_pad_strides(dpad_k, dpad_v), *sizes, tiles, terms, scale,
             NEED_K=NO_PADS.value if dpad_k is None else GIVEN_PADS.value,
             NEED_V=NO_PADS.value if dpad_v is None else GIVEN_PADS.value,
+            PAIR=2 * block["BLOCK_M"] >= WARP * block["num_warps"],
             FLAT=_flat(windows, tables, (q, dout), (k, v, dk, dv)),
             WIDE=_wide(dout, q, k, v, pad_k, pad_v, dk, dv, dpad_k, dpad_v), **options, **block,
         )  # fmt: skip

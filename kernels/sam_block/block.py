@@ -47,7 +47,7 @@ class Block:
         backend, self.sums = PRODUCTS.part(backend), Sums()
         *into, self.proj, self.lin1, self.lin2 = (
             Layer(name, layer, parts[name], whole if name in _AFTER else self.windows, backend,
-                  part_needs[name], self.sums)
+                  part_needs[name], self.sums, stages)
             for name, layer in zip(plan.names, plan.layers, strict=True)
         )  # fmt: skip
         self.qkv = Joined("qkv", into) if plan.apart else into[0]
@@ -101,15 +101,16 @@ class Block:
         self._drop_(update, 0)
         kept = [out, lse] if some else []
         del out, lse
+        room = self._room(self.lin1)
         with stage("sam_block", "norm2"):
             x1, n, h = stages.add_norm(
                 self.rows, update, *self.head[2:4], self.plan.eps[1], self.dtype,
-                self.lin1.fused_down, self._up(self.proj, kept_proj),
+                self.lin1.fused_down, self._up(self.proj, kept_proj), room,
             )  # fmt: skip
         del update
         kept += [x1] if some else []
         z = [] if self.side is None else [self.side.forward(n)]
-        u, aux_lin1, kept_lin1 = self.lin1.forward(n, h, leave=self._leaves_to_gelu)
+        u, aux_lin1, kept_lin1 = self.lin1.forward(n, h, None, self._leaves_to_gelu, room)
         late += [u] if every else []
         of_layers = [
             kept_qkv if every else [],
@@ -202,11 +203,12 @@ class Block:
 
     def _project(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """qkv (B, H, W, 3, heads, head_dim), its aux, and what its layer keeps."""
+        room = self._room(self.qkv)
         with stage("sam_block", "norm1"):
             n, h = self.stages.norm(
-                self.rows, *self.head[:2], self.plan.eps[0], self.dtype, self.qkv.fused_down
+                self.rows, *self.head[:2], self.plan.eps[0], self.dtype, self.qkv.fused_down, room
             )
-        qkv, aux, kept = self.qkv.forward(n, h)
+        qkv, aux, kept = self.qkv.forward(n, h, room=room)
         size = qkv.shape[1] // 3 // self.plan.heads
         qkv = qkv.view(*self.x.shape[:3], 3, self.plan.heads, size)
         self.attention.rotate_(qkv)
@@ -214,12 +216,20 @@ class Block:
 
     def _widen(self, x1: Tensor) -> tuple[Tensor, list[Tensor]]:
         """u, or u without lin1's update where that is left to GELU, and what its layer keeps."""
+        room = self._room(self.lin1)
         with stage("sam_block", "norm2"):
             n, h = self.stages.norm(
-                x1, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down
+                x1, *self.head[2:4], self.plan.eps[1], self.dtype, self.lin1.fused_down, room
             )
-        u, _, kept = self.lin1.forward(n, h, leave=self._leaves_to_gelu)
+        u, _, kept = self.lin1.forward(n, h, None, self._leaves_to_gelu, room)
         return u, kept
+
+    def _room(self, layer: Layer | Joined) -> int:
+        """Columns behind the rows of a layer after a norm, for its z."""
+        # A side reads lin1's rows as well.
+        if layer is self.lin1 and (self._leaves_to_gelu or self.side is not None):
+            return 0
+        return layer.room(len(self.rows), self.dtype)
 
     def _beside(
         self, dupdate: Tensor, *z_and_need

@@ -21,7 +21,10 @@ MAX_ALONG = 16  # rank of adapters on both sides of GELU whose backward goes in 
 FEW_RANKS = 8  # columns of adapters that multiply-adds take
 MOST_LEFT = 4  # rank of an adapter whose update GELU takes; above it the backward spills
 WIDEST = 1280  # columns up to which a norm's rows stay in registers next to them
+JOINT = "y = [x | z] [W | s B]ᵀ + b"
 NARROW = 768  # columns up to which its backward keeps four rows at once, else two
+JOINT_ROWS = 2  # tokens a column from which one product makes a result with its update
+ALIGNED = 16  # columns: Triton sees that rows start at multiples. No fewer than FEW_RANKS
 MAX_PARTS = 256  # partial sums of A's gradient that a norm's backward writes
 
 
@@ -55,11 +58,22 @@ def walked_rows(tokens: int, columns: int, need_a: bool) -> int:
     return rows if need_a else min(rows, 16)
 
 
+def room(tokens: int, columns: int, ranks: int, itemsize: int) -> int:
+    """Columns behind a norm's rows for z of the layer that reads them, or 0.
+
+    One product with [W | s · B] then makes the result with the update. W is copied at each call:
+    that takes no more than half as many bytes as a pass over the result.
+    """
+    fits = itemsize == 2 and tokens >= JOINT_ROWS * columns and in_registers(columns, ranks)
+    return ALIGNED if fits and ranks else 0
+
+
 class _Layer:
     """One linear layer's stages, from lora_linear's."""
 
     def __init__(self, name: str, tokens: int, features: int, out: int, rank: int, itemsize: int):
         self.name, self.rank = name, rank
+        self.features, self.out, self.itemsize = features, out, itemsize
         every = low_rank.stages(tokens, features, out, max(rank, 1), itemsize)
         self.y, self.dx, self.down, self.up, self.up_backward, self.reduce, self.both, self.da = (
             every
@@ -70,10 +84,17 @@ class _Layer:
     def named(self, *stages: Stage) -> list[Stage]:
         return [Stage(f"{self.name}: {s.name}", *_numbers(s)) for s in stages]
 
-    def forward(self, down: bool = False, left: bool = False) -> list[Stage]:
-        """left: its update is the next sum's."""
+    def forward(self, down: bool = False, left: bool = False, room: int = 0) -> list[Stage]:
+        """left: its update is the next sum's   room: of its rows, behind which z is"""
         if not self.rank:
             return self.named(self.y)
+        if room:
+            wider = (self.features + room) / self.features
+            flops, size = int(self.y.flops * wider), self.y.bytes + 2 * room * self.out
+            return self.named(
+                Stage("[W | s B]", 0, self.itemsize * self.out * (2 * self.features + room), 1),
+                dataclasses.replace(self.y, name=JOINT, flops=flops, bytes=size),
+            )
         return self.named(*([self.down] if down else []), self.y, *([] if left else [self.up]))
 
     def backward(self, before: "_Layer | None" = None, made: bool = False) -> list[Stage]:
@@ -136,16 +157,16 @@ def forward(windows: Windows, width: int, heads: int, rank: int, itemsize: int) 
     attend = attention.stages(windows, heads, width // heads, itemsize, tables=False)
     attend = attend[: attention.forward_stages(windows)]
     left = rank > 0 and in_registers(width, rank)
-    to_gelu = 0 < rank <= MOST_LEFT
+    to_gelu, behind = 0 < rank <= MOST_LEFT, room(windows.tokens, width, rank, itemsize)
     factors = [Stage("B of proj and lin2, transposed", 0, 4 * 4 * rank * width, 1)]
     return [
         *(factors if left else []),
         qkv.low("norm1, h", 2),
-        *qkv.forward(),
+        *qkv.forward(room=behind),
         *attend,
         *proj.forward(down=True, left=left),
         lin1.low("x1 = x + update, norm2, h", 4, 1 + left),
-        *lin1.forward(left=to_gelu),
+        *lin1.forward(left=to_gelu, room=0 if to_gelu else behind),
         lin2.low("GELU, h", 2, 1 + to_gelu),
         *lin2.forward(left=left),
         Stage("y = x1 + update", left * qkv.product, 3 * qkv.rows, 1),

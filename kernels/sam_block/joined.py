@@ -58,7 +58,13 @@ class Joined:
             return None
         return every[0] if len(every) == 1 else torch.cat(every)
 
-    def forward(self, rows: Tensor, h: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def room(self, tokens: int, dtype: torch.dtype) -> int:
+        """As ``Layer.room``: none, for three products would each copy z."""
+        return 0
+
+    def forward(
+        self, rows: Tensor, h: Tensor | None, room: int = 0
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The matrix, aux of each layer, and what the backward needs."""
         with stage("sam_block", self.name):
             y = rows.new_empty(len(rows), len(self.layers) * self.length)

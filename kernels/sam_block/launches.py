@@ -55,13 +55,22 @@ def run(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32, oth
     if others:
         kernels.gelu_backward(u, u, (dh, adapters[0][1], True), False, (None, *of_u[1:]))
     for lora_a, wide in adapters if others else adapters[:1]:
-        kernels.norm(x, *norm, dtype, lora_a)
+        room = 0 if lora_a is None else kernels.room(lora_a, tokens, dtype)
+        for columns in dict.fromkeys((room, 0) if others else (room,)):
+            kernels.norm(x, *norm, dtype, lora_a, columns)
+        if room:  # with qkv's weight
+            for kind in dict.fromkeys((dtype, torch.float32)) if others else (dtype,):
+                weight = without_data.meta(3 * width, width, dtype=kind)
+                lora_b = without_data.meta(3 * width, rank)
+                kernels.joint_weight(weight, lora_b, 0.5, room, dtype)
         taken = lora_a is not None and kernels.takes_up(lora_a.t(), lora_a)
         if others or not taken:
             kernels.add_norm(x, update, *norm, dtype, lora_a)
         if taken:
             up = (dh, without_data.meta(rank, width), 0.5)
             kernels.add_norm(x, update, *norm, dtype, lora_a, up)
+            if room and others:
+                kernels.add_norm(x, update, *norm, dtype, lora_a, up, room)
             kernels.add(x, update, up)
         lacks = of_u if wide is not None and kernels.left_to_gelu(of_u[1]) else None
         for left in dict.fromkeys((lacks, None) if others else (lacks,)):

@@ -27,14 +27,15 @@ class Layer:
 
     needs, grads: which of its tensors want a gradient, and what a backward has made for them
     sums: where gradients wait until the block's backward ends
-    path: who runs the rank-r stages   name: of its ranges
+    path: who runs the rank-r stages   stages: the block's   name: of its ranges
     """
 
     def __init__(
         self, name: str, plan: LayerPlan, tensors, windows: Windows, backend: str, needs=None,
-        sums: engine.Sums | None = None,
+        sums: engine.Sums | None = None, stages=None,
     ):  # fmt: skip
         self.name, self.plan, self.windows, self.backend = name, plan, windows, backend
+        self.stages = stages
         self.weight, self.bias, self.lora_a, self.lora_b, self.seed, *self.params = tensors
         self.needs = [False] * len(tensors) if needs is None else needs
         self.grads: list[Tensor | None] = [None] * len(tensors)
@@ -60,15 +61,26 @@ class Layer:
     def path(self, rows: Tensor):
         return path_of(self.backend, rows, self.lora_a, self.lora_b, self.plan.starts)
 
+    def room(self, tokens: int, dtype: torch.dtype) -> int:
+        """Columns of rows for z behind them, from which ``forward`` makes result and update by one
+        product; 0 where it adds the update."""
+        if not self.plan.adapted or self.plan.starts:
+            return 0
+        return self.stages.room(self.lora_a, tokens, dtype)
+
     def forward(
-        self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None, leave: bool = False
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None, leave: bool = False,
+        room: int = 0,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """The result, the map's aux, and what the backward needs: z, z_pad, what the map saved.
 
         bias: in place of the layer's own   leave: the update to the caller, who has z
+        room: columns of these rows behind x, which hold h and then zeros; see ``room``
         """
         bias = self.bias if bias is None else bias
         with stage("sam_block", self.name):
+            if room:
+                return self._joint(rows, h, bias, room)
             if self.plan.adapted and not leave:
                 y, z, aux, z_pad, saved = engine.forward(
                     self.path(rows), rows, self.weight, bias, self.lora_a, self.lora_b,
@@ -78,6 +90,18 @@ class Layer:
             kept, aux = self._low(rows, h) if self.plan.adapted else ([], no_aux(rows))
             bias = None if bias is None else bias.to(rows.dtype)
             return F.linear(rows, self.weight.to(rows.dtype), bias), aux, kept
+
+    def _joint(self, wide, h, bias, room):
+        columns = wide.shape[1] - room
+        kept, aux = self._low(wide[:, :columns], h)
+        z = kept[0]
+        if z is not h:
+            wide[:, columns : columns + z.shape[1]].copy_(z)
+        weight = self.stages.joint_weight(
+            self.weight, self.lora_b, self.plan.scaling, room, wide.dtype
+        )
+        bias = None if bias is None else bias.to(wide.dtype)
+        return F.linear(wide, weight, bias), aux, kept
 
     def add_(self, y: Tensor, z: Tensor) -> None:
         """y += s · z Bᵀ on the columns that the adapter updates."""

@@ -14,6 +14,8 @@ back = (z, lora_b, scaling): of the layer whose result u is, all of which gets i
     that can makes dz = s · du B and, if z is given, dB = s · duᵀ z with du, and returns them last.
     This path returns None, and the caller makes them.
 lacks = (z, lora_b, scaling): s · z Bᵀ is yet to be added to u. Only if ``left_to_gelu`` says so.
+room: columns behind a norm's rows for z of the layer that reads them, which are h and then zeros;
+    as many as ``room`` says.
 """
 
 import torch
@@ -40,21 +42,38 @@ def left_to_gelu(lora_b: Tensor) -> bool:
     return False
 
 
+def room(lora_a: Tensor, tokens: int, dtype: torch.dtype) -> int:
+    """Columns behind the rows for z, if a layer had better make its result and update by one
+    product with ``joint_weight``; else 0.
+
+    On this path a weight's copy costs more than a pass over the result.
+    """
+    return 0
+
+
+def joint_weight(weight: Tensor, lora_b: Tensor, scaling: float, room: int, dtype) -> Tensor:
+    """[W | s · B | 0] in ``dtype``, with so many columns behind W."""
+    factor = F.pad(scaling * lora_b, (0, room - lora_b.shape[1]))
+    return torch.cat([weight.to(dtype), factor.to(dtype)], 1)
+
+
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, lora_a=None
-) -> tuple[Tensor, None]:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, lora_a=None,
+    room: int = 0,
+) -> tuple[Tensor, None]:  # fmt: skip
     """LayerNorm over the features, in ``dtype``, and h."""
     x, weight, bias = alike(x, weight, bias)
-    return F.layer_norm(x, x.shape[1:], weight, bias, eps).to(dtype), None
+    n = F.layer_norm(x, x.shape[1:], weight, bias, eps).to(dtype)
+    return F.pad(n, (0, room)) if room else n, None
 
 
 def add_norm(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-    lora_a=None, up: Up = None,
+    lora_a=None, up: Up = None, room: int = 0,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
     """x + update in the wider dtype of the two, its LayerNorm, and h. update may be overwritten."""
     total = x + _updated(update, up)
-    return total, *norm(total, weight, bias, eps, dtype)
+    return total, *norm(total, weight, bias, eps, dtype, None, room)
 
 
 def add(x: Tensor, update: Tensor, up: Up = None) -> Tensor:

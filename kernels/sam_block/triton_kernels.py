@@ -34,6 +34,7 @@ from samfast.kernels.sam_block.triton_rows import (
     norm_row_backward_kernel,
     norm_row_kernel,
 )
+from samfast.kernels.sam_block.triton_weight import joint_weight_kernel
 
 TILES = Path(__file__).with_name("tiles.json")
 AHEAD_RANKS = 4  # up to which registers hold the next rows of a norm's backward
@@ -49,18 +50,40 @@ def takes_up(lora_b: Tensor, lora_a: Tensor | None = None) -> bool:
     return in_registers(columns, rank) and in_registers(columns, ranks)
 
 
+def room(lora_a: Tensor, tokens: int, dtype: torch.dtype) -> int:
+    """Columns behind the rows for z, if a layer had better make its result and update by one
+    product with ``joint_weight``; else 0."""
+    return costs.room(tokens, lora_a.shape[1], lora_a.shape[0], dtype.itemsize)
+
+
+def joint_weight(weight: Tensor, lora_b: Tensor, scaling: float, room: int, dtype) -> Tensor:
+    weight, lora_b = _rows(weight), lora_b.contiguous()
+    outputs, columns = weight.shape
+    made = weight.new_empty(outputs, columns + room, dtype=dtype)
+    block = tile(TILES, "joint_weight", 1, made)
+    del block["BLOCK_R"]
+    grid = triton.cdiv(outputs, block["BLOCK_M"]), triton.cdiv(columns + room, block["BLOCK_N"])
+    with _on(weight):
+        joint_weight_kernel[grid](
+            weight, lora_b, made, outputs, columns, columns + room, weight.stride(0), scaling,
+            RANKS=lora_b.shape[1], **block,
+        )  # fmt: skip
+    return made
+
+
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, lora_a=None
-) -> tuple[Tensor, Tensor | None]:
-    return _norm(x, None, None, weight, bias, eps, dtype, lora_a)
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, lora_a=None,
+    room: int = 0,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    return _norm(x, None, None, weight, bias, eps, dtype, lora_a, None, room)
 
 
 def add_norm(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-    lora_a=None, up: Up = None,
+    lora_a=None, up: Up = None, room: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, update.dtype))
-    return total, *_norm(x, _rows(update), total, weight, bias, eps, dtype, lora_a, up)
+    return total, *_norm(x, _rows(update), total, weight, bias, eps, dtype, lora_a, up, room)
 
 
 def add(x: Tensor, update: Tensor, up: Up = None) -> Tensor:
@@ -81,10 +104,10 @@ def add(x: Tensor, update: Tensor, up: Up = None) -> Tensor:
     return y
 
 
-def _norm(x, update, total, weight, bias, eps, dtype, lora_a, up=None):
+def _norm(x, update, total, weight, bias, eps, dtype, lora_a, up, room):
     x, lora_a = _rows(x), _factor(lora_a, dtype)
     tokens, columns = x.shape
-    n = x.new_empty(tokens, columns, dtype=dtype)
+    n = x.new_empty(tokens, columns + room, dtype=dtype)
     ranks = 0 if lora_a is None else lora_a.shape[0]
     h = None if lora_a is None else n.new_empty(tokens, ranks)
     if tokens == 0:
@@ -93,15 +116,16 @@ def _norm(x, update, total, weight, bias, eps, dtype, lora_a, up=None):
     stride_um = 0 if update is None else update.stride(0)
     if in_registers(columns, ranks):
         z, factor, scaling = (None, None, 0.0) if up is None else (_rows(up[0]), *up[1:])
-        block = _row_tile("norm_row", n)
+        block = _row_tile("norm_row", n[:, :columns])
         with _on(x):
             norm_row_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](
                 x, update, z, factor, weight, bias, lora_a, total, n, h, tokens, columns,
-                x.stride(0), stride_um, 0 if z is None else z.stride(0), scaling, eps,
-                ADD=update is not None, UP=0 if z is None else z.shape[1], RANKS=ranks, **block,
+                x.stride(0), stride_um, 0 if z is None else z.stride(0), n.stride(0), scaling, eps,
+                ADD=update is not None, UP=0 if z is None else z.shape[1], RANKS=ranks, ROOM=room,
+                **block,
             )  # fmt: skip
         return n, h
-    assert up is None, "see takes_up"
+    assert up is None and not room, "see takes_up and costs.room"
     block = _tile("norm" if h is None else "norm_down", lora_a, n)
     with _on(x):
         norm_kernel[(triton.cdiv(tokens, block["BLOCK_M"]),)](

@@ -48,11 +48,13 @@ def norm_row_kernel(
     stride_xm,
     stride_um,
     stride_zm,
+    stride_nm,
     scaling,
     eps,
     ADD: tl.constexpr,
     UP: tl.constexpr,
     RANKS: tl.constexpr,
+    ROOM: tl.constexpr,
     FULL: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,6 +63,7 @@ def norm_row_kernel(
     """n = LayerNorm(x), or of total = x + update + scaling z B, which is stored; h = n Aᵀ.
 
     A warp has a row.   b_ptr: (UP, columns)   a_ptr: (RANKS, columns)
+    ROOM: columns behind n's, which also get h, and then zeros
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     live = rows < tokens
@@ -108,8 +111,11 @@ def norm_row_kernel(
         bias = load_row(bias_ptr, offs, columns, FULL).to(tl.float32)
         n = (kept[c].to(tl.float32) - pivot - mean) * rstd
         n = (n * weight + bias).to(n_ptr.dtype.element_ty)
-        tl.store(n_ptr + rows * columns + offs, n, stored(live, offs, columns, FULL))
+        tl.store(n_ptr + rows * stride_nm + offs, n, stored(live, offs, columns, FULL))
         made += (n,)
+    behind = n_ptr + rows * stride_nm + columns
+    for k in tl.static_range(RANKS, ROOM):
+        tl.store(behind + k, tl.zeros((BLOCK_M, 1), n_ptr.dtype.element_ty), live)
     for k in tl.static_range(RANKS):
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for c in tl.static_range(CHUNKS):
@@ -118,6 +124,8 @@ def norm_row_kernel(
             total += n * a.to(tl.float32)
         h = tl.sum(total, 1)[:, None]
         tl.store(h_ptr + rows * RANKS + k, h.to(h_ptr.dtype.element_ty), live)
+        if ROOM:
+            tl.store(behind + k, h.to(n_ptr.dtype.element_ty), live)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ BLOCK_I, BLOCK_V = 128, 16  # elements of a core, columns of a task factor
 ROWS = {2: 64, 4: 32}
 CORE_ROWS = 32
 WARPS = 8  # with four, some targets spill
+REGISTERS = 128  # a thread, in the backward; without a bound ptxas may stop at 48 and spill
 
 
 @triton.jit
@@ -233,7 +234,7 @@ def fold_backward(dm, cores, factors):
     with _on(cores):
         fold_backward_kernel[grid](
             dm.contiguous(), cores, factors, dcores, dfactors, sums, parts, tasks, core, depth,
-            BLOCK_I=BLOCK_I, BLOCK_V=BLOCK_V, num_warps=WARPS,
+            BLOCK_I=BLOCK_I, BLOCK_V=BLOCK_V, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return dcores, dfactors
 
@@ -266,7 +267,7 @@ def product_backward(dz, h, m, task, needs):
             product_backward_kernel[(programs,)](
                 dz.to(h.dtype).contiguous(), h.contiguous(), m[0].contiguous(), task.contiguous(),
                 dh, dm, sums, parts, sizes.each, sizes.tiles, sizes.of_entry, *m.shape[1:],
-                **sizes.blocks, BLOCK_C=block_c, num_warps=WARPS,
+                **sizes.blocks, BLOCK_C=block_c, num_warps=WARPS, maxnreg=REGISTERS,
             )  # fmt: skip
     return dh, None if dm is None else dm.to(m.dtype)
 

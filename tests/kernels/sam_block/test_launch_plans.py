@@ -29,6 +29,7 @@ CASES = {
     "minimal": dataclasses.replace(TINY, window=0, memory="minimal", experts=True),
     "frozen": dataclasses.replace(TINY, adapters=()),
     "no images": dataclasses.replace(TINY, batch=0),
+    "many rows": dataclasses.replace(TINY, batch=6),  # whose product also makes qkv's update
 }
 # "auto" is the C++ code here, which takes a hundredth of the interpreter's time.
 RUNS = [
