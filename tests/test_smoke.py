@@ -45,7 +45,8 @@ def test_every_kernel_in_every_dtype(operation):
         values = [value.values for value in test_smoke.VALUES]
         named = {name for row, backend, kind in values for name in row.kernels
                  if (row.operation, backend, kind) == (operation, "triton", dtype)}  # fmt: skip
-        assert named == kernels(operation)
+        not_in = smoke_cases.IN_16_BITS if dtype == torch.float32 else set()
+        assert named == kernels(operation) - not_in
 
 
 def test_rows_are_what_the_kernels_take():

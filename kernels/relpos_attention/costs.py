@@ -136,8 +136,8 @@ def triton_stages(
     made = stages(windows, heads, head_dim, itemsize, tables)
     if itemsize == 4:
         product, bias, token, pad, factor, number = _sizes(windows, heads, head_dim, itemsize)
-        moved = 2 * token + 2 * (token + pad) + 3 * number
         small = one_hot(windows)
+        moved = 2 * token + 2 * (token + pad) + (3 if small else 2) * number
         flops = 2 * product + (bias if small else 0)
         made.append(Stage("delta, share", flops, moved + (0 if small else factor), 1))
     return made

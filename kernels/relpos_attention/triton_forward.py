@@ -302,7 +302,8 @@ def forward_kernel(
         g_at = start_of(dout_ptr, image, head, stride_gb, stride_gn)
         g_at = pixels(g_at, y, x, stride_gy, stride_gx, WIDE)
         dout, dout_rest = load_head(g_at, live, HEAD, HEAD_A, HEAD_B, True)
-        lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
+        if ONE_HOT:
+            lse = tl.load(lse_ptr + plane * tokens + token, live, other=0.0) * UNIT
         weight = tl.zeros((BLOCK_M,), tl.float32)
 
     REST: tl.constexpr = HEAD_B if HEAD_B else 16

@@ -62,7 +62,8 @@ def room(tokens: int, columns: int, ranks: int, itemsize: int) -> int:
     """Columns behind a norm's rows for z of the layer that reads them, or 0.
 
     One product with [W | s · B] then makes the result with the update. W is copied at each call:
-    that takes no more than half as many bytes as a pass over the result.
+    in 16 bits that takes no more than half as many bytes as a pass over the result.
+    ranks: of A or of B, whichever is larger
     """
     fits = itemsize == 2 and tokens >= JOINT_ROWS * columns and in_registers(columns, ranks)
     return ALIGNED if fits and ranks else 0

@@ -55,7 +55,7 @@ def run(width, rank, dtype, residual, tokens=4 * 4096, affine=torch.float32, oth
     if others:
         kernels.gelu_backward(u, u, (dh, adapters[0][1], True), False, (None, *of_u[1:]))
     for lora_a, wide in adapters if others else adapters[:1]:
-        room = 0 if lora_a is None else kernels.room(lora_a, tokens, dtype)
+        room = 0 if lora_a is None else kernels.room(lora_a, lora_a.t(), tokens, dtype)
         for columns in dict.fromkeys((room, 0) if others else (room,)):
             kernels.norm(x, *norm, dtype, lora_a, columns)
         if room:  # with qkv's weight

@@ -66,7 +66,7 @@ class Layer:
         product; 0 where it adds the update."""
         if not self.plan.adapted or self.plan.starts:
             return 0
-        return self.stages.room(self.lora_a, tokens, dtype)
+        return self.stages.room(self.lora_a, self.lora_b, tokens, dtype)
 
     def forward(
         self, rows: Tensor, h: Tensor | None, bias: Tensor | None = None, leave: bool = False,

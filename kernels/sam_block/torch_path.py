@@ -42,7 +42,7 @@ def left_to_gelu(lora_b: Tensor) -> bool:
     return False
 
 
-def room(lora_a: Tensor, tokens: int, dtype: torch.dtype) -> int:
+def room(lora_a: Tensor, lora_b: Tensor, tokens: int, dtype: torch.dtype) -> int:
     """Columns behind the rows for z, if a layer had better make its result and update by one
     product with ``joint_weight``; else 0.
 

@@ -50,10 +50,11 @@ def takes_up(lora_b: Tensor, lora_a: Tensor | None = None) -> bool:
     return in_registers(columns, rank) and in_registers(columns, ranks)
 
 
-def room(lora_a: Tensor, tokens: int, dtype: torch.dtype) -> int:
+def room(lora_a: Tensor, lora_b: Tensor, tokens: int, dtype: torch.dtype) -> int:
     """Columns behind the rows for z, if a layer had better make its result and update by one
     product with ``joint_weight``; else 0."""
-    return costs.room(tokens, lora_a.shape[1], lora_a.shape[0], dtype.itemsize)
+    ranks = max(lora_a.shape[0], lora_b.shape[1])  # a map between them may be wider than high
+    return costs.room(tokens, lora_a.shape[1], ranks, dtype.itemsize)
 
 
 def joint_weight(weight: Tensor, lora_b: Tensor, scaling: float, room: int, dtype) -> Tensor:

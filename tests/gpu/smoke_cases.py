@@ -28,6 +28,7 @@ from samfast.kernels.adapt_former import triton_kernels as sums
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHARED = {"window_attention": {"forward_kernel", "dq_kernel", "dkv_kernel"}}  # of other folders
+IN_16_BITS = {"joint_weight_kernel"}  # alone
 FLOAT32_HEAD = 64  # the widest head that attention's kernels take in float32
 
 
@@ -210,6 +211,7 @@ LISTED = (
             "minimal": BLOCK(memory="minimal"),
         },
     ),
+    Row("sam_block", "joint", BLOCK().run, ("joint_weight_kernel",), dtypes=DTYPES[1:]),
     *_rows("sam_block", OF_BLOCK, {"experts": BLOCK(experts=True, adapters=("qkv",))}),
     *_rows("sam_block", ("norm_kernel", "norm_backward_kernel"), {"wide": WideBlock()}),
 )

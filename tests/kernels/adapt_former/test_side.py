@@ -87,6 +87,21 @@ def test_budget(case, backend, dtype):
     assert_same_dtypes(ours, all_within_budget(ours, stock, exact, dtype))
 
 
+@triton
+@pytest.mark.slow
+def test_a_branch_takes_rows_as_they_are(monkeypatch):
+    """Where lin1's product would else make its update, from rows with more columns."""
+    from samfast.kernels.sam_block import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "MOST_LEFT", 0)
+    case = Case(batch=5, height=3, width=4, window=2, dim=16, heads=1)  # a size without a plan
+    stock, exact = (partial(case.run, t, "reference") for t in (torch.float16, torch.float64))
+    with counting() as counts:
+        ours = case.run(torch.float16, "triton")
+    all_within_budget(ours, stock, exact, torch.float16)
+    assert counts.launches["joint_weight_kernel"] == 1  # qkv's
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_memory_modes_give_the_same_bits(backend):
     for dtype in (torch.float32, torch.bfloat16):

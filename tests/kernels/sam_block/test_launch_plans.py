@@ -29,7 +29,7 @@ CASES = {
     "minimal": dataclasses.replace(TINY, window=0, memory="minimal", experts=True),
     "frozen": dataclasses.replace(TINY, adapters=()),
     "no images": dataclasses.replace(TINY, batch=0),
-    "many rows": dataclasses.replace(TINY, batch=6),  # whose product also makes qkv's update
+    "many rows": dataclasses.replace(TINY, batch=6),  # in 16 bits qkv's product makes its update
 }
 # "auto" is the C++ code here, which takes a hundredth of the interpreter's time.
 RUNS = [

@@ -154,16 +154,33 @@ def test_whole_blocks(kind, dtype):
     assert set(ours) == set(all_within_budget(ours, stock, exact, dtype).exact)
 
 
-@pytest.mark.slow_on_cpu(but=["windows-lora"])
+class Wider(Case):
+    """Ranks whose update GELU does not take."""
+
+    rank = 6
+
+
+WIDER = {
+    "windows": Wider(batch=3, height=3, width=4, window=2, dim=16, heads=1),
+    "global": Wider(batch=6, height=3, width=4, window=0, dim=32, heads=2),
+}
+
+
+@pytest.mark.slow_on_cpu(but=["windows-lora", "windows-dropout"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"experts": True}, {"dropout": 0.4}, {"bias": False}],
-    ids=["lora", "experts", "dropout", "nobias"],
-)  # fmt: skip
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_updates_made_by_the_product(kind, changes, monkeypatch):
-    """Of qkv and of lin1, where GELU leaves it to the layer; each copies its weight once."""
-    monkeypatch.setattr(costs, "JOINT_ROWS", 0)
-    monkeypatch.setattr(kernels, "MOST_LEFT", 0)
+    ("changes", "layers"),
+    [
+        ({}, 2),
+        ({"experts": True}, 2),
+        ({"dropout": 0.4}, 2),
+        ({"bias": False}, 2),
+        ({"adapters": ("qkv", "lin2")}, 1),
+    ],
+    ids=["lora", "experts", "dropout", "nobias", "qkv"],
+)
+@pytest.mark.parametrize("kind", WIDER)
+def test_updates_made_by_the_product(kind, changes, layers, monkeypatch):
+    """Of qkv and of lin1; each copies its weight once."""
     made, original = [], kernels.joint_weight
 
     def joint_weight(*arguments):
@@ -171,11 +188,20 @@ def test_updates_made_by_the_product(kind, changes, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(kernels, "joint_weight", joint_weight)
-    case = dataclasses.replace(BLOCKS[kind], height=3, **changes)  # a size that has no plan yet
+    case = dataclasses.replace(WIDER[kind], **changes)
     stock, exact = (partial(case.run, t, "reference") for t in (HALF, torch.float64))
     ours = case.run(HALF, "triton")
     all_within_budget(ours, stock, exact, HALF)
-    assert [weight.shape[1] for weight in made] == 2 * [case.dim + costs.ALIGNED]
+    assert [weight.shape[1] for weight in made] == layers * [case.dim + costs.ALIGNED]
+
+
+def test_an_adapter_on_some_columns_adds_its_update():
+    case = dataclasses.replace(MANY, sliced=True, batch=4)
+    stock, exact = (partial(case.run, t, "reference") for t in (HALF, torch.float64))
+    with counting() as counts:
+        ours = case.run(HALF, "triton")
+    all_within_budget(ours, stock, exact, HALF)
+    assert "joint_weight_kernel" not in counts.launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
@@ -210,10 +236,12 @@ def test_room_behind_a_norm_s_rows(rank):
 
 
 def test_room_is_for_many_rows_in_16_bits():
-    lora_a = torch.empty(3, 48)
-    assert kernels.room(lora_a, 96, HALF) == 16 and kernels.room(lora_a, 95, HALF) == 0
-    assert kernels.room(lora_a, 96, torch.float32) == 0
-    assert kernels.room(torch.empty(9, 48), 96, HALF) == 0
+    lora_a, lora_b = torch.empty(3, 48), torch.empty(144, 3)
+    assert kernels.room(lora_a, lora_b, 96, HALF) == 16
+    assert kernels.room(lora_a, lora_b, 95, HALF) == 0
+    assert kernels.room(lora_a, lora_b, 96, torch.float32) == 0
+    assert kernels.room(torch.empty(9, 48), lora_b, 96, HALF) == 0
+    assert kernels.room(lora_a, torch.empty(144, 20), 96, HALF) == 0  # behind a map of 3 to 20
 
 
 class Adapted:
@@ -278,15 +306,11 @@ def test_adapted_blocks(kind, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("joint", [False, True])
-def test_memory_modes_give_the_same_bits(joint, monkeypatch):
-    if joint:
-        monkeypatch.setattr(costs, "JOINT_ROWS", 0)
-        monkeypatch.setattr(kernels, "MOST_LEFT", 0)
+@pytest.mark.parametrize("case", [BLOCKS["windows"], WIDER["windows"]], ids=["few", "many rows"])
+def test_memory_modes_give_the_same_bits(case):
     made = {}
     for memory in ("fast", "balanced", "minimal"):
-        height = 3 if joint else 2  # a size has its plan
-        case = dataclasses.replace(BLOCKS["windows"], height=height, memory=memory)
+        case = dataclasses.replace(case, memory=memory)
         made[memory] = Adapted(case, HALF).run("triton")
     assert equal(made["balanced"], made["fast"]) and equal(made["minimal"], made["fast"])
 
@@ -351,7 +375,7 @@ with guarded(poison=False):
 
 # What the launchers make is dense; there a launch of one block out of many gets so far.
 columns = 2**27 + 16  # the last of 17 rows, or of 17 partials, begins beyond 2**31
-tiles = dict(PRECISION="ieee", BLOCK_M=32, BLOCK_N=32, BLOCK_R=16)
+tiles = dict(PRECISION="ieee", BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, LEFT=0)
 NONE = [None] * 4
 u, d, h, factor = draw(17, 32), draw(17, 32), draw(272, 1), draw(1, 32)
 many = draw(272, 32)
