@@ -278,6 +278,7 @@ def norm_row_backward_kernel(
             summed += tl.split(tl.sum(tl.join(spreads[i], spreads[i + 1]), 0))
         spreads = summed
         if WANT:
+            n_at = n_ptr + (start + turn) * stride_dm
             tl.debug_barrier()  # no thread stores over a dn that another has yet to load
         for i in tl.static_range(BLOCK_M):
             row = start + turn + i
@@ -297,11 +298,12 @@ def norm_row_backward_kernel(
                 if WANT or NEED_DA:
                     n = n * weights[c] + biases[c]
                 if WANT:
-                    at = n_ptr + row * stride_dm + offs
-                    tl.store(at, n.to(n_ptr.dtype.element_ty), inside)
+                    tl.store(n_at + offs, n.to(n_ptr.dtype.element_ty), inside)
                 if NEED_DA:
                     for k in tl.static_range(RANKS):
                         added += (sums[c * RANKS + k] + dh[k] * n,)
+            if WANT:
+                n_at += stride_dm
             if NEED_DA:
                 sums = added
     if NEED_DA:
