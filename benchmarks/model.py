@@ -157,13 +157,10 @@ def _rows(block: Block, kind: str, rates: Rates) -> list[float]:
     m, n = count["tile"]
     columns = 4 * width if gelu else width
     bounds = []
-    if n in (
-        costs.WIDEST,
-        costs.NARROW,
-    ):  # a row at once, in the backward a program's rows one after another
-        turns = (
-            costs.walked_rows(tokens, width, block.rank > 0) / m if kind == "norm_backward" else 1
-        )
+    if n in (costs.WIDEST, costs.NARROW):  # a row at once
+        turns = 1
+        if kind == "norm_backward":  # a program's rows one after another
+            turns = costs.walked_rows(tokens, width, block.rank > 0) / m
         bounds.append(turns * rates[f"trip.{kind}"])
     elif kind != "gelu_backward":
         bounds.append(columns / n * rates[f"trip.{kind}"])
