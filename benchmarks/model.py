@@ -151,9 +151,10 @@ def _rows(block: Block, kind: str, rates: Rates) -> list[float]:
     width = ENCODERS[block.model].width
     of = "adapter" if block.rank else "frozen"
     gelu, tokens = kind.startswith("gelu"), block.batch * 64 * 64
-    if kind == "norm_backward" and width <= costs.NARROW:
+    tile, warps = _tile_of_rows(kind, width, block.rank)
+    if tile[1] == costs.NARROW:
         of = f"narrow {of}"
-    count = rates.count(f"{kind} {of}", *_tile_of_rows(kind, width, block.rank))
+    count = rates.count(f"{kind} {of}", tile, warps)
     m, n = count["tile"]
     columns = 4 * width if gelu else width
     bounds = []
